@@ -1,0 +1,158 @@
+"""Checkpoints of a run: atomic, asynchronous, verified when read.
+
+Orbax writes each to a temporary folder and renames it, so one cut off by a crash never counts. Each carries a checksum
+of every array, taken on the device when it was saved: what is restored is what was saved, or it is not used.
+"""
+
+import dataclasses
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax import lax
+from jaxtyping import Array
+
+from gptjax.errors import CheckpointError
+from gptjax.models.config import GPT2Config
+from gptjax.models.params import Params, stack, unstack
+from gptjax.optim import Optimizer
+from gptjax.steps import TrainState, init_state
+
+PREFIX = "step"
+DIMENSIONS = ("num_layers", "num_heads", "channels", "vocab_size", "max_seq_len")
+
+
+class Restored(NamedTuple):
+    """A checkpoint read back."""
+
+    state: TrainState
+    step: int
+    meta: dict[str, Any]
+
+
+class CheckpointWriter:
+    """Saves into one folder in the background and keeps the newest few."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        """Make the folder; leftovers of a crash in it are removed."""
+        self.folder = folder
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, step_prefix=PREFIX, step_format_fixed_length=8, cleanup_tmp_directories=True
+        )
+        with _write_errors(folder):
+            self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def save(self, step: int, state: TrainState, cfg: GPT2Config, meta: dict[str, Any]) -> None:
+        """Start saving the state after ``step`` steps; returns as soon as the state may change again.
+
+        Args:
+            step: steps done.
+            state: parameters and optimizer state.
+            cfg: the model, whose dimensions and layout are kept with it.
+            meta: anything JSON that resuming needs.
+
+        Raises:
+            CheckpointError: this save, or an earlier one in the background, could not be written.
+        """
+        sums = [int(x) for x in jax.tree.leaves(_checksums(state))]
+        content = {"model": dataclasses.asdict(cfg), "checksums": sums, "meta": meta}
+        with _write_errors(self.folder):
+            arrays = ocp.args.StandardSave(state)  # type: ignore[call-arg]
+            self._manager.save(step, args=ocp.args.Composite(state=arrays, info=ocp.args.JsonSave(content)))  # type: ignore[call-arg]
+
+    def check(self) -> None:
+        """Raise the `CheckpointError` of a save that failed in the background, if one did."""
+        with _write_errors(self.folder):
+            self._manager.check_for_errors()
+
+    def close(self) -> None:
+        """Wait until everything is on disk.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        with _write_errors(self.folder):
+            self._manager.wait_until_finished()
+            self._manager.close()
+
+
+def restore_newest(folder: Path, cfg: GPT2Config, optimizer: Optimizer) -> Restored | None:
+    """The newest checkpoint in ``folder`` that reads back as it was saved, in the layout of ``cfg``; None if there is none.
+
+    A damaged one is renamed to ``damaged-...`` with a warning, and the one before it is tried.
+
+    Raises:
+        CheckpointError: the model's dimensions differ, or there are checkpoints but all are damaged.
+    """
+    names = ocp.path.step.standard_name_format(step_prefix=PREFIX, step_format_fixed_length=8)
+    steps = sorted((metadata.step for metadata in names.find_all(folder.absolute())), reverse=True) if folder.is_dir() else []
+    for step in steps:
+        path = folder.absolute() / names.build_name(step)
+        try:
+            return _restore(path, step, cfg, optimizer)
+        except CheckpointError:
+            raise
+        except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            path.rename(path.with_name(f"damaged-{path.name}"))
+            warnings.warn(f"checkpoint {path} is damaged and was set aside: {reason[:200]}", stacklevel=2)
+    if steps:
+        raise CheckpointError(f"no checkpoint in {folder} can be read; start afresh without --resume")
+    return None
+
+
+def _restore(path: Path, step: int, cfg: GPT2Config, optimizer: Optimizer) -> Restored:
+    checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+    info = checkpointer.restore(path, args=ocp.args.Composite(info=ocp.args.JsonRestore())).info  # type: ignore[call-arg]
+    saved = info["model"]
+    for name in DIMENSIONS:
+        if saved[name] != getattr(cfg, name):
+            raise CheckpointError(f"{path} was trained with model.{name} {saved[name]}, not {getattr(cfg, name)}: give it that value")
+    as_saved = dataclasses.replace(cfg, layers=saved["layers"])
+    abstract = jax.eval_shape(lambda key: init_state(key, as_saved, optimizer), jax.random.key(0))
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract)
+    arrays = ocp.args.StandardRestore(abstract)  # type: ignore[call-arg]
+    state = checkpointer.restore(path, args=ocp.args.Composite(state=arrays)).state  # type: ignore[call-arg]
+    if [int(x) for x in jax.tree.leaves(_checksums(state))] != info["checksums"]:
+        raise ValueError("its checksums do not match")
+    if saved["layers"] != cfg.layers:
+        state = jax.jit(lambda s: _each_params(stack if cfg.layers == "scan" else unstack, s))(state)
+    return Restored(state, step, info["meta"])
+
+
+def _each_params(f: Any, tree: Any) -> Any:
+    is_params = lambda x: isinstance(x, Params)  # noqa: E731
+    return jax.tree.map(lambda x: f(x) if is_params(x) else x, tree, is_leaf=is_params)
+
+
+@jax.jit
+def _checksums(tree: Any) -> Any:
+    """A 32-bit sum of each array's words, each times an odd number that depends on its place: no flipped bit escapes."""
+
+    def checksum(x: Array) -> Array:
+        words = lax.bitcast_convert_type(x, jnp.uint32).ravel()
+        return (words * (2 * lax.iota(jnp.uint32, words.size) + 1)).sum(dtype=jnp.uint32)
+
+    return jax.tree.map(checksum, tree)
+
+
+class _write_errors:  # noqa: N801 - a context manager, read as a statement
+    """Turn what Orbax raises while writing into `CheckpointError`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, Exception):
+            reason = (str(error).splitlines() or [kind.__name__])[0]
+            raise CheckpointError(
+                f"the checkpoint in {self.folder} cannot be written ({reason[:300]}): free space or choose another --runs folder; "
+                "earlier checkpoints are untouched"
+            ) from error

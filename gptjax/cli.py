@@ -1,0 +1,98 @@
+"""The frame that every command runs in: options, errors in one sentence, and the process's memory settings."""
+
+import contextlib
+import ctypes
+import difflib
+import errno
+import re
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import jsonargparse
+
+from gptjax.errors import ConfigError, GptjaxError
+
+BAD_INPUT = 2  # exit status
+INTERRUPTED = 130
+
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+T = TypeVar("T")
+
+
+class Parser(jsonargparse.ArgumentParser):
+    """jsonargparse's parser with errors in one sentence: the key, what is wrong, and the nearest key there is."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise the message as `ConfigError`, which `reported_errors` prints."""
+        raise ConfigError(self._one_sentence(message)) from ex
+
+    def _one_sentence(self, message: str) -> str:
+        keys = [action.dest for action in self._actions]
+        unknown = re.search(r"Option '(\S+)' is not accepted|unrecognized arguments: --([^\s=]+)", message)
+        in_group = re.search(r"Group '(\S+)' does not accept option '(\S+)'", message)
+        if unknown or in_group:
+            key = ".".join(in_group.groups()) if in_group else unknown[1] or unknown[2]
+            near = difflib.get_close_matches(key, keys, 1, 0.5)
+            return f"unknown option {key}" + (f": did you mean {near[0]}?" if near else "; --help lists them all")
+        line = " ".join(message.split())
+        line = re.sub(r'^Parser key "([^"]+)": ?', r"\1: ", line)
+        return re.sub(r"<class '(\w+)'>", r"\1", line)
+
+
+def parse(config_class: type[T], prog: str, description: str, argv: list[str] | None) -> tuple[T, Path | None]:
+    """Read ``--config FILE`` and any ``--section.key value`` into a frozen dataclass; later ones override earlier ones.
+
+    Returns:
+        The configuration, and the last config file named, if any.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type, or a value that ``config_class`` refuses.
+    """
+    parser = Parser(
+        prog=prog,
+        usage=f"{prog} --config FILE [--SECTION.KEY VALUE ...] [--print_config]",
+        description=textwrap.dedent(description),
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
+    parser.add_class_arguments(config_class, fail_untyped=True)
+    values = vars(parser.instantiate(parser.parse_args(argv)))
+    files = values.pop("config") or []
+    return config_class(**values), Path(str(files[-1])) if files else None
+
+
+@contextlib.contextmanager
+def reported_errors(prog: str) -> Iterator[None]:
+    """Turn errors that a person can mend into one sentence on stderr and exit status 2, without a traceback."""
+    try:
+        yield
+    except GptjaxError as error:
+        _exit(prog, str(error), BAD_INPUT)
+    except KeyboardInterrupt:
+        _exit(prog, "interrupted", INTERRUPTED)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG, errno.EPERM):
+            raise
+        _exit(prog, f"{error.filename or 'a file'} cannot be written: {error.strerror}", BAD_INPUT)
+
+
+def _exit(prog: str, message: str, status: int) -> NoReturn:
+    print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    raise SystemExit(status)
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to reuse freed memory instead of returning it to the system; elsewhere do nothing.
+
+    A training step on CPU frees and allocates the same hundreds of megabytes each time; handing them back costs a page
+    fault for every 4 KiB. One arena, because the settings reach memory only in the arena they apply to. Call before
+    JAX starts its threads.
+    """
+    M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
+    with contextlib.suppress(OSError, AttributeError):
+        libc: Any = ctypes.CDLL("libc.so.6")
+        libc.mallopt(M_ARENA_MAX, 1)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)

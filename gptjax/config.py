@@ -1,0 +1,104 @@
+"""The configuration: frozen dataclasses, read from YAML and the command line."""
+
+import dataclasses
+from typing import Literal
+
+from gptjax.data import Order
+from gptjax.errors import ConfigError
+from gptjax.models.config import GPT2Config
+from gptjax.optim import OptimConfig
+from gptjax.steps import Backward
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where the tokens come from and how they are cut into batches."""
+
+    dataset: str = "pydoc"
+    """A named corpus (pydoc), or a folder of train*.bin and val*.bin token shards."""
+    root: str = "data"
+    """Folder in which named corpora are kept."""
+    batch_size: int = 4
+    """Sequences in a micro-batch (B)."""
+    seq_len: int = 64
+    """Tokens in a sequence (T)."""
+    order: Order = "shuffle"
+    """shuffle: windows in an order drawn from the seed; sequential: the corpus as it lies, as llm.c reads it."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ConfigError: a size is below 1.
+        """
+        _at_least("data", self, 1, "batch_size", "seq_len")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How long to train, and what to do along the way. An interval of 0 turns its action off."""
+
+    steps: int = 100
+    """Optimizer steps of the whole run."""
+    backward: Backward = "manual"
+    """Gradient that training runs: manual is the backward derived by hand, autodiff is JAX's."""
+    log_every: int = 1
+    """Steps between lines on the screen; the metrics file has every step."""
+    eval_every: int = 50
+    """Steps between validations; there is one before the first step and one after the last."""
+    eval_tokens: int = 8192
+    """Tokens of a validation, the same ones each time."""
+    sample_every: int = 0
+    """Steps between samples; there is always one after the last step, unless sample_tokens is 0."""
+    sample_tokens: int = 96
+    """Tokens in a sample."""
+    sample_prompt: str = "\n"
+    """Text that a sample continues."""
+    sample_temperature: float = 0.8
+    """Divides the logits before drawing; 0 takes the likeliest token."""
+    sample_top_k: int = 50
+    """Draw among this many likeliest tokens; 0 for all."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; there is always one after the last step."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints to keep."""
+    max_nonfinite: int = 5
+    """Stop after this many non-finite losses or gradients in a row; each one's update is skipped."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ConfigError: a number is out of its range.
+        """
+        _at_least("train", self, 1, "steps", "log_every", "eval_tokens", "keep_checkpoints", "max_nonfinite")
+        _at_least("train", self, 0, "eval_every", "sample_every", "sample_tokens", "checkpoint_every")
+        _at_least("train", self, 0, "sample_temperature", "sample_top_k")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything that defines a training run."""
+
+    model: GPT2Config
+    """The model."""
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    """The corpus and its batches."""
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    """The optimizer."""
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    """The loop."""
+    name: str | None = None
+    """Name of the run; the config file's name without it."""
+    runs: str = "runs"
+    """Folder in which runs are kept, each under its name; a new run never overwrites an old one, it gets a number."""
+    seed: int = 0
+    """Seed of the initial parameters, the batches' order, dropout and samples."""
+    resume: str | None = None
+    """auto continues the newest run of this name from its last checkpoint, or starts it; a folder continues that run."""
+
+
+def _at_least(section: str, cfg: object, least: int, *names: str) -> None:
+    for name in names:
+        if getattr(cfg, name) < least:
+            raise ConfigError(f"{section}.{name} must be at least {least}, not {getattr(cfg, name)}")

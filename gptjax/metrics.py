@@ -1,0 +1,170 @@
+"""What a run reports: one JSON object a step in a file, and a line or a progress bar for the person watching."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from gptjax.optim import StepMetrics
+
+# Peak dense bfloat16 FLOP/s of one device, by the start of JAX's `device_kind`; makers' data sheets.
+PEAK_FLOPS = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA L4": 121e12,
+    "TPU v3": 61.5e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+}
+
+
+def peak_flops(device_kind: str, dtype: str) -> float | None:
+    """The device's peak FLOP/s for model FLOPs utilisation, or None where it is not known."""
+    if dtype != "bfloat16":
+        return None
+    return next((peak for kind, peak in PEAK_FLOPS.items() if device_kind.startswith(kind)), None)
+
+
+class MetricsFile:
+    """``metrics.jsonl``: one JSON object a step, each on disk as soon as it is known."""
+
+    def __init__(self, path: Path, last_step: int) -> None:
+        """Open for appending; records of steps after ``last_step``, left by a run that was cut off, are dropped."""
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= last_step]
+            partial = path.with_name(path.name + ".partial")
+            partial.write_text("".join(line + "\n" for line in kept))
+            partial.replace(path)
+        self.path = path
+        self._file = path.open("a")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one record; a number that is not finite becomes null.
+
+        Raises:
+            OSError: the disk is full, with the file's name in it.
+        """
+        try:
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+            self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # a line cut off in the middle goes too
+
+
+class Meter:
+    """Turns a step's device scalars into its record; fetching them waits until the step is done."""
+
+    def __init__(self, tokens: int, flops: float, peak: float | None) -> None:
+        """Tokens and FLOPs of one step, and the device's peak FLOP/s if known."""
+        self.tokens, self.flops, self.peak = tokens, flops, peak
+        self.nonfinite = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Start timing the next step now, after a pause that is not its own."""
+        self._clock = time.perf_counter()
+
+    def record(self, step: int, metrics: StepMetrics) -> dict[str, Any]:
+        """The record of a step; `nonfinite` counts the steps in a row, up to this one, whose update was skipped."""
+        loss, norm, learning_rate, finite = (x.item() for x in jax.device_get(metrics))
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        record = {"step": step, "loss": loss, "grad_norm": norm, "lr": learning_rate}
+        record |= {"ms": seconds * 1e3, "tokens_per_s": self.tokens / seconds}
+        if self.peak:
+            record["mfu"] = self.flops / seconds / self.peak
+        if not finite:
+            record["skipped"] = True
+        self.nonfinite = 0 if finite else self.nonfinite + 1
+        return record
+
+
+class Display:
+    """A progress bar at the foot of a terminal, or plain lines when the output is piped."""
+
+    def __init__(self, steps: int) -> None:
+        """Nothing is drawn before `start`."""
+        self.steps = steps
+        self.console = Console(highlight=False, soft_wrap=True)
+        columns = TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}")
+        times = TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
+        bar = Progress(*columns, *times, console=self.console, transient=True)
+        self.bar = bar if self.console.is_terminal else None
+
+    def start(self, done: int) -> None:
+        """Show the bar, if there is one, at ``done`` steps."""
+        if self.bar:
+            self.task = self.bar.add_task("", total=self.steps, completed=done)
+            self.bar.start()
+
+    def stop(self) -> None:
+        """Take the bar away."""
+        if self.bar:
+            self.bar.stop()
+
+    def print(self, text: str) -> None:
+        """Lines that stay."""
+        self.console.print(text, markup=False)
+        self.console.file.flush()
+
+    def step(self, record: dict[str, Any], line: bool) -> None:
+        """Report one step: move the bar, and print a line if asked to."""
+        text = format_step(record)
+        if self.bar:
+            self.bar.update(self.task, completed=record["step"], description=text)
+        if line:
+            self.print(f"{self.of(record['step'])} | {text}")
+
+    def of(self, step: int) -> str:
+        """``step   7/100``."""
+        return f"step {step:{len(str(self.steps))}}/{self.steps}"
+
+
+def format_step(record: dict[str, Any]) -> str:
+    """``loss 4.1234 | norm 1.02 | lr 6.00e-04 | 612.3 ms | 418 tok/s``, with MFU and validation loss where measured."""
+    parts = [
+        f"loss {record['loss']:.4f}",
+        f"norm {record['grad_norm']:.2f}",
+        f"lr {record['lr']:.2e}",
+        f"{record['ms']:.1f} ms",
+        f"{record['tokens_per_s']:,.0f} tok/s",
+    ]
+    if "mfu" in record:
+        parts.append(f"MFU {record['mfu']:.1%}")
+    if "val_loss" in record:
+        parts.append(f"val loss {record['val_loss']:.4f}")
+    if "skipped" in record:
+        parts.append("not finite: update skipped")
+    return " | ".join(parts)
+
+
+def human_bytes(n: float) -> str:
+    """1536 -> ``1.536 KB``, in powers of 1000."""
+    for unit in ("B", "KB", "MB"):
+        if n < 1000:
+            return f"{n:.4g} {unit}"
+        n /= 1000
+    return f"{n:.4g} GB"

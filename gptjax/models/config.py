@@ -1,0 +1,112 @@
+"""The model's dimensions and the choices of how it is computed."""
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+
+from gptjax.errors import ConfigError
+
+PRESETS = {  # num_layers, num_heads, channels
+    "124m": (12, 12, 768),
+    "350m": (24, 16, 1024),
+    "774m": (36, 20, 1280),
+    "1558m": (48, 25, 1600),
+}
+VOCAB_MULTIPLE = 128
+SHORT_SEQUENCE = 512  # up to here "auto" attention is materialised
+
+
+@dataclasses.dataclass(frozen=True)
+class GPT2Config:
+    """GPT-2's dimensions (Radford et al. 2019) and how it is computed.
+
+    Immutable and hashable, so that it can be a static argument of a jitted function.
+    """
+
+    preset: Literal["124m", "350m", "774m", "1558m"] | None = None
+    """GPT-2's published sizes: sets num_layers, num_heads and channels, each of which may still be given."""
+    num_layers: int | None = None
+    """Transformer blocks (L)."""
+    num_heads: int | None = None
+    """Attention heads (H); must divide channels."""
+    channels: int | None = None
+    """Width of the residual stream (C)."""
+    vocab_size: int = 50257
+    """Token ids the model knows (V); the tables are padded to a multiple of 128."""
+    max_seq_len: int = 1024
+    """Longest sequence, the rows of the position table."""
+    dropout: float = 0.0
+    """Dropout rate on embeddings, attention probabilities and both residual branches."""
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """Compute dtype; auto is bfloat16 on GPU and TPU, float32 on CPU. Parameters stay float32."""
+    attention: Literal["auto", "materialised", "blockwise", "cudnn"] = "auto"
+    """Attention implementation; auto picks by platform and sequence length."""
+    layers: Literal["unroll", "scan"] = "unroll"
+    """Unrolled layers run faster; scanned ones compile faster."""
+    recompute: Literal["none", "gelu", "block"] = "none"
+    """What the backward computes again instead of storing: nothing, GELU's output, or each whole block."""
+    loss_chunks: int = 1
+    """Pieces the classifier's rows are cut into: more pieces keep fewer logits in memory at once."""
+
+    def __post_init__(self) -> None:
+        """Fill what the preset implies and check every field.
+
+        Raises:
+            ConfigError: a dimension is missing or does not divide, or a number is out of range.
+        """
+        preset = dict(zip(("num_layers", "num_heads", "channels"), PRESETS[self.preset], strict=True)) if self.preset else {}
+        for name in ("num_layers", "num_heads", "channels"):
+            if getattr(self, name) is None:
+                if name not in preset:
+                    raise ConfigError(f"model.{name} is missing: give it, or choose model.preset from {', '.join(PRESETS)}")
+                object.__setattr__(self, name, preset[name])
+        for name in ("num_layers", "num_heads", "channels", "vocab_size", "max_seq_len", "loss_chunks"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name} must be at least 1, not {getattr(self, name)}")
+        if self.channels % self.num_heads:
+            raise ConfigError(
+                f"model.channels {self.channels} does not divide by model.num_heads {self.num_heads}: "
+                f"choose a multiple, such as {self.num_heads * max(1, round(self.channels / self.num_heads))}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"model.dropout must be in [0, 1), not {self.dropout}")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Vp: V rounded up to a multiple of 128."""
+        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        """The dtype of activations; call on a `resolve`d config."""
+        return jnp.dtype(self.dtype)
+
+    def resolve(self, platform: str, seq_len: int) -> "GPT2Config":
+        """The same config with every ``auto`` decided for ``platform`` ("cpu", "cuda", "rocm", "tpu") and sequence length.
+
+        Raises:
+            ConfigError: the sequence is too long, or cuDNN attention is asked for where it cannot run.
+        """
+        if not 1 <= seq_len <= self.max_seq_len:
+            raise ConfigError(f"a sequence of {seq_len} tokens does not fit model.max_seq_len {self.max_seq_len}")
+        dtype = ("float32" if platform == "cpu" else "bfloat16") if self.dtype == "auto" else self.dtype
+        obstacle = self._cudnn_obstacle(platform, dtype)
+        if self.attention == "cudnn" and obstacle:
+            raise ConfigError(f"model.attention cudnn {obstacle}: choose auto, materialised or blockwise")
+        attention = self.attention
+        if attention == "auto":
+            attention = "cudnn" if not obstacle else "materialised" if seq_len <= SHORT_SEQUENCE else "blockwise"
+        return dataclasses.replace(self, dtype=dtype, attention=attention)
+
+    def _cudnn_obstacle(self, platform: str, dtype: str) -> str | None:
+        head_dim = self.channels // self.num_heads
+        if platform != "cuda":
+            return f"needs an NVIDIA GPU, not {platform}"
+        if dtype != "bfloat16":
+            return f"needs model.dtype bfloat16, not {dtype}"
+        if head_dim % 8 or head_dim > 128:
+            return f"needs heads of a multiple of 8 and at most 128 channels, not {head_dim}"
+        if self.dropout:
+            return "offers no dropout"
+        return None

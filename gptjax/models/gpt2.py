@@ -1,0 +1,304 @@
+"""GPT-2 (Radford et al. 2019): the forward, and its backward derived by hand.
+
+`loss` is the plain forward: differentiating it with JAX is the reference. `loss_and_grad` is the backward written out.
+`loss_manual` binds the two, so that ``jax.grad(loss_manual)`` runs the hand-written backward; nothing else does.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int, Key
+
+from gptjax.models.config import GPT2Config
+from gptjax.models.params import Block, Params, join_layers, split_layers
+from gptjax.ops import (
+    attention_bwd,
+    attention_fwd,
+    cross_entropy_bwd,
+    cross_entropy_fwd,
+    dropout_bwd,
+    dropout_fwd,
+    embedding_bwd,
+    embedding_fwd,
+    gelu_bwd,
+    gelu_fwd,
+    layernorm_bwd,
+    layernorm_fwd,
+    linear_bwd,
+    linear_fwd,
+    target_weights,
+)
+
+class Batch(NamedTuple):
+    """Token ids and, at each position, the id that comes next.
+
+    A target of `IGNORE_INDEX` does not count; ``mask``, if given, weighs each target (0 leaves it out).
+    """
+
+    inputs: Int[Array, "B T"]
+    targets: Int[Array, "B T"]
+    mask: Float[Array, "B T"] | None = None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One block
+
+
+class BlockSaved(NamedTuple):
+    """What `block_bwd` needs, in the order of the forward."""
+
+    ln1: Any
+    qkv: Any
+    att: Any
+    attproj: Any
+    drop1: Any
+    ln2: Any
+    fc: Any
+    gelu: Any
+    fcproj: Any
+    drop2: Any
+
+
+def block_fwd(
+    w: Block, x: Float[Array, "B T C"], cfg: GPT2Config, attend: Any, key: Key[Array, ""] | None = None
+) -> tuple[Float[Array, "B T C"], BlockSaved]:
+    """One pre-norm transformer block: ``x += attention(layernorm(x))``, then ``x += mlp(layernorm(x))``.
+
+    The only block body there is. ``attend(q, k, v) -> (o, saved)`` says what the queries look at: the sequence itself
+    in training and evaluation, a cache in decoding, where ``saved`` is the updated cache.
+    """
+    B, T, C = x.shape
+    key1, key2 = (None, None) if key is None else jax.random.split(key)
+    h1, ln1 = layernorm_fwd(x, w.ln1w, w.ln1b)
+    qkv, qkv_saved = linear_fwd(h1, w.qkvw, w.qkvb)
+    q, k, v = (qkv[..., i * C : (i + 1) * C].reshape(B, T, cfg.num_heads, -1) for i in range(3))
+    o, att = attend(q, k, v)
+    a, attproj = linear_fwd(o.reshape(B, T, C), w.attprojw, w.attprojb)
+    a, drop1 = dropout_fwd(a, cfg.dropout, key1)
+    x = x + a
+    h2, ln2 = layernorm_fwd(x, w.ln2w, w.ln2b)
+    f, fc = linear_fwd(h2, w.fcw, w.fcb)
+    g, gelu = gelu_fwd(f)
+    g = checkpoint_name(g, "gelu")
+    m, fcproj = linear_fwd(g, w.fcprojw, w.fcprojb)
+    m, drop2 = dropout_fwd(m, cfg.dropout, key2)
+    x = x + m
+    return x, BlockSaved(ln1, qkv_saved, att, attproj, drop1, ln2, fc, gelu, fcproj, drop2)
+
+
+def block_bwd(
+    w: Block, saved: BlockSaved, dx: Float[Array, "B T C"], cfg: GPT2Config, attend_bwd: Any
+) -> tuple[Float[Array, "B T C"], Block]:
+    """(dx, dw) of `block_fwd`: its lines from the last to the first. A residual branch adds its gradient to the stream's."""
+    B, T, C = dx.shape
+    dm = dropout_bwd(saved.drop2, cfg.dropout, dx)
+    dg, dfcprojw, dfcprojb = linear_bwd(saved.fcproj, w.fcprojw, dm)
+    df = gelu_bwd(saved.gelu, dg)
+    dh2, dfcw, dfcb = linear_bwd(saved.fc, w.fcw, df)
+    dx2, dln2w, dln2b = layernorm_bwd(saved.ln2, w.ln2w, dh2)
+    dx = dx + dx2
+    da = dropout_bwd(saved.drop1, cfg.dropout, dx)
+    do, dattprojw, dattprojb = linear_bwd(saved.attproj, w.attprojw, da)
+    dq, dk, dv = attend_bwd(saved.att, do.reshape(B, T, cfg.num_heads, -1))
+    dqkv = jnp.concatenate([d.reshape(B, T, C) for d in (dq, dk, dv)], axis=-1)
+    dh1, dqkvw, dqkvb = linear_bwd(saved.qkv, w.qkvw, dqkv)
+    dx1, dln1w, dln1b = layernorm_bwd(saved.ln1, w.ln1w, dh1)
+    dx = dx + dx1
+    grads = (dln1w, dln1b, dqkvw, dqkvb, dattprojw, dattprojb, dln2w, dln2b, dfcw, dfcb, dfcprojw, dfcprojb)
+    return dx, Block(*grads)
+
+
+def training_block_fwd(
+    w: Block, x: Float[Array, "B T C"], cfg: GPT2Config, key: Key[Array, ""] | None
+) -> tuple[Float[Array, "B T C"], BlockSaved]:
+    """`block_fwd` attending to its own sequence; ``key`` turns dropout on."""
+    att_key, key = (None, None) if key is None else jax.random.split(key)
+    attend = partial(attention_fwd, cfg.attention, rate=cfg.dropout, key=att_key)
+    return block_fwd(w, x, cfg, attend, key)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The stack of blocks, with what each recompute setting keeps
+
+
+def blocks_fwd(
+    blocks: Any, x: Float[Array, "B T C"], cfg: GPT2Config, keys: Key[Array, " L"] | None
+) -> tuple[Float[Array, "B T C"], Any]:
+    """All layers in turn. Saved: per layer, what ``cfg.recompute`` says to keep."""
+
+    def body(x: Array, w_key: tuple[Block, Any]) -> tuple[Array, Any]:
+        w, key = w_key
+        y, saved = training_block_fwd(w, x, cfg, key)
+        if cfg.recompute == "block":
+            return y, x
+        return y, saved._replace(fcproj=None) if cfg.recompute == "gelu" else saved
+
+    return over_layers(body, x, (blocks, keys), cfg)
+
+
+def blocks_bwd(
+    blocks: Any, saved: Any, dx: Float[Array, "B T C"], cfg: GPT2Config, keys: Key[Array, " L"] | None
+) -> tuple[Float[Array, "B T C"], Any]:
+    """(dx, dblocks) of `blocks_fwd`, from the last layer to the first."""
+
+    def body(dx: Array, w_key_saved: tuple[Block, Any, Any]) -> tuple[Array, Block]:
+        w, key, saved = w_key_saved
+        # The barriers tie the recomputation to dx: without them XLA merges it with the forward's and keeps the result.
+        if cfg.recompute == "block":
+            x, dx = lax.optimization_barrier((saved, dx))
+            _, saved = training_block_fwd(w, x, cfg, key)
+        elif cfg.recompute == "gelu":
+            f, dx = lax.optimization_barrier((saved.gelu, dx))
+            saved = saved._replace(gelu=f, fcproj=gelu_fwd(f)[0])
+        return block_bwd(w, saved, dx, cfg, partial(attention_bwd, cfg.attention, rate=cfg.dropout))
+
+    return over_layers(body, dx, (blocks, keys, saved), cfg, reverse=True)
+
+
+def over_layers(body: Any, carry: Any, xs: Any, cfg: GPT2Config, reverse: bool = False) -> tuple[Any, Any]:
+    """`jax.lax.scan` of ``body`` over the layers, or the same unrolled.
+
+    ``xs`` is a tuple whose entries hold one value a layer, stacked when scanned, in a sequence when unrolled, or None.
+    """
+    if cfg.layers == "scan":
+        return lax.scan(body, carry, xs, reverse=reverse)
+    ys: list[Any] = [None] * cfg.num_layers
+    for i in reversed(range(cfg.num_layers)) if reverse else range(cfg.num_layers):
+        carry, ys[i] = body(carry, tuple(None if x is None else x[i] for x in xs))
+    return carry, ys
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The network
+
+
+def _split_key(key: Key[Array, ""] | None, cfg: GPT2Config) -> tuple[Any, Any]:
+    """Keys of the embedding's dropout and of each layer."""
+    if key is None or cfg.dropout == 0:
+        return None, None
+    key, block_key = jax.random.split(key)
+    return key, jax.random.split(block_key, cfg.num_layers)
+
+
+def hidden(params: Params, inputs: Int[Array, "B T"], cfg: GPT2Config, key: Key[Array, ""] | None = None) -> Array:
+    """(B, T) ids -> (B, T, C), the final LayerNorm's output: the plain forward up to the classifier."""
+    key, keys = _split_key(key, cfg)
+    x = embedding_fwd(inputs, jnp.arange(inputs.shape[1], dtype=jnp.int32), params.wte, params.wpe, cfg.compute_dtype)
+    x, _ = dropout_fwd(x, cfg.dropout, key)
+
+    def body(x: Array, w_key: tuple[Block, Any]) -> tuple[Array, None]:
+        return training_block_fwd(w_key[0], x, cfg, w_key[1])[0], None
+
+    if cfg.recompute == "block":
+        body = jax.checkpoint(body)
+    elif cfg.recompute == "gelu":
+        body = jax.checkpoint(body, policy=jax.checkpoint_policies.save_anything_except_these_names("gelu"))
+    x, _ = over_layers(body, x, (split_layers(params), keys), cfg)
+    return layernorm_fwd(x, params.lnfw, params.lnfb)[0]
+
+
+def logits(params: Params, inputs: Int[Array, "B T"], cfg: GPT2Config) -> Float[Array, "B T V"]:
+    """(B, T) ids -> (B, T, V) scores of the next token, without dropout."""
+    return hidden(params, inputs, cfg) @ params.wte[: cfg.vocab_size].T.astype(cfg.compute_dtype)
+
+
+def loss(
+    params: Params,
+    batch: Batch,
+    cfg: GPT2Config,
+    key: Key[Array, ""] | None = None,
+    count: Float[Array, ""] | None = None,
+) -> Float[Array, ""]:
+    """Mean cross-entropy of the targets in nats: the plain forward, free of custom derivatives.
+
+    Args:
+        params: in the layout of ``cfg.layers``.
+        batch: ids below ``cfg.vocab_size``; at most ``cfg.max_seq_len`` long.
+        cfg: `GPT2Config.resolve`d; static under jit.
+        key: turns dropout on.
+        count: divides the summed loss in place of this batch's own count of targets; see `target_weights`.
+    """
+    x = hidden(params, batch.inputs, cfg, key)
+
+    def piece(x: Array, targets: Array, weights: Array) -> Array:
+        scores = jnp.einsum("nc,vc->nv", x, params.wte.astype(x.dtype))
+        return cross_entropy_fwd(scores, targets, weights, cfg.vocab_size)[0]
+
+    pieces = [jax.checkpoint(piece)(*p) if cfg.loss_chunks > 1 else piece(*p) for p in _pieces(x, batch, cfg, count)]
+    return sum(pieces[1:], pieces[0])
+
+
+def loss_and_grad(
+    params: Params,
+    batch: Batch,
+    cfg: GPT2Config,
+    key: Key[Array, ""] | None = None,
+    count: Float[Array, ""] | None = None,
+) -> tuple[Float[Array, ""], Params]:
+    """`loss` and its gradient with respect to every parameter, by the backward derived by hand. Arguments as in `loss`."""
+    key, keys = _split_key(key, cfg)
+    blocks = split_layers(params)
+    positions = jnp.arange(batch.inputs.shape[1], dtype=jnp.int32)
+
+    x = embedding_fwd(batch.inputs, positions, params.wte, params.wpe, cfg.compute_dtype)
+    x, drop = dropout_fwd(x, cfg.dropout, key)
+    x, saved = blocks_fwd(blocks, x, cfg, keys)
+    h, lnf = layernorm_fwd(x, params.lnfw, params.lnfb)
+
+    value, dh, dwte = _classifier_and_grad(params.wte, h, batch, cfg, count)
+
+    dx, dlnfw, dlnfb = layernorm_bwd(lnf, params.lnfw, dh)
+    dx, dblocks = blocks_bwd(blocks, saved, dx, cfg, keys)
+    dx = dropout_bwd(drop, cfg.dropout, dx)
+    dwte, dwpe = embedding_bwd(batch.inputs, positions, dwte, jnp.zeros_like(params.wpe), dx)
+    return value, Params(wte=dwte, wpe=dwpe, lnfw=dlnfw, lnfb=dlnfb, **join_layers(dblocks)._asdict())
+
+
+def _classifier_and_grad(
+    wte: Float[Array, "Vp C"], h: Float[Array, "B T C"], batch: Batch, cfg: GPT2Config, count: Any
+) -> tuple[Float[Array, ""], Float[Array, "B T C"], Float[Array, "Vp C"]]:
+    """(loss, dh, dwte) of the tied classifier ``scores = h wte^T`` and the cross-entropy.
+
+    Forward and backward of one piece of rows follow each other, so a piece's scores live only as long as the piece.
+    """
+    value, dh, dwte = [], [], None
+    w = wte.astype(h.dtype)
+    for x, targets, weights in _pieces(h, batch, cfg, count):
+        scores = jnp.einsum("nc,vc->nv", x, w)
+        nll, saved = cross_entropy_fwd(scores, targets, weights, cfg.vocab_size)
+        dscores = cross_entropy_bwd(saved, cfg.vocab_size)
+        dh.append(jnp.einsum("nv,vc->nc", dscores, w))
+        dw = jnp.einsum("nv,nc->vc", dscores, x, preferred_element_type=wte.dtype)
+        dwte = dw if dwte is None else dwte + dw
+        value.append(nll)
+    return sum(value[1:], value[0]), jnp.concatenate(dh).reshape(h.shape), dwte
+
+
+def _pieces(h: Float[Array, "B T C"], batch: Batch, cfg: GPT2Config, count: Any) -> list[tuple[Array, Array, Array]]:
+    """(rows of h, targets, weights), flattened to (B T, ...) and cut into ``cfg.loss_chunks`` pieces."""
+    weights = target_weights(batch.targets, batch.mask, count)
+    rows = h.reshape(-1, h.shape[-1]), batch.targets.reshape(-1), weights.reshape(-1)
+    size = -(-batch.targets.size // cfg.loss_chunks)
+    return [tuple(r[i : i + size] for r in rows) for i in range(0, batch.targets.size, size)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The binding
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def loss_manual(
+    params: Params, batch: Batch, cfg: GPT2Config, key: Key[Array, ""] | None = None, count: Float[Array, ""] | None = None
+) -> Float[Array, ""]:
+    """`loss`, whose derivative under `jax.grad` is `loss_and_grad`'s."""
+    return loss(params, batch, cfg, key, count)
+
+
+loss_manual.defvjp(
+    lambda params, batch, cfg, key=None, count=None: loss_and_grad(params, batch, cfg, key, count),
+    lambda cfg, grads, dloss: (jax.tree.map(lambda g: g * dloss.astype(g.dtype), grads), None, None, None),
+)

@@ -1,0 +1,50 @@
+"""The pieces of GPT-2, each a forward and, directly below it, the backward derived by hand.
+
+Every op is a pair of pure functions::
+
+    y, saved = op_fwd(x, *weights)
+    dx, *dweights = op_bwd(saved, *weights, dy)
+
+``saved`` holds activations only, never weights, so that a scan over layers does not copy the weights.
+The gradient of the loss with respect to ``z`` is called ``dz`` and has the shape of ``z``; a weight's gradient has
+the weight's dtype. Reductions run in float32 or wider (`accumulation_dtype`) whatever the compute dtype is.
+No op carries a ``custom_vjp``: differentiating a forward with JAX gives an independent reference for its backward.
+
+The dimension legend, used in shapes everywhere (einsum letters are the lower case):
+
+==  =====================================  ==  =======================================
+B   batch                                  H   heads
+T   time: positions of the query           D   head dimension, C / H
+S   time: positions of the key and value   F   hidden width of the MLP, 4 C
+C   channels (the model's width)           V   vocabulary
+L   layers                                 Vp  vocabulary padded to a multiple of 128
+==  =====================================  ==  =======================================
+"""
+
+from gptjax.ops.activation import gelu_bwd, gelu_fwd
+from gptjax.ops.attention import ATTENTION_IMPLEMENTATIONS, attention_bwd, attention_fwd
+from gptjax.ops.dropout import dropout_bwd, dropout_fwd
+from gptjax.ops.embedding import embedding_bwd, embedding_fwd
+from gptjax.ops.linear import linear_bwd, linear_fwd
+from gptjax.ops.loss import IGNORE_INDEX, cross_entropy_bwd, cross_entropy_fwd, target_weights
+from gptjax.ops.norm import layernorm_bwd, layernorm_fwd
+
+__all__ = [
+    "ATTENTION_IMPLEMENTATIONS",
+    "IGNORE_INDEX",
+    "attention_bwd",
+    "attention_fwd",
+    "cross_entropy_bwd",
+    "cross_entropy_fwd",
+    "dropout_bwd",
+    "dropout_fwd",
+    "embedding_bwd",
+    "embedding_fwd",
+    "gelu_bwd",
+    "gelu_fwd",
+    "layernorm_bwd",
+    "layernorm_fwd",
+    "linear_bwd",
+    "linear_fwd",
+    "target_weights",
+]

@@ -1,0 +1,125 @@
+"""Causal multi-head attention: one interface, three implementations.
+
+``materialised`` stores the (T, S) probabilities; ``blockwise`` never does (memory linear in T); ``cudnn`` is NVIDIA's
+fused kernel. `attention_fwd` and `attention_bwd` choose among them by name.
+"""
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Key
+
+from gptjax.ops.blockwise import blockwise_bwd, blockwise_fwd
+from gptjax.ops.dropout import dropout_bwd, dropout_fwd
+from gptjax.ops.precision import accumulation_dtype
+
+Heads = Float[Array, "B T H D"]
+KeyHeads = Float[Array, "B S H D"]
+ATTENTION_IMPLEMENTATIONS = ("materialised", "blockwise", "cudnn")
+
+
+def attention_fwd(
+    implementation: str, q: Heads, k: Heads, v: Heads, rate: float = 0.0, key: Key[Array, ""] | None = None
+) -> tuple[Heads, Any]:
+    """Each position attends to itself and those before it; see `materialised_fwd` for the equation.
+
+    Args:
+        implementation: one of `ATTENTION_IMPLEMENTATIONS`. All compute the same function, up to rounding and, with
+            dropout, up to which probabilities are dropped.
+        q, k, v: (B, T, H, D).
+        rate: dropout on the attention probabilities; ``cudnn`` does not offer it.
+        key: random key of the dropout, None to leave it out.
+
+    Raises:
+        ValueError: unknown implementation, or dropout asked of ``cudnn``.
+    """
+    match implementation:
+        case "materialised":
+            return materialised_fwd(q, k, v, rate, key)
+        case "blockwise":
+            return blockwise_fwd(q, k, v, rate, key)
+        case "cudnn":
+            if rate and key is not None:
+                raise ValueError("cudnn attention has no dropout: use attention materialised or blockwise, or dropout 0")
+            return cudnn_fwd(q, k, v)
+    raise ValueError(f"attention must be one of {', '.join(ATTENTION_IMPLEMENTATIONS)}, not {implementation}")
+
+
+def attention_bwd(implementation: str, saved: Any, do: Heads, rate: float = 0.0) -> tuple[Heads, Heads, Heads]:
+    """(dq, dk, dv) of `attention_fwd`; ``do`` is the gradient of its output."""
+    match implementation:
+        case "materialised":
+            return materialised_bwd(saved, do, rate)
+        case "blockwise":
+            return blockwise_bwd(saved, do, rate)
+        case _:
+            return saved(do)
+
+
+class MaterialisedSaved(NamedTuple):
+    """What `materialised_bwd` needs."""
+
+    q: Heads
+    k: KeyHeads
+    v: KeyHeads
+    p: Float[Array, "B H T S"]
+    keep: Bool[Array, "B H T S"] | None
+
+
+def materialised_fwd(
+    q: Heads,
+    k: KeyHeads,
+    v: KeyHeads,
+    rate: float = 0.0,
+    key: Key[Array, ""] | None = None,
+    visible: Bool[Array, "T S"] | None = None,
+) -> tuple[Heads, MaterialisedSaved]:
+    """``o = dropout(p) v`` with ``p = softmax(s)`` over the keys, ``s = q k^T / sqrt(D)`` where ``visible``, else -inf.
+
+    ``visible`` defaults to the causal triangle; decoding, whose keys come from a cache, passes its own.
+
+    Derivation of the backward, with r = dropout(p):
+
+        dv = r^T do
+        dr = do v^T,   dp = dr through the same dropout mask
+        ds = p (dp - sum_s dp p)            the softmax's Jacobian, diag(p) - p p^T, applied to dp
+        dq = ds k / sqrt(D),   dk = ds^T q / sqrt(D)
+
+    Saved: q, k, v, the probabilities and the dropout mask: O(T^2) memory, no recomputation.
+    """
+    if visible is None:
+        visible = jnp.tri(q.shape[1], k.shape[1], dtype=bool)
+    acc = accumulation_dtype(q)
+    s = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=acc) / math.sqrt(q.shape[3])
+    s = jnp.where(jnp.broadcast_to(visible, s.shape), s, -jnp.inf)
+    p = jax.nn.softmax(s, axis=-1).astype(v.dtype)
+    r, keep = dropout_fwd(p, rate, key)
+    return jnp.einsum("bhts,bshd->bthd", r, v), MaterialisedSaved(q, k, v, p, keep)
+
+
+def materialised_bwd(saved: MaterialisedSaved, do: Heads, rate: float = 0.0) -> tuple[Heads, Heads, Heads]:
+    """(dq, dk, dv) of `materialised_fwd`."""
+    q, k, v, p, keep = saved
+    acc = accumulation_dtype(q)
+    r = dropout_bwd(keep, rate, p)
+    dv = jnp.einsum("bhts,bthd->bshd", r, do)
+    dr = jnp.einsum("bthd,bshd->bhts", do, v, preferred_element_type=acc)
+    dp = dropout_bwd(keep, rate, dr)
+    pf = p.astype(acc)
+    ds = pf * (dp - (dp * pf).sum(-1, keepdims=True)) / math.sqrt(q.shape[3])
+    ds = ds.astype(q.dtype)
+    dq = jnp.einsum("bhts,bshd->bthd", ds, k)
+    dk = jnp.einsum("bhts,bthd->bshd", ds, q)
+    return dq, dk, dv
+
+
+def cudnn_fwd(q: Heads, k: Heads, v: Heads) -> tuple[Heads, Any]:
+    """`materialised_fwd` by cuDNN's flash-attention kernel. Saved: JAX's handle on the kernel's own backward.
+
+    Needs a CUDA GPU of compute capability 8.0 or later, a 16-bit dtype, and D a multiple of 8 and at most 128.
+    """
+    kernel = partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+    return jax.vjp(kernel, q, k, v)

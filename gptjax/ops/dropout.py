@@ -1,0 +1,36 @@
+"""Inverted dropout (Srivastava et al. 2014), with the random key as an argument."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Key
+
+
+def dropout_fwd(
+    x: Float[Array, "*shape"], rate: float, key: Key[Array, ""] | None
+) -> tuple[Float[Array, "*shape"], Bool[Array, "*shape"] | None]:
+    """``y = x keep / (1 - rate)`` where each element of ``keep`` is 1 with probability 1 - rate, else 0.
+
+    With ``key=None`` (evaluation) or ``rate=0`` this is the identity and nothing is saved.
+
+    The map is linear in x, so the backward is the same map applied to dy: ``dx = dy keep / (1 - rate)``.
+
+    Saved: keep, one byte an element; drawing the bits again costs more than reading them back.
+
+    Raises:
+        ValueError: the rate is outside [0, 1).
+    """
+    if not 0 <= rate < 1:
+        raise ValueError(f"the dropout rate must be in [0, 1), not {rate}")
+    if key is None or rate == 0:
+        return x, None
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return dropout_bwd(keep, rate, x), keep
+
+
+def dropout_bwd(
+    keep: Bool[Array, "*shape"] | None, rate: float, dy: Float[Array, "*shape"]
+) -> Float[Array, "*shape"]:
+    """dx of `dropout_fwd`; the forward too applies its mask with this function, since the map is its own adjoint."""
+    if keep is None:
+        return dy
+    return jnp.where(keep, dy * (1 / (1 - rate)), jnp.zeros((), dy.dtype))

@@ -1,0 +1,34 @@
+"""Linear layer, weights stored (in, out) as GPT-2's Conv1D does."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from gptjax.ops.precision import accumulation_dtype
+
+
+def linear_fwd(
+    x: Float[Array, "B T I"], w: Float[Array, "I O"], b: Float[Array, " O"]
+) -> tuple[Float[Array, "B T O"], Float[Array, "B T I"]]:
+    """``y = x w + b``, computed in x's dtype.
+
+    Derivation of the backward, for one row: y_o = sum_i x_i w_io + b_o, so
+
+        dx_i  = sum_o dy_o w_io      i.e. dx = dy w^T
+        dw_io = x_i dy_o             summed over all rows: dw = x^T dy
+        db_o  = dy_o                 summed over all rows
+
+    Saved: x, which dw needs; dx needs only the weight.
+    """
+    y = jnp.einsum("bti,io->bto", x, w.astype(x.dtype))
+    return y + jnp.broadcast_to(b.astype(x.dtype), y.shape), x
+
+
+def linear_bwd(
+    x: Float[Array, "B T I"], w: Float[Array, "I O"], dy: Float[Array, "B T O"]
+) -> tuple[Float[Array, "B T I"], Float[Array, "I O"], Float[Array, " O"]]:
+    """(dx, dw, db) of `linear_fwd`; dw and db are summed in `accumulation_dtype` and returned in w's dtype."""
+    acc = accumulation_dtype(x)
+    dx = jnp.einsum("bto,io->bti", dy, w.astype(dy.dtype))
+    dw = jnp.einsum("bti,bto->io", x, dy, preferred_element_type=acc)
+    db = dy.astype(acc).sum((0, 1))
+    return dx, dw.astype(w.dtype), db.astype(w.dtype)

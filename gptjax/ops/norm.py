@@ -1,0 +1,57 @@
+"""Layer normalisation (Ba, Kiros and Hinton 2016, arXiv:1607.06450)."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from gptjax.ops.precision import accumulation_dtype
+
+EPS = 1e-5  # GPT-2's
+
+
+class LayerNormSaved(NamedTuple):
+    """What `layernorm_bwd` needs: the input and each row's two statistics."""
+
+    x: Float[Array, "B T C"]
+    mean: Float[Array, "B T 1"]
+    rstd: Float[Array, "B T 1"]
+
+
+def layernorm_fwd(
+    x: Float[Array, "B T C"], w: Float[Array, " C"], b: Float[Array, " C"]
+) -> tuple[Float[Array, "B T C"], LayerNormSaved]:
+    """``y = n w + b`` with ``n = (x - mean) rstd`` and ``rstd = 1 / sqrt(var + EPS)`` over the channels.
+
+    Derivation of the backward. Let dn = dy w. Moving x_j changes n_i directly, through the mean, and through rstd:
+
+        dn_i/dx_j = rstd (delta_ij - 1/C - n_i n_j / C)
+
+    Summing dn_i over i with those weights:
+
+        dx = rstd (dn - mean(dn) - n mean(dn n))
+        dw = sum over rows of dy n,   db = sum over rows of dy
+
+    Saved: x, mean and rstd. n is two flops away from them, and a residual network keeps x alive anyway.
+    """
+    xf = x.astype(accumulation_dtype(x))
+    mean = xf.mean(-1, keepdims=True)
+    rstd = lax.rsqrt(jnp.square(xf - mean).mean(-1, keepdims=True) + EPS)
+    n = (xf - mean) * rstd
+    y = n * jnp.broadcast_to(w.astype(n.dtype), n.shape) + jnp.broadcast_to(b.astype(n.dtype), n.shape)
+    return y.astype(x.dtype), LayerNormSaved(x, mean, rstd)
+
+
+def layernorm_bwd(
+    saved: LayerNormSaved, w: Float[Array, " C"], dy: Float[Array, "B T C"]
+) -> tuple[Float[Array, "B T C"], Float[Array, " C"], Float[Array, " C"]]:
+    """(dx, dw, db) of `layernorm_fwd`."""
+    x, mean, rstd = saved
+    n = (x.astype(mean.dtype) - mean) * rstd
+    dyf = dy.astype(mean.dtype)
+    dn = dyf * jnp.broadcast_to(w.astype(mean.dtype), dy.shape)
+    dx = rstd * (dn - dn.mean(-1, keepdims=True) - n * (dn * n).mean(-1, keepdims=True))
+    dw = (dyf * n).sum((0, 1))
+    db = dyf.sum((0, 1))
+    return dx.astype(x.dtype), dw.astype(w.dtype), db.astype(w.dtype)

@@ -1,0 +1,148 @@
+"""One training step and one evaluation step as compiled functions: the engine that the commands drive."""
+
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from gptjax.models import gpt2
+from gptjax.models.config import GPT2Config
+from gptjax.models.gpt2 import Batch
+from gptjax.models.params import Params, init_params
+from gptjax.ops import IGNORE_INDEX
+from gptjax.optim import Optimizer, OptState, StepMetrics, init_opt_state, make_schedule, update_moments, update_params
+
+Backward = Literal["manual", "autodiff"]
+
+
+class TrainState(NamedTuple):
+    """Everything a step changes, on the device."""
+
+    params: Params
+    opt_state: OptState
+
+
+def init_state(key: Key[Array, ""], cfg: GPT2Config, optimizer: Optimizer) -> TrainState:
+    """Fresh parameters and optimizer state; pure, to be jitted."""
+    params = init_params(key, cfg)
+    return TrainState(params, init_opt_state(optimizer, params))
+
+
+def mean_loss_and_grad(
+    params: Params, batch: Batch, key: Key[Array, ""] | None, cfg: GPT2Config, backward: Backward
+) -> tuple[Float[Array, ""], Params]:
+    """Loss and gradient of A micro-batches, equal to those of the one batch of A B sequences.
+
+    Args:
+        params: the parameters.
+        batch: (A, B, T) arrays.
+        key: dropout's; each micro-batch gets its own.
+        cfg: resolved.
+        backward: ``manual`` runs the hand-written backward, ``autodiff`` JAX's.
+    """
+    count = target_count(batch)
+
+    def one(batch: Batch, key: Any) -> tuple[Array, Params]:
+        if backward == "manual":
+            return gpt2.loss_and_grad(params, batch, cfg, key, count)
+        return jax.value_and_grad(gpt2.loss)(params, batch, cfg, key, count)
+
+    A = batch.inputs.shape[0]
+    keys = None if key is None else jax.random.split(key, A)
+    if A == 1:
+        return one(*jax.tree.map(lambda x: x[0], (batch, keys)))
+
+    def add(total: Any, batch_key: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, one(*batch_key)), None
+
+    zeros = jnp.zeros((), loss_dtype(cfg)), jax.tree.map(jnp.zeros_like, params)
+    return jax.lax.scan(add, zeros, (batch, keys))[0]
+
+
+def target_count(batch: Batch) -> Float[Array, ""]:
+    """Targets that count, each weighed by its mask."""
+    mask = jnp.ones(batch.targets.shape, jnp.float32) if batch.mask is None else batch.mask
+    return jnp.where(batch.targets == IGNORE_INDEX, 0.0, mask).sum()
+
+
+def loss_dtype(cfg: GPT2Config) -> Any:
+    """The loss is a float32 scalar, float64 when everything is."""
+    return jnp.float64 if cfg.dtype == "float64" else jnp.float32
+
+
+class CompiledStep(NamedTuple):
+    """The three executables of a training step (see `Optimizer` for why three) and what they hold at most."""
+
+    grads: jax.stages.Compiled
+    moments: jax.stages.Compiled
+    params: jax.stages.Compiled
+    memory: dict[str, int]
+
+
+def step_functions(cfg: GPT2Config, optimizer: Optimizer, backward: Backward, steps: int) -> tuple[Any, Any, Any]:
+    """The training step as three jitted functions, in the order they run; their buffers are donated."""
+    schedule = make_schedule(optimizer.cfg, steps)
+
+    def grads(params: Params, batch: Batch, key: Any, step: Array) -> tuple[Array, Params]:
+        key = jax.random.fold_in(key, step) if cfg.dropout else None
+        return mean_loss_and_grad(params, batch, key, cfg, backward)
+
+    def moments(moments: Any, grads: Params, loss: Array) -> tuple[Any, StepMetrics]:
+        learning_rate = jnp.asarray(schedule(moments[1].count), jnp.float32)
+        new, norm, finite = update_moments(optimizer, moments, grads, loss)
+        return new, StepMetrics(loss, norm, learning_rate, finite)
+
+    def params(params: Params, step: Any, moments: Any, finite: Array) -> tuple[Params, Any]:
+        return update_params(optimizer, moments, step, params, finite)
+
+    return jax.jit(grads), jax.jit(moments, donate_argnums=0), jax.jit(params, donate_argnums=(0, 1))
+
+
+def compile_step(
+    cfg: GPT2Config, optimizer: Optimizer, backward: Backward, steps: int, state: Any, batch: Any, key: Any
+) -> CompiledStep:
+    """Compile the training step for arguments of these shapes: arrays or `jax.ShapeDtypeStruct`s."""
+    grads, moments, params = step_functions(cfg, optimizer, backward, steps)
+    compiled_grads = grads.lower(state.params, batch, key, jax.ShapeDtypeStruct((), jnp.int32)).compile()
+    loss, g = jax.eval_shape(grads, state.params, batch, key, jax.ShapeDtypeStruct((), jnp.int32))
+    compiled_moments = moments.lower(state.opt_state.moments, g, loss).compile()
+    finite = jax.ShapeDtypeStruct((), jnp.bool_)
+    compiled_params = params.lower(state.params, state.opt_state.step, state.opt_state.moments, finite).compile()
+    memory = {
+        "parameters": _nbytes(state.params),
+        "optimizer": _nbytes(state.opt_state),
+        "gradients": _nbytes(g),
+        "temporaries": max(c.memory_analysis().temp_size_in_bytes for c in (compiled_grads, compiled_moments, compiled_params)),
+    }
+    return CompiledStep(compiled_grads, compiled_moments, compiled_params, memory)
+
+
+def run_step(compiled: CompiledStep, state: TrainState, batch: Batch, key: Any, step: int) -> tuple[TrainState, StepMetrics]:
+    """Dispatch one step; returns at once, with arrays still being computed. ``state`` is consumed."""
+    loss, grads = compiled.grads(state.params, batch, key, jnp.int32(step))
+    moments, metrics = compiled.moments(state.opt_state.moments, grads, loss)
+    params, step_state = compiled.params(state.params, state.opt_state.step, moments, metrics.finite)
+    return TrainState(params, OptState(moments, step_state)), metrics
+
+
+def make_eval_loss(cfg: GPT2Config) -> Any:
+    """A jitted ``(params, batch) -> (summed loss, targets counted)``, without dropout."""
+
+    @jax.jit
+    def eval_loss(params: Params, batch: Batch) -> tuple[Array, Array]:
+        count = target_count(batch)
+        return gpt2.loss(params, batch, cfg) * count, count
+
+    return eval_loss
+
+
+def evaluate(eval_loss: Any, params: Params, batches: list[Batch]) -> float:
+    """Mean loss in nats over all targets that count in ``batches``."""
+    sums = [eval_loss(params, batch) for batch in batches]
+    return sum(float(total) for total, _ in sums) / max(sum(float(count) for _, count in sums), 1.0)
+
+
+def _nbytes(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
