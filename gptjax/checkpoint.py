@@ -56,6 +56,7 @@ class CheckpointWriter:
 
         Raises:
             CheckpointError: this save, or an earlier one in the background, could not be written.
+
         """
         sums = [int(x) for x in jax.tree.leaves(_checksums(state))]
         content = {"model": dataclasses.asdict(cfg), "checksums": sums, "meta": meta}
@@ -73,6 +74,7 @@ class CheckpointWriter:
 
         Raises:
             CheckpointError: it could not be written.
+
         """
         with _write_errors(self.folder):
             self._manager.wait_until_finished()
@@ -86,6 +88,7 @@ def restore_newest(folder: Path, cfg: GPT2Config, optimizer: Optimizer) -> Resto
 
     Raises:
         CheckpointError: the model's dimensions differ, or there are checkpoints but all are damaged.
+
     """
     names = ocp.path.step.standard_name_format(step_prefix=PREFIX, step_format_fixed_length=8)
     steps = sorted((metadata.step for metadata in names.find_all(folder.absolute())), reverse=True) if folder.is_dir() else []
@@ -110,7 +113,9 @@ def _restore(path: Path, step: int, cfg: GPT2Config, optimizer: Optimizer) -> Re
     saved = info["model"]
     for name in DIMENSIONS:
         if saved[name] != getattr(cfg, name):
-            raise CheckpointError(f"{path} was trained with model.{name} {saved[name]}, not {getattr(cfg, name)}: give it that value")
+            raise CheckpointError(
+                f"{path} was trained with model.{name} {saved[name]}, not {getattr(cfg, name)}: give it that value"
+            )
     as_saved = dataclasses.replace(cfg, layers=saved["layers"])
     abstract = jax.eval_shape(lambda key: init_state(key, as_saved, optimizer), jax.random.key(0))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -50,6 +50,7 @@ def parse(config_class: type[T], prog: str, description: str, argv: list[str] | 
 
     Raises:
         ConfigError: an unknown key, a wrong type, or a value that ``config_class`` refuses.
+
     """
     parser = Parser(
         prog=prog,

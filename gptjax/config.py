@@ -1,7 +1,6 @@
 """The configuration: frozen dataclasses, read from YAML and the command line."""
 
 import dataclasses
-from typing import Literal
 
 from gptjax.data import Order
 from gptjax.errors import ConfigError
@@ -30,6 +29,7 @@ class DataConfig:
 
         Raises:
             ConfigError: a size is below 1.
+
         """
         _at_least("data", self, 1, "batch_size", "seq_len")
 
@@ -70,6 +70,7 @@ class TrainConfig:
 
         Raises:
             ConfigError: a number is out of its range.
+
         """
         _at_least("train", self, 1, "steps", "log_every", "eval_tokens", "keep_checkpoints", "max_nonfinite")
         _at_least("train", self, 0, "eval_every", "sample_every", "sample_tokens", "checkpoint_every")

@@ -38,6 +38,7 @@ class Windows:
 
         Raises:
             DataError: it holds an id that the model's vocabulary does not.
+
         """
         i = bisect.bisect_right(self.starts, index) - 1
         begin = (int(index) - self.starts[i]) * self.seq_len
@@ -80,6 +81,7 @@ class TrainingBatches:
 
         Raises:
             DataError: the shards together are shorter than one batch.
+
         """
         self.shape = shape
         per_step = shape.accumulate * shape.batch_size
@@ -105,6 +107,7 @@ class TrainingBatches:
 
         Raises:
             DataError: an id is beyond the model's vocabulary.
+
         """
         windows = next(self._iterator)
         return to_batch(windows.reshape(self.shape.accumulate, self.shape.batch_size, -1))
@@ -126,6 +129,7 @@ def validation_batches(shards: list[Shard], tokens: int, batch_size: int, seq_le
 
     Raises:
         DataError: the shards are shorter than one sequence.
+
     """
     windows = Windows(shards, seq_len, 1, vocab_size)
     if not len(windows):

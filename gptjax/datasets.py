@@ -44,6 +44,7 @@ def find_corpus(dataset: str, root: str | os.PathLike[str]) -> Corpus:
     Raises:
         DataError: no such corpus, or no shards in the folder.
         FormatError: a shard is damaged.
+
     """
     if dataset in CORPORA:
         return _open(CORPORA[dataset](Path(root)))
@@ -87,6 +88,7 @@ def pydoc(root: Path) -> Path:
 
     Raises:
         DataError: this Python comes without the module ``pydoc_data.topics``.
+
     """
     try:
         from pydoc_data.topics import topics

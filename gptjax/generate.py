@@ -12,9 +12,7 @@ from gptjax.models.params import Params
 from gptjax.ops.precision import accumulation_dtype
 
 
-def choose(
-    key: Key[Array, ""], logits: Float[Array, "B V"], temperature: float, top_k: int, allowed: int
-) -> Int[Array, " B"]:
+def choose(key: Key[Array, ""], logits: Float[Array, "B V"], temperature: float, top_k: int, allowed: int) -> Int[Array, " B"]:
     """Draw the next id of each row from softmax(logits / temperature), among the ``top_k`` best and the first ``allowed``.
 
     A temperature of 0 takes the best; a ``top_k`` of 0 leaves all ids in.
@@ -54,6 +52,7 @@ def sample(
 
     Raises:
         ValueError: the prompt is empty, or the sequence would not fit the model.
+
     """
     B, P = prompt.shape
     if P < 1 or P + new_tokens > cfg.max_seq_len:

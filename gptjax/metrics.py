@@ -1,8 +1,10 @@
 """What a run reports: one JSON object a step in a file, and a line or a progress bar for the person watching."""
 
+import contextlib
 import json
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,7 @@ class MetricsFile:
 
         Raises:
             OSError: the disk is full, with the file's name in it.
+
         """
         try:
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
@@ -106,7 +109,7 @@ class Display:
     """A progress bar at the foot of a terminal, or plain lines when the output is piped."""
 
     def __init__(self, steps: int) -> None:
-        """Nothing is drawn before `start`."""
+        """Nothing is drawn before `running`."""
         self.steps = steps
         self.console = Console(highlight=False, soft_wrap=True)
         columns = TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}")
@@ -114,16 +117,15 @@ class Display:
         bar = Progress(*columns, *times, console=self.console, transient=True)
         self.bar = bar if self.console.is_terminal else None
 
-    def start(self, done: int) -> None:
-        """Show the bar, if there is one, at ``done`` steps."""
-        if self.bar:
-            self.task = self.bar.add_task("", total=self.steps, completed=done)
-            self.bar.start()
-
-    def stop(self) -> None:
-        """Take the bar away."""
-        if self.bar:
-            self.bar.stop()
+    @contextlib.contextmanager
+    def running(self, done: int) -> Iterator[None]:
+        """Show the bar, if there is one, at ``done`` steps, until the block ends."""
+        if not self.bar:
+            yield
+            return
+        self.task = self.bar.add_task("", total=self.steps, completed=done)
+        with self.bar:
+            yield
 
     def print(self, text: str) -> None:
         """Lines that stay."""

@@ -1,6 +1,5 @@
 """One training step and one evaluation step as compiled functions: the engine that the commands drive."""
 
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -41,6 +40,7 @@ def mean_loss_and_grad(
         key: dropout's; each micro-batch gets its own.
         cfg: resolved.
         backward: ``manual`` runs the hand-written backward, ``autodiff`` JAX's.
+
     """
     count = target_count(batch)
 

@@ -65,6 +65,7 @@ def load(path: str | os.PathLike[str]) -> Tokenizer:
     Raises:
         FormatError: missing, or not such a file.
         DataError: it names GPT-2's vocabulary, which is neither cached nor to be had (see `gpt2`).
+
     """
     try:
         content = json.loads(Path(path).read_text())
@@ -84,6 +85,7 @@ def gpt2() -> Tokenizer:
 
     Raises:
         DataError: not cached, and no network to fetch it.
+
     """
     try:
         return Tokenizer(tiktoken.get_encoding("gpt2"))
@@ -99,6 +101,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, name: str) -> Tokenizer:
 
     Raises:
         ValueError: the texts are too short for that many merges, or fewer than 257 ids are asked for.
+
     """
     from tokenizers import Tokenizer as HuggingFaceTokenizer  # only training needs it
     from tokenizers import models, pre_tokenizers, trainers

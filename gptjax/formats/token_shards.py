@@ -29,6 +29,7 @@ def open_shard(path: str | os.PathLike[str]) -> Shard:
 
     Raises:
         FormatError: missing, unreadable or not a shard: wrong magic, version or size.
+
     """
     path = Path(path)
     try:
@@ -56,6 +57,7 @@ def write_shard(path: str | os.PathLike[str], tokens: Iterable[int] | np.ndarray
 
     Raises:
         ValueError: an id does not fit 16 bits.
+
     """
     path = Path(path)
     ids = np.asarray(tokens)

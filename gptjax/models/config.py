@@ -54,6 +54,7 @@ class GPT2Config:
 
         Raises:
             ConfigError: a dimension is missing or does not divide, or a number is out of range.
+
         """
         preset = dict(zip(("num_layers", "num_heads", "channels"), PRESETS[self.preset], strict=True)) if self.preset else {}
         for name in ("num_layers", "num_heads", "channels"):
@@ -87,6 +88,7 @@ class GPT2Config:
 
         Raises:
             ConfigError: the sequence is too long, or cuDNN attention is asked for where it cannot run.
+
         """
         if not 1 <= seq_len <= self.max_seq_len:
             raise ConfigError(f"a sequence of {seq_len} tokens does not fit model.max_seq_len {self.max_seq_len}")

@@ -33,6 +33,7 @@ from gptjax.ops import (
     target_weights,
 )
 
+
 class Batch(NamedTuple):
     """Token ids and, at each position, the id that comes next.
 
@@ -221,6 +222,7 @@ def loss(
         cfg: `GPT2Config.resolve`d; static under jit.
         key: turns dropout on.
         count: divides the summed loss in place of this batch's own count of targets; see `target_weights`.
+
     """
     x = hidden(params, batch.inputs, cfg, key)
 

@@ -26,7 +26,7 @@ def gelu_fwd(x: Float[Array, "B T F"]) -> tuple[Float[Array, "B T F"], Float[Arr
 
 
 def gelu_bwd(x: Float[Array, "B T F"], dy: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
-    """dx of `gelu_fwd`."""
+    """Dx of `gelu_fwd`."""
     xf = x.astype(accumulation_dtype(x))
     t = jnp.tanh(SLOPE * (xf + CUBIC * xf * xf * xf))
     du = SLOPE * (1 + 3 * CUBIC * xf * xf)

@@ -35,6 +35,7 @@ def attention_fwd(
 
     Raises:
         ValueError: unknown implementation, or dropout asked of ``cudnn``.
+
     """
     match implementation:
         case "materialised":

@@ -18,6 +18,7 @@ def dropout_fwd(
 
     Raises:
         ValueError: the rate is outside [0, 1).
+
     """
     if not 0 <= rate < 1:
         raise ValueError(f"the dropout rate must be in [0, 1), not {rate}")
@@ -27,10 +28,8 @@ def dropout_fwd(
     return dropout_bwd(keep, rate, x), keep
 
 
-def dropout_bwd(
-    keep: Bool[Array, "*shape"] | None, rate: float, dy: Float[Array, "*shape"]
-) -> Float[Array, "*shape"]:
-    """dx of `dropout_fwd`; the forward too applies its mask with this function, since the map is its own adjoint."""
+def dropout_bwd(keep: Bool[Array, "*shape"] | None, rate: float, dy: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Dx of `dropout_fwd`; the forward too applies its mask with this function, since the map is its own adjoint."""
     if keep is None:
         return dy
     return jnp.where(keep, dy * (1 / (1 - rate)), jnp.zeros((), dy.dtype))

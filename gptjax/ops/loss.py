@@ -58,10 +58,8 @@ def cross_entropy_fwd(
     return loss, CrossEntropySaved(logits, lse, targets, weights)
 
 
-def cross_entropy_bwd(
-    saved: CrossEntropySaved, vocab_size: int, dloss: Float[Array, ""] | float = 1.0
-) -> Float[Array, "N Vp"]:
-    """dlogits of `cross_entropy_fwd`."""
+def cross_entropy_bwd(saved: CrossEntropySaved, vocab_size: int, dloss: Float[Array, ""] | float = 1.0) -> Float[Array, "N Vp"]:
+    """Dlogits of `cross_entropy_fwd`."""
     logits, lse, targets, weights = saved
     x = _exclude_padding(logits.astype(lse.dtype), vocab_size)
     columns = lax.broadcasted_iota(targets.dtype, x.shape, 1)

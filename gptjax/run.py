@@ -1,0 +1,196 @@
+"""A training run before its first step: everything checked, every ``auto`` decided, its folder chosen."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.backend
+import jax.numpy as jnp
+import yaml
+
+from gptjax import datasets
+from gptjax.checkpoint import Restored, restore_newest
+from gptjax.config import Config
+from gptjax.data import BatchShape, TrainingBatches, validation_batches
+from gptjax.datasets import TOKENIZER_FILE, Corpus
+from gptjax.errors import CheckpointError, DataError
+from gptjax.generate import sample
+from gptjax.metrics import human_bytes
+from gptjax.models.config import GPT2Config
+from gptjax.models.gpt2 import Batch
+from gptjax.models.params import Params, flops_per_token, num_params
+from gptjax.optim import Optimizer, make_optimizer
+from gptjax.steps import CompiledStep
+
+# A resumed run sees the batches that it would have seen only while these stay the same.
+RESUME_KEYS = ("data.batch_size", "data.seq_len", "data.order", "optim.accumulate", "seed")
+
+
+class Run(NamedTuple):
+    """What a run is made of."""
+
+    cfg: Config
+    model: GPT2Config
+    shape: BatchShape
+    corpus: Corpus
+    batches: TrainingBatches
+    val: list[Batch]
+    optimizer: Optimizer
+    key: Any
+    folder: Path
+
+
+def set_up(cfg: Config) -> Run:
+    """Open the corpus, decide every ``auto`` and choose the run's folder; nothing is computed or written yet.
+
+    Raises:
+        GptjaxError: anything about the configuration, the corpus or the folder that a person can mend.
+
+    """
+    if cfg.model.dtype == "float64":
+        jax.config.update("jax_enable_x64", True)
+    model = cfg.model.resolve(platform_name(), cfg.data.seq_len)
+    corpus = datasets.find_corpus(cfg.data.dataset, cfg.data.root)
+    if corpus.tokenizer and corpus.tokenizer.vocab_size > model.vocab_size:
+        raise DataError(
+            f"the tokenizer of {corpus.folder} has {corpus.tokenizer.vocab_size} ids, "
+            f"but model.vocab_size is {model.vocab_size}: raise it to at least that"
+        )
+    shape = BatchShape(cfg.optim.accumulate, cfg.data.batch_size, cfg.data.seq_len)
+    return Run(
+        cfg=cfg,
+        model=model,
+        shape=shape,
+        corpus=corpus,
+        batches=TrainingBatches(corpus.train, shape, cfg.data.order, cfg.seed, model.vocab_size),
+        val=validation_batches(corpus.val, cfg.train.eval_tokens, shape.batch_size, shape.seq_len, model.vocab_size),
+        optimizer=make_optimizer(cfg.optim, cfg.train.steps),
+        key=jax.random.key(cfg.seed),
+        folder=run_folder(Path(cfg.runs), cfg.name or "run", cfg.resume),
+    )
+
+
+def platform_name() -> str:
+    """The platform that JAX computes on: cpu, cuda, rocm or tpu."""
+    backend = jax.extend.backend.get_backend()
+    if backend.platform != "gpu":
+        return backend.platform
+    return "rocm" if "rocm" in backend.platform_version.lower() else "cuda"
+
+
+def run_folder(runs: Path, name: str, resume: str | None) -> Path:
+    """The folder of a run: the one to resume, or a new one, ``NAME``, then ``NAME-2``, ``NAME-3``...
+
+    Raises:
+        CheckpointError: a folder to resume is named but is not a run's.
+
+    """
+    if resume and resume != "auto":
+        if not (Path(resume) / "checkpoints").is_dir():
+            raise CheckpointError(f"--resume {resume} is not the folder of a run: it has no checkpoints/ in it")
+        return Path(resume)
+    number, newest = 1, None
+    while (folder := runs / (name if number == 1 else f"{name}-{number}")).exists():
+        number, newest = number + 1, folder
+    return newest if resume and newest else folder
+
+
+def restore(run: Run) -> Restored | None:
+    """The newest checkpoint in the run's folder, the batches moved to its position; None where there is none.
+
+    Raises:
+        CheckpointError: the model or the order of the batches differs from the checkpoint's.
+
+    """
+    restored = restore_newest(run.folder / "checkpoints", run.model, run.optimizer)
+    if restored:
+        now = _identity(run)
+        for key, value in restored.meta["identity"].items():
+            if now[key] != value:
+                raise CheckpointError(
+                    f"{run.folder} was trained with {key} {value}, not {now[key]}: give it that value to resume"
+                )
+        run.batches.seek(restored.meta["position"])
+    return restored
+
+
+def checkpoint_meta(run: Run) -> dict[str, Any]:
+    """What a checkpoint keeps beside the arrays: which batches the run reads, and where it is in them."""
+    return {"identity": _identity(run), "position": run.batches.position()}
+
+
+def _identity(run: Run) -> dict[str, Any]:
+    settings = dataclasses.asdict(run.cfg)
+    split = ((key, *key.rpartition(".")[::2]) for key in RESUME_KEYS)
+    values = {key: settings[section][name] if section else settings[name] for key, section, name in split}
+    return values | {"the corpus": run.corpus.sha256}
+
+
+def make_folder(run: Run) -> None:
+    """Make the run's folder, with the configuration as resolved and the tokenizer in it."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    resolved = dataclasses.asdict(dataclasses.replace(run.cfg, model=run.model, resume=None))
+    (run.folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
+    if run.corpus.tokenizer:
+        run.corpus.tokenizer.save(run.folder / TOKENIZER_FILE)
+
+
+def sample_text(run: Run, params: Params, step: int) -> str:
+    """The configured prompt and what the model makes of it; ids where no tokenizer is known."""
+    cfg, tokenizer = run.cfg.train, run.corpus.tokenizer
+    count = min(cfg.sample_tokens, run.model.max_seq_len - 1)
+    prompt = (tokenizer.encode(cfg.sample_prompt) or [tokenizer.end_of_text]) if tokenizer else [0]
+    prompt = prompt[-(run.model.max_seq_len - count) :]
+    ids = sample(
+        params,
+        jnp.array([prompt], jnp.int32),
+        jax.random.fold_in(run.key, step),
+        cfg=run.model,
+        new_tokens=count,
+        temperature=cfg.sample_temperature,
+        top_k=cfg.sample_top_k,
+        allowed=tokenizer.vocab_size if tokenizer else run.model.vocab_size,
+    )[0].tolist()
+    return tokenizer.decode(prompt + ids) if tokenizer else " ".join(map(str, ids))
+
+
+def describe(run: Run) -> str:
+    """What will be trained, and on what: a few lines."""
+    model, shape, corpus = run.model, run.shape, run.corpus
+    train, val = (sum(shard.tokens.size for shard in shards) for shards in (corpus.train, corpus.val))
+    vocabulary = f"{corpus.tokenizer.vocab_size} ids" if corpus.tokenizer else "unknown, so samples show ids"
+    gflop = flops_per_token(model, shape.seq_len) * shape.tokens / 1e9
+    lines = {
+        "device": [f"{platform_name()} ({jax.devices()[0].device_kind})", f"jax {jax.__version__}"],
+        "model": [
+            f"{num_params(model):,} parameters",
+            f"{model.num_layers} layers",
+            f"{model.num_heads} heads",
+            f"{model.channels} channels",
+            f"vocabulary {model.vocab_size}",
+        ],
+        "compute": [
+            model.dtype,
+            f"attention {model.attention}",
+            f"layers {model.layers}",
+            f"recompute {model.recompute}",
+            f"backward {run.cfg.train.backward}",
+        ],
+        "corpus": [str(corpus.folder), f"{train:,} training and {val:,} validation tokens", f"sha256 {corpus.sha256[:16]}"],
+        "tokenizer": [vocabulary],
+        "step": [
+            f"{shape.tokens:,} tokens ({shape.accumulate} x {shape.batch_size} x {shape.seq_len})",
+            run.cfg.data.order,
+            f"{gflop:,.1f} GFLOP",
+        ],
+        "run": [str(run.folder), f"{run.cfg.train.steps} steps", f"seed {run.cfg.seed}"],
+    }
+    return "\n".join(f"{name:<10} {', '.join(parts)}" for name, parts in lines.items())
+
+
+def describe_memory(compiled: CompiledStep, seconds: float) -> str:
+    """What the compiler says a step needs."""
+    parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in compiled.memory.items())
+    total = human_bytes(sum(compiled.memory.values()))
+    return f"{'memory':<10} {total} predicted: {parts}; compiled in {seconds:.1f} s"
