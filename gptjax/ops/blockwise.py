@@ -32,7 +32,7 @@ class BlockwiseSaved(NamedTuple):
 
 
 def blockwise_fwd(
-    q: Heads, k: Heads, v: Heads, rate: float = 0.0, key: Key[Array, ""] | None = None, block_size: int = BLOCK
+    q: Heads, k: Heads, v: Heads, rate: float = 0.0, key: Key[Array, ""] | None = None, block_size: int | None = None
 ) -> tuple[Heads, BlockwiseSaved]:
     """``o = dropout(softmax(q k^T / sqrt(D))) v``, causal, one block of queries by one block of keys at a time.
 
@@ -50,7 +50,7 @@ def blockwise_fwd(
     """
     T, D = q.shape[1], q.shape[3]
     acc = accumulation_dtype(q)
-    qb, kb, vb = (_to_blocks(x, min(block_size, T)) for x in (q, k, v))
+    qb, kb, vb = (_to_blocks(x, min(block_size or BLOCK, T)) for x in (q, k, v))
     N, B, H, R, _ = qb.shape
 
     def query_block(_: None, i_qi: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:

@@ -1,0 +1,37 @@
+"""JAX's strictest settings, shapes checked by a machine, and where outside data may be found."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Tests compile far more than they compute: leave LLVM's slow passes out.
+FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILE}"
+
+from jaxtyping import install_import_hook
+
+install_import_hook(("gptjax.ops", "gptjax.models"), "beartype.beartype")  # before anything imports them
+
+from pathlib import Path  # noqa: E402
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Deterministic, so that a failure is the code's; no deadline, because compiling takes as long as it takes.
+hypothesis.settings.register_profile("gptjax", deadline=None, derandomize=True, max_examples=12, database=None)
+hypothesis.settings.load_profile("gptjax")
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real data that is not part of the project; tests that need it are skipped where it is absent."""
+    path = Path(os.environ.get("GPTJAX_SHARED", ROOT.parent / "shared"))
+    if not path.is_dir():
+        pytest.skip("needs the data that GPTJAX_SHARED names")
+    return path

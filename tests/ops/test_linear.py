@@ -1,0 +1,30 @@
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gptjax.ops import linear_bwd, linear_fwd
+from tests.compare import assert_same_gradients, normal, vjp_of
+
+size = st.integers(1, 5)
+
+
+def test_forward_is_numpy_matmul():
+    x, w, b = normal(0, 2, 3, 4), normal(1, 4, 5), normal(2, 5)
+    np.testing.assert_allclose(linear_fwd(x, w, b)[0], np.asarray(x) @ np.asarray(w) + np.asarray(b), rtol=1e-14)
+
+
+@given(B=size, T=size, I=size, O=size)
+def test_backward_equals_vjp(B, T, I, O):  # noqa: E741
+    x, w, b, dy = normal(0, B, T, I), normal(1, I, O), normal(2, O), normal(3, B, T, O)
+    _, saved = linear_fwd(x, w, b)
+    reference = vjp_of(lambda *args: linear_fwd(*args)[0], x, w, b, dy=dy)
+    assert_same_gradients(linear_bwd(saved, w, dy), reference, (x, w, b))
+
+
+def test_bfloat16_weight_gradients_are_summed_in_float32():
+    """4096 equal products: a bfloat16 running sum would stop growing at 256."""
+    x, dy, w = jnp.ones((1, 4096, 1), jnp.bfloat16), jnp.ones((1, 4096, 1), jnp.bfloat16), jnp.ones((1, 1), jnp.float32)
+    dx, dw, db = linear_bwd(x, w, dy)
+    assert (dx.dtype, dw.dtype, db.dtype) == (jnp.bfloat16, jnp.float32, jnp.float32)
+    assert dw.item() == db.item() == 4096

@@ -1,0 +1,58 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gptjax.ops import IGNORE_INDEX, cross_entropy_bwd, cross_entropy_fwd, target_weights
+from tests.compare import assert_same_gradients, normal, vjp_of
+
+
+def targets_in(vocab_size: int, n: int) -> jnp.ndarray:
+    return jnp.asarray(np.random.default_rng(0).integers(0, vocab_size, n), jnp.int32)
+
+
+def test_uniform_logits_cost_log_v():
+    loss, _ = cross_entropy_fwd(jnp.zeros((4, 128)), targets_in(100, 4), jnp.full(4, 0.25), 100)
+    assert loss == pytest.approx(np.log(100), rel=1e-15)
+
+
+@given(n=st.integers(1, 6), vocab_size=st.integers(1, 9), padding=st.integers(0, 4), ignored=st.integers(0, 6))
+def test_backward_equals_vjp(n, vocab_size, padding, ignored):
+    logits = 3 * normal(0, n, vocab_size + padding)
+    targets = targets_in(vocab_size, n).at[:ignored].set(IGNORE_INDEX)
+    weights = target_weights(targets[None])[0].astype(jnp.float64)
+    _, saved = cross_entropy_fwd(logits, targets, weights, vocab_size)
+    (reference,) = vjp_of(lambda x: cross_entropy_fwd(x, targets, weights, vocab_size)[0], logits, dy=jnp.float64(0.7))
+    assert_same_gradients(cross_entropy_bwd(saved, vocab_size, 0.7), reference, logits)
+
+
+def test_padding_takes_no_part():
+    """Whatever the pad logits are, the loss is that of the unpadded ones, and their gradient is exactly zero."""
+    logits, targets, weights = normal(0, 3, 8), targets_in(5, 3), jnp.full(3, 1 / 3)
+    padded = logits.at[:, 5:].set(1e4)
+    loss, saved = cross_entropy_fwd(padded, targets, weights, 5)
+    assert loss == cross_entropy_fwd(logits[:, :5], targets, weights, 5)[0]
+    assert (cross_entropy_bwd(saved, 5)[:, 5:] == 0).all()
+
+
+def test_ignored_and_masked_targets_do_not_count():
+    targets = jnp.array([[3, IGNORE_INDEX, 2, 1]], jnp.int32)
+    mask = jnp.array([[1.0, 1.0, 0.0, 1.0]])
+    np.testing.assert_allclose(target_weights(targets, mask)[0], [0.5, 0, 0, 0.5])
+    np.testing.assert_allclose(target_weights(targets)[0], [1 / 3, 0, 1 / 3, 1 / 3], rtol=1e-6)
+    np.testing.assert_allclose(target_weights(targets, mask, jnp.asarray(4.0))[0], [0.25, 0, 0, 0.25])
+    assert (target_weights(jnp.full((1, 2), IGNORE_INDEX, jnp.int32)) == 0).all()
+
+
+def test_large_logits_do_not_overflow():
+    logits = jnp.array([[1e4, 0.0, -1e4]], jnp.float32)
+    loss, saved = cross_entropy_fwd(logits, jnp.array([1], jnp.int32), jnp.ones(1, jnp.float32), 3)
+    assert loss == 1e4
+    np.testing.assert_array_equal(cross_entropy_bwd(saved, 3), [[1, -1, 0]])
+
+
+def test_each_row_of_the_gradient_sums_to_zero():
+    logits, targets = normal(0, 5, 11), targets_in(11, 5)
+    _, saved = cross_entropy_fwd(logits, targets, jnp.full(5, 0.2), 11)
+    np.testing.assert_allclose(cross_entropy_bwd(saved, 11).sum(-1), 0, atol=1e-16)
