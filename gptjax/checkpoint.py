@@ -4,8 +4,12 @@ Orbax writes each to a temporary folder and renames it, so one cut off by a cras
 of every array, taken on the device when it was saved: what is restored is what was saved, or it is not used.
 """
 
+import contextlib
 import dataclasses
+import errno
+import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,8 +65,8 @@ class CheckpointWriter:
         sums = [int(x) for x in jax.tree.leaves(_checksums(state))]
         content = {"model": dataclasses.asdict(cfg), "checksums": sums, "meta": meta}
         with _write_errors(self.folder):
-            arrays = ocp.args.StandardSave(state)  # type: ignore[call-arg]
-            self._manager.save(step, args=ocp.args.Composite(state=arrays, info=ocp.args.JsonSave(content)))  # type: ignore[call-arg]
+            arrays = ocp.args.StandardSave(state)
+            self._manager.save(step, args=ocp.args.Composite(state=arrays, info=ocp.args.JsonSave(content)))
 
     def check(self) -> None:
         """Raise the `CheckpointError` of a save that failed in the background, if one did."""
@@ -109,7 +113,7 @@ def restore_newest(folder: Path, cfg: GPT2Config, optimizer: Optimizer) -> Resto
 
 def _restore(path: Path, step: int, cfg: GPT2Config, optimizer: Optimizer) -> Restored:
     checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
-    info = checkpointer.restore(path, args=ocp.args.Composite(info=ocp.args.JsonRestore())).info  # type: ignore[call-arg]
+    info = checkpointer.restore(path, args=ocp.args.Composite(info=ocp.args.JsonRestore())).info
     saved = info["model"]
     for name in DIMENSIONS:
         if saved[name] != getattr(cfg, name):
@@ -120,8 +124,8 @@ def _restore(path: Path, step: int, cfg: GPT2Config, optimizer: Optimizer) -> Re
     abstract = jax.eval_shape(lambda key: init_state(key, as_saved, optimizer), jax.random.key(0))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract)
-    arrays = ocp.args.StandardRestore(abstract)  # type: ignore[call-arg]
-    state = checkpointer.restore(path, args=ocp.args.Composite(state=arrays)).state  # type: ignore[call-arg]
+    arrays = ocp.args.StandardRestore(abstract)
+    state = checkpointer.restore(path, args=ocp.args.Composite(state=arrays)).state
     if [int(x) for x in jax.tree.leaves(_checksums(state))] != info["checksums"]:
         raise ValueError("its checksums do not match")
     if saved["layers"] != cfg.layers:
@@ -145,19 +149,15 @@ def _checksums(tree: Any) -> Any:
     return jax.tree.map(checksum, tree)
 
 
-class _write_errors:  # noqa: N801 - a context manager, read as a statement
-    """Turn what Orbax raises while writing into `CheckpointError`."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, Exception):
-            reason = (str(error).splitlines() or [kind.__name__])[0]
-            raise CheckpointError(
-                f"the checkpoint in {self.folder} cannot be written ({reason[:300]}): free space or choose another --runs folder; "
-                "earlier checkpoints are untouched"
-            ) from error
+@contextlib.contextmanager
+def _write_errors(folder: Path) -> Iterator[None]:
+    """Turn what Orbax raises while writing into `CheckpointError`; the system's own words for it are deep in its message."""
+    try:
+        yield
+    except Exception as error:
+        known = (os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES))
+        reason = next((words for words in known if words in str(error)), str(error)[:300] or type(error).__name__)
+        raise CheckpointError(
+            f"the checkpoint in {folder} cannot be written ({reason}): free space or choose another --runs folder; "
+            "earlier checkpoints are untouched"
+        ) from error

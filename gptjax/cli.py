@@ -3,7 +3,7 @@
 import contextlib
 import ctypes
 import difflib
-import errno
+import logging
 import re
 import sys
 import textwrap
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+import jax
 import jsonargparse
 
 from gptjax.errors import ConfigError, GptjaxError
@@ -31,10 +32,13 @@ class Parser(jsonargparse.ArgumentParser):
 
     def _one_sentence(self, message: str) -> str:
         keys = [action.dest for action in self._actions]
-        unknown = re.search(r"Option '(\S+)' is not accepted|unrecognized arguments: --([^\s=]+)", message)
-        in_group = re.search(r"Group '(\S+)' does not accept option '(\S+)'", message)
-        if unknown or in_group:
-            key = ".".join(in_group.groups()) if in_group else unknown[1] or unknown[2]
+        unknown = (
+            re.search(r"Option '(\S+)' is not accepted", message)
+            or re.search(r"unrecognized arguments: --([^\s=]+)", message)
+            or re.search(r"Group '(\S+)' does not accept option '(\S+)'", message)
+        )
+        if unknown:
+            key = ".".join(unknown.groups())
             near = difflib.get_close_matches(key, keys, 1, 0.5)
             return f"unknown option {key}" + (f": did you mean {near[0]}?" if near else "; --help lists them all")
         line = " ".join(message.split())
@@ -74,14 +78,31 @@ def reported_errors(prog: str) -> Iterator[None]:
     except KeyboardInterrupt:
         _exit(prog, "interrupted", INTERRUPTED)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG, errno.EPERM):
+        if error.filename is None:
             raise
-        _exit(prog, f"{error.filename or 'a file'} cannot be written: {error.strerror}", BAD_INPUT)
+        _exit(prog, f"{error.filename} cannot be used: {error.strerror}; free space or name another folder", BAD_INPUT)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        _exit(prog, f"the device is out of memory: lower data.batch_size or set model.recompute block ({error})", BAD_INPUT)
 
 
 def _exit(prog: str, message: str, status: int) -> NoReturn:
     print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     raise SystemExit(status)
+
+
+def quiet_libraries() -> None:
+    """Keep Orbax's and TensorStore's tracebacks of a failed write off the screen: commands report the failure themselves."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    show = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
+        if str(error) != "Event loop is closed":  # TensorStore's callbacks, after the write that they belong to was given up
+            show(kind, error, traceback)
+
+    sys.excepthook = hook
 
 
 def keep_freed_memory() -> None:

@@ -19,7 +19,7 @@ from gptjax.formats.token_shards import Shard, open_shard, write_shard
 from gptjax.tokenizers import Tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
-PYDOC_VOCAB_SIZE = 1024
+PYDOC_VOCAB_SIZE = 512
 PYDOC_VAL_EVERY = 10
 
 
@@ -84,7 +84,7 @@ def pydoc(root: Path) -> Path:
 
     Every tenth topic is held out for validation. Topics quote each other, so a paragraph that occurs in a held-out
     topic is left out of the training text. A byte-level BPE is trained on the training text. Everything is kept in
-    ``root/pydoc-HASH``, where HASH is the text's: it differs between Python versions.
+    ``root/pydoc-SIZE-HASH``, where SIZE is the vocabulary's and HASH the text's: it differs between Python versions.
 
     Raises:
         DataError: this Python comes without the module ``pydoc_data.topics``.
@@ -99,13 +99,13 @@ def pydoc(root: Path) -> Path:
         ) from error
     documents = [topics[name] for name in sorted(topics)]
     digest = hashlib.sha256("\0".join(documents).encode()).hexdigest()
-    folder = root / f"pydoc-{digest[:12]}"
+    folder = root / f"pydoc-{PYDOC_VOCAB_SIZE}-{digest[:12]}"
     if folder.exists():
         return folder
     held_out = documents[::PYDOC_VAL_EVERY]
-    quoted = {paragraph for document in held_out for paragraph in document.split("\n\n")}
+    quoted = {paragraph.strip() for document in held_out for paragraph in document.split("\n\n")}
     rest = (d for i, d in enumerate(documents) if i % PYDOC_VAL_EVERY)
-    training = ["\n\n".join(p for p in document.split("\n\n") if p not in quoted) for document in rest]
+    training = ["\n\n".join(p for p in document.split("\n\n") if p.strip() not in quoted) for document in rest]
     tokenizer = tokenizers.train_bpe(training, PYDOC_VOCAB_SIZE, folder.name)
 
     def write(into: Path) -> None:

@@ -1,6 +1,7 @@
 """Sampling text from a model: one compiled loop over a cache of keys and values."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +61,7 @@ def sample(
     draw = partial(choose, temperature=temperature, top_k=top_k, allowed=allowed or cfg.vocab_size)
     logits, cache = decode(params, prompt, init_cache(cfg, B, P + new_tokens), jnp.int32(0), cfg)
 
-    def step(carry, key_position):
+    def step(carry: Any, key_position: Any) -> tuple[Any, Array]:
         logits, cache = carry
         key, position = key_position
         token = draw(key, logits)

@@ -19,7 +19,8 @@ class OptimConfig:
     learning_rate: float = 6e-4
     """Peak learning rate, reached at the end of the warm-up."""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
-    """After the warm-up: constant; linear or cosine down to final_fraction; wsd (warm-up, stable, decay) is constant, then linear down over the last decay_fraction of the steps."""
+    """What follows the warm-up. constant; linear or cosine down to final_fraction of the peak; wsd (warm-up, stable, decay):
+    constant, then linear down over the last decay_fraction of all steps."""
     warmup_steps: int = 0
     """Steps over which the rate rises linearly; step n of them uses (n + 1) / warmup_steps of the peak."""
     final_fraction: float = 0.0
@@ -125,7 +126,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     """
 
     def update(grads: Params, state: Any, params: Any = None) -> tuple[Params, Any]:
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         factor = jnp.where(norm > max_norm, max_norm / norm, jnp.ones((), norm.dtype))
         return jax.tree.map(lambda g: g * factor.astype(g.dtype), grads), state
 
@@ -142,7 +143,7 @@ def update_moments(optimizer: Optimizer, moments: Any, grads: Params, loss: Floa
 
     Where they are not, the state stays as it was, counters included.
     """
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
     _, new = optimizer.moments.update(grads, moments)
     return _where(finite, new, moments), norm, finite

@@ -30,7 +30,7 @@ PROG = "python -m gptjax.train"
 DIVERGED = 1  # exit status
 
 
-class Diverged(Exception):
+class DivergedError(Exception):
     """Too many steps in a row were not finite; the message says what is left to go on from."""
 
 
@@ -39,9 +39,10 @@ def main(argv: list[str] | None = None) -> int:
     with cli.reported_errors(PROG):
         cfg, file = cli.parse(Config, PROG, __doc__ or "", argv)
         cli.keep_freed_memory()
+        cli.quiet_libraries()
         try:
             train(dataclasses.replace(cfg, name=cfg.name or (file.stem if file else "run")))
-        except Diverged as error:
+        except DivergedError as error:
             print(f"{PROG}: error: {error}", file=sys.stderr)
             return DIVERGED
     return 0
@@ -52,7 +53,7 @@ def train(cfg: Config) -> None:
 
     Raises:
         GptjaxError: anything about the configuration, corpus, checkpoint or disk that a person can mend.
-        Diverged: ``train.max_nonfinite`` steps in a row were not finite.
+        DivergedError: ``train.max_nonfinite`` steps in a row were not finite.
 
     """
     run = set_up(cfg)
@@ -114,7 +115,7 @@ def fit(
         writer.check()
         if meter.nonfinite >= cfg.max_nonfinite:
             left = f"the checkpoint after step {saved} is the last good one" if saved else "there is no checkpoint yet"
-            raise Diverged(
+            raise DivergedError(
                 f"{meter.nonfinite} losses or gradients in a row were not finite, up to step {step}: stopped; {left}; "
                 "lower optim.learning_rate or raise optim.warmup_steps"
             )

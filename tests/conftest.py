@@ -11,21 +11,26 @@ from jaxtyping import install_import_hook
 
 install_import_hook(("gptjax.ops", "gptjax.models"), "beartype.beartype")  # before anything imports them
 
-from pathlib import Path  # noqa: E402
+from pathlib import Path
 
-import hypothesis  # noqa: E402
-import jax  # noqa: E402
-import pytest  # noqa: E402
+import hypothesis
+import jax
+import pytest
 
 jax.config.update("jax_enable_x64", True)
-jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Deterministic, so that a failure is the code's; no deadline, because compiling takes as long as it takes.
 hypothesis.settings.register_profile("gptjax", deadline=None, derandomize=True, max_examples=12, database=None)
 hypothesis.settings.load_profile("gptjax")
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def strict():
+    """No implicit change of dtype or rank: for code that is all ours."""
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -26,12 +26,12 @@ class GPT2Config:
 
     preset: Literal["124m", "350m", "774m", "1558m"] | None = None
     """GPT-2's published sizes: sets num_layers, num_heads and channels, each of which may still be given."""
-    num_layers: int | None = None
-    """Transformer blocks (L)."""
-    num_heads: int | None = None
-    """Attention heads (H); must divide channels."""
-    channels: int | None = None
-    """Width of the residual stream (C)."""
+    num_layers: int = 0
+    """Transformer blocks (L); 0 takes the preset's."""
+    num_heads: int = 0
+    """Attention heads (H), a divisor of channels; 0 takes the preset's."""
+    channels: int = 0
+    """Width of the residual stream (C); 0 takes the preset's."""
     vocab_size: int = 50257
     """Token ids the model knows (V); the tables are padded to a multiple of 128."""
     max_seq_len: int = 1024
@@ -58,7 +58,7 @@ class GPT2Config:
         """
         preset = dict(zip(("num_layers", "num_heads", "channels"), PRESETS[self.preset], strict=True)) if self.preset else {}
         for name in ("num_layers", "num_heads", "channels"):
-            if getattr(self, name) is None:
+            if getattr(self, name) == 0:
                 if name not in preset:
                     raise ConfigError(f"model.{name} is missing: give it, or choose model.preset from {', '.join(PRESETS)}")
                 object.__setattr__(self, name, preset[name])

@@ -23,11 +23,9 @@ class LayerCache(NamedTuple):
 
 def init_cache(cfg: GPT2Config, batch_size: int, length: int) -> Any:
     """An empty cache for sequences of up to ``length`` positions: one `LayerCache` a layer, stacked for scanned layers."""
-    shape = (batch_size, length, cfg.num_heads, cfg.channels // cfg.num_heads)
-    if cfg.layers == "scan":
-        shape = (cfg.num_layers, *shape)
-    empty = LayerCache(jnp.zeros(shape, cfg.compute_dtype), jnp.zeros(shape, cfg.compute_dtype))
-    return empty if cfg.layers == "scan" else [empty] * cfg.num_layers
+    zeros = jnp.zeros((batch_size, length, cfg.num_heads, cfg.channels // cfg.num_heads), cfg.compute_dtype)
+    layers = [LayerCache(zeros, zeros)] * cfg.num_layers
+    return layers if cfg.layers == "unroll" else jax.tree.map(lambda *x: jnp.stack(x), *layers)
 
 
 def decode(

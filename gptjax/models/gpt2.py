@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, Key
 from gptjax.models.config import GPT2Config
 from gptjax.models.params import Block, Params, join_layers, split_layers
 from gptjax.ops import (
+    attention,
     attention_bwd,
     attention_fwd,
     cross_entropy_bwd,
@@ -35,14 +36,14 @@ from gptjax.ops import (
 
 
 class Batch(NamedTuple):
-    """Token ids and, at each position, the id that comes next.
+    """Token ids and, at each position, the id that comes next: arrays of JAX or NumPy, (B, T) int32.
 
-    A target of `IGNORE_INDEX` does not count; ``mask``, if given, weighs each target (0 leaves it out).
+    A target of `IGNORE_INDEX` does not count; ``mask``, if given, (B, T) float, weighs each target (0 leaves it out).
     """
 
-    inputs: Int[Array, "B T"]
-    targets: Int[Array, "B T"]
-    mask: Float[Array, "B T"] | None = None
+    inputs: Any
+    targets: Any
+    mask: Any = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -118,8 +119,14 @@ def training_block_fwd(
 ) -> tuple[Float[Array, "B T C"], BlockSaved]:
     """`block_fwd` attending to its own sequence; ``key`` turns dropout on."""
     att_key, key = (None, None) if key is None else jax.random.split(key)
-    attend = partial(attention_fwd, cfg.attention, rate=cfg.dropout, key=att_key)
-    return block_fwd(w, x, cfg, attend, key)
+    return block_fwd(w, x, cfg, partial(attention_fwd, cfg.attention, rate=cfg.dropout, key=att_key), key)
+
+
+def plain_block(w: Block, x: Float[Array, "B T C"], cfg: GPT2Config, key: Key[Array, ""] | None) -> Float[Array, "B T C"]:
+    """`training_block_fwd` without what the hand-written backward needs: for evaluation, and for JAX to differentiate."""
+    att_key, key = (None, None) if key is None else jax.random.split(key)
+    attend = partial(attention, cfg.attention, rate=cfg.dropout, key=att_key)
+    return block_fwd(w, x, cfg, lambda q, k, v: (attend(q, k, v), None), key)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,7 +199,7 @@ def hidden(params: Params, inputs: Int[Array, "B T"], cfg: GPT2Config, key: Key[
     x, _ = dropout_fwd(x, cfg.dropout, key)
 
     def body(x: Array, w_key: tuple[Block, Any]) -> tuple[Array, None]:
-        return training_block_fwd(w_key[0], x, cfg, w_key[1])[0], None
+        return plain_block(w_key[0], x, cfg, w_key[1]), None
 
     if cfg.recompute == "block":
         body = jax.checkpoint(body)
@@ -267,7 +274,9 @@ def _classifier_and_grad(
 
     Forward and backward of one piece of rows follow each other, so a piece's scores live only as long as the piece.
     """
-    value, dh, dwte = [], [], None
+    value: list[Array] = []
+    dh: list[Array] = []
+    dwte: Any = None
     w = wte.astype(h.dtype)
     for x, targets, weights in _pieces(h, batch, cfg, count):
         scores = jnp.einsum("nc,vc->nv", x, w)
@@ -280,7 +289,7 @@ def _classifier_and_grad(
     return sum(value[1:], value[0]), jnp.concatenate(dh).reshape(h.shape), dwte
 
 
-def _pieces(h: Float[Array, "B T C"], batch: Batch, cfg: GPT2Config, count: Any) -> list[tuple[Array, Array, Array]]:
+def _pieces(h: Float[Array, "B T C"], batch: Batch, cfg: GPT2Config, count: Any) -> list[tuple[Array, ...]]:
     """(rows of h, targets, weights), flattened to (B T, ...) and cut into ``cfg.loss_chunks`` pieces."""
     weights = target_weights(batch.targets, batch.mask, count)
     rows = h.reshape(-1, h.shape[-1]), batch.targets.reshape(-1), weights.reshape(-1)

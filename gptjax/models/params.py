@@ -115,7 +115,7 @@ def init_params(key: Key[Array, ""], cfg: GPT2Config, dtype: Any = jnp.float32) 
 
 
 def decay_mask(params: Params) -> Params:
-    """True for each tensor that weight decay applies to: the 2-D ones of a layer and the embeddings, as in llm.c and nanoGPT."""
+    """True for each tensor that weight decay applies to: a layer's 2-D ones and the embeddings, as in llm.c and nanoGPT."""
     decays = (len([axis for axis in weight.axes if axis != "L"]) >= 2 for weight in WEIGHTS)
     return Params(*(jax.tree.map(lambda _, d=d: d, tensor) for d, tensor in zip(decays, params, strict=True)))
 

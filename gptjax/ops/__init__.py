@@ -22,7 +22,7 @@ L   layers                                 Vp  vocabulary padded to a multiple o
 """
 
 from gptjax.ops.activation import gelu_bwd, gelu_fwd
-from gptjax.ops.attention import ATTENTION_IMPLEMENTATIONS, attention_bwd, attention_fwd
+from gptjax.ops.attention import ATTENTION_IMPLEMENTATIONS, attention, attention_bwd, attention_fwd
 from gptjax.ops.dropout import dropout_bwd, dropout_fwd
 from gptjax.ops.embedding import embedding_bwd, embedding_fwd
 from gptjax.ops.linear import linear_bwd, linear_fwd
@@ -32,6 +32,7 @@ from gptjax.ops.norm import layernorm_bwd, layernorm_fwd
 __all__ = [
     "ATTENTION_IMPLEMENTATIONS",
     "IGNORE_INDEX",
+    "attention",
     "attention_bwd",
     "attention_fwd",
     "cross_entropy_bwd",

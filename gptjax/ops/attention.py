@@ -5,7 +5,6 @@ fused kernel. `attention_fwd` and `attention_bwd` choose among them by name.
 """
 
 import math
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +28,9 @@ def attention_fwd(
     Args:
         implementation: one of `ATTENTION_IMPLEMENTATIONS`. All compute the same function, up to rounding and, with
             dropout, up to which probabilities are dropped.
-        q, k, v: (B, T, H, D).
+        q: queries (B, T, H, D).
+        k: keys (B, T, H, D).
+        v: values (B, T, H, D).
         rate: dropout on the attention probabilities; ``cudnn`` does not offer it.
         key: random key of the dropout, None to leave it out.
 
@@ -47,6 +48,13 @@ def attention_fwd(
                 raise ValueError("cudnn attention has no dropout: use attention materialised or blockwise, or dropout 0")
             return cudnn_fwd(q, k, v)
     raise ValueError(f"attention must be one of {', '.join(ATTENTION_IMPLEMENTATIONS)}, not {implementation}")
+
+
+def attention(implementation: str, q: Heads, k: Heads, v: Heads, rate: float = 0.0, key: Key[Array, ""] | None = None) -> Heads:
+    """The output of `attention_fwd` alone, for JAX to differentiate: cuDNN's kernel then comes with JAX's own rule."""
+    if implementation == "cudnn" and not (rate and key is not None):
+        return _cudnn(q, k, v)
+    return attention_fwd(implementation, q, k, v, rate, key)[0]
 
 
 def attention_bwd(implementation: str, saved: Any, do: Heads, rate: float = 0.0) -> tuple[Heads, Heads, Heads]:
@@ -122,5 +130,8 @@ def cudnn_fwd(q: Heads, k: Heads, v: Heads) -> tuple[Heads, Any]:
 
     Needs a CUDA GPU of compute capability 8.0 or later, a 16-bit dtype, and D a multiple of 8 and at most 128.
     """
-    kernel = partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
-    return jax.vjp(kernel, q, k, v)
+    return jax.vjp(_cudnn, q, k, v)
+
+
+def _cudnn(q: Heads, k: Heads, v: Heads) -> Heads:
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")

@@ -4,7 +4,7 @@ No (T, T) array ever exists: memory is linear in T, and blocks above the diagona
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,7 @@ def blockwise_fwd(
     def query_block(_: None, i_qi: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
         i, qi = i_qi
 
-        def key_block(carry: tuple[Array, Array, Array], j_kv: tuple[Array, Array, Array]):
+        def key_block(carry: tuple[Array, Array, Array], j_kv: tuple[Array, Array, Array]) -> tuple[Any, None]:
             j, kj, vj = j_kv
 
             def visit(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -89,7 +89,7 @@ def blockwise_bwd(saved: BlockwiseSaved, do: Heads, rate: float = 0.0) -> tuple[
     def key_block(dq: Array, j_kv: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
         j, kj, vj = j_kv
 
-        def query_block(carry: tuple[Array, Array, Array], i_row: tuple[Array, ...]):
+        def query_block(carry: tuple[Array, Array, Array], i_row: tuple[Array, ...]) -> tuple[Any, None]:
             i, qi, doi, lsei, deltai = i_row
 
             def visit(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:

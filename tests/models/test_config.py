@@ -18,9 +18,9 @@ def test_vocabulary_is_padded_to_a_multiple_of_128(vocab_size, padded):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"preset": None, "channels": None}, "model.channels is missing"),
+        ({"preset": None, "channels": 0}, "model.channels is missing"),
         ({"channels": 10, "num_heads": 4}, "model.channels 10 does not divide by model.num_heads 4"),
-        ({"num_layers": 0}, "model.num_layers must be at least 1"),
+        ({"num_layers": -1}, "model.num_layers must be at least 1"),
         ({"dropout": 1.0}, r"model.dropout must be in \[0, 1\)"),
     ],
 )

@@ -85,7 +85,9 @@ def test_backward_equals_autodiff_in_every_setting(monkeypatch, attention, layer
     loss_chunks=st.integers(1, 4),
 )
 def test_backward_equals_autodiff_at_any_shape(B, T, num_heads, num_layers, vocab_size, dropout, loss_chunks):
-    cfg = tiny.config(num_heads=num_heads, num_layers=num_layers, vocab_size=vocab_size, dropout=dropout, loss_chunks=loss_chunks)
+    cfg = tiny.config(
+        num_heads=num_heads, num_layers=num_layers, vocab_size=vocab_size, dropout=dropout, loss_chunks=loss_chunks
+    )
     assert_same(cfg, tiny.batch(cfg, B, T), KEY)
 
 

@@ -1,0 +1,102 @@
+import numpy as np
+import pytest
+
+from gptjax import datasets, tokenizers
+from gptjax.errors import DataError, FormatError
+from gptjax.formats.token_shards import write_shard
+
+topics = pytest.importorskip("pydoc_data.topics").topics
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def pydoc(root):
+    return datasets.find_corpus("pydoc", root)
+
+
+def text_of(corpus, shards):
+    return corpus.tokenizer.decode(np.concatenate([s.tokens for s in shards]).tolist())
+
+
+def test_pydoc_holds_out_every_tenth_topic(pydoc):
+    names = sorted(topics)
+    held_out = text_of(pydoc, pydoc.val).split(tokenizers.END_OF_TEXT)[1:]
+    assert held_out == [topics[name] for name in names[::10]]
+    assert text_of(pydoc, pydoc.train).count(tokenizers.END_OF_TEXT) == len(names) - len(held_out)
+
+
+def test_pydoc_trains_on_no_paragraph_that_it_validates_on(pydoc):
+    texts = (text_of(pydoc, shards).replace(tokenizers.END_OF_TEXT, "\n\n") for shards in (pydoc.train, pydoc.val))
+    train, val = ({paragraph.strip() for paragraph in text.split("\n\n")} for text in texts)
+    assert train & val <= {""}
+    assert len(train) > 5 * len(val)
+
+
+def test_pydoc_is_made_once_and_its_folder_carries_the_texts_hash(pydoc, root):
+    import hashlib
+
+    digest = hashlib.sha256("\0".join(topics[name] for name in sorted(topics)).encode()).hexdigest()
+    assert digest[:12] in pydoc.folder.name
+    before = {p: p.stat().st_mtime_ns for p in pydoc.folder.iterdir()}
+    again = datasets.find_corpus("pydoc", root)
+    assert again.sha256 == pydoc.sha256
+    assert {p: p.stat().st_mtime_ns for p in pydoc.folder.iterdir()} == before
+    assert [p.name for p in root.iterdir()] == [pydoc.folder.name]
+
+
+def test_making_a_corpus_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    def fail(path, tokens):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(datasets, "write_shard", fail)
+    with pytest.raises(OSError, match="No space left"):
+        datasets.find_corpus("pydoc", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_python_without_the_text(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pydoc_data.topics", None)
+    with pytest.raises(DataError, match="name your own shards with --data.dataset"):
+        datasets.find_corpus("pydoc", tmp_path)
+
+
+def test_a_folder_of_shards(tmp_path):
+    for name in ("train_000.bin", "train_001.bin", "fineweb_val_000.bin", "notes.bin"):
+        write_shard(tmp_path / name, [1, 2, 3])
+    tokenizers.train_bpe(["aa bb"] * 9, 258, "x").save(tmp_path / "tokenizer.json")
+    corpus = datasets.find_corpus(str(tmp_path), "unused")
+    assert [s.path.name for s in corpus.train] == ["train_000.bin", "train_001.bin"]
+    assert [s.path.name for s in corpus.val] == ["fineweb_val_000.bin"]
+    assert corpus.tokenizer.vocab_size == 258
+    write_shard(tmp_path / "train_001.bin", [1, 2, 4])
+    assert datasets.find_corpus(str(tmp_path), "unused").sha256 != corpus.sha256
+
+
+def test_shards_without_a_tokenizer_are_gpt2s_or_go_without(tmp_path, monkeypatch):
+    for name in ("train.bin", "val.bin"):
+        write_shard(tmp_path / name, [1, 2, 3])
+
+    def unavailable():
+        raise DataError("offline")
+
+    monkeypatch.setattr(tokenizers, "gpt2", unavailable)
+    assert datasets.find_corpus(str(tmp_path), "unused").tokenizer is None
+    monkeypatch.setattr(tokenizers, "gpt2", lambda: "the real one")
+    assert datasets.find_corpus(str(tmp_path), "unused").tokenizer == "the real one"
+
+
+def test_corpora_that_are_not_there(tmp_path):
+    with pytest.raises(DataError, match="neither a folder of token shards nor one of: pydoc"):
+        datasets.find_corpus(str(tmp_path / "none"), tmp_path)
+    with pytest.raises(DataError, match=r"holds no train\*.bin"):
+        datasets.find_corpus(str(tmp_path), tmp_path)
+    write_shard(tmp_path / "train.bin", [1])
+    with pytest.raises(DataError, match=r"holds no val\*.bin"):
+        datasets.find_corpus(str(tmp_path), tmp_path)
+    (tmp_path / "val.bin").write_bytes(b"")
+    with pytest.raises(FormatError, match="val.bin is truncated"):
+        datasets.find_corpus(str(tmp_path), tmp_path)

@@ -1,0 +1,104 @@
+import functools
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax import steps
+from gptjax.models import gpt2
+from gptjax.models.gpt2 import Batch
+from gptjax.ops import IGNORE_INDEX
+from gptjax.optim import OptimConfig, make_optimizer
+from tests.compare import assert_same_gradients
+from tests.models import tiny
+
+KEY = jax.random.key(0)
+
+
+@pytest.mark.parametrize("backward", ["manual", "autodiff"])
+def test_accumulation_equals_the_large_batch(backward):
+    """Also where the micro-batches count unequal numbers of targets: each target weighs the same."""
+    cfg = tiny.CONFIG
+    params, batch = tiny.params(cfg), tiny.batch(cfg, B=6)
+    batch = batch._replace(targets=batch.targets.at[0].set(IGNORE_INDEX).at[1, :3].set(IGNORE_INDEX))
+    loss, grads = gpt2.loss_and_grad(params, batch, cfg)
+    for A in (1, 2, 3, 6):
+        pieces = jax.tree.map(lambda x, A=A: x.reshape(A, 6 // A, -1), batch)
+        loss2, grads2 = steps.mean_loss_and_grad(params, pieces, None, cfg, backward)
+        assert float(loss2) == pytest.approx(float(loss), rel=1e-13)
+        assert_same_gradients(grads2, grads, params)
+
+
+def compiled(cfg, backward="manual", learning_rate=0.01, **optim):
+    optimizer = make_optimizer(OptimConfig(learning_rate=learning_rate, schedule="constant", **optim), 100)
+    with jax.enable_x64(False):
+        state = jax.jit(lambda key: steps.init_state(key, cfg, optimizer))(KEY)
+        batch = tiny.batch(cfg, B=2, T=12)
+        batch = jax.tree.map(lambda x: x[None], batch)
+        return steps.compile_step(cfg, optimizer, backward, 100, state, batch, KEY), state, batch
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("backward", ["manual", "autodiff"])
+def test_training_learns_a_batch_by_heart(backward, dtype):
+    cfg = tiny.config(dtype=dtype, channels=32, dropout=0.0)
+    step, state, batch = compiled(cfg, backward)
+    losses = []
+    with jax.enable_x64(False):
+        for n in range(60):
+            state, metrics = steps.run_step(step, state, batch, KEY, n)
+            losses.append(metrics.loss.item())
+    assert losses[0] == pytest.approx(np.log(11), rel=0.05)
+    assert losses[-1] < 0.2
+    assert {x.dtype.name for x in jax.tree.leaves(state)} == {"float32", "int32"}
+
+
+def test_the_update_needs_no_temporaries_and_donates_everything():
+    """The moments and the parameters are overwritten in place (see `Optimizer`)."""
+    step, _, _ = compiled(tiny.config(dtype="float32", channels=64))
+    assert step.params.memory_analysis().temp_size_in_bytes < 4096
+    assert step.moments.memory_analysis().temp_size_in_bytes < step.memory["gradients"] / 10
+    assert step.params.memory_analysis().alias_size_in_bytes >= step.memory["parameters"]
+    assert step.moments.memory_analysis().alias_size_in_bytes >= 2 * step.memory["parameters"]
+
+
+def test_dropout_draws_anew_each_step_and_repeats_for_the_same_step():
+    step, state, batch = compiled(tiny.config(dtype="float32", dropout=0.5))
+    with jax.enable_x64(False):
+        first, again, other = (float(step.grads(state.params, batch, KEY, jnp.int32(n))[0]) for n in (1, 1, 2))
+    assert first == again != other
+
+
+def test_evaluation_is_the_mean_over_targets_not_over_batches():
+    cfg = tiny.CONFIG
+    params, whole = tiny.params(cfg), tiny.batch(cfg, B=4)
+    mask = jnp.ones(whole.targets.shape).at[3].set(0.0)
+    whole = whole._replace(mask=mask)
+    parts = [jax.tree.map(lambda x, i=i: x[i : i + 2], whole) for i in (0, 2)]
+    expected = float(gpt2.loss(params, whole, cfg))
+    assert steps.evaluate(steps.make_eval_loss(cfg), params, parts) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+@pytest.mark.parametrize("layers", ["unroll", "scan"])
+@pytest.mark.parametrize("backward", ["manual", "autodiff"])
+def test_the_step_lowers_for_every_platform(platform, layers, backward, monkeypatch):
+    """`jax.export` for hardware that need not be here, with what `resolve` picks there; on CUDA with cuDNN's attention."""
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
+    cfg = tiny.config(dtype="auto", attention="auto", layers=layers, channels=16, max_seq_len=64).resolve(platform, 64)
+    optimizer = make_optimizer(OptimConfig(), 10)
+    state = jax.eval_shape(functools.partial(steps.init_state, cfg=cfg, optimizer=optimizer), KEY)
+    ids = jax.ShapeDtypeStruct((2, 2, 64), jnp.int32)
+    grads, moments, params = steps.step_functions(cfg, optimizer, backward, 10)
+    calls = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
+    allowed = [jax.export.DisabledSafetyCheck.custom_call(name) for name in calls]
+    export = functools.partial(jax.export.export, platforms=[platform], disabled_checks=allowed)
+    args = state.params, Batch(ids, ids), jax.eval_shape(lambda: KEY), jax.ShapeDtypeStruct((), jnp.int32)
+    text = export(grads)(*args).mlir_module()
+    assert all((call in text) == (platform == "cuda") for call in calls)
+    loss, g = jax.eval_shape(lambda *a: steps.mean_loss_and_grad(*a, cfg=cfg, backward=backward), *args[:2], None)
+    finite = jax.ShapeDtypeStruct((), jnp.bool_)
+    assert export(moments)(state.opt_state.moments, g, loss).platforms == (platform,)
+    assert export(params)(state.params, state.opt_state.step, state.opt_state.moments, finite).platforms == (platform,)

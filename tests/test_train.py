@@ -1,0 +1,325 @@
+"""The command as a person runs it, on a tiny model."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import yaml
+
+from gptjax import train
+from gptjax.formats.token_shards import write_shard
+from tests.conftest import ROOT
+
+TINY = {
+    "model": {"num_layers": 1, "num_heads": 2, "channels": 16, "vocab_size": 512, "max_seq_len": 32, "dropout": 0.1},
+    "data": {"batch_size": 4, "seq_len": 16},
+    "optim": {"learning_rate": 1e-2, "warmup_steps": 3},
+    "train": {"steps": 20, "eval_every": 10, "eval_tokens": 64, "sample_tokens": 8, "checkpoint_every": 10},
+}
+
+
+@pytest.fixture(scope="module")
+def data_root(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture
+def command(tmp_path, data_root):
+    """The arguments of a tiny run in a folder of its own."""
+    config = tmp_path / "tiny.yaml"
+    config.write_text(yaml.safe_dump(TINY))
+    return ["--config", str(config), "--runs", str(tmp_path / "runs"), "--data.root", str(data_root)]
+
+
+def run(*args: str) -> int:
+    """The command in this process, with JAX's default precision."""
+    with jax.enable_x64(False):
+        return train.main([*map(str, args)])
+
+
+def start(*args: str) -> subprocess.Popen:
+    """The command in a process of its own."""
+    command = [sys.executable, "-m", "gptjax.train", *map(str, args)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def metrics_text(folder: Path) -> str:
+    path = folder / "metrics.jsonl"
+    return path.read_text() if path.exists() else ""
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in metrics_text(folder).splitlines()]
+
+
+def arrays(folder: Path, step: int):
+    """All arrays of a checkpoint, as Orbax alone reads them."""
+    path = folder / "checkpoints" / f"step_{step:08d}" / "state"
+    with ocp.StandardCheckpointer() as reader:
+        return jax.tree.leaves(reader.restore(path.absolute()))
+
+
+def assert_same_run(one: Path, other: Path, step: int = 20) -> None:
+    """Bit for bit: every loss and norm, and every parameter and moment at the end."""
+    keys = "step", "loss", "grad_norm", "lr"
+    assert [[r.get(k) for k in keys] for r in metrics(one)] == [[r.get(k) for k in keys] for r in metrics(other)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("warnings.warn", lambda *a, **k: None)  # Orbax: no sharding given
+        mine, theirs = arrays(one, step), arrays(other, step)
+    assert len(mine) > 40
+    for a, b in zip(mine, theirs, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_run_from_start_to_end(command, tmp_path, capsys):
+    assert run(*command, "--train.sample_every", "10") == 0
+    folder = tmp_path / "runs" / "tiny"
+    out = capsys.readouterr().out
+    for word in (
+        "device     cpu",
+        "parameters",
+        "training and",
+        "GFLOP",
+        "predicted",
+        "tok/s",
+        "val loss",
+        "--- sample after step 10",
+    ):
+        assert word in out, word
+    records = metrics(folder)
+    assert [r["step"] for r in records] == list(range(1, 21))
+    assert all(set(r) >= {"step", "loss", "grad_norm", "lr", "ms", "tokens_per_s"} for r in records)
+    assert [r["step"] for r in records if "val_loss" in r] == [10, 20]
+    assert records[0]["loss"] == pytest.approx(np.log(512), rel=0.05)
+    assert records[-1]["loss"] < records[0]["loss"] - 0.3
+    assert [round(r["lr"], 5) for r in records[:3]] == [0.00333, 0.00667, 0.01]
+    resolved = yaml.safe_load((folder / "config.yaml").read_text())
+    assert (resolved["model"]["dtype"], resolved["model"]["attention"]) == ("float32", "materialised")
+    assert resolved["train"]["steps"] == 20
+    assert {p.name for p in folder.iterdir()} == {"config.yaml", "metrics.jsonl", "tokenizer.json", "checkpoints"}
+    assert run(*command, "--train.steps", "1") == 0
+    assert {p.name for p in (tmp_path / "runs").iterdir()} == {"tiny", "tiny-2"}  # the first run is left alone
+    assert metrics(folder) == records
+    assert run("--config", folder / "config.yaml", "--runs", tmp_path / "again", "--train.steps", "1") == 0
+    assert metrics(tmp_path / "again" / "tiny")[0]["loss"] == records[0]["loss"]
+
+
+def test_twenty_steps_equal_ten_then_kill_9_then_ten(command, tmp_path):
+    assert run(*command, "--name", "straight") == 0
+    slow = [*command, "--name", "killed", "--train.eval_every", "1", "--train.eval_tokens", "6000"]  # time to be killed in
+    process = start(*slow)
+    folder = tmp_path / "runs" / "killed"
+    _wait_for((folder / "checkpoints" / "step_00000010").exists, process)
+    process.kill()
+    process.communicate()
+    assert len(metrics_text(folder).splitlines()) < 20
+    assert run(*command, "--name", "killed", "--resume", "auto") == 0
+    assert_same_run(tmp_path / "runs" / "straight", folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_ends_cleanly(command, tmp_path, number):
+    assert run(*command, "--name", "straight", "--train.eval_every", "0") == 0
+    args = [*command, "--name", "stopped", "--train.eval_every", "0"]
+    process = start(*args, "--train.sample_every", "1", "--train.sample_tokens", "30")
+    folder = tmp_path / "runs" / "stopped"
+    _wait_for(lambda: metrics_text(folder).count("\n") > 2, process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert err == ""
+    done = metrics(folder)[-1]["step"]
+    if done < 20:  # else the signal came too late to stop anything
+        assert f"stopped by {number.name} after step {done}; go on with --resume auto" in out
+        assert run(*args, "--resume", "auto") == 0
+    assert_same_run(tmp_path / "runs" / "straight", folder)
+
+
+def _wait_for(condition, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_resume_survives_a_damaged_and_a_partial_checkpoint(command, tmp_path):
+    assert run(*command) == 0
+    folder = tmp_path / "runs" / "tiny"
+    expected = metrics(folder)
+    newest = folder / "checkpoints" / "step_00000020"
+    largest = max(newest.rglob("d/*"), key=lambda p: p.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    (folder / "checkpoints" / "step_00000030.orbax-checkpoint-tmp").mkdir()
+    with pytest.warns(UserWarning, match="step_00000020 is damaged and was set aside"):
+        assert run(*command, "--resume", "auto") == 0
+    assert (folder / "checkpoints" / "damaged-step_00000020").exists()
+    assert [(r["step"], r["loss"]) for r in metrics(folder)] == [(r["step"], r["loss"]) for r in expected]
+
+
+def test_only_the_newest_checkpoints_are_kept(command, tmp_path):
+    assert run(*command, "--train.checkpoint_every", "4", "--train.keep_checkpoints", "2", "--train.eval_every", "0") == 0
+    names = sorted(p.name for p in (tmp_path / "runs" / "tiny" / "checkpoints").iterdir())
+    assert names == ["step_00000016", "step_00000020"]
+
+
+def test_resume_under_another_layout_and_with_more_steps(command, tmp_path, capsys):
+    options = ["--optim.schedule", "constant", "--train.eval_every", "0", "--model.dropout", "0"]
+    assert run(*command, *options, "--name", "straight", "--train.steps", "14") == 0
+    assert run(*command, *options, "--name", "again", "--train.steps", "10") == 0
+    assert run(*command, *options, "--name", "again", "--train.steps", "14", "--resume", "auto", "--model.layers", "scan") == 0
+    losses = [[r["loss"] for r in metrics(tmp_path / "runs" / name)] for name in ("straight", "again")]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    assert run(*command, "--name", "again", "--train.steps", "14", "--resume", "auto", "--model.dropout", "0") == 0
+    assert "nothing to do: 14 of 14 steps are done" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--model.channels", "32"], "was trained with model.channels 16, not 32"),
+        (["--data.seq_len", "8"], "was trained with data.seq_len 16, not 8"),
+        (["--seed", "1"], "was trained with seed 0, not 1"),
+    ],
+)
+def test_resume_refuses_another_model_or_order(command, capsys, changes, message):
+    assert run(*command, "--train.steps", "2", "--train.eval_every", "0") == 0
+    assert_refused([*command, *changes, "--resume", "auto"], message, capsys)
+
+
+def test_divergence_skips_the_updates_then_stops(command, tmp_path, capsys):
+    wild = [
+        "--optim.learning_rate",
+        "1e30",
+        "--optim.grad_clip",
+        "0",
+        "--optim.weight_decay",
+        "0",
+        "--train.checkpoint_every",
+        "1",
+    ]
+    assert run(*command, *wild, "--train.max_nonfinite", "3", "--optim.schedule", "constant") == train.DIVERGED
+    records = metrics(tmp_path / "runs" / "tiny")
+    assert [r.get("skipped", False) for r in records[-4:]] == [False, True, True, True]
+    assert records[-1]["loss"] is None
+    captured = capsys.readouterr()
+    assert "not finite: update skipped" in captured.out
+    assert "3 losses or gradients in a row were not finite" in captured.err
+    saved = sorted((tmp_path / "runs" / "tiny" / "checkpoints").iterdir())
+    assert saved
+
+
+# Bad input: one sentence, status 2, no traceback
+
+
+def assert_refused(args: list[str], message: str, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run(*args)
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert err.startswith("python -m gptjax.train: error: ")
+    assert message in err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model.chanels", "3"], "unknown option model.chanels: did you mean model.channels?"),
+        (["--data.batch_size", "many"], "data.batch_size: Expected a int. Got value: many"),
+        (["--train.backward", "magic"], "train.backward"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--model.channels", "30", "--model.num_heads", "4"], "model.channels 30 does not divide by model.num_heads 4"),
+        (["--data.seq_len", "33"], "33 tokens does not fit model.max_seq_len 32"),
+        (["--data.dataset", "nowhere"], "data.dataset nowhere is neither a folder"),
+        (["--data.batch_size", "100000"], "but one batch takes 1600001: lower data.batch_size"),
+        (["--model.vocab_size", "256"], "has 512 ids, but model.vocab_size is 256"),
+        (["--model.attention", "cudnn"], "model.attention cudnn needs an NVIDIA GPU"),
+        (["--train.steps", "0"], "train.steps must be at least 1"),
+        (["--resume", "nowhere"], "--resume nowhere is not the folder of a run"),
+        (["--runs", "/dev/null/x"], "/dev/null/x"),
+    ],
+)
+def test_bad_options_end_in_one_sentence(command, capsys, args, message):
+    assert_refused([*command, *args], message, capsys)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("modle: {preset: 124m}", "unknown option modle"),
+        ("model: {preset: 124m, chanels: 4}", "unknown option model.chanels: did you mean model.channels?"),
+        ("model: {preset: [", "parsing"),
+        ("model: {preset: 3m}", "preset"),
+        ("{}", "model"),
+    ],
+)
+def test_bad_config_files_end_in_one_sentence(tmp_path, capsys, text, message):
+    (tmp_path / "bad.yaml").write_text(text)
+    assert_refused(["--config", str(tmp_path / "bad.yaml")], message, capsys)
+
+
+def test_bad_shards_end_in_one_sentence(command, tmp_path, capsys):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    write_shard(folder / "train.bin", np.full(5000, 600))
+    write_shard(folder / "val.bin", np.arange(100))
+    (folder / "tokenizer.json").write_bytes(next(Path(command[-1]).glob("*/tokenizer.json")).read_bytes())
+    args = [*command, "--data.dataset", str(folder)]
+    assert_refused(args, "train.bin holds token id 600 near position", capsys)
+    (folder / "val.bin").write_bytes((folder / "val.bin").read_bytes()[:-3])
+    assert_refused(args, "val.bin is truncated", capsys)
+    (folder / "val.bin").unlink()
+    assert_refused(args, "holds no val*.bin", capsys)
+
+
+def test_a_disk_that_fills_up_ends_in_one_sentence(command, tmp_path):
+    """A limit on file sizes stands in for the disk: the checkpoint of step 20 cannot be written."""
+    script = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000));"
+    script += "from gptjax.train import main; sys.exit(main(sys.argv[1:]))"
+    result = subprocess.run(
+        [sys.executable, "-c", script, *command, "--model.channels", "64"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert "cannot be written" in result.stderr or "metrics.jsonl cannot be used: File too large" in result.stderr
+
+
+def test_help_explains_every_option(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    text = capsys.readouterr().out
+    options = [line for line in text.splitlines() if line.startswith("  --")]
+    assert len(options) > 35
+    for line in ("--optim.learning_rate", "Peak learning rate", "Attention implementation; auto picks by platform", "--resume"):
+        assert line in text
+
+
+def test_print_config_is_a_config_file(command, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train.main([*command, "--optim.beta2", "0.5", "--print_config"])
+    printed = capsys.readouterr().out
+    assert yaml.safe_load(printed)["optim"]["beta2"] == 0.5
+    (tmp_path / "printed.yaml").write_text(printed)
+    assert run("--config", tmp_path / "printed.yaml", "--train.steps", "1") == 0
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_shipped_config_is_valid(path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--config", str(path), "--print_config"])
+    assert stop.value.code == 0
