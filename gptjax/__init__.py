@@ -1,1 +1,1 @@
-"""A pure-functional GPT-2 in JAX whose backward pass is derived by hand."""
+"""A pure-functional GPT-2 in JAX whose backward pass is derived by hand: see `gptjax.models.gpt2`."""

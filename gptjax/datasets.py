@@ -19,7 +19,7 @@ from gptjax.formats.token_shards import Shard, open_shard, write_shard
 from gptjax.tokenizers import Tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
-PYDOC_VOCAB_SIZE = 512
+PYDOC_VOCAB_SIZE = 4096
 PYDOC_VAL_EVERY = 10
 
 

@@ -1,5 +1,9 @@
 """Errors that a person can mend. Commands print them as one sentence and exit with status 2."""
 
+import contextlib
+import os
+from collections.abc import Iterator
+
 
 class GptjaxError(Exception):
     """Base of the project's own errors; the message names the key or file and the fix."""
@@ -19,3 +23,12 @@ class DataError(GptjaxError):
 
 class CheckpointError(GptjaxError):
     """A checkpoint that cannot be written or resumed."""
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Give an `OSError` from reading or writing an open file the file's name, which the system leaves out."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error

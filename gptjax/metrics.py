@@ -12,6 +12,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from gptjax.errors import naming
 from gptjax.optim import StepMetrics
 
 # Peak dense bfloat16 FLOP/s of one device, by the start of JAX's `device_kind`; makers' data sheets.
@@ -46,7 +47,8 @@ class MetricsFile:
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= last_step]
             partial = path.with_name(path.name + ".partial")
-            partial.write_text("".join(line + "\n" for line in kept))
+            with naming(path):
+                partial.write_text("".join(line + "\n" for line in kept))
             partial.replace(path)
         self.path = path
         self._file = path.open("a")
@@ -58,12 +60,10 @@ class MetricsFile:
             OSError: the disk is full, with the file's name in it.
 
         """
-        try:
+        with naming(self.path):
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
             self._file.write(json.dumps(finite, allow_nan=False) + "\n")
             self._file.flush()
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def close(self) -> None:
         """Close the file."""

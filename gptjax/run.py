@@ -14,7 +14,7 @@ from gptjax.checkpoint import Restored, restore_newest
 from gptjax.config import Config
 from gptjax.data import BatchShape, TrainingBatches, validation_batches
 from gptjax.datasets import TOKENIZER_FILE, Corpus
-from gptjax.errors import CheckpointError, DataError
+from gptjax.errors import CheckpointError, DataError, naming
 from gptjax.generate import sample
 from gptjax.metrics import human_bytes
 from gptjax.models.config import GPT2Config
@@ -131,7 +131,9 @@ def make_folder(run: Run) -> None:
     """Make the run's folder, with the configuration as resolved and the tokenizer in it."""
     run.folder.mkdir(parents=True, exist_ok=True)
     resolved = dataclasses.asdict(dataclasses.replace(run.cfg, model=run.model, resume=None))
-    (run.folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
+    path = run.folder / "config.yaml"
+    with naming(path):
+        path.write_text(yaml.safe_dump(resolved, sort_keys=False))
     if run.corpus.tokenizer:
         run.corpus.tokenizer.save(run.folder / TOKENIZER_FILE)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tiktoken
 
-from gptjax.errors import DataError, FormatError
+from gptjax.errors import DataError, FormatError, naming
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
@@ -56,7 +56,8 @@ class Tokenizer:
         if self.encoding.name != "gpt2":
             ranks = [self.encoding.decode_single_token_bytes(i) for i in range(self.vocab_size - 1)]
             content["tokens"] = [base64.b64encode(token).decode("ascii") for token in ranks]
-        Path(path).write_text(json.dumps(content))
+        with naming(path):
+            Path(path).write_text(json.dumps(content))
 
 
 def load(path: str | os.PathLike[str]) -> Tokenizer:

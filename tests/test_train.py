@@ -14,11 +14,12 @@ import pytest
 import yaml
 
 from gptjax import train
+from gptjax.datasets import find_corpus
 from gptjax.formats.token_shards import write_shard
 from tests.conftest import ROOT
 
 TINY = {
-    "model": {"num_layers": 1, "num_heads": 2, "channels": 16, "vocab_size": 512, "max_seq_len": 32, "dropout": 0.1},
+    "model": {"num_layers": 1, "num_heads": 2, "channels": 16, "vocab_size": 4096, "max_seq_len": 32, "dropout": 0.1},
     "data": {"batch_size": 4, "seq_len": 16},
     "optim": {"learning_rate": 1e-2, "warmup_steps": 3},
     "train": {"steps": 20, "eval_every": 10, "eval_tokens": 64, "sample_tokens": 8, "checkpoint_every": 10},
@@ -27,7 +28,9 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def data_root(tmp_path_factory):
-    return tmp_path_factory.mktemp("data")
+    root = tmp_path_factory.mktemp("data")
+    find_corpus("pydoc", root)
+    return root
 
 
 @pytest.fixture
@@ -97,7 +100,7 @@ def test_a_run_from_start_to_end(command, tmp_path, capsys):
     assert [r["step"] for r in records] == list(range(1, 21))
     assert all(set(r) >= {"step", "loss", "grad_norm", "lr", "ms", "tokens_per_s"} for r in records)
     assert [r["step"] for r in records if "val_loss" in r] == [10, 20]
-    assert records[0]["loss"] == pytest.approx(np.log(512), rel=0.05)
+    assert records[0]["loss"] == pytest.approx(np.log(4096), rel=0.05)
     assert records[-1]["loss"] < records[0]["loss"] - 0.3
     assert [round(r["lr"], 5) for r in records[:3]] == [0.00333, 0.00667, 0.01]
     resolved = yaml.safe_load((folder / "config.yaml").read_text())
@@ -242,7 +245,7 @@ def assert_refused(args: list[str], message: str, capsys) -> None:
         (["--data.seq_len", "33"], "33 tokens does not fit model.max_seq_len 32"),
         (["--data.dataset", "nowhere"], "data.dataset nowhere is neither a folder"),
         (["--data.batch_size", "100000"], "but one batch takes 1600001: lower data.batch_size"),
-        (["--model.vocab_size", "256"], "has 512 ids, but model.vocab_size is 256"),
+        (["--model.vocab_size", "256"], "has 4096 ids, but model.vocab_size is 256"),
         (["--model.attention", "cudnn"], "model.attention cudnn needs an NVIDIA GPU"),
         (["--train.steps", "0"], "train.steps must be at least 1"),
         (["--resume", "nowhere"], "--resume nowhere is not the folder of a run"),
@@ -271,11 +274,11 @@ def test_bad_config_files_end_in_one_sentence(tmp_path, capsys, text, message):
 def test_bad_shards_end_in_one_sentence(command, tmp_path, capsys):
     folder = tmp_path / "shards"
     folder.mkdir()
-    write_shard(folder / "train.bin", np.full(5000, 600))
+    write_shard(folder / "train.bin", np.full(5000, 5000))
     write_shard(folder / "val.bin", np.arange(100))
     (folder / "tokenizer.json").write_bytes(next(Path(command[-1]).glob("*/tokenizer.json")).read_bytes())
     args = [*command, "--data.dataset", str(folder)]
-    assert_refused(args, "train.bin holds token id 600 near position", capsys)
+    assert_refused(args, "train.bin holds token id 5000 near position", capsys)
     (folder / "val.bin").write_bytes((folder / "val.bin").read_bytes()[:-3])
     assert_refused(args, "val.bin is truncated", capsys)
     (folder / "val.bin").unlink()
@@ -296,7 +299,7 @@ def test_a_disk_that_fills_up_ends_in_one_sentence(command, tmp_path):
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     assert result.stderr.count("\n") == 1
-    assert "cannot be written" in result.stderr or "metrics.jsonl cannot be used: File too large" in result.stderr
+    assert "checkpoints cannot be written (File too large): free space" in result.stderr
 
 
 def test_help_explains_every_option(capsys):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gptjax.errors import FormatError
+from gptjax.errors import FormatError, naming
 
 MAGIC, VERSION = 20240520, 1
 HEADER_BYTES = 1024
@@ -66,7 +66,7 @@ def write_shard(path: str | os.PathLike[str], tokens: Iterable[int] | np.ndarray
     header = np.zeros(HEADER_BYTES // 4, "<i4")
     header[:3] = MAGIC, VERSION, ids.size
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    with naming(path), partial.open("wb") as file:
         file.write(header.tobytes())
         file.write(ids.astype("<u2").tobytes())
         file.flush()

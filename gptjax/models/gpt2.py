@@ -46,8 +46,7 @@ class Batch(NamedTuple):
     mask: Any = None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One block
+# --- One block ---
 
 
 class BlockSaved(NamedTuple):
@@ -114,23 +113,15 @@ def block_bwd(
     return dx, Block(*grads)
 
 
-def training_block_fwd(
-    w: Block, x: Float[Array, "B T C"], cfg: GPT2Config, key: Key[Array, ""] | None
+def training_block(
+    attend: Any, w: Block, x: Float[Array, "B T C"], cfg: GPT2Config, key: Key[Array, ""] | None
 ) -> tuple[Float[Array, "B T C"], BlockSaved]:
-    """`block_fwd` attending to its own sequence; ``key`` turns dropout on."""
+    """`block_fwd` attending to its own sequence by ``attend``, `attention_fwd` or `attention`; ``key`` turns dropout on."""
     att_key, key = (None, None) if key is None else jax.random.split(key)
-    return block_fwd(w, x, cfg, partial(attention_fwd, cfg.attention, rate=cfg.dropout, key=att_key), key)
+    return block_fwd(w, x, cfg, partial(attend, cfg.attention, rate=cfg.dropout, key=att_key), key)
 
 
-def plain_block(w: Block, x: Float[Array, "B T C"], cfg: GPT2Config, key: Key[Array, ""] | None) -> Float[Array, "B T C"]:
-    """`training_block_fwd` without what the hand-written backward needs: for evaluation, and for JAX to differentiate."""
-    att_key, key = (None, None) if key is None else jax.random.split(key)
-    attend = partial(attention, cfg.attention, rate=cfg.dropout, key=att_key)
-    return block_fwd(w, x, cfg, lambda q, k, v: (attend(q, k, v), None), key)[0]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The stack of blocks, with what each recompute setting keeps
+# --- The stack of blocks, with what each recompute setting keeps ---
 
 
 def blocks_fwd(
@@ -140,7 +131,7 @@ def blocks_fwd(
 
     def body(x: Array, w_key: tuple[Block, Any]) -> tuple[Array, Any]:
         w, key = w_key
-        y, saved = training_block_fwd(w, x, cfg, key)
+        y, saved = training_block(attention_fwd, w, x, cfg, key)
         if cfg.recompute == "block":
             return y, x
         return y, saved._replace(fcproj=None) if cfg.recompute == "gelu" else saved
@@ -158,7 +149,7 @@ def blocks_bwd(
         # The barriers tie the recomputation to dx: without them XLA merges it with the forward's and keeps the result.
         if cfg.recompute == "block":
             x, dx = lax.optimization_barrier((saved, dx))
-            _, saved = training_block_fwd(w, x, cfg, key)
+            _, saved = training_block(attention_fwd, w, x, cfg, key)
         elif cfg.recompute == "gelu":
             f, dx = lax.optimization_barrier((saved.gelu, dx))
             saved = saved._replace(gelu=f, fcproj=gelu_fwd(f)[0])
@@ -180,8 +171,7 @@ def over_layers(body: Any, carry: Any, xs: Any, cfg: GPT2Config, reverse: bool =
     return carry, ys
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The network
+# --- The network ---
 
 
 def _split_key(key: Key[Array, ""] | None, cfg: GPT2Config) -> tuple[Any, Any]:
@@ -199,7 +189,7 @@ def hidden(params: Params, inputs: Int[Array, "B T"], cfg: GPT2Config, key: Key[
     x, _ = dropout_fwd(x, cfg.dropout, key)
 
     def body(x: Array, w_key: tuple[Block, Any]) -> tuple[Array, None]:
-        return plain_block(w_key[0], x, cfg, w_key[1]), None
+        return training_block(attention, w_key[0], x, cfg, w_key[1])[0], None
 
     if cfg.recompute == "block":
         body = jax.checkpoint(body)
@@ -215,11 +205,7 @@ def logits(params: Params, inputs: Int[Array, "B T"], cfg: GPT2Config) -> Float[
 
 
 def loss(
-    params: Params,
-    batch: Batch,
-    cfg: GPT2Config,
-    key: Key[Array, ""] | None = None,
-    count: Float[Array, ""] | None = None,
+    params: Params, batch: Batch, cfg: GPT2Config, key: Key[Array, ""] | None = None, count: Float[Array, ""] | None = None
 ) -> Float[Array, ""]:
     """Mean cross-entropy of the targets in nats: the plain forward, free of custom derivatives.
 
@@ -242,11 +228,7 @@ def loss(
 
 
 def loss_and_grad(
-    params: Params,
-    batch: Batch,
-    cfg: GPT2Config,
-    key: Key[Array, ""] | None = None,
-    count: Float[Array, ""] | None = None,
+    params: Params, batch: Batch, cfg: GPT2Config, key: Key[Array, ""] | None = None, count: Float[Array, ""] | None = None
 ) -> tuple[Float[Array, ""], Params]:
     """`loss` and its gradient with respect to every parameter, by the backward derived by hand. Arguments as in `loss`."""
     key, keys = _split_key(key, cfg)
@@ -297,8 +279,7 @@ def _pieces(h: Float[Array, "B T C"], batch: Batch, cfg: GPT2Config, count: Any)
     return [tuple(r[i : i + size] for r in rows) for i in range(0, batch.targets.size, size)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The binding
+# --- The binding ---
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -50,11 +50,13 @@ def attention_fwd(
     raise ValueError(f"attention must be one of {', '.join(ATTENTION_IMPLEMENTATIONS)}, not {implementation}")
 
 
-def attention(implementation: str, q: Heads, k: Heads, v: Heads, rate: float = 0.0, key: Key[Array, ""] | None = None) -> Heads:
-    """The output of `attention_fwd` alone, for JAX to differentiate: cuDNN's kernel then comes with JAX's own rule."""
+def attention(
+    implementation: str, q: Heads, k: Heads, v: Heads, rate: float = 0.0, key: Key[Array, ""] | None = None
+) -> tuple[Heads, None]:
+    """`attention_fwd` with nothing saved, for JAX to differentiate: cuDNN's kernel then brings JAX's own rule."""
     if implementation == "cudnn" and not (rate and key is not None):
-        return _cudnn(q, k, v)
-    return attention_fwd(implementation, q, k, v, rate, key)[0]
+        return _cudnn(q, k, v), None
+    return attention_fwd(implementation, q, k, v, rate, key)[0], None
 
 
 def attention_bwd(implementation: str, saved: Any, do: Heads, rate: float = 0.0) -> tuple[Heads, Heads, Heads]:

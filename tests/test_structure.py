@@ -1,0 +1,82 @@
+"""The rules that keep the package readable, checked by a machine."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+PACKAGE = ROOT / "gptjax"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+COMMANDS = {"train", "verify", "bench"}
+LAYERS = {"errors": 0, "ops": 1, "models": 2}  # everything else 3, commands 4
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    known = {name_of(p) for p in MODULES} - {"gptjax"}
+    return found & known
+
+
+def level(module: str) -> int:
+    part = module.split(".")[1]
+    return 4 if part in COMMANDS else LAYERS.get(part, 3)
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if name_of(p) != "gptjax"], ids=name_of)
+def test_imports_point_one_way(path):
+    """Errors <- ops <- models <- everything else <- commands."""
+    for imported in imports_of(path):
+        assert level(imported) <= level(name_of(path)), f"{name_of(path)} imports {imported}"
+        if level(name_of(path)) == 4:
+            assert level(imported) < 4, "commands do not import each other"
+
+
+def test_no_cycles():
+    graph = {name_of(p): imports_of(p) - {name_of(p)} for p in MODULES}
+
+    def visit(module, trail):
+        assert module not in trail, " -> ".join([*trail, module])
+        for imported in graph[module]:
+            if not module.startswith(imported + "."):
+                visit(imported, [*trail, module])
+
+    for module in graph:
+        visit(module, [])
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_files_stay_short(path):
+    limit = 150 if path.parent.name == "ops" else 300
+    assert len(path.read_text().splitlines()) <= limit
+
+
+def test_only_one_custom_vjp_and_it_is_the_binding():
+    """Ops stay free of custom derivatives, or JAX's gradient of the forward would be no reference."""
+    uses = {name_of(p): len(re.findall(r"custom_[vj][jv]p\b(?!``)", p.read_text())) for p in MODULES}
+    assert {name for name, count in uses.items() if count} == {"gptjax.models.gpt2"}
+
+
+def test_every_module_has_a_test():
+    tests = {p.stem.removeprefix("test_") for p in (ROOT / "tests").rglob("test_*.py")}
+    covered_elsewhere = {"blockwise": "attention", "precision": "linear", "errors": "train", "cli": "train", "run": "train"}
+    covered_elsewhere |= {"config": "train", "checkpoint": "train", "bench": "verify", "gptjax": "structure"}
+    names = {name_of(p).split(".")[-1] for p in MODULES} - {"ops", "models", "formats"}
+    assert {covered_elsewhere.get(n, n) for n in names} <= tests
+
+
+def test_the_jupyter_example_runs(capsys):
+    code = re.search(r"```python\n(.*?)```", (ROOT / "notebooks" / "README.md").read_text(), re.DOTALL)
+    exec(code[1], {})
+    assert float(capsys.readouterr().out) < 1e-6
