@@ -96,13 +96,13 @@ def quiet_libraries() -> None:
     """Keep Orbax's and TensorStore's tracebacks of a failed write off the screen: commands report the failure themselves."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    show = sys.excepthook
+    show = sys.unraisablehook
 
-    def hook(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
-        if str(error) != "Event loop is closed":  # TensorStore's callbacks, after the write that they belong to was given up
-            show(kind, error, traceback)
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":  # callbacks of a write that was given up
+            show(unraisable)
 
-    sys.excepthook = hook
+    sys.unraisablehook = hook
 
 
 def keep_freed_memory() -> None:

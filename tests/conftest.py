@@ -20,7 +20,7 @@ import pytest
 jax.config.update("jax_enable_x64", True)
 
 # Deterministic, so that a failure is the code's; no deadline, because compiling takes as long as it takes.
-hypothesis.settings.register_profile("gptjax", deadline=None, derandomize=True, max_examples=12, database=None)
+hypothesis.settings.register_profile("gptjax", deadline=None, derandomize=True, max_examples=8, database=None)
 hypothesis.settings.load_profile("gptjax")
 
 ROOT = Path(__file__).parents[1]

@@ -287,7 +287,7 @@ def test_bad_shards_end_in_one_sentence(command, tmp_path, capsys):
 
 def test_a_disk_that_fills_up_ends_in_one_sentence(command, tmp_path):
     """A limit on file sizes stands in for the disk: the checkpoint of step 20 cannot be written."""
-    script = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000));"
+    script = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000));"
     script += "from gptjax.train import main; sys.exit(main(sys.argv[1:]))"
     result = subprocess.run(
         [sys.executable, "-c", script, *command, "--model.channels", "64"],
