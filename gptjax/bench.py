@@ -20,7 +20,7 @@ from gptjax.config import Config
 from gptjax.metrics import human_bytes
 from gptjax.models.gpt2 import Batch
 from gptjax.optim import make_optimizer
-from gptjax.run import platform_name
+from gptjax.run import platform_name, start_jax
 
 PROG = "python -m gptjax.bench"
 ROUNDS = 12
@@ -41,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     with cli.reported_errors(PROG):
         cfg, _ = cli.parse(Config, PROG, __doc__ or "", argv)
         cli.keep_freed_memory()
+        start_jax(cfg.model)
         batch, key = random_batch(cfg), jax.random.key(cfg.seed)
         contenders = [
             prepare(cfg, *choice, batch, key) for choice in itertools.product(("manual", "autodiff"), ("unroll", "scan"))

@@ -26,6 +26,7 @@ from gptjax.optim import Optimizer
 from gptjax.steps import TrainState, init_state
 
 PREFIX = "step"
+NOT_DAMAGE = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", os.strerror(errno.EACCES), os.strerror(errno.EMFILE))
 DIMENSIONS = ("num_layers", "num_heads", "channels", "vocab_size", "max_seq_len")
 
 
@@ -103,10 +104,12 @@ def restore_newest(folder: Path, cfg: GPT2Config, optimizer: Optimizer) -> Resto
         except CheckpointError:
             raise
         except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
+            if any(sign in str(error) for sign in NOT_DAMAGE):
+                raise CheckpointError(f"checkpoint {path} cannot be read: {str(error)[:200]}") from error
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             path.rename(path.with_name(f"damaged-{path.name}"))
             warnings.warn(f"checkpoint {path} is damaged and was set aside: {reason[:200]}", stacklevel=2)
-    if steps:
+    if steps or list(folder.glob("damaged-*")):
         raise CheckpointError(f"no checkpoint in {folder} can be read; start afresh without --resume")
     return None
 

@@ -3,8 +3,11 @@
 import contextlib
 import ctypes
 import difflib
+import errno
+import io
 import logging
 import re
+import signal
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -63,14 +66,21 @@ def parse(config_class: type[T], prog: str, description: str, argv: list[str] | 
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
     parser.add_class_arguments(config_class, fail_untyped=True)
-    values = vars(parser.instantiate(parser.parse_args(argv)))
+    try:
+        values = vars(parser.instantiate(parser.parse_args(argv)))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"a config file is not UTF-8 text: {error.reason} at byte {error.start}") from error
     files = values.pop("config") or []
     return config_class(**values), Path(str(files[-1])) if files else None
 
 
 @contextlib.contextmanager
 def reported_errors(prog: str) -> Iterator[None]:
-    """Turn errors that a person can mend into one sentence on stderr and exit status 2, without a traceback."""
+    """Turn errors that a person can mend into one sentence on stderr and exit status 2, without a traceback.
+
+    SIGTERM ends the block as Ctrl-C does, so that what is half made is cleared away.
+    """
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     except GptjaxError as error:
@@ -78,13 +88,17 @@ def reported_errors(prog: str) -> Iterator[None]:
     except KeyboardInterrupt:
         _exit(prog, "interrupted", INTERRUPTED)
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
             raise
-        _exit(prog, f"{error.filename} cannot be used: {error.strerror}; free space or name another folder", BAD_INPUT)
+        _exit(
+            prog, f"{error.filename or 'output'} cannot be used: {error.strerror}; free space or name another folder", BAD_INPUT
+        )
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         _exit(prog, f"the device is out of memory: lower data.batch_size or set model.recompute block ({error})", BAD_INPUT)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _exit(prog: str, message: str, status: int) -> NoReturn:
@@ -103,6 +117,12 @@ def quiet_libraries() -> None:
             show(unraisable)
 
     sys.unraisablehook = hook
+
+
+def replace_unprintable() -> None:
+    """Let stdout show a placeholder for characters that its encoding lacks, instead of failing on them."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def keep_freed_memory() -> None:

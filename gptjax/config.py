@@ -45,9 +45,9 @@ class TrainConfig:
     log_every: int = 1
     """Steps between lines on the screen; the metrics file has every step."""
     eval_every: int = 50
-    """Steps between validations; there is one before the first step and one after the last."""
+    """Steps between validations; there is always one after the last step."""
     eval_tokens: int = 8192
-    """Tokens of a validation, the same ones each time."""
+    """Tokens of a validation, rounded up to whole sequences; the same ones each time."""
     sample_every: int = 0
     """Steps between samples; there is always one after the last step, unless sample_tokens is 0."""
     sample_tokens: int = 96
@@ -97,6 +97,16 @@ class Config:
     """Seed of the initial parameters, the batches' order, dropout and samples."""
     resume: str | None = None
     """auto continues the newest run of this name from its last checkpoint, or starts it; a folder continues that run."""
+
+    def __post_init__(self) -> None:
+        """Check the seed.
+
+        Raises:
+            ConfigError: it is negative.
+
+        """
+        if self.seed < 0:
+            raise ConfigError(f"seed must be at least 0, not {self.seed}")
 
 
 def _at_least(section: str, cfg: object, least: int, *names: str) -> None:

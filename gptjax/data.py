@@ -80,22 +80,21 @@ class TrainingBatches:
         """Set the iterator to the first batch.
 
         Raises:
-            DataError: the shards together are shorter than one batch.
+            DataError: the shards are shorter than one batch.
 
         """
         self.shape = shape
         per_step = shape.accumulate * shape.batch_size
-        windows = Windows(shards, shape.seq_len, per_step if order == "sequential" else 1, vocab_size)
+        windows = Windows(shards, shape.seq_len, shape.batch_size if order == "sequential" else 1, vocab_size)
         if len(windows) < per_step:
-            total = sum(shard.tokens.size for shard in shards)
             raise DataError(
-                f"the training shards in {shards[0].path.parent} hold {total} tokens, but one batch takes {shape.tokens + 1}: "
-                "lower data.batch_size, data.seq_len or optim.accumulate, or bring more text"
+                f"the training shards in {shards[0].path.parent} give {len(windows)} sequences of {shape.seq_len} tokens, "
+                f"but one step takes {per_step}: lower data.batch_size, data.seq_len or optim.accumulate, or bring more text"
             )
         dataset = grain.MapDataset.source(windows)
         if order == "shuffle":
             dataset = dataset.seed(seed).shuffle()
-        dataset = dataset.repeat().batch(per_step)
+        dataset = dataset.repeat().batch(per_step, drop_remainder=True)
         self._iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH_BATCHES)))
 
     def __iter__(self) -> "TrainingBatches":
@@ -122,7 +121,7 @@ class TrainingBatches:
 
 
 def validation_batches(shards: list[Shard], tokens: int, batch_size: int, seq_len: int, vocab_size: int) -> list[Batch]:
-    """The first ``tokens`` targets of the shards in order, the same whatever the batch size.
+    """The first ``tokens`` targets of the shards in order, in whole sequences, the same whatever the batch size.
 
     Each batch is (B, T); in the last one, sequences beyond the count are masked out. A corpus that is shorter than
     ``tokens`` is used whole.

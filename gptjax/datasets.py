@@ -21,6 +21,7 @@ from gptjax.tokenizers import Tokenizer
 TOKENIZER_FILE = "tokenizer.json"
 PYDOC_VOCAB_SIZE = 4096
 PYDOC_VAL_EVERY = 10
+HASHED_IDS = 1 << 23  # from each end of a shard
 
 
 class Corpus(NamedTuple):
@@ -70,12 +71,12 @@ def _open(folder: Path) -> Corpus:
 
 
 def _fingerprint(shards: list[Shard]) -> str:
-    """SHA-256 over each shard's name, length and first and last ids: enough to notice another corpus, at no cost."""
+    """SHA-256 over each shard's name, length and ids; of a very long one, the first and last `HASHED_IDS` alone."""
     digest = hashlib.sha256()
     for path, tokens in shards:
         digest.update(f"{path.name} {tokens.size} ".encode())
-        digest.update(tokens[:65536].tobytes())
-        digest.update(tokens[-65536:].tobytes())
+        digest.update(tokens[:HASHED_IDS].tobytes())
+        digest.update(tokens[HASHED_IDS:][-HASHED_IDS:].tobytes())
     return digest.hexdigest()
 
 

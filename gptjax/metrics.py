@@ -111,7 +111,7 @@ class Display:
     def __init__(self, steps: int) -> None:
         """Nothing is drawn before `running`."""
         self.steps = steps
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = Console(highlight=False, soft_wrap=True, emoji=False)
         columns = TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}")
         times = TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
         bar = Progress(*columns, *times, console=self.console, transient=True)
@@ -128,8 +128,9 @@ class Display:
             yield
 
     def print(self, text: str) -> None:
-        """Lines that stay."""
-        self.console.print(text, markup=False)
+        """Lines that stay; control characters, which a model may well produce, are replaced."""
+        safe = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+        self.console.print(safe, markup=False)
         self.console.file.flush()
 
     def step(self, record: dict[str, Any], line: bool) -> None:

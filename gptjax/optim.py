@@ -47,7 +47,9 @@ class OptimConfig:
             ConfigError: a number is out of its range.
 
         """
-        for name in ("learning_rate", "weight_decay", "grad_clip", "eps"):
+        if not self.eps > 0:
+            raise ConfigError(f"optim.eps must be above 0, not {self.eps}")
+        for name in ("learning_rate", "weight_decay", "grad_clip"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"optim.{name} must not be negative, not {getattr(self, name)}")
         for name in ("beta1", "beta2"):

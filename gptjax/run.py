@@ -1,6 +1,8 @@
 """A training run before its first step: everything checked, every ``auto`` decided, its folder chosen."""
 
 import dataclasses
+import glob
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +16,7 @@ from gptjax.checkpoint import Restored, restore_newest
 from gptjax.config import Config
 from gptjax.data import BatchShape, TrainingBatches, validation_batches
 from gptjax.datasets import TOKENIZER_FILE, Corpus
-from gptjax.errors import CheckpointError, DataError, naming
+from gptjax.errors import CheckpointError, ConfigError, DataError, naming
 from gptjax.generate import sample
 from gptjax.metrics import human_bytes
 from gptjax.models.config import GPT2Config
@@ -48,11 +50,13 @@ def set_up(cfg: Config) -> Run:
         GptjaxError: anything about the configuration, the corpus or the folder that a person can mend.
 
     """
-    if cfg.model.dtype == "float64":
-        jax.config.update("jax_enable_x64", True)
+    start_jax(cfg.model)
     model = cfg.model.resolve(platform_name(), cfg.data.seq_len)
     corpus = datasets.find_corpus(cfg.data.dataset, cfg.data.root)
-    if corpus.tokenizer and corpus.tokenizer.vocab_size > model.vocab_size:
+    too_large = corpus.tokenizer is not None and corpus.tokenizer.vocab_size > model.vocab_size
+    if too_large and not (corpus.folder / TOKENIZER_FILE).exists():
+        corpus = corpus._replace(tokenizer=None)  # GPT-2's was assumed, and is not what made these ids
+    elif corpus.tokenizer and too_large:
         raise DataError(
             f"the tokenizer of {corpus.folder} has {corpus.tokenizer.vocab_size} ids, "
             f"but model.vocab_size is {model.vocab_size}: raise it to at least that"
@@ -69,6 +73,21 @@ def set_up(cfg: Config) -> Run:
         key=jax.random.key(cfg.seed),
         folder=run_folder(Path(cfg.runs), cfg.name or "run", cfg.resume),
     )
+
+
+def start_jax(model: GPT2Config) -> None:
+    """Start JAX's backend, with 64-bit numbers where the model asks for them.
+
+    Raises:
+        ConfigError: the platform that JAX was told to use is not there.
+
+    """
+    if model.dtype == "float64":
+        jax.config.update("jax_enable_x64", True)
+    try:
+        jax.devices()
+    except Exception as error:  # JAX raises RuntimeError, AssertionError and others
+        raise ConfigError(f"JAX cannot start: {error or 'no such device'}; unset JAX_PLATFORMS to use what there is") from error
 
 
 def platform_name() -> str:
@@ -90,20 +109,24 @@ def run_folder(runs: Path, name: str, resume: str | None) -> Path:
         if not (Path(resume) / "checkpoints").is_dir():
             raise CheckpointError(f"--resume {resume} is not the folder of a run: it has no checkpoints/ in it")
         return Path(resume)
-    number, newest = 1, None
-    while (folder := runs / (name if number == 1 else f"{name}-{number}")).exists():
-        number, newest = number + 1, folder
-    return newest if resume and newest else folder
+    matches = (re.fullmatch(re.escape(name) + r"(?:-(\d+))?", path.name) for path in runs.glob(f"{glob.escape(name)}*"))
+    newest = max((int(match[1] or 1) for match in matches if match), default=0)
+    number = newest if resume and newest else newest + 1
+    return runs / (name if number == 1 else f"{name}-{number}")
 
 
 def restore(run: Run) -> Restored | None:
     """The newest checkpoint in the run's folder, the batches moved to its position; None where there is none.
 
     Raises:
-        CheckpointError: the model or the order of the batches differs from the checkpoint's.
+        CheckpointError: the model or the order of the batches differs from the checkpoint's, all checkpoints are damaged,
+            or a folder is named that has none.
 
     """
-    restored = restore_newest(run.folder / "checkpoints", run.model, run.optimizer)
+    folder = run.folder / "checkpoints"
+    restored = restore_newest(folder, run.model, run.optimizer)
+    if not restored and run.cfg.resume != "auto":
+        raise CheckpointError(f"{folder} holds no checkpoint to resume from; --resume auto would start the run afresh")
     if restored:
         now = _identity(run)
         for key, value in restored.meta["identity"].items():

@@ -7,6 +7,7 @@ Ctrl-C or SIGTERM saves a checkpoint and ends; ``--resume auto`` goes on from th
 
 import contextlib
 import dataclasses
+import math
 import signal
 import sys
 import time
@@ -40,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         cfg, file = cli.parse(Config, PROG, __doc__ or "", argv)
         cli.keep_freed_memory()
         cli.quiet_libraries()
+        cli.replace_unprintable()
         try:
             train(dataclasses.replace(cfg, name=cfg.name or (file.stem if file else "run")))
         except DivergedError as error:
@@ -75,14 +77,14 @@ def train(cfg: Config) -> None:
     display.print(describe_memory(compiled, time.perf_counter() - began))
     make_folder(run)
     with contextlib.ExitStack() as cleanup:
+        stop = cleanup.enter_context(stop_signals())  # first in, so last out: until everything is on disk
         metrics_file = cleanup.enter_context(contextlib.closing(MetricsFile(run.folder / "metrics.jsonl", done)))
         writer = cleanup.enter_context(
             contextlib.closing(CheckpointWriter(run.folder / "checkpoints", cfg.train.keep_checkpoints))
         )
-        stop = cleanup.enter_context(stop_signals())
         cleanup.enter_context(display.running(done))
         done = fit(run, compiled, jax.block_until_ready(state), done, metrics_file, writer, display, stop)
-    if stop:
+    if stop and done < cfg.train.steps:
         display.print(f"stopped by {stop[0]} after step {done}; go on with --resume auto")
     display.print(f"saved in {run.folder}")
 
@@ -134,11 +136,15 @@ def fit(
         if (evaluate or (final and cfg.eval_every)) and not stopping:
             record["val_loss"] = steps.evaluate(eval_loss, state.params, run.val)
         report(record)
+        if save or final or stopping:
+            # A step can be finite and still leave parameters that are not fit to go on from.
+            if math.isfinite(steps.evaluate(eval_loss, state.params, run.val[:1])):
+                writer.save(step, state, run.model, checkpoint_meta(run))
+                saved = step
+            else:
+                display.print(f"{display.of(step)} | no checkpoint: the parameters give a loss that is not finite")
         if (show or final) and cfg.sample_tokens and not stopping:
             display.print(f"--- sample after step {step} ---\n{sample_text(run, state.params, step)}\n---")
-        if save or final or stopping:
-            writer.save(step, state, run.model, checkpoint_meta(run))
-            saved = step
         if stopping:
             return step
         meter.restart()
@@ -155,7 +161,7 @@ def stop_signals() -> Iterator[list[str]]:
     received: list[str] = []
 
     def handler(number: int, frame: Any) -> None:
-        if received and number == signal.SIGINT:
+        if number == signal.SIGINT and signal.SIGINT.name in received:
             raise KeyboardInterrupt
         received.append(signal.Signals(number).name)
 

@@ -74,6 +74,20 @@ def test_all_damaged_is_an_error_not_a_fresh_start(saved):
     with pytest.raises(CheckpointError, match="no checkpoint in .* can be read"):
         restore_newest(folder, CFG, OPTIMIZER)
     assert len(list(folder.glob("damaged-*"))) == 2
+    with pytest.raises(CheckpointError, match="no checkpoint in .* can be read"):  # nor at the second try
+        restore_newest(folder, CFG, OPTIMIZER)
+
+
+def test_running_out_of_memory_is_no_damage(saved, monkeypatch):
+    folder, _ = saved
+
+    def fail(tree):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(checkpoint, "_checksums", fail)
+    with pytest.raises(CheckpointError, match="cannot be read: RESOURCE_EXHAUSTED"):
+        restore_newest(folder, CFG, OPTIMIZER)
+    assert not list(folder.glob("damaged-*"))
 
 
 def test_another_model_is_refused_and_nothing_is_set_aside(saved):

@@ -36,6 +36,12 @@ def test_sequential_takes_one_shard_after_the_other():
     assert starts == [0, 8, 100, 0]
 
 
+@pytest.mark.parametrize("order", ["sequential", "shuffle"])
+def test_one_sequence_a_step(order):
+    reader = batches([shard(30)], B=1, order=order)
+    assert sorted(int(next(reader).inputs[0, 0, 0]) for _ in range(7)) == list(range(0, 28, 4))
+
+
 def test_accumulation_splits_the_same_tokens():
     one, four = next(batches([shard(100)], A=1, B=8)), next(batches([shard(100)], A=4, B=2))
     assert four.inputs.shape == (4, 2, 4)
@@ -90,7 +96,7 @@ def test_id_beyond_the_vocabulary_is_named():
 
 
 def test_corpus_shorter_than_a_batch():
-    with pytest.raises(DataError, match="hold 8 tokens, but one batch takes 9: lower data.batch_size"):
+    with pytest.raises(DataError, match="give 0 sequences of 4 tokens, but one step takes 2: lower data.batch_size"):
         batches([shard(8)])
     next(batches([shard(9)]))
     with pytest.raises(DataError, match="validation shards in corpus hold 4 tokens, but one sequence takes 5"):

@@ -92,7 +92,7 @@ def test_first_step_by_hand():
     """After one step Adam's direction is the gradient's sign, so p becomes p - lr (sign(g) + decay p)."""
     params = tiny.params(tiny.CONFIG)
     (grads,) = gradients_like(params, 1)
-    ours, _ = run(OptimConfig(learning_rate=0.01, schedule="constant", weight_decay=0.5, eps=0.0), [grads], params)
+    ours, _ = run(OptimConfig(learning_rate=0.01, schedule="constant", weight_decay=0.5, eps=1e-20), [grads], params)
     np.testing.assert_allclose(ours.wte, params.wte - 0.01 * (jnp.sign(grads.wte) + 0.5 * params.wte), rtol=1e-9)
     np.testing.assert_allclose(ours.fcb[1], params.fcb[1] - 0.01 * jnp.sign(grads.fcb[1]), rtol=1e-9)
 
@@ -121,6 +121,7 @@ def test_non_finite_gradients_and_losses_change_nothing(bad):
         ({"learning_rate": -1.0}, "optim.learning_rate must not be negative"),
         ({"learning_rate": float("nan")}, "optim.learning_rate"),
         ({"beta2": 1.0}, "optim.beta2"),
+        ({"eps": 0.0}, "optim.eps must be above 0"),
         ({"accumulate": 0}, "optim.accumulate"),
         ({"warmup_steps": -1}, "optim.warmup_steps"),
         ({"final_fraction": 2.0}, "optim.final_fraction"),

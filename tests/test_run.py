@@ -11,6 +11,9 @@ def test_a_new_run_never_takes_an_old_ones_folder(tmp_path):
         folder.mkdir()
     assert run_folder(tmp_path, "a", "auto") == tmp_path / "a-3"
     assert run_folder(tmp_path, "b", "auto") == tmp_path / "b"
+    (tmp_path / "a").rmdir()
+    assert run_folder(tmp_path, "a", "auto") == tmp_path / "a-3"
+    assert run_folder(tmp_path, "a", None) == tmp_path / "a-4"
 
 
 def test_a_named_folder_must_be_a_runs(tmp_path):

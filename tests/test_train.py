@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import jax
@@ -65,7 +66,8 @@ def metrics(folder: Path) -> list[dict]:
 def arrays(folder: Path, step: int):
     """All arrays of a checkpoint, as Orbax alone reads them."""
     path = folder / "checkpoints" / f"step_{step:08d}" / "state"
-    with ocp.StandardCheckpointer() as reader:
+    with warnings.catch_warnings(), ocp.StandardCheckpointer() as reader:
+        warnings.simplefilter("ignore")  # Orbax: no sharding given
         return jax.tree.leaves(reader.restore(path.absolute()))
 
 
@@ -73,9 +75,7 @@ def assert_same_run(one: Path, other: Path, step: int = 20) -> None:
     """Bit for bit: every loss and norm, and every parameter and moment at the end."""
     keys = "step", "loss", "grad_norm", "lr"
     assert [[r.get(k) for k in keys] for r in metrics(one)] == [[r.get(k) for k in keys] for r in metrics(other)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("warnings.warn", lambda *a, **k: None)  # Orbax: no sharding given
-        mine, theirs = arrays(one, step), arrays(other, step)
+    mine, theirs = arrays(one, step), arrays(other, step)
     assert len(mine) > 40
     for a, b in zip(mine, theirs, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -217,8 +217,23 @@ def test_divergence_skips_the_updates_then_stops(command, tmp_path, capsys):
     captured = capsys.readouterr()
     assert "not finite: update skipped" in captured.out
     assert "3 losses or gradients in a row were not finite" in captured.err
-    saved = sorted((tmp_path / "runs" / "tiny" / "checkpoints").iterdir())
-    assert saved
+    assert "there is no checkpoint yet" in captured.err
+    assert not list((tmp_path / "runs" / "tiny" / "checkpoints").iterdir())  # none of such parameters
+
+
+def test_divergence_leaves_the_last_good_checkpoint(command, tmp_path, capsys):
+    """Ten good steps, then a learning rate that blows the parameters up: going on is still possible from step 10."""
+    assert run(*command, "--train.steps", "10") == 0
+    folder = tmp_path / "runs" / "tiny"
+    good = arrays(folder, 10)
+    wild = ["--optim.learning_rate", "1e30", "--optim.schedule", "constant", "--optim.warmup_steps", "0"]
+    assert run(*command, *wild, "--resume", "auto", "--train.checkpoint_every", "1") == train.DIVERGED
+    assert "the checkpoint after step 10 is the last good one" in capsys.readouterr().err
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step_00000010"]
+    for a, b in zip(good, arrays(folder, 10), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert run(*command, "--resume", "auto") == 0
+    assert all(r["loss"] is not None for r in metrics(folder))
 
 
 # Bad input: one sentence, status 2, no traceback
@@ -242,12 +257,14 @@ def assert_refused(args: list[str], message: str, capsys) -> None:
         (["--train.backward", "magic"], "train.backward"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--model.channels", "30", "--model.num_heads", "4"], "model.channels 30 does not divide by model.num_heads 4"),
-        (["--data.seq_len", "33"], "33 tokens does not fit model.max_seq_len 32"),
+        (["--data.seq_len", "33"], "data.seq_len 33 does not fit model.max_seq_len 32"),
         (["--data.dataset", "nowhere"], "data.dataset nowhere is neither a folder"),
-        (["--data.batch_size", "100000"], "but one batch takes 1600001: lower data.batch_size"),
+        (["--data.batch_size", "100000"], "but one step takes 100000: lower data.batch_size"),
         (["--model.vocab_size", "256"], "has 4096 ids, but model.vocab_size is 256"),
         (["--model.attention", "cudnn"], "model.attention cudnn needs an NVIDIA GPU"),
         (["--train.steps", "0"], "train.steps must be at least 1"),
+        (["--seed", "-1"], "seed must be at least 0"),
+        (["--optim.eps", "0"], "optim.eps must be above 0"),
         (["--resume", "nowhere"], "--resume nowhere is not the folder of a run"),
         (["--runs", "/dev/null/x"], "/dev/null/x"),
     ],

@@ -34,6 +34,13 @@ def test_a_wrong_backward_is_found(monkeypatch, capsys):
     assert "A GRADIENT IS WRONG" in capsys.readouterr().out
 
 
+def test_a_gradient_that_is_not_a_number_is_found(monkeypatch, capsys):
+    right = gpt2.layernorm_bwd
+    monkeypatch.setattr(gpt2, "layernorm_bwd", lambda saved, w, dy: (right(saved, w, dy)[0], w * float("nan"), w))
+    assert verify.main(TINY) == verify.WRONG
+    assert "A GRADIENT IS WRONG" in capsys.readouterr().out
+
+
 def test_bad_input(capsys):
     with pytest.raises(SystemExit) as stop:
         verify.main([*TINY, "--model.chanels", "3"])

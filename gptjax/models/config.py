@@ -91,7 +91,9 @@ class GPT2Config:
 
         """
         if not 1 <= seq_len <= self.max_seq_len:
-            raise ConfigError(f"a sequence of {seq_len} tokens does not fit model.max_seq_len {self.max_seq_len}")
+            raise ConfigError(
+                f"data.seq_len {seq_len} does not fit model.max_seq_len {self.max_seq_len}: it must be between 1 and that"
+            )
         dtype = ("float32" if platform == "cpu" else "bfloat16") if self.dtype == "auto" else self.dtype
         obstacle = self._cudnn_obstacle(platform, dtype)
         if self.attention == "cudnn" and obstacle:

@@ -56,5 +56,5 @@ def test_explicit_choices_stay():
 
 
 def test_sequence_longer_than_the_model():
-    with pytest.raises(ConfigError, match="5000 tokens does not fit model.max_seq_len 4096"):
+    with pytest.raises(ConfigError, match="data.seq_len 5000 does not fit model.max_seq_len 4096"):
         resolved("cpu", 5000)
