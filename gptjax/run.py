@@ -87,7 +87,9 @@ def start_jax(model: GPT2Config) -> None:
     try:
         jax.devices()
     except Exception as error:  # JAX raises RuntimeError, AssertionError and others
-        raise ConfigError(f"JAX cannot start: {error or 'no such device'}; unset JAX_PLATFORMS to use what there is") from error
+        raise ConfigError(
+            f"JAX cannot start: {str(error) or 'no such device'}; unset JAX_PLATFORMS to use what there is"
+        ) from error
 
 
 def platform_name() -> str:

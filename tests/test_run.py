@@ -1,7 +1,8 @@
 import pytest
 
-from gptjax.errors import CheckpointError
-from gptjax.run import run_folder
+from gptjax.errors import CheckpointError, ConfigError
+from gptjax.run import run_folder, start_jax
+from tests.models import tiny
 
 
 def test_a_new_run_never_takes_an_old_ones_folder(tmp_path):
@@ -21,3 +22,13 @@ def test_a_named_folder_must_be_a_runs(tmp_path):
         run_folder(tmp_path, "a", str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
     assert run_folder(tmp_path, "a", str(tmp_path)) == tmp_path
+
+
+@pytest.mark.parametrize("error", [AssertionError(), RuntimeError("no such device")])
+def test_a_platform_that_is_not_there(monkeypatch, error):
+    def fail():
+        raise error
+
+    monkeypatch.setattr("jax.devices", fail)
+    with pytest.raises(ConfigError, match="JAX cannot start: no such device; unset JAX_PLATFORMS"):
+        start_jax(tiny.CONFIG)
