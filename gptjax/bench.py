@@ -74,7 +74,7 @@ def prepare(cfg: Config, backward: Any, layers: Any, batch: Batch, key: Any) -> 
     optimizer = make_optimizer(cfg.optim, cfg.train.steps)
     state = jax.block_until_ready(jax.jit(lambda key: steps.init_state(key, model, optimizer))(key))
     began = time.perf_counter()
-    compiled = steps.compile_step(model, optimizer, backward, cfg.train.steps, state, batch, key)
+    compiled = steps.compile_step(model, optimizer, backward, state, batch, key)
     return Contender(f"{backward}, {layers}", compiled, time.perf_counter() - began, state)
 
 

@@ -90,6 +90,7 @@ class Optimizer(NamedTuple):
 
     moments: optax.GradientTransformation
     step: optax.GradientTransformation
+    schedule: optax.Schedule
     cfg: OptimConfig
 
 
@@ -111,13 +112,14 @@ class StepMetrics(NamedTuple):
 
 def make_optimizer(cfg: OptimConfig, steps: int) -> Optimizer:
     """The optimizer of a run of ``steps`` steps."""
+    schedule = make_schedule(cfg, steps)
     clip = clip_by_global_norm(cfg.grad_clip) if cfg.grad_clip else optax.identity()
     moments = optax.chain(clip, optax.scale_by_adam(cfg.beta1, cfg.beta2, cfg.eps))
     step = optax.chain(
         optax.add_decayed_weights(cfg.weight_decay, mask=decay_mask),
-        optax.scale_by_learning_rate(make_schedule(cfg, steps)),
+        optax.scale_by_learning_rate(schedule),
     )
-    return Optimizer(moments, step, cfg)
+    return Optimizer(moments, step, schedule, cfg)
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:

@@ -11,7 +11,7 @@ from gptjax.models.config import GPT2Config
 from gptjax.models.gpt2 import Batch
 from gptjax.models.params import Params, init_params
 from gptjax.ops import IGNORE_INDEX
-from gptjax.optim import Optimizer, OptState, StepMetrics, init_opt_state, make_schedule, update_moments, update_params
+from gptjax.optim import Optimizer, OptState, StepMetrics, init_opt_state, update_moments, update_params
 
 Backward = Literal["manual", "autodiff"]
 
@@ -81,16 +81,15 @@ class CompiledStep(NamedTuple):
     memory: dict[str, int]
 
 
-def step_functions(cfg: GPT2Config, optimizer: Optimizer, backward: Backward, steps: int) -> tuple[Any, Any, Any]:
+def step_functions(cfg: GPT2Config, optimizer: Optimizer, backward: Backward) -> tuple[Any, Any, Any]:
     """The training step as three jitted functions, in the order they run; their buffers are donated."""
-    schedule = make_schedule(optimizer.cfg, steps)
 
     def grads(params: Params, batch: Batch, key: Any, step: Array) -> tuple[Array, Params]:
         key = jax.random.fold_in(key, step) if cfg.dropout else None
         return mean_loss_and_grad(params, batch, key, cfg, backward)
 
     def moments(moments: Any, grads: Params, loss: Array) -> tuple[Any, StepMetrics]:
-        learning_rate = jnp.asarray(schedule(moments[1].count), jnp.float32)
+        learning_rate = jnp.asarray(optimizer.schedule(moments[1].count), jnp.float32)
         new, norm, finite = update_moments(optimizer, moments, grads, loss)
         return new, StepMetrics(loss, norm, learning_rate, finite)
 
@@ -100,11 +99,9 @@ def step_functions(cfg: GPT2Config, optimizer: Optimizer, backward: Backward, st
     return jax.jit(grads), jax.jit(moments, donate_argnums=0), jax.jit(params, donate_argnums=(0, 1))
 
 
-def compile_step(
-    cfg: GPT2Config, optimizer: Optimizer, backward: Backward, steps: int, state: Any, batch: Any, key: Any
-) -> CompiledStep:
+def compile_step(cfg: GPT2Config, optimizer: Optimizer, backward: Backward, state: Any, batch: Any, key: Any) -> CompiledStep:
     """Compile the training step for arguments of these shapes: arrays or `jax.ShapeDtypeStruct`s."""
-    grads, moments, params = step_functions(cfg, optimizer, backward, steps)
+    grads, moments, params = step_functions(cfg, optimizer, backward)
     compiled_grads = grads.lower(state.params, batch, key, jax.ShapeDtypeStruct((), jnp.int32)).compile()
     loss, g = jax.eval_shape(grads, state.params, batch, key, jax.ShapeDtypeStruct((), jnp.int32))
     compiled_moments = moments.lower(state.opt_state.moments, g, loss).compile()

@@ -71,9 +71,7 @@ def train(cfg: Config) -> None:
         return
     began = time.perf_counter()
     ids = jax.ShapeDtypeStruct((run.shape.accumulate, run.shape.batch_size, run.shape.seq_len), jnp.int32)
-    compiled = steps.compile_step(
-        run.model, run.optimizer, cfg.train.backward, cfg.train.steps, state, Batch(ids, ids), run.key
-    )
+    compiled = steps.compile_step(run.model, run.optimizer, cfg.train.backward, state, Batch(ids, ids), run.key)
     display.print(describe_memory(compiled, time.perf_counter() - began))
     make_folder(run)
     with contextlib.ExitStack() as cleanup:

@@ -37,7 +37,7 @@ def compiled(cfg, backward="manual", learning_rate=0.01, **optim):
         state = jax.jit(lambda key: steps.init_state(key, cfg, optimizer))(KEY)
         batch = tiny.batch(cfg, B=2, T=12)
         batch = jax.tree.map(lambda x: x[None], batch)
-        return steps.compile_step(cfg, optimizer, backward, 100, state, batch, KEY), state, batch
+        return steps.compile_step(cfg, optimizer, backward, state, batch, KEY), state, batch
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -91,7 +91,7 @@ def test_the_step_lowers_for_every_platform(platform, layers, backward, monkeypa
     optimizer = make_optimizer(OptimConfig(), 10)
     state = jax.eval_shape(functools.partial(steps.init_state, cfg=cfg, optimizer=optimizer), KEY)
     ids = jax.ShapeDtypeStruct((2, 2, 64), jnp.int32)
-    grads, moments, params = steps.step_functions(cfg, optimizer, backward, 10)
+    grads, moments, params = steps.step_functions(cfg, optimizer, backward)
     calls = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
     allowed = [jax.export.DisabledSafetyCheck.custom_call(name) for name in calls]
     export = functools.partial(jax.export.export, platforms=[platform], disabled_checks=allowed)

@@ -18,7 +18,7 @@ def gelu_fwd(x: Float[Array, "B T F"]) -> tuple[Float[Array, "B T F"], Float[Arr
 
         dx = dy [(1 + t) / 2 + x (1 - t^2) u' / 2]
 
-    Saved: x. t is recomputed, which costs less than reading it back.
+    Saved: x alone; t is recomputed from it.
     """
     xf = x.astype(accumulation_dtype(x))
     t = jnp.tanh(SLOPE * (xf + CUBIC * xf * xf * xf))

@@ -14,7 +14,7 @@ def dropout_fwd(
 
     The map is linear in x, so the backward is the same map applied to dy: ``dx = dy keep / (1 - rate)``.
 
-    Saved: keep, one byte an element; drawing the bits again costs more than reading them back.
+    Saved: keep, one byte an element, so that the random bits are drawn once.
 
     Raises:
         ValueError: the rate is outside [0, 1).
