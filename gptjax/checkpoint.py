@@ -21,7 +21,7 @@ from jaxtyping import Array
 
 from gptjax.errors import CheckpointError
 from gptjax.models.config import GPT2Config
-from gptjax.models.params import Params, stack, unstack
+from gptjax.models.params import Params, init_params, stack, unstack
 from gptjax.optim import Optimizer
 from gptjax.steps import TrainState, init_state
 
@@ -114,6 +114,40 @@ def restore_newest(folder: Path, cfg: GPT2Config, optimizer: Optimizer) -> Resto
     return None
 
 
+def newest_params(folder: Path) -> tuple[GPT2Config, Params]:
+    """The model and parameters of the newest checkpoint in ``folder``, to look at: nothing is renamed, nothing is skipped.
+
+    Raises:
+        CheckpointError: there is none, or it is not as it was saved.
+
+    """
+    names = ocp.path.step.standard_name_format(step_prefix=PREFIX, step_format_fixed_length=8)
+    found = sorted(metadata.step for metadata in names.find_all(folder.absolute())) if folder.is_dir() else []
+    if not found:
+        raise CheckpointError(f"{folder} holds no checkpoint")
+    path = folder.absolute() / names.build_name(found[-1])
+    try:
+        checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+        info = checkpointer.restore(path, args=ocp.args.Composite(info=ocp.args.JsonRestore())).info
+        cfg = GPT2Config(**info["model"])
+        abstract = {"params": _on_device(jax.eval_shape(lambda key: init_params(key, cfg), jax.random.key(0)))}
+        how = ocp.checkpoint_utils.construct_restore_args(abstract)
+        part = ocp.args.PyTreeRestore(item=abstract, restore_args=how, partial_restore=True)
+        params = checkpointer.restore(path, args=ocp.args.Composite(state=part)).state["params"]
+        sums = [int(x) for x in jax.tree.leaves(_checksums(params))]
+        if sums != info["checksums"][: len(sums)]:  # parameters come first in `TrainState`
+            raise ValueError("its checksums do not match")
+    except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"checkpoint {path} cannot be read: {reason[:200]}") from error
+    return cfg, params
+
+
+def _on_device(tree: Any) -> Any:
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)
+
+
 def _restore(path: Path, step: int, cfg: GPT2Config, optimizer: Optimizer) -> Restored:
     checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
     info = checkpointer.restore(path, args=ocp.args.Composite(info=ocp.args.JsonRestore())).info
@@ -124,9 +158,7 @@ def _restore(path: Path, step: int, cfg: GPT2Config, optimizer: Optimizer) -> Re
                 f"{path} was trained with model.{name} {saved[name]}, not {getattr(cfg, name)}: give it that value"
             )
     as_saved = dataclasses.replace(cfg, layers=saved["layers"])
-    abstract = jax.eval_shape(lambda key: init_state(key, as_saved, optimizer), jax.random.key(0))
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract)
+    abstract = _on_device(jax.eval_shape(lambda key: init_state(key, as_saved, optimizer), jax.random.key(0)))
     arrays = ocp.args.StandardRestore(abstract)
     state = checkpointer.restore(path, args=ocp.args.Composite(state=arrays)).state
     if [int(x) for x in jax.tree.leaves(_checksums(state))] != info["checksums"]:

@@ -2,9 +2,11 @@
 
 import contextlib
 import ctypes
+import dataclasses
 import difflib
 import errno
 import io
+import itertools
 import logging
 import re
 import signal
@@ -12,7 +14,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import jax
 import jsonargparse
@@ -66,6 +68,12 @@ def parse(config_class: type[T], prog: str, description: str, argv: list[str] | 
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
     parser.add_class_arguments(config_class, fail_untyped=True)
+    switches = {f"--{field.name}" for field in dataclasses.fields(cast(Any, config_class)) if field.type is bool}
+    given = sys.argv[1:] if argv is None else argv
+    argv = [
+        f"{arg}=true" if arg in switches and following not in ("true", "false") else arg
+        for arg, following in itertools.pairwise([*given, ""])
+    ]
     try:
         values = vars(parser.instantiate(parser.parse_args(argv)))
     except UnicodeDecodeError as error:

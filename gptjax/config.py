@@ -62,6 +62,8 @@ class TrainConfig:
     """Steps between checkpoints; there is always one after the last step."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints to keep."""
+    verify_every: int = 0
+    """Steps between checks of the gradient of the live parameters and batch against JAX's; one that fails ends the run."""
     max_nonfinite: int = 5
     """Stop after this many non-finite losses or gradients in a row; each one's update is skipped."""
 
@@ -73,7 +75,7 @@ class TrainConfig:
 
         """
         _at_least("train", self, 1, "steps", "log_every", "eval_tokens", "keep_checkpoints", "max_nonfinite")
-        _at_least("train", self, 0, "eval_every", "sample_every", "sample_tokens", "checkpoint_every")
+        _at_least("train", self, 0, "eval_every", "sample_every", "sample_tokens", "checkpoint_every", "verify_every")
         _at_least("train", self, 0, "sample_temperature", "sample_top_k")
 
 

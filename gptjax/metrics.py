@@ -159,6 +159,8 @@ def format_step(record: dict[str, Any]) -> str:
         parts.append(f"MFU {record['mfu']:.1%}")
     if "val_loss" in record:
         parts.append(f"val loss {record['val_loss']:.4f}")
+    if "gradient_error" in record:
+        parts.append(f"gradient error {record['gradient_error']:.1e}")
     if "skipped" in record:
         parts.append("not finite: update skipped")
     return " | ".join(parts)

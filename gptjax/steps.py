@@ -4,7 +4,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from gptjax.models import gpt2
 from gptjax.models.config import GPT2Config
@@ -61,6 +61,11 @@ def mean_loss_and_grad(
     return jax.lax.scan(add, zeros, (batch, keys))[0]
 
 
+def step_key(key: Key[Array, ""], step: Int[Array, ""], cfg: GPT2Config) -> Key[Array, ""] | None:
+    """The key of one step's dropout; None without dropout."""
+    return jax.random.fold_in(key, step) if cfg.dropout else None
+
+
 def target_count(batch: Batch) -> Float[Array, ""]:
     """Targets that count, each weighed by its mask."""
     mask = jnp.ones(batch.targets.shape, jnp.float32) if batch.mask is None else batch.mask
@@ -85,8 +90,7 @@ def step_functions(cfg: GPT2Config, optimizer: Optimizer, backward: Backward) ->
     """The training step as three jitted functions, in the order they run; their buffers are donated."""
 
     def grads(params: Params, batch: Batch, key: Any, step: Array) -> tuple[Array, Params]:
-        key = jax.random.fold_in(key, step) if cfg.dropout else None
-        return mean_loss_and_grad(params, batch, key, cfg, backward)
+        return mean_loss_and_grad(params, batch, step_key(key, step, cfg), cfg, backward)
 
     def moments(moments: Any, grads: Params, loss: Array) -> tuple[Any, StepMetrics]:
         learning_rate = jnp.asarray(optimizer.schedule(moments[1].count), jnp.float32)

@@ -26,17 +26,24 @@ from gptjax.models.params import flops_per_token
 from gptjax.optim import StepMetrics
 from gptjax.run import Run, checkpoint_meta, describe, describe_memory, make_folder, restore, sample_text, set_up
 from gptjax.steps import CompiledStep, TrainState
+from gptjax.verify.files import environment, write_report
+from gptjax.verify.model import against_live
 
 PROG = "python -m gptjax.train"
-DIVERGED = 1  # exit status
+FAILED = 1  # exit status
+NOTABLE = {"val_loss", "skipped", "gradient_error"}  # a step with one of them gets its line whatever log_every says
 
 
 class DivergedError(Exception):
     """Too many steps in a row were not finite; the message says what is left to go on from."""
 
 
+class WrongGradientError(Exception):
+    """The hand-written gradient is not JAX's; the message says where, and where the report is."""
+
+
 def main(argv: list[str] | None = None) -> int:
-    """The command. Returns the exit status: 0 done or stopped by a signal, 1 diverged; bad input raises SystemExit(2)."""
+    """The command. Returns the exit status: 0 done or stopped by a signal, 1 failed; bad input raises SystemExit(2)."""
     with cli.reported_errors(PROG):
         cfg, file = cli.parse(Config, PROG, __doc__ or "", argv)
         cli.keep_freed_memory()
@@ -44,9 +51,9 @@ def main(argv: list[str] | None = None) -> int:
         cli.replace_unprintable()
         try:
             train(dataclasses.replace(cfg, name=cfg.name or (file.stem if file else "run")))
-        except DivergedError as error:
+        except (DivergedError, WrongGradientError) as error:
             print(f"{PROG}: error: {error}", file=sys.stderr)
-            return DIVERGED
+            return FAILED
     return 0
 
 
@@ -56,6 +63,7 @@ def train(cfg: Config) -> None:
     Raises:
         GptjaxError: anything about the configuration, corpus, checkpoint or disk that a person can mend.
         DivergedError: ``train.max_nonfinite`` steps in a row were not finite.
+        WrongGradientError: a check that ``train.verify_every`` asks for failed.
 
     """
     run = set_up(cfg)
@@ -111,7 +119,7 @@ def fit(
     def report(record: dict[str, Any]) -> None:
         metrics_file.write(record)
         step = record["step"]
-        display.step(record, line=step % cfg.log_every == 0 or step == cfg.steps or "val_loss" in record or "skipped" in record)
+        display.step(record, line=step % cfg.log_every == 0 or step == cfg.steps or not NOTABLE.isdisjoint(record))
         writer.check()
         if meter.nonfinite >= cfg.max_nonfinite:
             left = f"the checkpoint after step {saved} is the last good one" if saved else "there is no checkpoint yet"
@@ -121,15 +129,23 @@ def fit(
             )
 
     for step in range(done + 1, cfg.steps + 1):
-        state, metrics = steps.run_step(compiled, state, next(run.batches), run.key, step)
+        batch = next(run.batches)
+        checked: dict[str, float] = {}
+        if _due(step, cfg.verify_every):
+            if pending:
+                report(meter.record(*pending))
+                pending = None
+            checked["gradient_error"] = verify(run, compiled, state, batch, step)
+            meter.restart()
+        state, metrics = steps.run_step(compiled, state, batch, run.key, step)
         if pending:
             report(meter.record(*pending))
         pending = step, metrics
         final, stopping = step == cfg.steps, bool(stop)
         evaluate, show, save = (_due(step, every) for every in (cfg.eval_every, cfg.sample_every, cfg.checkpoint_every))
-        if not (evaluate or show or save or final or stopping):
+        if not (evaluate or show or save or final or stopping or checked):
             continue
-        record = meter.record(*pending)
+        record = meter.record(*pending) | checked
         pending = None
         if (evaluate or (final and cfg.eval_every)) and not stopping:
             record["val_loss"] = steps.evaluate(eval_loss, state.params, run.val)
@@ -147,6 +163,25 @@ def fit(
             return step
         meter.restart()
     return cfg.steps
+
+
+def verify(run: Run, compiled: CompiledStep, state: TrainState, batch: Batch, step: int) -> float:
+    """The worst relative L2 error of the gradient of the step to come, over its tensors.
+
+    Raises:
+        WrongGradientError: the gradient is wrong; the report is in the run's folder.
+
+    """
+    gradient = (
+        compiled.grads if run.cfg.train.backward == "manual" else steps.step_functions(run.model, run.optimizer, "manual")[0]
+    )
+    found = against_live(gradient, run.model, state.params, batch, run.key, step)
+    if found:
+        return found.gradient.worst.relative_l2
+    facts = {"run": str(run.folder), "step": str(step), **environment(run.cfg)}
+    page, data = (run.folder / f"verify-step-{step}{suffix}" for suffix in (".html", ".json"))
+    write_report(dataclasses.replace(found, environment=facts), data, page)
+    raise WrongGradientError(f"step {step}: {found.closing}; the report is in {page} and {data.name}")
 
 
 def _due(step: int, every: int) -> bool:

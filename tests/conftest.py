@@ -16,11 +16,14 @@ from pathlib import Path
 import hypothesis
 import jax
 import pytest
+from hypothesis import Phase
 
 jax.config.update("jax_enable_x64", True)
 
 # Deterministic, so that a failure is the code's; no deadline, because compiling takes as long as it takes.
 hypothesis.settings.register_profile("gptjax", deadline=None, derandomize=True, max_examples=8, database=None)
+# For a mutation run, `--hypothesis-profile mutation`: whether an example fails matters, not which one is the smallest.
+hypothesis.settings.register_profile("mutation", parent=hypothesis.settings.get_profile("gptjax"), phases=[Phase.generate])
 hypothesis.settings.load_profile("gptjax")
 
 ROOT = Path(__file__).parents[1]

@@ -10,7 +10,7 @@ from tests.conftest import ROOT
 
 PACKAGE = ROOT / "gptjax"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-COMMANDS = {"train", "verify", "bench"}
+COMMANDS = {"train", "bench", "verify.__main__"}
 LAYERS = {"errors": 0, "ops": 1, "models": 2}  # everything else 3, commands 4
 
 
@@ -30,8 +30,8 @@ def imports_of(path: Path) -> set[str]:
 
 
 def level(module: str) -> int:
-    part = module.split(".")[1]
-    return 4 if part in COMMANDS else LAYERS.get(part, 3)
+    parts = module.split(".")[1:]
+    return 4 if ".".join(parts) in COMMANDS else LAYERS.get(parts[0], 3)
 
 
 @pytest.mark.parametrize("path", [p for p in MODULES if name_of(p) != "gptjax"], ids=name_of)

@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gptjax.errors import FormatError, naming
+from gptjax.errors import FormatError
+from gptjax.formats.binary import HEADER_BYTES, check_size, read_header, write_file
 
 MAGIC, VERSION = 20240520, 1
-HEADER_BYTES = 1024
 
 
 class Shard(NamedTuple):
@@ -32,23 +32,10 @@ def open_shard(path: str | os.PathLike[str]) -> Shard:
 
     """
     path = Path(path)
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            header = np.frombuffer(file.read(HEADER_BYTES), "<i4") if size >= HEADER_BYTES else None
-    except OSError as error:
-        raise FormatError(f"token shard {path} cannot be read: {error.strerror or error}") from error
-    if header is None:
-        raise FormatError(f"token shard {path} is truncated: {size} bytes, but its header alone takes {HEADER_BYTES}")
-    magic, version, count = (int(x) for x in header[:3])
+    (magic, version, count, *_), size = read_header(path, "token shard")
     if magic != MAGIC or version != VERSION:
         raise FormatError(f"{path} is not a token shard: it begins {magic}, {version} where {MAGIC}, {VERSION} is expected")
-    expected = HEADER_BYTES + 2 * count
-    if count < 1 or size != expected:
-        raise FormatError(
-            f"token shard {path} is {'truncated' if size < expected else 'malformed'}: its header announces {count} tokens, "
-            f"{expected} bytes, but the file has {size}; write it again"
-        )
+    check_size(path, "token shard", size, HEADER_BYTES + 2 * max(count, 1), f"{count} tokens")
     return Shard(path, np.memmap(path, "<u2", "r", HEADER_BYTES, (count,)))
 
 
@@ -59,16 +46,7 @@ def write_shard(path: str | os.PathLike[str], tokens: Iterable[int] | np.ndarray
         ValueError: an id does not fit 16 bits.
 
     """
-    path = Path(path)
     ids = np.asarray(tokens)
     if ids.size and (ids.min() < 0 or ids.max() > np.iinfo(np.uint16).max):
         raise ValueError(f"token ids must be in 0..65535 to be written as uint16, not {ids.min()}..{ids.max()}")
-    header = np.zeros(HEADER_BYTES // 4, "<i4")
-    header[:3] = MAGIC, VERSION, ids.size
-    partial = path.with_name(path.name + ".partial")
-    with naming(path), partial.open("wb") as file:
-        file.write(header.tobytes())
-        file.write(ids.astype("<u2").tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_file(path, [MAGIC, VERSION, ids.size], [ids.astype("<u2")])

@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -11,6 +12,7 @@ SLOPE = math.sqrt(2 / math.pi)
 CUBIC = 0.044715
 
 
+@jax.jit
 def gelu_fwd(x: Float[Array, "B T F"]) -> tuple[Float[Array, "B T F"], Float[Array, "B T F"]]:
     """``y = x (1 + t) / 2`` with ``t = tanh(u)`` and ``u = SLOPE (x + CUBIC x^3)``.
 
@@ -25,6 +27,7 @@ def gelu_fwd(x: Float[Array, "B T F"]) -> tuple[Float[Array, "B T F"], Float[Arr
     return (0.5 * xf * (1 + t)).astype(x.dtype), x
 
 
+@jax.jit
 def gelu_bwd(x: Float[Array, "B T F"], dy: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
     """Dx of `gelu_fwd`."""
     xf = x.astype(accumulation_dtype(x))

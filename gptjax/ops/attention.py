@@ -5,6 +5,7 @@ fused kernel. `attention_fwd` and `attention_bwd` choose among them by name.
 """
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ KeyHeads = Float[Array, "B S H D"]
 ATTENTION_IMPLEMENTATIONS = ("materialised", "blockwise", "cudnn")
 
 
+@partial(jax.jit, static_argnames=("implementation", "rate"))
 def attention_fwd(
     implementation: str, q: Heads, k: Heads, v: Heads, rate: float = 0.0, key: Key[Array, ""] | None = None
 ) -> tuple[Heads, Any]:
@@ -50,6 +52,7 @@ def attention_fwd(
     raise ValueError(f"attention must be one of {', '.join(ATTENTION_IMPLEMENTATIONS)}, not {implementation}")
 
 
+@partial(jax.jit, static_argnames=("implementation", "rate"))
 def attention(
     implementation: str, q: Heads, k: Heads, v: Heads, rate: float = 0.0, key: Key[Array, ""] | None = None
 ) -> tuple[Heads, None]:
@@ -59,6 +62,7 @@ def attention(
     return attention_fwd(implementation, q, k, v, rate, key)[0], None
 
 
+@partial(jax.jit, static_argnames=("implementation", "rate"))
 def attention_bwd(implementation: str, saved: Any, do: Heads, rate: float = 0.0) -> tuple[Heads, Heads, Heads]:
     """(dq, dk, dv) of `attention_fwd`; ``do`` is the gradient of its output."""
     match implementation:

@@ -1,10 +1,13 @@
 """Inverted dropout (Srivastava et al. 2014), with the random key as an argument."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 
+@partial(jax.jit, static_argnames="rate")
 def dropout_fwd(
     x: Float[Array, "*shape"], rate: float, key: Key[Array, ""] | None
 ) -> tuple[Float[Array, "*shape"], Bool[Array, "*shape"] | None]:
@@ -28,6 +31,7 @@ def dropout_fwd(
     return dropout_bwd(keep, rate, x), keep
 
 
+@partial(jax.jit, static_argnames="rate")
 def dropout_bwd(keep: Bool[Array, "*shape"] | None, rate: float, dy: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Dx of `dropout_fwd`; the forward too applies its mask with this function, since the map is its own adjoint."""
     if keep is None:

@@ -1,9 +1,13 @@
 """Token and position embedding."""
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int
 
 
+@partial(jax.jit, static_argnames="dtype")
 def embedding_fwd(
     tokens: Int[Array, "B T"],
     positions: Int[Array, " T"],
@@ -25,6 +29,7 @@ def embedding_fwd(
     return y.astype(dtype)
 
 
+@jax.jit
 def embedding_bwd(
     tokens: Int[Array, "B T"],
     positions: Int[Array, " T"],

@@ -1,11 +1,13 @@
 """Linear layer, weights stored (in, out) as GPT-2's Conv1D does."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from gptjax.ops.precision import accumulation_dtype
 
 
+@jax.jit
 def linear_fwd(
     x: Float[Array, "B T I"], w: Float[Array, "I O"], b: Float[Array, " O"]
 ) -> tuple[Float[Array, "B T O"], Float[Array, "B T I"]]:
@@ -23,6 +25,7 @@ def linear_fwd(
     return y + jnp.broadcast_to(b.astype(x.dtype), y.shape), x
 
 
+@jax.jit
 def linear_bwd(
     x: Float[Array, "B T I"], w: Float[Array, "I O"], dy: Float[Array, "B T O"]
 ) -> tuple[Float[Array, "B T I"], Float[Array, "I O"], Float[Array, " O"]]:

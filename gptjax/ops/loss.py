@@ -1,7 +1,9 @@
 """Softmax cross-entropy over a padded vocabulary."""
 
+from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -36,6 +38,7 @@ class CrossEntropySaved(NamedTuple):
     weights: Float[Array, " N"]
 
 
+@partial(jax.jit, static_argnames="vocab_size")
 def cross_entropy_fwd(
     logits: Float[Array, "N Vp"], targets: Int[Array, " N"], weights: Float[Array, " N"], vocab_size: int
 ) -> tuple[Float[Array, ""], CrossEntropySaved]:
@@ -58,6 +61,7 @@ def cross_entropy_fwd(
     return loss, CrossEntropySaved(logits, lse, targets, weights)
 
 
+@partial(jax.jit, static_argnames="vocab_size")
 def cross_entropy_bwd(saved: CrossEntropySaved, vocab_size: int, dloss: Float[Array, ""] | float = 1.0) -> Float[Array, "N Vp"]:
     """Dlogits of `cross_entropy_fwd`."""
     logits, lse, targets, weights = saved

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -19,6 +20,7 @@ class LayerNormSaved(NamedTuple):
     rstd: Float[Array, "B T 1"]
 
 
+@jax.jit
 def layernorm_fwd(
     x: Float[Array, "B T C"], w: Float[Array, " C"], b: Float[Array, " C"]
 ) -> tuple[Float[Array, "B T C"], LayerNormSaved]:
@@ -43,6 +45,7 @@ def layernorm_fwd(
     return y.astype(x.dtype), LayerNormSaved(x, mean, rstd)
 
 
+@jax.jit
 def layernorm_bwd(
     saved: LayerNormSaved, w: Float[Array, " C"], dy: Float[Array, "B T C"]
 ) -> tuple[Float[Array, "B T C"], Float[Array, " C"], Float[Array, " C"]]:

@@ -1,0 +1,65 @@
+"""What llm.c's files share: a header of 256 little-endian int32, then numbers without gaps up to the end of the file."""
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from gptjax.errors import FormatError, naming
+
+HEADER_BYTES = 1024
+
+
+def read_header(path: Path, kind: str) -> tuple[list[int], int]:
+    """The 256 numbers of the header, and the size of the whole file in bytes.
+
+    Args:
+        path: the file.
+        kind: what it should be, for the messages.
+
+    Raises:
+        FormatError: it cannot be read, or is shorter than a header.
+
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(HEADER_BYTES)
+    except OSError as error:
+        raise FormatError(f"{kind} {path} cannot be read: {error.strerror or error}") from error
+    if len(start) < HEADER_BYTES:
+        raise FormatError(f"{kind} {path} is truncated: {size} bytes, but its header alone takes {HEADER_BYTES}")
+    return np.frombuffer(start, "<i4").tolist(), size
+
+
+def check_size(path: Path, kind: str, size: int, expected: int, announced: str) -> None:
+    """Raise `FormatError` unless the file has exactly the size that its header implies."""
+    if size != expected:
+        raise FormatError(
+            f"{kind} {path} is {'truncated' if size < expected else 'malformed'}: its header announces {announced}, "
+            f"{expected} bytes, but the file has {size}; write it again"
+        )
+
+
+def write_file(path: str | os.PathLike[str], header: Sequence[int], arrays: Iterable[np.ndarray]) -> None:
+    """Write header and arrays, one after the other, durably: either the whole file appears under its name, or nothing does.
+
+    Raises:
+        OSError: it cannot be written; the message names the file.
+
+    """
+    path = Path(path)
+    padded = np.zeros(HEADER_BYTES // 4, "<i4")
+    padded[: len(header)] = header
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with naming(path), partial.open("wb") as file:
+            file.write(padded.tobytes())
+            for array in arrays:
+                file.write(np.ascontiguousarray(array).data.cast("B"))
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

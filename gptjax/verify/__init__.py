@@ -1,0 +1,14 @@
+"""Prove a hand-written gradient: ``python -m gptjax.verify`` for GPT-2's, `check` and `compare` for yours.
+
+::
+
+    jax.config.update("jax_enable_x64", True)
+    report = gptjax.verify.check(loss, loss_and_grad, params, batch)
+    print(report)
+    assert report
+"""
+
+from gptjax.verify.check import Report, check
+from gptjax.verify.compare import Comparison, Row, compare
+
+__all__ = ["Comparison", "Report", "Row", "check", "compare"]

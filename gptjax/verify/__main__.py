@@ -1,0 +1,194 @@
+"""Check the hand-written backward: ``python -m gptjax.verify --config configs/124m.yaml``.
+
+Compares the gradient of a model on a batch, tensor by tensor, with JAX's gradient of the plain forward (autodiff), with
+differences of the forward (finite-difference), or with another program's (an llm.c debug state file), then loss and logits,
+Hessian-vector products, and each op by itself. Reads the same configuration as training. Where something is wrong, the first
+op, walking the backward from the loss, that gives another gradient than JAX's is named.
+
+Exit status 0 when everything holds, 1 when something is wrong, 2 for bad input.
+"""
+
+import dataclasses
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax import cli
+from gptjax.config import Config
+from gptjax.errors import ConfigError
+from gptjax.formats import llmc
+from gptjax.metrics import human_bytes
+from gptjax.models.gpt2 import Batch
+from gptjax.models.params import num_params, stack
+from gptjax.run import platform_name, set_up, start_jax
+from gptjax.verify import model
+from gptjax.verify.check import Report
+from gptjax.verify.explain import explain
+from gptjax.verify.files import environment, write_report
+from gptjax.verify.model import Subject
+from gptjax.verify.ops import check_ops
+from gptjax.weights import load_weights
+
+PROG = "python -m gptjax.verify"
+WRONG = 1  # exit status
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifyConfig(Config):
+    """A training configuration, and what to check of it."""
+
+    dtype: Literal["float64", "float32", "bfloat16"] = "float64"
+    """Compute dtype of the gradient on trial, in place of model.dtype; bfloat16 is judged by JAX's own error in it."""
+    reference: str = "autodiff"
+    """autodiff; finite-difference; or an llm.c debug state file, whose tokens then are the batch (give its model as
+    checkpoint)."""
+    checkpoint: str | None = None
+    """Parameters: folder of a run, or an llm.c model file; without it, initial ones with noise."""
+    batch: Literal["random", "corpus"] = "random"
+    """Tokens: random ones, or the first training batch of data.dataset."""
+    layers: bool = False
+    """A row for each tensor and layer, instead of one for each tensor."""
+    explain: bool = False
+    """Say how the tolerances of this configuration come about, and end."""
+    json: str | None = None
+    """File to write the report to, as JSON."""
+    html: str | None = None
+    """File to write the report to, as a web page."""
+    export: str | None = None
+    """Folder to write the model and its gradients to, once they hold, as the two files that llm.c's C test reads."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Returns the exit status; bad input raises SystemExit(2)."""
+    began = time.perf_counter()
+    with cli.reported_errors(PROG):
+        cfg, _ = cli.parse(VerifyConfig, PROG, __doc__ or "", argv)
+        cli.keep_freed_memory()
+        cli.quiet_libraries()
+        check_writable(cfg)
+        jax.config.update("jax_enable_x64", True)
+        start_jax(cfg.model)
+        subject, state, facts = make_subject(cfg)
+        if cfg.explain:
+            print(explain(subject))
+            return 0
+        print("\n".join(f"{name:<10} {value}" for name, value in facts.items()), end="\n\n", flush=True)
+        report = make_report(cfg, subject, state)
+        seconds, peak = time.perf_counter() - began, peak_memory()
+        report = dataclasses.replace(report, environment=facts | {"took": f"{seconds:.0f} s, {human_bytes(peak)} at most"})
+        print(report)
+        print(f"took {report.environment['took']}")
+        write_report(report, cfg.json, cfg.html)
+        for path in filter(None, (cfg.json, cfg.html)):
+            print(f"wrote {path}")
+        if cfg.export and report:
+            export(Path(cfg.export), subject)
+        elif cfg.export:
+            print("nothing was exported: it would not be right")
+    return 0 if report else WRONG
+
+
+def check_writable(cfg: VerifyConfig) -> None:
+    """Find out before the work whether its results can be kept.
+
+    Raises:
+        ConfigError: a file to write lies in a folder that does not exist.
+
+    """
+    for path in (cfg.json, cfg.html):
+        if path and not Path(path).parent.is_dir():
+            raise ConfigError(f"{path} cannot be written: there is no folder {Path(path).parent}")
+    if cfg.export and Path(cfg.export).exists() and not Path(cfg.export).is_dir():
+        raise ConfigError(f"export {cfg.export} is a file, not a folder")
+
+
+def make_subject(cfg: VerifyConfig) -> tuple[Subject, llmc.DebugState | None, dict[str, str]]:
+    """Model, parameters and batch; another program's results, if they are the reference; and a description.
+
+    Raises:
+        GptjaxError: something of it does not exist or does not fit together.
+
+    """
+    settings = dataclasses.replace(cfg.model, dtype=cfg.dtype)
+    from_file = cfg.reference not in ("autodiff", "finite-difference")
+    if from_file and not Path(cfg.reference).is_file():
+        raise ConfigError(f"reference must be autodiff, finite-difference or a file: there is no file {cfg.reference}")
+    if from_file and not cfg.checkpoint:
+        raise ConfigError(f"the gradients in {cfg.reference} are those of certain parameters: give their file as --checkpoint")
+    state = llmc.read_debug_state(cfg.reference, settings) if from_file else None
+    seq_len = state.inputs.shape[1] if state else cfg.data.seq_len
+    resolved = settings.resolve(platform_name(), seq_len)
+    key = jax.random.key(cfg.seed)
+    if cfg.checkpoint:
+        _, params = load_weights(Path(cfg.checkpoint), resolved)
+    else:
+        params = jax.jit(lambda: model.noisy_params(key, resolved))()
+    if state:
+        batch, tokens = Batch(jnp.asarray(state.inputs), jnp.asarray(state.targets)), "of the reference"
+    elif cfg.batch == "corpus":
+        batch, tokens = jax.tree.map(lambda x: jnp.asarray(x[0]), next(set_up(cfg).batches)), f"the first of {cfg.data.dataset}"
+    else:
+        size = (cfg.data.batch_size, cfg.data.seq_len + 1)
+        ids = jnp.asarray(np.random.default_rng(cfg.seed).integers(0, resolved.vocab_size, size, np.int32))
+        batch, tokens = Batch(ids[:, :-1], ids[:, 1:]), f"random, seed {cfg.seed}"
+    subject = Subject(resolved, params, batch, key if resolved.dropout else None)
+    return subject, state, describe(cfg, subject, tokens)
+
+
+def describe(cfg: VerifyConfig, subject: Subject, tokens: str) -> dict[str, str]:
+    """What is checked, and on what."""
+    resolved, (B, T) = subject.cfg, subject.batch.inputs.shape
+    parts = {
+        "model": [f"{num_params(resolved):,} parameters", f"{resolved.num_layers} layers", f"dropout {resolved.dropout}"],
+        "compute": [
+            resolved.dtype,
+            f"attention {resolved.attention}",
+            f"layers {resolved.layers}",
+            f"recompute {resolved.recompute}",
+            f"loss_chunks {resolved.loss_chunks}",
+        ],
+        "parameters": [cfg.checkpoint or f"initial ones with noise, seed {cfg.seed}"],
+        "batch": [f"{B} x {T} tokens, {tokens}"],
+        "reference": [cfg.reference],
+    }
+    return {name: ", ".join(part) for name, part in parts.items()} | environment(dataclasses.replace(cfg, model=resolved))
+
+
+def make_report(cfg: VerifyConfig, subject: Subject, state: llmc.DebugState | None) -> Report:
+    """Everything that was asked for."""
+    if state:
+        report = model.against_file(subject, state)
+    elif cfg.reference == "autodiff":
+        report = model.against_autodiff(subject)
+    else:
+        report = model.against_differences(subject, cfg.layers)
+    return dataclasses.replace(report, ops=tuple(check_ops(cfg.dtype)), layers=cfg.layers)
+
+
+def export(folder: Path, subject: Subject) -> None:
+    """Write ``gpt2_124M.bin`` and ``gpt2_124M_debug_state.bin``, which are the names that llm.c's test looks for."""
+    found = model.by_hand(subject)
+    folder.mkdir(parents=True, exist_ok=True)
+    inputs, targets, logits = (np.asarray(x) for x in (*subject.batch[:2], found.logits))
+    state = llmc.DebugState(inputs, targets, logits, float(found.loss), stack(found.params))
+    llmc.write_model(folder / "gpt2_124M.bin", subject.params, subject.cfg)
+    llmc.write_debug_state(folder / "gpt2_124M_debug_state.bin", state, subject.cfg)
+    print(f"wrote {folder / 'gpt2_124M.bin'} and {folder / 'gpt2_124M_debug_state.bin'}")
+
+
+def peak_memory() -> float:
+    """The most bytes that were in use at once: on an accelerator its own, on CPU the process's."""
+    stats: dict[str, Any] = jax.devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

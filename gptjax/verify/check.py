@@ -1,0 +1,126 @@
+"""One hand-written gradient, of any function, on trial."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from gptjax.verify import finite_difference, trace
+from gptjax.verify.compare import Comparison, compare, table
+from gptjax.verify.ops import OpError, ops_table
+from gptjax.verify.tolerance import gradient_variances, tolerance
+from gptjax.verify.trace import Parting
+
+Reference = Literal["autodiff", "finite-difference"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a check found; true if everything holds."""
+
+    gradient: Comparison
+    """A row for each tensor of the gradient."""
+    forward: Comparison | None = None
+    """Loss and, of a model, logits."""
+    curvature: Comparison | None = None
+    """Hessian-vector product by tensor."""
+    ops: tuple[OpError, ...] = ()
+    """The ops one by one."""
+    parting: Parting | None = None
+    """Where the gradient first leaves JAX's, if it does and this was found."""
+    reference: str = "autodiff"
+    """What the gradient is compared with."""
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)
+    """On what this was found."""
+    layers: bool = False
+    """Whether the text has a line for each layer."""
+
+    def __bool__(self) -> bool:
+        """Whether everything is within its tolerance."""
+        parts = (self.gradient, self.forward, self.curvature)
+        return all(bool(part) for part in parts if part is not None) and all(op.ok for op in self.ops)
+
+    @property
+    def closing(self) -> str:
+        """The verdict in a line."""
+        worst = self.gradient.worst
+        place = worst.tensor if worst.layer is None else f"{worst.tensor}[{worst.layer}]"
+        if self:
+            count = len(self.gradient.rows)
+            return f"all {count} gradients agree with {self.reference}: the worst, {place}, to {worst.relative_l2:.1e}"
+        if self.gradient:
+            parts = {"THE FORWARD": self.forward, "A HESSIAN-VECTOR PRODUCT": self.curvature}
+            wrong = [name for name, part in parts.items() if part is not None and not part]
+            wrong += [f"THE OP {op.op}" for op in self.ops if not op.ok]
+            return f"{' AND '.join(wrong)} IS WRONG, though the gradients agree with {self.reference}"
+        count = sum(not row.ok for row in self.gradient.rows)
+        where = f"; first at {self.parting}" if self.parting else ""
+        return (
+            f"{count} OF {len(self.gradient.rows)} GRADIENTS ARE WRONG: the worst, {place}, by {worst.relative_l2:.1e}{where}"
+        )
+
+    def __str__(self) -> str:
+        """Tables of the parts that were checked, and the closing line."""
+        title = f"gradient, hand-written against {self.reference}"
+        parts = {title: table(self.gradient.rows if self.layers else self.gradient.tensors)}
+        if self.forward is not None:
+            parts["forward"] = table(self.forward.rows)
+        if self.curvature is not None:
+            parts["Hessian-vector product"] = table(self.curvature.rows if self.layers else self.curvature.tensors)
+        if self.ops:
+            parts["ops, each by itself"] = ops_table(self.ops)
+        return "\n\n".join([*(f"{name}\n{text}" for name, text in parts.items()), self.closing])
+
+
+def check(
+    loss: Callable[..., Any],
+    loss_and_grad: Callable[..., Any],
+    params: Any,
+    *batch: Any,
+    reference: Reference = "autodiff",
+    largest_error: float | None = None,
+) -> Report:
+    """Prove a hand-written gradient, of any function of any pytree.
+
+    Args:
+        loss: ``loss(params, *batch)``, a scalar, of functions that JAX differentiates by itself: no custom derivatives.
+        loss_and_grad: ``loss_and_grad(params, *batch)``, the same scalar and its gradient, shaped like ``params``.
+        params: arrays of floating-point numbers. In float64 (``jax.config.update("jax_enable_x64", True)``) errors show
+            that rounding hides in float32.
+        batch: further arguments.
+        reference: ``autodiff``: `jax.grad` of ``loss``; ``finite-difference``: values of ``loss`` along random directions,
+            for which ``params`` must be float64.
+        largest_error: relative L2 error allowed; by default what rounding explains, see `gptjax.verify.tolerance`.
+
+    Returns:
+        The report. Where ops are jitted functions named ``OP_fwd`` and ``OP_bwd``, it names the first op that is wrong.
+
+    Raises:
+        ValueError: the gradient is not shaped like the parameters, or they are not float64 for differences.
+
+    """
+    value, gradient = jax.jit(loss_and_grad)(params, *batch)
+    variances = gradient_variances(loss_and_grad, params, *batch)
+    allowed = jax.tree.map(lambda v: largest_error or tolerance(v, v), variances)
+    structure: Any = jax.tree.structure(gradient)
+    if structure != jax.tree.structure(params):
+        raise ValueError(f"the gradient has the structure {structure}, not the parameters': {jax.tree.structure(params)}")
+    if reference == "finite-difference":
+        if any(x.dtype != jnp.float64 for x in jax.tree.leaves(params)):
+            raise ValueError("differences need float64 parameters: jax.config.update('jax_enable_x64', True) first")
+        plain = jax.jit(loss)
+        expected = plain(params, *batch)
+        found = finite_difference.check_directions(lambda p: plain(p, *batch), params, gradient)
+    else:
+        expected, derivative = jax.jit(jax.value_and_grad(loss))(params, *batch)
+        found = compare(gradient, derivative, allowed[1])
+    forward = compare({"loss": value}, {"loss": expected}, {"loss": allowed[0]})
+    return Report(found, forward, reference=reference, parting=None if found else locate(loss, loss_and_grad, params, *batch))
+
+
+def locate(loss: Callable[..., Any], loss_and_grad: Callable[..., Any], params: Any, *batch: Any) -> Parting | None:
+    """`trace.first_parting` with the tolerance that rounding gives the gradient as a whole."""
+    variance = max(jax.tree.leaves(gradient_variances(loss_and_grad, params, *batch)))
+    return trace.first_parting(loss, loss_and_grad, params, *batch, largest=tolerance(variance, variance))

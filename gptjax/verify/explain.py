@@ -1,0 +1,52 @@
+"""How the tolerances of a configuration come about, in words and numbers."""
+
+import math
+
+import jax
+
+from gptjax.verify import finite_difference, model
+from gptjax.verify.compare import aligned, tensor_and_layer
+from gptjax.verify.model import Subject
+from gptjax.verify.tolerance import LAMBDA, unit_roundoff
+
+TEXT = """\
+What rounding explains
+
+Every operation rounds its result: relative error at most u, the unit roundoff, which is {u:.2e} in {dtype}.
+Roundings behave as if independent with mean zero, so a sum of n terms ends within {LAMBDA:g} sqrt(n) u of its exact value,
+with a probability of at least 1 - 2 exp(-{LAMBDA:g}^2 / 2) = {probability:.5f} (Higham and Mary 2019,
+doi:10.1137/18M1226312). A gradient is a chain of such sums: forward through every layer to the loss, and back. Their
+variances n u^2 add up. The chains are followed in the program itself, from the tokens to each tensor of the gradient, and
+the longest counts:
+
+    n           terms of all sums on the longest chain, in units of u^2
+    tolerance   {LAMBDA:g} sqrt(n) u, times sqrt(1 + (u'/u)^2) for the reference's own rounding, with its u'
+
+No tensor has a number of its own that somebody chose. An error is told relative to the tensor's size:
+|ours - reference| / |reference|, L2 norms. Differences of the loss are held to sqrt(u) of float64, {difference:.1e}, the
+best that a plain one-sided difference could do; extrapolation stays well below. In bfloat16 the gradient must also be no
+further from float64 than JAX's own is: the ratio of the two distances may exceed 1 by {LAMBDA:g} / sqrt(2 C), the scatter of
+the norms of two random errors of C independent parts, C the length of the tensor's last axis.
+"""
+
+
+def explain(subject: Subject) -> str:
+    """The derivation, and what it gives for each tensor."""
+    u = unit_roundoff(subject.cfg.compute_dtype)
+    text = TEXT.format(
+        u=u,
+        dtype=subject.cfg.dtype,
+        LAMBDA=LAMBDA,
+        probability=1 - 2 * math.exp(-(LAMBDA**2) / 2),
+        difference=finite_difference.TOLERANCE,
+    )
+    allowed = model.tolerances(subject)
+    theirs = 1 + (unit_roundoff("float64") / u) ** 2
+    largest: dict[str, float] = {}
+    for path, value in jax.tree_util.tree_leaves_with_path(allowed.gradient()):
+        name, _ = tensor_and_layer(path)
+        largest[name] = max(value, largest.get(name, 0.0))
+    rows = {"loss": allowed.loss, "logits": allowed.logits} | largest
+    lines = [["tensor", "n", "tolerance"]]
+    lines += [[name, f"{(value / LAMBDA / u) ** 2 / theirs:,.0f}", f"{value:.1e}"] for name, value in rows.items()]
+    return text + "\n" + aligned(lines)

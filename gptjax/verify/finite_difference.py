@@ -1,0 +1,133 @@
+"""Derivatives from values of the function alone: Richardson-extrapolated central differences, in float64.
+
+A central difference (f(x + h d) - f(x - h d)) / 2h has an error in even powers of h. Halving h and combining removes one
+power after another (Richardson 1911); the two best entries of the triangle that results estimate its error (Ridders 1982).
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from gptjax.verify.compare import Comparison, Row, tensor_and_layer
+from gptjax.verify.tolerance import unit_roundoff
+
+STEP = 0.1  # the first h, times the tensor's root mean square
+LEVELS = 5  # halvings, the first value included: two evaluations of f each
+RANDOM_DIRECTIONS = 3
+RANDOM = "random direction"
+TOLERANCE = unit_roundoff(jnp.float64) ** 0.5
+"""What a plain one-sided difference could reach at best, 1.1e-8; extrapolation must do better than that."""
+
+
+class Derivative(NamedTuple):
+    """A derivative and the estimate of its absolute error."""
+
+    value: Any
+    error: Any
+
+
+def extrapolate(differences: Sequence[Any]) -> Derivative:
+    """The best value from central differences at h, h/2, h/4...: arrays of one shape, each element by itself."""
+    row = [np.asarray(d, np.float64) for d in differences]
+    best, least = row[0], np.full_like(row[0], np.inf)
+    power = 1.0
+    while len(row) > 1:
+        power *= 4
+        finer = [(power * b - a) / (power - 1) for a, b in itertools.pairwise(row)]
+        for new, a, b in zip(finer, row, row[1:], strict=False):
+            error = np.maximum(abs(new - a), abs(new - b))
+            best, least = np.where(error <= least, new, best), np.minimum(error, least)
+        row = finer
+    return Derivative(best, least)
+
+
+def directional(f: Callable[[Any], Any], x: Any, direction: Any) -> Derivative:
+    """Derivative of a scalar ``f`` at the pytree ``x`` along ``direction``, a tree of arrays or, for 0, None."""
+
+    def at(h: float) -> float:
+        tree: Any = jax.tree.structure(x)
+        leaves = jax.tree.leaves(x)
+        moved = [p if d is None else _moved(p, d, h) for p, d in zip(leaves, tree.flatten_up_to(direction), strict=True)]
+        return float(f(tree.unflatten(moved)))
+
+    steps = [STEP / 2**level for level in range(LEVELS)]
+    return Derivative(*map(float, extrapolate([(at(h) - at(-h)) / (2 * h) for h in steps])))
+
+
+@jax.jit
+def _moved(x: Array, direction: Array, h: float) -> Array:
+    return x + h * direction
+
+
+def elementwise(f: Callable[..., Any], args: Sequence[Array], dy: Array) -> list[Derivative]:
+    """Derivative of ``<f(*args), dy>`` with respect to each element of each argument, for small arguments."""
+
+    def one(index: int) -> Derivative:
+        x = args[index]
+        directions = jnp.eye(x.size, dtype=x.dtype).reshape(x.size, *x.shape)
+
+        def difference(direction: Array, h: float) -> Array:
+            def at(sign: int) -> Array:
+                return jnp.vdot(f(*args[:index], x + sign * h * direction, *args[index + 1 :]), dy)
+
+            return (at(1) - at(-1)) / (2 * h)
+
+        along_all = jax.jit(jax.vmap(difference, (0, None)))
+        steps = [STEP / 2**level for level in range(LEVELS)]
+        return Derivative(*(np.reshape(a, x.shape) for a in extrapolate([along_all(directions, h) for h in steps])))
+
+    return [one(index) for index in range(len(args))]
+
+
+def check_directions(
+    f: Callable[[Any], Any], x: Any, gradient: Any, layers: bool = False, seed: int = 0, tolerance: float = TOLERANCE
+) -> Comparison:
+    """``<gradient, d>`` against the difference of ``f`` along random d: through everything, then along each tensor.
+
+    Args:
+        f: scalar function of a float64 pytree.
+        x: where.
+        gradient: a pytree like ``x``.
+        layers: one direction a leaf instead of one a tensor.
+        seed: of the directions.
+        tolerance: largest relative error.
+
+    Returns:
+        A row for each direction. ``norm`` is the size of the derivative; ``relative_l2`` the error relative to it, or to the
+        root mean square of derivatives along such directions where that is larger: one may be near zero by chance.
+
+    """
+    paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(x), strict=True)
+    tree: Any = jax.tree.structure(x)
+    gradients = tree.flatten_up_to(gradient)
+    names = [tensor_and_layer(path) for path in paths]
+    groups: dict[tuple[str, int | None], list[int]] = {}
+    for i, (tensor, layer) in enumerate(names):
+        groups.setdefault((tensor, layer if layers else None), []).append(i)
+    groups = {(f"{RANDOM} {n + 1}", None): list(range(len(leaves))) for n in range(RANDOM_DIRECTIONS)} | groups
+    generator = np.random.default_rng(seed)
+    rows = []
+    for (tensor, layer), members in groups.items():
+        direction: list[Any] = [None] * len(leaves)
+        typical = 0.0
+        for i in members:
+            size = float(jnp.sqrt(jnp.mean(jnp.square(leaves[i])))) or 1.0
+            direction[i] = size * generator.standard_normal(leaves[i].shape)
+            typical = math.hypot(typical, size * float(jnp.linalg.norm(gradients[i].ravel())))
+        expected = sum(float(jnp.vdot(gradients[i].astype(jnp.float64), direction[i])) for i in members)
+        found = directional(f, x, tree.unflatten(direction)).value
+        scale = max(abs(found), typical)
+        error = abs(expected - found) / scale if scale else abs(expected - found)
+        shape = leaves[members[0]].shape
+        if tensor.startswith(RANDOM):
+            shape = (sum(leaf.size for leaf in leaves),)
+        elif len(members) > 1:
+            shape = (len(members), *shape)
+        rows.append(Row(tensor, layer, shape, abs(found), error, None, None, None, None, tolerance))
+    return Comparison(tuple(rows), tuple(rows))

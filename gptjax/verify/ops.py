@@ -1,0 +1,159 @@
+"""The ops one by one, at small shapes: the hand-derived backward against JAX's and against differences of the forward."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gptjax import ops
+from gptjax.ops.attention import materialised_bwd, materialised_fwd
+from gptjax.ops.blockwise import blockwise_bwd, blockwise_fwd
+from gptjax.verify import finite_difference
+from gptjax.verify.compare import aligned, compare
+from gptjax.verify.tolerance import gradient_variances, tolerance
+
+
+@dataclasses.dataclass(frozen=True)
+class OpCase:
+    """One op at one shape: its two halves as functions of the differentiable arguments."""
+
+    name: str
+    forward: Callable[..., Any]
+    """``forward(*args) -> y``."""
+    backward: Callable[..., Any]
+    """``backward(*args, dy) -> gradients`` of all arguments."""
+    shapes: tuple[tuple[int, ...], ...]
+    """Of the arguments."""
+
+
+class OpError(NamedTuple):
+    """Worst relative L2 error over an op's arguments, with what rounding explains."""
+
+    op: str
+    autodiff: float
+    """Against JAX's gradient of the forward in float64, element by element."""
+    autodiff_tolerance: float
+    difference: float
+    """The float64 backward against differences of the float64 forward, element by element."""
+    difference_tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        """Within both tolerances."""
+        return self.autodiff <= self.autodiff_tolerance and self.difference <= self.difference_tolerance
+
+
+def op_cases() -> list[OpCase]:
+    """Every op, at a small shape with all axes of different sizes."""
+    key = jax.random.key(0)
+    tokens = jax.random.randint(key, (2, 9), 0, 5, jnp.int32)
+    positions = jnp.arange(9, dtype=jnp.int32)
+    targets = jax.random.randint(key, (6,), 0, 13, jnp.int32)
+    weights = jnp.linspace(0.0, 0.3, 6, dtype=jnp.float32)
+    weights = weights.astype(jnp.bfloat16).astype(jnp.float32)  # exact in every dtype
+
+    def embedding_bwd(wte: Any, wpe: Any, dy: Any) -> Any:
+        """The backward adds to what it is given, so it is given something, which is then taken away."""
+        dwte, dwpe = ops.embedding_bwd(tokens, positions, jnp.ones_like(wte), jnp.ones_like(wpe), dy)
+        return dwte - 1, dwpe - 1
+
+    def cross_entropy(x: Any) -> Any:
+        return ops.cross_entropy_fwd(x, targets, weights, 13)
+
+    def dropped(name: str, fwd: Any, bwd: Any) -> OpCase:
+        forward = lambda q, k, v: fwd(q, k, v, 0.2, key)  # noqa: E731
+        heads = ((2, 9, 3, 4),) * 3
+        return OpCase(name, lambda *a: forward(*a)[0], lambda q, k, v, do: bwd(forward(q, k, v)[1], do, 0.2), heads)
+
+    def in_blocks(q: Any, k: Any, v: Any, rate: float, key: Any) -> Any:
+        return blockwise_fwd(q, k, v, rate, key, block_size=4)
+
+    return [
+        OpCase(
+            "embedding",
+            lambda wte, wpe: ops.embedding_fwd(tokens, positions, wte, wpe, wte.dtype),
+            embedding_bwd,
+            ((5, 8), (11, 8)),
+        ),
+        OpCase(
+            "linear",
+            lambda *a: ops.linear_fwd(*a)[0],
+            lambda x, w, b, dy: ops.linear_bwd(ops.linear_fwd(x, w, b)[1], w, dy),
+            ((2, 9, 8), (8, 6), (6,)),
+        ),
+        OpCase(
+            "layernorm",
+            lambda *a: ops.layernorm_fwd(*a)[0],
+            lambda x, w, b, dy: ops.layernorm_bwd(ops.layernorm_fwd(x, w, b)[1], w, dy),
+            ((2, 9, 8), (8,), (8,)),
+        ),
+        OpCase(
+            "gelu",
+            lambda x: ops.gelu_fwd(x)[0],
+            lambda x, dy: (ops.gelu_bwd(ops.gelu_fwd(x)[1], dy),),
+            ((2, 9, 8),),
+        ),
+        OpCase(
+            "dropout",
+            lambda x: ops.dropout_fwd(x, 0.2, key)[0],
+            lambda x, dy: (ops.dropout_bwd(ops.dropout_fwd(x, 0.2, key)[1], 0.2, dy),),
+            ((2, 9, 8),),
+        ),
+        dropped("attention materialised", materialised_fwd, materialised_bwd),
+        dropped("attention blockwise", in_blocks, blockwise_bwd),
+        OpCase(
+            "cross-entropy",
+            lambda x: cross_entropy(x)[0],
+            lambda x, dloss: (ops.cross_entropy_bwd(cross_entropy(x)[1], 13, dloss),),
+            ((6, 16),),
+        ),
+    ]
+
+
+def check_ops(dtype: str = "float64") -> list[OpError]:
+    """`check_op` of every op. Needs 64-bit numbers switched on, as ``jax_enable_x64`` does."""
+    return [check_op(case, dtype) for case in op_cases()]
+
+
+def check_op(case: OpCase, dtype: str = "float64") -> OpError:
+    """The backward in ``dtype`` against JAX's gradient, and in float64 against differences, at random arguments."""
+    keys = jax.random.split(jax.random.key(1), len(case.shapes) + 1)
+    # Numbers that every dtype holds exactly, so that all differentiate at the same place.
+    exact = [
+        jax.random.normal(k, shape, jnp.bfloat16).astype(jnp.float64) for k, shape in zip(keys[1:], case.shapes, strict=True)
+    ]
+    y = jax.eval_shape(case.forward, *exact)
+    dy = jax.random.normal(keys[0], y.shape, jnp.bfloat16).astype(jnp.float64)
+    args = [*exact, dy]
+    rounded = [x.astype(dtype) for x in args]
+    reference = jax.jit(lambda dy, *xs: list(jax.vjp(case.forward, *xs)[1](dy)))(dy, *exact)
+    backward = jax.jit(case.backward)
+    allowed = [tolerance(v, v) for v in jax.tree.leaves(gradient_variances(case.backward, *rounded))]
+    errors = compare(list(backward(*rounded)), reference, allowed).worst
+    differences = [jnp.asarray(d.value) for d in finite_difference.elementwise(case.forward, exact, dy)]
+    apart = compare(list(backward(*args)), differences, finite_difference.TOLERANCE).worst
+    return OpError(case.name, errors.relative_l2, errors.tolerance, apart.relative_l2, apart.tolerance)
+
+
+def ops_table(errors: Sequence[OpError]) -> str:
+    """Lines of text, a header first."""
+    return aligned(ops_cells(errors))
+
+
+def ops_cells(errors: Sequence[OpError]) -> list[list[str]]:
+    """The table's cells, a header first."""
+    head = ["op", "rel L2 to autodiff", "tolerance", "rel L2 to differences", "tolerance", ""]
+    lines = [
+        [
+            e.op,
+            f"{e.autodiff:.1e}",
+            f"{e.autodiff_tolerance:.1e}",
+            f"{e.difference:.1e}",
+            f"{e.difference_tolerance:.1e}",
+            "ok" if e.ok else "WRONG",
+        ]
+        for e in errors
+    ]
+    return [head, *lines]

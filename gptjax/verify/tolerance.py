@@ -1,0 +1,121 @@
+"""How large an error rounding alone explains, derived from the program itself.
+
+A sum of n terms, each rounded with unit roundoff u, ends within LAMBDA sqrt(n) u of its exact value, relative to the
+size of what is summed, with a probability of at least 1 - 2 exp(-LAMBDA^2 / 2): the roundings are taken to be independent
+with mean zero (Higham and Mary 2019, doi:10.1137/18M1226312, theorem 2.4). A gradient is a chain of such sums, so the
+variances n u^2 of all sums on the way add up. `variances` follows every value of a jaxpr from the inputs to the outputs
+and keeps, for each, the largest sum over all ways that lead to it; `tolerance` is LAMBDA times its root.
+
+What the theory leaves out is how much a step magnifies the error of its input relative to its output. The margin for it
+is that n terms of mixed signs, and sums kept in several registers at once, stay well below the bound.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+LAMBDA = 4.0
+# Exact whatever the values: they move, copy, compare or negate.
+# fmt: off
+EXACT = {
+    "abs", "argmax", "argmin", "bitcast_convert_type", "broadcast_in_dim", "concatenate", "copy", "dynamic_slice",
+    "dynamic_update_slice", "expand_dims", "gather", "iota", "max", "min", "name", "neg", "optimization_barrier",
+    "pad", "random_bits", "random_fold_in", "random_seed", "random_split", "random_unwrap", "random_wrap",
+    "reduce_max", "reduce_min", "reshape", "rev", "select_n", "sign", "slice", "split", "squeeze", "stop_gradient",
+    "transpose",
+}
+# fmt: on
+
+
+def unit_roundoff(dtype: Any) -> float:
+    """U of a floating-point dtype, half the distance from 1 to the next number; 0 for integers, which do not round."""
+    return float(jnp.finfo(dtype).eps) / 2 if jnp.issubdtype(dtype, jnp.floating) else 0.0
+
+
+def tolerance(variance: float, reference_variance: float = 0.0) -> float:
+    """Largest relative L2 distance that rounding explains between two results of these `variances`."""
+    return LAMBDA * math.sqrt(variance + reference_variance)
+
+
+def gradient_variances(f: Callable[..., Any], *args: Any) -> Any:
+    """`variances` of ``f(*args)``, in the shape of its result. Arguments may be `jax.ShapeDtypeStruct`s; nothing runs."""
+    closed, shape = jax.make_jaxpr(f, return_shape=True)(*args)
+    return jax.tree.unflatten(jax.tree.structure(shape), variances(closed, [0.0] * len(closed.in_avals)))
+
+
+def variances(closed: ClosedJaxpr, inputs: list[float]) -> list[float]:
+    """Relative error variance of each output of a jaxpr, from those of its inputs."""
+    return _walk(closed.jaxpr, inputs)
+
+
+def _walk(jaxpr: Jaxpr, inputs: list[float]) -> list[float]:
+    known: dict[Any, float] = dict(zip(jaxpr.invars, inputs, strict=True))
+    for eqn in jaxpr.eqns:
+        ins = [0.0 if isinstance(v, Literal) else known.get(v, 0.0) for v in eqn.invars]
+        known.update(zip(eqn.outvars, _equation(eqn, ins), strict=True))
+    return [0.0 if isinstance(v, Literal) else known.get(v, 0.0) for v in jaxpr.outvars]
+
+
+def _equation(eqn: Any, ins: list[float]) -> list[float]:
+    name, params = eqn.primitive.name, eqn.params
+    if name == "scan":
+        return _scan(params, ins)
+    if name == "cond":
+        branches = [_walk(branch.jaxpr, ins[1:]) for branch in params["branches"]]
+        return [max(ways) for ways in zip(*branches, strict=True)]
+    if name == "while":  # how often it runs is not known: once
+        skip = params["cond_nconsts"]
+        return _walk(params["body_jaxpr"].jaxpr, ins[skip:])
+    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        if key in params:
+            inner = params[key]
+            return _walk(getattr(inner, "jaxpr", inner), ins)
+    worst = max(ins, default=0.0)
+    return [worst + _own_variance(eqn, v.aval) if hasattr(v.aval, "dtype") else worst for v in eqn.outvars]
+
+
+def _own_variance(eqn: Any, out: Any) -> float:
+    """N u^2 of one primitive: n products or terms in the dtype they are summed in, and one rounding to a narrower result."""
+    u = 0.0 if jax.dtypes.issubdtype(out.dtype, jax.dtypes.extended) else unit_roundoff(out.dtype)
+    terms = _terms(eqn)
+    if terms is None:
+        return u * u  # element by element: one rounding
+    wide = min(u, unit_roundoff(jnp.float32))  # XLA sums 16-bit terms in float32
+    return terms * wide * wide + (u * u if u > wide else 0.0)
+
+
+def _terms(eqn: Any) -> int | None:
+    """How many roundings of the summation's dtype an element of the result has seen; None for one of its own dtype."""
+    name = eqn.primitive.name
+    first: Any = eqn.invars[0].aval if eqn.invars else None
+    if name in EXACT:
+        return 0
+    if name == "convert_element_type":
+        return 0 if unit_roundoff(eqn.outvars[0].aval.dtype) <= unit_roundoff(first.dtype) else None
+    if name == "dot_general":
+        (contracted, _), _ = eqn.params["dimension_numbers"]
+        return math.prod(first.shape[axis] for axis in contracted)
+    if name == "reduce_sum":
+        return math.prod(first.shape[axis] for axis in eqn.params["axes"])
+    if name in ("cumsum", "cumlogsumexp"):
+        return first.shape[eqn.params["axis"]]
+    if name == "scatter-add":  # at worst, all go to the same place
+        return math.prod(eqn.invars[1].aval.shape[:-1])
+    return None
+
+
+def _scan(params: Any, ins: list[float]) -> list[float]:
+    """The body, again and again, until the growth of a turn is steady; the remaining turns grow by as much each."""
+    consts, carries, length = params["num_consts"], params["num_carry"], params["length"]
+    body = params["jaxpr"].jaxpr
+    carry, xs = ins[consts : consts + carries], ins[consts + carries :]
+    out = _walk(body, [*ins[:consts], *carry, *xs])
+    previous = out
+    for _ in range(min(length, 3) - 1):
+        previous, out = out, _walk(body, [*ins[:consts], *out[:carries], *xs])
+    left = max(length - 3, 0)
+    return [now + left * max(now - before, 0.0) for now, before in zip(out, previous, strict=True)]

@@ -1,0 +1,188 @@
+"""Where two gradients part: the first op, walking the backward from the loss, whose result is not JAX's.
+
+Functions named ``OP_fwd`` and ``OP_bwd`` and jitted show up in the jaxpr of a hand-written gradient as calls under their
+names. `record` runs the jaxpr and keeps what goes in and out of each call. `cotangents` runs the plain forward, of the same
+``OP_fwd`` calls, and has JAX differentiate the loss with respect to the result of each. Walking the recorded backward calls
+in turn, `first_parting` finds the first one that receives another gradient than JAX's, or makes another of it than JAX's
+own derivative of the forward call does.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
+from jaxtyping import Array
+
+from gptjax.verify.compare import compare, tensor_and_layer
+
+ADDS = ("embedding",)  # ops whose backward adds to the gradients that it is given
+PLAIN = ("attention",)  # ops that the plain forward calls without the suffix
+
+
+class Call(NamedTuple):
+    """One call of an op."""
+
+    op: str
+    place: str
+    """What a reader finds it by: ``layer 3, linear (fcw)``."""
+    ins: list[Any]
+    outs: list[Any]
+    jaxpr: ClosedJaxpr
+
+    @property
+    def base(self) -> str:
+        """The op's name without ``_fwd`` or ``_bwd``."""
+        return self.op.removesuffix("_fwd").removesuffix("_bwd")
+
+
+class Parting(NamedTuple):
+    """Where the manual gradient leaves JAX's."""
+
+    place: str
+    what: str
+    error: float
+
+    def __str__(self) -> str:
+        """One line."""
+        return f"{self.place}: {self.what} (relative L2 error {self.error:.1e})"
+
+
+def record(f: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, list[Call]]:
+    """(``f(*args, **kwargs)``, its op calls in order). May be traced by jit."""
+    calls: list[Call] = []
+
+    def keep(call: Call) -> list[Any]:
+        calls.append(call)
+        return call.outs
+
+    return run(f, *args, on_call=keep, **kwargs), calls
+
+
+def cotangents(loss: Callable[..., Any], *args: Any) -> list[Any]:
+    """Gradient of the scalar ``loss(*args)`` with respect to the first result of each of its op calls, by JAX, in order."""
+    shapes = jax.eval_shape(lambda: [call.outs[0] for call in record(loss, *args)[1]])
+
+    def tapped(taps: list[Any]) -> Any:
+        left = iter(taps)
+        return run(loss, *args, on_call=lambda call: [call.outs[0] + next(left), *call.outs[1:]])
+
+    return jax.jit(jax.grad(tapped))([jnp.zeros(s.shape, s.dtype) for s in shapes])
+
+
+def run(f: Callable[..., Any], *args: Any, on_call: Callable[[Call], list[Any]], **kwargs: Any) -> Any:
+    """``f(*args, **kwargs)``; ``on_call`` sees every op call and says what its results shall be. May be traced by jit.
+
+    The first argument holds the weights, by whose names the calls are told apart.
+    """
+    closed, shape = jax.make_jaxpr(f, return_shape=True)(*args, **kwargs)
+    jaxpr = closed.jaxpr
+    values: dict[Any, Any] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
+    values.update(zip(jaxpr.invars, jax.tree.leaves((args, kwargs)), strict=True))
+    weights = {var: tensor_and_layer(path) for var, (path, _) in zip(jaxpr.invars, _with_paths(args[0]), strict=False)}
+    latest: tuple[str, int | None] = "", None  # the weight used last: an op without weights is found by it
+    for eqn in jaxpr.eqns:
+        ins = [v.val if isinstance(v, Literal) else values[v] for v in eqn.invars]
+        outs = eqn.primitive.bind(*ins, **eqn.primitive.get_bind_params(eqn.params))
+        outs = list(outs) if eqn.primitive.multiple_results else [outs]
+        op = str(eqn.params.get("name", "")) if eqn.primitive.name in ("jit", "pjit") else ""
+        if op.endswith(("_fwd", "_bwd")) or op in PLAIN:
+            used = [weights[v] for v in eqn.invars if not isinstance(v, Literal) and v in weights]
+            latest = used[0] if used else latest
+            outs = on_call(Call(op, _place(op, *latest, bool(used)), ins, outs, eqn.params["jaxpr"]))
+        values.update(zip(eqn.outvars, outs, strict=True))
+    flat = [v.val if isinstance(v, Literal) else values[v] for v in jaxpr.outvars]
+    return jax.tree.unflatten(jax.tree.structure(shape), flat)
+
+
+_with_paths = jax.tree_util.tree_leaves_with_path
+
+
+def _place(op: str, weight: str, layer: int | None, used: bool) -> str:
+    name = op.removesuffix("_fwd").removesuffix("_bwd")
+    if weight:
+        name += f" ({weight})" if used else f" (after {weight})"
+    return name if layer is None else f"layer {layer}, {name}"
+
+
+def first_parting(
+    loss: Callable[..., Any], loss_and_grad: Callable[..., Any], params: Any, *rest: Any, largest: float
+) -> Parting | None:
+    """Where the hand-written gradient first leaves JAX's gradient of ``loss``; None where it does not.
+
+    Args:
+        loss: the plain forward ``loss(params, *rest)``, free of custom derivatives.
+        loss_and_grad: ``loss_and_grad(params, *rest) -> (loss, gradient)``, of the same ``OP_fwd`` calls as ``loss``.
+        params: first argument of both.
+        rest: their other arguments.
+        largest: relative L2 error that rounding explains in the gradient as a whole.
+
+    """
+    (_, gradient), calls = record(loss_and_grad, params, *rest)
+    _, plain = record(loss, params, *rest)
+    waiting: list[tuple[Call, Any]] = []
+    forward = [call for call in calls if not call.op.endswith("_bwd")]
+    if [call.base for call in forward] == [call.base for call in plain]:
+        for ours, theirs in zip(forward, plain, strict=True):
+            error = _error([ours.outs[0]], [theirs.outs[0]])
+            if not error <= largest:
+                return Parting(ours.place, f"{ours.op} gives another value than in the plain forward", error)
+        received = iter(cotangents(loss, params, *rest))
+    else:
+        received = iter([None] * len(forward))
+    for call in calls:
+        if not call.op.endswith("_bwd"):
+            waiting.append((call, next(received)))
+            continue
+        if not waiting or waiting[-1][0].base != call.base:
+            due = waiting[-1][0].place if waiting else "the end"
+            return Parting(call.place, f"{call.op} is called where the mirror of the forward has {due}", 1.0)
+        found = _wrong_here(*waiting.pop(), call, largest)
+        if found:
+            return found
+    reference = jax.jit(jax.grad(loss))(params, *rest)
+    worst = compare(gradient, reference, largest).worst
+    if worst.ok:
+        return None
+    name = worst.tensor if worst.layer is None else f"{worst.tensor}[{worst.layer}]"
+    return Parting(f"gradient of {name}", "every op is right, but what they give is put together wrongly", worst.relative_l2)
+
+
+def _wrong_here(forward: Call, received: Any, backward: Call, largest: float) -> Parting | None:
+    """What is wrong with one backward call: what it receives, or what it makes of it."""
+    y, last = forward.outs[0], backward.ins[-1]
+    given = last.shape == y.shape and last.dtype == y.dtype
+    dy = last if given else jnp.ones_like(y)  # the loss itself
+    if given and received is not None:
+        error = _error([dy], [received])
+        if not error <= largest:
+            return Parting(forward.place, f"{backward.op} receives a wrong gradient, though every op before it is right", error)
+    expected = _derivative(forward, dy)[: len(backward.outs)]
+    if backward.base in ADDS:
+        before = backward.ins[-1 - len(backward.outs) : -1]
+        expected = [e + b for e, b in zip(expected, before, strict=True)]
+    shapes = [[x.shape for x in side] for side in (backward.outs, expected)]
+    if shapes[0] != shapes[1]:
+        return Parting(forward.place, f"{backward.op} returns shapes {shapes[0]}, not {shapes[1]}", 1.0)
+    error = _error(backward.outs, expected)
+    if error <= largest:
+        return None
+    return Parting(forward.place, f"{backward.op} gives a wrong gradient", error)
+
+
+def _derivative(forward: Call, dy: Array) -> list[Array]:
+    """JAX's gradient of the call's first result with respect to each of its floating-point arguments."""
+    at = [i for i, x in enumerate(forward.ins) if jnp.issubdtype(x.dtype, jnp.floating)]
+
+    def y(*floats: Array) -> Array:
+        ins = list(forward.ins)
+        for i, x in zip(at, floats, strict=True):
+            ins[i] = x
+        return jaxpr_as_fun(forward.jaxpr)(*ins)[0]
+
+    return list(jax.vjp(y, *(forward.ins[i] for i in at))[1](dy))
+
+
+def _error(ours: Sequence[Any], reference: Sequence[Any]) -> float:
+    return compare(list(ours), list(reference), 1.0).worst.relative_l2
