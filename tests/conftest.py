@@ -43,3 +43,14 @@ def shared() -> Path:
     if not path.is_dir():
         pytest.skip("needs the data that GPTJAX_SHARED names")
     return path
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The score of the errors planted in tests/verify/test_mutations.py."""
+    outcomes = {
+        outcome: [r for r in terminalreporter.stats.get(outcome, []) if "::test_an_error_in_" in r.nodeid and r.when == "call"]
+        for outcome in ("passed", "failed")
+    }
+    planted = sum(map(len, outcomes.values()))
+    if planted:
+        terminalreporter.write_line(f"planted errors found: {len(outcomes['passed'])} of {planted}")

@@ -57,6 +57,8 @@ class Report:
             return f"{' AND '.join(wrong)} IS WRONG, though the gradients agree with {self.reference}"
         count = sum(not row.ok for row in self.gradient.rows)
         where = f"; first at {self.parting}" if self.parting else ""
+        if not self.parting and not self.reference.startswith("autodiff"):
+            where = "; but it is JAX's own gradient of this forward, so look at the reference and its parameters"
         return (
             f"{count} OF {len(self.gradient.rows)} GRADIENTS ARE WRONG: the worst, {place}, by {worst.relative_l2:.1e}{where}"
         )

@@ -179,7 +179,7 @@ def _together(leaves: list[_Measured]) -> _Measured:
 
 
 def _row(m: _Measured) -> Row:
-    norms = math.sqrt(m.reference2) * math.sqrt(m.ours2)
+    norms = math.sqrt(m.reference2 * m.ours2)
     judged = m.autodiff_error2 is not None
     return Row(
         tensor=m.tensor,

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array
 
 from gptjax.verify.compare import Comparison, Row, tensor_and_layer
@@ -65,24 +66,20 @@ def _moved(x: Array, direction: Array, h: float) -> Array:
     return x + h * direction
 
 
-def elementwise(f: Callable[..., Any], args: Sequence[Array], dy: Array) -> list[Derivative]:
-    """Derivative of ``<f(*args), dy>`` with respect to each element of each argument, for small arguments."""
+def elementwise(f: Callable[..., Any], args: Sequence[Array], dy: Array) -> list[Array]:
+    """Derivative of ``<f(*args), dy>`` with respect to each element of each argument, for small arguments of one dtype."""
+    flat, unravel = ravel_pytree(list(args))
 
-    def one(index: int) -> Derivative:
-        x = args[index]
-        directions = jnp.eye(x.size, dtype=x.dtype).reshape(x.size, *x.shape)
+    @jax.jit
+    def differences(h: float) -> Array:
+        def along(direction: Array) -> Array:
+            forth, back = (jnp.vdot(f(*unravel(flat + sign * h * direction)), dy) for sign in (1, -1))
+            return (forth - back) / (2 * h)
 
-        def difference(direction: Array, h: float) -> Array:
-            def at(sign: int) -> Array:
-                return jnp.vdot(f(*args[:index], x + sign * h * direction, *args[index + 1 :]), dy)
+        return jax.vmap(along)(jnp.eye(flat.size, dtype=flat.dtype))
 
-            return (at(1) - at(-1)) / (2 * h)
-
-        along_all = jax.jit(jax.vmap(difference, (0, None)))
-        steps = [STEP / 2**level for level in range(LEVELS)]
-        return Derivative(*(np.reshape(a, x.shape) for a in extrapolate([along_all(directions, h) for h in steps])))
-
-    return [one(index) for index in range(len(args))]
+    steps = [STEP / 2**level for level in range(LEVELS)]
+    return unravel(jnp.asarray(extrapolate([differences(h) for h in steps]).value))
 
 
 def check_directions(

@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from gptjax import ops
 from gptjax.ops.attention import materialised_bwd, materialised_fwd
 from gptjax.ops.blockwise import blockwise_bwd, blockwise_fwd
 from gptjax.verify import finite_difference
-from gptjax.verify.compare import aligned, compare
+from gptjax.verify.compare import Row, aligned, compare
 from gptjax.verify.tolerance import gradient_variances, tolerance
 
 
@@ -118,23 +119,35 @@ def check_ops(dtype: str = "float64") -> list[OpError]:
 
 
 def check_op(case: OpCase, dtype: str = "float64") -> OpError:
-    """The backward in ``dtype`` against JAX's gradient, and in float64 against differences, at random arguments."""
+    """Both comparisons of one op, at random arguments."""
+    by_jax, by_differences = op_against_autodiff(case, dtype), op_against_differences(case)
+    return OpError(case.name, by_jax.relative_l2, by_jax.tolerance, by_differences.relative_l2, by_differences.tolerance)
+
+
+def op_against_autodiff(case: OpCase, dtype: str = "float64") -> Row:
+    """The backward in ``dtype`` against JAX's gradient of the forward in float64: its worst argument."""
+    exact, dy = _arguments(case)
+    rounded = [x.astype(dtype) for x in (*exact, dy)]
+    reference = jax.jit(lambda dy, *xs: list(jax.vjp(case.forward, *xs)[1](dy)))(dy, *exact)
+    allowed = [tolerance(v, v) for v in jax.tree.leaves(gradient_variances(case.backward, *rounded))]
+    return compare(list(jax.jit(case.backward)(*rounded)), reference, allowed).worst
+
+
+def op_against_differences(case: OpCase) -> Row:
+    """The backward against differences of the forward, element by element, both in float64: its worst argument."""
+    exact, dy = _arguments(case)
+    differences = finite_difference.elementwise(case.forward, exact, dy)
+    return compare(list(jax.jit(case.backward)(*exact, dy)), differences, finite_difference.TOLERANCE).worst
+
+
+def _arguments(case: OpCase) -> tuple[list[Array], Array]:
     keys = jax.random.split(jax.random.key(1), len(case.shapes) + 1)
     # Numbers that every dtype holds exactly, so that all differentiate at the same place.
     exact = [
         jax.random.normal(k, shape, jnp.bfloat16).astype(jnp.float64) for k, shape in zip(keys[1:], case.shapes, strict=True)
     ]
     y = jax.eval_shape(case.forward, *exact)
-    dy = jax.random.normal(keys[0], y.shape, jnp.bfloat16).astype(jnp.float64)
-    args = [*exact, dy]
-    rounded = [x.astype(dtype) for x in args]
-    reference = jax.jit(lambda dy, *xs: list(jax.vjp(case.forward, *xs)[1](dy)))(dy, *exact)
-    backward = jax.jit(case.backward)
-    allowed = [tolerance(v, v) for v in jax.tree.leaves(gradient_variances(case.backward, *rounded))]
-    errors = compare(list(backward(*rounded)), reference, allowed).worst
-    differences = [jnp.asarray(d.value) for d in finite_difference.elementwise(case.forward, exact, dy)]
-    apart = compare(list(backward(*args)), differences, finite_difference.TOLERANCE).worst
-    return OpError(case.name, errors.relative_l2, errors.tolerance, apart.relative_l2, apart.tolerance)
+    return exact, jax.random.normal(keys[0], y.shape, jnp.bfloat16).astype(jnp.float64)
 
 
 def ops_table(errors: Sequence[OpError]) -> str:

@@ -8,6 +8,7 @@ own derivative of the forward call does.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -173,15 +174,18 @@ def _wrong_here(forward: Call, received: Any, backward: Call, largest: float) ->
 
 def _derivative(forward: Call, dy: Array) -> list[Array]:
     """JAX's gradient of the call's first result with respect to each of its floating-point arguments."""
-    at = [i for i, x in enumerate(forward.ins) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return _vjp(forward.jaxpr, forward.ins, dy)
+
+
+@partial(jax.jit, static_argnums=0)  # calls of the same op at the same shapes share their jaxpr
+def _vjp(jaxpr: ClosedJaxpr, ins: list[Any], dy: Array) -> list[Array]:
+    at = [i for i, x in enumerate(ins) if jnp.issubdtype(x.dtype, jnp.floating)]
 
     def y(*floats: Array) -> Array:
-        ins = list(forward.ins)
-        for i, x in zip(at, floats, strict=True):
-            ins[i] = x
-        return jaxpr_as_fun(forward.jaxpr)(*ins)[0]
+        moved = dict(zip(at, floats, strict=True))
+        return jaxpr_as_fun(jaxpr)(*(moved.get(i, x) for i, x in enumerate(ins)))[0]
 
-    return list(jax.vjp(y, *(forward.ins[i] for i in at))[1](dy))
+    return list(jax.vjp(y, *(ins[i] for i in at))[1](dy))
 
 
 def _error(ours: Sequence[Any], reference: Sequence[Any]) -> float:

@@ -1,0 +1,112 @@
+"""The library form: anybody's function, anybody's gradient."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from gptjax.verify import check
+from tests.compare import normal
+
+X, LABELS = normal(0, 20, 4), jax.nn.one_hot(jnp.arange(20) % 3, 3)
+
+
+@jax.jit
+def affine_fwd(x, w, b):
+    return x @ w + jnp.broadcast_to(b, (20, 3)), x
+
+
+@jax.jit
+def affine_bwd(x, w, dy):
+    return dy @ w.T, x.T @ dy, dy.sum(0)
+
+
+@jax.jit
+def softmax_loss_fwd(y, labels):
+    p = jax.nn.log_softmax(y)
+    return -(labels * p).sum() / 20, p
+
+
+@jax.jit
+def softmax_loss_bwd(p, labels):
+    return (jnp.exp(p) - labels) / 20
+
+
+def loss(params, x, labels):
+    """A linear classifier, which is not GPT-2."""
+    return softmax_loss_fwd(affine_fwd(x, params["w"], params["b"])[0], labels)[0]
+
+
+def loss_and_grad(params, x, labels, affine_bwd=affine_bwd):
+    y, saved = affine_fwd(x, params["w"], params["b"])
+    value, p = softmax_loss_fwd(y, labels)
+    _, dw, db = affine_bwd(saved, params["w"], softmax_loss_bwd(p, labels))
+    return value, {"w": dw, "b": db}
+
+
+PARAMS = {"w": normal(1, 4, 3), "b": normal(2, 3)}
+
+
+def wrong(*args):
+    return loss_and_grad(*args, affine_bwd=jax.jit(lambda x, w, dy: (dy @ w.T, x.T @ dy, dy[0]), inline=True))
+
+
+@pytest.mark.parametrize("reference", ["autodiff", "finite-difference"])
+def test_a_right_gradient(reference):
+    report = check(loss, loss_and_grad, PARAMS, X, LABELS, reference=reference)
+    assert report
+    assert report.parting is None
+    assert report.forward
+    assert report.gradient.worst.relative_l2 < {"autodiff": 1e-15, "finite-difference": 1e-9}[reference]
+    assert report.closing.startswith(f"all {len(report.gradient.rows)} gradients agree with {reference}: the worst, ")
+
+
+@pytest.mark.parametrize("reference", ["autodiff", "finite-difference"])
+def test_a_wrong_gradient(reference):
+    report = check(loss, wrong, PARAMS, X, LABELS, reference=reference)
+    assert not report
+    assert {row.tensor: row.ok for row in report.gradient.rows[-2:]} == {"w": True, "b": False}
+
+
+def test_the_wrong_op_is_named():
+    def affine_bwd(x, w, dy):
+        return dy @ w.T, x.T @ dy, dy[0]
+
+    report = check(loss, lambda *a: loss_and_grad(*a, affine_bwd=jax.jit(affine_bwd)), PARAMS, X, LABELS)
+    assert report.parting.place == "affine (w)"
+    assert "first at affine (w): affine_bwd gives a wrong gradient" in report.closing
+    assert str(report).endswith(report.closing)
+
+
+def test_a_wrong_loss_beside_a_right_gradient():
+    report = check(loss, lambda *a: (loss(*a) * (1 + 1e-9), loss_and_grad(*a)[1]), PARAMS, X, LABELS)
+    assert not report
+    assert report.gradient
+    assert report.closing == "THE FORWARD IS WRONG, though the gradients agree with autodiff"
+
+
+def test_a_given_error_bound():
+    slightly = lambda *a: jax.tree.map(lambda x: x * (1 + 1e-6), loss_and_grad(*a))  # noqa: E731
+    assert not check(loss, slightly, PARAMS, X, LABELS)
+    assert check(loss, slightly, PARAMS, X, LABELS, largest_error=1e-5)
+
+
+def test_float32_is_held_to_float32():
+    args = jax.tree.map(lambda x: x.astype(jnp.float32), (PARAMS, X, LABELS))
+    report = check(loss, loss_and_grad, *args)
+    assert report
+    assert 1e-7 < report.gradient.rows[0].tolerance < 1e-4
+    with pytest.raises(ValueError, match="differences need float64"):
+        check(loss, loss_and_grad, *args, reference="finite-difference")
+
+
+def test_a_gradient_of_another_shape():
+    with pytest.raises(ValueError, match="not the parameters'"):
+        check(loss, lambda *a: (loss(*a), {"w": a[0]["w"]}), PARAMS, X, LABELS)
+
+
+def test_nan_is_wrong():
+    report = check(loss, lambda *a: (loss(*a), jax.tree.map(lambda x: x * math.nan, a[0])), PARAMS, X, LABELS)
+    assert not report
+    assert "2 OF 2 GRADIENTS ARE WRONG" in report.closing
