@@ -135,7 +135,12 @@ def fit(
             if pending:
                 report(meter.record(*pending))
                 pending = None
-            checked["gradient_error"] = verify(run, compiled, state, batch, step)
+            try:
+                checked["gradient_error"] = verify(run, compiled, state, batch, step)
+            except WrongGradientError:
+                if saved < step - 1:  # the parameters in question, to look into with `gptjax.verify --checkpoint`
+                    writer.save(step - 1, state, run.model, checkpoint_meta(run))
+                raise
             meter.restart()
         state, metrics = steps.run_step(compiled, state, batch, run.key, step)
         if pending:

@@ -17,6 +17,7 @@ import yaml
 from gptjax import train
 from gptjax.datasets import find_corpus
 from gptjax.formats.token_shards import write_shard
+from gptjax.models import gpt2
 from tests.conftest import ROOT
 
 TINY = {
@@ -210,7 +211,7 @@ def test_divergence_skips_the_updates_then_stops(command, tmp_path, capsys):
         "--train.checkpoint_every",
         "1",
     ]
-    assert run(*command, *wild, "--train.max_nonfinite", "3", "--optim.schedule", "constant") == train.DIVERGED
+    assert run(*command, *wild, "--train.max_nonfinite", "3", "--optim.schedule", "constant") == train.FAILED
     records = metrics(tmp_path / "runs" / "tiny")
     assert [r.get("skipped", False) for r in records[-4:]] == [False, True, True, True]
     assert records[-1]["loss"] is None
@@ -227,13 +228,48 @@ def test_divergence_leaves_the_last_good_checkpoint(command, tmp_path, capsys):
     folder = tmp_path / "runs" / "tiny"
     good = arrays(folder, 10)
     wild = ["--optim.learning_rate", "1e30", "--optim.schedule", "constant", "--optim.warmup_steps", "0"]
-    assert run(*command, *wild, "--resume", "auto", "--train.checkpoint_every", "1") == train.DIVERGED
+    assert run(*command, *wild, "--resume", "auto", "--train.checkpoint_every", "1") == train.FAILED
     assert "the checkpoint after step 10 is the last good one" in capsys.readouterr().err
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step_00000010"]
     for a, b in zip(good, arrays(folder, 10), strict=True):
         np.testing.assert_array_equal(a, b)
     assert run(*command, "--resume", "auto") == 0
     assert all(r["loss"] is not None for r in metrics(folder))
+
+
+# The gradient checked while training
+
+
+def test_live_checks_log_the_worst_error(command, tmp_path, capsys):
+    assert run(*command, "--train.steps", "5", "--train.verify_every", "2", "--train.log_every", "5") == 0
+    errors = {r["step"]: r["gradient_error"] for r in metrics(tmp_path / "runs" / "tiny") if "gradient_error" in r}
+    assert list(errors) == [2, 4]
+    assert all(1e-9 < error < 1e-5 for error in errors.values())
+    assert capsys.readouterr().out.count("| gradient error ") == 2
+
+
+def test_a_run_with_checks_is_the_run_without(command, tmp_path):
+    assert run(*command, "--name", "straight") == 0
+    assert run(*command, "--name", "checked", "--train.verify_every", "10") == 0
+    assert_same_run(tmp_path / "runs" / "straight", tmp_path / "runs" / "checked")
+
+
+def test_a_wrong_gradient_stops_the_run_with_its_report_saved(command, tmp_path, capsys, monkeypatch):
+    right = gpt2.gelu_bwd
+
+    def gelu_bwd(saved, dy):
+        return right(saved, dy) * 1.01
+
+    monkeypatch.setattr(gpt2, "gelu_bwd", jax.jit(gelu_bwd))
+    assert run(*command, "--train.verify_every", "4") == train.FAILED
+    error = capsys.readouterr().err
+    assert error.startswith("python -m gptjax.train: error: step 4: ")
+    assert "first at layer 0, gelu (after fcw): gelu_bwd gives a wrong gradient" in error
+    folder = tmp_path / "runs" / "tiny"
+    assert [r["step"] for r in metrics(folder)] == [1, 2, 3]
+    assert json.loads((folder / "verify-step-4.json").read_text())["ok"] is False
+    assert "gelu_bwd" in (folder / "verify-step-4.html").read_text()
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step_00000003"]  # to look into it with
 
 
 # Bad input: one sentence, status 2, no traceback

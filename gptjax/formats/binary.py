@@ -57,7 +57,7 @@ def write_file(path: str | os.PathLike[str], header: Sequence[int], arrays: Iter
         with naming(path), partial.open("wb") as file:
             file.write(padded.tobytes())
             for array in arrays:
-                file.write(np.ascontiguousarray(array).data.cast("B"))
+                file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

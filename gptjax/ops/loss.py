@@ -23,7 +23,7 @@ def target_weights(
     ``count`` defaults to the sum of the masks. A caller that splits a batch passes the whole batch's, so that the
     pieces' losses add up to the batch's. Where nothing counts, all weights are 0 and so is the loss.
     """
-    weights = jnp.where(targets == IGNORE_INDEX, 0.0, 1.0) if mask is None else mask
+    weights = jnp.ones(targets.shape) if mask is None else mask
     weights = jnp.where(targets == IGNORE_INDEX, jnp.zeros((), weights.dtype), weights)
     total = weights.sum() if count is None else count.astype(weights.dtype)
     return weights / jnp.where(total > 0, total, jnp.ones((), total.dtype))

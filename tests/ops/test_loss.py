@@ -36,6 +36,26 @@ def test_padding_takes_no_part():
     assert (cross_entropy_bwd(saved, 5)[:, 5:] == 0).all()
 
 
+def test_as_many_rows_as_the_vocabulary_is_no_reason_to_count_padding():
+    logits = normal(0, 5, 8).at[:, 5:].set(1e4)
+    assert cross_entropy_fwd(logits, targets_in(5, 5), jnp.full(5, 0.2), 5)[0] < 10
+
+
+def test_an_ignored_target_beside_padding_costs_nothing():
+    loss, _ = cross_entropy_fwd(normal(0, 2, 8), jnp.array([-1, -1], jnp.int32), jnp.zeros(2), 5)
+    assert loss == 0
+
+
+def test_weights_below_one_in_sum_are_still_a_mean():
+    mask = jnp.array([[0.25, 0.0, 0.5]])
+    np.testing.assert_allclose(target_weights(jnp.zeros((1, 3), jnp.int32), mask)[0], [1 / 3, 0, 2 / 3])
+
+
+def test_without_a_mask_each_target_weighs_one():
+    weights = target_weights(jnp.array([[2, -1, 0]], jnp.int32), count=jnp.asarray(4.0))
+    np.testing.assert_array_equal(weights[0], [0.25, 0, 0.25])
+
+
 def test_ignored_and_masked_targets_do_not_count():
     targets = jnp.array([[3, IGNORE_INDEX, 2, 1]], jnp.int32)
     mask = jnp.array([[1.0, 1.0, 0.0, 1.0]])

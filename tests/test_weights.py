@@ -1,0 +1,85 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax.checkpoint import CheckpointWriter, newest_params
+from gptjax.errors import CheckpointError, FormatError
+from gptjax.formats import llmc
+from gptjax.models.params import stack
+from gptjax.optim import OptimConfig, make_optimizer
+from gptjax.steps import init_state
+from gptjax.weights import load_weights
+from tests.models import tiny
+
+CFG = tiny.config(dtype="float32")
+
+
+def assert_same(a, b):
+    for x, y in zip(jax.tree.leaves(stack(a)), jax.tree.leaves(stack(b)), strict=True):
+        assert x.dtype == jnp.float32
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The folder of a run with checkpoints after 1 and 2 steps, and the parameters of the second."""
+    writer = CheckpointWriter(tmp_path / "checkpoints", keep=2)
+    optimizer = make_optimizer(OptimConfig(), 10)
+    for step in (1, 2):
+        state = init_state(jax.random.key(step), CFG, optimizer)
+        writer.save(step, state, CFG, {})
+    writer.close()
+    return tmp_path, state.params
+
+
+def test_the_newest_checkpoint_of_a_run(run):
+    folder, params = run
+    for path in (folder, folder / "checkpoints"):
+        cfg, found = load_weights(path)
+        assert cfg == CFG
+        assert_same(found, params)
+    scanned, found = load_weights(folder, dataclasses.replace(CFG, layers="scan"))
+    assert scanned.layers == "scan"
+    assert found.fcw.shape == (2, 8, 32)
+    assert_same(found, params)
+
+
+def test_a_damaged_checkpoint_is_refused_and_left_alone(run):
+    folder, _ = run
+    for file in (folder / "checkpoints").glob("step_00000002/state/d/*"):
+        file.write_bytes(bytes(len(file.read_bytes())))
+    before = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    with pytest.raises(CheckpointError, match="step_00000002 cannot be read"):
+        newest_params(folder / "checkpoints")
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == before
+
+
+def test_an_llm_c_model(tmp_path):
+    params = tiny.params(CFG, jnp.float32)
+    llmc.write_model(tmp_path / "m.bin", params, CFG)
+    cfg, found = load_weights(tmp_path / "m.bin", CFG)
+    assert cfg == CFG
+    assert isinstance(found.fcw, tuple)
+    assert_same(found, params)
+    alone, found = load_weights(tmp_path / "m.bin")
+    assert (alone.num_layers, alone.vocab_size, alone.layers) == (2, 11, "scan")
+    assert_same(found, params)
+
+
+def test_other_dimensions(tmp_path):
+    llmc.write_model(tmp_path / "m.bin", tiny.params(CFG, jnp.float32), CFG)
+    with pytest.raises(CheckpointError, match=r"has model.num_layers 2, not 3: give it that value"):
+        load_weights(tmp_path / "m.bin", tiny.config(num_layers=3))
+
+
+def test_what_is_not_there_or_not_known(tmp_path):
+    with pytest.raises(CheckpointError, match="does not exist: name the folder of a run"):
+        load_weights(tmp_path / "none")
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        load_weights(tmp_path)
+    (tmp_path / "text").write_text("hello")
+    with pytest.raises(FormatError, match="in no format that is known here"):
+        load_weights(tmp_path / "text")

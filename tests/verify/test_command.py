@@ -1,0 +1,140 @@
+"""``python -m gptjax.verify`` as a user meets it."""
+
+import importlib
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from gptjax.models import gpt2
+from gptjax.verify.ops import OpError
+from tests.conftest import ROOT
+
+command = importlib.import_module("gptjax.verify.__main__")
+TINY = [
+    "--config",
+    str(ROOT / "configs" / "debug.yaml"),
+    "--model.num_layers",
+    "1",
+    "--data.batch_size",
+    "2",
+    "--data.seq_len",
+    "8",
+]
+TINY += ["--model.channels", "16", "--model.vocab_size", "100"]
+
+
+@pytest.fixture(autouse=True)
+def one_op(monkeypatch):
+    """The ops are tested by themselves."""
+    monkeypatch.setattr(command, "check_ops", lambda dtype: [OpError("an op", 0.0, 1.0, 0.0, 1.0)])
+
+
+def plant(monkeypatch):
+    right = gpt2.gelu_bwd
+
+    def gelu_bwd(saved, dy):
+        return right(saved, dy) * (1 + 1e-9)
+
+    monkeypatch.setattr(gpt2, "gelu_bwd", jax.jit(gelu_bwd))
+
+
+def test_everything_holds(capsys, tmp_path):
+    files = ["--json", str(tmp_path / "r.json"), "--html", str(tmp_path / "r.html")]
+    assert command.main([*TINY, "--layers", *files]) == 0
+    out = capsys.readouterr().out
+    assert out.count(" ok\n") == 17 + 2 + 16 + 1
+    assert "fcw[0]" in out
+    assert "all 17 gradients agree with autodiff in float64" in out
+    assert "took " in out.splitlines()[-3]
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["ok"]
+    assert {"device", "versions", "XLA_FLAGS", "config", "took", "parameters"} <= set(report["environment"])
+    assert "<!doctype html>" in (tmp_path / "r.html").read_text()
+
+
+def test_a_wrong_backward_ends_with_1_and_is_named(monkeypatch, capsys, tmp_path):
+    plant(monkeypatch)
+    assert command.main([*TINY, "--export", str(tmp_path / "out"), "--html", str(tmp_path / "r.html")]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    closing = next(line for line in lines if "GRADIENTS ARE WRONG" in line)
+    assert "first at layer 0, gelu (after fcw): gelu_bwd gives a wrong gradient (relative L2 error 1.0e-09)" in closing
+    assert lines[-1] == "nothing was exported: it would not be right"
+    assert not (tmp_path / "out").exists()
+    assert "outlined where wrong" in (tmp_path / "r.html").read_text()
+
+
+def test_a_wrong_op_alone_ends_with_1(monkeypatch, capsys):
+    monkeypatch.setattr(command, "check_ops", lambda dtype: [OpError("an op", 2.0, 1.0, 0.0, 1.0)])
+    assert command.main(TINY) == 1
+    assert "THE OP an op IS WRONG, though the gradients agree" in capsys.readouterr().out
+
+
+def test_exported_files_are_a_reference(capsys, tmp_path):
+    """What is written is read back and agrees, also by a model of scanned layers in another precision."""
+    assert command.main([*TINY, "--export", str(tmp_path), "--model.max_seq_len", "12"]) == 0
+    files = ["--checkpoint", str(tmp_path / "gpt2_124M.bin"), "--reference", str(tmp_path / "gpt2_124M_debug_state.bin")]
+    same = [*TINY, "--model.max_seq_len", "12", "--dtype", "float32", "--model.layers", "scan", *files]
+    assert command.main(same) == 0
+    assert "agree with the file" in capsys.readouterr().out
+    (tmp_path / "cut").write_bytes((tmp_path / "gpt2_124M_debug_state.bin").read_bytes()[:-4])
+    expect_error([*same[:-1], str(tmp_path / "cut")], "truncated", capsys)
+
+
+def test_differences(capsys):
+    assert command.main([*TINY, "--reference", "finite-difference"]) == 0
+    assert "random direction 3" in capsys.readouterr().out
+
+
+def test_explain(capsys):
+    assert command.main([*TINY, "--explain"]) == 0
+    assert "Higham and Mary" in capsys.readouterr().out
+
+
+def test_a_batch_of_the_corpus(shared, tmp_path):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for split in ("train", "val"):
+        (folder / f"{split}.bin").write_bytes((shared / "tinyshakespeare" / "tiny_shakespeare_val.bin").read_bytes())
+    arguments = [*TINY[:-2], "--model.vocab_size", "50257", "--batch", "corpus", "--data.dataset", str(folder)]
+    cfg, _ = command.cli.parse(command.VerifyConfig, "verify", "", [*arguments, "--data.order", "sequential"])
+    subject, _, facts = command.make_subject(cfg)
+    assert subject.batch.inputs[0, :6].tolist() == [50256, 5962, 22307, 25, 198, 8421]
+    assert (subject.batch.targets[:, :-1] == subject.batch.inputs[:, 1:]).all()
+    assert facts["batch"].startswith("2 x 8 tokens, the first of ")
+
+
+def expect_error(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command.main(arguments)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.chanels", "3"], "did you mean model.channels?"),
+        (["--dtype", "float16"], "dtype"),
+        (["--reference", "nothing"], "there is no file nothing"),
+        (["--reference", str(ROOT / "README.md")], "give their file as --checkpoint"),
+        (["--reference", str(ROOT / "README.md"), "--checkpoint", "x"], "README.md is not an llm.c debug state"),
+        (["--checkpoint", "nowhere"], "nowhere does not exist"),
+        (["--checkpoint", str(ROOT / "README.md")], "in no format that is known here"),
+        (["--json", "nowhere/r.json"], "there is no folder nowhere"),
+        (["--export", str(ROOT / "README.md")], "is a file, not a folder"),
+        (["--data.seq_len", "4000"], "data.seq_len 4000 does not fit"),
+        (["--model.attention", "cudnn"], "needs an NVIDIA GPU"),
+    ],
+)
+def test_bad_input(arguments, message, capsys):
+    expect_error([*TINY, *arguments], message, capsys)
+
+
+def test_initial_parameters_are_exact_in_every_precision():
+    cfg, _ = command.cli.parse(command.VerifyConfig, "verify", "", TINY)
+    subject, _, _ = command.make_subject(cfg)
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(subject.params))
