@@ -91,9 +91,8 @@ def _heat_map(found: Comparison) -> str:
     by_place = {(row.tensor, row.layer): row for row in found.rows}
     tensors = list(dict.fromkeys(row.tensor for row in found.rows if row.layer is not None))
     single = [row for row in found.rows if row.layer is None]
-    logs = [math.log10(row.relative_l2) for row in found.rows if 0 < row.relative_l2 < math.inf]
-    low, high = (math.floor(min(logs)), math.ceil(max(logs))) if logs else (-1, 0)
-    high = max(high, low + 1)
+    low = math.floor(math.log10(min((row.relative_l2 for row in found.rows if 0 < row.relative_l2 < math.inf), default=1e-16)))
+    high = max(math.ceil(math.log10(max(row.tolerance for row in found.rows))), low + 1)
     lines = []
     for layer in sorted({row.layer for row in found.rows if row.layer is not None}):
         fields = "".join(_colour(by_place.get((tensor, layer)), low, high) for tensor in tensors)
@@ -102,7 +101,7 @@ def _heat_map(found: Comparison) -> str:
     grid = f"<table class='heat'><thead><tr><th>layer</th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
     colours = ", ".join(f"rgb{colour}" for colour in SCALE)
     ramp = f"<div class='ramp' style='background: linear-gradient(to right, {colours})'></div>"
-    legend = f"<div class='legend'>{low}{ramp}{high}, outlined where wrong</div>"
+    legend = f"<div class='legend'>{low}{ramp}{high}, where the tolerance ends; outlined where wrong</div>"
     if single:
         names = "".join(f"<th>{escape(row.tensor)}</th>" for row in single)
         values = "".join(_colour(row, low, high) for row in single)

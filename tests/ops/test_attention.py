@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptjax.ops import attention_bwd, attention_fwd
+from gptjax.ops import attention, attention_bwd, attention_fwd
 from gptjax.ops.attention import materialised_fwd
 from gptjax.ops.blockwise import blockwise_bwd, blockwise_fwd
 from tests.compare import assert_same_gradients, normal, relative_l2, vjp_of
@@ -126,8 +126,39 @@ def test_requests_that_cannot_be_served():
     args = qkv(1, 2, 1, 8)
     with pytest.raises(ValueError, match="materialised, blockwise, cudnn, not flash"):
         attention_fwd("flash", *args)
-    with pytest.raises(ValueError, match="no dropout"):
-        attention_fwd("cudnn", *args, 0.1, KEY)
+    for function in (attention, attention_fwd):
+        with pytest.raises(ValueError, match="no dropout"):
+            function("cudnn", *args, 0.1, KEY)
+
+
+@pytest.mark.parametrize("name", ["materialised", "blockwise"])
+@pytest.mark.parametrize(("rate", "key"), [(0.0, None), (0.0, KEY), (0.3, None), (0.3, KEY)])
+def test_the_plain_forward_is_the_forward_with_nothing_saved(name, rate, key):
+    args = qkv(2, 5, 3, 4)
+    o, saved = attention(name, *args, rate, key)
+    assert saved is None
+    np.testing.assert_array_equal(o, attention_fwd(name, *args, rate, key)[0])
+    if not rate:
+        np.testing.assert_array_equal(o, attention(name, *args, key=key)[0])  # no dropout unless asked for
+        np.testing.assert_array_equal(o, attention_fwd(name, *args, key=key)[0])
+
+
+def test_the_plain_forward_of_cudnn_is_differentiated_by_jax(monkeypatch):
+    monkeypatch.setattr(
+        "jax.nn.dot_product_attention",
+        lambda *args, implementation, **kwargs: ORIGINAL(*args, implementation="xla", **kwargs),
+    )
+    args = [x.astype(jnp.float32) for x in qkv(2, 6, 3, 8)]
+    do = normal(9, 2, 6, 3, 8).astype(jnp.float32)
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        for rate, key in ((0.0, None), (0.0, KEY), (0.3, None)):
+            o, saved = attention("cudnn", *args, rate, key)
+            assert saved is None
+            assert relative_l2(o, attention_fwd("materialised", *args)[0]) < 1e-6
+            assert relative_l2(o, attention_fwd("cudnn", *args, rate, key)[0]) < 1e-6
+            by_jax = jax.vjp(lambda *x, rate=rate, key=key: attention("cudnn", *x, rate, key)[0], *args)[1](do)
+            ours = attention_bwd("materialised", attention_fwd("materialised", *args)[1], do)
+            assert_same_gradients(ours, by_jax, tuple(args), tolerance=1e-5)
 
 
 def test_dropout_rates_of_both_implementations_agree():
