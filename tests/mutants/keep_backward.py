@@ -1,0 +1,22 @@
+"""Leave only the mutants of the backward in a session of cosmic-ray: ``keep_backward.py gptjax/models/gpt2.py SESSION``."""
+
+import ast
+import sqlite3
+import sys
+from pathlib import Path
+
+FUNCTIONS = {
+    "block_bwd", "blocks_bwd", "_not_before", "over_layers", "loss_and_grad", "_classifier_and_grad", "_pieces", "loss_manual",
+}  # fmt: skip
+
+source, session = sys.argv[1:]
+kept = set()
+for node in ast.parse(Path(source).read_text()).body:
+    name = getattr(node, "name", "loss_manual" if isinstance(node, ast.Expr) else "")  # the binding follows its function
+    if name in FUNCTIONS:
+        kept |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+with sqlite3.connect(session) as database:
+    for job, line in database.execute("select job_id, start_pos_row from mutation_specs").fetchall():
+        if line not in kept:
+            for table in ("mutation_specs", "work_results", "work_items"):
+                database.execute(f"delete from {table} where job_id = ?", (job,))

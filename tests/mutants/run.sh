@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Mutate the ops, or the backward in gpt2.py, with cosmic-ray, and list the mutants that the tests let live:
+#   pip install -e '.[mutation]' && tests/mutants/run.sh norm activation loss ... gpt2
+# Works on a copy, since cosmic-ray edits the files in place. An op takes minutes, gpt2 an hour, on one core.
+set -euo pipefail
+source_folder=$(cd "$(dirname "$0")/../.." && pwd)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+cp -r "$source_folder"/{gptjax,tests,pyproject.toml} "$work"
+cd "$work"
+export PYTHONPATH=$work GPTJAX_SHARED=/nonexistent
+for module in "$@"; do
+  path=gptjax/ops/$module.py tests="tests/ops/test_names.py tests/ops/test_$module.py"
+  case $module in
+    blockwise) tests="tests/ops/test_names.py tests/ops/test_attention.py" ;;
+    precision) tests="tests/ops/test_precision.py tests/ops/test_linear.py" ;;
+    gpt2) path=gptjax/models/gpt2.py tests="tests/models/test_gpt2.py -k 'numpy or every_setting or mask or counts or binding'" ;;
+  esac
+  cat > "$module.toml" <<EOF
+[cosmic-ray]
+module-path = "$path"
+timeout = 300.0
+excluded-modules = []
+test-command = "python -m pytest -x -q -p no:cacheprovider -n 0 --hypothesis-profile mutation $tests"
+[cosmic-ray.distributor]
+name = "local"
+[cosmic-ray.filters.operators-filter]
+# Operators on bits and integers, which fail on floating-point arrays, and the | of type annotations.
+exclude-operators = ["core/ReplaceBinaryOperator_.*_(FloorDiv|Mod|Pow|RShift|LShift|BitOr|BitAnd|BitXor)", "core/ReplaceBinaryOperator_BitOr_.*"]
+EOF
+  cosmic-ray init "$module.toml" "$module.sqlite"
+  cosmic-ray baseline "$module.toml"
+  cr-filter-operators "$module.sqlite" "$module.toml" > filtered
+  [ "$module" != gpt2 ] || python "$source_folder/tests/mutants/keep_backward.py" "$path" "$module.sqlite"
+  cosmic-ray exec "$module.toml" "$module.sqlite"
+  cr-report "$module.sqlite" --surviving-only --show-diff
+done
