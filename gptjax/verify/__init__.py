@@ -8,7 +8,7 @@
     assert report
 """
 
-from gptjax.verify.check import Report, check
-from gptjax.verify.compare import Comparison, Row, compare
+from gptjax.verify.comparison import Comparison, Row, compare
+from gptjax.verify.proof import Report, check
 
 __all__ = ["Comparison", "Report", "Row", "check", "compare"]

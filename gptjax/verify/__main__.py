@@ -28,11 +28,11 @@ from gptjax.models.gpt2 import Batch
 from gptjax.models.params import num_params, stack
 from gptjax.run import platform_name, set_up, start_jax
 from gptjax.verify import model
-from gptjax.verify.check import Report
 from gptjax.verify.explain import explain
 from gptjax.verify.files import environment, write_report
 from gptjax.verify.model import Subject
 from gptjax.verify.ops import check_ops
+from gptjax.verify.proof import Report
 from gptjax.weights import load_weights
 
 PROG = "python -m gptjax.verify"

@@ -5,7 +5,7 @@ import math
 import jax
 
 from gptjax.verify import finite_difference, model
-from gptjax.verify.compare import aligned, tensor_and_layer
+from gptjax.verify.comparison import aligned, tensor_and_layer
 from gptjax.verify.model import Subject
 from gptjax.verify.tolerance import LAMBDA, unit_roundoff
 

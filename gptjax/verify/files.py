@@ -15,10 +15,10 @@ import numpy as np
 import yaml
 
 from gptjax.errors import naming
-from gptjax.verify.check import Report
-from gptjax.verify.compare import Comparison, Row
+from gptjax.verify.comparison import Comparison, Row
 from gptjax.verify.html import as_html
 from gptjax.verify.ops import OpError
+from gptjax.verify.proof import Report
 
 
 def environment(settings: Any) -> dict[str, str]:

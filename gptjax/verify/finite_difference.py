@@ -15,7 +15,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array
 
-from gptjax.verify.compare import Comparison, Row, tensor_and_layer
+from gptjax.verify.comparison import Comparison, Row, tensor_and_layer
 from gptjax.verify.tolerance import unit_roundoff
 
 STEP = 0.1  # the first h, times the tensor's root mean square

@@ -16,8 +16,8 @@ from gptjax.models.gpt2 import Batch
 from gptjax.models.params import Params, init_params, unstack
 from gptjax.steps import Backward, mean_loss_and_grad, step_key
 from gptjax.verify import finite_difference, trace
-from gptjax.verify.check import Report, locate
-from gptjax.verify.compare import Comparison, compare
+from gptjax.verify.comparison import Comparison, compare
+from gptjax.verify.proof import Report, locate
 from gptjax.verify.tolerance import gradient_variances, tolerance, unit_roundoff
 
 _GRADIENT: Any = namedtuple("_GRADIENT", [*Params._fields, "input_embeddings"])  # type: ignore[misc]

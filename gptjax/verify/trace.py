@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 from jaxtyping import Array
 
-from gptjax.verify.compare import compare, tensor_and_layer
+from gptjax.verify.comparison import compare, tensor_and_layer
 
 ADDS = ("embedding",)  # ops whose backward adds to the gradients that it is given
 PLAIN = ("attention",)  # ops that the plain forward calls without the suffix

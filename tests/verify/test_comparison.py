@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gptjax.verify import compare
-from gptjax.verify.compare import ulp
+from gptjax.verify.comparison import ulp
 from tests.compare import normal
 
 

@@ -1,6 +1,7 @@
 """The library form: anybody's function, anybody's gradient."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import pytest
 
 from gptjax.verify import check
 from tests.compare import normal
+from tests.conftest import ROOT
 
 X, LABELS = normal(0, 20, 4), jax.nn.one_hot(jnp.arange(20) % 3, 3)
 
@@ -110,3 +112,11 @@ def test_nan_is_wrong():
     report = check(loss, lambda *a: (loss(*a), jax.tree.map(lambda x: x * math.nan, a[0])), PARAMS, X, LABELS)
     assert not report
     assert "2 OF 2 GRADIENTS ARE WRONG" in report.closing
+
+
+def test_the_readmes_example_runs(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    for code in blocks:
+        exec(code, {})
+    assert len(blocks) == 1
+    assert "the gradient agrees with autodiff" in capsys.readouterr().out

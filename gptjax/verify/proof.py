@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.verify import finite_difference, trace
-from gptjax.verify.compare import Comparison, compare, table
+from gptjax.verify.comparison import Comparison, compare, table
 from gptjax.verify.ops import OpError, ops_table
 from gptjax.verify.tolerance import gradient_variances, tolerance
 from gptjax.verify.trace import Parting
@@ -49,13 +49,14 @@ class Report:
         place = worst.tensor if worst.layer is None else f"{worst.tensor}[{worst.layer}]"
         if self:
             count = len(self.gradient.rows)
-            return f"all {count} gradients agree with {self.reference}: the worst, {place}, to {worst.relative_l2:.1e}"
+            agree = f"all {count} gradients agree" if count > 1 else "the gradient agrees"
+            return f"{agree} with {self.reference}: the worst, {place}, to {worst.relative_l2:.1e}"
         if self.gradient:
             parts = {"THE FORWARD": self.forward, "A HESSIAN-VECTOR PRODUCT": self.curvature}
             wrong = [name for name, part in parts.items() if part is not None and not part]
             wrong += [f"THE OP {op.op}" for op in self.ops if not op.ok]
             return f"{' AND '.join(wrong)} IS WRONG, though the gradients agree with {self.reference}"
-        count = sum(not row.ok for row in self.gradient.rows)
+        wrong_count = sum(not row.ok for row in self.gradient.rows)
         where = f"; first at {self.parting}" if self.parting else ""
         if not self.parting and not self.reference.startswith("autodiff"):
             where = "; but it is JAX's own gradient of this forward, so look at the reference and its parameters"
