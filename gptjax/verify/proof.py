@@ -60,7 +60,8 @@ class Report:
         where = f"; first at {self.parting}" if self.parting else ""
         if not self.parting and not self.reference.startswith("autodiff"):
             where = "; but it is JAX's own gradient of this forward, so look at the reference and its parameters"
-        return f"{wrong_count} OF {len(self.gradient.rows)} GRADIENTS ARE WRONG: the worst, {place}, by {worst.relative_l2:.1e}{where}"
+        verdict = f"{wrong_count} OF {len(self.gradient.rows)} GRADIENTS ARE WRONG"
+        return f"{verdict}: the worst, {place}, by {worst.relative_l2:.1e}{where}"
 
     def __str__(self) -> str:
         """Tables of the parts that were checked, and the closing line."""
