@@ -70,6 +70,37 @@ def test_no_query_sees_a_later_key(name):
         assert (dv[0, : t + 1] != 0).all()
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_scores_of_any_size_neither_overflow_nor_vanish(sign):
+    """Scores of about +-10,000, and in one key's column far above the rest: softmax is shift-invariant, row by row."""
+    q = jnp.full((1, 7, 1, 4), 100.0)
+    k = sign * jnp.full((1, 7, 1, 4), 50.0).at[0, 2].set(40.0 if sign == 1 else 60.0)
+    v = normal(2, 1, 7, 1, 4)
+    o, saved = blockwise_fwd(q, k, v, block_size=3)
+    o2, saved2 = materialised_fwd(q, k, v)
+    np.testing.assert_allclose(o, o2, rtol=1e-9)
+    assert jnp.isfinite(o).all()
+    for ours, theirs in zip(blockwise_bwd(saved, v), attention_bwd("materialised", saved2, v), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(("T", "blocks"), [(1, 1), (7, 3), (8, 3), (9, 3), (10, 4)])
+def test_blocks_are_as_few_as_hold_the_sequence(T, blocks):
+    _, saved = blockwise_fwd(*qkv(1, T, 1, 2), block_size=3)
+    assert saved.q.shape[0] == blocks
+
+
+def test_every_pair_of_blocks_drops_by_a_mask_of_its_own():
+    """Uniform probabilities and values that tell the keys apart show what was dropped: no two blocks of it are alike."""
+    T, R, heads = 12, 3, 6
+    q = k = jnp.zeros((1, T, heads, T))
+    v = jnp.broadcast_to(jnp.eye(T)[None, :, None, :], (1, T, heads, T))
+    kept = np.asarray(blockwise_fwd(q, k, v, 0.5, KEY, block_size=R)[0] > 0)
+    pairs = [(i, j) for i in range(T // R) for j in range(i)]
+    masks = {kept[0, i * R : (i + 1) * R, :, j * R : (j + 1) * R].tobytes() for i, j in pairs}
+    assert len(masks) == len(pairs) == 6
+
+
 def test_blockwise_memory_is_linear_in_t():
     """Doubling T doubles the temporaries of forward and backward; materialised ones far more."""
 
