@@ -98,9 +98,10 @@ def test_backward_equals_autodiff_with_mask_and_given_count():
     assert_same(cfg, batch._replace(mask=mask), count=jnp.asarray(20.0))
 
 
-def test_nothing_counts():
+@pytest.mark.parametrize("recompute", ["none", "gelu", "block"])
+def test_nothing_counts(recompute):
     """All targets ignored: loss and gradient are zero, not NaN."""
-    cfg = tiny.config()
+    cfg = tiny.config(recompute=recompute)
     batch = tiny.batch(cfg)
     loss, grads = gpt2.loss_and_grad(tiny.params(cfg), batch._replace(targets=jnp.full_like(batch.targets, IGNORE_INDEX)), cfg)
     assert loss == 0
