@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from gptjax.models import gpt2
 from gptjax.models.params import stack
-from gptjax.ops import IGNORE_INDEX, blockwise
+from gptjax.ops import IGNORE_INDEX, blockwise, cross_entropy_fwd
 from tests import reference
 from tests.compare import assert_same_gradients, relative_l2
 from tests.models import tiny
@@ -106,6 +106,20 @@ def test_nothing_counts(recompute):
     loss, grads = gpt2.loss_and_grad(tiny.params(cfg), batch._replace(targets=jnp.full_like(batch.targets, IGNORE_INDEX)), cfg)
     assert loss == 0
     assert all((g == 0).all() for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize(("loss_chunks", "rows"), [(1, [14]), (2, [7, 7]), (3, [5, 5, 4]), (14, [1] * 14), (99, [1] * 14)])
+def test_scores_are_made_in_chunks_of_equal_size(monkeypatch, loss_chunks, rows):
+    cfg = tiny.config(loss_chunks=loss_chunks)
+    seen = []
+
+    def record(scores, *rest):
+        seen.append(len(scores))
+        return cross_entropy_fwd(scores, *rest)
+
+    monkeypatch.setattr(gpt2, "cross_entropy_fwd", record)
+    gpt2.loss_and_grad(tiny.params(cfg), tiny.batch(cfg), cfg)
+    assert seen == rows
 
 
 def test_pad_rows_of_the_vocabulary_get_no_gradient():

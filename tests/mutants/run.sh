@@ -14,7 +14,7 @@ for module in "$@"; do
   case $module in
     blockwise) tests="tests/ops/test_names.py tests/ops/test_attention.py" ;;
     precision) tests="tests/ops/test_precision.py tests/ops/test_linear.py" ;;
-    gpt2) path=gptjax/models/gpt2.py tests="tests/models/test_gpt2.py -k 'numpy or every_setting or mask or counts or binding'" ;;
+    gpt2) path=gptjax/models/gpt2.py tests="tests/models/test_gpt2.py -k 'numpy or every_setting or mask or counts or chunks or binding'" ;;
   esac
   cat > "$module.toml" <<EOF
 [cosmic-ray]

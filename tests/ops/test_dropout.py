@@ -38,7 +38,7 @@ def test_backward_equals_vjp():
     assert_same_gradients(dropout_bwd(saved, 0.3, dy), reference, x)
 
 
-@pytest.mark.parametrize("rate", [-0.1, 1.0])
+@pytest.mark.parametrize("rate", [-0.1, 1.0, 1.5])
 def test_rate_outside_its_range(rate):
     with pytest.raises(ValueError, match="dropout rate"):
         dropout_fwd(jnp.ones(3), rate, KEY)
