@@ -53,6 +53,13 @@ def test_a_planted_gelu_error_is_named_with_its_layer_and_found_in_the_curvature
     assert report.forward
 
 
+def test_an_error_that_only_a_setting_brings_is_blamed_on_the_settings(monkeypatch):
+    monkeypatch.setattr(gpt2, "_not_before", lambda dx, x: 2 * x)  # what is recomputed is not what the forward computed
+    report = model.against_autodiff(subject(num_layers=1, recompute="block"))
+    assert not report
+    assert str(report.parting).startswith("model.layers, model.recompute, model.loss_chunks or optim.accumulate: ")
+
+
 def test_sixteen_bits_have_a_ratio_to_autodiffs_distance():
     report = model.against_autodiff(subject(dtype="bfloat16", channels=32, num_layers=1))
     assert report
