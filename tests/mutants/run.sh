@@ -34,4 +34,9 @@ EOF
   [ "$module" != gpt2 ] || python "$source_folder/tests/mutants/keep_backward.py" "$path" "$module.sqlite"
   cosmic-ray exec "$module.toml" "$module.sqlite"
   cr-report "$module.sqlite" --surviving-only --show-diff
+  python - "$module" <<'EOF'
+import sqlite3, sys
+counts = sqlite3.connect(f"{sys.argv[1]}.sqlite").execute("select test_outcome, count(*) from work_results group by 1").fetchall()
+print(sys.argv[1], ", ".join(f"{outcome or 'skipped'} {count}" for outcome, count in counts))
+EOF
 done
