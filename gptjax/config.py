@@ -14,9 +14,16 @@ class DataConfig:
     """Where the tokens come from and how they are cut into batches."""
 
     dataset: str = "pydoc"
-    """A named corpus (pydoc), or a folder of train*.bin and val*.bin token shards."""
+    """A named corpus (pydoc, tinyshakespeare, shakespeare-char, tinystories, openwebtext, fineweb, fineweb-edu), a folder of
+    train*.bin and val*.bin token shards, or text: a file, folder or pattern of .txt, .jsonl or .parquet, maybe .gz or .zst."""
     root: str = "data"
-    """Folder in which named corpora are kept."""
+    """Folder in which prepared corpora are kept."""
+    tokenizer: str | None = None
+    """What text is tokenized with: gpt2, byte, char, bpe:SIZE (trained on it), or a file; by default the corpus's own, or gpt2."""
+    column: str | None = None
+    """Of .jsonl and .parquet, the column that holds the text; by default text, or else the first that holds any."""
+    tokens: int | None = None
+    """Training tokens that are enough, of a named corpus that comes in parts (openwebtext, fineweb, fineweb-edu)."""
     batch_size: int = 4
     """Sequences in a micro-batch (B)."""
     seq_len: int = 64

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 import grain
 import numpy as np
 
-from gptjax.errors import DataError
+from gptjax.errors import ConfigError, DataError
 from gptjax.formats.token_shards import Shard
 from gptjax.models.gpt2 import Batch
 
@@ -70,20 +70,33 @@ def to_batch(windows: np.ndarray) -> Batch:
 
 
 class TrainingBatches:
-    """An endless iterator of batches, each a `Batch` of (A, B, T) arrays, prefetched by a thread.
+    """An endless iterator of batches, each a `Batch` of (A, B, T) arrays (B / n of n processes), prefetched by a thread.
 
     ``sequential``: step n reads the tokens from n A B T on, as llm.c does, and starts over at the corpus's end.
     ``shuffle``: windows in an order drawn from the seed, another one each time round the corpus.
     """
 
-    def __init__(self, shards: list[Shard], shape: BatchShape, order: Order, seed: int, vocab_size: int) -> None:
+    def __init__(
+        self, shards: list[Shard], shape: BatchShape, order: Order, seed: int, vocab_size: int, process: tuple[int, int] = (0, 1)
+    ) -> None:
         """Set the iterator to the first batch.
+
+        Args:
+            shards: of the training split.
+            shape: of the whole batch, that of all processes together.
+            order: see above.
+            seed: of the shuffle.
+            vocab_size: ids must be below it.
+            process: which of how many this one is; process p of n gets rows p B / n up to (p + 1) B / n of each micro-batch.
 
         Raises:
             DataError: the shards are shorter than one batch.
+            ConfigError: n does not divide B.
 
         """
-        self.shape = shape
+        index, count = process
+        if shape.batch_size % count:
+            raise ConfigError(f"data.batch_size {shape.batch_size} cannot be shared out evenly among {count} processes")
         per_step = shape.accumulate * shape.batch_size
         windows = Windows(shards, shape.seq_len, shape.batch_size if order == "sequential" else 1, vocab_size)
         if len(windows) < per_step:
@@ -94,7 +107,8 @@ class TrainingBatches:
         dataset = grain.MapDataset.source(windows)
         if order == "shuffle":
             dataset = dataset.seed(seed).shuffle()
-        dataset = dataset.repeat().batch(per_step, drop_remainder=True)
+        rows = dataset.repeat().batch(shape.batch_size // count, drop_remainder=True)[index::count]
+        dataset = rows.batch(shape.accumulate, drop_remainder=True)
         self._iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH_BATCHES)))
 
     def __iter__(self) -> "TrainingBatches":
@@ -108,8 +122,7 @@ class TrainingBatches:
             DataError: an id is beyond the model's vocabulary.
 
         """
-        windows = next(self._iterator)
-        return to_batch(windows.reshape(self.shape.accumulate, self.shape.batch_size, -1))
+        return to_batch(next(self._iterator))
 
     def position(self) -> dict[str, Any]:
         """Where the next batch comes from, as JSON."""

@@ -52,7 +52,8 @@ def set_up(cfg: Config) -> Run:
     """
     start_jax(cfg.model)
     model = cfg.model.resolve(platform_name(), cfg.data.seq_len)
-    corpus = datasets.find_corpus(cfg.data.dataset, cfg.data.root)
+    data = cfg.data
+    corpus = datasets.find_corpus(data.dataset, data.root, data.tokenizer, data.column, data.tokens)
     too_large = corpus.tokenizer is not None and corpus.tokenizer.vocab_size > model.vocab_size
     if too_large and not (corpus.folder / TOKENIZER_FILE).exists():
         corpus = corpus._replace(tokenizer=None)  # GPT-2's was assumed, and is not what made these ids
@@ -67,7 +68,9 @@ def set_up(cfg: Config) -> Run:
         model=model,
         shape=shape,
         corpus=corpus,
-        batches=TrainingBatches(corpus.train, shape, cfg.data.order, cfg.seed, model.vocab_size),
+        batches=TrainingBatches(
+            corpus.train, shape, data.order, cfg.seed, model.vocab_size, (jax.process_index(), jax.process_count())
+        ),
         val=validation_batches(corpus.val, cfg.train.eval_tokens, shape.batch_size, shape.seq_len, model.vocab_size),
         optimizer=make_optimizer(cfg.optim, cfg.train.steps),
         key=jax.random.key(cfg.seed),

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from gptjax.data import BatchShape, TrainingBatches, Windows, validation_batches
-from gptjax.errors import DataError
+from gptjax.errors import ConfigError, DataError
 from gptjax.formats.token_shards import Shard, open_shard
 
 VOCAB = 1000
@@ -72,6 +72,24 @@ def test_position_is_restored_exactly(order):
     fresh = batches([shard(60)], order=order)
     fresh.seek(position)
     np.testing.assert_array_equal([next(fresh).inputs for _ in range(9)], expected)
+
+
+@pytest.mark.parametrize("order", ["sequential", "shuffle"])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_processes_share_out_the_rows_of_every_batch(order, count):
+    """Side by side, the processes' batches are the single process's, round after round: nothing twice, nothing missing."""
+    shape, shards = BatchShape(3, 4, 2), [shard(101)]
+    whole = TrainingBatches(shards, shape, order, 0, VOCAB)
+    parts = [TrainingBatches(shards, shape, order, 0, VOCAB, (index, count)) for index in range(count)]
+    for _ in range(9):  # past the end of the first round
+        rows = [next(part).inputs for part in parts]
+        assert {r.shape for r in rows} == {(3, 4 // count, 2)}
+        np.testing.assert_array_equal(np.concatenate(rows, 1), next(whole).inputs)
+
+
+def test_rows_that_processes_cannot_share_out():
+    with pytest.raises(ConfigError, match="batch_size 4 cannot be shared out evenly among 3 processes"):
+        TrainingBatches([shard(101)], BatchShape(1, 4, 2), "shuffle", 0, VOCAB, (0, 3))
 
 
 def test_tinyshakespeare_in_llm_cs_order(shared):

@@ -1,8 +1,10 @@
 """What llm.c's files share: a header of 256 little-endian int32, then numbers without gaps up to the end of the file."""
 
+import contextlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -49,15 +51,21 @@ def write_file(path: str | os.PathLike[str], header: Sequence[int], arrays: Iter
         OSError: it cannot be written; the message names the file.
 
     """
-    path = Path(path)
     padded = np.zeros(HEADER_BYTES // 4, "<i4")
     padded[: len(header)] = header
+    with write_whole(Path(path)) as file:
+        file.write(padded.tobytes())
+        for array in arrays:
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+
+@contextlib.contextmanager
+def write_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that gets its name once it is whole and on disk; if the block fails, nothing remains."""
     partial = path.with_name(path.name + ".partial")
     try:
         with naming(path), partial.open("wb") as file:
-            file.write(padded.tobytes())
-            for array in arrays:
-                file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

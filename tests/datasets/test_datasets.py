@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from gptjax import datasets, tokenizers
+from gptjax.datasets import prepare
 from gptjax.errors import DataError, FormatError
 from gptjax.formats.token_shards import write_shard
 
@@ -49,10 +50,10 @@ def test_pydoc_is_made_once_and_its_folder_carries_the_texts_hash(pydoc, root):
 
 
 def test_making_a_corpus_that_fails_leaves_nothing(tmp_path, monkeypatch):
-    def fail(path, tokens):
+    def fail(path, *rest):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(datasets, "write_shard", fail)
+    monkeypatch.setattr(prepare, "write_shard", fail)
     with pytest.raises(OSError, match="No space left"):
         datasets.find_corpus("pydoc", tmp_path)
     assert not list(tmp_path.iterdir())
@@ -60,7 +61,7 @@ def test_making_a_corpus_that_fails_leaves_nothing(tmp_path, monkeypatch):
 
 def test_python_without_the_text(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pydoc_data.topics", None)
-    with pytest.raises(DataError, match="name your own shards with --data.dataset"):
+    with pytest.raises(DataError, match="name your own text with --data.dataset"):
         datasets.find_corpus("pydoc", tmp_path)
 
 
@@ -90,10 +91,14 @@ def test_shards_without_a_tokenizer_are_gpt2s_or_go_without(tmp_path, monkeypatc
 
 
 def test_corpora_that_are_not_there(tmp_path):
-    with pytest.raises(DataError, match="neither a folder of token shards nor one of: pydoc"):
-        datasets.find_corpus(str(tmp_path / "none"), tmp_path)
+    with pytest.raises(DataError, match="is no file or folder, nor one of pydoc, .*: did you mean tinystories?"):
+        datasets.find_corpus("tinystory", tmp_path)
+    with pytest.raises(DataError, match="holds no text: a file, folder or pattern"):
+        datasets.find_corpus(str(tmp_path), tmp_path)
+    write_shard(tmp_path / "val.bin", [1])
     with pytest.raises(DataError, match=r"holds no train\*.bin"):
         datasets.find_corpus(str(tmp_path), tmp_path)
+    (tmp_path / "val.bin").unlink()
     write_shard(tmp_path / "train.bin", [1])
     with pytest.raises(DataError, match=r"holds no val\*.bin"):
         datasets.find_corpus(str(tmp_path), tmp_path)

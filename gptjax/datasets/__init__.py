@@ -1,0 +1,98 @@
+"""Corpora: a name, a folder of token shards, or your own text -> shards of train and val, and the tokenizer that made them."""
+
+import difflib
+import hashlib
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from gptjax import tokenizers
+from gptjax.datasets.named import CORPORA, Wanted
+from gptjax.datasets.prepare import TOKENIZER_FILE, prepare
+from gptjax.datasets.text import find_files
+from gptjax.errors import DataError
+from gptjax.formats.token_shards import Shard, open_shard
+from gptjax.tokenizers import Tokenizer
+
+HASHED_IDS = 1 << 23  # from each end of a shard
+
+__all__ = ["CORPORA", "TOKENIZER_FILE", "Corpus", "find_corpus"]
+
+
+class Corpus(NamedTuple):
+    """Opened shards and, where known, the tokenizer that made them."""
+
+    folder: Path
+    train: list[Shard]
+    val: list[Shard]
+    tokenizer: Tokenizer | None
+    sha256: str
+
+
+def find_corpus(
+    dataset: str,
+    root: str | os.PathLike[str],
+    tokenizer: str | None = None,
+    column: str | None = None,
+    tokens: int | None = None,
+) -> Corpus:
+    """Open a corpus, making it first where it is a named one, or text, that is not yet under ``root``.
+
+    Args:
+        dataset: a name in `CORPORA`; a folder of token shards, ``train*.bin`` and ``val*.bin`` (also ``*_train*.bin``, as
+            llm.c names them), with the ``tokenizer.json`` that made them if it is not GPT-2's; or text: a file, a folder
+            or a glob pattern, see `gptjax.datasets.text`.
+        root: the folder that prepared corpora live in.
+        tokenizer: what text is tokenized with, see `gptjax.datasets.prepare.make_tokenizer`; None for gpt2, or a named
+            corpus's own.
+        column: of JSON lines and Parquet, the one that holds the text.
+        tokens: how many training tokens of a named corpus that comes in parts are enough; None for all.
+
+    Raises:
+        DataError: no such corpus, or it cannot be had or made.
+        FormatError: a shard or a text file is damaged.
+
+    """
+    path, root = Path(dataset), Path(root)
+    if dataset in CORPORA:
+        return _open(CORPORA[dataset](Wanted(root, tokenizer, tokens)), tokens)
+    if path.is_dir() and any(path.glob("*.bin")):
+        found = _open(path, tokens)
+        return found._replace(tokenizer=tokenizers.find(tokenizer)) if tokenizer else found
+    if not path.exists() and not set(dataset) & set("*?["):
+        near = difflib.get_close_matches(dataset, CORPORA, 1)
+        raise DataError(
+            f"data.dataset {dataset} is no file or folder, nor one of {', '.join(CORPORA)}"
+            + (f": did you mean {near[0]}?" if near else "")
+        )
+    name = re.sub(r"\W+", "-", path.name.split(".")[0]).strip("-") or "text"
+    return _open(prepare(find_files(dataset), root, name, tokenizer or "gpt2", column), tokens)
+
+
+def _open(folder: Path, tokens: int | None) -> Corpus:
+    splits = []
+    for split in ("train", "val"):
+        paths = sorted({*folder.glob(f"{split}*.bin"), *folder.glob(f"*_{split}*.bin")})
+        if not paths:
+            raise DataError(f"{folder} holds no {split}*.bin: data.dataset needs train*.bin and val*.bin token shards")
+        splits.append([open_shard(path) for path in paths])
+    train, val = splits
+    while tokens and sum(shard.tokens.size for shard in train[:-1]) >= tokens:
+        train = train[:-1]
+    try:
+        made_with = folder / TOKENIZER_FILE
+        tokenizer = tokenizers.load(made_with) if made_with.exists() else tokenizers.gpt2()
+    except DataError:
+        tokenizer = None
+    return Corpus(folder, train, val, tokenizer, _fingerprint(train + val))
+
+
+def _fingerprint(shards: list[Shard]) -> str:
+    """SHA-256 over each shard's name, length and ids; of a very long one, the first and last `HASHED_IDS` alone."""
+    digest = hashlib.sha256()
+    for shard in shards:
+        digest.update(f"{shard.path.name} {shard.tokens.size} ".encode())
+        digest.update(shard.tokens[:HASHED_IDS].tobytes())
+        digest.update(shard.tokens[HASHED_IDS:][-HASHED_IDS:].tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,244 @@
+"""The corpora that have a name: where each comes from, how it is split, what it is tokenized with by default."""
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import requests
+
+from gptjax import tokenizers
+from gptjax.datasets.prepare import (
+    TOKENIZER_FILE,
+    Split,
+    encode,
+    folder_name,
+    id_dtype,
+    make_folder,
+    make_tokenizer,
+    prepare,
+    write_corpus,
+)
+from gptjax.datasets.text import Piece, pieces
+from gptjax.download import TIMEOUT_S, fetch
+from gptjax.errors import DataError
+from gptjax.formats.binary import write_whole
+from gptjax.formats.token_shards import open_shard, write_shard
+from gptjax.tokenizers import Tokenizer
+
+PYDOC_VOCAB_SIZE = 4096
+PYDOC_VAL_EVERY = 10
+TINYSHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+TINYSHAKESPEARE_VAL_TOKENS = 32_768
+OPENWEBTEXT_VAL_EVERY = 2000
+
+
+class Wanted(NamedTuple):
+    """What is asked of a named corpus."""
+
+    root: Path
+    """The folder that corpora are kept in."""
+    tokenizer: str | None = None
+    """In place of the corpus's own; see `gptjax.datasets.prepare.make_tokenizer`."""
+    tokens: int | None = None
+    """Training tokens that are enough, where the corpus comes in parts; None for all."""
+
+
+def hub(repo: str, file: str) -> str:
+    """The address of a file of a dataset on the Hugging Face hub, or on the mirror that ``HF_ENDPOINT`` names."""
+    return f"{_hub()}/datasets/{repo}/resolve/main/{file}"
+
+
+def _hub() -> str:
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+
+
+def pydoc(wanted: Wanted) -> Path:
+    """The embedded corpus: the Python language reference that CPython carries for ``help()``, about 0.5 MB of text.
+
+    Every tenth topic is held out for validation. Topics quote each other, so a paragraph that occurs in a held-out
+    topic is left out of the training text. A byte-level BPE is trained on the training text. Everything is kept in
+    ``root/pydoc-SIZE-HASH``, where SIZE is the vocabulary's and HASH the text's: it differs between Python versions.
+
+    Raises:
+        DataError: this Python comes without the module ``pydoc_data.topics``.
+
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise DataError(
+            "this Python lacks pydoc_data.topics, the text of the pydoc corpus: "
+            "install Python's full standard library, or name your own text with --data.dataset"
+        ) from error
+    documents = [topics[name] for name in sorted(topics)]
+    digest = hashlib.sha256("\0".join(documents).encode()).hexdigest()
+    which = wanted.tokenizer or f"bpe:{PYDOC_VOCAB_SIZE}"
+    label = str(PYDOC_VOCAB_SIZE) if wanted.tokenizer is None else folder_name(which)
+    folder = wanted.root / f"pydoc-{label}-{digest[:12]}"
+    if folder.exists():
+        return folder
+    held_out = documents[::PYDOC_VAL_EVERY]
+    quoted = {paragraph.strip() for document in held_out for paragraph in document.split("\n\n")}
+    rest = (d for i, d in enumerate(documents) if i % PYDOC_VAL_EVERY)
+    training = ["\n\n".join(p for p in document.split("\n\n") if p.strip() not in quoted) for document in rest]
+    text: dict[Split, list[Piece]] = {s: list(itertools.starmap(Piece, enumerate(t))) for s, t in (("train", training), ("val", held_out))}
+    tokenizer = make_tokenizer(which, lambda: training, lambda: text["train"] + text["val"])
+    characters = sum(map(len, documents))
+    return write_corpus(folder, tokenizer, dict(text), characters, {"text": "pydoc_data.topics", "sha256": digest})
+
+
+def _tinyshakespeare_text(root: Path) -> Path:
+    return fetch(TINYSHAKESPEARE_URL, root / "downloads" / "tinyshakespeare.txt", TINYSHAKESPEARE_SHA256)
+
+
+def tinyshakespeare(wanted: Wanted) -> Path:
+    """TinyShakespeare (1.1 MB), byte for byte as llm.c's ``dev/data/tinyshakespeare.py`` makes it.
+
+    End-of-text stands before the text and after each blank line; the first 32,768 tokens are for validation.
+    """
+    which = wanted.tokenizer or "gpt2"
+    folder = wanted.root / f"tinyshakespeare-{folder_name(which)}"
+    if folder.exists():
+        return folder
+    *begun, last = _tinyshakespeare_text(wanted.root).read_text("utf-8").split("\n\n")
+    documents = [Piece(i, text) for i, text in enumerate([*(f"{part}\n\n" for part in begun), last])]
+    tokenizer = make_tokenizer(which, lambda: (piece.text for piece in documents), lambda: documents)
+
+    def write(into: Path) -> None:
+        ids = np.concatenate(list(encode(tokenizer, documents)))
+        val, train = np.split(ids, [TINYSHAKESPEARE_VAL_TOKENS])
+        for split, part in (("train", train), ("val", val)):
+            write_shard(into / f"tiny_shakespeare_{split}.bin", [part], id_dtype(tokenizer))
+        tokenizer.save(into / TOKENIZER_FILE)
+
+    return make_folder(folder, write)
+
+
+def shakespeare_char(wanted: Wanted) -> Path:
+    """TinyShakespeare by characters, as nanoGPT's ``data/shakespeare_char`` makes it: 65 of them, the last tenth held out."""
+    text = _tinyshakespeare_text(wanted.root)
+    return prepare([text], wanted.root, "shakespeare", wanted.tokenizer or "char")
+
+
+def tinystories(wanted: Wanted) -> Path:
+    """TinyStories' GPT-4 version (Eldan & Li 2023; 2.2 GB), with its own validation file."""
+    which = wanted.tokenizer or "gpt2"
+    folder = wanted.root / f"tinystories-{folder_name(which)}"
+    if folder.exists():
+        return folder
+    names: dict[Split, str] = {"train": "TinyStoriesV2-GPT4-train.txt", "val": "TinyStoriesV2-GPT4-valid.txt"}
+    files = {
+        split: fetch(hub("roneneldan/TinyStories", name), wanted.root / "downloads" / name) for split, name in names.items()
+    }
+
+    def read(split: Split) -> Iterator[Piece]:
+        return pieces([files[split]])
+
+    tokenizer = make_tokenizer(which, lambda: (p.text for p in read("train")), lambda: pieces(list(files.values())))
+    total = sum(path.stat().st_size for path in files.values())
+    return write_corpus(folder, tokenizer, {s: read(s) for s in names}, total, {"files": list(names.values())})
+
+
+def openwebtext(wanted: Wanted) -> Path:
+    """OpenWebText (Gokaslan & Cohen 2019; 9.0 billion GPT-2 tokens), part by part from the hub's Parquet files.
+
+    Of each part every 2,000th document is for validation, nanoGPT's share.
+    """
+    return _parquet_corpus(wanted, "openwebtext", "Skylion007/openwebtext/parquet/plain_text/train")
+
+
+def fineweb(wanted: Wanted) -> Path:
+    """FineWeb's first 10 billion GPT-2 tokens (Penedo et al. 2024), as modded-nanogpt keeps them: llm.c shards of 0.1 billion."""
+    return _shard_corpus(wanted, "fineweb", "kjj0/fineweb10B-gpt2", "fineweb_{}_{:06d}.bin", 103)
+
+
+def fineweb_edu(wanted: Wanted) -> Path:
+    """FineWeb-Edu's 10-billion-token sample, likewise."""
+    return _shard_corpus(wanted, "fineweb-edu", "kjj0/finewebedu10B-gpt2", "finewebedu_{}_{:06d}.bin", 99)
+
+
+def _shard_corpus(wanted: Wanted, name: str, repo: str, pattern: str, shards: int) -> Path:
+    """Shards as the hub holds them: those that are there stay, and as many more are fetched as the tokens asked for take."""
+    if wanted.tokenizer not in (None, "gpt2"):
+        raise DataError(f"{name} comes tokenized with gpt2: leave data.tokenizer out")
+    folder = wanted.root / name
+
+    def get(split: str, number: int) -> int:
+        file = pattern.format(split, number)
+        return open_shard(fetch(hub(repo, file), folder / file)).tokens.size
+
+    get("val", 0)
+    _until_enough(wanted.tokens, (get("train", number) for number in range(1, shards + 1)))
+    return folder
+
+
+def _parquet_corpus(wanted: Wanted, name: str, listing: str) -> Path:
+    """Each Parquet file tokenized into one shard a split; the file itself goes once that is done."""
+    which = wanted.tokenizer or "gpt2"
+    if which.startswith(("bpe:", "char")):
+        raise DataError(f"{name} comes in parts, so its tokenizer must exist before: train one, then name its file")
+    tokenizer = tokenizers.find(which)
+    folder = wanted.root / f"{name}-{folder_name(which)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(folder / TOKENIZER_FILE)
+
+    def part(number: int, url: str) -> int:
+        done = folder / f"train_{number:06d}.bin"
+        if not done.exists():
+            _tokenize_part(url, folder, number, tokenizer)
+        return open_shard(done).tokens.size
+
+    parts = _listed(listing, folder / "parts.json")
+    _until_enough(wanted.tokens, (part(number, url) for number, url in enumerate(parts)))
+    return folder
+
+
+def _until_enough(tokens: int | None, parts: Iterator[int]) -> None:
+    """Have parts made, each of which says how many tokens it holds, until that many are there."""
+    held = 0
+    for count in parts:
+        held += count
+        if tokens is not None and held >= tokens:
+            return
+
+
+def _tokenize_part(url: str, folder: Path, number: int, tokenizer: Tokenizer) -> None:
+    source = fetch(url, folder / f"part_{number:06d}.parquet")
+    for split in ("val", "train"):  # train last: it says that the part is done
+        kept = (p for p in pieces([source]) if (p.document % OPENWEBTEXT_VAL_EVERY == 0) == (split == "val"))
+        write_shard(folder / f"{split}_{number:06d}.bin", encode(tokenizer, kept), id_dtype(tokenizer))
+    source.unlink()
+
+
+def _listed(listing: str, kept: Path) -> list[str]:
+    """The addresses of a dataset's Parquet files, which the hub tells; asked once, then kept."""
+    if not kept.exists():
+        url = f"{_hub()}/api/datasets/{listing}"
+        try:
+            answer = requests.get(url, timeout=TIMEOUT_S)
+            answer.raise_for_status()
+            addresses = [str(address) for address in answer.json()]
+        except (requests.RequestException, ValueError) as error:
+            raise DataError(
+                f"{url} does not answer with a list of files ({type(error).__name__}): go online and try again"
+            ) from error
+        with write_whole(kept) as file:
+            file.write(json.dumps(addresses).encode())
+    return list(json.loads(kept.read_text()))
+
+
+CORPORA: dict[str, Callable[[Wanted], Path]] = {
+    "pydoc": pydoc,
+    "tinyshakespeare": tinyshakespeare,
+    "shakespeare-char": shakespeare_char,
+    "tinystories": tinystories,
+    "openwebtext": openwebtext,
+    "fineweb": fineweb,
+    "fineweb-edu": fineweb_edu,
+}

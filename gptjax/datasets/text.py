@@ -1,0 +1,178 @@
+"""Text from files: plain, JSON lines or Parquet, as it is or compressed, in pieces that fit memory.
+
+A corpus is a sequence of documents. A plain text file is one, or several where ``<|endoftext|>`` separates them (as in
+TinyStories); of JSON lines and Parquet each row is one.
+"""
+
+import contextlib
+import glob
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gptjax.errors import DataError, FormatError
+from gptjax.tokenizers import END_OF_TEXT
+
+PIECE = 1 << 20  # characters, about
+SUFFIXES = (".txt", ".text", ".md", ".jsonl", ".ndjson", ".parquet")
+COMPRESSED = (".gz", ".zst")
+
+
+class Piece(NamedTuple):
+    """A document, or where it is long a part of it. Tokenized one by one, pieces give the ids of the whole."""
+
+    document: int
+    """Counts up from 0 through all files."""
+    text: str
+
+
+def find_files(dataset: str) -> list[Path]:
+    """The text files that a path, a folder (searched to the bottom) or a glob pattern stands for, sorted.
+
+    Raises:
+        DataError: there are none.
+
+    """
+    path = Path(dataset)
+    if path.is_dir():
+        found = [p for p in path.rglob("*") if p.is_file() and _kind(p) in SUFFIXES and not p.name.startswith(".")]
+    elif path.is_file():
+        found = [path]
+    else:
+        found = [p for p in map(Path, glob.glob(dataset, recursive=True)) if p.is_file()]
+    if not found:
+        raise DataError(
+            f"data.dataset {dataset} holds no text: a file, folder or pattern of "
+            f"{', '.join(SUFFIXES)} files is expected, each maybe with {' or '.join(COMPRESSED)}"
+        )
+    return sorted(found)
+
+
+def pieces(files: list[Path], column: str | None = None) -> Iterator[Piece]:
+    """The text of all files, document by document.
+
+    Args:
+        files: of any kind that this module knows; an unknown suffix is taken for plain text.
+        column: of JSON lines and Parquet, the one that holds the text; None for ``text``, or else the first that holds text.
+
+    Raises:
+        FormatError: a file is not what its name says, or is not UTF-8.
+        DataError: there is no such column, or a package is missing.
+
+    """
+    first = 0
+    for path in files:
+        read = {".jsonl": _json_lines, ".ndjson": _json_lines, ".parquet": _parquet}.get(_kind(path), _plain)
+        last = -1
+        try:
+            for last, text in read(path, column):
+                if text:
+                    yield Piece(first + last, text)
+        except UnicodeDecodeError as error:
+            raise FormatError(f"{path} is not UTF-8 text: {error.reason} ({error.object[error.start : error.end]!r})") from error
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise FormatError(f"{path} is damaged: {error}") from error
+        first += last + 1
+
+
+def _kind(path: Path) -> str:
+    """The suffix, beneath a compressed one."""
+    return (Path(path.stem) if path.suffix in COMPRESSED else path).suffix
+
+
+@contextlib.contextmanager
+def _text(path: Path) -> Iterator[io.TextIOWrapper]:
+    """The file, decompressed and decoded; line ends stay as they are."""
+    with contextlib.ExitStack() as stack:
+        if path.suffix == ".gz":
+            binary: Any = stack.enter_context(gzip.open(path))
+        elif path.suffix == ".zst":
+            binary = stack.enter_context(io.BufferedReader(_arrow(path).input_stream(str(path), compression="zstd")))
+        else:
+            binary = stack.enter_context(path.open("rb"))
+        try:
+            yield stack.enter_context(io.TextIOWrapper(binary, "utf-8", newline=""))
+        except OSError as error:
+            if path.suffix != ".zst" or error.errno:
+                raise
+            raise FormatError(f"{path} is damaged: {error}") from error
+
+
+def _plain(path: Path, column: str | None) -> Iterator[tuple[int, str]]:
+    number, rest, begun = 0, "", False
+
+    def part(text: str) -> tuple[int, str]:
+        return number, text.lstrip("\n") if number and not begun else text  # the separator stands on a line of its own
+
+    with _text(path) as file:
+        while chunk := file.read(PIECE):
+            *ended, rest = (rest + chunk).split(END_OF_TEXT)
+            for document in ended:
+                yield part(document.rstrip("\n"))
+                number, begun = number + 1, False
+            cut = _safe_cut(rest)
+            if cut:
+                yield part(rest[:cut])
+                rest, begun = rest[cut:], True
+    yield part(rest)
+
+
+def _safe_cut(text: str) -> int:
+    """Where a long text can be cut so that its parts' ids are those of the whole: before a space or newline that follows none.
+
+    GPT-2's pattern starts a new word there in any case. 0 for a short text, or one without such a place.
+    """
+    end = len(text) if len(text) > PIECE else 0
+    while end > 0:
+        end = max(text.rfind(" ", 0, end), text.rfind("\n", 0, end))
+        if end > 0 and not text[end - 1].isspace():
+            return end
+    return 0
+
+
+def _json_lines(path: Path, column: str | None) -> Iterator[tuple[int, str]]:
+    with _text(path) as file:
+        for number, line in enumerate(file):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise FormatError(f"{path}, line {number + 1} is not JSON: {error}") from error
+            row = row if isinstance(row, dict) else {"text": row}
+            name = column or ("text" if "text" in row else next((k for k, v in row.items() if isinstance(v, str)), "text"))
+            if not isinstance(row.get(name), str):
+                raise DataError(f"{path}, line {number + 1} has no text in {name!r}, only {', '.join(row)}: set data.column")
+            yield number, row[name]
+
+
+def _parquet(path: Path, column: str | None) -> Iterator[tuple[int, str]]:
+    arrow = _arrow(path)
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            texts = [f.name for f in schema if arrow.types.is_string(f.type) or arrow.types.is_large_string(f.type)]
+            name = column or ("text" if "text" in texts else next(iter(texts), "text"))
+            if name not in texts:
+                raise DataError(f"{path} has no column {name!r} that holds text, only {', '.join(texts) or 'none'}")
+            number = 0
+            for batch in file.iter_batches(1024, columns=[name]):
+                for text in batch.column(0).to_pylist():
+                    yield number, text or ""
+                    number += 1
+    except arrow.ArrowException as error:
+        raise FormatError(f"{path} is not a Parquet file, or is damaged: {error}") from error
+
+
+def _arrow(path: Path) -> Any:
+    try:
+        import pyarrow
+    except ImportError as error:
+        raise DataError(f"{path} needs a package more to be read: pip install 'gptjax[data]'") from error
+    return pyarrow
