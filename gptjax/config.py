@@ -19,7 +19,7 @@ class DataConfig:
     root: str = "data"
     """Folder in which prepared corpora are kept."""
     tokenizer: str | None = None
-    """What text is tokenized with: gpt2, byte, char, bpe:SIZE (trained on it), or a file; by default the corpus's own, or gpt2."""
+    """What text is tokenized with: gpt2, byte, char, bpe:SIZE (trained on it), a file; by default a corpus's own, or gpt2."""
     column: str | None = None
     """Of .jsonl and .parquet, the column that holds the text; by default text, or else the first that holds any."""
     tokens: int | None = None

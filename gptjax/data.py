@@ -77,7 +77,13 @@ class TrainingBatches:
     """
 
     def __init__(
-        self, shards: list[Shard], shape: BatchShape, order: Order, seed: int, vocab_size: int, process: tuple[int, int] = (0, 1)
+        self,
+        shards: list[Shard],
+        shape: BatchShape,
+        order: Order,
+        seed: int,
+        vocab_size: int,
+        process: tuple[int, int] = (0, 1),
     ) -> None:
         """Set the iterator to the first batch.
 

@@ -17,8 +17,8 @@ PAUSE_S = 1.0  # before the second attempt, doubled before each one after it
 AGAIN = {408, 425, 429, 500, 502, 503, 504}  # HTTP statuses that another attempt may not meet
 
 
-class _Interrupted(Exception):
-    """This attempt failed in a way that the next one may not; what arrived so far stays."""
+class _InterruptedError(Exception):
+    """An attempt failed in a way that the next one may not; what arrived so far stays."""
 
 
 def fetch(url: str, path: Path, sha256: str | None = None) -> Path:
@@ -48,7 +48,7 @@ def fetch(url: str, path: Path, sha256: str | None = None) -> Path:
             time.sleep(PAUSE_S * 2 ** (attempt - 1))
         try:
             expected = _receive(url, partial, sha256)
-        except _Interrupted as error:
+        except _InterruptedError as error:
             reason = str(error)
             continue
         _verify(partial, url, expected)
@@ -66,9 +66,9 @@ def _receive(url: str, partial: Path, sha256: str | None) -> str | None:
             expected = sha256 or _announced(response)
             if response.status_code == requests.codes.requested_range_not_satisfiable or (held and not expected):
                 partial.unlink()
-                raise _Interrupted("what an earlier attempt left cannot be gone on with")
+                raise _InterruptedError("what an earlier attempt left cannot be gone on with")
             if response.status_code in AGAIN:
-                raise _Interrupted(f"HTTP status {response.status_code}")
+                raise _InterruptedError(f"HTTP status {response.status_code}")
             if response.status_code not in (requests.codes.ok, requests.codes.partial_content):
                 raise DataError(
                     f"{url} cannot be downloaded: the server answers with status {response.status_code}; "
@@ -84,7 +84,7 @@ def _receive(url: str, partial: Path, sha256: str | None) -> str | None:
                     advance(len(chunk))
         return expected
     except requests.RequestException as error:
-        raise _Interrupted(f"{type(error).__name__}: {_innermost(error)}") from error
+        raise _InterruptedError(f"{type(error).__name__}: {_innermost(error)}") from error
 
 
 def _innermost(error: BaseException) -> str:

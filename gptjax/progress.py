@@ -1,4 +1,4 @@
-"""One progress bar on stderr, where that is a terminal, for anything that takes its time: bytes fetched, characters tokenized."""
+"""One progress bar for what takes its time, bytes to fetch or characters to tokenize: on stderr, where that is a terminal."""
 
 import contextlib
 from collections.abc import Callable, Iterator

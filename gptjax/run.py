@@ -24,6 +24,7 @@ from gptjax.models.gpt2 import Batch
 from gptjax.models.params import Params, flops_per_token, num_params
 from gptjax.optim import Optimizer, make_optimizer
 from gptjax.steps import CompiledStep
+from gptjax.tokenizers import Tokenizer
 
 # A resumed run sees the batches that it would have seen only while these stay the same.
 RESUME_KEYS = ("data.batch_size", "data.seq_len", "data.order", "optim.accumulate", "seed")
@@ -62,6 +63,7 @@ def set_up(cfg: Config) -> Run:
             f"the tokenizer of {corpus.folder} has {corpus.tokenizer.vocab_size} ids, "
             f"but model.vocab_size is {model.vocab_size}: raise it to at least that"
         )
+    prompt_ids(corpus.tokenizer, cfg.train.sample_prompt)  # better now than after the last step
     shape = BatchShape(cfg.optim.accumulate, cfg.data.batch_size, cfg.data.seq_len)
     return Run(
         cfg=cfg,
@@ -170,7 +172,7 @@ def sample_text(run: Run, params: Params, step: int) -> str:
     """The configured prompt and what the model makes of it; ids where no tokenizer is known."""
     cfg, tokenizer = run.cfg.train, run.corpus.tokenizer
     count = min(cfg.sample_tokens, run.model.max_seq_len - 1)
-    prompt = (tokenizer.encode(cfg.sample_prompt) or [tokenizer.end_of_text]) if tokenizer else [0]
+    prompt = prompt_ids(tokenizer, cfg.sample_prompt)
     prompt = prompt[-(run.model.max_seq_len - count) :]
     ids = sample(
         params,
@@ -183,6 +185,16 @@ def sample_text(run: Run, params: Params, step: int) -> str:
         allowed=tokenizer.vocab_size if tokenizer else run.model.vocab_size,
     )[0].tolist()
     return tokenizer.decode(prompt + ids) if tokenizer else " ".join(map(str, ids))
+
+
+def prompt_ids(tokenizer: Tokenizer | None, prompt: str) -> list[int]:
+    """At least one id to start a sample from: the prompt's, or else end-of-text, or else the first.
+
+    Raises:
+        DataError: the vocabulary lacks a character of the prompt.
+
+    """
+    return (tokenizer.encode(prompt) if tokenizer else []) or [(tokenizer and tokenizer.end_of_text) or 0]
 
 
 def describe(run: Run) -> str:

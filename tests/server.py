@@ -29,7 +29,7 @@ def serving() -> Iterator[Site]:
     site = Site()
 
     class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             wanted = self.headers.get("Range")
             site.requests.append((self.path, wanted))
             failure = site.failures.pop(0) if site.failures else None

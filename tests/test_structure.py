@@ -10,7 +10,7 @@ from tests.conftest import ROOT
 
 PACKAGE = ROOT / "gptjax"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-COMMANDS = {"train", "bench", "verify.__main__"}
+COMMANDS = {"train", "bench", "verify.__main__", "datasets.__main__", "tokenizers.__main__"}
 LAYERS = {"errors": 0, "ops": 1, "models": 2}  # everything else 3, commands 4
 
 
@@ -70,7 +70,13 @@ def test_only_one_custom_vjp_and_it_is_the_binding():
 
 def test_every_module_has_a_test():
     tests = {p.stem.removeprefix("test_") for p in (ROOT / "tests").rglob("test_*.py")}
-    covered_elsewhere = {"blockwise": "attention", "precision": "linear", "errors": "cli", "config": "train"}
+    covered_elsewhere = {
+        "blockwise": "attention",
+        "precision": "linear",
+        "errors": "cli",
+        "config": "train",
+        "progress": "download",
+    }
     covered_elsewhere |= {"__main__": "command", "gptjax": "structure"}
     names = {name_of(p).split(".")[-1] for p in MODULES} - {"ops", "models", "formats", "verify"}
     assert {covered_elsewhere.get(n, n) for n in names} <= tests

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from gptjax import tokenizers
 from gptjax.datasets.named import CORPORA, Wanted
-from gptjax.datasets.prepare import TOKENIZER_FILE, prepare
+from gptjax.datasets.prepare import TOKENIZER_FILE, prepare_text
 from gptjax.datasets.text import find_files
 from gptjax.errors import DataError
 from gptjax.formats.token_shards import Shard, open_shard
@@ -67,7 +67,7 @@ def find_corpus(
             + (f": did you mean {near[0]}?" if near else "")
         )
     name = re.sub(r"\W+", "-", path.name.split(".")[0]).strip("-") or "text"
-    return _open(prepare(find_files(dataset), root, name, tokenizer or "gpt2", column), tokens)
+    return _open(prepare_text(find_files(dataset), root, name, tokenizer or "gpt2", column), tokens)
 
 
 def _open(folder: Path, tokens: int | None) -> Corpus:

@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = cli.Parser(prog=PROG, description=__doc__)
     parser.add_argument("dataset", type=str, help=f"one of {', '.join(CORPORA)}, or a file, folder or pattern of text")
     parser.add_argument("--root", default="data", type=str, help="folder in which prepared corpora are kept")
-    parser.add_argument("--tokenizer", type=str | None, help="gpt2, byte, char, bpe:SIZE or a file; default: the corpus's own, or gpt2")
+    parser.add_argument("--tokenizer", type=str | None, help="gpt2, byte, char, bpe:SIZE or a file; by default its own")
     parser.add_argument("--column", type=str | None, help="of .jsonl and .parquet, the one that holds the text")
     parser.add_argument("--tokens", type=int | None, help="training tokens that are enough, where a corpus comes in parts")
     with cli.reported_errors(PROG):

@@ -20,7 +20,7 @@ from gptjax.datasets.prepare import (
     id_dtype,
     make_folder,
     make_tokenizer,
-    prepare,
+    prepare_text,
     write_corpus,
 )
 from gptjax.datasets.text import Piece, pieces
@@ -87,10 +87,12 @@ def pydoc(wanted: Wanted) -> Path:
     quoted = {paragraph.strip() for document in held_out for paragraph in document.split("\n\n")}
     rest = (d for i, d in enumerate(documents) if i % PYDOC_VAL_EVERY)
     training = ["\n\n".join(p for p in document.split("\n\n") if p.strip() not in quoted) for document in rest]
-    text: dict[Split, list[Piece]] = {s: list(itertools.starmap(Piece, enumerate(t))) for s, t in (("train", training), ("val", held_out))}
-    tokenizer = make_tokenizer(which, lambda: training, lambda: text["train"] + text["val"])
+    train, val = ([Piece(n, document) for n, document in enumerate(split)] for split in (training, held_out))
+    tokenizer = make_tokenizer(which, lambda: training, lambda: train + val)
     characters = sum(map(len, documents))
-    return write_corpus(folder, tokenizer, dict(text), characters, {"text": "pydoc_data.topics", "sha256": digest})
+    return write_corpus(
+        folder, tokenizer, {"train": train, "val": val}, characters, {"text": "pydoc_data.topics", "sha256": digest}
+    )
 
 
 def _tinyshakespeare_text(root: Path) -> Path:
@@ -123,7 +125,7 @@ def tinyshakespeare(wanted: Wanted) -> Path:
 def shakespeare_char(wanted: Wanted) -> Path:
     """TinyShakespeare by characters, as nanoGPT's ``data/shakespeare_char`` makes it: 65 of them, the last tenth held out."""
     text = _tinyshakespeare_text(wanted.root)
-    return prepare([text], wanted.root, "shakespeare", wanted.tokenizer or "char")
+    return prepare_text([text], wanted.root, "shakespeare", wanted.tokenizer or "char")
 
 
 def tinystories(wanted: Wanted) -> Path:
@@ -154,12 +156,12 @@ def openwebtext(wanted: Wanted) -> Path:
 
 
 def fineweb(wanted: Wanted) -> Path:
-    """FineWeb's first 10 billion GPT-2 tokens (Penedo et al. 2024), as modded-nanogpt keeps them: llm.c shards of 0.1 billion."""
+    """FineWeb's 10-billion-token sample (Penedo et al. 2024), as modded-nanogpt keeps it: llm.c shards of 0.1 billion."""
     return _shard_corpus(wanted, "fineweb", "kjj0/fineweb10B-gpt2", "fineweb_{}_{:06d}.bin", 103)
 
 
 def fineweb_edu(wanted: Wanted) -> Path:
-    """FineWeb-Edu's 10-billion-token sample, likewise."""
+    """FineWeb-Edu's sample of the same size, likewise."""
     return _shard_corpus(wanted, "fineweb-edu", "kjj0/finewebedu10B-gpt2", "finewebedu_{}_{:06d}.bin", 99)
 
 

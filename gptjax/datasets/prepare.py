@@ -38,7 +38,7 @@ class Scan(NamedTuple):
     characters: int
 
 
-def prepare(files: list[Path], root: Path, name: str, tokenizer: str, column: str | None = None) -> Path:
+def prepare_text(files: list[Path], root: Path, name: str, tokenizer: str, column: str | None = None) -> Path:
     """The folder of token shards made from ``files``: ``root/NAME-TOKENIZER-HASH``, made unless it is there.
 
     HASH is that of the files' content. Of ``MIN_DOCUMENTS`` or more documents every tenth is held out for validation, or
@@ -108,14 +108,15 @@ def make_tokenizer(which: str, training: Callable[[], Iterable[str]], everything
 
 def count(text: Iterable[Piece]) -> Scan:
     """Documents and characters."""
-    document, characters = -1, 0
+    documents = characters = 0
     for document, part in text:
+        documents = document + 1
         characters += len(part)
-    return Scan(document + 1, characters)
+    return Scan(documents, characters)
 
 
 def of_split(text: Iterable[Piece], scan: Scan, split: Split) -> Iterator[Piece]:
-    """The pieces that belong to a split; see `prepare`."""
+    """The pieces that belong to a split; see `prepare_text`."""
     if scan.documents >= MIN_DOCUMENTS:
         every = max(VAL_EVERY, scan.characters // VAL_CHARACTERS)
         yield from (piece for piece in text if (piece.document % every == 0) == (split == "val"))

@@ -73,7 +73,9 @@ def pieces(files: list[Path], column: str | None = None) -> Iterator[Piece]:
                 if text:
                     yield Piece(first + last, text)
         except UnicodeDecodeError as error:
-            raise FormatError(f"{path} is not UTF-8 text: {error.reason} ({error.object[error.start : error.end]!r})") from error
+            raise FormatError(
+                f"{path} is not UTF-8 text: {error.reason} ({error.object[error.start : error.end]!r})"
+            ) from error
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise FormatError(f"{path} is damaged: {error}") from error
         first += last + 1

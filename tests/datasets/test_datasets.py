@@ -103,5 +103,5 @@ def test_corpora_that_are_not_there(tmp_path):
     with pytest.raises(DataError, match=r"holds no val\*.bin"):
         datasets.find_corpus(str(tmp_path), tmp_path)
     (tmp_path / "val.bin").write_bytes(b"")
-    with pytest.raises(FormatError, match="val.bin is truncated"):
+    with pytest.raises(FormatError, match="val.bin is not a token shard"):
         datasets.find_corpus(str(tmp_path), tmp_path)

@@ -114,7 +114,9 @@ def test_openwebtext_is_tokenized_part_by_part(site, tmp_path, monkeypatch):
         datasets.find_corpus("openwebtext", tmp_path / "data", "byte")
     site.files["part1"] = missing
     corpus = datasets.find_corpus("openwebtext", tmp_path / "data", "byte")
-    train, val = (corpus.tokenizer.decode(ids(s).tolist()).split(tokenizers.END_OF_TEXT)[1:] for s in (corpus.train, corpus.val))
+    train, val = (
+        corpus.tokenizer.decode(ids(s).tolist()).split(tokenizers.END_OF_TEXT)[1:] for s in (corpus.train, corpus.val)
+    )
     assert train == [page for pages in texts for n, page in enumerate(pages) if n % 10]
     assert val == [page for pages in texts for n, page in enumerate(pages) if n % 10 == 0]
     assert [path for path, _ in site.requests].count("/part0") == 1
@@ -136,6 +138,5 @@ def test_offline_the_way_out_is_named(name, tmp_path, monkeypatch):
 
 def test_shards_of_the_hub_are_checked(site, tmp_path):
     site.files["datasets/kjj0/fineweb10B-gpt2/resolve/main/fineweb_val_000000.bin"] = b"not a shard"
-    with pytest.raises(FormatError, match="truncated"):
+    with pytest.raises(FormatError, match="is not a token shard"):
         datasets.find_corpus("fineweb", tmp_path, tokens=10)
-

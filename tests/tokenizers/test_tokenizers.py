@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from gptjax import tokenizers
 from gptjax.errors import DataError, FormatError
+from gptjax.formats import llmc_tokenizer
 
 TEXT = ["the cat sat on the mat", "the dog sat on the log", "über die Straße"] * 20
 BPE = tokenizers.train_bpe(TEXT, 280, "cats")
@@ -54,10 +55,78 @@ def test_saved_and_loaded(tmp_path):
     assert (again.vocab_size, again.end_of_text) == (280, 279)
 
 
+# Characters
+
+
+@given(st.text(), st.text())
+def test_characters_are_numbered_in_the_order_of_their_code_points(vocabulary, text):
+    tokenizer = tokenizers.train_characters([vocabulary, text, "x"])
+    rank = {c: i for i, c in enumerate(sorted(set(vocabulary + text + "x")))}
+    assert tokenizer.encode(text) == [rank[c] for c in text]
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.vocab_size == len(rank)
+    assert tokenizer.end_of_text is None
+
+
+def test_a_character_that_the_vocabulary_lacks_is_named():
+    tokenizer = tokenizers.train_characters(["hello"])
+    for text in ("help", "hexe", "h\x00", "he\U0001f600"):
+        with pytest.raises(DataError, match=r"number [123] of the text\) is not in the vocabulary"):
+            tokenizer.encode(text)
+    assert tokenizer.decode([0, 99, -1]) == "e\ufffd\ufffd"
+    with pytest.raises(DataError, match="no text"):
+        tokenizers.train_characters([])
+
+
+def test_characters_saved_and_loaded(tmp_path):
+    tokenizer = tokenizers.train_characters(["größer\n\U0001f600"])
+    tokenizer.save(tmp_path / "t.json")
+    assert tokenizers.load(tmp_path / "t.json") == tokenizer
+
+
+# Bytes, and finding
+
+
+@given(st.text())
+def test_bytes(text):
+    tokenizer = tokenizers.byte()
+    assert tokenizer.encode(text) == list(text.encode())
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert (tokenizer.vocab_size, tokenizer.end_of_text) == (257, 256)
+
+
+def test_found_by_word_file_and_folder(tmp_path):
+    BPE.save(tmp_path / "tokenizer.json")
+    assert tokenizers.find("byte").vocab_size == 257
+    assert tokenizers.find(str(tmp_path)).vocab_size == tokenizers.find(str(tmp_path / "tokenizer.json")).vocab_size == 280
+    with pytest.raises(DataError, match="there is no tokenizer gpt3: gpt2, byte, or a file"):
+        tokenizers.find("gpt3")
+
+
+@pytest.mark.parametrize("last", [0, 258])
+def test_llm_cs_file_must_hold_a_byte_level_bpe(tmp_path, last):
+    tokens = [*(bytes([b]) for b in range(256)), b"ab", b"cd", b"<|endoftext|>"]
+    llmc_tokenizer.write_tokenizer(tmp_path / "t.bin", tokens, last)
+    if last == 258:
+        assert tokenizers.find(str(tmp_path / "t.bin")).encode("abc") == [256, 99]
+    else:
+        with pytest.raises(FormatError, match="expected to be the last"):
+            tokenizers.find(str(tmp_path / "t.bin"))
+    llmc_tokenizer.write_tokenizer(tmp_path / "t.bin", tokens[1:], 257)
+    with pytest.raises(FormatError, match="no byte-level BPE"):
+        tokenizers.find(str(tmp_path / "t.bin"))
+
+
+# Files
+
+
 @pytest.mark.parametrize(
     "content",
     [
         "",
+        '{"name": "char", "characters": "ba"}',
+        '{"name": "char", "characters": ""}',
+        '{"name": "char", "characters": 3}',
         "{",
         "[]",
         '{"name": "x"}',

@@ -1,0 +1,65 @@
+"""llm.c's ``gpt2_tokenizer.bin``: the bytes of each token.
+
+A header of 256 little-endian uint32, ``[20240328, version, number of tokens, end-of-text id, 0...]`` (version 1 has no
+end-of-text id; it is 50256 there), then for each token one byte of length and as many bytes.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from gptjax.errors import FormatError
+from gptjax.formats.binary import HEADER_BYTES, read_header, write_file
+
+MAGIC, KIND = 20240328, "llm.c tokenizer"
+GPT2_END_OF_TEXT = 50256
+LONGEST = 255  # bytes of a token
+
+
+def is_tokenizer(path: Path) -> bool:
+    """Whether the file begins as a tokenizer of llm.c does."""
+    with path.open("rb") as file:
+        return file.read(4) == MAGIC.to_bytes(4, "little")
+
+
+def read_tokenizer(path: str | os.PathLike[str]) -> tuple[list[bytes], int]:
+    """The bytes of each token, and the end-of-text id.
+
+    Raises:
+        FormatError: not such a file: wrong magic or version, or not as many tokens as its header announces.
+
+    """
+    path = Path(path)
+    (magic, version, count, end_of_text, *_), size = read_header(path, KIND)
+    if magic != MAGIC or version not in (1, 2):
+        raise FormatError(f"{path} is not an {KIND}: it begins {magic}, {version} where {MAGIC}, 1 or 2 is expected")
+    end_of_text = GPT2_END_OF_TEXT if version == 1 else end_of_text
+    if not 0 <= end_of_text < count or not count <= size - HEADER_BYTES <= count * (LONGEST + 1):
+        raise FormatError(
+            f"{KIND} {path} is malformed: {count} tokens with end-of-text {end_of_text} do not fit its {size} bytes"
+        )
+    content = path.read_bytes()
+    tokens: list[bytes] = []
+    at = HEADER_BYTES
+    while len(tokens) < count and at < len(content):
+        tokens.append(content[at + 1 : at + 1 + content[at]])
+        at += 1 + content[at]
+    if len(tokens) != count or at != len(content):
+        raise FormatError(f"{KIND} {path} is truncated or malformed: its {count} tokens do not end where the file does")
+    return tokens, end_of_text
+
+
+def write_tokenizer(path: str | os.PathLike[str], tokens: Sequence[bytes], end_of_text: int) -> None:
+    """Write version 2, durably: either the whole file appears under its name, or nothing does.
+
+    Raises:
+        ValueError: a token is empty or longer than 255 bytes.
+        OSError: it cannot be written.
+
+    """
+    if not all(1 <= len(token) <= LONGEST for token in tokens):
+        raise ValueError(f"tokens of 1 to {LONGEST} bytes can be written; the longest has {max(map(len, tokens))}")
+    body = b"".join(bytes([len(token)]) + token for token in tokens)
+    write_file(path, [MAGIC, 2, len(tokens), end_of_text], [np.frombuffer(body, np.uint8)])
