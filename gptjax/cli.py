@@ -8,6 +8,7 @@ import errno
 import io
 import itertools
 import logging
+import os
 import re
 import signal
 import sys
@@ -23,6 +24,7 @@ from gptjax.errors import ConfigError, GptjaxError
 
 BAD_INPUT = 2  # exit status
 INTERRUPTED = 130
+BROKEN_PIPE = 141
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 T = TypeVar("T")
@@ -95,6 +97,9 @@ def reported_errors(prog: str) -> Iterator[None]:
         _exit(prog, str(error), BAD_INPUT)
     except KeyboardInterrupt:
         _exit(prog, "interrupted", INTERRUPTED)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(BROKEN_PIPE) from None
     except OSError as error:
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
             raise

@@ -1,7 +1,6 @@
 """The corpora that have a name: where each comes from, how it is split, what it is tokenized with by default."""
 
 import hashlib
-import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
