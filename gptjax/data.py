@@ -42,13 +42,13 @@ class Windows:
         """
         i = bisect.bisect_right(self.starts, index) - 1
         begin = (int(index) - self.starts[i]) * self.seq_len
-        window = np.asarray(self.shards[i].tokens[begin : begin + self.seq_len + 1], np.int32)
+        window = self.shards[i].tokens[begin : begin + self.seq_len + 1]
         if window.max() >= self.vocab_size:
             raise DataError(
                 f"{self.shards[i].path} holds token id {window.max()} near position {begin}, "
                 f"but model.vocab_size is {self.vocab_size}: raise it, or use the corpus that belongs to this model"
             )
-        return window
+        return np.asarray(window, np.int32)
 
 
 class BatchShape(NamedTuple):

@@ -113,6 +113,12 @@ def test_id_beyond_the_vocabulary_is_named():
             next(reader)
 
 
+@pytest.mark.parametrize("tokens", [np.full(9, 2**32 - 1, np.uint32), np.full(9, 2**31, np.uint32)])
+def test_id_that_would_be_negative_as_int32_is_named(tokens):
+    with pytest.raises(DataError, match=f"holds token id {tokens[0]} near position 4"):
+        Windows([Shard(Path("corpus/train.bin"), tokens)], 4, 1, VOCAB)[1]
+
+
 def test_corpus_shorter_than_a_batch():
     with pytest.raises(DataError, match="give 0 sequences of 4 tokens, but one step takes 2: lower data.batch_size"):
         batches([shard(8)])

@@ -1,31 +1,42 @@
 """Token shards: files of token ids, memory-mapped, never loaded whole.
 
-Four flavours are read, the first two are written:
+Four kinds are read, the first two are written:
 
-- llm.c's (and modded-nanogpt's): a header of 256 little-endian int32, ``[20240520, 1, number of tokens, 0...]``, then the
-  ids as uint16: exactly ``1024 + 2 n`` bytes;
-- llm.c's for Llama 3: ``[20240801, 7, number of tokens, 0...]``, then uint32: ``1024 + 4 n`` bytes;
-- without a header, nanoGPT's: uint16;
-- without a header, older llm.c's: int32. A file without a header is this if the upper half of every number that is looked
-  at, some thousands at the start, in the middle and at the end, is zero: as uint16, every other id would be 0.
+- ``llm.c`` (and modded-nanogpt): a header of 256 little-endian int32, ``[20240520, 1, number of tokens, 0...]``, then the ids
+  as uint16: exactly ``1024 + 2 n`` bytes;
+- ``llama3``, llm.c's for Llama 3: ``[20240801, 7, number of tokens, 0...]``, then uint32: ``1024 + 4 n`` bytes;
+- ``nanogpt``: no header, uint16;
+- ``int32``, older llm.c's: no header, int32.
+
+What has no header is told apart by its numbers: it is ``int32`` if its size is a multiple of 4 and the upper half of each
+number that is looked at, `LOOKED_AT` at the start, in the middle and at the end, is zero. As ``nanogpt``'s that would be ids of
+which every other one is 0. An upper half with all bits set is a negative id, which no tokenizer makes: the file is refused.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from gptjax.errors import FormatError
+from gptjax.errors import DataError, FormatError
 from gptjax.formats.binary import HEADER_BYTES, check_size, read_header, write_whole
 
-FLAVOURS: dict[int, tuple[int, np.dtype[Any]]] = {
-    20240520: (1, np.dtype("<u2")),
-    20240801: (7, np.dtype("<u4")),
-}  # magic: version, dtype
+
+class Flavour(NamedTuple):
+    """A kind of shard that has a header."""
+
+    kind: str
+    version: int
+    dtype: np.dtype
+
+
+FLAVOURS = {20240520: Flavour("llm.c", 1, np.dtype("<u2")), 20240801: Flavour("llama3", 7, np.dtype("<u4"))}  # by magic
 DATES = range(20240101, 20300101)  # llm.c's files begin with the day on which their kind was made up
-LOOKED_AT = 4096  # numbers
+LOOKED_AT = 1 << 16  # numbers
+MOST = np.iinfo(np.int32).max  # ids that a header can announce
 
 
 class Shard(NamedTuple):
@@ -33,77 +44,108 @@ class Shard(NamedTuple):
 
     path: Path
     tokens: np.ndarray
-    """(n,) ids, memory-mapped: uint16, uint32 or int32."""
+    """(n,) ids, memory-mapped: uint16, or uint32, also for int32: there a negative id counts as too large, not as a row from
+    the end."""
+    kind: str = "llm.c"
+    """llm.c, llama3, nanogpt or int32."""
 
 
 def open_shard(path: str | os.PathLike[str]) -> Shard:
     """Validate and map one shard.
 
     Raises:
-        FormatError: missing, unreadable or not a shard: wrong version or size, or nothing in it.
+        FormatError: missing, unreadable or not a shard: wrong version or size, negative ids, or nothing in it.
 
     """
     path = Path(path)
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            magic = int.from_bytes(file.read(4), "little")
+            start = file.read(HEADER_BYTES)
     except OSError as error:
         raise FormatError(f"token shard {path} cannot be read: {error.strerror or error}") from error
-    if magic in DATES and magic not in FLAVOURS:
-        raise FormatError(f"{path} is not a token shard but another file of llm.c's: it begins {magic}")
+    magic = int.from_bytes(start[:4], "little")
     if magic not in FLAVOURS:
-        return Shard(path, _without_header(path, size))
+        if magic in DATES or (len(start) == HEADER_BYTES and not any(start[12:])):  # no text has 500 ids 0 in a row
+            known = " or ".join(map(str, FLAVOURS))
+            raise FormatError(f"{path} is not a token shard: it has a header that begins {magic} where {known} is expected")
+        return _without_header(path, size)
     (_, version, count, *_), size = read_header(path, "token shard")
-    expected, dtype = FLAVOURS[magic]
-    if version != expected:
-        raise FormatError(f"{path} is a token shard of version {version}, where {expected} is expected after {magic}")
-    check_size(path, "token shard", size, HEADER_BYTES + dtype.itemsize * max(count, 1), f"{count} tokens")
-    return Shard(path, np.memmap(path, dtype, "r", HEADER_BYTES, (count,)))
+    flavour = FLAVOURS[magic]
+    if version != flavour.version:
+        raise FormatError(f"{path} is a token shard of version {version}, where {flavour.version} is expected after {magic}")
+    if count < 1:
+        raise FormatError(f"token shard {path} is malformed: its header announces {count} tokens")
+    check_size(path, "token shard", size, HEADER_BYTES + flavour.dtype.itemsize * count, f"{count} tokens")
+    return Shard(path, np.memmap(path, flavour.dtype, "r", HEADER_BYTES, (count,)), flavour.kind)
 
 
-def _without_header(path: Path, size: int) -> np.ndarray:
+def _without_header(path: Path, size: int) -> Shard:
     if size == 0 or size % 2:
         raise FormatError(
             f"{path} is not a token shard: without the number {' or '.join(map(str, FLAVOURS))} in front it must be uint16 or "
             f"int32 ids, but it has {size} bytes"
         )
-    narrow = np.memmap(path, "<u2", "r")
-    if size % 4:
-        return narrow
-    wide = np.memmap(path, "<i4", "r")
-    middle = wide.size // 2
-    sampled = np.concatenate([wide[:LOOKED_AT], wide[middle : middle + LOOKED_AT], wide[-LOOKED_AT:]])
-    return wide if ((sampled >= 0) & (sampled < 1 << 16)).all() else narrow
+    if size % 4 == 0:
+        wide = np.memmap(path, "<u4", "r")
+        middle = wide.size // 2
+        upper = np.concatenate([wide[:LOOKED_AT], wide[middle : middle + LOOKED_AT], wide[-LOOKED_AT:]]) >> 16
+        negative = upper == 0xFFFF
+        if not upper.any():
+            return Shard(path, wide, "int32")
+        if negative.any() and (negative | (upper == 0)).all():
+            raise FormatError(
+                f"{path} is not a token shard: as int32 it holds negative ids, as uint16 every other id is 0 or 65535"
+            )
+    return Shard(path, np.memmap(path, "<u2", "r"), "nanogpt")
 
 
-def write_shard(path: str | os.PathLike[str], tokens: Iterable[Any], dtype: Any = np.uint16) -> int:
+def write_shard(
+    path: str | os.PathLike[str],
+    tokens: np.ndarray | Sequence[int] | Iterable[np.ndarray],
+    dtype: npt.DTypeLike = np.uint16,
+) -> int:
     """Write ids as one shard, durably: either the whole file appears under its name, or nothing does.
 
     Args:
         path: the file.
-        tokens: an array of ids, or several, which are written one by one.
-        dtype: uint16 for llm.c's flavour, uint32 for Llama 3's.
+        tokens: the ids; or arrays of them, which are written as they come, without holding more than one.
+        dtype: uint16 for llm.c's kind, uint32 for Llama 3's, whose ids may exceed 65535.
 
     Returns:
         How many ids there were.
 
     Raises:
-        ValueError: an id does not fit the dtype.
+        ValueError: an id does not fit the dtype, there are more than a header can tell, or the dtype is another.
+        DataError: there is not one id, and what has none cannot be read back.
         OSError: it cannot be written.
 
     """
-    magic, (version, dtype) = next((m, f) for m, f in FLAVOURS.items() if f[1] == np.dtype(dtype))
-    header = np.zeros(HEADER_BYTES // 4, "<i4")
+    found = [(magic, f) for magic, f in FLAVOURS.items() if f.dtype == np.dtype(dtype)]
+    if not found:
+        raise ValueError(f"token ids can be written as uint16 or uint32, not as {np.dtype(dtype)}")
+    magic, flavour = found[0]
+    largest = np.iinfo(flavour.dtype).max
     count = 0
     with write_whole(Path(path)) as file:
-        file.write(header.tobytes())
-        for ids in [tokens] if isinstance(tokens, np.ndarray) else map(np.atleast_1d, tokens):
-            if ids.size and (ids.min() < 0 or ids.max() > np.iinfo(dtype).max):
-                raise ValueError(f"token ids must be in 0..{np.iinfo(dtype).max} for {dtype}, not {ids.min()}..{ids.max()}")
-            file.write(ids.astype(dtype).tobytes())
+        file.write(bytes(HEADER_BYTES))
+        for ids in _arrays(tokens):
+            if ids.size and (ids.min() < 0 or ids.max() > largest):
+                raise ValueError(f"token ids must be in 0..{largest} for {flavour.dtype}, not {ids.min()}..{ids.max()}")
+            file.write(np.ascontiguousarray(ids, flavour.dtype).data)
             count += ids.size
-        header[:3] = magic, version, count
+        if not count:
+            raise DataError(f"there is not one token id to write to {path}: bring more text")
+        if count > MOST:
+            raise ValueError(f"a shard holds up to {MOST} token ids, not {count}: {path}")
         file.seek(0)
-        file.write(header.tobytes())
+        file.write(np.array([magic, flavour.version, count], "<i4").tobytes())
     return count
+
+
+def _arrays(tokens: np.ndarray | Sequence[int] | Iterable[np.ndarray]) -> Iterable[np.ndarray]:
+    if isinstance(tokens, np.ndarray):
+        return [tokens]
+    if isinstance(tokens, Sequence) and all(np.ndim(ids) == 0 for ids in tokens[:1]):
+        return [np.asarray(tokens, np.int64)]
+    return tokens  # type: ignore[return-value]  # ids alone were dealt with
