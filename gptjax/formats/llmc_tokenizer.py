@@ -1,7 +1,7 @@
 """llm.c's ``gpt2_tokenizer.bin``: the bytes of each token.
 
 A header of 256 little-endian uint32, ``[20240328, version, number of tokens, end-of-text id, 0...]`` (version 1 has no
-end-of-text id; it is 50256 there), then for each token one byte of length and as many bytes.
+end-of-text id; it is 50256 there), then for each token one byte of length, from 1 on, and as many bytes.
 """
 
 import os
@@ -16,6 +16,7 @@ from gptjax.formats.binary import HEADER_BYTES, read_header, write_file
 MAGIC, KIND = 20240328, "llm.c tokenizer"
 GPT2_END_OF_TEXT = 50256
 LONGEST = 255  # bytes of a token
+LARGEST = 1 << 20  # tokens: beyond any vocabulary
 
 
 def is_tokenizer(path: Path) -> bool:
@@ -36,30 +37,41 @@ def read_tokenizer(path: str | os.PathLike[str]) -> tuple[list[bytes], int]:
     if magic != MAGIC or version not in (1, 2):
         raise FormatError(f"{path} is not an {KIND}: it begins {magic}, {version} where {MAGIC}, 1 or 2 is expected")
     end_of_text = GPT2_END_OF_TEXT if version == 1 else end_of_text
-    if not 0 <= end_of_text < count or not count <= size - HEADER_BYTES <= count * (LONGEST + 1):
+    body = size - HEADER_BYTES
+    if not (0 <= end_of_text < count <= LARGEST and 2 * count <= body <= (1 + LONGEST) * count):
         raise FormatError(
             f"{KIND} {path} is malformed: {count} tokens with end-of-text {end_of_text} do not fit its {size} bytes"
         )
     content = path.read_bytes()
     tokens: list[bytes] = []
     at = HEADER_BYTES
-    while len(tokens) < count and at < len(content):
+    while len(tokens) < count and at < len(content) and content[at]:
         tokens.append(content[at + 1 : at + 1 + content[at]])
         at += 1 + content[at]
     if len(tokens) != count or at != len(content):
-        raise FormatError(f"{KIND} {path} is truncated or malformed: its {count} tokens do not end where the file does")
+        raise FormatError(
+            f"{KIND} {path} is truncated or malformed: its {count} tokens, each of 1 to {LONGEST} bytes, "
+            "do not end where the file does"
+        )
     return tokens, end_of_text
 
 
-def write_tokenizer(path: str | os.PathLike[str], tokens: Sequence[bytes], end_of_text: int) -> None:
-    """Write version 2, durably: either the whole file appears under its name, or nothing does.
+def write_tokenizer(path: str | os.PathLike[str], tokens: Sequence[bytes], end_of_text: int, version: int = 2) -> None:
+    """Write version 1 or 2, durably: either the whole file appears under its name, or nothing does.
 
     Raises:
-        ValueError: a token is empty or longer than 255 bytes.
+        ValueError: a token is empty or longer than 255 bytes; the end-of-text id is no token's, or in version 1 not 50256;
+            or the version is another.
         OSError: it cannot be written.
 
     """
-    if not all(1 <= len(token) <= LONGEST for token in tokens):
-        raise ValueError(f"tokens of 1 to {LONGEST} bytes can be written; the longest has {max(map(len, tokens))}")
+    if version not in (1, 2):
+        raise ValueError(f"version 1 or 2 can be written, not {version}")
+    if not 0 <= end_of_text < len(tokens) <= LARGEST or (version == 1 and end_of_text != GPT2_END_OF_TEXT):
+        raise ValueError(f"version {version} cannot hold {len(tokens)} tokens with end-of-text {end_of_text}")
+    lengths = [len(token) for token in tokens]
+    if not 1 <= min(lengths) <= max(lengths) <= LONGEST:
+        raise ValueError(f"tokens of 1 to {LONGEST} bytes can be written, not of {min(lengths)} to {max(lengths)}")
     body = b"".join(bytes([len(token)]) + token for token in tokens)
-    write_file(path, [MAGIC, 2, len(tokens), end_of_text], [np.frombuffer(body, np.uint8)])
+    header = [MAGIC, version, len(tokens), *([end_of_text] if version == 2 else [])]
+    write_file(path, header, [np.frombuffer(body, np.uint8)])

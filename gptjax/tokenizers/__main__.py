@@ -2,21 +2,27 @@
 
 ``train --input stories.txt --vocab_size 2048 --output tokenizer.json`` trains a byte-level BPE; ``--kind char`` takes the
 text's characters. ``encode --tokenizer gpt2 some text`` prints ids, ``decode --tokenizer gpt2 15496 11`` text; both read
-standard input where nothing is given. ``export --tokenizer gpt2 --output gpt2_tokenizer.bin`` writes llm.c's file.
+standard input where nothing is given, and a token shard is written by ``encode --output`` and read by ``decode --input``.
+``export --tokenizer gpt2 --output gpt2_tokenizer.bin`` writes llm.c's file.
 """
 
+import dataclasses
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gptjax import cli, tokenizers
-from gptjax.datasets.prepare import make_tokenizer
-from gptjax.datasets.text import find_files, pieces
-from gptjax.errors import ConfigError
+from gptjax.datasets.prepare import id_dtype, make_tokenizer
+from gptjax.datasets.text import Piece, find_files, pieces
+from gptjax.errors import ConfigError, DataError
 from gptjax.formats import llmc_tokenizer
-from gptjax.tokenizers import BytePairEncoding
+from gptjax.formats.token_shards import open_shard, write_shard
 
 PROG = "python -m gptjax.tokenizers"
+CHUNK = 1 << 16  # ids decoded at a time
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ConfigError("say what to do: train, encode, decode or export; --help explains each")
         cli.replace_unprintable()
         {"train": train, "encode": encode, "decode": decode, "export": export}[args.command](args[args.command])
+        sys.stdout.flush()
     return 0
 
 
@@ -41,64 +48,91 @@ def _parser() -> cli.Parser:
 
     of = "gpt2, byte, a tokenizer.json, a folder that holds one, or llm.c's gpt2_tokenizer.bin"
     sub = command("train", "Make a vocabulary from text.")
-    sub.add_argument("--input", required=True, type=str, help="file, folder or pattern of text, as for --data.dataset")
+    sub.add_argument(
+        "--input", required=True, nargs="+", type=str, help="files, folders or patterns of text, as for --data.dataset"
+    )
     sub.add_argument("--column", type=str | None, help="of .jsonl and .parquet, the one that holds the text")
     sub.add_argument("--kind", default="bpe", choices=["bpe", "char"], help="what to train")
     sub.add_argument("--vocab_size", default=2048, type=int, help="of a BPE: 256 bytes, the merges, and end-of-text")
     sub.add_argument("--output", default="tokenizer.json", type=str, help="file to write")
     sub = command("encode", "Text to ids.")
     sub.add_argument("--tokenizer", required=True, type=str, help=of)
-    sub.add_argument("text", nargs="*", type=str, help="joined by spaces; standard input without")
-    sub = command("decode", "Ids to text.")
+    sub.add_argument("--output", type=str | None, help="token shard to write, instead of printing the ids")
+    sub.add_argument("text", nargs="*", type=str, help="joined by spaces; standard input without, up to its last byte")
+    sub = command("decode", "Ids to text, byte for byte; on a terminal a line end follows.")
     sub.add_argument("--tokenizer", required=True, type=str, help=of)
+    sub.add_argument("--input", type=str | None, help="token shard to read the ids from")
     sub.add_argument("ids", nargs="*", type=int, help="standard input without")
     sub = command("export", "Write llm.c's gpt2_tokenizer.bin.")
     sub.add_argument("--tokenizer", required=True, type=str, help=of)
+    sub.add_argument("--version", default=2, type=int, choices=[1, 2], help="1 is for GPT-2's vocabulary alone")
     sub.add_argument("--output", default="gpt2_tokenizer.bin", type=str, help="file to write")
     return parser
 
 
 def train(args: Any) -> None:
     """Train, and say what came of it."""
-    files = find_files(args.input)
+    files = [file for given in args.input for file in find_files(given)]
     which = "char" if args.kind == "char" else f"bpe:{args.vocab_size}"
-    made = make_tokenizer(
-        which, lambda: (piece.text for piece in pieces(files, args.column)), lambda: pieces(files, args.column)
-    )
-    made.save(args.output)
-    print(f"{made.vocab_size} ids in {args.output}")
+
+    def everything() -> Iterator[Piece]:
+        return pieces(files, args.column)
+
+    made = make_tokenizer(which, lambda: (piece.text for piece in everything()), everything)
+    named: Any = dataclasses.replace(made, name=f"{files[0].stem}-{made.name}")  # type: ignore[type-var]
+    named.save(args.output)
+    print(f"{named.vocab_size} ids in {args.output}")
 
 
 def encode(args: Any) -> None:
-    """Print the ids of the text."""
-    text = " ".join(args.text) if args.text else _standard_input()
-    print(*tokenizers.find(args.tokenizer).encode(text))
+    """Print the ids of the text, or write them as a shard."""
+    tokenizer = tokenizers.find(args.tokenizer)
+    ids = tokenizer.encode(" ".join(args.text) if args.text else _standard_input())
+    if args.output:
+        dtype = id_dtype(tokenizer)
+        count = write_shard(args.output, np.array(ids, dtype), dtype)
+        print(f"{count} ids in {args.output}, {dtype.name}")
+    else:
+        print(*ids)
 
 
 def decode(args: Any) -> None:
-    """Print the text of the ids."""
+    """Write the bytes that the ids stand for."""
+    tokenizer = tokenizers.find(args.tokenizer)
+    if args.input and args.ids:
+        raise ConfigError("ids are given and --input too: leave one of them out")
+    ids = open_shard(args.input).tokens if args.input else args.ids or _ids(_standard_input())
+    for begin in range(0, len(ids), CHUNK):
+        part = ids[begin : begin + CHUNK]
+        sys.stdout.buffer.write(tokenizer.decode_bytes(part if isinstance(part, list) else part.tolist()))
+    if sys.stdout.isatty():
+        sys.stdout.buffer.write(b"\n")
+
+
+def _ids(text: str) -> list[int]:
     try:
-        ids = args.ids or [int(word) for word in _standard_input().split()]
+        return [int(word) for word in text.split()]
     except ValueError as error:
-        raise ConfigError(f"ids are whole numbers: {error}") from error
-    print(tokenizers.find(args.tokenizer).decode(ids))
+        raise DataError(f"ids are whole numbers with blanks between them: {str(error)[:100]}") from error
 
 
 def export(args: Any) -> None:
     """Write llm.c's file."""
     tokenizer = tokenizers.find(args.tokenizer)
-    if not isinstance(tokenizer, BytePairEncoding):
-        raise ConfigError(f"{args.tokenizer} has no byte-level tokens, which is what llm.c's file holds")
-    tokens = [*tokenizer.tokens(), tokenizers.END_OF_TEXT.encode()]
+    if tokenizer.end_of_text is None:
+        raise ConfigError(f"{args.tokenizer} has no end-of-text id, which llm.c's file needs")
     try:
-        llmc_tokenizer.write_tokenizer(args.output, tokens, tokenizer.end_of_text)
+        llmc_tokenizer.write_tokenizer(args.output, tokenizer.pieces, tokenizer.end_of_text, args.version)
     except ValueError as error:
         raise ConfigError(f"{args.tokenizer} does not fit llm.c's file: {error}") from error
-    print(f"{len(tokens)} tokens in {args.output}, {Path(args.output).stat().st_size} bytes")
+    print(f"{tokenizer.vocab_size} tokens in {args.output}, {Path(args.output).stat().st_size} bytes")
 
 
 def _standard_input() -> str:
-    return sys.stdin.buffer.read().decode("utf-8", errors="replace")
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"standard input is not UTF-8 text: {error.reason} at byte {error.start}") from error
 
 
 if __name__ == "__main__":

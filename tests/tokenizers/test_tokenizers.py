@@ -1,175 +1,147 @@
+"""Tokenizers found and loaded, and files that are none."""
+
+import base64
+import contextlib
 import json
+import re
+import tracemalloc
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptjax import tokenizers
 from gptjax.errors import DataError, FormatError
 from gptjax.formats import llmc_tokenizer
+from tests.mutations import mutated
 
-TEXT = ["the cat sat on the mat", "the dog sat on the log", "über die Straße"] * 20
-BPE = tokenizers.train_bpe(TEXT, 280, "cats")
-
-
-@given(st.text())
-def test_any_text_round_trips(text):
-    assert BPE.decode(BPE.encode(text)) == text
-    assert all(0 <= i < BPE.end_of_text for i in BPE.encode(text))
-
-
-def test_training_merges_what_is_frequent():
-    assert BPE.vocab_size == 280
-    assert BPE.end_of_text == 279
-    assert len(BPE.encode(" the")) == 1
-    assert len(BPE.encode(" zebra")) > 3
-
-
-def test_encoding_equals_the_library_that_trained_it():
-    """Tiktoken applies the merges as Hugging Face's tokenizers does."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
-    theirs = Tokenizer(models.BPE())
-    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    theirs.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=279, initial_alphabet=alphabet, show_progress=False))
-    for text in [*TEXT[:3], "the  mat\n\n  sat?! 'll 123 Straßen", "\x00\ufeff"]:
-        assert BPE.encode(text) == theirs.encode(text).ids
-
-
-def test_end_of_text_is_not_text():
-    assert BPE.end_of_text not in BPE.encode(tokenizers.END_OF_TEXT)
-    assert BPE.decode([BPE.end_of_text]) == tokenizers.END_OF_TEXT
-
-
-def test_undecodable_ids_become_the_replacement_character():
-    ids = BPE.encode("ü")
-    assert BPE.decode(ids[:1]) == "\ufffd" or len(ids) == 1
-    assert BPE.decode([999_999, *BPE.encode("a")]) == "\ufffda"
-
-
-def test_saved_and_loaded(tmp_path):
-    BPE.save(tmp_path / "t.json")
-    again = tokenizers.load(tmp_path / "t.json")
-    assert again.encode(TEXT[2]) == BPE.encode(TEXT[2])
-    assert (again.vocab_size, again.end_of_text) == (280, 279)
-
-
-# Characters
-
-
-@given(st.text(), st.text())
-def test_characters_are_numbered_in_the_order_of_their_code_points(vocabulary, text):
-    tokenizer = tokenizers.train_characters([vocabulary, text, "x"])
-    rank = {c: i for i, c in enumerate(sorted(set(vocabulary + text + "x")))}
-    assert tokenizer.encode(text) == [rank[c] for c in text]
-    assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert tokenizer.vocab_size == len(rank)
-    assert tokenizer.end_of_text is None
-
-
-def test_a_character_that_the_vocabulary_lacks_is_named():
-    tokenizer = tokenizers.train_characters(["hello"])
-    for text in ("help", "hexe", "h\x00", "he\U0001f600"):
-        with pytest.raises(DataError, match=r"number [123] of the text\) is not in the vocabulary"):
-            tokenizer.encode(text)
-    assert tokenizer.decode([0, 99, -1]) == "e\ufffd\ufffd"
-    with pytest.raises(DataError, match="no text"):
-        tokenizers.train_characters([])
-
-
-def test_characters_saved_and_loaded(tmp_path):
-    tokenizer = tokenizers.train_characters(["größer\n\U0001f600"])
-    tokenizer.save(tmp_path / "t.json")
-    assert tokenizers.load(tmp_path / "t.json") == tokenizer
-
-
-# Bytes, and finding
-
-
-@given(st.text())
-def test_bytes(text):
-    tokenizer = tokenizers.byte()
-    assert tokenizer.encode(text) == list(text.encode())
-    assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert (tokenizer.vocab_size, tokenizer.end_of_text) == (257, 256)
+BPE = tokenizers.train_bpe(["the cat sat on the mat", "the dog sat on the log"] * 20, 265, "cats")
+BYTES = [bytes([b]) for b in range(256)]
 
 
 def test_found_by_word_file_and_folder(tmp_path):
     BPE.save(tmp_path / "tokenizer.json")
-    assert tokenizers.find("byte").vocab_size == 257
-    assert tokenizers.find(str(tmp_path)).vocab_size == tokenizers.find(str(tmp_path / "tokenizer.json")).vocab_size == 280
-    with pytest.raises(DataError, match="there is no tokenizer gpt3: gpt2, byte, or a file"):
-        tokenizers.find("gpt3")
+    assert tokenizers.find("byte") == tokenizers.byte()
+    for which in (str(tmp_path), tmp_path, tmp_path / "tokenizer.json"):
+        assert tokenizers.find(which) == BPE
 
 
-@pytest.mark.parametrize("last", [0, 258])
-def test_llm_cs_file_must_hold_a_byte_level_bpe(tmp_path, last):
-    tokens = [*(bytes([b]) for b in range(256)), b"ab", b"cd", b"<|endoftext|>"]
-    llmc_tokenizer.write_tokenizer(tmp_path / "t.bin", tokens, last)
-    if last == 258:
-        assert tokenizers.find(str(tmp_path / "t.bin")).encode("abc") == [256, 99]
-    else:
-        with pytest.raises(FormatError, match="expected to be the last"):
-            tokenizers.find(str(tmp_path / "t.bin"))
-    llmc_tokenizer.write_tokenizer(tmp_path / "t.bin", tokens[1:], 257)
-    with pytest.raises(FormatError, match="no byte-level BPE"):
-        tokenizers.find(str(tmp_path / "t.bin"))
+def test_llm_cs_file_is_found_by_its_magic(tmp_path):
+    llmc_tokenizer.write_tokenizer(tmp_path / "any.name", BPE.pieces, BPE.end_of_text)
+    found = tokenizers.find(tmp_path / "any.name")
+    assert (found.tokens, found.end_of_text) == (BPE.tokens, BPE.end_of_text)
+    assert found.encode("the cat") == BPE.encode("the cat")
 
 
-# Files
+def test_gpt2_is_found(monkeypatch):
+    monkeypatch.setattr(tokenizers, "gpt2", lambda: "the real one")
+    assert tokenizers.find("gpt2") == "the real one"
+
+
+@pytest.mark.parametrize("which", ["gpt3", "nowhere/tokenizer.json"])
+def test_no_such_tokenizer(which):
+    with pytest.raises(DataError, match=f"there is no tokenizer {which}: gpt2, byte, or a file or a folder with"):
+        tokenizers.find(which)
+
+
+def test_a_folder_without_a_tokenizer(tmp_path):
+    with pytest.raises(DataError, match=r"there is no tokenizer .*tokenizer\.json"):
+        tokenizers.find(tmp_path)
+
+
+def test_files_from_before_the_kind_was_written(tmp_path, monkeypatch):
+    def load(content):
+        (tmp_path / "t.json").write_text(json.dumps(content))
+        return tokenizers.load(tmp_path / "t.json")
+
+    tokens = [base64.b64encode(token).decode() for token in BPE.tokens]
+    assert load({"name": "cats", "tokens": tokens}) == BPE
+    assert load({"name": "char", "characters": "ab"}) == tokenizers.Characters("ab")
+    monkeypatch.setattr(tokenizers, "gpt2", lambda: "the real one")
+    assert load({"name": "gpt2"}) == "the real one"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "end_of_text", "message"),
+    [
+        ([*BYTES, b"ab", b"<|endoftext|>"], 0, "end-of-text at 0 of 258 tokens"),
+        ([*BYTES, b"ab", b"<|end|>"], 257, r"last b'<\|end\|>'"),
+        ([*BYTES[1:], b"ab", b"<|endoftext|>"], 256, "no byte-level BPE"),
+    ],
+)
+def test_llm_cs_file_must_hold_a_byte_level_bpe(tmp_path, tokens, end_of_text, message):
+    llmc_tokenizer.write_tokenizer(tmp_path / "t.bin", tokens, end_of_text)
+    with pytest.raises(FormatError, match=message):
+        tokenizers.find(tmp_path / "t.bin")
 
 
 @pytest.mark.parametrize(
     "content",
     [
         "",
-        '{"name": "char", "characters": "ba"}',
-        '{"name": "char", "characters": ""}',
-        '{"name": "char", "characters": 3}',
         "{",
         "[]",
+        "3",
+        "[" * 100_000,
         '{"name": "x"}',
         '{"name": "x", "tokens": [1]}',
         '{"name": "x", "tokens": ["YQ=="]}',
-        '{"name":"x","tokens":["?"]}',
+        '{"name": "x", "tokens": ["?"]}',
+        '{"kind": "bpe", "name": 3, "tokens": []}',
+        '{"kind": "words", "name": "x"}',
+        '{"kind": ["bpe"], "name": "x"}',
+        '{"name": "char", "characters": "ba"}',
+        '{"name": "char", "characters": ""}',
+        '{"name": "char", "characters": 3}',
+        '{"name": "char", "characters": ["a", "b"]}',
+        r'{"name": "char", "characters": "\ud800"}',
+        '{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}',  # Hugging Face's file of the same name
     ],
 )
 def test_damaged_files(tmp_path, content):
     (tmp_path / "t.json").write_text(content)
-    with pytest.raises(FormatError, match="not a gptjax tokenizer file"):
+    with pytest.raises(FormatError, match="not a gptjax tokenizer file .* make one with") as caught:
+        tokenizers.load(tmp_path / "t.json")
+    assert len(str(caught.value)) < 600
+
+
+def test_a_file_too_large_to_be_one_is_not_read(tmp_path):
+    with (tmp_path / "t.json").open("wb") as file:
+        file.truncate(1 << 40)  # a hole: it takes no room
+    with pytest.raises(FormatError, match="1099511627776 bytes are more than"):
         tokenizers.load(tmp_path / "t.json")
 
 
-def test_missing_file(tmp_path):
+@pytest.mark.parametrize("name", ["none.json", "."])
+def test_files_that_cannot_be_read(tmp_path, name):
     with pytest.raises(FormatError, match="cannot be read"):
-        tokenizers.load(tmp_path / "none.json")
+        tokenizers.load(tmp_path / name)
 
 
-@pytest.mark.parametrize(("size", "message"), [(256, "at least 257"), (5000, "too short for a vocabulary of 5000")])
-def test_impossible_vocabulary_sizes(size, message):
-    with pytest.raises(ValueError, match=message):
-        tokenizers.train_bpe(TEXT, size, "x")
-
-
-def test_gpt2(shared, tmp_path, monkeypatch):
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared / "tiktoken_cache"))
-    tokenizers.gpt2.cache_clear()
-    gpt2 = tokenizers.gpt2()
-    assert (gpt2.vocab_size, gpt2.end_of_text) == (50257, 50256)
-    assert gpt2.encode("First Citizen:") == [5962, 22307, 25]
-    assert gpt2.encoding._pat_str == tokenizers.GPT2_PATTERN
-    gpt2.save(tmp_path / "t.json")
-    assert json.loads((tmp_path / "t.json").read_text()) == {"name": "gpt2"}
-    assert tokenizers.load(tmp_path / "t.json") == gpt2
-
-
-def test_gpt2_offline_says_what_to_do(monkeypatch, tmp_path):
-    def refuse(name):
-        raise ConnectionError("no route to host")
-
-    monkeypatch.setattr("tiktoken.get_encoding", refuse)
-    tokenizers.gpt2.cache_clear()
-    with pytest.raises(DataError, match="set TIKTOKEN_CACHE_DIR"):
-        tokenizers.gpt2()
-    tokenizers.gpt2.cache_clear()
+@settings(max_examples=60)
+@given(data=st.data(), kind=st.sampled_from(["bpe", "char", "llmc"]))
+def test_a_mutated_file_loads_or_is_refused(data, kind, tmp_path_factory):
+    """In one sentence that names the file, and within memory of the order of the file's."""
+    path = tmp_path_factory.mktemp("fuzz") / "t"
+    if kind == "llmc":
+        llmc_tokenizer.write_tokenizer(path, BPE.pieces, BPE.end_of_text)
+    else:
+        (BPE if kind == "bpe" else tokenizers.train_characters(["abc déf\n"])).save(path)
+    path.write_bytes(data.draw(mutated(path.read_bytes())))
+    tracemalloc.start()
+    try:
+        tokenizer = refusal = None
+        with contextlib.suppress(FormatError):
+            tokenizer = tokenizers.find(path)
+        if not tokenizer:
+            with pytest.raises(FormatError, match=re.escape(str(path))) as refusal:
+                tokenizers.find(path)
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 2_000_000
+    if tokenizer:
+        assert len(set(tokenizer.pieces)) == tokenizer.vocab_size
+        assert kind == "char" or tokenizer.decode(tokenizer.encode("the cat\0é")) == "the cat\0é"
+    else:
+        assert "\n" not in str(refusal.value)

@@ -1,0 +1,171 @@
+"""Byte-level byte-pair encoding (Sennrich et al. 2016; Radford et al. 2019), which tiktoken runs."""
+
+import base64
+import dataclasses
+import functools
+import itertools
+import re
+from collections.abc import Iterable, Iterator
+
+import tiktoken
+
+from gptjax.errors import DataError
+from gptjax.tokenizers.interface import END_OF_TEXT, Tokenizer
+
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+LONGEST_RUN = 1 << 19  # of blanks; tiktoken's regular expression panics from about 2 ** 20 on
+BLANKS = re.compile(r"\s+")
+
+
+@dataclasses.dataclass(frozen=True)
+class BytePairEncoding(Tokenizer):
+    """Any text encodes, and decoding gives its bytes back. The end-of-text id is the last one.
+
+    Raises:
+        ValueError: a token is empty or repeats, or a byte has none.
+
+    """
+
+    name: str
+    tokens: tuple[bytes, ...]
+    """The bytes of each id but end-of-text, in the order of their ids, which are the ranks of the merges."""
+    kind = "bpe"
+
+    def __post_init__(self) -> None:
+        known = set(self.tokens)
+        if b"" in known or len(known) != len(self.tokens) or not all(bytes([b]) in known for b in range(256)):
+            raise ValueError("its tokens are empty, repeat, or do not cover every byte")
+
+    @functools.cached_property
+    def encoding(self) -> tiktoken.Encoding:
+        """What encodes; made when first asked for."""
+        ranks = {token: rank for rank, token in enumerate(self.tokens)}
+        special = {END_OF_TEXT: len(self.tokens)}
+        return tiktoken.Encoding(self.name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return BytePairEncoding, (self.name, self.tokens)
+
+    @functools.cached_property
+    def pieces(self) -> tuple[bytes, ...]:
+        """See `Tokenizer`."""
+        return (*self.tokens, END_OF_TEXT.encode())
+
+    @property
+    def end_of_text(self) -> int:
+        """See `Tokenizer`."""
+        return len(self.tokens)
+
+    def encode(self, text: str) -> list[int]:
+        """See `Tokenizer`. Half a surrogate pair is encoded as U+FFFD; a run of blanks is cut every `LONGEST_RUN`."""
+        step = LONGEST_RUN // 2  # so long a run covers a multiple of this, and more: a search of the whole text takes longer
+        if any(text[i : i + step // 2].isspace() for i in range(0, len(text), step)):
+            return [i for part in _cut_blanks(text) for i in self.encoding.encode_ordinary(part)]
+        return self.encoding.encode_ordinary(text)
+
+    def merges(self) -> list[tuple[bytes, bytes]]:
+        """The two tokens that each token beyond the single bytes is made of, in the order of the merges.
+
+        A token's bytes are merged with the ranks below its own; what is left are the two that its own merge joins.
+
+        Raises:
+            DataError: a token is not the merge of two earlier ones, so that no list of merges makes it.
+
+        """
+        ranks = {token: rank for rank, token in enumerate(self.tokens)}
+        pairs = []
+        for token, rank in ranks.items():
+            if len(token) == 1:
+                continue
+            parts = _merge(token, ranks, rank)
+            if len(parts) != 2:
+                raise DataError(f"token {rank} of {self.name}, {token!r}, is not the merge of two tokens before it")
+            pairs.append((parts[0], parts[1]))
+        return pairs
+
+    def content(self) -> dict[str, object]:
+        """See `Tokenizer`. Also GPT-2's tokens are written out, so that its ids can be decoded without a network."""
+        return {"tokens": [base64.b64encode(token).decode("ascii") for token in self.tokens]}
+
+
+def _cut_blanks(text: str) -> Iterator[str]:
+    runs = (range(*match.span()) for match in BLANKS.finditer(text))
+    cuts = (cut for run in runs for cut in run[LONGEST_RUN::LONGEST_RUN])
+    for begin, end in itertools.pairwise([0, *cuts, len(text)]):
+        yield text[begin:end]
+
+
+def _merge(token: bytes, ranks: dict[bytes, int], below: int) -> list[bytes]:
+    """The parts that are left of ``token`` once every merge of a rank under ``below`` is made, lowest first."""
+    parts = [bytes([b]) for b in token]
+    while len(parts) > 1:
+        joined = [ranks.get(left + right, below) for left, right in itertools.pairwise(parts)]
+        lowest = min(joined)
+        if lowest >= below:
+            break
+        i = joined.index(lowest)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+@functools.cache
+def gpt2() -> BytePairEncoding:
+    """GPT-2's own BPE, 50,257 ids. tiktoken downloads its two files once and keeps them (``TIKTOKEN_CACHE_DIR``).
+
+    Raises:
+        DataError: not cached, and no network to fetch it.
+
+    """
+    try:
+        encoding = tiktoken.get_encoding("gpt2")
+    except (OSError, ValueError) as error:  # requests' errors are OSErrors; a cached file of the wrong hash a ValueError
+        raise DataError(
+            "GPT-2's vocabulary is neither in tiktoken's cache nor to be downloaded: "
+            "set TIKTOKEN_CACHE_DIR to a folder that holds it, or go online once"
+        ) from error
+    return BytePairEncoding("gpt2", tuple(map(encoding.decode_single_token_bytes, range(encoding.n_vocab - 1))))
+
+
+def byte() -> BytePairEncoding:
+    """The 256 bytes, and end-of-text: a BPE without merges."""
+    return BytePairEncoding("byte", tuple(bytes([b]) for b in range(256)))
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, name: str) -> BytePairEncoding:
+    """A byte-level BPE trained on ``texts`` with GPT-2's splitting pattern: 256 bytes, the merges, then end-of-text.
+
+    Raises:
+        ValueError: the texts are too short for that many merges, or fewer than 257 ids are asked for.
+
+    """
+    from tokenizers import Tokenizer as HuggingFaceTokenizer  # only training needs it
+    from tokenizers import models, pre_tokenizers, trainers
+
+    if vocab_size < 257:
+        raise ValueError(f"a byte-level vocabulary needs at least 257 ids, not {vocab_size}")
+    bpe = HuggingFaceTokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(texts, trainer)
+    by_id = sorted(bpe.get_vocab().items(), key=lambda item: item[1])
+    if len(by_id) != vocab_size - 1:
+        raise ValueError(f"the text is too short for a vocabulary of {vocab_size}: it gives {len(by_id) + 1} ids")
+    to_byte = {character: byte for byte, character in PRINTABLE.items()}
+    return BytePairEncoding(name, tuple(bytes(to_byte[c] for c in token) for token, _ in by_id))
+
+
+def _printable() -> dict[int, str]:
+    shown = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = (b for b in range(256) if b not in shown)
+    return {b: chr(b) for b in shown} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
+PRINTABLE = _printable()
+"""GPT-2's stand-in for each byte, in ``vocab.json`` and ``merges.txt``: printable Latin-1 is itself, the rest count up
+from U+0100."""
+
+
+def printable(token: bytes) -> str:
+    """A token as ``vocab.json`` and ``merges.txt`` show it."""
+    return "".join(map(PRINTABLE.__getitem__, token))

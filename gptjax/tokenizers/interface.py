@@ -1,0 +1,65 @@
+"""What the rest of the project knows of a tokenizer."""
+
+import abc
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from gptjax.formats.binary import write_whole
+
+END_OF_TEXT = "<|endoftext|>"
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
+
+
+class Tokenizer(abc.ABC):
+    """Text <-> token ids. Immutable and compared by value; may be used by several threads at once, and pickled."""
+
+    kind: ClassVar[str]
+    """What the file it is saved as calls it."""
+
+    name: str
+    """Of this vocabulary, for people."""
+
+    @property
+    @abc.abstractmethod
+    def pieces(self) -> Sequence[bytes]:
+        """The bytes that each id stands for, the end-of-text id included."""
+
+    @property
+    @abc.abstractmethod
+    def end_of_text(self) -> int | None:
+        """The id that separates documents; None where there is none."""
+
+    @abc.abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text. ``<|endoftext|>`` in it is ordinary text, never the separator.
+
+        Raises:
+            DataError: it cannot be encoded: it holds a character that the vocabulary lacks, say.
+
+        """
+
+    @abc.abstractmethod
+    def content(self) -> dict[str, object]:
+        """What `save` writes beside kind and name, as JSON."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids are below this number; the end-of-text id included."""
+        return len(self.pieces)
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """The bytes of some ids; for an id outside the vocabulary, those of U+FFFD."""
+        pieces = self.pieces
+        return b"".join(pieces[i] if 0 <= i < len(pieces) else REPLACEMENT for i in ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of some ids; a cut character at either end becomes U+FFFD, an id outside the vocabulary likewise."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as one JSON file, for `gptjax.tokenizers.load`, durably: the whole file appears, or nothing does."""
+        with write_whole(Path(path)) as file:
+            file.write(json.dumps({"kind": self.kind, "name": self.name} | self.content()).encode())
