@@ -188,13 +188,25 @@ def sample_text(run: Run, params: Params, step: int) -> str:
 
 
 def prompt_ids(tokenizer: Tokenizer | None, prompt: str) -> list[int]:
-    """At least one id to start a sample from: the prompt's, or else end-of-text, or else the first.
+    """At least one id to start a sample from.
+
+    Those of the prompt; if it is empty, end-of-text, or a line end where there is none. Without a tokenizer, or where its
+    vocabulary has no line end, the first id.
 
     Raises:
-        DataError: the vocabulary lacks a character of the prompt.
+        DataError: the vocabulary lacks a character of the prompt, other than a line end.
 
     """
-    return (tokenizer.encode(prompt) if tokenizer else []) or [(tokenizer and tokenizer.end_of_text) or 0]
+    if not tokenizer:
+        return [0]
+    if not prompt and tokenizer.end_of_text is not None:
+        return [tokenizer.end_of_text]
+    try:
+        return tokenizer.encode(prompt or "\n")
+    except DataError:
+        if prompt.strip("\n"):
+            raise
+        return [0]
 
 
 def describe(run: Run) -> str:

@@ -80,12 +80,21 @@ def _open(folder: Path, tokens: int | None) -> Corpus:
     train, val = splits
     while tokens and sum(shard.tokens.size for shard in train[:-1]) >= tokens:
         train = train[:-1]
+    return Corpus(folder, train, val, _tokenizer_of(folder), _fingerprint(train + val))
+
+
+def _tokenizer_of(folder: Path) -> Tokenizer | None:
+    """The one that is saved with the shards, or else GPT-2's, if it can be had.
+
+    None with nanoGPT's ``meta.pkl``: then another vocabulary made them, but that file is a pickle and is not opened.
+    """
+    made_with = folder / TOKENIZER_FILE
+    if not made_with.exists() and (folder / "meta.pkl").exists():
+        return None
     try:
-        made_with = folder / TOKENIZER_FILE
-        tokenizer = tokenizers.load(made_with) if made_with.exists() else tokenizers.gpt2()
+        return tokenizers.load(made_with) if made_with.exists() else tokenizers.gpt2()
     except DataError:
-        tokenizer = None
-    return Corpus(folder, train, val, tokenizer, _fingerprint(train + val))
+        return None
 
 
 def _fingerprint(shards: list[Shard]) -> str:

@@ -90,6 +90,20 @@ def test_shards_without_a_tokenizer_are_gpt2s_or_go_without(tmp_path, monkeypatc
     assert datasets.find_corpus(str(tmp_path), "unused").tokenizer == "the real one"
 
 
+def test_nanogpts_folder_of_another_vocabulary(tmp_path, monkeypatch):
+    """Its ``meta.pkl`` says that GPT-2 did not make these ids, and is not opened: it is no pickle here."""
+    monkeypatch.setattr(tokenizers, "gpt2", lambda: "the real one")
+    for name in ("train.bin", "val.bin"):
+        np.arange(65, dtype="<u2").tofile(tmp_path / name)
+    assert datasets.find_corpus(str(tmp_path), "unused").tokenizer == "the real one"
+    (tmp_path / "meta.pkl").write_text("not a pickle")
+    corpus = datasets.find_corpus(str(tmp_path), "unused")
+    assert corpus.tokenizer is None
+    assert {shard.kind for shard in corpus.train + corpus.val} == {"nanogpt"}
+    tokenizers.Characters("ab").save(tmp_path / "tokenizer.json")
+    assert datasets.find_corpus(str(tmp_path), "unused").tokenizer == tokenizers.Characters("ab")
+
+
 def test_corpora_that_are_not_there(tmp_path):
     with pytest.raises(DataError, match="is no file or folder, nor one of pydoc, .*: did you mean tinystories?"):
         datasets.find_corpus("tinystory", tmp_path)
