@@ -61,7 +61,7 @@ def test_what_does_not_fit_is_not_written(tmp_path, tokens, end_of_text, version
         (lambda b: b[:500], "truncated: 500 bytes"),
         (lambda b: b[:-1], "do not end where the file does"),
         (lambda b: b + b"\x01x", "do not end where the file does"),
-        (lambda b: b.replace(b"\x02bc", b"\x00bc"), "do not end where the file does"),
+        (lambda b: b.replace(b"\x01a\x02bc", b"\x00\x03abc"), "do not end where the file does"),
         (lambda b: b"\0" + b[1:], "is not an llm.c tokenizer"),
         (lambda b: b[:4] + b"\x03" + b[5:], "20240328, 3 where"),
         (lambda b: b[:4] + b"\x01" + b[5:], "4 tokens with end-of-text 50256 do not fit"),

@@ -92,6 +92,13 @@ def test_blanks_are_cut_only_where_they_have_to_be():
     assert BPE.encode(text) == BPE.encoding.encode_ordinary(text)
 
 
+def test_only_the_long_run_is_cut():
+    pairs = BytePairEncoding("pairs", (*BYTES, b"  "))
+    short, long = [97, 256, 32, 98], [256] * (LONGEST_RUN // 2)
+    text = "a   b" + " " * (2 * LONGEST_RUN + 4) + "\nc"
+    assert pairs.encode(text) == [*short, *long, *long, 256, 256, 10, 99]
+
+
 def test_gpt2(gpt2):
     assert (gpt2.name, gpt2.vocab_size, gpt2.end_of_text) == ("gpt2", 50257, 50256)
     assert gpt2.encode("First Citizen:") == [5962, 22307, 25]

@@ -87,7 +87,7 @@ def test_llm_cs_file_must_hold_a_byte_level_bpe(tmp_path, tokens, end_of_text, m
         '{"name": "x", "tokens": [1]}',
         '{"name": "x", "tokens": ["YQ=="]}',
         '{"name": "x", "tokens": ["?"]}',
-        '{"kind": "bpe", "name": 3, "tokens": []}',
+        '{"kind": "char", "name": 3, "characters": "ab"}',
         '{"kind": "words", "name": "x"}',
         '{"kind": ["bpe"], "name": "x"}',
         '{"name": "char", "characters": "ba"}',
