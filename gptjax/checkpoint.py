@@ -7,6 +7,7 @@ of every array, taken on the device when it was saved: what is restored is what 
 import contextlib
 import dataclasses
 import errno
+import functools
 import os
 import warnings
 from collections.abc import Iterator
@@ -15,19 +16,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jax import lax
 from jaxtyping import Array
 
 from gptjax.errors import CheckpointError
-from gptjax.models.config import GPT2Config
-from gptjax.models.params import Params, init_params, stack, unstack
+from gptjax.formats.lazy import collect
+from gptjax.models.config import DIMENSIONS, GPT2Config
+from gptjax.models.params import Params, stack, unstack
 from gptjax.optim import Optimizer
 from gptjax.steps import TrainState, init_state
 
 PREFIX = "step"
 NOT_DAMAGE = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", os.strerror(errno.EACCES), os.strerror(errno.EMFILE))
-DIMENSIONS = ("num_layers", "num_heads", "channels", "vocab_size", "max_seq_len")
 
 
 class Restored(NamedTuple):
@@ -114,11 +116,13 @@ def restore_newest(folder: Path, cfg: GPT2Config, optimizer: Optimizer) -> Resto
     return None
 
 
-def newest_params(folder: Path) -> tuple[GPT2Config, Params]:
-    """The model and parameters of the newest checkpoint in ``folder``, to look at: nothing is renamed, nothing is skipped.
+def open_newest(folder: Path) -> tuple[GPT2Config, Params]:
+    """The model of the newest checkpoint in ``folder``, and its parameters, each read and verified when it is used.
+
+    Nothing is renamed, nothing is skipped: this is to look at, or to convert.
 
     Raises:
-        CheckpointError: there is none, or it is not as it was saved.
+        CheckpointError: there is none, or (also later, from a tensor) it is not as it was saved.
 
     """
     names = ocp.path.step.standard_name_format(step_prefix=PREFIX, step_format_fixed_length=8)
@@ -126,21 +130,51 @@ def newest_params(folder: Path) -> tuple[GPT2Config, Params]:
     if not found:
         raise CheckpointError(f"{folder} holds no checkpoint")
     path = folder.absolute() / names.build_name(found[-1])
-    try:
-        checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+    checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+    with _read_errors(path):
         info = checkpointer.restore(path, args=ocp.args.Composite(info=ocp.args.JsonRestore())).info
         cfg = GPT2Config(**info["model"])
-        abstract = {"params": _on_device(jax.eval_shape(lambda key: init_params(key, cfg), jax.random.key(0)))}
-        how = ocp.checkpoint_utils.construct_restore_args(abstract)
-        part = ocp.args.PyTreeRestore(item=abstract, restore_args=how, partial_restore=True)
-        params = checkpointer.restore(path, args=ocp.args.Composite(state=part)).state["params"]
-        sums = [int(x) for x in jax.tree.leaves(_checksums(params))]
-        if sums != info["checksums"][: len(sums)]:  # parameters come first in `TrainState`
-            raise ValueError("its checksums do not match")
-    except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
+        tree = ocp.PyTreeCheckpointHandler().metadata(path / "state").tree
+    nothing = jax.tree.map(lambda _: ocp.PLACEHOLDER, tree)
+    parts = [(name, i) for name, tensor in tree["params"].items() for i in range(len(tensor) if _in_layers(tensor) else 1)]
+    order = sorted(parts, key=lambda part: (Params._fields.index(part[0]), part[1]))  # as the checksums were taken
+
+    @functools.lru_cache(1)
+    def leaf(name: str, index: int) -> np.ndarray:
+        with _read_errors(path):
+            wanted = {**nothing, "params": {**nothing["params"]}}
+            among = tree["params"][name]
+            wanted["params"][name] = (
+                [0 if i == index else ocp.PLACEHOLDER for i in range(len(among))] if _in_layers(among) else 0
+            )
+            how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+            args = ocp.args.Composite(state=ocp.args.PyTreeRestore(item=wanted, restore_args=how))
+            restored = checkpointer.restore(path, args=args).state["params"][name]
+            array: np.ndarray = restored[index] if _in_layers(among) else restored
+            if int(_checksums(array)) != info["checksums"][order.index((name, index))]:
+                raise ValueError("its checksums do not match")
+        return array
+
+    def load(name: str, layer: int | None) -> np.ndarray:
+        if layer is None:
+            return leaf(name, 0)[: cfg.vocab_size] if name == "wte" else leaf(name, 0)
+        return leaf(name, layer) if _in_layers(tree["params"][name]) else leaf(name, 0)[layer]
+
+    return cfg, collect(cfg, load)
+
+
+def _in_layers(tensor: Any) -> bool:
+    return isinstance(tensor, list | tuple)
+
+
+@contextlib.contextmanager
+def _read_errors(path: Path) -> Iterator[None]:
+    """Turn whatever Orbax and TensorStore raise for a damaged file into `CheckpointError`."""
+    try:
+        yield
+    except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"checkpoint {path} cannot be read: {reason[:200]}") from error
-    return cfg, params
 
 
 def _on_device(tree: Any) -> Any:

@@ -104,6 +104,8 @@ class Config:
     """Folder in which runs are kept, each under its name; a new run never overwrites an old one, it gets a number."""
     seed: int = 0
     """Seed of the initial parameters, the batches' order, dropout and samples."""
+    init: str | None = None
+    """Weights to start from, in place of random ones: a run, or any model that gptjax.convert reads, as hf:gpt2."""
     resume: str | None = None
     """auto continues the newest run of this name from its last checkpoint, or starts it; a folder continues that run."""
 

@@ -23,11 +23,12 @@ from gptjax.config import Config
 from gptjax.metrics import Display, Meter, MetricsFile, peak_flops
 from gptjax.models.gpt2 import Batch
 from gptjax.models.params import flops_per_token
-from gptjax.optim import StepMetrics
+from gptjax.optim import StepMetrics, init_opt_state
 from gptjax.run import Run, checkpoint_meta, describe, describe_memory, make_folder, restore, sample_text, set_up
 from gptjax.steps import CompiledStep, TrainState
 from gptjax.verify.files import environment, write_report
 from gptjax.verify.model import against_live
+from gptjax.weights import load_weights
 
 PROG = "python -m gptjax.train"
 FAILED = 1  # exit status
@@ -69,9 +70,8 @@ def train(cfg: Config) -> None:
     run = set_up(cfg)
     display = Display(cfg.train.steps)
     display.print(describe(run))
-    init = jax.jit(lambda key: steps.init_state(key, run.model, run.optimizer))
     restored = restore(run) if cfg.resume else None
-    state, done = (restored.state, restored.step) if restored else (init(run.key), 0)  # computed while the step compiles
+    state, done = (restored.state, restored.step) if restored else (initial_state(run), 0)  # computed while the step compiles
     if restored:
         display.print(f"{'resumed':<10} {run.folder} after step {done}")
     if done >= cfg.train.steps:
@@ -82,6 +82,9 @@ def train(cfg: Config) -> None:
     compiled = steps.compile_step(run.model, run.optimizer, cfg.train.backward, state, Batch(ids, ids), run.key)
     display.print(describe_memory(compiled, time.perf_counter() - began))
     make_folder(run)
+    if cfg.init and not done and cfg.train.eval_every:
+        loss = steps.evaluate(steps.make_eval_loss(run.model), state.params, run.val)
+        display.print(f"{'init':<10} {cfg.init}, val loss {loss:.4f}")
     with contextlib.ExitStack() as cleanup:
         stop = cleanup.enter_context(stop_signals())  # first in, so last out: until everything is on disk
         metrics_file = cleanup.enter_context(contextlib.closing(MetricsFile(run.folder / "metrics.jsonl", done)))
@@ -93,6 +96,19 @@ def train(cfg: Config) -> None:
     if stop and done < cfg.train.steps:
         display.print(f"stopped by {stop[0]} after step {done}; go on with --resume auto")
     display.print(f"saved in {run.folder}")
+
+
+def initial_state(run: Run) -> TrainState:
+    """Random parameters, or those that ``init`` names, and a fresh optimizer.
+
+    Raises:
+        GptjaxError: the weights cannot be had, or are of other dimensions.
+
+    """
+    if not run.cfg.init:
+        return jax.jit(lambda key: steps.init_state(key, run.model, run.optimizer))(run.key)
+    _, params = load_weights(run.cfg.init, run.model)
+    return TrainState(params, jax.jit(lambda p: init_opt_state(run.optimizer, p))(params))
 
 
 def fit(

@@ -1,53 +1,161 @@
-"""Parameters from wherever they are kept: a run of ours, or a file of another program."""
+"""Weights from wherever they are kept, to wherever they should go."""
 
-import dataclasses
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 
-from gptjax.checkpoint import DIMENSIONS, newest_params
-from gptjax.errors import CheckpointError, FormatError
-from gptjax.formats import llmc
-from gptjax.models.config import GPT2Config
-from gptjax.models.params import Params, stack, unstack
+from gptjax import tokenizers
+from gptjax.checkpoint import open_newest
+from gptjax.errors import CheckpointError, FormatError, GptjaxError
+from gptjax.formats import hf, hf_tokenizer, llmc, safetensors
+from gptjax.formats.lazy import tensor_of
+from gptjax.models.config import DIMENSIONS, GPT2Config
+from gptjax.models.params import Block, Params
+from gptjax.tokenizers import BytePairEncoding, Tokenizer
+
+Format = Literal["hf", "llmc", "safetensors"]
+HUB = "hf:"
+HUB_FILES = ["config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer.json"]
+TENSORFLOW, PICKLED = (".index", ".meta", ".ckpt"), (".pt", ".pth", ".pkl", ".ckpt", ".bin")
 
 
-def load_weights(path: Path, cfg: GPT2Config | None = None) -> tuple[GPT2Config, Params]:
-    """Parameters in float32, in the layout of the configuration that comes with them.
+class Source(NamedTuple):
+    """A model where it lies."""
+
+    format: str
+    """What it is, in words."""
+    cfg: GPT2Config
+    params: Params
+    """`gptjax.formats.lazy.LazyTensor`s in the unrolled layout."""
+    tokenizer: Tokenizer | None
+
+
+def open_weights(where: str) -> Source:
+    """Find out what something is, and open it; no tensor is read yet.
 
     Args:
-        path: folder of a run or of its checkpoints, of which the newest counts, or an llm.c model file.
+        where: the folder of a run or of its checkpoints, of which the newest counts; a Hugging Face GPT-2 folder; an llm.c
+            model ``.bin``; safetensors in our own names; or ``hf:NAME``, a model on the Hugging Face hub, which is fetched
+            unless the hub's cache has it.
+
+    Raises:
+        CheckpointError: there is nothing there, or a run without checkpoints.
+        FormatError: it is damaged, or in a format that is not read.
+
+    """
+    if where.startswith(HUB):
+        return open_weights(str(_from_hub(where.removeprefix(HUB))))._replace(format=f"{hf.KIND} {where}")
+    path = Path(where)
+    if not path.exists():
+        raise CheckpointError(
+            f"{where} does not exist: name a run, a Hugging Face folder, an llm.c model .bin, a .safetensors, or {HUB}NAME"
+        )
+    if path.is_dir() and (path / hf.CONFIG_FILE).exists():
+        return Source(hf.KIND, *hf.read_model(path), _tokenizer(path / "tokenizer.json", hf_tokenizer.read))
+    if path.is_dir():
+        folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+        return Source("gptjax run", *open_newest(folder), _tokenizer(folder.parent / tokenizers.FILE, tokenizers.load))
+    if llmc.is_model(path):
+        return Source(llmc.MODEL, *llmc.read_model(path), None)
+    if safetensors.is_model(path):
+        return Source("gptjax safetensors", *safetensors.read_model(path), None)
+    raise FormatError(f"{path} is in no format that is known here" + _why_not(path))
+
+
+def _why_not(path: Path) -> str:
+    if path.suffix in TENSORFLOW:
+        return ": a TensorFlow checkpoint, maybe, which is not read; the same weights are to be had with hf:gpt2"
+    if path.suffix in PICKLED:
+        return ": a PyTorch pickle, maybe, which can run any code and is not read; save it as safetensors"
+    return ": a run's folder, a Hugging Face folder, an llm.c model .bin or safetensors is expected"
+
+
+def _tokenizer(path: Path, read: Callable[[Path], Tokenizer]) -> Tokenizer | None:
+    """Weights are of use without their tokenizer."""
+    try:
+        return read(path) if path.exists() else None
+    except GptjaxError:
+        return None
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except (LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{HUB}{name} is not in the Hugging Face cache, nor to be downloaded ({reason}): go online once, "
+            f"or download its {', '.join(HUB_FILES[:2])} elsewhere and name their folder"
+        ) from error
+
+
+def load_weights(where: str, cfg: GPT2Config | None = None) -> tuple[GPT2Config, Params]:
+    """Parameters in float32, padded, in the layout of the configuration that comes with them.
+
+    Args:
+        where: see `open_weights`.
         cfg: how to compute; its dimensions must be those of the parameters. None takes them from there.
 
     Returns:
-        ``cfg``, or a configuration of the parameters' dimensions, and the parameters.
+        ``cfg``, or the configuration found, and the parameters.
 
     Raises:
         CheckpointError: there is nothing of the kind, or its dimensions are not those of ``cfg``.
         FormatError: a damaged or unknown file.
 
     """
-    if path.is_dir():
-        found, params = newest_params(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
-    elif path.is_file():
-        if not llmc.is_model(path):
-            raise FormatError(f"{path} is in no format that is known here: a run's folder or an llm.c model .bin is expected")
-        found, params = llmc.read_model(path)
-        found = dataclasses.replace(found, layers="scan")
-    else:
-        raise CheckpointError(f"{path} does not exist: name the folder of a run or an llm.c model .bin")
+    source = open_weights(where)
+    found = source.cfg
     for name in DIMENSIONS if cfg else ():
         if getattr(found, name) != getattr(cfg, name):
             raise CheckpointError(
-                f"{path} has model.{name} {getattr(found, name)}, not {getattr(cfg, name)}: give it that value"
+                f"{where} has model.{name} {getattr(found, name)}, not {getattr(cfg, name)}: give it that value"
             )
     cfg = cfg or found
-    return cfg, _in_layout(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params), found.layers, cfg.layers)
+
+    def load(name: str) -> Any:
+        if name not in Block._fields:
+            array = tensor_of(source.params, name, None, found)
+            rows = found.padded_vocab_size - found.vocab_size if name == "wte" else 0
+            return jnp.asarray(np.pad(array, ((0, rows), (0, 0))) if rows else array, jnp.float32)
+        layers = [jnp.asarray(tensor_of(source.params, name, layer, found), jnp.float32) for layer in range(found.num_layers)]
+        return tuple(layers) if cfg.layers == "unroll" else jnp.stack(layers)
+
+    return cfg, Params(*map(load, Params._fields))
 
 
-def _in_layout(params: Params, layers: str, wanted: str) -> Any:
-    if layers == wanted:
-        return params
-    return unstack(params) if wanted == "unroll" else stack(params)
+def write_weights(source: Source, path: Path, to: Format, dtype: np.dtype) -> None:
+    """Write a model tensor by tensor; it appears under its name once it is whole.
+
+    Args:
+        source: what to write.
+        path: a folder for ``hf``, else a file.
+        to: ``hf``: a folder for ``transformers``; ``llmc``: version 3 in float32, 5 in bfloat16; ``safetensors``: our names.
+        dtype: float32 or bfloat16.
+
+    """
+    if to == "llmc":
+        llmc.write_model(path, source.params, source.cfg, 3 if dtype == np.float32 else 5)
+    elif to == "safetensors":
+        safetensors.write_model(path, source.params, source.cfg, dtype)
+    else:
+        known = source.tokenizer
+        end = known.end_of_text if known else None
+
+        def extra(into: Path) -> None:
+            if isinstance(known, BytePairEncoding):
+                hf_tokenizer.write(into, known)
+
+        hf.write_model(path, source.params, source.cfg, dtype, end, extra)
+
+
+def dtype_of(source: Source) -> np.dtype:
+    """The widest dtype of the model's tensors: bfloat16, or float32 for everything else."""
+    kinds = {np.asarray(t).dtype for t in (source.params.lnfw, source.params.wpe)}
+    return np.dtype(jnp.bfloat16) if kinds == {np.dtype(jnp.bfloat16)} else np.dtype(np.float32)

@@ -17,15 +17,14 @@ from gptjax.datasets.prepare import (
     encode,
     folder_name,
     id_dtype,
-    make_folder,
     make_tokenizer,
     prepare_text,
     write_corpus,
 )
 from gptjax.datasets.text import Piece, pieces
 from gptjax.download import TIMEOUT_S, fetch
+from gptjax.durable import write_folder, write_whole
 from gptjax.errors import DataError
-from gptjax.formats.binary import write_whole
 from gptjax.formats.token_shards import open_shard, write_shard
 from gptjax.tokenizers import Tokenizer
 
@@ -118,7 +117,7 @@ def tinyshakespeare(wanted: Wanted) -> Path:
             write_shard(into / f"tiny_shakespeare_{split}.bin", [part], id_dtype(tokenizer))
         tokenizer.save(into / TOKENIZER_FILE)
 
-    return make_folder(folder, write)
+    return write_folder(folder, write)
 
 
 def shakespeare_char(wanted: Wanted) -> Path:

@@ -5,8 +5,6 @@ import hashlib
 import itertools
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +14,7 @@ import numpy as np
 
 from gptjax import tokenizers
 from gptjax.datasets.text import Piece, pieces
+from gptjax.durable import write_folder
 from gptjax.errors import DataError
 from gptjax.formats.token_shards import write_shard
 from gptjax.progress import progress
@@ -177,7 +176,7 @@ def write_corpus(
         tokenizer.save(into / TOKENIZER_FILE)
         (into / SOURCE_FILE).write_text(json.dumps(source, indent=1))
 
-    return make_folder(folder, write)
+    return write_folder(folder, write)
 
 
 def write_shards(into: Path, split: str, ids: Iterable[np.ndarray], dtype: np.dtype) -> None:
@@ -203,23 +202,6 @@ def _numbered(ids: Iterable[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
             yield position // SHARD_TOKENS, array[:room]
             position += min(room, array.size)
             array = array[room:]
-
-
-def make_folder(folder: Path, write: Callable[[Path], None]) -> Path:
-    """Let ``write`` fill a temporary folder, then give it its name: a folder that exists is complete."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        write(partial)
-        partial.chmod(0o755)
-        try:
-            partial.rename(folder)
-        except OSError:
-            if not folder.exists():  # else another process made the same folder meanwhile
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return folder
 
 
 def _counted(text: Iterable[Piece], advance: Callable[[int], None]) -> Iterator[Piece]:

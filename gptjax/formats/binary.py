@@ -1,14 +1,13 @@
 """What llm.c's files share: a header of 256 little-endian int32, then numbers without gaps up to the end of the file."""
 
-import contextlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
-from gptjax.errors import FormatError, naming
+from gptjax.durable import write_whole
+from gptjax.errors import FormatError
 
 HEADER_BYTES = 1024
 
@@ -57,17 +56,3 @@ def write_file(path: str | os.PathLike[str], header: Sequence[int], arrays: Iter
         file.write(padded.tobytes())
         for array in arrays:
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-
-
-@contextlib.contextmanager
-def write_whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that gets its name once it is whole and on disk; if the block fails, nothing remains."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with naming(path), partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -26,6 +26,7 @@ import numpy as np
 
 from gptjax.errors import ConfigError, FormatError
 from gptjax.formats.binary import HEADER_BYTES, check_size, read_header, write_file
+from gptjax.formats.lazy import collect, tensor_names, tensor_of
 from gptjax.models.config import GPT2Config
 from gptjax.models.params import Params, param_shapes
 
@@ -58,7 +59,7 @@ def is_model(path: Path) -> bool:
 
 
 def read_model(path: str | os.PathLike[str]) -> tuple[GPT2Config, Params]:
-    """The model's dimensions, and its tensors, stacked over the layers, float32 or as memory-mapped.
+    """The model's dimensions, and its tensors, which stay in the file until they are used.
 
     Raises:
         FormatError: not such a file: wrong magic, version, a field out of range, or another size than they imply.
@@ -87,12 +88,17 @@ def read_model(path: str | os.PathLike[str]) -> tuple[GPT2Config, Params]:
     shapes = _shapes(cfg, padded)
     sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True)]
     check_size(path, MODEL, size, HEADER_BYTES + sum(sizes), f"{num_layers} layers of {channels} channels in version {version}")
-    tensors: list[np.ndarray] = []
+    tensors: dict[str, np.ndarray] = {}
     offset = HEADER_BYTES
-    for shape, dtype, nbytes in zip(shapes, dtypes, sizes, strict=True):
-        tensors.append(np.memmap(path, dtype, "r", offset, shape))
+    for name, shape, dtype, nbytes in zip(Params._fields, shapes, dtypes, sizes, strict=True):
+        tensors[name] = np.memmap(path, dtype, "r", offset, shape)
         offset += nbytes
-    return cfg, _from_file(tensors, cfg)
+
+    def load(name: str, layer: int | None) -> np.ndarray:
+        array = tensors[name] if layer is None else tensors[name][layer]
+        return array.T if name in TRANSPOSED else array[:vocab_size] if name == "wte" else array
+
+    return cfg, collect(cfg, load)
 
 
 def write_model(path: str | os.PathLike[str], params: Params, cfg: GPT2Config, version: int = 3) -> None:
@@ -100,7 +106,7 @@ def write_model(path: str | os.PathLike[str], params: Params, cfg: GPT2Config, v
 
     Args:
         path: the file; it appears whole or not at all.
-        params: in either layout.
+        params: in either layout, with or without pad rows.
         cfg: their dimensions.
         version: 3 or 5.
 
@@ -113,7 +119,7 @@ def write_model(path: str | os.PathLike[str], params: Params, cfg: GPT2Config, v
         raise ValueError(f"version 3 or 5 can be written, not {version}")
     sizes = cfg.max_seq_len, cfg.vocab_size, cfg.num_layers, cfg.num_heads, cfg.channels, cfg.padded_vocab_size
     dtype = FLOAT32 if version == 3 else BFLOAT16
-    write_file(path, [MODEL_MAGIC, version, *sizes], _to_file(params, dtype, cfg.padded_vocab_size))
+    write_file(path, [MODEL_MAGIC, version, *sizes], _to_file(params, dtype, cfg.padded_vocab_size, cfg))
 
 
 def read_debug_state(path: str | os.PathLike[str], cfg: GPT2Config) -> DebugState:
@@ -166,7 +172,7 @@ def write_debug_state(path: str | os.PathLike[str], state: DebugState, cfg: GPT2
         yield np.asarray(state.targets, "<i4")
         yield np.asarray(state.logits, FLOAT32)
         yield np.asarray([state.loss], FLOAT32)
-        yield from _to_file(state.grads, FLOAT32, cfg.vocab_size if version == 1 else cfg.padded_vocab_size)
+        yield from _to_file(state.grads, FLOAT32, cfg.vocab_size if version == 1 else cfg.padded_vocab_size, cfg)
 
     write_file(path, [STATE_MAGIC, version, *state.inputs.shape], arrays())
 
@@ -185,13 +191,10 @@ def _from_file(tensors: list[np.ndarray], cfg: GPT2Config) -> Params:
     return params._replace(wte=np.pad(rows, ((0, cfg.padded_vocab_size - cfg.vocab_size), (0, 0))))
 
 
-def _to_file(params: Params, dtype: Any, rows: int) -> Iterator[np.ndarray]:
-    """Each tensor, layer by layer where it has layers, as the file has it."""
-    for name, tensor in params._asdict().items():
+def _to_file(params: Params, dtype: Any, rows: int, cfg: GPT2Config) -> Iterator[np.ndarray]:
+    """Each tensor, layer by layer where it has layers, as the file has it; its token embedding has ``rows`` rows."""
+    for name, layer, _ in tensor_names(cfg):
+        tensor = tensor_of(params, name, layer, cfg).astype(dtype, copy=False)
+        yield tensor.T if name in TRANSPOSED else tensor
         if name == "wte":
-            yield np.asarray(tensor[:rows]).astype(dtype)
-        elif name in TRANSPOSED:
-            for layer in tensor:
-                yield np.asarray(layer).T.astype(dtype)
-        else:
-            yield from (np.asarray(part).astype(dtype) for part in (tensor if isinstance(tensor, tuple) else [tensor]))
+            yield np.zeros((rows - cfg.vocab_size, cfg.channels), dtype)

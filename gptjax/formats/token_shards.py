@@ -21,8 +21,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from gptjax.durable import write_whole
 from gptjax.errors import DataError, FormatError
-from gptjax.formats.binary import HEADER_BYTES, check_size, read_header, write_whole
+from gptjax.formats.binary import HEADER_BYTES, check_size, read_header
 
 
 class Flavour(NamedTuple):

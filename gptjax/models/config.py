@@ -13,6 +13,7 @@ PRESETS = {  # num_layers, num_heads, channels
     "774m": (36, 20, 1280),
     "1558m": (48, 25, 1600),
 }
+DIMENSIONS = ("num_layers", "num_heads", "channels", "vocab_size", "max_seq_len")  # what makes weights fit
 VOCAB_MULTIPLE = 128
 SHORT_SEQUENCE = 256  # up to here materialised attention was the faster one on CPU; at 512 blockwise was
 

@@ -49,7 +49,7 @@ class VerifyConfig(Config):
     """autodiff; finite-difference; or an llm.c debug state file, whose tokens then are the batch (give its model as
     checkpoint)."""
     checkpoint: str | None = None
-    """Parameters: folder of a run, or an llm.c model file; without it, initial ones with noise."""
+    """Parameters: a run, or any model that gptjax.convert reads; without it, initial ones with noise."""
     batch: Literal["random", "corpus"] = "random"
     """Tokens: random ones, or the first training batch of data.dataset."""
     layers: bool = False
@@ -126,7 +126,7 @@ def make_subject(cfg: VerifyConfig) -> tuple[Subject, llmc.DebugState | None, di
     resolved = settings.resolve(platform_name(), seq_len)
     key = jax.random.key(cfg.seed)
     if cfg.checkpoint:
-        _, params = load_weights(Path(cfg.checkpoint), resolved)
+        _, params = load_weights(cfg.checkpoint, resolved)
     else:
         params = jax.jit(lambda: model.noisy_params(key, resolved))()
     if state:

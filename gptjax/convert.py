@@ -1,0 +1,132 @@
+"""Convert a model: ``python -m gptjax.convert SRC DST``, or say what a file is: ``python -m gptjax.convert SRC --inspect``.
+
+SRC is a run (its newest checkpoint), a Hugging Face GPT-2 folder, an llm.c model ``.bin``, safetensors in our names, or
+``hf:NAME`` on the hub. DST becomes an llm.c model if it ends in ``.bin``, safetensors in our names if it ends in
+``.safetensors``, else a Hugging Face folder. ``--inspect`` also knows token shards, debug states and tokenizers.
+"""
+
+import hashlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gptjax import cli, tokenizers
+from gptjax.errors import ConfigError, FormatError
+from gptjax.formats import llmc, llmc_tokenizer
+from gptjax.formats.binary import HEADER_BYTES, read_header
+from gptjax.formats.lazy import tensor_names
+from gptjax.formats.safetensors import DTYPES
+from gptjax.formats.token_shards import open_shard
+from gptjax.metrics import human_bytes
+from gptjax.models.params import num_params
+from gptjax.weights import Format, Source, dtype_of, open_weights, write_weights
+
+PROG = "python -m gptjax.convert"
+NAMES = {"float32": "F32", "bfloat16": "BF16"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Returns the exit status 0; bad input raises SystemExit(2)."""
+    parser = cli.Parser(prog=PROG, description=__doc__)
+    parser.add_argument("source", type=str, help="what to convert")
+    parser.add_argument("destination", type=str | None, nargs="?", help="file or folder to write; must not exist")
+    parser.add_argument("--to", choices=["hf", "llmc", "safetensors"], help="format to write, in place of what DST's name says")
+    parser.add_argument("--dtype", choices=list(NAMES), help="of what is written; by default as it is")
+    parser.add_argument("--inspect", action="store_true", help="say what SRC is, and end")
+    with cli.reported_errors(PROG):
+        cli.quiet_libraries()
+        args: Any = parser.parse_args(argv)
+        if args.inspect:
+            print(inspect(args.source))
+            return 0
+        if args.destination is None:
+            raise ConfigError("name what to write, too, or give --inspect")
+        convert(args.source, Path(args.destination), args.to, args.dtype)
+    return 0
+
+
+def convert(where: str, destination: Path, to: Format | None, dtype: str | None) -> None:
+    """Convert, and say what came of it.
+
+    Raises:
+        ConfigError: the destination exists, or its folder does not.
+        GptjaxError: the source cannot be read.
+
+    """
+    if destination.exists():
+        raise ConfigError(f"{destination} exists already: name another place, or remove it")
+    if not destination.absolute().parent.is_dir():
+        raise ConfigError(f"{destination} cannot be written: there is no folder {destination.absolute().parent}")
+    source = open_weights(where)
+    chosen = DTYPES[NAMES[dtype]] if dtype else dtype_of(source)
+    suffixes: dict[str, Format] = {".bin": "llmc", ".safetensors": "safetensors"}
+    write_weights(source, destination, to or suffixes.get(destination.suffix, "hf"), chosen)
+    print(describe(source))
+    for path in sorted(destination.iterdir()) if destination.is_dir() else [destination]:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        print(f"{'wrote':<10} {path}, {path.stat().st_size:,} bytes, sha256 {digest}")
+
+
+def describe(source: Source) -> str:
+    """A model in a few lines."""
+    cfg, dtype = source.cfg, dtype_of(source)
+    sizes = f"{cfg.num_layers} layers, {cfg.num_heads} heads, {cfg.channels} channels"
+    lines = {
+        "format": source.format,
+        "model": f"{num_params(cfg):,} parameters, {sizes}, vocabulary {cfg.vocab_size}, {cfg.max_seq_len} positions",
+        "tensors": f"{len(list(tensor_names(cfg)))}, {dtype}, {human_bytes(dtype.itemsize * num_params(cfg))}",
+        "tokenizer": f"{source.tokenizer.vocab_size} ids" if source.tokenizer else "none",
+    }
+    return "\n".join(f"{name:<10} {value}" for name, value in lines.items())
+
+
+def inspect(where: str) -> str:
+    """What a file or folder is, of everything that the project reads.
+
+    Raises:
+        GptjaxError: it is not there, damaged, or nothing that is known.
+
+    """
+    path = Path(where)
+    if path.is_file():
+        with path.open("rb") as file:
+            magic = int.from_bytes(file.read(4), "little")
+        known: dict[int, Callable[[Path], str]] = {
+            llmc.STATE_MAGIC: _debug_state,
+            llmc_tokenizer.MAGIC: _tokenizer,
+            20240520: _shard,
+            20240801: _shard,
+        }
+        if magic in known:
+            return known[magic](path)
+        if path.suffix == ".json":
+            return _tokenizer(path)
+    try:
+        return describe(open_weights(where))
+    except FormatError as error:
+        if not path.is_file() or path.suffix != ".bin" or "in no format" not in str(error):
+            raise
+        return _shard(path)
+
+
+def _shard(path: Path) -> str:
+    ids = open_shard(path).tokens
+    kind = "" if path.stat().st_size == ids.nbytes + HEADER_BYTES else " without a header"
+    shown = " ".join(map(str, ids[:8].tolist()))
+    return f"{'format':<10} token shard{kind}\n{'tokens':<10} {ids.size:,}, {ids.dtype}, the first {shown}"
+
+
+def _debug_state(path: Path) -> str:
+    (_, version, B, T, *_), size = read_header(path, llmc.STATE)
+    return f"{'format':<10} {llmc.STATE}, version {version}\n{'batch':<10} {B} x {T} tokens\n{'size':<10} {size:,} bytes"
+
+
+def _tokenizer(path: Path) -> str:
+    found = tokenizers.find(str(path))
+    return f"{'format':<10} tokenizer\n{'vocabulary':<10} {found.vocab_size} ids, end-of-text {found.end_of_text}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

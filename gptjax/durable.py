@@ -1,0 +1,42 @@
+"""Files and folders that appear whole under their name, or not at all."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from gptjax.errors import naming
+
+
+@contextlib.contextmanager
+def write_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that gets its name once it is whole and on disk; if the block fails, nothing remains."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with naming(path), partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:
+    """Let ``write`` fill a temporary folder, then give it its name: a folder that exists is complete."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        write(partial)
+        partial.chmod(0o755)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another process made the same folder meanwhile
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
