@@ -32,6 +32,12 @@ def make_state(params=None):
     return llmc.DebugState(ids, ids[::-1].copy(), logits, 2.5, params or make_params())
 
 
+def loaded(params: Params) -> Params:
+    """Tensors of a file, read, stacked, and padded as those in use are."""
+    found = stack(jax.tree.map(np.asarray, params))
+    return found._replace(wte=np.pad(found.wte, ((0, 128 - len(found.wte)), (0, 0))))
+
+
 def assert_same(ours: Params, theirs: Params):
     for name, a, b in zip(Params._fields, ours, theirs, strict=True):
         np.testing.assert_array_equal(a, b, err_msg=name)
@@ -68,7 +74,7 @@ def test_what_is_written_is_read_back(tmp_path):
     llmc.write_model(tmp_path / "m.bin", make_params(), CFG)
     cfg, params = llmc.read_model(tmp_path / "m.bin")
     assert (cfg.num_layers, cfg.num_heads, cfg.channels, cfg.vocab_size, cfg.max_seq_len) == (2, 2, 8, 11, 12)
-    assert_same(params, make_params())
+    assert_same(loaded(params), make_params())
     assert llmc.is_model(tmp_path / "m.bin")
     assert [p.name for p in tmp_path.iterdir()] == ["m.bin"]
 
@@ -76,7 +82,7 @@ def test_what_is_written_is_read_back(tmp_path):
 def test_bfloat16_is_rounded_once(tmp_path):
     llmc.write_model(tmp_path / "m.bin", make_params(), CFG, version=5)
     _, params = llmc.read_model(tmp_path / "m.bin")
-    assert_same(params, jax.tree.map(lambda x: np.asarray(jnp.asarray(x).astype(jnp.bfloat16)), make_params()))
+    assert_same(loaded(params), jax.tree.map(lambda x: np.asarray(jnp.asarray(x).astype(jnp.bfloat16)), make_params()))
 
 
 def as_version(version: int) -> bytes:
@@ -97,8 +103,8 @@ def as_version(version: int) -> bytes:
 def test_versions_that_are_only_read(tmp_path, version):
     (tmp_path / "m.bin").write_bytes(as_version(version))
     _, params = llmc.read_model(tmp_path / "m.bin")
-    assert params.wte.shape == (128, 8)
-    assert (params.wte[11:] == 0).all()
+    assert params.wte.shape == (11, 8)
+    params = loaded(params)
     np.testing.assert_array_equal(params.ln1w, make_params().ln1w)
     np.testing.assert_allclose(np.asarray(params.fcw, np.float32), make_params().fcw, rtol=0 if version == 1 else 2**-8)
 
@@ -200,7 +206,7 @@ def test_any_damage_to_header_or_length_loads_or_is_refused(tmp_path_factory, po
         assert str(path) in refused
     else:
         assert cut == 0
-        assert all(np.isfinite(np.asarray(t, np.float32)).all() for t in params)
+        assert all(np.isfinite(np.asarray(t, np.float32)).all() for t in jax.tree.leaves(params))
 
 
 def test_initial_parameters_of_either_layout_give_the_same_file(tmp_path):

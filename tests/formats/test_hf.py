@@ -1,0 +1,151 @@
+"""Folders in Hugging Face's layout, made here by hand; tests/test_parity.py has `transformers` itself read and write them."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from gptjax.errors import FormatError
+from gptjax.formats import hf
+from gptjax.formats.lazy import tensor_names, tensor_of
+from tests.models import tiny
+
+CFG = tiny.config(dtype="float32")
+PARAMS = tiny.params(CFG, jnp.float32)
+FLOAT32 = np.dtype("<f4")
+
+
+def write(folder, dtype=FLOAT32):
+    hf.write_model(folder, PARAMS, CFG, dtype, None, lambda into: None)
+    return folder
+
+
+def assert_is_params(found):
+    for name, layer, _ in tensor_names(CFG):
+        np.testing.assert_array_equal(tensor_of(found, name, layer, CFG), tensor_of(PARAMS, name, layer, CFG))
+
+
+def edit(folder, change_tensors=lambda t: None, **fields):
+    """Change some of a folder's tensors and of its config's fields; None removes a field."""
+    tensors = safetensors.numpy.load_file(folder / hf.MODEL_FILE)
+    change_tensors(tensors)
+    safetensors.numpy.save_file(tensors, folder / hf.MODEL_FILE, {"format": "pt"})
+    config = json.loads((folder / hf.CONFIG_FILE).read_text()) | fields
+    (folder / hf.CONFIG_FILE).write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    cfg, found = hf.read_model(write(tmp_path / "m"))
+    assert (cfg.num_layers, cfg.num_heads, cfg.channels, cfg.vocab_size, cfg.max_seq_len) == (2, 2, 8, 11, 12)
+    assert_is_params(found)
+
+
+def test_names_are_transformers(tmp_path):
+    tensors = safetensors.numpy.load_file(write(tmp_path / "m") / hf.MODEL_FILE)
+    assert len(tensors) == 12 * 2 + 4
+    np.testing.assert_array_equal(tensors["transformer.h.1.mlp.c_fc.weight"], PARAMS.fcw[1])  # (in, out), as ours
+    np.testing.assert_array_equal(tensors["transformer.h.0.attn.c_attn.bias"], PARAMS.qkvb[0])
+    np.testing.assert_array_equal(tensors["transformer.ln_f.weight"], PARAMS.lnfw)
+    np.testing.assert_array_equal(tensors["transformer.wte.weight"], PARAMS.wte[:11])
+
+
+def test_the_hubs_own_files(tmp_path):
+    """Without the prefix, with causal masks, and with the head that is the token embedding once more."""
+    folder = write(tmp_path / "m")
+
+    def change(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix(hf.PREFIX)] = tensors.pop(name)
+        for layer in range(2):
+            tensors[f"h.{layer}.attn.bias"] = np.tril(np.ones((1, 1, 12, 12), np.float32))
+            tensors[f"h.{layer}.attn.masked_bias"] = np.float32([-1e4])
+        tensors["lm_head.weight"] = tensors["wte.weight"]
+
+    edit(folder, change, n_positions=None)  # n_ctx remains
+    assert_is_params(hf.read_model(folder)[1])
+
+
+def shard(folder):
+    """Cut the one file into two, with an index."""
+    tensors = safetensors.numpy.load_file(folder / hf.MODEL_FILE)
+    (folder / hf.MODEL_FILE).unlink()
+    names = sorted(tensors)
+    places = {}
+    for number, part in enumerate((names[:9], names[9:]), 1):
+        place = f"model-{number:05d}-of-00002.safetensors"
+        safetensors.numpy.save_file({name: tensors[name] for name in part}, folder / place)
+        places |= dict.fromkeys(part, place)
+    (folder / hf.INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return places
+
+
+def test_several_files(tmp_path):
+    folder = write(tmp_path / "m")
+    shard(folder)
+    assert_is_params(hf.read_model(folder)[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p.update({"transformer.wpe.weight": "../secret.safetensors"}), "names the file '../secret.safetensors'"),
+        (lambda p: p.update({"transformer.wpe.weight": "none.safetensors"}), "which is not in"),
+        (lambda p: p.update({"transformer.wpe.weight": p["transformer.h.0.attn.c_attn.bias"]}), "which model.*says is in it"),
+        (lambda p: p.pop("transformer.wpe.weight"), "lacks the tensor transformer.wpe.weight"),
+        (lambda p: p.update({"x": 3}), "has no weight_map"),
+    ],
+)
+def test_an_index_that_lies(tmp_path, change, message):
+    folder = write(tmp_path / "m")
+    places = shard(folder)
+    change(places)
+    (folder / hf.INDEX_FILE).write_text(json.dumps({"weight_map": places}))
+    with pytest.raises(FormatError, match=message):
+        hf.read_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "llama"}, "has model_type 'llama', but this GPT-2 has 'gpt2'"),
+        ({"activation_function": "gelu"}, "has activation_function 'gelu'"),
+        ({"layer_norm_epsilon": 1e-6}, "has layer_norm_epsilon 1e-06"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "has scale_attn_by_inverse_layer_idx True"),
+        ({"n_inner": 99}, "has n_inner 99, but this GPT-2 has 4 n_embd, 32"),
+        ({"n_head": 3}, "is of a model that cannot be"),
+        ({"n_layer": "two"}, "has no usable n_layer: 'two'"),
+        ({"n_embd": 2**40}, "has no usable n_embd"),
+        ({"n_layer": 3}, r"lacks the tensor transformer\.h\.2\.ln_1\.weight"),
+        ({"n_layer": 1}, r"tensors that this model does not have: transformer\.h\.1"),
+        ({"vocab_size": 12}, r"wte\.weight has the shape \[11, 8\], but \[12, 8\] is expected"),
+    ],
+)
+def test_a_model_that_is_not_this_one_is_refused_by_field(tmp_path, fields, message):
+    folder = write(tmp_path / "m")
+    edit(folder, **fields)
+    with pytest.raises(FormatError, match=message):
+        hf.read_model(folder)
+
+
+def test_a_head_of_its_own_is_refused(tmp_path):
+    folder = write(tmp_path / "m")
+    edit(folder, lambda t: t.update({"lm_head.weight": t["transformer.wte.weight"] + 1}))
+    with pytest.raises(FormatError, match=r"lm_head\.weight differs from the token embedding"):
+        hf.read_model(folder)
+
+
+def test_pickles_are_not_read(tmp_path):
+    folder = write(tmp_path / "m")
+    (folder / hf.MODEL_FILE).rename(folder / "pytorch_model.bin")
+    with pytest.raises(FormatError, match=r"pytorch_model\.bin is a pickle, which can run any code and is not read"):
+        hf.read_model(folder)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"n_layer": ', "\ud800".encode("utf-8", "surrogatepass")])
+def test_a_damaged_config(tmp_path, content):
+    folder = write(tmp_path / "m")
+    (folder / hf.CONFIG_FILE).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(FormatError, match=r"config\.json is not"):
+        hf.read_model(folder)

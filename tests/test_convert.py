@@ -1,0 +1,172 @@
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax import tokenizers
+from gptjax.checkpoint import CheckpointWriter
+from gptjax.convert import main
+from gptjax.formats import llmc, llmc_tokenizer
+from gptjax.formats.lazy import collect, tensor_names
+from gptjax.formats.token_shards import write_shard
+from gptjax.optim import OptimConfig, make_optimizer
+from gptjax.steps import init_state
+from gptjax.weights import load_weights
+from tests.conftest import ROOT
+from tests.models import tiny
+
+CFG = tiny.config(dtype="float32")
+BPE = tokenizers.train_bpe(["the cat sat on the mat"] * 9, 262, "cats")
+
+
+@pytest.fixture
+def model(tmp_path):
+    """An llm.c model, version 3."""
+    path = tmp_path / "model.bin"
+    llmc.write_model(path, tiny.params(CFG, jnp.float32), CFG)
+    return path
+
+
+@pytest.fixture(params=["unroll", "scan"])
+def run(tmp_path, request):
+    """The folder of a run, with its tokenizer."""
+    cfg = tiny.config(dtype="float32", layers=request.param, vocab_size=262)
+    optimizer = make_optimizer(OptimConfig(), 10)
+    writer = CheckpointWriter(tmp_path / "run" / "checkpoints", keep=1)
+    writer.save(3, init_state(jax.random.key(3), cfg, optimizer), cfg, {})
+    writer.close()
+    BPE.save(tmp_path / "run" / "tokenizer.json")
+    return tmp_path / "run"
+
+
+def convert(*args):
+    assert main([str(arg) for arg in args]) == 0
+
+
+@pytest.mark.parametrize("through", ["hf", "m.safetensors"])
+def test_round_trips_give_the_same_bytes(model, tmp_path, through):
+    convert(model, tmp_path / through)
+    convert(tmp_path / through, tmp_path / "back.bin")
+    assert (tmp_path / "back.bin").read_bytes() == model.read_bytes()
+
+
+@pytest.mark.parametrize("through", ["hf", "m.safetensors"])
+def test_sixteen_bits_survive_thirty_two(model, tmp_path, through):
+    convert(model, tmp_path / "half.bin", "--dtype", "bfloat16")
+    convert(tmp_path / "half.bin", tmp_path / through)
+    convert(tmp_path / through, tmp_path / "whole.bin", "--dtype", "float32")
+    convert(tmp_path / "whole.bin", tmp_path / "back.bin", "--dtype", "bfloat16")
+    assert (tmp_path / "back.bin").read_bytes() == (tmp_path / "half.bin").read_bytes()
+
+
+def test_a_run_goes_to_every_format_and_starts_another(run, tmp_path, capsys):
+    _, params = load_weights(str(run))
+    for name in ("hf", "m.safetensors", "m.bin"):
+        convert(run, tmp_path / name)
+        _, found = load_weights(str(tmp_path / name))
+        for ours, theirs in zip(jax.tree.leaves(params.wte), jax.tree.leaves(found.wte), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+        np.testing.assert_array_equal(jnp.stack(params.fcw), jnp.stack(found.fcw))
+    assert "format     gptjax run" in capsys.readouterr().out
+    from tokenizers import Tokenizer
+
+    theirs = Tokenizer.from_file(str(tmp_path / "hf" / "tokenizer.json"))
+    assert theirs.encode("the mat").ids == BPE.encode("the mat")
+
+
+def test_what_is_printed(model, tmp_path, capsys):
+    import hashlib
+
+    convert(model, tmp_path / "m.safetensors")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "format     llm.c model"
+    assert lines[2].startswith("tensors    28, float32")
+    digest = hashlib.sha256((tmp_path / "m.safetensors").read_bytes()).hexdigest()
+    assert lines[-1].endswith(f"bytes, sha256 {digest}")
+
+
+def test_inspect_knows_every_file(model, tmp_path, capsys):
+    write_shard(tmp_path / "train.bin", [1, 2, 3])
+    np.arange(1, 9, dtype="<u2").tofile(tmp_path / "old.bin")
+    BPE.save(tmp_path / "t.json")
+    llmc_tokenizer.write_tokenizer(tmp_path / "t.bin", [*BPE.tokens(), b"<|endoftext|>"], BPE.end_of_text)
+    convert(model, tmp_path / "m.safetensors")
+    capsys.readouterr()
+    expected = {
+        "model.bin": "llm.c model",
+        "train.bin": "token shard",
+        "old.bin": "token shard without a header",
+        "t.json": "tokenizer",
+        "t.bin": "tokenizer",
+        "m.safetensors": "gptjax safetensors",
+    }
+    for name, kind in expected.items():
+        convert(tmp_path / name, "--inspect")
+        assert capsys.readouterr().out.splitlines()[0] == f"format     {kind}"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["none.bin", "x.bin"], "none.bin does not exist"),
+        (["model.bin"], "name what to write, too"),
+        (["model.bin", "model.bin"], "model.bin exists already"),
+        (["model.bin", "none/x.bin"], "there is no folder"),
+        (["text.pt", "x.bin"], "a PyTorch pickle, maybe"),
+        (["text.index", "x.bin"], "a TensorFlow checkpoint, maybe"),
+        (["text.txt", "x.bin", "--inspect"], "in no format that is known here"),
+        (["model.bin", "x.bin", "--to", "gguf"], "gguf"),
+        (["model.bin", "x.bin", "--dtpye", "float32"], "dtpye"),
+    ],
+)
+def test_bad_input_ends_in_one_sentence(model, tmp_path, args, message, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("text.pt", "text.index", "text.txt"):
+        (tmp_path / name).write_text("not a model")
+    before = sorted(p.name for p in tmp_path.iterdir())
+    with pytest.raises(SystemExit) as caught:
+        main(args)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+MEASURE = """
+import sys, threading, time
+from gptjax.convert import main
+def held():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1024
+main(sys.argv[1:3])  # first a small one: what is left after that is the program itself
+before, peak, going = held(), [0.0], [True]
+def watch():
+    while going[0]:
+        peak[0] = max(peak[0], held())
+        time.sleep(0.001)
+thread = threading.Thread(target=watch)
+thread.start()
+main(sys.argv[3:5])
+going[0] = False
+thread.join()
+print("PEAK", peak[0] - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("way", [("big.bin", "hf"), ("hf", "back.bin"), ("big.bin", "m.safetensors")])
+def test_one_tensor_at_a_time_is_in_memory(model, tmp_path, way):
+    """Of a model of 208 MB whose largest tensor has 16 MB, at most one and a half of those is held at once."""
+    cfg = tiny.config(dtype="float32", num_layers=16, channels=512, vocab_size=8192, max_seq_len=512)
+    shapes = {(name, layer): shape for name, layer, shape in tensor_names(cfg)}
+    llmc.write_model(tmp_path / "big.bin", collect(cfg, lambda *place: np.zeros(shapes[place], np.float32)), cfg)
+    if way[0] == "hf":
+        convert(tmp_path / "big.bin", tmp_path / "hf")
+    args = [str(model), str(tmp_path / "small.safetensors"), str(tmp_path / way[0]), str(tmp_path / way[1])]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    shown = subprocess.run([sys.executable, "-c", MEASURE, *args], capture_output=True, text=True, env=environment, check=True)
+    assert float(shown.stdout.split("PEAK")[1]) < 1.5 * 16
