@@ -1,6 +1,7 @@
 """A web server on this machine that serves bytes from memory, and fails as it is told to."""
 
 import contextlib
+import hashlib
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -29,11 +30,14 @@ def serving() -> Iterator[Site]:
     site = Site()
 
     class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
         def do_GET(self) -> None:
             wanted = self.headers.get("Range")
             site.requests.append((self.path, wanted))
             failure = site.failures.pop(0) if site.failures else None
-            content = site.files.get(self.path.lstrip("/"))
+            content = site.files.get(self.path.split("?")[0].lstrip("/"))
             if content is None or isinstance(failure, Status):
                 self.send_error(failure.code if isinstance(failure, Status) else 404)
                 return
@@ -43,9 +47,12 @@ def serving() -> Iterator[Site]:
                 return
             self.send_response(206 if first else 200)
             self.send_header("Content-Length", str(len(content) - first))
+            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
             for name, value in site.headers.items():
                 self.send_header(name, value)
             self.end_headers()
+            if self.command == "HEAD":
+                return
             self.wfile.write(content[first:failure] if failure else content[first:])
 
         def log_message(self, *args: Any) -> None:

@@ -3,17 +3,21 @@
 Against PyTorch itself where it is installed (the [parity] extra), and everywhere against what it computed once.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import steps
+from gptjax import steps, tokenizers
+from gptjax.formats import llmc
 from gptjax.models import gpt2
 from gptjax.models.gpt2 import Batch
 from gptjax.models.params import Params, stack
 from gptjax.optim import OptimConfig, init_opt_state, make_optimizer
 from gptjax.steps import TrainState
+from gptjax.weights import load_weights, open_weights, write_weights
 from tests.compare import relative_l2
 from tests.golden import torch_gpt2
 from tests.models import tiny
@@ -89,3 +93,57 @@ def test_ten_adamw_steps(theirs):
 
 def test_the_file_is_small():
     assert torch_gpt2.FILE.stat().st_size < 1_000_000
+
+
+# Folders
+
+
+@pytest.fixture
+def transformers():
+    pytest.importorskip("torch")
+    return pytest.importorskip("transformers")
+
+
+def their_logits(model, ids):
+    import torch
+
+    with torch.no_grad():
+        return model.eval()(torch.tensor(np.asarray(ids), dtype=torch.long)).logits.numpy()
+
+
+def our_logits(where, ids):
+    cfg, params = load_weights(str(where))
+    cfg = dataclasses.replace(cfg, dtype="float32").resolve("cpu", ids.shape[1])
+    return gpt2.logits(params, jnp.asarray(ids), cfg)
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("default")
+def test_transformers_loads_what_we_write(transformers, tmp_path):
+    """The same logits, and from the tokenizer the same ids."""
+    bpe = tokenizers.train_bpe(["the cat sat on the mat"] * 9, 262, "cats")
+    cfg = tiny.config(**SIZES | {"vocab_size": 262}, dtype="float32")
+    llmc.write_model(tmp_path / "m.bin", tiny.params(cfg, jnp.float32), cfg)
+    source = open_weights(str(tmp_path / "m.bin"))._replace(tokenizer=bpe)
+    write_weights(source, tmp_path / "hf", "hf", np.dtype(np.float32))
+    model, report = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not any(report.values()), report
+    ids = np.array([bpe.encode("the cat sat")])
+    assert relative_l2(our_logits(tmp_path / "m.bin", ids), their_logits(model, ids)) < 1e-5
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert theirs("the cat sat")["input_ids"] == ids[0].tolist()
+    assert theirs.eos_token_id == model.config.eos_token_id == 261
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("how", [{}, {"max_shard_size": "50KB"}, {"inner": True}])
+def test_we_load_what_transformers_writes(transformers, tmp_path, how):
+    """In one file, in several, and without the language model's head, as the hub's own gpt2 has it."""
+    sizes = {"n_layer": 2, "n_head": 4, "n_embd": 32, "vocab_size": V, "n_positions": 24}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+    how = dict(how)
+    (model.transformer if how.pop("inner", False) else model).save_pretrained(tmp_path, **how)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1 or "max_shard_size" not in how
+    ids = np.arange(20).reshape(2, 10)
+    assert relative_l2(our_logits(tmp_path, ids), their_logits(model, ids)) < 1e-5

@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 import yaml
 
-from gptjax import train
+from gptjax import convert, train
 from gptjax.datasets import find_corpus
 from gptjax.formats.token_shards import write_shard
 from gptjax.models import gpt2
@@ -379,3 +379,31 @@ def test_every_shipped_config_is_valid(path, capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(["--config", str(path), "--print_config"])
     assert stop.value.code == 0
+
+
+def test_init_starts_from_weights_wherever_they_come_from(command, tmp_path, capsys):
+    """A run's weights, through a Hugging Face folder: the loss before the first step is the other run's last."""
+    run(*command, "--train.steps", 10)
+    assert convert.main([str(tmp_path / "runs" / "tiny"), str(tmp_path / "hf")]) == 0
+    last = metrics(tmp_path / "runs" / "tiny")[-1]["val_loss"]
+    capsys.readouterr()
+    run(*command, "--init", tmp_path / "hf", "--train.steps", 1, "--name", "second")
+    assert f"{tmp_path / 'hf'}, val loss {last:.4f}" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        run(*command, "--init", tmp_path / "hf", "--model.num_layers", 2)
+    assert stop.value.code == 2
+    assert "has model.num_layers 1, not 2: give it that value" in capsys.readouterr().err
+
+
+def test_your_own_text_by_characters(command, tmp_path, capsys):
+    (tmp_path / "tale.txt").write_text("It was the best of times, it was the worst of times.\n" * 100)
+    own = [*command, "--data.dataset", tmp_path / "tale.txt", "--data.tokenizer", "char"]
+    assert run(*own, "--train.steps", 2, "--train.sample_prompt", "It was") == 0
+    sample = capsys.readouterr().out.split("--- sample after step 2 ---\n")[1].split("\n---")[0]
+    assert sample.startswith("It was")
+    assert set(sample) <= set("It was the best of times, it was the worst of times.\n")
+    with pytest.raises(SystemExit) as stop:
+        run(*own, "--train.sample_prompt", "Quixote")
+    assert stop.value.code == 2
+    assert "the character 'Q' (number 0 of the text) is not in the vocabulary" in capsys.readouterr().err
+    assert not (tmp_path / "runs" / "tiny-2").exists()

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,9 @@ from gptjax.formats import llmc
 from gptjax.models.params import stack
 from gptjax.optim import OptimConfig, make_optimizer
 from gptjax.steps import init_state
-from gptjax.weights import load_weights
+from gptjax.weights import load_weights, open_weights, write_weights
 from tests.models import tiny
+from tests.server import serving
 
 CFG = tiny.config(dtype="float32")
 
@@ -83,3 +85,64 @@ def test_what_is_not_there_or_not_known(tmp_path):
     (tmp_path / "text").write_text("hello")
     with pytest.raises(FormatError, match="in no format that is known here"):
         load_weights(str(tmp_path / "text"))
+
+
+# The hub
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub on this machine with one model, ``someone/tiny``, and an empty cache."""
+    source = open_weights_of(tmp_path / "m.bin")
+    write_weights(source, tmp_path / "hf", "hf", np.dtype(np.float32))
+    with serving() as site:
+        names = [path.name for path in (tmp_path / "hf").iterdir()]
+        revision = "0" * 40
+        site.headers = {"X-Repo-Commit": revision}
+        listed = [*names, "pytorch_model.bin"]
+        answers = {
+            "revision/main": {"id": "someone/tiny", "sha": revision, "siblings": [{"rfilename": name} for name in listed]},
+            f"tree/{revision}": [{"type": "file", "oid": "1", "size": 1, "path": name} for name in listed],
+        }
+        for question, answer in answers.items():
+            site.files[f"api/models/someone/tiny/{question}"] = json.dumps(answer).encode()
+        for name in names:
+            site.files[f"someone/tiny/resolve/{revision}/{name}"] = (tmp_path / "hf" / name).read_bytes()
+        monkeypatch.setenv("HF_ENDPOINT", site.url)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        yield site
+
+
+def open_weights_of(path):
+    llmc.write_model(path, tiny.params(CFG, jnp.float32), CFG)
+    return open_weights(str(path))
+
+
+def test_a_model_of_the_hub_is_fetched_once_and_then_offline(hub):
+    for _ in range(2):
+        _, found = load_weights("hf:someone/tiny", CFG)
+        assert_same(found, tiny.params(CFG, jnp.float32))
+        hub.files.clear()
+    assert not any("pytorch_model" in path for path, _ in hub.requests)
+
+
+def test_a_model_that_the_hub_lacks_or_that_cannot_be_reached(hub, monkeypatch):
+    sentence = "is not in the Hugging Face cache, nor to be downloaded .*: go online once, or download its config.json"
+    with pytest.raises(CheckpointError, match=f"hf:someone/else {sentence}"):
+        load_weights("hf:someone/else")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(CheckpointError, match=f"hf:someone/tiny {sentence}"):
+        load_weights("hf:someone/tiny")
+    with pytest.raises(CheckpointError, match=sentence):
+        load_weights("hf:no such name!")
+
+
+def test_other_programs_files_are_named(tmp_path):
+    for name, kind in (
+        ("a.ckpt.index", "a TensorFlow checkpoint"),
+        ("pytorch_model.bin", "a PyTorch pickle"),
+        ("a.txt", "a run"),
+    ):
+        (tmp_path / name).write_text("something else")
+        with pytest.raises(FormatError, match=f"in no format that is known here: {kind}"):
+            open_weights(str(tmp_path / name))

@@ -1,0 +1,132 @@
+"""Every file that the project reads, damaged at random: it loads, or is refused in one sentence, in bounded memory.
+
+``GPTJAX_FUZZ=20000 pytest tests/formats/test_hostile.py`` tries that many cases of each format; by default it is a few.
+"""
+
+import json
+import os
+import tracemalloc
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gptjax import tokenizers
+from gptjax.convert import inspect
+from gptjax.datasets.text import pieces
+from gptjax.errors import GptjaxError
+from gptjax.formats import hf, hf_tokenizer, llmc, llmc_tokenizer, safetensors
+from gptjax.formats.token_shards import open_shard, write_shard
+from gptjax.weights import open_weights
+from tests.models import tiny
+
+CASES = int(os.environ.get("GPTJAX_FUZZ", "40"))
+MOST_BYTES = 32 << 20  # the files have a few thousand
+CFG = tiny.config(num_layers=1, channels=4, num_heads=2, vocab_size=5, max_seq_len=4, dtype="float32")
+PARAMS = tiny.params(CFG, jnp.float32)
+BPE = tokenizers.train_bpe(["the cat sat on the mat"] * 9, 262, "cats")
+FLOAT32 = np.dtype("<f4")
+
+
+def weights(path):
+    jax.tree.map(np.asarray, open_weights(str(path)).params)
+
+
+def write_state(path):
+    ids = np.arange(4, dtype=np.int32).reshape(1, 4)
+    llmc.write_debug_state(path, llmc.DebugState(ids, ids, np.zeros((1, 4, 5), np.float32), 1.0, PARAMS), CFG)
+
+
+# Of each format: the file's name, what writes it, what reads all of it.
+FORMATS = {
+    "llm.c model": ("m.bin", lambda p: llmc.write_model(p, PARAMS, CFG), weights),
+    "llm.c bfloat16 model": ("m.bin", lambda p: llmc.write_model(p, PARAMS, CFG, 5), weights),
+    "llm.c debug state": ("s.bin", write_state, lambda p: llmc.read_debug_state(p, CFG)),
+    "llm.c tokenizer": (
+        "t.bin",
+        lambda p: llmc_tokenizer.write_tokenizer(p, [*BPE.tokens(), b"<|endoftext|>"], 261),
+        lambda p: tokenizers.find(str(p)).encode("the mat"),
+    ),
+    "uint16 shard": ("train.bin", lambda p: write_shard(p, np.arange(99)), lambda p: open_shard(p).tokens.sum()),
+    "uint32 shard": ("train.bin", lambda p: write_shard(p, np.arange(99), np.uint32), lambda p: open_shard(p).tokens.sum()),
+    "our safetensors": ("m.safetensors", lambda p: safetensors.write_model(p, PARAMS, CFG, FLOAT32), weights),
+    "Hugging Face safetensors": (
+        "hf/model.safetensors",
+        lambda p: hf.write_model(p.parent, PARAMS, CFG, FLOAT32, None, lambda into: None),
+        lambda p: weights(p.parent),
+    ),
+    "Hugging Face config": (
+        "hf/config.json",
+        lambda p: hf.write_model(p.parent, PARAMS, CFG, FLOAT32, None, lambda into: None),
+        lambda p: weights(p.parent),
+    ),
+    "Hugging Face tokenizer": ("tokenizer.json", lambda p: hf_tokenizer.write(p.parent, BPE), hf_tokenizer.read),
+    "our tokenizer": ("t.json", BPE.save, lambda p: tokenizers.find(str(p)).encode("the mat")),
+    "characters": (
+        "t.json",
+        tokenizers.train_characters(["the cat"]).save,
+        lambda p: tokenizers.find(str(p)).decode([0, 1, 2]),
+    ),
+    "JSON lines": ("a.jsonl", lambda p: p.write_text(json.dumps({"text": "a"}) + "\n"), lambda p: list(pieces([p]))),
+    "anything": ("m.bin", lambda p: llmc.write_model(p, PARAMS, CFG), lambda p: inspect(str(p))),
+}
+EXTREME = [0, 1, -1, 2, 7, 255, 2**15, 2**16, 2**24, 2**31 - 1, -(2**31), 20240326, 20240327, 20240520, 20240801, 20240328]
+
+
+@st.composite
+def damage(draw, content: bytes) -> bytes:
+    """The content after one to three blows."""
+    for _ in range(draw(st.integers(1, 3))):
+        position = draw(st.integers(0, max(len(content) - 1, 0)) | st.integers(0, min(len(content), 80)))
+        how = draw(st.sampled_from(["byte", "byte", "number", "number", "cut", "grow", "swap", "repeat"]))
+        rest = content[position:]
+        if how == "byte":
+            found = draw(st.binary(min_size=1, max_size=8))
+            content = content[:position] + found + rest[len(found) :]
+        elif how == "number":
+            position -= position % 4
+            content = content[:position] + draw(st.sampled_from(EXTREME)).to_bytes(4, "little", signed=True) + rest[4:]
+        elif how == "cut":
+            content = content[:position]
+        elif how == "grow":
+            content = content + draw(st.binary(max_size=64))
+        elif how == "swap":
+            content = rest + content[:position]
+        else:
+            content = content[:position] + rest[:32] + rest
+    return content
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_damaged_files_load_or_are_refused(kind, tmp_path):
+    name, write, read = FORMATS[kind]
+    path = tmp_path / name
+    write(path)
+    read(path)
+    whole = path.read_bytes()
+    counts = {"loaded": 0, "refused": 0}
+    sentences = set()
+
+    @settings(max_examples=CASES, suppress_health_check=list(HealthCheck))
+    @given(damage(whole))
+    def one(content):
+        path.write_bytes(content)
+        tracemalloc.start()
+        try:
+            read(path)
+            counts["loaded"] += 1
+        except GptjaxError as error:
+            counts["refused"] += 1
+            sentences.add(str(error))
+        finally:
+            _, peak = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+        assert peak < MOST_BYTES
+
+    one()
+    print(f"{kind}: {counts}")
+    assert sentences
+    assert not [sentence for sentence in sentences if "\n" in sentence or not sentence]
