@@ -3,20 +3,25 @@
 Compiles the configured step with the hand-written and with JAX's backward, layers unrolled and scanned, and runs them in
 turns, one step each, so that a noisy machine disturbs all alike. Prints the time to compile, the temporaries that the
 compiler reports, the median time of a step and its ratio to the first row. The batch is random ids.
+
+``--what data`` times the corpus instead: text to tokens, and tokens to batches, in turns with what others do for it.
 """
 
 import dataclasses
 import itertools
+import os
 import statistics
 import sys
 import time
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
-from gptjax import cli, steps
+from gptjax import cli, steps, throughput
 from gptjax.config import Config
+from gptjax.data import BatchShape
+from gptjax.datasets import find_corpus
 from gptjax.metrics import human_bytes
 from gptjax.models.gpt2 import Batch
 from gptjax.optim import make_optimizer
@@ -25,6 +30,14 @@ from gptjax.run import platform_name, start_jax
 PROG = "python -m gptjax.bench"
 ROUNDS = 12
 WARMUP = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchConfig(Config):
+    """A training configuration, and what to time of it."""
+
+    what: Literal["step", "data"] = "step"
+    """step: the training step; data: tokenizing the configured corpus, and reading batches from it."""
 
 
 class Contender(NamedTuple):
@@ -39,8 +52,11 @@ class Contender(NamedTuple):
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status."""
     with cli.reported_errors(PROG):
-        cfg, _ = cli.parse(Config, PROG, __doc__ or "", argv)
+        cfg, _ = cli.parse(BenchConfig, PROG, __doc__ or "", argv)
         cli.keep_freed_memory()
+        if cfg.what == "data":
+            time_data(cfg)
+            return 0
         start_jax(cfg.model)
         batch, key = random_batch(cfg), jax.random.key(cfg.seed)
         contenders = [
@@ -59,6 +75,28 @@ def main(argv: list[str] | None = None) -> int:
             f"{spread:>8.0%} {median / first:>6.2f}"
         )
     return 0
+
+
+def time_data(cfg: Config) -> None:
+    """Print tokens a second of each way, with the spread of its rounds and the ratio to the first.
+
+    Raises:
+        GptjaxError: the corpus cannot be had.
+
+    """
+    data = cfg.data
+    corpus = find_corpus(data.dataset, data.root, data.tokenizer, data.column, data.tokens)
+    shape = BatchShape(cfg.optim.accumulate, data.batch_size, data.seq_len)
+    parts = {"tokens to batches": throughput.loading(corpus.train, shape, data.order, cfg.model.vocab_size)}
+    if corpus.tokenizer:
+        parts = {"text to tokens": throughput.tokenizing(corpus.tokenizer, corpus.train)} | parts
+    print(f"{corpus.folder}, {os.cpu_count()} cores, batches of {shape.accumulate} x {shape.batch_size} x {shape.seq_len}")
+    for part, ways in parts.items():
+        first = statistics.median(next(iter(ways.values())))
+        print(f"{part:<18} {'tokens a second':>16} {'spread':>8} {'ratio':>6}")
+        for name, rates in ways.items():
+            median = statistics.median(rates)
+            print(f"{name:<18} {median:>16,.0f} {(max(rates) - min(rates)) / median:>8.0%} {median / first:>6.2f}")
 
 
 def random_batch(cfg: Config) -> Batch:

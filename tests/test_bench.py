@@ -1,6 +1,10 @@
 import re
 
-from gptjax import bench
+import numpy as np
+
+from gptjax import bench, throughput, tokenizers
+from gptjax.data import BatchShape
+from gptjax.formats.token_shards import open_shard, write_shard
 from tests.conftest import ROOT
 
 TINY = [
@@ -22,3 +26,29 @@ def test_bench_prints_a_row_for_each_way_to_compute_the_step(capsys, monkeypatch
     names = [re.split(r"  +", line)[0] for line in lines[2:]]
     assert names == ["manual, unroll", "manual, scan", "autodiff, unroll", "autodiff, scan"]
     assert lines[2].endswith("1.00")
+
+
+def test_bench_of_the_data_prints_a_row_for_each_way(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(throughput, "ROUNDS", 2)
+    monkeypatch.setattr(throughput, "BATCHES", 5)
+    (tmp_path / "tale.txt").write_text("It was the best of times, it was the worst of times. " * 1000)
+    own = ["--data.dataset", str(tmp_path / "tale.txt"), "--data.root", str(tmp_path / "data"), "--data.tokenizer", "bpe:270"]
+    assert bench.main([*TINY, *own, "--what", "data"]) == 0
+    names = [re.split(r"  +", line)[0] for line in capsys.readouterr().out.splitlines()]
+    ours = ["text to tokens", "ours", "tiktoken alone", "in one go", "tokens to batches", "cold", "warm", "random crops"]
+    assert names[1:] == ours
+
+
+def test_every_way_makes_the_same_tokens(tmp_path, monkeypatch):
+    """What is timed is the same work: the counts behind the rates agree."""
+    monkeypatch.setattr(throughput, "ROUNDS", 1)
+    counts = {}
+    monkeypatch.setattr(throughput, "_in_turns", lambda ways: counts.update({name: run() for name, run in ways.items()}))
+    monkeypatch.setattr(throughput, "BATCHES", 3)
+    tokenizer = tokenizers.byte()
+    write_shard(tmp_path / "train.bin", np.frombuffer(b"It was the best of times. " * 500, np.uint8))
+    shards = [open_shard(tmp_path / "train.bin")]
+    throughput.tokenizing(tokenizer, shards)
+    throughput.loading(shards, BatchShape(1, 2, 8), "shuffle", 257)
+    assert counts.pop("ours") == counts["in one go"] + 1 == counts.pop("tiktoken alone") + 1  # the document's end-of-text
+    assert counts == {"in one go": 13_000, "cold": 48, "warm": 48, "random crops": 48}

@@ -1,0 +1,84 @@
+"""How fast text becomes tokens and tokens become batches, each in turns with what others do for it."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptjax.data import BatchShape, Order, TrainingBatches
+from gptjax.datasets.prepare import encode
+from gptjax.datasets.text import Piece
+from gptjax.formats.token_shards import Shard
+from gptjax.tokenizers import BytePairEncoding, Tokenizer
+
+ROUNDS = 5
+TEXT_CHARACTERS = 4_000_000
+BATCHES = 2000
+
+
+def tokenizing(tokenizer: Tokenizer, shards: list[Shard]) -> dict[str, list[float]]:
+    """Tokens a second, of each round, of the corpus's own text.
+
+    Ours is what preparing a corpus does, in threads; ``tiktoken alone`` encodes piece by piece in one; ``in one go`` is
+    nanoGPT's preparation of a small corpus: the whole text at once, and one array of the list.
+    """
+    ids = np.concatenate([shard.tokens[:TEXT_CHARACTERS] for shard in shards])[:TEXT_CHARACTERS]
+    text = tokenizer.decode(ids.tolist())[:TEXT_CHARACTERS]
+    size = 1 << 18
+    pieces = [Piece(0, text[i : i + size]) for i in range(0, len(text), size)]
+    ways: dict[str, Callable[[], int]] = {"ours": lambda: sum(part.size for part in encode(tokenizer, pieces))}
+    if isinstance(tokenizer, BytePairEncoding):
+        alone = tokenizer.encoding.encode_ordinary
+        ways["tiktoken alone"] = lambda: sum(len(alone(piece.text)) for piece in pieces)
+        ways["in one go"] = lambda: np.array(alone(text), np.uint16).size
+    return _in_turns(ways)
+
+
+def loading(shards: list[Shard], shape: BatchShape, order: Order, vocab_size: int) -> dict[str, list[float]]:
+    """Tokens a second, of each round, of batches from the shards.
+
+    ``cold`` starts with the shards dropped from the system's cache, as far as it lets itself be told so; ``random crops``
+    is nanoGPT's way: every row of a batch from a random place, copied out of a memory map.
+    """
+    whole = TrainingBatches(shards, shape, order, 0, vocab_size)
+
+    def ours() -> int:
+        return sum(next(whole).inputs.size for _ in range(BATCHES))
+
+    def cold() -> int:
+        for shard in shards:
+            _forget(shard.path)
+        batches = TrainingBatches(shards, shape, order, 0, vocab_size)
+        return sum(next(batches).inputs.size for _ in range(BATCHES))
+
+    return _in_turns({"cold": cold, "warm": ours, "random crops": lambda: sum(_crops(shards[0], shape))})
+
+
+def _crops(shard: Shard, shape: BatchShape) -> Iterator[int]:
+    rng = np.random.default_rng(0)
+    rows = shape.accumulate * shape.batch_size
+    for _ in range(BATCHES):
+        starts = rng.integers(0, shard.tokens.size - shape.seq_len - 1, rows)
+        inputs, _ = (
+            np.stack([shard.tokens[s + shift : s + shift + shape.seq_len].astype(np.int64) for s in starts]) for shift in (0, 1)
+        )
+        yield inputs.size
+
+
+def _forget(path: Path) -> None:
+    if hasattr(os, "posix_fadvise"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _in_turns(ways: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(ROUNDS):
+        for name, run in ways.items():
+            began = time.perf_counter()
+            count = run()
+            rates[name].append(count / (time.perf_counter() - began))
+    return rates
