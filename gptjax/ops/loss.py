@@ -50,7 +50,7 @@ def cross_entropy_fwd(
 
     Derivation of the backward: softplus' = sigmoid, so with q = sigmoid(lse - logits_t) = 1 - p_t
 
-        dlogits[n, t] = -dloss weights_n q_n,   dlogits[n, v] = dloss weights_n q_n exp(logits[n, v] - lse_n),   0 in the padding
+        dlogits[n, t] = -dloss weights_n q_n,   dlogits[n, v] = dloss weights_n q_n exp(logits[n, v] - lse_n),   0 in padding
 
     Saved: the logits, from which each element is one exponential away, and two numbers a row.
     """

@@ -5,8 +5,9 @@ import math
 import jax
 
 from gptjax.verify import finite_difference, model
-from gptjax.verify.comparison import aligned, tensor_and_layer
+from gptjax.verify.comparison import leaf_names
 from gptjax.verify.model import Subject
+from gptjax.verify.rows import aligned
 from gptjax.verify.tolerance import LAMBDA, unit_roundoff
 
 TEXT = """\
@@ -43,8 +44,8 @@ def explain(subject: Subject) -> str:
     allowed = model.tolerances(subject)
     theirs = 1 + (unit_roundoff("float64") / u) ** 2
     largest: dict[str, float] = {}
-    for path, value in jax.tree_util.tree_leaves_with_path(allowed.gradient()):
-        name, _ = tensor_and_layer(path)
+    gradient = allowed.gradient()
+    for (name, _), value in zip(leaf_names(gradient), jax.tree.leaves(gradient), strict=True):
         largest[name] = max(value, largest.get(name, 0.0))
     rows = {"loss": allowed.loss, "logits": allowed.logits} | largest
     lines = [["tensor", "n", "tolerance"]]

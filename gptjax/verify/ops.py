@@ -12,7 +12,8 @@ from gptjax import ops
 from gptjax.ops.attention import materialised_bwd, materialised_fwd
 from gptjax.ops.blockwise import blockwise_bwd, blockwise_fwd
 from gptjax.verify import finite_difference
-from gptjax.verify.comparison import Row, aligned, compare
+from gptjax.verify.comparison import compare
+from gptjax.verify.rows import Row, aligned
 from gptjax.verify.tolerance import gradient_variances, tolerance
 
 

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.verify import finite_difference, trace
-from gptjax.verify.comparison import Comparison, compare, table
+from gptjax.verify.comparison import compare
 from gptjax.verify.ops import OpError, ops_table
+from gptjax.verify.rows import Comparison, table
 from gptjax.verify.tolerance import gradient_variances, tolerance
 from gptjax.verify.trace import Parting
 
