@@ -57,7 +57,7 @@ def cross_entropy_fwd(
     x = _exclude_padding(logits.astype(accumulation_dtype(logits)), vocab_size)
     others = jnp.where(_is_target(x, targets), -jnp.inf, x)
     least = jnp.finfo(x.dtype)  # for a vocabulary of one, where there are no others
-    peak = lax.stop_gradient(jnp.maximum(others.max(-1), least.min / 2))  # the shift cancels, so no gradient flows through it
+    peak = lax.stop_gradient(jnp.maximum(others.max(-1), least.min))  # the shift cancels, so no gradient flows through it
     lse = peak + jnp.log(jnp.maximum(jnp.exp(others - peak[:, None]).sum(-1), least.tiny))
     odds = lse - jnp.take_along_axis(x, jnp.maximum(targets, 0)[:, None], axis=1)[:, 0]
     weights = weights.astype(x.dtype)
