@@ -161,7 +161,9 @@ def _together(leaves: list[_Measured]) -> _Measured:
         max_error=worst.max_error,
         place=(worst.layer or 0, *worst.place),
         largest=max(leaf.largest for leaf in leaves),
-        **{name: math.hypot(*(getattr(leaf, name) for leaf in leaves)) for name in ("reference", "ours", "error")},
+        reference=math.hypot(*(leaf.reference for leaf in leaves)),
+        ours=math.hypot(*(leaf.ours for leaf in leaves)),
+        error=math.hypot(*(leaf.error for leaf in leaves)),
     )
 
 

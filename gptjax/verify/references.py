@@ -213,8 +213,8 @@ def _locate(subject: Subject) -> Parting | None:
     """
     cfg = dataclasses.replace(subject.cfg, layers="unroll", recompute="none", loss_chunks=1)
     plain = subject._replace(cfg=cfg, params=subject.params if subject.cfg.layers == "unroll" else unstack(subject.params))
-    wide = [exact(plain, "float64" if jax.config.jax_enable_x64 else "float32")] if cfg.compute_dtype.itemsize < 4 else []
-    for of in (*wide, plain):
+    widest: Any = "float64" if jax.dtypes.canonicalize_dtype("float64") == "float64" else "float32"
+    for of in (exact(plain, widest), plain) if cfg.compute_dtype.itemsize < 4 else (plain,):
 
         def with_key(f: Any, of: Subject = of) -> Any:
             return lambda params, batch: f(params, batch, of.cfg, of.key)

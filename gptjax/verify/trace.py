@@ -81,7 +81,7 @@ def run(f: Callable[..., Any], *args: Any, on_call: Callable[[Call], list[Any]],
     jaxpr = closed.jaxpr
     values: dict[Any, Any] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
     values.update(zip(jaxpr.invars, jax.tree.leaves((args, kwargs)), strict=True))
-    weights = dict(zip(jaxpr.invars, leaf_names(args[0]), strict=False))
+    weights: dict[Any, tuple[str, int | None]] = dict(zip(jaxpr.invars, leaf_names(args[0]), strict=False))
     latest: tuple[str, int | None] = "", None  # the weight used last: an op without weights is found by it
     for eqn in jaxpr.eqns:
         ins = [v.val if isinstance(v, Literal) else values[v] for v in eqn.invars]
