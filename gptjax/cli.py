@@ -106,6 +106,8 @@ def reported_errors(prog: str) -> Iterator[None]:
         _exit(
             prog, f"{error.filename or 'output'} cannot be used: {error.strerror}; free space or name another folder", BAD_INPUT
         )
+    except MemoryError:
+        _exit(prog, "out of memory: lower data.batch_size or choose a smaller model", BAD_INPUT)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

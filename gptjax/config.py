@@ -113,11 +113,11 @@ class Config:
         """Check the seed.
 
         Raises:
-            ConfigError: it is negative.
+            ConfigError: it does not fit 32 bits.
 
         """
-        if self.seed < 0:
-            raise ConfigError(f"seed must be at least 0, not {self.seed}")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed must be from 0 to {2**32 - 1}, not {self.seed}")
 
 
 def _at_least(section: str, cfg: object, least: int, *names: str) -> None:

@@ -27,7 +27,7 @@ from gptjax.optim import StepMetrics, init_opt_state
 from gptjax.run import Run, checkpoint_meta, describe, describe_memory, make_folder, restore, sample_text, set_up
 from gptjax.steps import CompiledStep, TrainState
 from gptjax.verify.files import environment, write_report
-from gptjax.verify.model import against_live
+from gptjax.verify.references import against_live
 from gptjax.weights import load_weights
 
 PROG = "python -m gptjax.train"
@@ -152,7 +152,7 @@ def fit(
                 report(meter.record(*pending))
                 pending = None
             try:
-                checked["gradient_error"] = verify(run, compiled, state, batch, step)
+                checked = verify(run, compiled, state, batch, step)
             except WrongGradientError:
                 if saved < step - 1:  # the parameters in question, to look into with `gptjax.verify --checkpoint`
                     writer.save(step - 1, state, run.model, checkpoint_meta(run))
@@ -186,19 +186,19 @@ def fit(
     return cfg.steps
 
 
-def verify(run: Run, compiled: CompiledStep, state: TrainState, batch: Batch, step: int) -> float:
-    """The worst relative L2 error of the gradient of the step to come, over its tensors.
+def verify(run: Run, compiled: CompiledStep, state: TrainState, batch: Batch, step: int) -> dict[str, float]:
+    """What to log of the gradient of the step to come: its worst relative L2 error over its tensors, if it is finite.
 
     Raises:
         WrongGradientError: the gradient is wrong; the report is in the run's folder.
 
     """
-    gradient = (
-        compiled.grads if run.cfg.train.backward == "manual" else steps.step_functions(run.model, run.optimizer, "manual")[0]
-    )
+    gradient = compiled.grads if run.cfg.train.backward == "manual" else None
     found = against_live(gradient, run.model, state.params, batch, run.key, step)
+    if found is None:
+        return {}
     if found:
-        return found.gradient.worst.relative_l2
+        return {"gradient_error": found.gradient.worst.relative_l2}
     facts = {"run": str(run.folder), "step": str(step), **environment(run.cfg)}
     page, data = (run.folder / f"verify-step-{step}{suffix}" for suffix in (".html", ".json"))
     write_report(dataclasses.replace(found, environment=facts), data, page)

@@ -48,7 +48,11 @@ def shared() -> Path:
 def pytest_terminal_summary(terminalreporter):
     """The score of the errors planted in tests/verify/test_mutations.py."""
     outcomes = {
-        outcome: [r for r in terminalreporter.stats.get(outcome, []) if "::test_an_error_in_" in r.nodeid and r.when == "call"]
+        outcome: [
+            r
+            for r in terminalreporter.stats.get(outcome, [])
+            if "test_mutations.py::test_an_error_in_" in r.nodeid and r.when == "call"
+        ]
         for outcome in ("passed", "failed")
     }
     planted = sum(map(len, outcomes.values()))

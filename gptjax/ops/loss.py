@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from gptjax.ops.precision import accumulation_dtype
 
@@ -30,10 +30,11 @@ def target_weights(
 
 
 class CrossEntropySaved(NamedTuple):
-    """What `cross_entropy_bwd` needs: the arguments and each row's log-sum-exp."""
+    """What `cross_entropy_bwd` needs: the arguments, and of each row lse and q."""
 
     logits: Float[Array, "N Vp"]
     lse: Float[Array, " N"]
+    q: Float[Array, " N"]
     targets: Int[Array, " N"]
     weights: Float[Array, " N"]
 
@@ -42,34 +43,39 @@ class CrossEntropySaved(NamedTuple):
 def cross_entropy_fwd(
     logits: Float[Array, "N Vp"], targets: Int[Array, " N"], weights: Float[Array, " N"], vocab_size: int
 ) -> tuple[Float[Array, ""], CrossEntropySaved]:
-    """``loss = sum_n weights_n (lse_n - logits[n, targets_n])`` with ``lse_n = log sum_{v < vocab_size} exp(logits[n, v])``.
+    """``loss = -sum_n weights_n log p[n, targets_n]``, p the softmax of the logits below ``vocab_size``; the rest is padding.
 
-    Logits at and beyond ``vocab_size`` are padding and take no part.
+    With lse = log sum_{v != t} exp(logits_v), the other tokens' share, -log p_t = log(1 + exp(lse - logits_t)): the softplus
+    of a difference, which stays accurate where p_t is nearly 1. There log p_t and p_t - 1 would cancel.
 
-    Derivation of the backward: d lse / d logits_v = exp(logits_v - lse) = p_v, the softmax, so
+    Derivation of the backward: softplus' = sigmoid, so with q = sigmoid(lse - logits_t) = 1 - p_t
 
-        dlogits[n, v] = dloss weights_n (p[n, v] - [v = targets_n]),   0 where v is padding
+        dlogits[n, t] = -dloss weights_n q_n,   dlogits[n, v] = dloss weights_n q_n exp(logits[n, v] - lse_n),   0 in padding
 
-    Saved: the logits and lse, from which p is one exponential away.
+    Saved: the logits, from which each element is one exponential away, and two numbers a row.
     """
     x = _exclude_padding(logits.astype(accumulation_dtype(logits)), vocab_size)
-    peak = lax.stop_gradient(x.max(-1, keepdims=True))  # the shift cancels, so no gradient flows through it
-    lse = (peak + jnp.log(jnp.exp(x - peak).sum(-1, keepdims=True)))[:, 0]
-    picked = jnp.take_along_axis(x, jnp.maximum(targets, 0)[:, None], axis=1)[:, 0]
+    others = jnp.where(_is_target(x, targets), -jnp.inf, x)
+    least = jnp.finfo(x.dtype)  # for a vocabulary of one, where there are no others
+    peak = lax.stop_gradient(jnp.maximum(others.max(-1), least.min))  # the shift cancels, so no gradient flows through it
+    lse = peak + jnp.log(jnp.maximum(jnp.exp(others - peak[:, None]).sum(-1), least.tiny))
+    odds = lse - jnp.take_along_axis(x, jnp.maximum(targets, 0)[:, None], axis=1)[:, 0]
     weights = weights.astype(x.dtype)
-    loss = (weights * (lse - picked)).sum()
-    return loss, CrossEntropySaved(logits, lse, targets, weights)
+    loss = (weights * jax.nn.softplus(odds)).sum()
+    return loss, CrossEntropySaved(logits, lse, jax.nn.sigmoid(odds), targets, weights)
 
 
 @partial(jax.jit, static_argnames="vocab_size")
 def cross_entropy_bwd(saved: CrossEntropySaved, vocab_size: int, dloss: Float[Array, ""] | float = 1.0) -> Float[Array, "N Vp"]:
     """Dlogits of `cross_entropy_fwd`."""
-    logits, lse, targets, weights = saved
+    logits, lse, q, targets, weights = saved
     x = _exclude_padding(logits.astype(lse.dtype), vocab_size)
-    columns = lax.broadcasted_iota(targets.dtype, x.shape, 1)
-    p = jnp.exp(x - lse[:, None])
-    dx = jnp.where(columns == targets[:, None], p - 1, p) * (dloss * weights)[:, None]
-    return dx.astype(logits.dtype)
+    share = jnp.where(_is_target(x, targets), -jnp.ones((), x.dtype), jnp.exp(x - lse[:, None]))
+    return (share * (dloss * weights * q)[:, None]).astype(logits.dtype)
+
+
+def _is_target(x: Float[Array, "N Vp"], targets: Int[Array, " N"]) -> Bool[Array, "N Vp"]:
+    return lax.broadcasted_iota(targets.dtype, x.shape, 1) == targets[:, None]
 
 
 def _exclude_padding(x: Float[Array, "N Vp"], vocab_size: int) -> Float[Array, "N Vp"]:

@@ -8,7 +8,8 @@
     assert report
 """
 
-from gptjax.verify.comparison import Comparison, Row, compare
+from gptjax.verify.comparison import compare
 from gptjax.verify.proof import Report, check
+from gptjax.verify.rows import Comparison, Row
 
 __all__ = ["Comparison", "Report", "Row", "check", "compare"]

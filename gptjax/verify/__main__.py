@@ -9,6 +9,7 @@ Exit status 0 when everything holds, 1 when something is wrong, 2 for bad input.
 """
 
 import dataclasses
+import os
 import resource
 import sys
 import time
@@ -21,13 +22,16 @@ import numpy as np
 
 from gptjax import cli
 from gptjax.config import Config
-from gptjax.errors import ConfigError
+from gptjax.errors import CheckpointError, ConfigError
 from gptjax.formats import llmc
 from gptjax.metrics import human_bytes
+from gptjax.models.config import GPT2Config
 from gptjax.models.gpt2 import Batch
-from gptjax.models.params import num_params, stack
+from gptjax.models.params import Params, num_params, stack
+from gptjax.ops import IGNORE_INDEX
 from gptjax.run import platform_name, set_up, start_jax
-from gptjax.verify import model
+from gptjax.verify import model, references
+from gptjax.verify.comparison import leaf_names
 from gptjax.verify.explain import explain
 from gptjax.verify.files import environment, write_report
 from gptjax.verify.model import Subject
@@ -47,11 +51,11 @@ class VerifyConfig(Config):
     """Compute dtype of the gradient on trial, in place of model.dtype; bfloat16 is judged by JAX's own error in it."""
     reference: str = "autodiff"
     """autodiff; finite-difference; or an llm.c debug state file, whose tokens then are the batch (give its model as
-    checkpoint)."""
+    checkpoint). The latter two need float64 or float32."""
     checkpoint: str | None = None
     """Parameters: a run, or any model that gptjax.convert reads; without it, initial ones with noise."""
     batch: Literal["random", "corpus"] = "random"
-    """Tokens: random ones, or the first training batch of data.dataset."""
+    """Tokens: random ones, of which one in eight is not to be predicted, or the first training batch of data.dataset."""
     layers: bool = False
     """A row for each tensor and layer, instead of one for each tensor."""
     explain: bool = False
@@ -61,7 +65,21 @@ class VerifyConfig(Config):
     html: str | None = None
     """File to write the report to, as a web page."""
     export: str | None = None
-    """Folder to write the model and its gradients to, once they hold, as the two files that llm.c's C test reads."""
+    """Folder to write the model and its gradients to, once they hold, as the two files that llm.c's C test reads. Turns off
+    what llm.c does not have: dropout, and targets that do not count."""
+
+    def __post_init__(self) -> None:
+        """Check what goes together.
+
+        Raises:
+            ConfigError: a reference that a 16-bit gradient cannot be held against.
+
+        """
+        super().__post_init__()
+        if self.dtype == "bfloat16" and self.reference != "autodiff":
+            raise ConfigError(
+                f"reference {self.reference} needs dtype float64 or float32: bfloat16 is judged by autodiff's own error"
+            )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -79,11 +97,24 @@ def main(argv: list[str] | None = None) -> int:
             print(explain(subject))
             return 0
         print("\n".join(f"{name:<10} {value}" for name, value in facts.items()), end="\n\n", flush=True)
-        report = make_report(cfg, subject, state)
+        with jax.default_matmul_precision("highest"):  # of float32: elsewhere than on CPU the default rounds its inputs
+            report = make_report(cfg, subject, state)
         seconds, peak = time.perf_counter() - began, peak_memory()
         report = dataclasses.replace(report, environment=facts | {"took": f"{seconds:.0f} s, {human_bytes(peak)} at most"})
         print(report)
         print(f"took {report.environment['took']}")
+        keep(cfg, report, subject)
+    return 0 if report else WRONG
+
+
+def keep(cfg: VerifyConfig, report: Report, subject: Subject) -> None:
+    """Write the files that were asked for.
+
+    Raises:
+        OSError: one cannot be written. Where the gradient is wrong it is only told, so that the verdict is the exit status.
+
+    """
+    try:
         write_report(report, cfg.json, cfg.html)
         for path in filter(None, (cfg.json, cfg.html)):
             print(f"wrote {path}")
@@ -91,21 +122,33 @@ def main(argv: list[str] | None = None) -> int:
             export(Path(cfg.export), subject)
         elif cfg.export:
             print("nothing was exported: it would not be right")
-    return 0 if report else WRONG
+    except OSError as error:
+        if report:
+            raise
+        print(f"{PROG}: {error.filename} cannot be written: {error.strerror}", file=sys.stderr)
 
 
 def check_writable(cfg: VerifyConfig) -> None:
     """Find out before the work whether its results can be kept.
 
     Raises:
-        ConfigError: a file to write lies in a folder that does not exist.
+        ConfigError: a file to write is a folder, or lies in one that does not exist or may not be written to.
+        OSError: the export's folder cannot be made.
 
     """
-    for path in (cfg.json, cfg.html):
-        if path and not Path(path).parent.is_dir():
-            raise ConfigError(f"{path} cannot be written: there is no folder {Path(path).parent}")
+    for path in map(Path, filter(None, (cfg.json, cfg.html))):
+        if path.is_dir():
+            raise ConfigError(f"{path} cannot be written: it is a folder")
+        if not path.parent.is_dir():
+            raise ConfigError(f"{path} cannot be written: there is no folder {path.parent}")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise ConfigError(f"{path} cannot be written: permission denied")
+    if cfg.json and cfg.html and Path(cfg.json).resolve() == Path(cfg.html).resolve():
+        raise ConfigError(f"json and html are both {cfg.html}: name two files")
     if cfg.export and Path(cfg.export).exists() and not Path(cfg.export).is_dir():
         raise ConfigError(f"export {cfg.export} is a file, not a folder")
+    if cfg.export:
+        Path(cfg.export).mkdir(parents=True, exist_ok=True)
 
 
 def make_subject(cfg: VerifyConfig) -> tuple[Subject, llmc.DebugState | None, dict[str, str]]:
@@ -117,16 +160,18 @@ def make_subject(cfg: VerifyConfig) -> tuple[Subject, llmc.DebugState | None, di
     """
     settings = dataclasses.replace(cfg.model, dtype=cfg.dtype)
     from_file = cfg.reference not in ("autodiff", "finite-difference")
+    if from_file or cfg.export:
+        settings = dataclasses.replace(settings, dropout=0.0)
     if from_file and not Path(cfg.reference).is_file():
         raise ConfigError(f"reference must be autodiff, finite-difference or a file: there is no file {cfg.reference}")
-    if from_file and not cfg.checkpoint:
+    if from_file and cfg.checkpoint is None:
         raise ConfigError(f"the gradients in {cfg.reference} are those of certain parameters: give their file as --checkpoint")
     state = llmc.read_debug_state(cfg.reference, settings) if from_file else None
     seq_len = state.inputs.shape[1] if state else cfg.data.seq_len
     resolved = settings.resolve(platform_name(), seq_len)
     key = jax.random.key(cfg.seed)
-    if cfg.checkpoint:
-        _, params = load_weights(cfg.checkpoint, resolved)
+    if cfg.checkpoint is not None:
+        params = finite_params(cfg.checkpoint, resolved)
     else:
         params = jax.jit(lambda: model.noisy_params(key, resolved))()
     if state:
@@ -135,10 +180,29 @@ def make_subject(cfg: VerifyConfig) -> tuple[Subject, llmc.DebugState | None, di
         batch, tokens = jax.tree.map(lambda x: jnp.asarray(x[0]), next(set_up(cfg).batches)), f"the first of {cfg.data.dataset}"
     else:
         size = (cfg.data.batch_size, cfg.data.seq_len + 1)
-        ids = jnp.asarray(np.random.default_rng(cfg.seed).integers(0, resolved.vocab_size, size, np.int32))
-        batch, tokens = Batch(ids[:, :-1], ids[:, 1:]), f"random, seed {cfg.seed}"
+        generator = np.random.default_rng(cfg.seed)
+        ids = generator.integers(0, resolved.vocab_size, size, np.int32)
+        left_out = generator.random(size) < (0 if cfg.export else 1 / 8)
+        targets = np.where(left_out, IGNORE_INDEX, ids)[:, 1:]
+        batch = Batch(jnp.asarray(ids[:, :-1]), jnp.asarray(targets))
+        tokens = f"random, seed {cfg.seed}, {np.count_nonzero(targets != IGNORE_INDEX)} of them to be predicted"
     subject = Subject(resolved, params, batch, key if resolved.dropout else None)
     return subject, state, describe(cfg, subject, tokens)
+
+
+def finite_params(checkpoint: str, cfg: GPT2Config) -> Params:
+    """`load_weights`, of numbers that a gradient can be taken at.
+
+    Raises:
+        CheckpointError: as `load_weights`, or a tensor has numbers that are not finite.
+
+    """
+    _, params = load_weights(checkpoint, cfg)
+    for (tensor, layer), x in zip(leaf_names(params), jax.tree.leaves(params), strict=True):
+        if not jnp.isfinite(x).all():
+            name = tensor if layer is None else f"{tensor}[{layer}]"
+            raise CheckpointError(f"{checkpoint} has numbers in {name} that are not finite: there is no gradient to check")
+    return params
 
 
 def describe(cfg: VerifyConfig, subject: Subject, tokens: str) -> dict[str, str]:
@@ -157,24 +221,24 @@ def describe(cfg: VerifyConfig, subject: Subject, tokens: str) -> dict[str, str]
         "batch": [f"{B} x {T} tokens, {tokens}"],
         "reference": [cfg.reference],
     }
-    return {name: ", ".join(part) for name, part in parts.items()} | environment(dataclasses.replace(cfg, model=resolved))
+    checked = dataclasses.replace(cfg, model=resolved, layers=False, explain=False, json=None, html=None, export=None)
+    return {name: ", ".join(part) for name, part in parts.items()} | environment(checked)
 
 
 def make_report(cfg: VerifyConfig, subject: Subject, state: llmc.DebugState | None) -> Report:
     """Everything that was asked for."""
     if state:
-        report = model.against_file(subject, state)
+        report = references.against_file(subject, state)
     elif cfg.reference == "autodiff":
-        report = model.against_autodiff(subject)
+        report = references.against_autodiff(subject)
     else:
-        report = model.against_differences(subject, cfg.layers)
+        report = references.against_differences(subject, cfg.layers)
     return dataclasses.replace(report, ops=tuple(check_ops(cfg.dtype)), layers=cfg.layers)
 
 
 def export(folder: Path, subject: Subject) -> None:
     """Write ``gpt2_124M.bin`` and ``gpt2_124M_debug_state.bin``, which are the names that llm.c's test looks for."""
     found = model.by_hand(subject)
-    folder.mkdir(parents=True, exist_ok=True)
     inputs, targets, logits = (np.asarray(x) for x in (*subject.batch[:2], found.logits))
     state = llmc.DebugState(inputs, targets, logits, float(found.loss), stack(found.params))
     llmc.write_model(folder / "gpt2_124M.bin", subject.params, subject.cfg)

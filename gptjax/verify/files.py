@@ -15,10 +15,10 @@ import numpy as np
 import yaml
 
 from gptjax.errors import naming
-from gptjax.verify.comparison import Comparison, Row
 from gptjax.verify.html import as_html
 from gptjax.verify.ops import OpError
 from gptjax.verify.proof import Report
+from gptjax.verify.rows import Comparison, Row
 
 
 def environment(settings: Any) -> dict[str, str]:

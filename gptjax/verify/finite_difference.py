@@ -15,8 +15,9 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array
 
-from gptjax.verify.comparison import Comparison, Row, tensor_and_layer
-from gptjax.verify.tolerance import unit_roundoff
+from gptjax.verify.comparison import leaf_names
+from gptjax.verify.rows import Comparison, Row
+from gptjax.verify.tolerance import LAMBDA, unit_roundoff
 
 STEP = 0.1  # the first h, times the tensor's root mean square
 LEVELS = 5  # halvings, the first value included: two evaluations of f each
@@ -93,19 +94,17 @@ def check_directions(
         gradient: a pytree like ``x``.
         layers: one direction a leaf instead of one a tensor.
         seed: of the directions.
-        tolerance: largest relative error.
+        tolerance: largest relative error; `LAMBDA` times the estimated error of a difference where that is larger.
 
     Returns:
         A row for each direction. ``norm`` is the size of the derivative; ``relative_l2`` the error relative to it, or to the
         root mean square of derivatives along such directions where that is larger: one may be near zero by chance.
 
     """
-    paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(x), strict=True)
     tree: Any = jax.tree.structure(x)
-    gradients = tree.flatten_up_to(gradient)
-    names = [tensor_and_layer(path) for path in paths]
+    leaves, gradients = jax.tree.leaves(x), tree.flatten_up_to(gradient)
     groups: dict[tuple[str, int | None], list[int]] = {}
-    for i, (tensor, layer) in enumerate(names):
+    for i, (tensor, layer) in enumerate(leaf_names(x)):
         groups.setdefault((tensor, layer if layers else None), []).append(i)
     groups = {(f"{RANDOM} {n + 1}", None): list(range(len(leaves))) for n in range(RANDOM_DIRECTIONS)} | groups
     generator = np.random.default_rng(seed)
@@ -118,7 +117,7 @@ def check_directions(
             direction[i] = size * generator.standard_normal(leaves[i].shape)
             typical = math.hypot(typical, size * float(jnp.linalg.norm(gradients[i].ravel())))
         expected = sum(float(jnp.vdot(gradients[i].astype(jnp.float64), direction[i])) for i in members)
-        found = directional(f, x, tree.unflatten(direction)).value
+        found, doubt = directional(f, x, tree.unflatten(direction))
         scale = max(abs(found), typical)
         error = abs(expected - found) / scale if scale else abs(expected - found)
         shape = leaves[members[0]].shape
@@ -126,5 +125,6 @@ def check_directions(
             shape = (sum(leaf.size for leaf in leaves),)
         elif len(members) > 1:
             shape = (len(members), *shape)
-        rows.append(Row(tensor, layer, shape, abs(found), error, None, None, None, None, tolerance))
+        allowed = max(tolerance, LAMBDA * doubt / (scale or 1.0))
+        rows.append(Row(tensor, layer, shape, abs(found), error, None, None, None, None, allowed))
     return Comparison(tuple(rows), tuple(rows))

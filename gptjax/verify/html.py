@@ -3,9 +3,9 @@
 import math
 from html import escape
 
-from gptjax.verify.comparison import Comparison, Row, cells
 from gptjax.verify.ops import ops_cells
 from gptjax.verify.proof import Report
+from gptjax.verify.rows import Comparison, Row, cells
 
 # Viridis, from small errors to large ones; readable without colour vision.
 SCALE = [(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)]

@@ -2,18 +2,25 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
 from gptjax.verify import finite_difference, trace
-from gptjax.verify.comparison import Comparison, compare, table
+from gptjax.verify.comparison import compare
 from gptjax.verify.ops import OpError, ops_table
-from gptjax.verify.tolerance import gradient_variances, tolerance
+from gptjax.verify.rows import Comparison, table
+from gptjax.verify.tolerance import LAMBDA, gradient_variances, tolerance
 from gptjax.verify.trace import Parting
 
 Reference = Literal["autodiff", "finite-difference"]
+
+
+WIDENED = (
+    f"{LAMBDA:g} times what JAX's own gradient moves by, when each parameter moves by a unit in the last place, is allowed "
+    "where that is more than the derived tolerance"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +43,8 @@ class Report:
     """On what this was found."""
     layers: bool = False
     """Whether the text has a line for each layer."""
+    widened: bool = False
+    """Whether the tolerances are `gptjax.verify.model.widened`."""
 
     def __bool__(self) -> bool:
         """Whether everything is within its tolerance."""
@@ -73,7 +82,10 @@ class Report:
             parts["Hessian-vector product"] = table(self.curvature.rows if self.layers else self.curvature.tensors)
         if self.ops:
             parts["ops, each by itself"] = ops_table(self.ops)
-        return "\n\n".join([*(f"{name}\n{text}" for name, text in parts.items()), self.closing])
+        texts = [f"{name}\n{text}" for name, text in parts.items()]
+        if self.widened:
+            texts.append(WIDENED)
+        return "\n\n".join([*texts, self.closing])
 
 
 def check(
@@ -94,18 +106,24 @@ def check(
         batch: further arguments.
         reference: ``autodiff``: `jax.grad` of ``loss``; ``finite-difference``: values of ``loss`` along random directions,
             for which ``params`` must be float64.
-        largest_error: relative L2 error allowed; by default what rounding explains, see `gptjax.verify.tolerance`.
+        largest_error: relative L2 error allowed; by default what rounding explains, see `gptjax.verify.tolerance`, or for
+            differences `gptjax.verify.finite_difference.TOLERANCE`.
 
     Returns:
-        The report. Where ops are jitted functions named ``OP_fwd`` and ``OP_bwd``, it names the first op that is wrong.
+        The report. Where ops are jitted functions named ``OP_fwd`` and ``OP_bwd``, it names the first op that is wrong:
+        those of which ``OP_bwd`` has the gradient of the op's result as its last argument, and returns the gradients of
+        the floating-point arguments of ``OP_fwd`` in their order, last ones that are not needed left out.
 
     Raises:
-        ValueError: the gradient is not shaped like the parameters, or they are not float64 for differences.
+        ValueError: there is no such reference, the gradient is not shaped like the parameters, or they are not float64 for
+            differences.
 
     """
+    if reference not in get_args(Reference):
+        raise ValueError(f"reference must be one of {', '.join(get_args(Reference))}, not {reference}")
     value, gradient = jax.jit(loss_and_grad)(params, *batch)
     variances = gradient_variances(loss_and_grad, params, *batch)
-    allowed = jax.tree.map(lambda v: largest_error or tolerance(v, v), variances)
+    allowed = jax.tree.map(lambda v: tolerance(v, v) if largest_error is None else largest_error, variances)
     structure: Any = jax.tree.structure(gradient)
     if structure != jax.tree.structure(params):
         raise ValueError(f"the gradient has the structure {structure}, not the parameters': {jax.tree.structure(params)}")
@@ -114,7 +132,8 @@ def check(
             raise ValueError("differences need float64 parameters: jax.config.update('jax_enable_x64', True) first")
         plain = jax.jit(loss)
         expected = plain(params, *batch)
-        found = finite_difference.check_directions(lambda p: plain(p, *batch), params, gradient)
+        limit = finite_difference.TOLERANCE if largest_error is None else largest_error
+        found = finite_difference.check_directions(lambda p: plain(p, *batch), params, gradient, tolerance=limit)
     else:
         expected, derivative = jax.jit(jax.value_and_grad(loss))(params, *batch)
         found = compare(gradient, derivative, allowed[1])

@@ -1,13 +1,14 @@
 """How large an error rounding alone explains, derived from the program itself.
 
-A sum of n terms, each rounded with unit roundoff u, ends within LAMBDA sqrt(n) u of its exact value, relative to the
-size of what is summed, with a probability of at least 1 - 2 exp(-LAMBDA^2 / 2): the roundings are taken to be independent
-with mean zero (Higham and Mary 2019, doi:10.1137/18M1226312, theorem 2.4). A gradient is a chain of such sums, so the
-variances n u^2 of all sums on the way add up. `variances` follows every value of a jaxpr from the inputs to the outputs
-and keeps, for each, the largest sum over all ways that lead to it; `tolerance` is LAMBDA times its root.
+A product of n factors 1 + delta, the deltas independent with mean zero and at most the unit roundoff u, is within LAMBDA
+sqrt(n) u of 1 with a probability of at least 1 - 2 exp(-LAMBDA^2 / 2), to first order in u (Higham and Mary 2019,
+doi:10.1137/18M1226312, theorem 2.4). Each term of a sum of n collects at most n such factors, and a gradient is a chain of
+sums, so the variances n u^2 of all sums on the way add up. `variances` follows every value of a jaxpr from the inputs to the
+outputs and keeps, for each, the largest sum over all ways that lead to it; `tolerance` is LAMBDA times its root.
 
-What the theory leaves out is how much a step magnifies the error of its input relative to its output. The margin for it
-is that n terms of mixed signs, and sums kept in several registers at once, stay well below the bound.
+That is a model of rounding, not a bound. It leaves out how much a step magnifies the error of its input relative to its
+output, and leaves a margin: n terms of mixed signs, and sums kept in several registers at once, stay well below it. Where
+the margin is not enough, `gptjax.verify.model.widened` measures the magnification.
 """
 
 import math

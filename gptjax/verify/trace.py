@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 from jaxtyping import Array
 
-from gptjax.verify.comparison import compare, tensor_and_layer
+from gptjax.verify.comparison import compare, leaf_names
 
 ADDS = ("embedding",)  # ops whose backward adds to the gradients that it is given
 PLAIN = ("attention",)  # ops that the plain forward calls without the suffix
@@ -81,7 +81,7 @@ def run(f: Callable[..., Any], *args: Any, on_call: Callable[[Call], list[Any]],
     jaxpr = closed.jaxpr
     values: dict[Any, Any] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
     values.update(zip(jaxpr.invars, jax.tree.leaves((args, kwargs)), strict=True))
-    weights = {var: tensor_and_layer(path) for var, (path, _) in zip(jaxpr.invars, _with_paths(args[0]), strict=False)}
+    weights: dict[Any, tuple[str, int | None]] = dict(zip(jaxpr.invars, leaf_names(args[0]), strict=False))
     latest: tuple[str, int | None] = "", None  # the weight used last: an op without weights is found by it
     for eqn in jaxpr.eqns:
         ins = [v.val if isinstance(v, Literal) else values[v] for v in eqn.invars]
@@ -95,9 +95,6 @@ def run(f: Callable[..., Any], *args: Any, on_call: Callable[[Call], list[Any]],
         values.update(zip(eqn.outvars, outs, strict=True))
     flat = [v.val if isinstance(v, Literal) else values[v] for v in jaxpr.outvars]
     return jax.tree.unflatten(jax.tree.structure(shape), flat)
-
-
-_with_paths = jax.tree_util.tree_leaves_with_path
 
 
 def _place(op: str, weight: str, layer: int | None, used: bool) -> str:
@@ -147,7 +144,9 @@ def first_parting(
     if worst.ok:
         return None
     name = worst.tensor if worst.layer is None else f"{worst.tensor}[{worst.layer}]"
-    return Parting(f"gradient of {name}", "every op is right, but what they give is put together wrongly", worst.relative_l2)
+    named = any(call.op.endswith("_bwd") for call in calls)
+    what = "every op is right, but what they give is put together wrongly" if named else "no jitted OP_bwd tells where"
+    return Parting(f"gradient of {name}", what, worst.relative_l2)
 
 
 def _wrong_here(forward: Call, received: Any, backward: Call, largest: float) -> Parting | None:

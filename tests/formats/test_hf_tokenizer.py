@@ -24,27 +24,8 @@ def test_the_library_encodes_what_is_written_as_we_do(tmp_path):
 def test_what_is_written_is_read_back(tmp_path):
     hf_tokenizer.write(tmp_path, BPE)
     again = hf_tokenizer.read(tmp_path / "tokenizer.json")
-    assert again.tokens() == BPE.tokens()
+    assert again.tokens == BPE.tokens
     assert again.end_of_text == BPE.end_of_text
-
-
-def test_merges_of_gpt2(shared, monkeypatch):
-    """Recovered from the ranks alone: they are the lines of OpenAI's vocab.bpe."""
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared / "tiktoken_cache"))
-    tokenizers.gpt2.cache_clear()
-    character = {b: c for c, b in tokenizers.byte_of_character().items()}
-    found = [
-        " ".join("".join(character[b] for b in part) for part in pair)
-        for pair in hf_tokenizer.merges(tokenizers.gpt2().tokens())
-    ]
-    files = (path.read_text("utf-8", "replace") for path in (shared / "tiktoken_cache").iterdir() if path.is_file())
-    (lines,) = (text.splitlines()[1:50001] for text in files if text.startswith("#version"))
-    assert found == lines
-
-
-def test_tokens_that_no_merges_make():
-    with pytest.raises(ValueError, match="is no merge of two others"):
-        hf_tokenizer.merges([b"a", b"b", b"c", b"abc"])
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,19 @@ def test_large_logits_do_not_overflow():
     np.testing.assert_array_equal(cross_entropy_bwd(saved, 3), [[1, -1, 0]])
 
 
+@pytest.mark.parametrize("margin", [5.0, 30.0, 200.0])
+def test_a_target_that_is_all_but_certain_keeps_its_digits(margin):
+    """Loss and gradient are e^-margin, to float32's last digits, where log p and p - 1 would have lost them."""
+    logits, targets = jnp.array([[0.0, margin, -1.0]], jnp.float32), jnp.array([1], jnp.int32)
+    loss, saved = cross_entropy_fwd(logits, targets, jnp.ones(1, jnp.float32), 3)
+    exact = np.exp(np.float64([[0.0, 0.0, -1.0]]) - margin)
+    exact /= 1 + exact[:, [0, 2]].sum()
+    exact[:, 1] = -exact[:, [0, 2]].sum()
+    tiny = {"rtol": 1e-6, "atol": float(jnp.finfo(jnp.float32).tiny)}
+    np.testing.assert_allclose(cross_entropy_bwd(saved, 3), exact, **tiny)
+    np.testing.assert_allclose(loss, np.log1p(np.exp(-margin) + np.exp(-1 - margin)), **tiny)
+
+
 def test_each_row_of_the_gradient_sums_to_zero():
     logits, targets = normal(0, 5, 11), targets_in(11, 5)
     _, saved = cross_entropy_fwd(logits, targets, jnp.full(5, 0.2), 11)

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from gptjax.formats import llmc
 from gptjax.models import gpt2
+from gptjax.ops import IGNORE_INDEX
 from gptjax.verify.ops import OpError
 from tests.conftest import ROOT
 
@@ -61,8 +63,55 @@ def test_a_wrong_backward_ends_with_1_and_is_named(monkeypatch, capsys, tmp_path
     closing = next(line for line in lines if "GRADIENTS ARE WRONG" in line)
     assert "first at layer 0, gelu (after fcw): gelu_bwd gives a wrong gradient (relative L2 error 1.0e-09)" in closing
     assert lines[-1] == "nothing was exported: it would not be right"
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").iterdir())
     assert "outlined where wrong" in (tmp_path / "r.html").read_text()
+
+
+def test_a_wrong_gradient_ends_with_1_even_if_the_report_cannot_be_kept(monkeypatch, capsys, tmp_path):
+    def full(*args):
+        raise OSError(28, "No space left on device", "r.html")
+
+    monkeypatch.setattr(command, "write_report", full)
+    monkeypatch.setattr(command, "check_ops", lambda dtype: [OpError("an op", 2.0, 1.0, 0.0, 1.0)])
+    assert command.main([*TINY, "--html", str(tmp_path / "r.html")]) == 1
+    assert "r.html cannot be written: No space left on device" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setattr(command, "check_ops", lambda dtype: [OpError("an op", 0.0, 1.0, 0.0, 1.0)])
+    monkeypatch.setattr(command, "write_report", full)
+    expect_error([*TINY, "--html", str(tmp_path / "r.html")], "No space left on device", capsys)
+
+
+def test_a_report_that_may_not_be_written_is_refused_before_the_work(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(command.os, "access", lambda path, mode: path != tmp_path)
+    expect_error([*TINY, "--json", str(tmp_path / "r.json")], "permission denied", capsys)
+
+
+def made(*arguments):
+    """The subject of these arguments, and what the command says of it."""
+    cfg, _ = command.cli.parse(command.VerifyConfig, "verify", "", [*TINY, *arguments])
+    subject, _, facts = command.make_subject(cfg)
+    return subject, facts
+
+
+def test_some_random_targets_do_not_count_unless_llmc_shall_read_them():
+    subject, facts = made("--data.seq_len", "64", "--model.dropout", "0.5")
+    assert 0.05 < (subject.batch.targets == IGNORE_INDEX).mean() < 0.25
+    assert "dropout 0.5" in facts["model"]
+    subject, facts = made("--data.seq_len", "64", "--model.dropout", "0.5", "--export", "x")
+    assert (subject.batch.targets >= 0).all()
+    assert "dropout 0.0" in facts["model"]
+
+
+def test_the_hash_is_of_what_is_checked_and_not_of_how_it_is_shown():
+    one, other, different = (made(*a)[1]["config"] for a in ([], ["--layers", "true", "--json", "x"], ["--seed", "1"]))
+    assert one == other != different
+
+
+def test_parameters_that_are_not_finite_are_named(capsys, tmp_path):
+    subject, _ = made()
+    broken = subject.params._replace(fcb=(subject.params.fcb[0].at[3].set(jnp.nan),))
+    llmc.write_model(tmp_path / "m.bin", broken, subject.cfg)
+    expect_error([*TINY, "--checkpoint", str(tmp_path / "m.bin")], "m.bin has numbers in fcb[0] that are not finite", capsys)
 
 
 def test_a_wrong_op_alone_ends_with_1(monkeypatch, capsys):
@@ -122,9 +171,15 @@ def expect_error(arguments, message, capsys):
         (["--reference", "nothing"], "there is no file nothing"),
         (["--reference", str(ROOT / "README.md")], "give their file as --checkpoint"),
         (["--reference", str(ROOT / "README.md"), "--checkpoint", "x"], "README.md is not an llm.c debug state"),
+        (["--reference", "finite-difference", "--dtype", "bfloat16"], "needs dtype float64 or float32"),
         (["--checkpoint", "nowhere"], "nowhere does not exist"),
+        (["--checkpoint", ""], "holds no checkpoint"),
         (["--checkpoint", str(ROOT / "README.md")], "in no format that is known here"),
         (["--json", "nowhere/r.json"], "there is no folder nowhere"),
+        (["--html", str(ROOT)], "it is a folder"),
+        (["--html", "r", "--json", "./r"], "json and html are both r: name two files"),
+        (["--export", "/proc/nowhere"], "/proc/nowhere cannot be used"),
+        (["--seed", "4294967296"], "seed must be from 0 to 4294967295"),
         (["--export", str(ROOT / "README.md")], "is a file, not a folder"),
         (["--data.seq_len", "4000"], "data.seq_len 4000 does not fit"),
         (["--model.attention", "cudnn"], "needs an NVIDIA GPU"),

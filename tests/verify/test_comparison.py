@@ -23,7 +23,8 @@ def test_what_a_row_tells():
 def test_equal_gradients_agree_exactly():
     found = compare([jnp.ones(3), jnp.zeros(2)], [jnp.ones(3), jnp.zeros(2)])
     assert found
-    assert [(row.relative_l2, row.cosine) for row in found.rows] == [(0, 1), (0, 1)]
+    assert [row.relative_l2 for row in found.rows] == [0, 0]
+    assert [row.cosine for row in found.rows] == [pytest.approx(1), 1]
 
 
 def test_layers_are_told_apart_and_put_together():
@@ -43,6 +44,37 @@ def test_the_layer_is_the_first_index_of_a_sequence_on_the_way():
     tree = [{"attention": (jnp.ones(1), jnp.ones(2))}, {"attention": (jnp.ones(1), jnp.ones(2))}]
     names = [(row.tensor, row.layer) for row in compare(tree, tree).rows]
     assert names == [("attention.0", 0), ("attention.1", 0), ("attention.0", 1), ("attention.1", 1)]
+
+
+def test_entries_of_different_shapes_are_no_layers():
+    shapes = {"affine": (jnp.ones((2, 3)), jnp.ones(3)), "same": (jnp.ones(2), jnp.ones(2))}
+    names = [(row.tensor, row.layer) for row in compare(shapes, shapes).rows]
+    assert names == [("affine.0", None), ("affine.1", None), ("same", 0), ("same", 1)]
+    pair = (jnp.ones(3), jnp.ones(3))  # the entries of a tuple are what they are: weight and bias, say
+    assert [(row.tensor, row.layer) for row in compare(pair, pair).rows] == [("0", None), ("1", None)]
+
+
+def test_a_tensor_is_wrong_if_one_of_its_layers_is():
+    """Also where the whole, in which the others are larger, is within its tolerance."""
+    reference = (jnp.full(3, 1e6), jnp.full(3, 1.0))
+    found = compare({"w": (reference[0], 1.01 * reference[1])}, {"w": reference}, 1e-6)
+    assert [row.ok for row in found.rows] == [True, False]
+    (together,) = found.tensors
+    assert together.relative_l2 < 1e-7
+    assert not together.ok
+    assert "WRONG" in str(found)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_squares_that_the_dtype_does_not_hold_are_no_error(dtype, size):
+    reference = (size * normal(0, 100)).astype(dtype)
+    error = size * 1e-3 * jnp.ones(100, dtype)
+    row = compare(reference + error, reference, 1.0).rows[0]
+    assert row.relative_l2 == pytest.approx(1e-3 * 10 * size / row.norm, rel=1e-3)
+    assert row.norm == pytest.approx(np.linalg.norm(np.float64(reference)), rel=1e-6)
+    assert row.cosine == pytest.approx(1, abs=1e-5)
+    assert not compare(reference + error, reference)
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
@@ -94,6 +126,15 @@ def test_trees_that_do_not_match():
         compare({"a": jnp.ones(1)}, {"b": jnp.ones(1)})
     with pytest.raises(ValueError, match=r"b has shape \(2,\) in one gradient and \(3,\)"):
         compare({"b": jnp.ones(2)}, {"b": jnp.ones(3)})
+    with pytest.raises(ValueError, match="b is int64 in one gradient and float64 in the other, not floating-point"):
+        compare({"b": jnp.ones(2, int)}, {"b": jnp.ones(2)})
+    with pytest.raises(ValueError, match="nothing to compare"):
+        compare({}, {})
+
+
+def test_numbers_are_gradients_too():
+    assert compare({"a": 1.0, "b": np.ones(2)}, {"a": 1.0, "b": jnp.ones(2)})
+    assert not compare(1.0, 1.1)
 
 
 @pytest.mark.parametrize("x", [1.0, 1.5, 4.0, 1e-30, 0.1])

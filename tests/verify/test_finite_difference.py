@@ -76,5 +76,14 @@ def test_a_gradient_of_zero_or_nan_is_found():
         assert not check_directions(loss, PARAMS, jax.grad(loss)(PARAMS) | {"b": wrong})
 
 
+def test_a_difference_is_trusted_no_further_than_its_own_estimate():
+    """A kink within the steps: the estimate is large, and so is what is allowed, in that row alone."""
+    f = lambda p: jnp.abs(p["kinked"] - 1e-3).sum() + jnp.sin(p["smooth"]).sum()  # noqa: E731
+    x = {"kinked": jnp.zeros(1), "smooth": jnp.ones(1)}
+    rows = check_directions(f, x, {"kinked": -jnp.ones(1), "smooth": jnp.cos(x["smooth"])}).rows[3:]
+    assert {row.tensor: row.tolerance > TOLERANCE for row in rows} == {"kinked": True, "smooth": False}
+    assert all(row.ok for row in rows)
+
+
 def test_tolerance_is_the_root_of_float64s_unit_roundoff():
     assert pytest.approx(2**-26.5) == TOLERANCE

@@ -94,6 +94,27 @@ def test_a_given_error_bound():
     assert check(loss, slightly, PARAMS, X, LABELS, largest_error=1e-5)
 
 
+def test_a_bound_of_zero_is_one_and_holds_for_differences_too():
+    assert not check(loss, loss_and_grad, PARAMS, X, LABELS, largest_error=0.0)
+    slightly = lambda *a: jax.tree.map(lambda x: x * (1 + 1e-7), loss_and_grad(*a))  # noqa: E731
+    found = {
+        bound: check(loss, slightly, PARAMS, X, LABELS, reference="finite-difference", largest_error=bound)
+        for bound in (None, 1e-6)
+    }
+    assert not found[None].gradient
+    assert found[1e-6].gradient
+
+
+def test_an_unknown_reference():
+    with pytest.raises(ValueError, match="must be one of autodiff, finite-difference, not torch"):
+        check(loss, loss_and_grad, PARAMS, X, LABELS, reference="torch")
+
+
+def test_without_named_ops_only_the_tensor_is_named():
+    report = check(lambda w: jnp.sin(w).sum(), lambda w: (jnp.sin(w).sum(), 2 * jnp.cos(w)), X)
+    assert str(report.parting).startswith("gradient of value: no jitted OP_bwd tells where")
+
+
 def test_float32_is_held_to_float32():
     args = jax.tree.map(lambda x: x.astype(jnp.float32), (PARAMS, X, LABELS))
     report = check(loss, loss_and_grad, *args)

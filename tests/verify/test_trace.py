@@ -59,7 +59,7 @@ def test_calls_are_recorded_with_their_places():
 
 
 def test_gradients_of_every_ops_result_are_jaxs():
-    """Of the loss with respect to the embeddings, against a loss that takes the embeddings as an argument."""
+    """Of the input embeddings, against what the hand-written backward gives to the embedding, and the sum over sequences."""
     params, batch = tiny.params(CFG), tiny.batch(CFG)
     first, *_ = trace.cotangents(lambda p, b: gpt2.loss(p, b, CFG), params, batch)
     _, calls = trace.record(lambda p, b: gpt2.loss_and_grad(p, b, CFG), params, batch)

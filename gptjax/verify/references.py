@@ -1,0 +1,232 @@
+"""GPT-2's hand-written gradient on trial, against each kind of reference."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax.formats.llmc import DebugState
+from gptjax.models import gpt2
+from gptjax.models.config import GPT2Config
+from gptjax.models.gpt2 import Batch
+from gptjax.models.params import Params, init_params, stack, unstack
+from gptjax.steps import Backward, mean_loss_and_grad, step_key
+from gptjax.verify import finite_difference
+from gptjax.verify.comparison import compare
+from gptjax.verify.model import Derivatives, Forward, Subject, by_autodiff, by_hand, exact, parameters, tolerances, widened
+from gptjax.verify.proof import Report, locate
+from gptjax.verify.rows import Comparison
+from gptjax.verify.tolerance import gradient_variances, tolerance, unit_roundoff
+from gptjax.verify.trace import Parting
+
+
+def against_autodiff(subject: Subject) -> Report:
+    """The gradient and forward against JAX's in float64; in 16 bits also against JAX's own distance from there."""
+    dtype = subject.cfg.compute_dtype
+    narrow = dtype.itemsize < 4
+    mine, truth = by_hand(subject), by_autodiff(exact(subject))
+    rival = by_autodiff(subject).gradient() if narrow else None
+
+    def judge(allowed: Derivatives) -> Report:
+        return Report(
+            compare(mine.gradient(), truth.gradient(), allowed.gradient(), rival, dtype),
+            compare(mine.forward(), truth.forward(), allowed.forward(), dtype=dtype),
+            reference="autodiff in float64",
+        )
+
+    report = _judged(judge, tolerances(subject), subject)
+    curvature = None if narrow else against_hessian(subject)
+    return dataclasses.replace(report, curvature=curvature, parting=_blame(report.gradient, mine, subject))
+
+
+def against_differences(subject: Subject, layers: bool) -> Report:
+    """The gradient along random directions, against differences of the plain forward in float64.
+
+    Args:
+        subject: float64 or float32: in 16 bits a derivative along one direction says little.
+        layers: one direction a tensor and layer instead of one a tensor.
+
+    """
+    mine, double = by_hand(subject), exact(subject)
+    params = parameters(double)
+    params = params if double.cfg.layers == "unroll" else unstack(params)
+
+    @jax.jit
+    def loss(params: Params) -> Any:
+        params = params if double.cfg.layers == "unroll" else stack(params)
+        return gpt2.loss(params, double.batch, double.cfg, double.key)
+
+    found = finite_difference.check_directions(loss, params, mine.params, layers)
+    plain = loss(params)
+
+    def judge(allowed: Derivatives) -> Report:
+        largest = max(jax.tree.leaves(allowed.params))
+        rows = tuple(row._replace(tolerance=max(row.tolerance, largest)) for row in found.rows)
+        return Report(
+            Comparison(rows, rows),
+            compare({"loss": mine.loss}, {"loss": plain}, {"loss": allowed.loss}),
+            reference="finite differences in float64",
+        )
+
+    report = _judged(judge, tolerances(subject), subject)
+    return dataclasses.replace(report, parting=_blame(report.gradient, mine, subject))
+
+
+def against_file(subject: Subject, state: DebugState) -> Report:
+    """The gradient and forward against another program's, in float32."""
+    mine, V = by_hand(subject), subject.cfg.vocab_size
+    theirs = unstack(jax.tree.map(jnp.asarray, state.grads))
+    theirs, grads = (g._replace(wte=g.wte[:V]) for g in (theirs, mine.params))
+    values = Forward(jnp.float32(state.loss), jnp.asarray(state.logits))
+    dtype = jnp.float32 if subject.cfg.dtype == "float64" else subject.cfg.compute_dtype
+
+    def judge(allowed: Derivatives) -> Report:
+        found = compare(grads, theirs, allowed.params, dtype=dtype)
+        return Report(found, compare(mine.forward(), values, allowed.forward(), dtype=dtype), reference="the file")
+
+    report = _judged(judge, tolerances(subject, jnp.float32), subject, dtype)
+    return dataclasses.replace(report, parting=_blame(report.gradient, mine, subject))
+
+
+def _judged(judge: Callable[[Derivatives], Report], allowed: Derivatives, subject: Subject, dtype: Any = None) -> Report:
+    """The report with the derived tolerances, or, if it is not good, with the `widened` ones."""
+    report = judge(allowed)
+    if report:
+        return report
+
+    def gradient(params: Params) -> Derivatives:
+        return by_autodiff(subject._replace(params=params))
+
+    report = judge(widened(allowed, gradient, parameters(subject), dtype or subject.cfg.compute_dtype))
+    return dataclasses.replace(report, widened=True)
+
+
+def against_hessian(subject: Subject) -> Comparison:
+    """The Hessian times a random vector: forward over the hand-written reverse, against forward over JAX's in float64."""
+    double = exact(subject)
+    tree: Any = jax.tree.structure(subject.params)
+    leaves = jax.tree.leaves(subject.params)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    draw = jax.jit(
+        lambda keys: tree.unflatten([jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)])
+    )
+    vector = draw(keys)
+
+    def product(gradient: Any, of: Subject) -> Any:
+        def run(params: Params, vector: Params) -> Params:
+            return unstack(jax.jvp(lambda p: gradient(p, of.batch, of.cfg, of.key), (params,), (vector,))[1])
+
+        return run, (parameters(of), parameters(of._replace(params=vector)))
+
+    ours, args = product(lambda *a: gpt2.loss_and_grad(*a)[1], subject)
+    mine = jax.jit(ours)(*args)
+    theirs_rounding = (unit_roundoff(jnp.float64) / unit_roundoff(subject.cfg.compute_dtype)) ** 2
+    allowed = jax.tree.map(lambda v: tolerance(v, v * theirs_rounding), gradient_variances(ours, *args))
+    theirs, args = product(jax.grad(gpt2.loss), double)
+    return compare(mine, jax.jit(theirs)(*args), allowed)
+
+
+def against_live(run: Any, cfg: GPT2Config, params: Params, batch: Batch, key: Any, step: int) -> Report | None:
+    """The gradient of a training step, as that step computes it, against JAX's in the same precision.
+
+    In 16 bits it is judged as elsewhere, by JAX's own distance from a more precise gradient, here in float32. Both sides
+    add micro-batches by the same code.
+
+    Args:
+        run: the compiled ``run(params, batch, key, step) -> (loss, gradient)`` on trial; None compiles the hand-written one.
+        cfg: resolved.
+        params: the live parameters.
+        batch: (A, B, T) tokens, A micro-batches.
+        key: of dropout, before the step is folded in.
+        step: number of the step.
+
+    Returns:
+        The report; None where JAX's own gradient is not finite, so that there is nothing to compare with.
+
+    """
+    at = jnp.int32(step)
+    narrow = cfg.compute_dtype.itemsize < 4
+    first = Subject(cfg, params, jax.tree.map(lambda x: x[0], batch), step_key(key, at, cfg))
+    wide = exact(first, "float32") if narrow else first
+    args = params, batch, key, at
+    expected, reference = _step_gradient(wide.cfg, "autodiff")(*args)
+    if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves((expected, reference))):
+        return None
+    own = _step_gradient(cfg, "autodiff")
+    rival = own(*args)[1] if narrow else None
+    loss, gradient = run(*args) if run else _step_gradient(cfg, "manual")(*args)
+    gradient = unstack(gradient)
+
+    def judge(allowed: Any) -> Report:
+        found = compare(gradient, reference, allowed[1], rival, cfg.compute_dtype)
+        return Report(found, compare({"loss": loss}, {"loss": expected}, {"loss": allowed[0]}))
+
+    allowed = _step_tolerances(cfg, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (batch, key)))
+    report = judge(allowed)
+    if not report:
+        limits = widened(allowed, lambda p: own(p, *args[1:]), params, cfg.compute_dtype)
+        report = dataclasses.replace(judge(limits), widened=True)
+    if report.gradient:
+        return report
+    return dataclasses.replace(report, parting=_locate(first) or _in_a_setting(report.gradient))
+
+
+@functools.cache
+def _step_gradient(cfg: GPT2Config, backward: Backward) -> Any:
+    """Compiled once, however often a run checks itself."""
+
+    def gradient(params: Params, batch: Batch, key: Any, step: Any) -> Any:
+        loss, gradient = mean_loss_and_grad(params, batch, step_key(key, step, cfg), cfg, backward)
+        return loss, unstack(gradient)
+
+    return jax.jit(gradient)
+
+
+@functools.cache
+def _step_tolerances(cfg: GPT2Config, batch_and_key: Any) -> Any:
+    params = jax.eval_shape(partial(init_params, cfg=cfg), jax.random.key(0))
+    step = jax.ShapeDtypeStruct((), np.int32)
+    found = gradient_variances(_step_gradient(cfg, "manual"), params, *batch_and_key, step)
+    return jax.tree.map(lambda v: tolerance(v, v), found)
+
+
+def _blame(found: Comparison, mine: Derivatives, subject: Subject) -> Parting | None:
+    """What makes a gradient wrong; None if it is right, or if it is JAX's own, so that the reference differs."""
+    if found:
+        return None
+    parting = _locate(subject)
+    if parting:
+        return parting
+    own = compare(mine.gradient(), by_autodiff(subject).gradient(), tolerances(subject, subject.cfg.compute_dtype).gradient())
+    return None if own else _in_a_setting(found)
+
+
+def _locate(subject: Subject) -> Parting | None:
+    """Where the gradient leaves JAX's: with unrolled layers and nothing recomputed, so that every op shows.
+
+    A 16-bit gradient is followed in a wider precision first, where an error stands out from the rounding.
+    """
+    cfg = dataclasses.replace(subject.cfg, layers="unroll", recompute="none", loss_chunks=1)
+    plain = subject._replace(cfg=cfg, params=subject.params if subject.cfg.layers == "unroll" else unstack(subject.params))
+    widest: Any = "float64" if jax.dtypes.canonicalize_dtype("float64") == "float64" else "float32"
+    for of in (exact(plain, widest), plain) if cfg.compute_dtype.itemsize < 4 else (plain,):
+
+        def with_key(f: Any, of: Subject = of) -> Any:
+            return lambda params, batch: f(params, batch, of.cfg, of.key)
+
+        parting = locate(with_key(gpt2.loss), with_key(gpt2.loss_and_grad), parameters(of), of.batch)
+        if parting:
+            return parting
+    return None
+
+
+def _in_a_setting(found: Comparison) -> Parting:
+    """For a wrong gradient that `_locate` finds right."""
+    settings = "model.layers, model.recompute, model.loss_chunks or optim.accumulate"
+    what = "with unroll, none, 1 and 1 no op is found wrong"
+    return Parting(settings, what, found.worst.relative_l2)
