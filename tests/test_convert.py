@@ -93,7 +93,7 @@ def test_inspect_knows_every_file(model, tmp_path, capsys):
     write_shard(tmp_path / "train.bin", [1, 2, 3])
     np.arange(1, 9, dtype="<u2").tofile(tmp_path / "old.bin")
     BPE.save(tmp_path / "t.json")
-    llmc_tokenizer.write_tokenizer(tmp_path / "t.bin", [*BPE.tokens(), b"<|endoftext|>"], BPE.end_of_text)
+    llmc_tokenizer.write_tokenizer(tmp_path / "t.bin", BPE.pieces, BPE.end_of_text)
     convert(model, tmp_path / "m.safetensors")
     capsys.readouterr()
     expected = {

@@ -76,6 +76,8 @@ def test_every_module_has_a_test():
         "errors": "cli",
         "config": "train",
         "progress": "download",
+        "lazy": "convert",
+        "throughput": "bench",
     }
     covered_elsewhere |= {"__main__": "command", "gptjax": "structure"}
     names = {name_of(p).split(".")[-1] for p in MODULES} - {"ops", "models", "formats", "verify"}

@@ -47,7 +47,7 @@ FORMATS = {
     "llm.c debug state": ("s.bin", write_state, lambda p: llmc.read_debug_state(p, CFG)),
     "llm.c tokenizer": (
         "t.bin",
-        lambda p: llmc_tokenizer.write_tokenizer(p, [*BPE.tokens(), b"<|endoftext|>"], 261),
+        lambda p: llmc_tokenizer.write_tokenizer(p, BPE.pieces, 261),
         lambda p: tokenizers.find(str(p)).encode("the mat"),
     ),
     "uint16 shard": ("train.bin", lambda p: write_shard(p, np.arange(99)), lambda p: open_shard(p).tokens.sum()),
