@@ -168,8 +168,11 @@ def _parquet(path: Path, column: str | None) -> Iterator[tuple[int, str]]:
                 for text in batch.column(0).to_pylist():
                     yield number, text or ""
                     number += 1
-    except arrow.ArrowException as error:
-        raise FormatError(f"{path} is not a Parquet file, or is damaged: {error}") from error
+    except (arrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # Arrow's own have no number
+            raise
+        reason = " ".join(str(error).split())
+        raise FormatError(f"{path} is not a Parquet file, or is damaged: {reason}") from error
 
 
 def _arrow(path: Path) -> Any:

@@ -3,6 +3,7 @@
 ``GPTJAX_FUZZ=20000 pytest tests/formats/test_hostile.py`` tries that many cases of each format; by default it is a few.
 """
 
+import gzip
 import json
 import os
 import tracemalloc
@@ -10,9 +11,11 @@ import tracemalloc
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from gptjax import tokenizers
 from gptjax.convert import inspect
@@ -39,6 +42,12 @@ def write_state(path):
     ids = np.arange(4, dtype=np.int32).reshape(1, 4)
     llmc.write_debug_state(path, llmc.DebugState(ids, ids, np.zeros((1, 4, 5), np.float32), 1.0, PARAMS), CFG)
 
+
+def write_table(path):
+    parquet.write_table(pyarrow.table({"text": ["some text", "and more"], "n": [1, 2]}), path)
+
+
+ZSTD = pyarrow.Codec("zstd")
 
 # Of each format: the file's name, what writes it, what reads all of it.
 FORMATS = {
@@ -69,6 +78,13 @@ FORMATS = {
         "t.json",
         tokenizers.train_characters(["the cat"]).save,
         lambda p: tokenizers.find(str(p)).decode([0, 1, 2]),
+    ),
+    "Parquet": ("a.parquet", write_table, lambda p: list(pieces([p]))),
+    "gzip": ("a.txt.gz", lambda p: p.write_bytes(gzip.compress(b"some text " * 9, mtime=0)), lambda p: list(pieces([p]))),
+    "Zstandard": (
+        "a.txt.zst",
+        lambda p: p.write_bytes(ZSTD.compress(b"some text " * 9, asbytes=True)),
+        lambda p: list(pieces([p])),
     ),
     "JSON lines": ("a.jsonl", lambda p: p.write_text(json.dumps({"text": "a"}) + "\n"), lambda p: list(pieces([p]))),
     "anything": ("m.bin", lambda p: llmc.write_model(p, PARAMS, CFG), lambda p: inspect(str(p))),
