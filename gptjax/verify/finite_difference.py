@@ -20,7 +20,7 @@ from gptjax.verify.rows import Comparison, Row
 from gptjax.verify.tolerance import LAMBDA, unit_roundoff
 
 STEP = 0.1  # the first h, times the tensor's root mean square
-LEVELS = 5  # halvings, the first value included: two evaluations of f each
+LEVELS = 6  # halvings, the first value included: two evaluations of f each
 RANDOM_DIRECTIONS = 3
 RANDOM = "random direction"
 TOLERANCE = unit_roundoff(jnp.float64) ** 0.5
