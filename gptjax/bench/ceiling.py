@@ -1,0 +1,66 @@
+"""What the device could do at best: its matrix products and its memory, measured now, and the floor that they set."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gptjax.models.config import GPT2Config
+from gptjax.models.params import flops_per_token, num_params
+
+ROUNDS = 7
+STREAM_BYTES = 512_000_000  # beyond any cache
+ADAMW_PASSES = 7  # reads parameter, gradient, both moments; writes parameter and both moments
+
+
+class Ceiling(NamedTuple):
+    """Of this device, in this dtype."""
+
+    flops: float
+    """FLOP/s of the model's largest matrix product in a block."""
+    bandwidth: float
+    """Bytes a second of an array that is read and written."""
+
+
+def measure(cfg: GPT2Config, tokens: int) -> Ceiling:
+    """Time the product of (tokens, C) and (C, 4 C) in the compute dtype, and a pass over memory."""
+    C = cfg.channels
+    x, w = jnp.ones((tokens, C), cfg.compute_dtype), jnp.ones((C, 4 * C), cfg.compute_dtype)
+    repeats = max(1, round(2e10 / (8 * tokens * C * C)))
+
+    @jax.jit
+    def products(x: Any, w: Any) -> Any:
+        return jax.lax.fori_loop(0, repeats, lambda _, x: ((x @ w)[:, :C] * 1e-3).astype(x.dtype), x)
+
+    stream = jnp.ones(STREAM_BYTES // 4, jnp.float32)
+    scale = jax.jit(lambda x: x * 1.0001, donate_argnums=0)
+    flops = repeats * 8 * tokens * C * C / _best(lambda: jax.block_until_ready(products(x, w)))
+
+    def once() -> None:
+        nonlocal stream
+        stream = jax.block_until_ready(scale(stream))
+
+    return Ceiling(flops, 2 * STREAM_BYTES / _best(once))
+
+
+def _best(run: Callable[[], Any]) -> float:
+    run()
+    seconds = []
+    for _ in range(ROUNDS):
+        began = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
+
+
+def step_floor(cfg: GPT2Config, tokens: int, seq_len: int, ceiling: Ceiling) -> float:
+    """Seconds of a training step that only multiplies matrices and makes one pass of AdamW over memory."""
+    return tokens * flops_per_token(cfg, seq_len) / ceiling.flops + ADAMW_PASSES * 4 * num_params(cfg) / ceiling.bandwidth
+
+
+def decode_floor(cfg: GPT2Config, ceiling: Ceiling) -> float:
+    """Seconds of a token that only reads every weight once."""
+    return num_params(cfg) * cfg.compute_dtype.itemsize / ceiling.bandwidth

@@ -1,0 +1,114 @@
+"""Our training step and our decoding, in every way they can be configured."""
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax import generate, steps
+from gptjax.bench.timing import Contender
+from gptjax.config import Config
+from gptjax.errors import ConfigError
+from gptjax.models.config import GPT2Config
+from gptjax.models.gpt2 import Batch
+from gptjax.models.params import init_params
+from gptjax.optim import make_optimizer
+from gptjax.run import platform_name
+
+PROMPT, NEW = 16, 256  # tokens of a decoding
+
+
+def random_batch(cfg: Config) -> Batch:
+    """(A, B, T) random ids, on the host."""
+    shape = cfg.optim.accumulate, cfg.data.batch_size, cfg.data.seq_len + 1
+    ids = np.random.default_rng(cfg.seed).integers(0, cfg.model.vocab_size, shape, np.int32)
+    return Batch(ids[..., :-1], ids[..., 1:])
+
+
+def variants(model: GPT2Config, backward: Any) -> list[tuple[str, GPT2Config, Any]]:
+    """Name, configuration and backward: first what is configured, then each choice that can be made otherwise."""
+    other = "autodiff" if backward == "manual" else "manual"
+    layers = "scan" if model.layers == "unroll" else "unroll"
+    found = [(f"{backward}, {model.layers}", model, backward)]
+    for name, changed, way in (
+        (f"{backward}, {layers}", {"layers": layers}, backward),
+        (f"{other}, {model.layers}", {}, other),
+        (f"{other}, {layers}", {"layers": layers}, other),
+        *((f"recompute {r}", {"recompute": r}, backward) for r in ("none", "gelu", "block") if r != model.recompute),
+        *(
+            (f"attention {a}", {"attention": a}, backward)
+            for a in ("materialised", "blockwise", "cudnn")
+            if a != model.attention
+        ),
+    ):
+        found.append((name, dataclasses.replace(model, **changed), way))
+    return found
+
+
+def step_contenders(cfg: Config, compare: bool) -> Iterator[Contender]:
+    """The configured training step, and with ``compare`` each of its `variants`; those of one layout share their state."""
+    platform, seq_len = platform_name(), cfg.data.seq_len
+    batch = jax.device_put(random_batch(cfg))
+    key = jax.random.key(cfg.seed)
+    optimizer = make_optimizer(cfg.optim, cfg.train.steps)
+    states: dict[str, steps.TrainState] = {}
+    known = variants(cfg.model.resolve(platform, seq_len), cfg.train.backward)
+    for name, choice, backward in known if compare else known[:1]:
+        try:
+            model = choice.resolve(platform, seq_len)
+        except ConfigError:
+            continue  # cuDNN where it does not run
+        if model.layers not in states:
+            init = jax.jit(partial(steps.init_state, cfg=model, optimizer=optimizer))
+            states[model.layers] = jax.block_until_ready(init(key))
+        began = time.perf_counter()
+        compiled = steps.compile_step(model, optimizer, backward, states[model.layers], batch, key)
+        facts = {
+            "compile_s": time.perf_counter() - began,
+            "temporary_bytes": compiled.memory["temporaries"],
+            "total_bytes": sum(compiled.memory.values()),
+        }
+
+        def run(compiled: Any = compiled, layers: str = model.layers) -> None:
+            states[layers], metrics = steps.run_step(compiled, states[layers], batch, key, 0)
+            jax.block_until_ready((states[layers], metrics))
+
+        yield Contender(name, run, facts)
+
+
+def decode_contenders(cfg: Config) -> Iterator[Contender]:
+    """Greedy decoding of `NEW` tokens after a prompt of `PROMPT`, with a cache.
+
+    Raises:
+        ConfigError: the model has too few positions.
+
+    """
+    model = cfg.model.resolve(platform_name(), min(cfg.data.seq_len, cfg.model.max_seq_len))
+    if PROMPT + NEW > model.max_seq_len:
+        raise ConfigError(f"decoding {NEW} tokens after {PROMPT} needs model.max_seq_len {PROMPT + NEW}")
+    for layers in ("unroll", "scan"):
+        choice = dataclasses.replace(model, layers=layers)
+        params = jax.jit(partial(init_params, cfg=choice))(jax.random.key(cfg.seed))
+        prompt = jnp.asarray(random_prompt(cfg))
+        sample = partial(generate.sample, cfg=choice, new_tokens=NEW, temperature=0.0)
+        began = time.perf_counter()
+        compiled = sample.func.lower(params, prompt, jax.random.key(0), **sample.keywords).compile()  # type: ignore[attr-defined]
+        facts = {
+            "compile_s": time.perf_counter() - began,
+            "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        }
+
+        def run(compiled: Any = compiled, params: Any = params, prompt: Any = prompt) -> None:
+            jax.block_until_ready(compiled(params, prompt, jax.random.key(0)))
+
+        yield Contender(f"cached, {layers}", run, facts)
+
+
+def random_prompt(cfg: Config) -> np.ndarray:
+    """(1, `PROMPT`) ids."""
+    return np.random.default_rng(cfg.seed).integers(0, cfg.model.vocab_size, (1, PROMPT), np.int32)
