@@ -84,6 +84,11 @@ def test_every_module_has_a_test():
     assert {covered_elsewhere.get(n, n) for n in names} <= tests
 
 
+def test_nothing_is_left_to_be_filled_in():
+    for path in [ROOT / "README.md", *(ROOT / "data").glob("*.md"), *(ROOT / "configs").iterdir()]:
+        assert not re.search(r"@[A-Z]+@|TODO|FIXME", path.read_text()), path
+
+
 def test_the_jupyter_example_runs(capsys):
     code = re.search(r"```python\n(.*?)```", (ROOT / "notebooks" / "README.md").read_text(), re.DOTALL)
     exec(code[1], {})
