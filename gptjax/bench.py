@@ -4,7 +4,8 @@ Compiles the configured step with the hand-written and with JAX's backward, laye
 turns, one step each, so that a noisy machine disturbs all alike. Prints the time to compile, the temporaries that the
 compiler reports, the median time of a step and its ratio to the first row. The batch is random ids.
 
-``--what data`` times the corpus instead: text to tokens, and tokens to batches, in turns with what others do for it.
+``--what data`` times the corpus instead: text to tokens, and tokens to batches, in turns with what others do for it, and then
+how many of those tokens the configured step eats.
 """
 
 import dataclasses
@@ -90,6 +91,10 @@ def time_data(cfg: Config) -> None:
     parts = {"tokens to batches": throughput.loading(corpus.train, shape, data.order, cfg.model.vocab_size)}
     if corpus.tokenizer:
         parts = {"text to tokens": throughput.tokenizing(corpus.tokenizer, corpus.train)} | parts
+    start_jax(cfg.model)
+    batch, key = random_batch(cfg), jax.random.key(cfg.seed)
+    step = prepare(cfg, cfg.train.backward, cfg.model.layers, batch, key)
+    parts["the training step"] = {step.name: [batch.inputs.size / t for t in run_in_turns([step], batch, key)[0]]}
     print(f"{corpus.folder}, {os.cpu_count()} cores, batches of {shape.accumulate} x {shape.batch_size} x {shape.seq_len}")
     for part, ways in parts.items():
         first = statistics.median(next(iter(ways.values())))

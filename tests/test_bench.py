@@ -1,6 +1,11 @@
+import ctypes
+import mmap
+import os
 import re
+import sys
 
 import numpy as np
+import pytest
 
 from gptjax import bench, throughput, tokenizers
 from gptjax.data import BatchShape
@@ -31,11 +36,13 @@ def test_bench_prints_a_row_for_each_way_to_compute_the_step(capsys, monkeypatch
 def test_bench_of_the_data_prints_a_row_for_each_way(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(throughput, "ROUNDS", 2)
     monkeypatch.setattr(throughput, "BATCHES", 5)
+    monkeypatch.setattr(bench, "ROUNDS", 2)
     (tmp_path / "tale.txt").write_text("It was the best of times, it was the worst of times. " * 1000)
     own = ["--data.dataset", str(tmp_path / "tale.txt"), "--data.root", str(tmp_path / "data"), "--data.tokenizer", "bpe:270"]
     assert bench.main([*TINY, *own, "--what", "data"]) == 0
     names = [re.split(r"  +", line)[0] for line in capsys.readouterr().out.splitlines()]
     ours = ["text to tokens", "ours", "tiktoken alone", "in one go", "tokens to batches", "cold", "warm", "random crops"]
+    ours += ["the training step", "manual, unroll"]
     assert names[1:] == ours
 
 
@@ -52,3 +59,27 @@ def test_every_way_makes_the_same_tokens(tmp_path, monkeypatch):
     throughput.loading(shards, BatchShape(1, 2, 8), "shuffle", 257)
     assert counts.pop("ours") == counts["in one go"] + 1 == counts.pop("tiktoken alone") + 1  # the document's end-of-text
     assert counts == {"in one go": 13_000, "cold": 48, "warm": 48, "random crops": 48}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what it caches")
+def test_a_cold_cache_is_cold(tmp_path):
+    """No page of the file is in memory, also where it is mapped and was read."""
+    write_shard(tmp_path / "train.bin", np.arange(60_000))
+    shard = open_shard(tmp_path / "train.bin")
+    assert shard.tokens.sum() > 0
+    assert cached_pages(tmp_path / "train.bin") > 0
+    throughput.forget(shard)
+    left = cached_pages(tmp_path / "train.bin")
+    if left and os.stat(tmp_path).st_dev == os.stat("/dev/shm").st_dev:
+        pytest.skip("a file system in memory keeps its files there")
+    assert left == 0
+
+
+def cached_pages(path):
+    """By mincore(2), of a map that no page was read through."""
+    size = path.stat().st_size
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), size) as mapped:
+        pages = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
+        address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+        assert ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), pages) == 0
+        return sum(page & 1 for page in pages)
