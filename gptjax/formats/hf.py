@@ -147,9 +147,9 @@ def _files(folder: Path) -> dict[str, Path]:
     places = read_object(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
         raise FormatError(f"{index} has no weight_map from tensors to files")
-    for place in set(places.values()):
-        if Path(place).name != place or not (folder / place).is_file():
-            raise FormatError(f"{index} names the file {place!r}, which is not in {folder}")
+    missing = set(places.values()) - {path.name for path in folder.iterdir() if path.is_file()}
+    if missing:
+        raise FormatError(f"{index} names the file {min(missing)[:100]!r}, which is not in {folder}")
     return {str(name): folder / place for name, place in places.items()}
 
 
