@@ -7,7 +7,7 @@ of every array, taken on the device when it was saved: what is restored is what 
 import contextlib
 import dataclasses
 import errno
-import functools
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -18,17 +18,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from jax import lax
 from jaxtyping import Array
 
 from gptjax.errors import CheckpointError
 from gptjax.formats.lazy import collect
 from gptjax.models.config import DIMENSIONS, GPT2Config
-from gptjax.models.params import Params, stack, unstack
+from gptjax.models.params import Block, Params, param_shapes, stack, unstack
 from gptjax.optim import Optimizer
 from gptjax.steps import TrainState, init_state
 
 PREFIX = "step"
+CHUNK_BYTES = 1 << 22  # of an array: what is written, and read to verify it, at a time
 NOT_DAMAGE = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", os.strerror(errno.EACCES), os.strerror(errno.EMFILE))
 
 
@@ -68,7 +70,8 @@ class CheckpointWriter:
         sums = [int(x) for x in jax.tree.leaves(_checksums(state))]
         content = {"model": dataclasses.asdict(cfg), "checksums": sums, "meta": meta}
         with _write_errors(self.folder):
-            arrays = ocp.args.StandardSave(state)
+            in_chunks = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
+            arrays = ocp.args.StandardSave(state, jax.tree.map(lambda _: in_chunks, state))
             self._manager.save(step, args=ocp.args.Composite(state=arrays, info=ocp.args.JsonSave(content)))
 
     def check(self) -> None:
@@ -117,12 +120,12 @@ def restore_newest(folder: Path, cfg: GPT2Config, optimizer: Optimizer) -> Resto
 
 
 def open_newest(folder: Path) -> tuple[GPT2Config, Params]:
-    """The model of the newest checkpoint in ``folder``, and its parameters, each read and verified when it is used.
+    """The model of the newest checkpoint in ``folder``, and its parameters: verified now, read when they are used.
 
     Nothing is renamed, nothing is skipped: this is to look at, or to convert.
 
     Raises:
-        CheckpointError: there is none, or (also later, from a tensor) it is not as it was saved.
+        CheckpointError: there is none, or it is not as it was saved.
 
     """
     names = ocp.path.step.standard_name_format(step_prefix=PREFIX, step_format_fixed_length=8)
@@ -130,41 +133,56 @@ def open_newest(folder: Path) -> tuple[GPT2Config, Params]:
     if not found:
         raise CheckpointError(f"{folder} holds no checkpoint")
     path = folder.absolute() / names.build_name(found[-1])
-    checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
     with _read_errors(path):
+        checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
         info = checkpointer.restore(path, args=ocp.args.Composite(info=ocp.args.JsonRestore())).info
         cfg = GPT2Config(**info["model"])
-        tree = ocp.PyTreeCheckpointHandler().metadata(path / "state").tree
-    nothing = jax.tree.map(lambda _: ocp.PLACEHOLDER, tree)
-    parts = [(name, i) for name, tensor in tree["params"].items() for i in range(len(tensor) if _in_layers(tensor) else 1)]
-    order = sorted(parts, key=lambda part: (Params._fields.index(part[0]), part[1]))  # as the checksums were taken
-
-    @functools.lru_cache(1)
-    def leaf(name: str, index: int) -> np.ndarray:
-        with _read_errors(path):
-            wanted = {**nothing, "params": {**nothing["params"]}}
-            among = tree["params"][name]
-            wanted["params"][name] = (
-                [0 if i == index else ocp.PLACEHOLDER for i in range(len(among))] if _in_layers(among) else 0
-            )
-            how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-            args = ocp.args.Composite(state=ocp.args.PyTreeRestore(item=wanted, restore_args=how))
-            restored = checkpointer.restore(path, args=args).state["params"][name]
-            array: np.ndarray = restored[index] if _in_layers(among) else restored
-            if int(_checksums(array)) != info["checksums"][order.index((name, index))]:
+        unrolled = cfg.layers == "unroll"
+        arrays = {}
+        for name, shape in param_shapes(cfg)._asdict().items():
+            layered = name in Block._fields
+            for layer in range(cfg.num_layers) if layered and unrolled else [None]:
+                arrays[name, layer] = array = _open_array(path, name, layer)
+                if array.shape != (shape[1:] if layered and unrolled else shape):
+                    raise ValueError(f"its {name} has the shape {array.shape}")
+        for array, checksum in zip(arrays.values(), info["checksums"], strict=False):  # a state begins with its parameters
+            if _checksum_of(array) != checksum:
                 raise ValueError("its checksums do not match")
-        return array
 
     def load(name: str, layer: int | None) -> np.ndarray:
-        if layer is None:
-            return leaf(name, 0)[: cfg.vocab_size] if name == "wte" else leaf(name, 0)
-        return leaf(name, layer) if _in_layers(tree["params"][name]) else leaf(name, 0)[layer]
+        with _read_errors(path):
+            array = arrays[name, layer] if (name, layer) in arrays else arrays[name, None][layer]
+            found = np.empty((cfg.vocab_size, cfg.channels) if name == "wte" else array.shape, np.float32)
+            for start, part in _row_by_row(array[: len(found)]):
+                found[start : start + len(part)] = part
+            return found
 
-    return cfg, collect(cfg, load)
+    return cfg, collect(cfg, load, lambda *place: np.dtype(np.float32))
 
 
-def _in_layers(tensor: Any) -> bool:
-    return isinstance(tensor, list | tuple)
+def _open_array(path: Path, name: str, layer: int | None) -> Any:
+    """One parameter of a checkpoint where Orbax keeps it: as zarr, in a database of the checkpoint's arrays."""
+    key = f"params.{name}/" if layer is None else f"params.{name}.{layer}/"
+    store = {"driver": "ocdbt", "base": f"file://{path / 'state'}/", "path": key}
+    return tensorstore.open({"driver": "zarr", "kvstore": store}, open=True, read=True).result()
+
+
+def _row_by_row(array: Any) -> Iterator[tuple[int, np.ndarray]]:
+    """A stored array in parts of about `CHUNK_BYTES`, each with the number of its first row."""
+    rows = max(1, CHUNK_BYTES // (4 * math.prod(array.shape[1:])))
+    for start in range(0, array.shape[0], rows):
+        yield start, array[start : min(start + rows, array.shape[0])].read().result()
+
+
+def _checksum_of(array: Any) -> int:
+    """What `_checksums` says of a stored array."""
+    total = done = 0
+    for _, part in _row_by_row(array):
+        words = part.view(np.uint32).ravel()
+        odd = 2 * np.arange(done, done + words.size, dtype=np.uint32) + 1
+        total += int((words * odd).sum(dtype=np.uint32))
+        done += words.size
+    return total % 2**32
 
 
 @contextlib.contextmanager

@@ -38,7 +38,7 @@ class DataConfig:
             ConfigError: a size is below 1.
 
         """
-        _at_least("data", self, 1, "batch_size", "seq_len")
+        _at_least("data", self, 1, "batch_size", "seq_len", *(["tokens"] if self.tokens is not None else []))
 
 
 @dataclasses.dataclass(frozen=True)

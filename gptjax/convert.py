@@ -11,18 +11,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
 from gptjax import cli, tokenizers
 from gptjax.errors import ConfigError, FormatError
-from gptjax.formats import llmc, llmc_tokenizer
+from gptjax.formats import hf_tokenizer, llmc, llmc_tokenizer
 from gptjax.formats.binary import HEADER_BYTES, read_header
+from gptjax.formats.json_files import read_object
 from gptjax.formats.lazy import tensor_names
 from gptjax.formats.safetensors import DTYPES
-from gptjax.formats.token_shards import open_shard
-from gptjax.metrics import human_bytes
+from gptjax.formats.token_shards import FLAVOURS, open_shard
 from gptjax.models.params import num_params
+from gptjax.tokenizers import BytePairEncoding
 from gptjax.weights import Format, Source, dtype_of, open_weights, write_weights
 
 PROG = "python -m gptjax.convert"
+GPT2_IDS = 50257
 NAMES = {"float32": "F32", "bfloat16": "BF16"}
 
 
@@ -61,8 +66,11 @@ def convert(where: str, destination: Path, to: Format | None, dtype: str | None)
     source = open_weights(where)
     chosen = DTYPES[NAMES[dtype]] if dtype else dtype_of(source)
     suffixes: dict[str, Format] = {".bin": "llmc", ".safetensors": "safetensors"}
-    write_weights(source, destination, to or suffixes.get(destination.suffix, "hf"), chosen)
+    chosen_format = to or suffixes.get(destination.suffix, "hf")
+    write_weights(source, destination, chosen_format, chosen)
     print(describe(source))
+    if source.tokenizer and not (isinstance(source.tokenizer, BytePairEncoding) and chosen_format == "hf"):
+        print(f"{'note':<10} {chosen_format} keeps no {source.tokenizer.kind} tokenizer: it was left out")
     for path in sorted(destination.iterdir()) if destination.is_dir() else [destination]:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -71,19 +79,22 @@ def convert(where: str, destination: Path, to: Format | None, dtype: str | None)
 
 def describe(source: Source) -> str:
     """A model in a few lines."""
-    cfg, dtype = source.cfg, dtype_of(source)
+    cfg = source.cfg
+    dtypes = {tensor.dtype for tensor in jax.tree.leaves(source.params)}
     sizes = f"{cfg.num_layers} layers, {cfg.num_heads} heads, {cfg.channels} channels"
     lines = {
         "format": source.format,
         "model": f"{num_params(cfg):,} parameters, {sizes}, vocabulary {cfg.vocab_size}, {cfg.max_seq_len} positions",
-        "tensors": f"{len(list(tensor_names(cfg)))}, {dtype}, {human_bytes(dtype.itemsize * num_params(cfg))}",
-        "tokenizer": f"{source.tokenizer.vocab_size} ids" if source.tokenizer else "none",
+        "tensors": f"{len(list(tensor_names(cfg)))} of {' and '.join(sorted(map(str, dtypes)))}",
+        "tokenizer": f"{source.tokenizer.vocab_size} ids"
+        if source.tokenizer
+        else "none" + f" ({source.note})" * bool(source.note),
     }
     return "\n".join(f"{name:<10} {value}" for name, value in lines.items())
 
 
 def inspect(where: str) -> str:
-    """What a file or folder is, of everything that the project reads.
+    """What a file or folder is: a model, token shard, debug state or tokenizer.
 
     Raises:
         GptjaxError: it is not there, damaged, or nothing that is known.
@@ -96,8 +107,7 @@ def inspect(where: str) -> str:
         known: dict[int, Callable[[Path], str]] = {
             llmc.STATE_MAGIC: _debug_state,
             llmc_tokenizer.MAGIC: _tokenizer,
-            20240520: _shard,
-            20240801: _shard,
+            **dict.fromkeys(FLAVOURS, _shard),
         }
         if magic in known:
             return known[magic](path)
@@ -108,6 +118,9 @@ def inspect(where: str) -> str:
     except FormatError as error:
         if not path.is_file() or path.suffix != ".bin" or "in no format" not in str(error):
             raise
+        found = open_shard(path).tokens
+        if max(part.max() for part in np.array_split(found[: 1 << 20], 8) if part.size) >= GPT2_IDS:
+            raise  # any file of an even length could be ids without a header, but GPT-2 has no such ones
         return _shard(path)
 
 
@@ -120,11 +133,14 @@ def _shard(path: Path) -> str:
 
 def _debug_state(path: Path) -> str:
     (_, version, B, T, *_), size = read_header(path, llmc.STATE)
+    if version not in (1, 2) or B < 1 or T < 1 or size < HEADER_BYTES + 8 * B * T:
+        raise FormatError(f"{path} is an {llmc.STATE} that cannot be: version {version}, {B} x {T} tokens in {size} bytes")
     return f"{'format':<10} {llmc.STATE}, version {version}\n{'batch':<10} {B} x {T} tokens\n{'size':<10} {size:,} bytes"
 
 
 def _tokenizer(path: Path) -> str:
-    found = tokenizers.find(str(path))
+    known = path.suffix == ".json" and "model" in read_object(path)
+    found = hf_tokenizer.read(path.parent) if known and path.name == "tokenizer.json" else tokenizers.find(str(path))
     return f"{'format':<10} tokenizer\n{'vocabulary':<10} {found.vocab_size} ids, end-of-text {found.end_of_text}"
 
 

@@ -1,14 +1,22 @@
 """Files from the web: resumed, retried, verified, and under their own name only when they are whole."""
 
+import contextlib
 import hashlib
+import os
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import requests
 
 from gptjax.errors import DataError, naming
 from gptjax.progress import progress
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 TIMEOUT_S = 30
 CHUNK_BYTES = 1 << 16
@@ -39,22 +47,46 @@ def fetch(url: str, path: Path, sha256: str | None = None) -> Path:
 
     """
     if path.exists():
+        if sha256 and _sha256(path) != sha256:
+            raise DataError(f"{path} is not what {url} holds: its SHA-256 is not {sha256}; remove it and try again")
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     reason = ""
-    for attempt in range(ATTEMPTS):
-        if attempt:
-            time.sleep(PAUSE_S * 2 ** (attempt - 1))
-        try:
-            expected = _receive(url, partial, sha256)
-        except _InterruptedError as error:
-            reason = str(error)
-            continue
-        _verify(partial, url, expected)
-        partial.replace(path)
-        return path
+    with _alone(partial):
+        for attempt in range(ATTEMPTS):
+            if path.exists():  # another process was faster
+                return path
+            if attempt:
+                time.sleep(PAUSE_S * 2 ** (attempt - 1))
+            try:
+                expected = _receive(url, partial, sha256)
+            except _InterruptedError as error:
+                reason = str(error)
+                continue
+            _verify(partial, url, expected)
+            partial.replace(path)
+            return path
     raise DataError(f"{url} cannot be downloaded ({reason}): go online and try again, or put the file at {path} yourself")
+
+
+@contextlib.contextmanager
+def _alone(partial: Path) -> Iterator[None]:
+    """Let one process at a time download a file; the others wait."""
+    lock = partial.with_name(f".{partial.name}.lock")
+    while True:
+        with naming(lock):
+            file = lock.open("w")
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if lock.exists() and lock.stat().st_ino == os.fstat(file.fileno()).st_ino:
+            break
+        file.close()  # who held it has removed it
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        file.close()
 
 
 def _receive(url: str, partial: Path, sha256: str | None) -> str | None:
@@ -102,11 +134,15 @@ def _announced(response: requests.Response) -> str | None:
     return None
 
 
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _verify(partial: Path, url: str, expected: str | None) -> None:
     if expected is None:
         return
-    with partial.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = _sha256(partial)
     if found != expected:
         partial.unlink()
         raise DataError(f"{url} has the SHA-256 {found}, but {expected} is expected: the download was removed, try again")

@@ -14,7 +14,7 @@ from gptjax.errors import naming
 @contextlib.contextmanager
 def write_whole(path: Path) -> Iterator[BinaryIO]:
     """A file to write that gets its name once it is whole and on disk; if the block fails, nothing remains."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # of this process: others may write the same file
     try:
         with naming(path), partial.open("wb") as file:
             yield file

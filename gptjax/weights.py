@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -19,7 +20,7 @@ from gptjax.tokenizers import BytePairEncoding, Tokenizer
 
 Format = Literal["hf", "llmc", "safetensors"]
 HUB = "hf:"
-HUB_FILES = ["config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer.json"]
+HUB_FILES = ["config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer.json", "vocab.json", "merges.txt"]
 TENSORFLOW, PICKLED = (".index", ".meta", ".ckpt"), (".pt", ".pth", ".pkl", ".ckpt", ".bin")
 
 
@@ -32,6 +33,8 @@ class Source(NamedTuple):
     params: Params
     """`gptjax.formats.lazy.LazyTensor`s in the unrolled layout."""
     tokenizer: Tokenizer | None
+    note: str = ""
+    """Why there is no tokenizer, where one would be expected."""
 
 
 def open_weights(where: str) -> Source:
@@ -55,10 +58,11 @@ def open_weights(where: str) -> Source:
             f"{where} does not exist: name a run, a Hugging Face folder, an llm.c model .bin, a .safetensors, or {HUB}NAME"
         )
     if path.is_dir() and (path / hf.CONFIG_FILE).exists():
-        return Source(hf.KIND, *hf.read_model(path), _tokenizer(path / "tokenizer.json", hf_tokenizer.read))
+        return _with_tokenizer(Source(hf.KIND, *hf.read_model(path), None), lambda: hf_tokenizer.read(path))
     if path.is_dir():
         folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-        return Source("gptjax run", *open_newest(folder), _tokenizer(folder.parent / tokenizers.FILE, tokenizers.load))
+        kept = folder.parent / tokenizers.FILE
+        return _with_tokenizer(Source("gptjax run", *open_newest(folder), None), lambda: tokenizers.load(kept))
     if llmc.is_model(path):
         return Source(llmc.MODEL, *llmc.read_model(path), None)
     if safetensors.is_model(path):
@@ -74,12 +78,12 @@ def _why_not(path: Path) -> str:
     return ": a run's folder, a Hugging Face folder, an llm.c model .bin or safetensors is expected"
 
 
-def _tokenizer(path: Path, read: Callable[[Path], Tokenizer]) -> Tokenizer | None:
+def _with_tokenizer(source: Source, read: Callable[[], Tokenizer]) -> Source:
     """Weights are of use without their tokenizer."""
     try:
-        return read(path) if path.exists() else None
-    except GptjaxError:
-        return None
+        return source._replace(tokenizer=read())
+    except GptjaxError as error:
+        return source._replace(note=str(error))
 
 
 def _from_hub(name: str) -> Path:
@@ -157,6 +161,6 @@ def write_weights(source: Source, path: Path, to: Format, dtype: np.dtype) -> No
 
 
 def dtype_of(source: Source) -> np.dtype:
-    """The widest dtype of the model's tensors: bfloat16, or float32 for everything else."""
-    kinds = {np.asarray(t).dtype for t in (source.params.lnfw, source.params.wpe)}
+    """What the model is written in: bfloat16 if all of its tensors are, float32 for everything else."""
+    kinds = {tensor.dtype for tensor in jax.tree.leaves(source.params)}
     return np.dtype(jnp.bfloat16) if kinds == {np.dtype(jnp.bfloat16)} else np.dtype(np.float32)

@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import subprocess
 import sys
@@ -6,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from gptjax import tokenizers
 from gptjax.checkpoint import CheckpointWriter
@@ -84,7 +86,7 @@ def test_what_is_printed(model, tmp_path, capsys):
     convert(model, tmp_path / "m.safetensors")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "format     llm.c model"
-    assert lines[2].startswith("tensors    28, float32")
+    assert lines[2] == "tensors    28 of float32"
     digest = hashlib.sha256((tmp_path / "m.safetensors").read_bytes()).hexdigest()
     assert lines[-1].endswith(f"bytes, sha256 {digest}")
 
@@ -158,15 +160,74 @@ print("PEAK", peak[0] - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("way", [("big.bin", "hf"), ("hf", "back.bin"), ("big.bin", "m.safetensors")])
+@pytest.mark.parametrize(
+    "way", [("big.bin", "hf"), ("hf", "back.bin"), ("big.bin", "m.safetensors"), ("head", "back.bin"), ("run", "m.safetensors")]
+)
 def test_one_tensor_at_a_time_is_in_memory(model, tmp_path, way):
-    """Of a model of 208 MB whose largest tensor has 16 MB, at most one and a half of those is held at once."""
-    cfg = tiny.config(dtype="float32", num_layers=16, channels=512, vocab_size=8192, max_seq_len=512)
+    """Of a model of 208 MB whose largest tensor has 16 MB, at most one and a half of those is held at once.
+
+    A run is tried with one tensor of 128 MB, beside which TensorStore's own buffers are small.
+    """
+    layers, vocab_size, largest = (1, 65536, 128) if way[0] == "run" else (16, 8192, 16)
+    cfg = tiny.config(dtype="float32", num_layers=layers, channels=512, vocab_size=vocab_size, max_seq_len=512)
     shapes = {(name, layer): shape for name, layer, shape in tensor_names(cfg)}
-    llmc.write_model(tmp_path / "big.bin", collect(cfg, lambda *place: np.zeros(shapes[place], np.float32)), cfg)
+    zeros = collect(cfg, lambda *place: np.zeros(shapes[place], np.float32), lambda *place: np.dtype("<f4"))
+    llmc.write_model(tmp_path / "big.bin", zeros, cfg)
     if way[0] == "hf":
         convert(tmp_path / "big.bin", tmp_path / "hf")
-    args = [str(model), str(tmp_path / "small.safetensors"), str(tmp_path / way[0]), str(tmp_path / way[1])]
+    if way[0] == "head":  # a folder that holds the token embedding twice
+        convert(tmp_path / "big.bin", tmp_path / "head")
+        file = tmp_path / "head" / "model.safetensors"
+        tensors = load_file(file)
+        save_file(tensors | {"lm_head.weight": tensors["transformer.wte.weight"].copy()}, file)
+    small = model
+    if way[0] == "run":
+        small = tmp_path / "small"
+        for folder, size in ((small, dataclasses.replace(cfg, num_layers=1, channels=8)), (tmp_path / "run", cfg)):
+            writer = CheckpointWriter(folder / "checkpoints", keep=1)
+            writer.save(1, init_state(jax.random.key(0), size, make_optimizer(OptimConfig(), 1)), size, {})
+            writer.close()
+    args = [str(small), str(tmp_path / "small.safetensors"), str(tmp_path / way[0]), str(tmp_path / way[1])]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     shown = subprocess.run([sys.executable, "-c", MEASURE, *args], capture_output=True, text=True, env=environment, check=True)
-    assert float(shown.stdout.split("PEAK")[1]) < 1.5 * 16
+    assert float(shown.stdout.split("PEAK")[1]) < 1.5 * largest
+
+
+def test_only_a_model_of_sixteen_bits_throughout_is_written_in_them(model, tmp_path, capsys):
+    convert(model, tmp_path / "hf", "--dtype", "bfloat16")
+    file = tmp_path / "hf" / "model.safetensors"
+    tensors = load_file(file)
+    exact = np.float32(1 + 2**-20)
+    mixed = tensors | {"transformer.h.0.mlp.c_fc.bias": np.full(32, exact)}
+    save_file(mixed, file)
+    capsys.readouterr()
+    convert(tmp_path / "hf", tmp_path / "back.safetensors")
+    assert "tensors    28 of bfloat16 and float32" in capsys.readouterr().out
+    assert (load_file(tmp_path / "back.safetensors")["fcb.0"] == exact).all()
+
+
+def test_what_is_no_longer_there_afterwards_is_said(run, model, tmp_path, capsys):
+    convert(run, tmp_path / "m.bin")
+    assert "llmc keeps no bpe tokenizer: it was left out" in capsys.readouterr().out
+    (run / "tokenizer.json").write_text("{}")
+    convert(run, tmp_path / "hf")
+    assert "tokenizer  none (" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"PK\x03\x04" + bytes(range(256)) * 8, b"\x80\x02}" + b"\xff\xfe" * 900])
+def test_inspect_does_not_take_anything_for_ids(tmp_path, capsys, content):
+    (tmp_path / "pytorch_model.bin").write_bytes(content + bytes(len(content) % 2))
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "pytorch_model.bin"), "--inspect"])
+    assert "in no format that is known here: a PyTorch pickle, maybe" in capsys.readouterr().err
+
+
+def test_inspect_of_hugging_faces_tokenizer_and_of_a_state_that_cannot_be(run, tmp_path, capsys):
+    convert(run, tmp_path / "hf")
+    capsys.readouterr()
+    convert(tmp_path / "hf" / "tokenizer.json", "--inspect")
+    assert "262 ids, end-of-text 261" in capsys.readouterr().out
+    np.array([llmc.STATE_MAGIC, 99, -5, 7, *[0] * 252], "<i4").tofile(tmp_path / "s.bin")
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "s.bin"), "--inspect"])
+    assert "that cannot be: version 99, -5 x 7 tokens in 1024 bytes" in capsys.readouterr().err

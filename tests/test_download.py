@@ -1,4 +1,5 @@
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -99,3 +100,20 @@ def test_a_server_that_never_delivers_is_given_up(site, tmp_path):
     with pytest.raises(DataError, match="HTTP status 500"):
         fetch(f"{site.url}/a.bin", tmp_path / "a.bin", SHA256)
     assert len(site.requests) == download.ATTEMPTS
+
+
+def test_a_file_put_there_by_hand_is_verified(site, tmp_path):
+    (tmp_path / "a.bin").write_bytes(b"something else")
+    with pytest.raises(DataError, match="a.bin is not what .* remove it and try again"):
+        fetch(f"{site.url}/a.bin", tmp_path / "a.bin", SHA256)
+    (tmp_path / "a.bin").write_bytes(CONTENT)
+    assert fetch(f"{site.url}/a.bin", tmp_path / "a.bin", SHA256) == tmp_path / "a.bin"
+    assert site.requests == []
+
+
+def test_of_two_at_once_one_downloads_and_the_other_waits(site, tmp_path):
+    with ThreadPoolExecutor(4) as pool:
+        made = [pool.submit(fetch, f"{site.url}/a.bin", tmp_path / "a.bin", SHA256) for _ in range(4)]
+        assert all(future.result().read_bytes() == CONTENT for future in made)
+    assert len(site.requests) == 1
+    assert list(tmp_path.iterdir()) == [tmp_path / "a.bin"]

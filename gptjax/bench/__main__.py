@@ -147,9 +147,9 @@ def profile_table(times: list[OpTime]) -> str:
     total = sum(time.seconds for time in times)
     top, rest = times[:OPS], times[OPS:]
     if rest:
-        top = [*top, OpTime(f"{len(rest)} more", sum(t.seconds for t in rest), sum(t.count for t in rest))]
+        top = [*top, OpTime(f"{len(rest)} more", sum(t.seconds for t in rest), sum(t.kernels for t in rest))]
     lines = [f"{'op':<44} {'ms':>9} {'share':>6} {'kernels':>7}"]
-    lines += [f"{t.op[:44]:<44} {t.seconds * 1e3:>9.1f} {t.seconds / total:>6.1%} {t.count:>7,}" for t in top]
+    lines += [f"{t.op[:44]:<44} {t.seconds * 1e3:>9.1f} {t.seconds / total:>6.1%} {t.kernels:>7,}" for t in top]
     return "\n".join(lines)
 
 
@@ -166,6 +166,10 @@ def time_data(cfg: Config) -> dict[str, Any]:
     parts = {"tokens to batches": data.loading(corpus.train, shape, chosen.order, cfg.model.vocab_size)}
     if corpus.tokenizer:
         parts = {"text to tokens": data.tokenizing(corpus.tokenizer, corpus.train)} | parts
+    start_jax(cfg.model)
+    (step,) = in_turns(list(steps.step_contenders(cfg, False)))
+    eaten = shape.accumulate * shape.batch_size * shape.seq_len
+    parts["the training step"] = {step.contender.name: [eaten / seconds for seconds in step.seconds]}
     print(f"{corpus.folder}, {os.cpu_count()} cores, batches of {shape.accumulate} x {shape.batch_size} x {shape.seq_len}")
     record: dict[str, Any] = {}
     for part, ways in parts.items():

@@ -1,9 +1,9 @@
 """How fast text becomes tokens and tokens become batches, each in turns with what others do for it."""
 
+import mmap
 import os
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,7 @@ def tokenizing(tokenizer: Tokenizer, shards: list[Shard]) -> dict[str, list[floa
 def loading(shards: list[Shard], shape: BatchShape, order: Order, vocab_size: int) -> dict[str, list[float]]:
     """Tokens a second, of each round, of batches from the shards.
 
-    ``cold`` starts with the shards dropped from the system's cache, as far as it lets itself be told so; ``random crops``
+    ``cold`` starts with the shards dropped from the system's cache and from every map of them; ``random crops``
     is nanoGPT's way: every row of a batch from a random place, copied out of a memory map.
     """
     whole = TrainingBatches(shards, shape, order, 0, vocab_size)
@@ -50,7 +50,7 @@ def loading(shards: list[Shard], shape: BatchShape, order: Order, vocab_size: in
 
     def cold() -> int:
         for shard in shards:
-            _forget(shard.path)
+            forget(shard)
         batches = TrainingBatches(shards, shape, order, 0, vocab_size)
         return sum(next(batches).inputs.size for _ in range(BATCHES))
 
@@ -68,9 +68,13 @@ def _crops(shard: Shard, shape: BatchShape) -> Iterator[int]:
         yield inputs.size
 
 
-def _forget(path: Path) -> None:
+def forget(shard: Shard) -> None:
+    """Drop a shard from the system's cache. What is mapped stays there, so first no page of it must be."""
+    mapped: Any = shard.tokens
     if hasattr(os, "posix_fadvise"):
-        with path.open("rb") as file:
+        mapped._mmap.madvise(mmap.MADV_DONTNEED)
+        with shard.path.open("rb") as file:
+            os.fsync(file.fileno())  # only what is on disk can be dropped
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 

@@ -21,8 +21,8 @@ class OpTime(NamedTuple):
     op: str
     seconds: float
     """In one run, all threads added up."""
-    count: int
-    """Kernels in one run."""
+    kernels: int
+    """How many, in one run."""
 
 
 def profile(run: Callable[[], Any]) -> list[OpTime]:

@@ -35,7 +35,7 @@ def variants(model: GPT2Config, backward: Any) -> list[tuple[str, GPT2Config, An
     other = "autodiff" if backward == "manual" else "manual"
     layers = "scan" if model.layers == "unroll" else "unroll"
     found = [(f"{backward}, {model.layers}", model, backward)]
-    for name, changed, way in (
+    others: list[tuple[str, dict[str, Any], Any]] = [
         (f"{backward}, {layers}", {"layers": layers}, backward),
         (f"{other}, {model.layers}", {}, other),
         (f"{other}, {layers}", {"layers": layers}, other),
@@ -45,7 +45,8 @@ def variants(model: GPT2Config, backward: Any) -> list[tuple[str, GPT2Config, An
             for a in ("materialised", "blockwise", "cudnn")
             if a != model.attention
         ),
-    ):
+    ]
+    for name, changed, way in others:
         found.append((name, dataclasses.replace(model, **changed), way))
     return found
 
@@ -89,7 +90,7 @@ def decode_contenders(cfg: Config) -> Iterator[Contender]:
 
     """
     model = cfg.model.resolve(platform_name(), min(cfg.data.seq_len, cfg.model.max_seq_len))
-    if PROMPT + NEW > model.max_seq_len:
+    if model.max_seq_len < PROMPT + NEW:
         raise ConfigError(f"decoding {NEW} tokens after {PROMPT} needs model.max_seq_len {PROMPT + NEW}")
     for layers in ("unroll", "scan"):
         choice = dataclasses.replace(model, layers=layers)

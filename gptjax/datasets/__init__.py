@@ -54,6 +54,8 @@ def find_corpus(
         FormatError: a shard or a text file is damaged.
 
     """
+    if tokens is not None and tokens < 1:
+        raise DataError(f"{tokens} training tokens are asked for: give at least 1, or nothing for all")
     path, root = Path(dataset), Path(root)
     if dataset in CORPORA:
         return _open(CORPORA[dataset](Wanted(root, tokenizer, tokens)), tokens)
@@ -78,7 +80,7 @@ def _open(folder: Path, tokens: int | None) -> Corpus:
             raise DataError(f"{folder} holds no {split}*.bin: data.dataset needs train*.bin and val*.bin token shards")
         splits.append([open_shard(path) for path in paths])
     train, val = splits
-    while tokens and sum(shard.tokens.size for shard in train[:-1]) >= tokens:
+    while tokens and len(train) > 1 and sum(shard.tokens.size for shard in train[:-1]) >= tokens:
         train = train[:-1]
     return Corpus(folder, train, val, _tokenizer_of(folder), _fingerprint(train + val))
 

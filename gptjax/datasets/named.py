@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import requests
 
 from gptjax import tokenizers
 from gptjax.datasets.prepare import (
@@ -21,9 +20,9 @@ from gptjax.datasets.prepare import (
     prepare_text,
     write_corpus,
 )
-from gptjax.datasets.text import Piece, pieces
-from gptjax.download import TIMEOUT_S, fetch
-from gptjax.durable import write_folder, write_whole
+from gptjax.datasets.text import Piece, import_arrow, pieces
+from gptjax.download import fetch
+from gptjax.durable import write_folder
 from gptjax.errors import DataError
 from gptjax.formats.token_shards import open_shard, write_shard
 from gptjax.tokenizers import Tokenizer
@@ -108,7 +107,8 @@ def tinyshakespeare(wanted: Wanted) -> Path:
         return folder
     *begun, last = _tinyshakespeare_text(wanted.root).read_text("utf-8").split("\n\n")
     documents = [Piece(i, text) for i, text in enumerate([*(f"{part}\n\n" for part in begun), last])]
-    tokenizer = make_tokenizer(which, lambda: (piece.text for piece in documents), lambda: documents)
+    held_out = len(documents) // 10  # about what the first 32,768 tokens take: not to be trained on
+    tokenizer = make_tokenizer(which, lambda: (piece.text for piece in documents[held_out:]), lambda: documents)
 
     def write(into: Path) -> None:
         ids = np.concatenate(list(encode(tokenizer, documents)))
@@ -122,14 +122,18 @@ def tinyshakespeare(wanted: Wanted) -> Path:
 
 def shakespeare_char(wanted: Wanted) -> Path:
     """TinyShakespeare by characters, as nanoGPT's ``data/shakespeare_char`` makes it: 65 of them, the last tenth held out."""
-    text = _tinyshakespeare_text(wanted.root)
-    return prepare_text([text], wanted.root, "shakespeare", wanted.tokenizer or "char")
+    which = wanted.tokenizer or "char"
+    folder = wanted.root / f"shakespeare-char-{folder_name(which)}" if which != "char" else wanted.root / "shakespeare-char"
+    if folder.exists():
+        return folder
+    made = prepare_text([_tinyshakespeare_text(wanted.root)], wanted.root, "shakespeare", which)
+    return made.rename(folder)
 
 
 def tinystories(wanted: Wanted) -> Path:
     """TinyStories' GPT-4 version (Eldan & Li 2023; 2.2 GB), with its own validation file."""
     which = wanted.tokenizer or "gpt2"
-    folder = wanted.root / f"tinystories-{folder_name(which)}"
+    folder = wanted.root / f"tinystories-{folder_name(which)}{f'-{wanted.tokens}' if wanted.tokens else ''}"
     if folder.exists():
         return folder
     names: dict[Split, str] = {"train": "TinyStoriesV2-GPT4-train.txt", "val": "TinyStoriesV2-GPT4-valid.txt"}
@@ -142,7 +146,8 @@ def tinystories(wanted: Wanted) -> Path:
 
     tokenizer = make_tokenizer(which, lambda: (p.text for p in read("train")), lambda: pieces(list(files.values())))
     total = sum(path.stat().st_size for path in files.values())
-    return write_corpus(folder, tokenizer, {s: read(s) for s in names}, total, {"files": list(names.values())})
+    source: dict[str, object] = {"files": list(names.values())}
+    return write_corpus(folder, tokenizer, {s: read(s) for s in names}, total, source, wanted.tokens)
 
 
 def openwebtext(wanted: Wanted) -> Path:
@@ -181,8 +186,9 @@ def _shard_corpus(wanted: Wanted, name: str, repo: str, pattern: str, shards: in
 def _parquet_corpus(wanted: Wanted, name: str, listing: str) -> Path:
     """Each Parquet file tokenized into one shard a split; the file itself goes once that is done."""
     which = wanted.tokenizer or "gpt2"
-    if which.startswith(("bpe:", "char")):
+    if which == "char" or which.startswith("bpe:"):
         raise DataError(f"{name} comes in parts, so its tokenizer must exist before: train one, then name its file")
+    import_arrow(Path(f"{name}'s Parquet"))  # before anything is downloaded
     tokenizer = tokenizers.find(which)
     folder = wanted.root / f"{name}-{folder_name(which)}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -218,19 +224,14 @@ def _tokenize_part(url: str, folder: Path, number: int, tokenizer: Tokenizer) ->
 
 def _listed(listing: str, kept: Path) -> list[str]:
     """The addresses of a dataset's Parquet files, which the hub tells; asked once, then kept."""
-    if not kept.exists():
-        url = f"{_hub()}/api/datasets/{listing}"
-        try:
-            answer = requests.get(url, timeout=TIMEOUT_S)
-            answer.raise_for_status()
-            addresses = [str(address) for address in answer.json()]
-        except (requests.RequestException, ValueError) as error:
-            raise DataError(
-                f"{url} does not answer with a list of files ({type(error).__name__}): go online and try again"
-            ) from error
-        with write_whole(kept) as file:
-            file.write(json.dumps(addresses).encode())
-    return list(json.loads(kept.read_text()))
+    fetch(f"{_hub()}/api/datasets/{listing}", kept)
+    try:
+        addresses = json.loads(kept.read_text("utf-8"))
+        if not addresses or not isinstance(addresses, list) or not all(isinstance(x, str) for x in addresses):
+            raise ValueError("it is empty, or of something else")
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{kept} should list the addresses of Parquet files, but {error}: remove it and try again") from error
+    return addresses
 
 
 CORPORA: dict[str, Callable[[Wanted], Path]] = {

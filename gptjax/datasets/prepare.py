@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from gptjax import tokenizers
-from gptjax.datasets.text import Piece, pieces
+from gptjax.datasets.text import Piece, kind_of, pieces
 from gptjax.durable import write_folder
 from gptjax.errors import DataError
 from gptjax.formats.token_shards import write_shard
@@ -74,9 +75,17 @@ def prepare_text(files: list[Path], root: Path, name: str, tokenizer: str, colum
 
 
 def folder_name(tokenizer: str) -> str:
-    """The tokenizer's part of a corpus folder's name."""
-    stem = Path(tokenizer).parent.name if Path(tokenizer).name == TOKENIZER_FILE else Path(tokenizer).stem
-    return stem.replace(":", "-")
+    """The tokenizer's part of a corpus folder's name; of a file, with a hash of its vocabulary.
+
+    Raises:
+        DataError: there is no such file.
+
+    """
+    if tokenizer in ("gpt2", "byte", "char") or tokenizer.startswith("bpe:"):
+        return tokenizer.replace(":", "-")
+    found = tokenizers.find(tokenizer)
+    digest = hashlib.sha256(repr(found.pieces).encode()).hexdigest()
+    return f"{re.sub(r'[^A-Za-z0-9]+', '-', found.name)}-{digest[:8]}"
 
 
 def make_tokenizer(which: str, training: Callable[[], Iterable[str]], everything: Callable[[], Iterable[Piece]]) -> Tokenizer:
@@ -165,18 +174,37 @@ def id_dtype(tokenizer: Tokenizer) -> np.dtype:
 
 
 def write_corpus(
-    folder: Path, tokenizer: Tokenizer, text: dict[Split, Iterable[Piece]], characters: int, source: dict[str, object]
+    folder: Path,
+    tokenizer: Tokenizer,
+    text: dict[Split, Iterable[Piece]],
+    characters: int,
+    source: dict[str, object],
+    tokens: int | None = None,
 ) -> Path:
-    """Tokenize each split into shards of ``SHARD_TOKENS`` ids in ``folder``, which appears once everything is in it."""
+    """Tokenize each split into shards of ``SHARD_TOKENS`` ids in ``folder``, which appears once everything is in it.
+
+    Of the training split the first ``tokens`` are enough, if that is given.
+    """
 
     def write(into: Path) -> None:
         with progress("tokenizing", characters) as advance:
             for split, parts in text.items():
-                write_shards(into, split, encode(tokenizer, _counted(parts, advance)), id_dtype(tokenizer))
+                ids = encode(tokenizer, _counted(parts, advance))
+                write_shards(into, split, _first(ids, tokens) if split == "train" else ids, id_dtype(tokenizer))
         tokenizer.save(into / TOKENIZER_FILE)
         (into / SOURCE_FILE).write_text(json.dumps(source, indent=1))
 
     return write_folder(folder, write)
+
+
+def _first(ids: Iterator[np.ndarray], tokens: int | None) -> Iterator[np.ndarray]:
+    left = tokens
+    for array in ids:
+        yield array[:left]
+        if left is not None:
+            left -= array.size
+            if left <= 0:
+                return
 
 
 def write_shards(into: Path, split: str, ids: Iterable[np.ndarray], dtype: np.dtype) -> None:
@@ -214,7 +242,7 @@ def _content_hash(files: list[Path], column: str | None, advance: Callable[[int]
     digest = hashlib.sha256(f"{column}\0".encode())
     for path in files:
         with path.open("rb") as file:
-            digest.update(f"{path.suffix} {path.stat().st_size}\0".encode())
+            digest.update(f"{kind_of(path)} {path.suffix} {path.stat().st_size}\0".encode())
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
                 advance(len(chunk))

@@ -18,6 +18,8 @@ from gptjax.errors import DataError, FormatError
 from gptjax.tokenizers import END_OF_TEXT
 
 PIECE = 1 << 20  # characters, about
+LONGEST = 16 * PIECE  # without a place to cut
+LONGEST_LINE = 1 << 26  # characters of a line of JSON
 SUFFIXES = (".txt", ".text", ".md", ".jsonl", ".ndjson", ".parquet")
 COMPRESSED = (".gz", ".zst")
 
@@ -39,7 +41,7 @@ def find_files(dataset: str) -> list[Path]:
     """
     path = Path(dataset)
     if path.is_dir():
-        found = [p for p in path.rglob("*") if p.is_file() and _kind(p) in SUFFIXES and not p.name.startswith(".")]
+        found = [p for p in path.rglob("*") if p.is_file() and kind_of(p) in SUFFIXES and not p.name.startswith(".")]
     elif path.is_file():
         found = [path]
     else:
@@ -64,25 +66,25 @@ def pieces(files: list[Path], column: str | None = None) -> Iterator[Piece]:
         DataError: there is no such column, or a package is missing.
 
     """
-    first = 0
+    document = -1
     for path in files:
-        read = {".jsonl": _json_lines, ".ndjson": _json_lines, ".parquet": _parquet}.get(_kind(path), _plain)
-        last = -1
+        read = {".jsonl": _json_lines, ".ndjson": _json_lines, ".parquet": _parquet}.get(kind_of(path), _plain)
+        before = -1
         try:
-            for last, text in read(path, column):
+            for number, text in read(path, column):
                 if text:
-                    yield Piece(first + last, text)
+                    document, before = document + (number != before), number
+                    yield Piece(document, text)
         except UnicodeDecodeError as error:
             raise FormatError(
                 f"{path} is not UTF-8 text: {error.reason} ({error.object[error.start : error.end]!r})"
             ) from error
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise FormatError(f"{path} is damaged: {error}") from error
-        first += last + 1
 
 
-def _kind(path: Path) -> str:
-    """The suffix, beneath a compressed one."""
+def kind_of(path: Path) -> str:
+    """The suffix that tells how a file is read: beneath a compressed one, where there is one."""
     return (Path(path.stem) if path.suffix in COMPRESSED else path).suffix
 
 
@@ -93,7 +95,7 @@ def _text(path: Path) -> Iterator[io.TextIOWrapper]:
         if path.suffix == ".gz":
             binary: Any = stack.enter_context(gzip.open(path))
         elif path.suffix == ".zst":
-            binary = stack.enter_context(io.BufferedReader(_arrow(path).input_stream(str(path), compression="zstd")))
+            binary = stack.enter_context(io.BufferedReader(import_arrow(path).input_stream(str(path), compression="zstd")))
         else:
             binary = stack.enter_context(path.open("rb"))
         try:
@@ -126,34 +128,46 @@ def _plain(path: Path, column: str | None) -> Iterator[tuple[int, str]]:
 def _safe_cut(text: str) -> int:
     """Where a long text can be cut so that its parts' ids are those of the whole: before a space or newline that follows none.
 
-    GPT-2's pattern starts a new word there in any case. 0 for a short text, or one without such a place.
+    GPT-2's pattern starts a new word there in any case. 0 for a short text, or one without such a place in its last
+    `PIECE` characters: nobody looks for one in the rest twice. A text of `LONGEST` without one is cut at its end.
     """
     end = len(text) if len(text) > PIECE else 0
-    while end > 0:
-        end = max(text.rfind(" ", 0, end), text.rfind("\n", 0, end))
-        if end > 0 and not text[end - 1].isspace():
-            return end
-    return 0
+    last = max(end - PIECE, 0)
+    while end > last:
+        end = max(text.rfind(" ", last, end), text.rfind("\n", last, end))
+        begins = len(text[last : end + 1].rstrip()) + last  # of the run of blanks that it stands in
+        if end > last and begins > last and text[begins] in " \n":
+            return begins
+        end = min(begins, end)
+    return len(text) if len(text) >= LONGEST else 0
 
 
 def _json_lines(path: Path, column: str | None) -> Iterator[tuple[int, str]]:
+    name = column
     with _text(path) as file:
-        for number, line in enumerate(file):
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), "")):
+            if len(line) == LONGEST_LINE:
+                raise FormatError(f"{path}, line {number + 1} is longer than {LONGEST_LINE} characters")
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise FormatError(f"{path}, line {number + 1} is not JSON: {error}") from error
             row = row if isinstance(row, dict) else {"text": row}
-            name = column or ("text" if "text" in row else next((k for k, v in row.items() if isinstance(v, str)), "text"))
+            name = name or ("text" if "text" in row else next((k for k, v in row.items() if isinstance(v, str)), "text"))
             if not isinstance(row.get(name), str):
                 raise DataError(f"{path}, line {number + 1} has no text in {name!r}, only {', '.join(row)}: set data.column")
-            yield number, row[name]
+            yield number, _whole(row[name])
+
+
+def _whole(text: str) -> str:
+    """The text, with halves of surrogate pairs, which JSON can hold, replaced by U+FFFD."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def _parquet(path: Path, column: str | None) -> Iterator[tuple[int, str]]:
-    arrow = _arrow(path)
+    arrow = import_arrow(path)
     from pyarrow import parquet
 
     try:
@@ -175,7 +189,13 @@ def _parquet(path: Path, column: str | None) -> Iterator[tuple[int, str]]:
         raise FormatError(f"{path} is not a Parquet file, or is damaged: {reason}") from error
 
 
-def _arrow(path: Path) -> Any:
+def import_arrow(path: Path) -> Any:
+    """The package ``pyarrow``.
+
+    Raises:
+        DataError: it is not installed; the message names what it is needed for.
+
+    """
     try:
         import pyarrow
     except ImportError as error:

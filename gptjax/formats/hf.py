@@ -5,6 +5,7 @@ are left out; ``lm_head.weight`` is the token embedding once more.
 """
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 from gptjax.durable import write_folder
 from gptjax.errors import ConfigError, FormatError
 from gptjax.formats import safetensors
+from gptjax.formats.json_files import read_object
 from gptjax.formats.lazy import collect, tensor_names, tensor_of
 from gptjax.models.config import GPT2Config
 from gptjax.models.params import Params
@@ -30,8 +32,9 @@ PARTS = {
     "fcproj": "mlp.c_proj",
 }
 OUTSIDE = {"wte": "wte.weight", "wpe": "wpe.weight", "lnfw": "ln_f.weight", "lnfb": "ln_f.bias"}
-MASKS = (".attn.bias", ".attn.masked_bias")
+MASK = re.compile(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias")
 HEAD = "lm_head.weight"
+HEAD_ROWS = 4096  # compared at a time
 EPS = 1e-5
 # A field of config.json: the values with which the model is the one that is computed here.
 EXPECTED: dict[str, tuple[Any, ...]] = {
@@ -60,7 +63,7 @@ def read_config(path: Path) -> GPT2Config:
         FormatError: it is missing, no JSON, or of a model that is not GPT-2 as it is computed here; the field is named.
 
     """
-    fields = _json(path)
+    fields = read_object(path)
     for name, values in EXPECTED.items():
         if fields.get(name, values[0]) not in values:
             raise FormatError(f"{path} has {name} {fields[name]!r}, but this GPT-2 has {values[0]!r}")
@@ -88,25 +91,41 @@ def read_model(folder: Path) -> tuple[GPT2Config, Params]:
     """
     cfg = read_config(folder / CONFIG_FILE)
     files = _files(folder)
+    if cfg.num_layers > len(files):
+        raise FormatError(
+            f"{folder / CONFIG_FILE} announces {cfg.num_layers} layers, but there are {len(files)} tensors in all"
+        )
     prefix = PREFIX if any(name.startswith(PREFIX) for name in files) else ""
     names = {(name, layer): prefix + their_name(name, layer) for name, layer, _ in tensor_names(cfg)}
-    needed = {name for name in files if not name.endswith(MASKS) and name != HEAD}
+    needed = {name for name in files if not MASK.fullmatch(name) and name != HEAD}
     safetensors.check_names(folder, needed, names.values())
     shapes = {names[name, layer]: shape for name, layer, shape in tensor_names(cfg)}
+    if HEAD in files:
+        shapes[HEAD] = shapes[names["wte", None]]
+    dtypes: dict[str, np.dtype] = {}
     for path in set(files.values()):
         with safetensors.opened(path) as file:
             held = set(file.keys())
             for name in (name for name, place in files.items() if place == path and name in shapes):
                 if name not in held:
                     raise FormatError(f"{path} lacks the tensor {name}, which {INDEX_FILE} says is in it")
-                safetensors.check_tensor(path, file, name, shapes[name])
+                dtypes[name] = safetensors.check_tensor(path, file, name, shapes[name])
 
     def load(name: str, layer: int | None) -> np.ndarray:
         return _load(files, names[name, layer])
 
-    if HEAD in files and not np.array_equal(_load(files, HEAD), load("wte", None)):
+    if HEAD in files and not _equal(files, HEAD, names["wte", None], cfg.vocab_size):
         raise FormatError(f"{files[HEAD]}: {HEAD} differs from the token embedding, but this GPT-2 uses one for both")
-    return cfg, collect(cfg, load)
+    return cfg, collect(cfg, load, lambda *place: dtypes[names[place]])
+
+
+def _equal(files: dict[str, Path], a: str, b: str, rows: int) -> bool:
+    """Whether two tensors are, compared a few rows at a time."""
+    with safetensors.opened(files[a]) as file_a, safetensors.opened(files[b]) as file_b:
+        x, y = file_a.get_slice(a), file_b.get_slice(b)
+        return all(
+            np.array_equal(x[i : min(i + HEAD_ROWS, rows)], y[i : min(i + HEAD_ROWS, rows)]) for i in range(0, rows, HEAD_ROWS)
+        )
 
 
 def _load(files: dict[str, Path], name: str) -> np.ndarray:
@@ -125,25 +144,13 @@ def _files(folder: Path) -> dict[str, Path]:
         pickled = next((name for name in PICKLES if (folder / name).exists()), None)
         reason = f"{pickled} is a pickle, which can run any code and is not read; " if pickled else ""
         raise FormatError(f"{folder} holds neither {MODEL_FILE} nor {INDEX_FILE}: {reason}save it as safetensors")
-    places = _json(index).get("weight_map")
+    places = read_object(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
         raise FormatError(f"{index} has no weight_map from tensors to files")
-    for place in set(places.values()):
-        if Path(place).name != place or not (folder / place).is_file():
-            raise FormatError(f"{index} names the file {place!r}, which is not in {folder}")
+    missing = set(places.values()) - {path.name for path in folder.iterdir() if path.is_file()}
+    if missing:
+        raise FormatError(f"{index} names the file {min(missing)[:100]!r}, which is not in {folder}")
     return {str(name): folder / place for name, place in places.items()}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise FormatError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise FormatError(f"{path} is not a JSON object")
-    return content
 
 
 def write_model(

@@ -16,6 +16,8 @@ class LazyTensor:
     """One tensor of a file; ``np.asarray`` reads it."""
 
     shape: tuple[int, ...]
+    dtype: np.dtype
+    """In the file."""
     load: Callable[[], np.ndarray]
     """Reads it, of `shape`."""
 
@@ -33,13 +35,18 @@ def tensor_names(cfg: GPT2Config) -> Iterator[tuple[str, int | None, tuple[int, 
             yield name, None, (cfg.vocab_size, cfg.channels) if name == "wte" else shape
 
 
-def collect(cfg: GPT2Config, load: Callable[[str, int | None], np.ndarray]) -> Params:
+def collect(
+    cfg: GPT2Config, load: Callable[[str, int | None], np.ndarray], dtype_of: Callable[[str, int | None], np.dtype]
+) -> Params:
     """`LazyTensor`s in the unrolled layout, read by ``load(name, layer)``."""
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {name: [] for name in Block._fields}
     for name, layer, shape in tensor_names(cfg):
-        tensor = LazyTensor(shape, lambda name=name, layer=layer: load(name, layer))  # type: ignore[misc]
-        found[name] = tensor if layer is None else (*found.get(name, ()), tensor)
-    return Params(**found)
+        tensor = LazyTensor(shape, dtype_of(name, layer), lambda name=name, layer=layer: load(name, layer))  # type: ignore[misc]
+        if layer is None:
+            found[name] = tensor
+        else:
+            found[name].append(tensor)
+    return Params(**{name: tuple(tensor) if isinstance(tensor, list) else tensor for name, tensor in found.items()})
 
 
 def tensor_of(params: Params, name: str, layer: int | None, cfg: GPT2Config) -> np.ndarray:

@@ -98,7 +98,7 @@ def read_model(path: str | os.PathLike[str]) -> tuple[GPT2Config, Params]:
         array = tensors[name] if layer is None else tensors[name][layer]
         return array.T if name in TRANSPOSED else array[:vocab_size] if name == "wte" else array
 
-    return cfg, collect(cfg, load)
+    return cfg, collect(cfg, load, lambda name, _: tensors[name].dtype)
 
 
 def write_model(path: str | os.PathLike[str], params: Params, cfg: GPT2Config, version: int = 3) -> None:

@@ -40,13 +40,14 @@ def opened(path: Path) -> Iterator[Any]:
         raise FormatError(f"{path} is not a safetensors file, or is damaged: {error}") from error
 
 
-def check_tensor(path: Path, file: Any, name: str, shape: tuple[int, ...]) -> None:
-    """Raise `FormatError` unless the file holds floating-point numbers of this shape under this name."""
+def check_tensor(path: Path, file: Any, name: str, shape: tuple[int, ...]) -> np.dtype:
+    """The dtype of a tensor; raises `FormatError` unless the file holds floating-point numbers so shaped under this name."""
     found = file.get_slice(name)
     if tuple(found.get_shape()) != shape:
         raise FormatError(f"{path}: the tensor {name} has the shape {found.get_shape()}, but {list(shape)} is expected")
     if found.get_dtype() not in DTYPES:
         raise FormatError(f"{path}: the tensor {name} holds {found.get_dtype()}, but one of {', '.join(DTYPES)} is expected")
+    return DTYPES[found.get_dtype()]
 
 
 def write(
@@ -109,15 +110,16 @@ def read_model(path: Path) -> tuple[GPT2Config, Params]:
         except ConfigError as error:
             raise FormatError(f"{path} holds a model that cannot be: {error}") from error
         check_names(path, set(file.keys()), (_name(name, layer) for name, layer, _ in tensor_names(cfg)))
-        for name, layer, shape in tensor_names(cfg):
-            check_tensor(path, file, _name(name, layer), shape)
+        dtypes = {
+            (name, layer): check_tensor(path, file, _name(name, layer), shape) for name, layer, shape in tensor_names(cfg)
+        }
 
     def load(name: str, layer: int | None) -> np.ndarray:
         with opened(path) as file:
             array: np.ndarray = file.get_tensor(_name(name, layer))
             return array
 
-    return cfg, collect(cfg, load)
+    return cfg, collect(cfg, load, lambda *place: dtypes[place])
 
 
 def check_names(path: Path, found: set[str], expected: Iterable[str]) -> None:
@@ -128,7 +130,9 @@ def check_names(path: Path, found: set[str], expected: Iterable[str]) -> None:
             raise FormatError(f"{path} lacks the tensor {name}")
         known.add(name)
     if found - known:
-        raise FormatError(f"{path} holds tensors that this model does not have: {', '.join(sorted(found - known)[:5])}")
+        odd = sorted(found - known)
+        more = f" and {len(odd) - 5} more" if len(odd) > 5 else ""
+        raise FormatError(f"{path} holds tensors that this model does not have: {', '.join(odd[:5])}{more}")
 
 
 def write_model(path: Path, params: Params, cfg: GPT2Config, dtype: np.dtype) -> None:

@@ -70,8 +70,15 @@ def _parser() -> cli.Parser:
     return parser
 
 
+def refuse_existing(path: str | None) -> None:
+    """Raise `ConfigError` if there is a file already: nothing is overwritten."""
+    if path and Path(path).exists():
+        raise ConfigError(f"{path} exists already: name another file, or remove it")
+
+
 def train(args: Any) -> None:
     """Train, and say what came of it."""
+    refuse_existing(args.output)
     files = [file for given in args.input for file in find_files(given)]
     which = "char" if args.kind == "char" else f"bpe:{args.vocab_size}"
 
@@ -86,6 +93,7 @@ def train(args: Any) -> None:
 
 def encode(args: Any) -> None:
     """Print the ids of the text, or write them as a shard."""
+    refuse_existing(args.output)
     tokenizer = tokenizers.find(args.tokenizer)
     ids = tokenizer.encode(" ".join(args.text) if args.text else _standard_input())
     if args.output:
@@ -118,6 +126,7 @@ def _ids(text: str) -> list[int]:
 
 def export(args: Any) -> None:
     """Write llm.c's file."""
+    refuse_existing(args.output)
     tokenizer = tokenizers.find(args.tokenizer)
     if tokenizer.end_of_text is None:
         raise ConfigError(f"{args.tokenizer} has no end-of-text id, which llm.c's file needs")

@@ -13,6 +13,7 @@ from gptjax.errors import DataError
 from gptjax.tokenizers.interface import END_OF_TEXT, Tokenizer
 
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+LARGEST = 1 << 20  # ids
 LONGEST_RUN = 1 << 19  # of blanks; tiktoken's regular expression panics from about 2 ** 20 on
 BLANKS = re.compile(r"\s+")
 
@@ -141,8 +142,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, name: str) -> BytePairEncod
     from tokenizers import Tokenizer as HuggingFaceTokenizer  # only training needs it
     from tokenizers import models, pre_tokenizers, trainers
 
-    if vocab_size < 257:
-        raise ValueError(f"a byte-level vocabulary needs at least 257 ids, not {vocab_size}")
+    if not 257 <= vocab_size <= LARGEST:
+        raise ValueError(f"a byte-level vocabulary has from 257 to {LARGEST} ids, not {vocab_size}")
     bpe = HuggingFaceTokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()

@@ -61,6 +61,9 @@ def test_shakespeare_char_is_cut_as_nanogpt_cuts_it(site, tmp_path):
     n = int(0.9 * len(PLAY))
     assert ids(corpus.train).tolist() == everything[:n]
     assert ids(corpus.val).tolist() == everything[n:]
+    (tmp_path / "downloads" / "tinyshakespeare.txt").unlink()
+    site.files.clear()
+    assert datasets.find_corpus("shakespeare-char", tmp_path).folder == corpus.folder  # offline, once it is there
 
 
 def test_a_changed_source_is_refused(site, tmp_path):
@@ -78,6 +81,8 @@ def test_tinystories_keeps_its_own_split(site, tmp_path):
     assert corpus.tokenizer.vocab_size == 300
     found = [corpus.tokenizer.decode(ids(s).tolist()).split(tokenizers.END_OF_TEXT)[1:] for s in (corpus.train, corpus.val)]
     assert found == list(stories.values())
+    some = datasets.find_corpus("tinystories", tmp_path, "byte", tokens=1000)
+    assert ids(some.train).tolist() == ids(datasets.find_corpus("tinystories", tmp_path, "byte").train)[:1000].tolist()
 
 
 @pytest.mark.parametrize(("name", "repo"), [("fineweb", "kjj0/fineweb10B-gpt2"), ("fineweb-edu", "kjj0/finewebedu10B-gpt2")])
@@ -140,3 +145,10 @@ def test_shards_of_the_hub_are_checked(site, tmp_path):
     site.files["datasets/kjj0/fineweb10B-gpt2/resolve/main/fineweb_val_000000.bin"] = b"not a shard"
     with pytest.raises(FormatError, match="is not a token shard"):
         datasets.find_corpus("fineweb", tmp_path, tokens=10)
+
+
+@pytest.mark.parametrize("listing", [b"[]", b'{"error": "gone"}', b"[1]", b"[[", b"<html>"])
+def test_a_list_of_parts_that_is_none(site, tmp_path, listing):
+    site.files["api/datasets/Skylion007/openwebtext/parquet/plain_text/train"] = listing
+    with pytest.raises(DataError, match="parts.json should list the addresses of Parquet files.*remove it and try again"):
+        datasets.find_corpus("openwebtext", tmp_path, "byte")

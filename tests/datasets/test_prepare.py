@@ -1,3 +1,4 @@
+import gzip
 import json
 
 import numpy as np
@@ -137,3 +138,32 @@ def test_no_more_is_read_ahead_than_the_threads_can_use():
 
     next(encode(tokenizers.find("byte"), parts(), 2))
     assert len(read) <= 2 * prepare.AHEAD + 2
+
+
+def test_a_tokenizer_file_is_known_by_its_content(stories, tmp_path):
+    """The same name for another vocabulary is another corpus, and another name for the same one is not."""
+    which = tmp_path / "tokenizer.json"
+    folders = []
+    for size in (260, 262):
+        tokenizers.train_bpe(STORIES, size, "cats").save(which)
+        corpus = datasets.find_corpus(str(stories), tmp_path / "data", str(which))
+        assert corpus.tokenizer.vocab_size == size
+        folders.append(corpus.folder)
+    assert folders[0] != folders[1]
+    which.rename(tmp_path / "other.json")
+    assert datasets.find_corpus(str(stories), tmp_path / "data", str(tmp_path / "other.json")).folder == folders[1]
+
+
+def test_the_same_bytes_under_another_name_are_another_text(tmp_path):
+    content = gzip.compress(b"".join(json.dumps({"text": story}).encode() + b"\n" for story in STORIES), mtime=0)
+    folders = set()
+    for name in ("a.txt.gz", "a.jsonl.gz"):
+        (tmp_path / name).write_bytes(content)
+        folders.add(datasets.find_corpus(str(tmp_path / name), tmp_path / "data", "byte").folder)
+    assert len(folders) == 2
+
+
+@pytest.mark.parametrize("tokens", [0, -1])
+def test_tokens_that_cannot_be(tokens, stories, tmp_path):
+    with pytest.raises(DataError, match=f"^{tokens} training tokens are asked for"):
+        datasets.find_corpus(str(stories), tmp_path, "byte", tokens=tokens)

@@ -38,7 +38,7 @@ def zstd(content):
     return sink.getvalue().to_pybytes()
 
 
-# Formats: the same four stories in each, the empty one left out but counted
+# Formats: the same four stories in each, the empty one left out
 
 
 def test_plain_text_is_one_document_to_the_last_byte(tmp_path):
@@ -55,7 +55,7 @@ def test_plain_text_is_cut_at_separators_that_stand_on_lines_of_their_own(tmp_pa
 def test_json_lines_compressed_or_not(tmp_path, suffix, pack):
     lines = "".join(json.dumps({"id": 7, "text": story}) + "\n" for story in STORIES)
     path = written(tmp_path / f"a.jsonl{suffix}", pack(lines.encode()))
-    assert documents(path) == {0: STORIES[0], 2: STORIES[2], 3: STORIES[3]}
+    assert documents(path) == dict(enumerate(filter(None, STORIES)))
 
 
 @pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip.compress), (".zst", zstd)])
@@ -67,7 +67,7 @@ def test_text_compressed_in_several_frames(tmp_path, suffix, pack):
 
 def test_parquet(tmp_path):
     parquet.write_table(arrow.table({"id": [1, 2, 3, 4], "text": STORIES}), tmp_path / "a.parquet")
-    assert documents(tmp_path / "a.parquet") == {0: STORIES[0], 2: STORIES[2], 3: STORIES[3]}
+    assert documents(tmp_path / "a.parquet") == dict(enumerate(filter(None, STORIES)))
 
 
 def test_the_text_column_is_found_or_named(tmp_path):
@@ -162,3 +162,44 @@ def test_a_damaged_file_is_named_in_one_sentence(tmp_path, name, content):
     with pytest.raises(FormatError, match=str(path)) as caught:
         documents(path)
     assert "\n" not in str(caught.value)
+
+
+def test_documents_count_without_the_empty_ones(tmp_path):
+    path = written(tmp_path / "a.jsonl", "".join(f'\n{{"text": ""}}\n{{"text": "{n}"}}\n' for n in range(40)))
+    assert documents(path) == {n: str(n) for n in range(40)}
+
+
+def test_the_first_rows_text_column_is_every_rows(tmp_path):
+    path = written(tmp_path / "a.jsonl", '{"content": "a", "url": "x"}\n{"url": "y", "content": "b"}\n')
+    assert documents(path) == {0: "a", 1: "b"}
+
+
+def test_halves_of_surrogate_pairs_become_a_placeholder(tmp_path):
+    assert documents(written(tmp_path / "a.jsonl", r'{"text": "a\ud800b\ud83d\ude00"}')) == {0: "a\ufffdb\U0001f600"}
+
+
+def test_a_long_run_of_blanks_is_passed_over_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "PIECE", 1000)
+    content = "word " * 300 + " \t" * 200_000 + "end " * 300
+    parts = [piece.text for piece in pieces([written(tmp_path / "a.txt", content)])]
+    assert "".join(parts) == content
+    assert len(parts) > 2
+
+
+def test_text_without_blanks_is_cut_anyway(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "PIECE", 1000)
+    monkeypatch.setattr(text, "LONGEST", 4000)
+    parts = [piece.text for piece in pieces([written(tmp_path / "a.txt", "x" * 50_000)])]
+    assert "".join(parts) == "x" * 50_000
+    assert max(map(len, parts)) <= 5000
+
+
+def test_a_line_of_json_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "LONGEST_LINE", 1000)
+    with pytest.raises(FormatError, match="line 2 is longer than 1000 characters"):
+        documents(written(tmp_path / "a.jsonl", '{"text": "a"}\n{"text": "' + "x" * 2000 + '"}\n'))
+
+
+def test_json_nested_without_end(tmp_path):
+    with pytest.raises(FormatError, match="line 1 is not JSON"):
+        documents(written(tmp_path / "a.jsonl", "[" * 200_000))

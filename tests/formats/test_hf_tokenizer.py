@@ -23,7 +23,7 @@ def test_the_library_encodes_what_is_written_as_we_do(tmp_path):
 
 def test_what_is_written_is_read_back(tmp_path):
     hf_tokenizer.write(tmp_path, BPE)
-    again = hf_tokenizer.read(tmp_path / "tokenizer.json")
+    again = hf_tokenizer.read(tmp_path)
     assert again.tokens == BPE.tokens
     assert again.end_of_text == BPE.end_of_text
 
@@ -36,6 +36,9 @@ def test_what_is_written_is_read_back(tmp_path):
         lambda c: c["model"]["vocab"].update({"\u4e2d": 289}),
         lambda c: c.update(added_tokens=[]),
         lambda c: c.update(model=[]),
+        lambda c: c.update(normalizer={"type": "Lowercase"}),
+        lambda c: c.update(pre_tokenizer={"type": "Whitespace"}),
+        lambda c: c["model"]["merges"].reverse(),
     ],
 )
 def test_other_files_are_refused(tmp_path, change):
@@ -45,4 +48,19 @@ def test_other_files_are_refused(tmp_path, change):
     change(content)
     path.write_text(json.dumps(content))
     with pytest.raises(FormatError, match="no byte-level BPE that is known here"):
-        hf_tokenizer.read(path)
+        hf_tokenizer.read(tmp_path)
+
+
+def test_the_older_two_files(tmp_path):
+    """``vocab.json`` and ``merges.txt``, as OpenAI's GPT-2 came."""
+    hf_tokenizer.write(tmp_path, BPE)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(FormatError, match="vocab.json cannot be read"):
+        hf_tokenizer.read(tmp_path)
+    (tmp_path / "vocab.json").write_text(json.dumps(content["vocab"] | {"<|endoftext|>": 289}))
+    with pytest.raises(FormatError, match="merges.txt cannot be read"):
+        hf_tokenizer.read(tmp_path)
+    lines = [" ".join(pair) if isinstance(pair, list) else pair for pair in content["merges"]]
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *lines, ""]))
+    assert hf_tokenizer.read(tmp_path).tokens == BPE.tokens

@@ -5,7 +5,10 @@
 
 import gzip
 import json
+import math
 import os
+import re
+import time
 import tracemalloc
 
 import jax
@@ -16,6 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
+from safetensors.numpy import load_file, save_file
 
 from gptjax import tokenizers
 from gptjax.convert import inspect
@@ -23,24 +27,60 @@ from gptjax.datasets.text import pieces
 from gptjax.errors import GptjaxError
 from gptjax.formats import hf, hf_tokenizer, llmc, llmc_tokenizer, safetensors
 from gptjax.formats.token_shards import open_shard, write_shard
+from gptjax.models.params import Params, param_shapes
 from gptjax.weights import open_weights
 from tests.models import tiny
 
 CASES = int(os.environ.get("GPTJAX_FUZZ", "40"))
 MOST_BYTES = 32 << 20  # the files have a few thousand
+MOST_SECONDS = 20  # they take milliseconds
 CFG = tiny.config(num_layers=1, channels=4, num_heads=2, vocab_size=5, max_seq_len=4, dtype="float32")
 PARAMS = tiny.params(CFG, jnp.float32)
 BPE = tokenizers.train_bpe(["the cat sat on the mat"] * 9, 262, "cats")
 FLOAT32 = np.dtype("<f4")
 
 
+def shard(path):
+    return open_shard(path).tokens.sum()
+
+
 def weights(path):
     jax.tree.map(np.asarray, open_weights(str(path)).params)
 
 
-def write_state(path):
-    ids = np.arange(4, dtype=np.int32).reshape(1, 4)
-    llmc.write_debug_state(path, llmc.DebugState(ids, ids, np.zeros((1, 4, 5), np.float32), 1.0, PARAMS), CFG)
+IDS = np.arange(4, dtype=np.int32).reshape(1, 4)
+STATE = llmc.DebugState(IDS, IDS, np.zeros((1, 4, 5), np.float32), 1.0, PARAMS)
+
+
+def write_version_1(path):
+    """Version 3 without the vocabulary's pad rows."""
+    llmc.write_model(path, PARAMS, CFG)
+    content = path.read_bytes()
+    rows = 1024 + 4 * CFG.channels * CFG.vocab_size, 1024 + 4 * CFG.channels * CFG.padded_vocab_size
+    path.write_bytes(content[:4] + (1).to_bytes(4, "little") + content[8 : rows[0]] + content[rows[1] :])
+
+
+def write_version_4(path):
+    """Version 5 with the LayerNorms in float32."""
+    llmc.write_model(path, PARAMS, CFG, 5)
+    content, wide, offset = path.read_bytes(), [], 1024
+    for name, shape in zip(Params._fields, param_shapes(CFG), strict=True):
+        count = math.prod(shape)
+        part = content[offset : offset + 2 * count]
+        wide.append(np.frombuffer(part, jnp.bfloat16).astype("<f4").tobytes() if name.startswith("ln") else part)
+        offset += 2 * count
+    path.write_bytes(content[:4] + (4).to_bytes(4, "little") + content[8:1024] + b"".join(wide))
+
+
+def write_index(path):
+    """A Hugging Face model in two files, and the index that says which tensor is where."""
+    hf.write_model(path.parent, PARAMS, CFG, FLOAT32, None, lambda into: None)
+    tensors = load_file(path.parent / "model.safetensors")
+    (path.parent / "model.safetensors").unlink()
+    places = {name: f"model-{n % 2}.safetensors" for n, name in enumerate(sorted(tensors))}
+    for place in set(places.values()):
+        save_file({name: tensors[name] for name in tensors if places[name] == place}, path.parent / place)
+    path.write_text(json.dumps({"weight_map": places}))
 
 
 def write_table(path):
@@ -53,26 +93,40 @@ ZSTD = pyarrow.Codec("zstd")
 FORMATS = {
     "llm.c model": ("m.bin", lambda p: llmc.write_model(p, PARAMS, CFG), weights),
     "llm.c bfloat16 model": ("m.bin", lambda p: llmc.write_model(p, PARAMS, CFG, 5), weights),
-    "llm.c debug state": ("s.bin", write_state, lambda p: llmc.read_debug_state(p, CFG)),
+    "llm.c model, version 1": ("m.bin", write_version_1, weights),
+    "llm.c model, version 4": ("m.bin", write_version_4, weights),
+    "llm.c debug state, version 1": (
+        "s.bin",
+        lambda p: llmc.write_debug_state(p, STATE, CFG, 1),
+        lambda p: llmc.read_debug_state(p, CFG),
+    ),
+    "llm.c debug state": ("s.bin", lambda p: llmc.write_debug_state(p, STATE, CFG), lambda p: llmc.read_debug_state(p, CFG)),
     "llm.c tokenizer": (
         "t.bin",
         lambda p: llmc_tokenizer.write_tokenizer(p, BPE.pieces, 261),
         lambda p: tokenizers.find(str(p)).encode("the mat"),
     ),
-    "uint16 shard": ("train.bin", lambda p: write_shard(p, np.arange(99)), lambda p: open_shard(p).tokens.sum()),
-    "uint32 shard": ("train.bin", lambda p: write_shard(p, np.arange(99), np.uint32), lambda p: open_shard(p).tokens.sum()),
+    "uint16 shard": ("train.bin", lambda p: write_shard(p, np.arange(99)), shard),
+    "uint32 shard": ("train.bin", lambda p: write_shard(p, np.arange(99), np.uint32), shard),
+    "uint16 without a header": ("train.bin", lambda p: np.arange(300, 399, dtype="<u2").tofile(p), shard),
+    "int32 without a header": ("train.bin", lambda p: np.arange(99, dtype="<i4").tofile(p), shard),
     "our safetensors": ("m.safetensors", lambda p: safetensors.write_model(p, PARAMS, CFG, FLOAT32), weights),
     "Hugging Face safetensors": (
         "hf/model.safetensors",
         lambda p: hf.write_model(p.parent, PARAMS, CFG, FLOAT32, None, lambda into: None),
         lambda p: weights(p.parent),
     ),
+    "Hugging Face index": ("hf/model.safetensors.index.json", write_index, lambda p: weights(p.parent)),
     "Hugging Face config": (
         "hf/config.json",
         lambda p: hf.write_model(p.parent, PARAMS, CFG, FLOAT32, None, lambda into: None),
         lambda p: weights(p.parent),
     ),
-    "Hugging Face tokenizer": ("tokenizer.json", lambda p: hf_tokenizer.write(p.parent, BPE), hf_tokenizer.read),
+    "Hugging Face tokenizer": (
+        "tokenizer.json",
+        lambda p: hf_tokenizer.write(p.parent, BPE),
+        lambda p: hf_tokenizer.read(p.parent),
+    ),
     "our tokenizer": ("t.json", BPE.save, lambda p: tokenizers.find(str(p)).encode("the mat")),
     "characters": (
         "t.json",
@@ -92,12 +146,15 @@ FORMATS = {
 EXTREME = [0, 1, -1, 2, 7, 255, 2**15, 2**16, 2**24, 2**31 - 1, -(2**31), 20240326, 20240327, 20240520, 20240801, 20240328]
 
 
+NUMBERS = [b"0", b"-1", b"3", b"200000", b"16777217", b"1" * 30, b"1e400", b"0.5", b"null", b"true", b'""', b"[" * 3000]
+
+
 @st.composite
 def damage(draw, content: bytes) -> bytes:
     """The content after one to three blows."""
     for _ in range(draw(st.integers(1, 3))):
         position = draw(st.integers(0, max(len(content) - 1, 0)) | st.integers(0, min(len(content), 80)))
-        how = draw(st.sampled_from(["byte", "byte", "number", "number", "cut", "grow", "swap", "repeat"]))
+        how = draw(st.sampled_from(["byte", "byte", "number", "number", "digits", "cut", "grow", "swap", "repeat"]))
         rest = content[position:]
         if how == "byte":
             found = draw(st.binary(min_size=1, max_size=8))
@@ -105,6 +162,10 @@ def damage(draw, content: bytes) -> bytes:
         elif how == "number":
             position -= position % 4
             content = content[:position] + draw(st.sampled_from(EXTREME)).to_bytes(4, "little", signed=True) + rest[4:]
+        elif how == "digits":
+            found = re.search(rb"\d+", rest)
+            if found:
+                content = content[:position] + rest[: found.start()] + draw(st.sampled_from(NUMBERS)) + rest[found.end() :]
         elif how == "cut":
             content = content[:position]
         elif how == "grow":
@@ -131,6 +192,8 @@ def test_damaged_files_load_or_are_refused(kind, tmp_path):
     def one(content):
         path.write_bytes(content)
         tracemalloc.start()
+        pyarrow.default_memory_pool().release_unused()
+        arrow, began = pyarrow.default_memory_pool().max_memory(), time.perf_counter()
         try:
             read(path)
             counts["loaded"] += 1
@@ -141,6 +204,8 @@ def test_damaged_files_load_or_are_refused(kind, tmp_path):
             _, peak = tracemalloc.get_traced_memory()
             tracemalloc.stop()
         assert peak < MOST_BYTES
+        assert pyarrow.default_memory_pool().max_memory() <= max(arrow, MOST_BYTES)
+        assert time.perf_counter() - began < MOST_SECONDS
 
     one()
     print(f"{kind}: {counts}")

@@ -101,10 +101,11 @@ def test_export_is_llm_cs_file(which, bpe, tmp_path, capsys):
 def test_gpt2_exported_in_both_versions(shared, tmp_path, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared / "tiktoken_cache"))
     for version, end_of_text in ((1, 0), (2, 50256)):
-        main(["export", "--tokenizer", "gpt2", "--version", str(version), "--output", str(tmp_path / "t.bin")])
-        header = np.fromfile(tmp_path / "t.bin", "<u4", 256)
+        made = tmp_path / f"t{version}.bin"
+        main(["export", "--tokenizer", "gpt2", "--version", str(version), "--output", str(made)])
+        header = np.fromfile(made, "<u4", 256)
         assert header[:5].tolist() == [llmc_tokenizer.MAGIC, version, 50257, end_of_text, 0]
-        assert tokenizers.find(tmp_path / "t.bin").tokens == tokenizers.gpt2().tokens
+        assert tokenizers.find(made).tokens == tokenizers.gpt2().tokens
 
 
 @pytest.mark.parametrize(
@@ -152,7 +153,7 @@ def test_characters_have_no_end_of_text_to_export(tmp_path, capsys):
 
 def test_a_vocabulary_larger_than_the_text_gives(bpe, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        main(["train", "--input", str(tmp_path / "cats.txt"), "--vocab_size", "9999", "--output", bpe])
+        main(["train", "--input", str(tmp_path / "cats.txt"), "--vocab_size", "9999", "--output", str(tmp_path / "new.json")])
     assert "too short for a vocabulary of 9999" in capsys.readouterr().err
 
 
@@ -164,3 +165,16 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly():
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, env=environment, check=False)
     os.close(write)
     assert (done.stderr, done.returncode) == (b"", 141)
+
+
+def test_nothing_is_overwritten(bpe, tmp_path, capsys):
+    before = (tmp_path / "cats.json").read_bytes()
+    for args in (
+        ["train", "--input", str(tmp_path / "cats.txt")],
+        ["encode", "--tokenizer", bpe, "a"],
+        ["export", "--tokenizer", bpe],
+    ):
+        with pytest.raises(SystemExit):
+            main([*args, "--output", bpe])
+        assert "cats.json exists already" in capsys.readouterr().err
+    assert (tmp_path / "cats.json").read_bytes() == before

@@ -1,0 +1,146 @@
+"""``python -m gptjax.bench`` as a user meets it."""
+
+import builtins
+import importlib
+import json
+import re
+
+import pytest
+
+from gptjax.bench import ceiling, data, steps, timing
+from gptjax.bench.profile import OpTime
+from tests.conftest import ROOT
+
+command = importlib.import_module("gptjax.bench.__main__")
+TINY = [
+    "--config",
+    str(ROOT / "configs" / "debug.yaml"),
+    "--model.num_layers",
+    "1",
+    "--data.batch_size",
+    "2",
+    "--data.seq_len",
+    "8",
+]
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """Next to no rounds, and little memory to stream."""
+    monkeypatch.setattr(timing, "ROUNDS", 2)
+    monkeypatch.setattr(timing, "WARMUP", 1)
+    monkeypatch.setattr(ceiling, "ROUNDS", 1)
+    monkeypatch.setattr(ceiling, "STREAM_BYTES", 4_000_000)
+
+
+def rows(out):
+    """Names of the lines below the heads."""
+    return [re.split(r"  +", line)[0] for line in out.splitlines()]
+
+
+def test_the_configured_step_alone(capsys, tmp_path):
+    assert command.main([*TINY, "--json", str(tmp_path / "r.json"), "--profile"]) == 0
+    out = capsys.readouterr().out
+    assert rows(out)[2:5] == ["manual, unroll", "floor", "op"]
+    record = json.loads((tmp_path / "r.json").read_text())
+    (row,) = record["rows"]
+    assert {"compile_s", "temporary_bytes", "total_bytes", "ms", "spread", "tokens_per_s", "of_floor", "ratio"} <= set(row)
+    assert row["tokens_per_s"] == pytest.approx(16 / row["ms"] * 1e3)
+    assert row["of_floor"] == pytest.approx(row["ms"] / record["floor_ms"])
+    assert row["ratio"] == 1
+    assert sum(op["kernels"] for op in record["profile"]) > 50
+
+
+def test_every_other_way_to_compute_it(capsys):
+    assert command.main([*TINY, "--compare"]) == 0
+    assert rows(capsys.readouterr().out)[2:-1] == [
+        "manual, unroll", "manual, scan", "autodiff, unroll", "autodiff, scan", "recompute gelu", "recompute block",
+        "attention blockwise",
+    ]  # fmt: skip
+
+
+def test_what_is_configured_comes_first_and_is_not_repeated():
+    model = command.cli.parse(command.BenchConfig, "bench", "", TINY)[0].model.resolve("cpu", 8)
+    import dataclasses
+
+    scanned = dataclasses.replace(model, layers="scan", recompute="block", attention="blockwise")
+    names = [name for name, _, _ in steps.variants(scanned, "autodiff")]
+    assert names[:4] == ["autodiff, scan", "autodiff, unroll", "manual, scan", "manual, unroll"]
+    assert names[4:] == ["recompute none", "recompute gelu", "attention materialised", "attention cudnn"]
+
+
+def test_decoding(capsys, monkeypatch):
+    monkeypatch.setattr(steps, "NEW", 4)
+    assert command.main([*TINY, "--what", "decode"]) == 0
+    assert rows(capsys.readouterr().out)[2:] == ["cached, unroll", "cached, scan", "floor"]
+
+
+def test_the_peer(capsys, monkeypatch):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(steps, "NEW", 4)
+    import torch
+
+    monkeypatch.setattr(torch, "compile", lambda f: f)  # a minute, and a compiler that may not be there
+    monkeypatch.setattr(command.torch_peer, "NEW", 4)
+    assert command.main([*TINY, "--peer", "torch"]) == 0
+    assert rows(capsys.readouterr().out)[2:-1] == [
+        "manual, unroll", "torch eager, float32", "torch eager, bfloat16", "torch compile, float32", "torch compile, bfloat16",
+    ]  # fmt: skip
+    assert command.main([*TINY, "--what", "decode", "--peer", "torch"]) == 0
+    assert rows(capsys.readouterr().out)[4:-1] == ["transformers, float32", "transformers, bfloat16"]
+
+
+def test_without_the_peer(capsys, monkeypatch):
+    found = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name == "torch":
+            raise ImportError("No module named 'torch'", name="torch")
+        return found(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    expect_error([*TINY, "--peer", "torch"], "peer torch needs torch: pip install 'gptjax[parity]'", capsys)
+
+
+def expect_error(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command.main(arguments)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--json", "nowhere/r.json"], "there is no folder"),
+        (["--what", "decode", "--model.max_seq_len", "20"], "needs model.max_seq_len 272"),
+        (["--compar", "true"], "did you mean compare?"),
+        (["--data.seq_len", "4000"], "data.seq_len 4000 does not fit"),
+    ],
+)
+def test_bad_input(arguments, message, capsys):
+    expect_error([*TINY, *arguments], message, capsys)
+
+
+def test_a_profile_says_where_most_time_goes():
+    times = [OpTime(f"op{n}", 1.0 / (n + 1), 2) for n in range(20)]
+    lines = command.profile_table(times).splitlines()
+    assert lines[1].split() == ["op0", "1000.0", "27.8%", "2"]
+    assert lines[-1].startswith("8 more")
+    assert len(lines) == 1 + command.OPS + 1
+
+
+def test_bench_of_the_data_prints_a_row_for_each_way(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(data, "ROUNDS", 2)
+    monkeypatch.setattr(data, "BATCHES", 5)
+    monkeypatch.setattr(timing, "ROUNDS", 2)
+    (tmp_path / "tale.txt").write_text("It was the best of times, it was the worst of times. " * 1000)
+    own = ["--data.dataset", str(tmp_path / "tale.txt"), "--data.root", str(tmp_path / "data"), "--data.tokenizer", "bpe:270"]
+    assert command.main([*TINY, *own, "--what", "data"]) == 0
+    names = [re.split(r"  +", line)[0] for line in capsys.readouterr().out.splitlines()]
+    ours = ["text to tokens", "ours", "tiktoken alone", "in one go", "tokens to batches", "cold", "warm", "random crops"]
+    ours += ["the training step", "manual, unroll"]
+    assert names[1:] == ours
