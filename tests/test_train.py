@@ -294,7 +294,7 @@ def assert_refused(args: list[str], message: str, capsys) -> None:
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--model.channels", "30", "--model.num_heads", "4"], "model.channels 30 does not divide by model.num_heads 4"),
         (["--data.seq_len", "33"], "data.seq_len 33 does not fit model.max_seq_len 32"),
-        (["--data.dataset", "nowhere"], "data.dataset nowhere is neither a folder"),
+        (["--data.dataset", "nowhere"], "data.dataset nowhere is no file or folder"),
         (["--data.batch_size", "100000"], "but one step takes 100000: lower data.batch_size"),
         (["--model.vocab_size", "256"], "has 4096 ids, but model.vocab_size is 256"),
         (["--model.attention", "cudnn"], "model.attention cudnn needs an NVIDIA GPU"),
@@ -405,5 +405,5 @@ def test_your_own_text_by_characters(command, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         run(*own, "--train.sample_prompt", "Quixote")
     assert stop.value.code == 2
-    assert "the character 'Q' (number 0 of the text) is not in the vocabulary" in capsys.readouterr().err
+    assert "the character 'Q' (U+0051) at position 0 of the text is not among the 17" in capsys.readouterr().err
     assert not (tmp_path / "runs" / "tiny-2").exists()

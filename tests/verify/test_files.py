@@ -10,7 +10,7 @@ from gptjax.verify.files import as_json, environment, write_report
 from gptjax.verify.ops import OpError
 from gptjax.verify.trace import Parting
 
-RIGHT = {"w": (jnp.ones(2), jnp.ones((2, 3)))}
+RIGHT = {"w": (jnp.ones((2, 3)), jnp.ones((2, 3)))}
 
 
 def report(factor=1.0):
@@ -23,7 +23,7 @@ def test_json_holds_every_row():
     assert data["ok"] is True
     rows = data["gradient"]["rows"]
     assert [(row["tensor"], row["layer"], row["shape"], row["ok"]) for row in rows] == [
-        ("w", 0, [2], True),
+        ("w", 0, [2, 3], True),
         ("w", 1, [2, 3], True),
     ]
     assert data["ops"][0]["op"] == "gelu"
