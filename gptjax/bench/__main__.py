@@ -43,10 +43,23 @@ class BenchConfig(Config):
     """Also the step with the other backward, layout, recomputation and attention."""
     peer: Literal["none", "torch"] = "none"
     """torch: also transformers' GPT-2 on PyTorch, eager and compiled, in float32 and bfloat16; needs the extra parity."""
+    rounds: int = 12
+    """How often each is timed, after two rounds that do not count."""
     profile: bool = False
     """Also where the time of the first row goes, op by op."""
     json: str | None = None
     """File to write all figures to."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ConfigError: there is no round.
+
+        """
+        super().__post_init__()
+        if self.rounds < 1:
+            raise ConfigError(f"rounds must be at least 1, not {self.rounds}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -86,7 +99,7 @@ def time_model(cfg: BenchConfig) -> dict[str, Any]:
     device = f"{platform_name()} ({jax.devices()[0].device_kind}), {os.cpu_count()} cores"
     print(f"{device}, jax {jax.__version__}, {model.dtype}, {tokens:,} tokens", flush=True)
     rivals = theirs(cfg) if cfg.peer == "torch" else iter(())
-    timings = in_turns([*ours, *rivals])
+    timings = in_turns([*ours, *rivals], cfg.rounds)
     best = ceiling.measure(model, min(tokens, cfg.data.batch_size * cfg.data.seq_len))
     if cfg.what == "step":
         floor = ceiling.step_floor(model, tokens, cfg.data.seq_len, best)
@@ -153,7 +166,7 @@ def profile_table(times: list[OpTime]) -> str:
     return "\n".join(lines)
 
 
-def time_data(cfg: Config) -> dict[str, Any]:
+def time_data(cfg: BenchConfig) -> dict[str, Any]:
     """Print tokens a second of each way, with the spread of its rounds and the ratio to the first.
 
     Raises:
@@ -167,7 +180,7 @@ def time_data(cfg: Config) -> dict[str, Any]:
     if corpus.tokenizer:
         parts = {"text to tokens": data.tokenizing(corpus.tokenizer, corpus.train)} | parts
     start_jax(cfg.model)
-    (step,) = in_turns(list(steps.step_contenders(cfg, False)))
+    (step,) = in_turns(list(steps.step_contenders(cfg, False)), cfg.rounds)
     eaten = shape.accumulate * shape.batch_size * shape.seq_len
     parts["the training step"] = {step.contender.name: [eaten / seconds for seconds in step.seconds]}
     print(f"{corpus.folder}, {os.cpu_count()} cores, batches of {shape.accumulate} x {shape.batch_size} x {shape.seq_len}")

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-ROUNDS = 12
 WARMUP = 2  # rounds that are not counted
 
 
@@ -36,10 +35,10 @@ class Timing(NamedTuple):
         return (max(self.seconds) - min(self.seconds)) / self.median
 
 
-def in_turns(contenders: Sequence[Contender], rounds: int | None = None) -> list[Timing]:
-    """Each contender once a round. ``rounds`` defaults to `ROUNDS`."""
+def in_turns(contenders: Sequence[Contender], rounds: int) -> list[Timing]:
+    """Each contender once a round, for `WARMUP` rounds and then ``rounds`` that count."""
     timings = [Timing(contender, []) for contender in contenders]
-    for n in range(WARMUP + (rounds or ROUNDS)):
+    for n in range(WARMUP + rounds):
         for timing in timings:
             began = time.perf_counter()
             timing.contender.run()

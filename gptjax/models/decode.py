@@ -51,4 +51,5 @@ def decode(
 
     x, cache = over_layers(body, x, (split_layers(params), cache), cfg)
     h, _ = layernorm_fwd(x, params.lnfw, params.lnfb)
-    return jnp.einsum("btc,vc->btv", h, params.wte[: cfg.vocab_size].astype(h.dtype)), cache
+    logits = jnp.einsum("btc,vc->btv", h, params.wte.astype(h.dtype))  # the pad rows too: to leave them out copies the rest
+    return logits[..., : cfg.vocab_size], cache

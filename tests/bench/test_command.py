@@ -1,6 +1,7 @@
 """``python -m gptjax.bench`` as a user meets it."""
 
 import builtins
+import dataclasses
 import importlib
 import json
 import re
@@ -21,13 +22,14 @@ TINY = [
     "2",
     "--data.seq_len",
     "8",
+    "--rounds",
+    "2",
 ]
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     """Next to no rounds, and little memory to stream."""
-    monkeypatch.setattr(timing, "ROUNDS", 2)
     monkeypatch.setattr(timing, "WARMUP", 1)
     monkeypatch.setattr(ceiling, "ROUNDS", 1)
     monkeypatch.setattr(ceiling, "STREAM_BYTES", 4_000_000)
@@ -61,8 +63,6 @@ def test_every_other_way_to_compute_it(capsys):
 
 def test_what_is_configured_comes_first_and_is_not_repeated():
     model = command.cli.parse(command.BenchConfig, "bench", "", TINY)[0].model.resolve("cpu", 8)
-    import dataclasses
-
     scanned = dataclasses.replace(model, layers="scan", recompute="block", attention="blockwise")
     names = [name for name, _, _ in steps.variants(scanned, "autodiff")]
     assert names[:4] == ["autodiff, scan", "autodiff, unroll", "manual, scan", "manual, unroll"]
@@ -116,8 +116,9 @@ def expect_error(arguments, message, capsys):
     ("arguments", "message"),
     [
         (["--json", "nowhere/r.json"], "there is no folder"),
+        (["--rounds", "0"], "rounds must be at least 1"),
         (["--what", "decode", "--model.max_seq_len", "20"], "needs model.max_seq_len 272"),
-        (["--compar", "true"], "did you mean compare?"),
+        (["--comparison", "true"], "did you mean compare?"),
         (["--data.seq_len", "4000"], "data.seq_len 4000 does not fit"),
     ],
 )
@@ -136,7 +137,6 @@ def test_a_profile_says_where_most_time_goes():
 def test_bench_of_the_data_prints_a_row_for_each_way(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(data, "ROUNDS", 2)
     monkeypatch.setattr(data, "BATCHES", 5)
-    monkeypatch.setattr(timing, "ROUNDS", 2)
     (tmp_path / "tale.txt").write_text("It was the best of times, it was the worst of times. " * 1000)
     own = ["--data.dataset", str(tmp_path / "tale.txt"), "--data.root", str(tmp_path / "data"), "--data.tokenizer", "bpe:270"]
     assert command.main([*TINY, *own, "--what", "data"]) == 0
