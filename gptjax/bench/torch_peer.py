@@ -1,6 +1,7 @@
 """The same work in PyTorch: `transformers`' GPT-2 with scaled-dot-product attention and fused AdamW, eager and compiled."""
 
 import copy
+import importlib
 import os
 import time
 from collections.abc import Iterator
@@ -23,12 +24,12 @@ def load(cfg: Config) -> tuple[Any, Any, Any]:
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        import torch
-        from transformers import GPT2Config, GPT2LMHeadModel
+        torch: Any = importlib.import_module("torch")
+        transformers: Any = importlib.import_module("transformers")
     except ImportError as error:
         raise ConfigError(f"peer torch needs {error.name}: pip install 'gptjax[parity]'") from error
     model = cfg.model
-    theirs = GPT2Config(
+    theirs = transformers.GPT2Config(
         n_layer=model.num_layers, n_head=model.num_heads, n_embd=model.channels, vocab_size=model.padded_vocab_size,
         n_positions=model.max_seq_len, embd_pdrop=model.dropout, attn_pdrop=model.dropout, resid_pdrop=model.dropout,
         attn_implementation="sdpa",
@@ -36,7 +37,7 @@ def load(cfg: Config) -> tuple[Any, Any, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("high")  # on a GPU TF32, which is PyTorch at its best; on a CPU float32 all the same
-    return torch, GPT2LMHeadModel(theirs).to(device), device
+    return torch, transformers.GPT2LMHeadModel(theirs).to(device), device
 
 
 def step_contenders(cfg: Config) -> Iterator[Contender]:

@@ -74,6 +74,7 @@ def as_json(report: Report) -> dict[str, Any]:
             "ok": bool(report),
             "closing": report.closing,
             "reference": report.reference,
+            "widened": report.widened,
             "parting": report.parting._asdict() if report.parting else None,
             "gradient": plain(report.gradient),
             "forward": plain(report.forward),

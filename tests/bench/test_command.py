@@ -1,10 +1,10 @@
 """``python -m gptjax.bench`` as a user meets it."""
 
-import builtins
 import dataclasses
 import importlib
 import json
 import re
+import sys
 
 import pytest
 
@@ -92,14 +92,7 @@ def test_the_peer(capsys, monkeypatch):
 
 
 def test_without_the_peer(capsys, monkeypatch):
-    found = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name == "torch":
-            raise ImportError("No module named 'torch'", name="torch")
-        return found(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "torch", None)
     expect_error([*TINY, "--peer", "torch"], "peer torch needs torch: pip install 'gptjax[parity]'", capsys)
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import html.parser
 import math
 
@@ -70,3 +71,9 @@ def test_what_is_wrong_is_marked():
     assert [title.split(":")[0] for title in wrong if title] == ["w[1]", "<b>[None]"]
     assert ("div", {"class": "verdict bad"}) in read(text).tags
     assert "nan" in read(text).text
+
+
+def test_widened_tolerances_are_told():
+    _, report = page(OURS)
+    pages = [as_html(dataclasses.replace(report, widened=widened)) for widened in (False, True)]
+    assert ["moves by a unit in the last place" in page for page in pages] == [False, True]
