@@ -13,7 +13,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILE}"
 # What one test has compiled, no other process of this session compiles again.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="gptjax-tests-")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.02"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 from jaxtyping import install_import_hook
@@ -30,7 +30,7 @@ from hypothesis import Phase
 jax.config.update("jax_enable_x64", True)
 
 # Deterministic, so that a failure is the code's; no deadline, because compiling takes as long as it takes.
-hypothesis.settings.register_profile("gptjax", deadline=None, derandomize=True, max_examples=8, database=None)
+hypothesis.settings.register_profile("gptjax", deadline=None, derandomize=True, max_examples=6, database=None)
 # For a mutation run, `--hypothesis-profile mutation`: whether an example fails matters, not which one is the smallest.
 hypothesis.settings.register_profile("mutation", parent=hypothesis.settings.get_profile("gptjax"), phases=[Phase.generate])
 hypothesis.settings.load_profile("gptjax")
