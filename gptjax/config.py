@@ -23,7 +23,7 @@ class DataConfig:
     column: str | None = None
     """Of .jsonl and .parquet, the column that holds the text; by default text, or else the first that holds any."""
     tokens: int | None = None
-    """Training tokens that are enough, of a named corpus that comes in parts (openwebtext, fineweb, fineweb-edu)."""
+    """Training tokens that are enough, of tinystories, openwebtext, fineweb or fineweb-edu."""
     batch_size: int = 4
     """Sequences in a micro-batch (B)."""
     seq_len: int = 64

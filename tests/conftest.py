@@ -30,7 +30,7 @@ from hypothesis import Phase
 jax.config.update("jax_enable_x64", True)
 
 # Deterministic, so that a failure is the code's; no deadline, because compiling takes as long as it takes.
-hypothesis.settings.register_profile("gptjax", deadline=None, derandomize=True, max_examples=6, database=None)
+hypothesis.settings.register_profile("gptjax", deadline=None, derandomize=True, max_examples=8, database=None)
 # For a mutation run, `--hypothesis-profile mutation`: whether an example fails matters, not which one is the smallest.
 hypothesis.settings.register_profile("mutation", parent=hypothesis.settings.get_profile("gptjax"), phases=[Phase.generate])
 hypothesis.settings.load_profile("gptjax")

@@ -44,7 +44,7 @@ class BenchConfig(Config):
     peer: Literal["none", "torch"] = "none"
     """torch: also transformers' GPT-2 on PyTorch, eager and compiled, in float32 and bfloat16; needs the extra parity."""
     rounds: int = 12
-    """How often each is timed, after two rounds that do not count."""
+    """How often each is timed; of the model, after two rounds that do not count."""
     profile: bool = False
     """Also where the time of the first row goes, op by op."""
     json: str | None = None
@@ -176,9 +176,9 @@ def time_data(cfg: BenchConfig) -> dict[str, Any]:
     chosen = cfg.data
     corpus = find_corpus(chosen.dataset, chosen.root, chosen.tokenizer, chosen.column, chosen.tokens)
     shape = BatchShape(cfg.optim.accumulate, chosen.batch_size, chosen.seq_len)
-    parts = {"tokens to batches": data.loading(corpus.train, shape, chosen.order, cfg.model.vocab_size)}
+    parts = {"tokens to batches": data.loading(corpus.train, shape, chosen.order, cfg.model.vocab_size, cfg.rounds)}
     if corpus.tokenizer:
-        parts = {"text to tokens": data.tokenizing(corpus.tokenizer, corpus.train)} | parts
+        parts = {"text to tokens": data.tokenizing(corpus.tokenizer, corpus.train, cfg.rounds)} | parts
     start_jax(cfg.model)
     (step,) = in_turns(list(steps.step_contenders(cfg, False)), cfg.rounds)
     eaten = shape.accumulate * shape.batch_size * shape.seq_len

@@ -37,16 +37,16 @@ def measure(cfg: GPT2Config, tokens: int) -> Ceiling:
 
     stream = jnp.ones(STREAM_BYTES // 4, jnp.float32)
     scale = jax.jit(lambda x: x * 1.0001, donate_argnums=0)
-    flops = repeats * 8 * tokens * C * C / _best(lambda: jax.block_until_ready(products(x, w)))
+    flops = repeats * 8 * tokens * C * C / _median_seconds(lambda: jax.block_until_ready(products(x, w)))
 
     def once() -> None:
         nonlocal stream
         stream = jax.block_until_ready(scale(stream))
 
-    return Ceiling(flops, 2 * STREAM_BYTES / _best(once))
+    return Ceiling(flops, 2 * STREAM_BYTES / _median_seconds(once))
 
 
-def _best(run: Callable[[], Any]) -> float:
+def _median_seconds(run: Callable[[], Any]) -> float:
     run()
     seconds = []
     for _ in range(ROUNDS):

@@ -14,12 +14,11 @@ from gptjax.datasets.text import Piece
 from gptjax.formats.token_shards import Shard
 from gptjax.tokenizers import BytePairEncoding, Tokenizer
 
-ROUNDS = 5
 TEXT_CHARACTERS = 4_000_000
 BATCHES = 2000
 
 
-def tokenizing(tokenizer: Tokenizer, shards: list[Shard]) -> dict[str, list[float]]:
+def tokenizing(tokenizer: Tokenizer, shards: list[Shard], rounds: int) -> dict[str, list[float]]:
     """Tokens a second, of each round, of the corpus's own text.
 
     Ours is what preparing a corpus does, in threads; ``tiktoken alone`` encodes piece by piece in one; ``in one go`` is
@@ -34,10 +33,10 @@ def tokenizing(tokenizer: Tokenizer, shards: list[Shard]) -> dict[str, list[floa
         alone = tokenizer.encoding.encode_ordinary
         ways["tiktoken alone"] = lambda: sum(len(alone(piece.text)) for piece in pieces)
         ways["in one go"] = lambda: np.array(alone(text), np.uint16).size
-    return _in_turns(ways)
+    return _in_turns(ways, rounds)
 
 
-def loading(shards: list[Shard], shape: BatchShape, order: Order, vocab_size: int) -> dict[str, list[float]]:
+def loading(shards: list[Shard], shape: BatchShape, order: Order, vocab_size: int, rounds: int) -> dict[str, list[float]]:
     """Tokens a second, of each round, of batches from the shards.
 
     ``cold`` starts with the shards dropped from the system's cache and from every map of them; ``random crops``
@@ -54,7 +53,7 @@ def loading(shards: list[Shard], shape: BatchShape, order: Order, vocab_size: in
         batches = TrainingBatches(shards, shape, order, 0, vocab_size)
         return sum(next(batches).inputs.size for _ in range(BATCHES))
 
-    return _in_turns({"cold": cold, "warm": ours, "random crops": lambda: sum(_crops(shards[0], shape))})
+    return _in_turns({"cold": cold, "warm": ours, "random crops": lambda: sum(_crops(shards[0], shape))}, rounds)
 
 
 def _crops(shard: Shard, shape: BatchShape) -> Iterator[int]:
@@ -78,9 +77,9 @@ def forget(shard: Shard) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _in_turns(ways: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
+def _in_turns(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     rates: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for name, run in ways.items():
             began = time.perf_counter()
             count = run()

@@ -128,7 +128,6 @@ def test_a_profile_says_where_most_time_goes():
 
 
 def test_bench_of_the_data_prints_a_row_for_each_way(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(data, "ROUNDS", 2)
     monkeypatch.setattr(data, "BATCHES", 5)
     (tmp_path / "tale.txt").write_text("It was the best of times, it was the worst of times. " * 1000)
     own = ["--data.dataset", str(tmp_path / "tale.txt"), "--data.root", str(tmp_path / "data"), "--data.tokenizer", "bpe:270"]
