@@ -1,5 +1,6 @@
 """One training step and one evaluation step as compiled functions: the engine that the commands drive."""
 
+import contextlib
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from gptjax.ops import IGNORE_INDEX
 from gptjax.optim import Optimizer, OptState, StepMetrics, init_opt_state, update_moments, update_params
 
 Backward = Literal["manual", "autodiff"]
+MEMORY_SCHEDULER: dict[str, Any] = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
 class TrainState(NamedTuple):
@@ -106,11 +108,11 @@ def step_functions(cfg: GPT2Config, optimizer: Optimizer, backward: Backward) ->
 def compile_step(cfg: GPT2Config, optimizer: Optimizer, backward: Backward, state: Any, batch: Any, key: Any) -> CompiledStep:
     """Compile the training step for arguments of these shapes: arrays or `jax.ShapeDtypeStruct`s."""
     grads, moments, params = step_functions(cfg, optimizer, backward)
-    compiled_grads = grads.lower(state.params, batch, key, jax.ShapeDtypeStruct((), jnp.int32)).compile()
+    compiled_grads = compile_for_memory(grads.lower(state.params, batch, key, jax.ShapeDtypeStruct((), jnp.int32)))
     loss, g = jax.eval_shape(grads, state.params, batch, key, jax.ShapeDtypeStruct((), jnp.int32))
     compiled_moments = moments.lower(state.opt_state.moments, g, loss).compile()
     finite = jax.ShapeDtypeStruct((), jnp.bool_)
-    compiled_params = params.lower(state.params, state.opt_state.step, state.opt_state.moments, finite).compile()
+    compiled_params: Any = params.lower(state.params, state.opt_state.step, state.opt_state.moments, finite).compile()
     memory = {
         "parameters": _nbytes(state.params),
         "optimizer": _nbytes(state.opt_state),
@@ -118,6 +120,14 @@ def compile_step(cfg: GPT2Config, optimizer: Optimizer, backward: Backward, stat
         "temporaries": max(c.memory_analysis().temp_size_in_bytes for c in (compiled_grads, compiled_moments, compiled_params)),
     }
     return CompiledStep(compiled_grads, compiled_moments, compiled_params, memory)
+
+
+def compile_for_memory(lowered: jax.stages.Lowered) -> Any:
+    """Compile, on CPU with the scheduler that keeps few arrays alive at once, if this XLA has it; it is no slower."""
+    if jax.default_backend() == "cpu":
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            return lowered.compile(compiler_options=MEMORY_SCHEDULER)
+    return lowered.compile()
 
 
 def run_step(compiled: CompiledStep, state: TrainState, batch: Batch, key: Any, step: int) -> tuple[TrainState, StepMetrics]:

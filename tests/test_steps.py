@@ -102,3 +102,31 @@ def test_the_step_lowers_for_every_platform(platform, layers, backward, monkeypa
     finite = jax.ShapeDtypeStruct((), jnp.bool_)
     assert export(moments)(state.opt_state.moments, g, loss).platforms == (platform,)
     assert export(params)(state.params, state.opt_state.step, state.opt_state.moments, finite).platforms == (platform,)
+
+
+def memory_of_gradients(compile_, **changes):
+    """A function of T: the bytes of temporaries of a float32 gradient."""
+    cfg = tiny.config(dtype="float32", num_layers=4, channels=32, max_seq_len=2048, attention="blockwise", **changes)
+    params = jax.eval_shape(lambda: tiny.params(cfg, jnp.float32))
+
+    def of(T: int) -> int:
+        batch = jax.eval_shape(lambda: tiny.batch(cfg, B=2, T=T))
+        lowered = jax.jit(functools.partial(gpt2.loss_and_grad, cfg=cfg)).lower(params, batch)
+        return compile_(lowered).memory_analysis().temp_size_in_bytes
+
+    return of
+
+
+def test_the_scheduler_saves_memory_and_an_xla_without_it_still_compiles(monkeypatch):
+    default = memory_of_gradients(lambda lowered: lowered.compile())(256)
+    assert memory_of_gradients(steps.compile_for_memory)(256) < default
+    monkeypatch.setattr(steps, "MEMORY_SCHEDULER", {"xla_cpu_no_such_option": "1"})
+    assert memory_of_gradients(steps.compile_for_memory)(256) == default
+
+
+def test_memory_is_linear_in_the_length_and_more_pieces_of_the_classifier_make_up_for_a_larger_vocabulary():
+    small = memory_of_gradients(steps.compile_for_memory, vocab_size=512, loss_chunks=4)
+    large = memory_of_gradients(steps.compile_for_memory, vocab_size=2048, loss_chunks=16)
+    sizes = [small(T) for T in (512, 1024, 2048)]
+    assert sizes[2] - sizes[1] == pytest.approx(2 * (sizes[1] - sizes[0]), rel=0.05)
+    assert large(1024) == pytest.approx(small(1024), rel=0.05)

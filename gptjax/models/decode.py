@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from gptjax.models.config import GPT2Config
 from gptjax.models.gpt2 import block_fwd, over_layers
 from gptjax.models.params import Params, split_layers
-from gptjax.ops import embedding_fwd, layernorm_fwd
+from gptjax.ops import contract, embedding_fwd, layernorm_fwd
 from gptjax.ops.attention import materialised_fwd
 
 
@@ -51,5 +51,5 @@ def decode(
 
     x, cache = over_layers(body, x, (split_layers(params), cache), cfg)
     h, _ = layernorm_fwd(x, params.lnfw, params.lnfb)
-    logits = jnp.einsum("btc,vc->btv", h, params.wte.astype(h.dtype))  # the pad rows too: to leave them out copies the rest
+    logits = contract("btc,vc->btv", h, params.wte.astype(h.dtype))  # the pad rows too: to leave them out copies the rest
     return logits[..., : cfg.vocab_size], cache

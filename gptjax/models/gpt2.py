@@ -19,6 +19,7 @@ from gptjax.ops import (
     attention,
     attention_bwd,
     attention_fwd,
+    contract,
     cross_entropy_bwd,
     cross_entropy_fwd,
     dropout_bwd,
@@ -27,10 +28,12 @@ from gptjax.ops import (
     embedding_fwd,
     gelu_bwd,
     gelu_fwd,
+    in_turn,
     layernorm_bwd,
     layernorm_fwd,
     linear_bwd,
     linear_fwd,
+    not_before,
     target_weights,
 )
 
@@ -147,18 +150,12 @@ def blocks_bwd(
     def body(dx: Array, w_key_saved: tuple[Block, Any, Any]) -> tuple[Array, Block]:
         w, key, saved = w_key_saved
         if cfg.recompute == "block":
-            _, saved = training_block(attention_fwd, w, _not_before(dx, saved), cfg, key)
+            _, saved = training_block(attention_fwd, w, not_before(dx, saved), cfg, key)
         elif cfg.recompute == "gelu":
-            saved = saved._replace(fcproj=gelu_fwd(_not_before(dx, saved.gelu))[0])
+            saved = saved._replace(fcproj=gelu_fwd(not_before(dx, saved.gelu))[0])
         return block_bwd(w, saved, dx, cfg, partial(attention_bwd, cfg.attention, rate=cfg.dropout))
 
     return over_layers(body, dx, (blocks, keys, saved), cfg, reverse=True)
-
-
-def _not_before(dx: Array, x: Array) -> Array:
-    """x, made to depend on dx: else XLA merges what is recomputed from it with the forward's, and stores the result."""
-    # Zero times a number may be NaN, so it stays; `lax.optimization_barrier` does not, on CPU.
-    return x + 0 * dx[0, 0, 0].astype(x.dtype)
 
 
 def over_layers(body: Any, carry: Any, xs: Any, cfg: GPT2Config, reverse: bool = False) -> tuple[Any, Any]:
@@ -223,7 +220,7 @@ def loss(
     x = hidden(params, batch.inputs, cfg, key)
 
     def piece(x: Array, targets: Array, weights: Array) -> Array:
-        scores = jnp.einsum("nc,vc->nv", x, params.wte.astype(x.dtype))
+        scores = contract("nc,vc->nv", x, params.wte.astype(x.dtype))
         return cross_entropy_fwd(scores, targets, weights, cfg.vocab_size)[0]
 
     pieces = [jax.checkpoint(piece)(*p) if cfg.loss_chunks > 1 else piece(*p) for p in _pieces(x, batch, cfg, count)]
@@ -264,10 +261,10 @@ def _classifier_and_grad(
     dwte: Any = None
     w = wte.astype(h.dtype)
     for x, targets, weights in _pieces(h, batch, cfg, count):
-        scores = jnp.einsum("nc,vc->nv", x, w)
+        scores = contract("nc,vc->nv", in_turn((dh[-1], dwte), x) if dh else x, w)
         nll, saved = cross_entropy_fwd(scores, targets, weights, cfg.vocab_size)
         dscores = cross_entropy_bwd(saved, cfg.vocab_size)
-        dh.append(jnp.einsum("nv,vc->nc", dscores, w))
+        dh.append(contract("nv,vc->nc", dscores, w))
         dw = jnp.einsum("nv,nc->vc", dscores, x, preferred_element_type=wte.dtype)
         dwte = dw if dwte is None else dwte + dw
         value.append(nll)

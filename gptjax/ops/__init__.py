@@ -28,6 +28,8 @@ from gptjax.ops.embedding import embedding_bwd, embedding_fwd
 from gptjax.ops.linear import linear_bwd, linear_fwd
 from gptjax.ops.loss import IGNORE_INDEX, cross_entropy_bwd, cross_entropy_fwd, target_weights
 from gptjax.ops.norm import layernorm_bwd, layernorm_fwd
+from gptjax.ops.precision import contract
+from gptjax.ops.schedule import in_turn, not_before
 
 __all__ = [
     "ATTENTION_IMPLEMENTATIONS",
@@ -35,6 +37,7 @@ __all__ = [
     "attention",
     "attention_bwd",
     "attention_fwd",
+    "contract",
     "cross_entropy_bwd",
     "cross_entropy_fwd",
     "dropout_bwd",
@@ -43,9 +46,11 @@ __all__ = [
     "embedding_fwd",
     "gelu_bwd",
     "gelu_fwd",
+    "in_turn",
     "layernorm_bwd",
     "layernorm_fwd",
     "linear_bwd",
     "linear_fwd",
+    "not_before",
     "target_weights",
 ]

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from gptjax.ops.blockwise import blockwise_bwd, blockwise_fwd
 from gptjax.ops.dropout import dropout_bwd, dropout_fwd
-from gptjax.ops.precision import accumulation_dtype
+from gptjax.ops.precision import accumulation_dtype, contract
 
 Heads = Float[Array, "B T H D"]
 KeyHeads = Float[Array, "B S H D"]
@@ -112,7 +112,7 @@ def materialised_fwd(
     s = jnp.where(jnp.broadcast_to(visible, s.shape), s, -jnp.inf)
     p = jax.nn.softmax(s, axis=-1).astype(v.dtype)
     r, keep = dropout_fwd(p, rate, key)
-    return jnp.einsum("bhts,bshd->bthd", r, v), MaterialisedSaved(q, k, v, p, keep)
+    return contract("bhts,bshd->bthd", r, v), MaterialisedSaved(q, k, v, p, keep)
 
 
 def materialised_bwd(saved: MaterialisedSaved, do: Heads, rate: float = 0.0) -> tuple[Heads, Heads, Heads]:
@@ -120,14 +120,14 @@ def materialised_bwd(saved: MaterialisedSaved, do: Heads, rate: float = 0.0) -> 
     q, k, v, p, keep = saved
     acc = accumulation_dtype(q)
     r = dropout_bwd(keep, rate, p)
-    dv = jnp.einsum("bhts,bthd->bshd", r, do)
+    dv = contract("bhts,bthd->bshd", r, do)
     dr = jnp.einsum("bthd,bshd->bhts", do, v, preferred_element_type=acc)
     dp = dropout_bwd(keep, rate, dr)
     pf = p.astype(acc)
     ds = pf * (dp - (dp * pf).sum(-1, keepdims=True)) / math.sqrt(q.shape[3])
     ds = ds.astype(q.dtype)
-    dq = jnp.einsum("bhts,bshd->bthd", ds, k)
-    dk = jnp.einsum("bhts,bthd->bshd", ds, q)
+    dq = contract("bhts,bshd->bthd", ds, k)
+    dk = contract("bhts,bthd->bshd", ds, q)
     return dq, dk, dv
 
 

@@ -26,7 +26,7 @@ class BlockwiseSaved(NamedTuple):
     q: Blocks
     k: Blocks
     v: Blocks
-    o: Blocks
+    o: Heads
     lse: Float[Array, "N B H R"]
     key: Key[Array, ""] | None
 
@@ -76,7 +76,8 @@ def blockwise_fwd(
         return None, ((a / z[..., None]).astype(qi.dtype), m + jnp.log(z))
 
     _, (o, lse) = lax.scan(query_block, None, (jnp.arange(N, dtype=jnp.int32), qb))
-    return _from_blocks(o, T), BlockwiseSaved(qb, kb, vb, o, lse, key)
+    o = _from_blocks(o, T)
+    return o, BlockwiseSaved(qb, kb, vb, o, lse, key)
 
 
 def blockwise_bwd(saved: BlockwiseSaved, do: Heads, rate: float = 0.0) -> tuple[Heads, Heads, Heads]:
@@ -84,7 +85,7 @@ def blockwise_bwd(saved: BlockwiseSaved, do: Heads, rate: float = 0.0) -> tuple[
     q, k, v, o, lse, key = saved
     N, acc, scale = q.shape[0], lse.dtype, 1 / math.sqrt(q.shape[4])
     dob = _to_blocks(do, q.shape[3])
-    delta = (dob.astype(acc) * o.astype(acc)).sum(-1)
+    delta = _to_blocks((do.astype(acc) * o.astype(acc)).sum(-1, keepdims=True), q.shape[3])[..., 0]
 
     def key_block(dq: Array, j_kv: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
         j, kj, vj = j_kv

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gptjax.ops.precision import accumulation_dtype
+from gptjax.ops.precision import accumulation_dtype, contract
+from gptjax.ops.schedule import in_turn
 
 
 @jax.jit
@@ -21,7 +22,7 @@ def linear_fwd(
 
     Saved: x, which dw needs; dx needs only the weight.
     """
-    y = jnp.einsum("bti,io->bto", x, w.astype(x.dtype))
+    y = contract("bti,io->bto", x, w.astype(x.dtype))
     return y + jnp.broadcast_to(b.astype(x.dtype), y.shape), x
 
 
@@ -31,7 +32,17 @@ def linear_bwd(
 ) -> tuple[Float[Array, "B T I"], Float[Array, "I O"], Float[Array, " O"]]:
     """(dx, dw, db) of `linear_fwd`; dw and db are summed in `accumulation_dtype` and returned in w's dtype."""
     acc = accumulation_dtype(x)
-    dx = jnp.einsum("bto,io->bti", dy, w.astype(dy.dtype))
-    dw = jnp.einsum("bti,bto->io", x, dy, preferred_element_type=acc)
+    dx = contract("bto,io->bti", dy, w.astype(dy.dtype))
+    if _better_transposed(x, w):
+        dw = in_turn(dy, jnp.einsum("bto,bti->oi", dy, x, preferred_element_type=acc)).T
+    else:
+        dw = jnp.einsum("bti,bto->io", in_turn(dy, x), dy, preferred_element_type=acc)
     db = dy.astype(acc).sum((0, 1))
-    return dx, dw.astype(w.dtype), db.astype(w.dtype)
+    dw, db = dw.astype(w.dtype), db.astype(w.dtype)
+    return in_turn((dw, db), dx), dw, db
+
+
+def _better_transposed(x: Float[Array, "B T I"], w: Float[Array, "I O"]) -> bool:
+    """Whether dy^T x, and its transpose, move less than x^T dy: XLA's CPU compiler stores a left side that is transposed."""
+    rows, outputs = x.shape[0] * x.shape[1], w.shape[1]
+    return rows * outputs + w.size < x.size

@@ -8,6 +8,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from gptjax.ops.precision import accumulation_dtype
+from gptjax.ops.schedule import in_turn, not_before
 
 EPS = 1e-5  # GPT-2's
 
@@ -50,11 +51,11 @@ def layernorm_bwd(
     saved: LayerNormSaved, w: Float[Array, " C"], dy: Float[Array, "B T C"]
 ) -> tuple[Float[Array, "B T C"], Float[Array, " C"], Float[Array, " C"]]:
     """(dx, dw, db) of `layernorm_fwd`."""
-    x, mean, rstd = saved
+    x, mean, rstd = saved.x, not_before(dy, saved.mean), not_before(dy, saved.rstd)  # else their broadcasts are stored
     n = (x.astype(mean.dtype) - mean) * rstd
     dyf = dy.astype(mean.dtype)
     dn = dyf * jnp.broadcast_to(w.astype(mean.dtype), dy.shape)
     dx = rstd * (dn - dn.mean(-1, keepdims=True) - n * (dn * n).mean(-1, keepdims=True))
-    dw = (dyf * n).sum((0, 1))
-    db = dyf.sum((0, 1))
-    return dx.astype(x.dtype), dw.astype(w.dtype), db.astype(w.dtype)
+    dw = (dyf * n).sum((0, 1)).astype(w.dtype)
+    db = dyf.sum((0, 1)).astype(w.dtype)
+    return in_turn((dw, db), dx.astype(x.dtype)), dw, db

@@ -53,7 +53,7 @@ def test_a_planted_gelu_error_is_named_with_its_layer_and_found_in_the_curvature
 
 
 def test_an_error_that_only_a_setting_brings_is_blamed_on_the_settings(monkeypatch, gradient_only):
-    monkeypatch.setattr(gpt2, "_not_before", lambda dx, x: 2 * x)  # what is recomputed is not what the forward computed
+    monkeypatch.setattr(gpt2, "not_before", lambda dx, x: 2 * x)  # what is recomputed is not what the forward computed
     report = references.against_autodiff(subject(num_layers=1, recompute="block"))
     assert not report
     assert str(report.parting).startswith("model.layers, model.recompute, model.loss_chunks or optim.accumulate: ")
@@ -85,7 +85,7 @@ def test_tolerances_are_widened_before_anything_is_called_wrong(monkeypatch, gra
 
 
 def test_an_error_in_a_setting_is_not_called_jaxs_own(monkeypatch):
-    monkeypatch.setattr(gpt2, "_not_before", lambda dx, x: 2 * x)
+    monkeypatch.setattr(gpt2, "not_before", lambda dx, x: 2 * x)
     report = references.against_file(*recomputed())
     assert "look at the reference" not in report.closing
     assert str(report.parting).startswith("model.layers, model.recompute")

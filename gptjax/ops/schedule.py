@@ -1,0 +1,22 @@
+"""When XLA computes what: how the backward decides what is stored and what is computed again."""
+
+from typing import Any
+
+import jax
+from jax import lax
+from jaxtyping import Array, Inexact
+
+
+def not_before(first: Any, x: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
+    """x, available only once the arrays of ``first`` are.
+
+    XLA merges equal expressions: what a backward means to compute again from x is otherwise taken from the forward and
+    stored in between. `jax.lax.optimization_barrier` would prevent that too, but XLA's CPU compiler drops it.
+    """
+    corners = [a[(0,) * a.ndim].astype(x.dtype) for a in jax.tree.leaves(first)]
+    return x + 0 * sum(corners[1:], corners[0])  # zero times a number may be NaN, so it is not simplified away
+
+
+def in_turn(first: Any, x: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
+    """x, on CPU `not_before` ``first``: XLA's CPU scheduler leaves weight gradients for last, and their operands in memory."""
+    return lax.platform_dependent(first, x, cpu=not_before, default=lambda first, x: x)
