@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     with cli.reported_errors(PROG):
         cfg, file = cli.parse(Config, PROG, __doc__ or "", argv)
         cli.keep_freed_memory()
+        cli.keep_compiled_programs()
         cli.quiet_libraries()
         cli.replace_unprintable()
         try:

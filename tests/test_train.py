@@ -1,6 +1,8 @@
 """The command as a person runs it, on a tiny model."""
 
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 import yaml
 
-from gptjax import convert, train
+from gptjax import cli, convert, train
 from gptjax.datasets import find_corpus
 from gptjax.formats.token_shards import write_shard
 from gptjax.models import gpt2
@@ -353,6 +355,43 @@ def test_a_disk_that_fills_up_ends_in_one_sentence(command, tmp_path):
     assert "Traceback" not in result.stderr
     assert result.stderr.count("\n") == 1
     assert "checkpoints cannot be written (File too large): free space" in result.stderr
+
+
+def test_the_next_start_finds_what_this_one_compiled(command, tmp_path):
+    """Where an entry is damaged it compiles, without a word."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("JAX_COMPILATION_CACHE_DIR", "PYTHONWARNINGS")}
+    few = "--train.steps=1", "--train.eval_every=0", "--train.sample_tokens=0"
+    environment |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_DEBUG_LOG_MODULES": "jax._src.compiler"}
+
+    def hits() -> set[str]:
+        result = subprocess.run(
+            [sys.executable, "-m", "gptjax.train", *command, *few],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            check=True,
+            env=environment,
+        )
+        assert "Error" not in result.stderr
+        return set(re.findall(r"Persistent compilation cache hit for '(\w+)'", result.stderr))
+
+    assert not hits()
+    assert {"jit_grads", "jit_moments", "jit_params"} & hits()
+    (folder,) = (tmp_path / "cache" / "gptjax").iterdir()
+    for entry in folder.glob("jit_*-cache"):
+        entry.write_bytes(entry.read_bytes()[:-100])
+    assert not hits()
+
+
+def test_without_a_place_for_compiled_programs_none_is_kept(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    kept = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        cli.keep_compiled_programs()
+        assert jax.config.jax_compilation_cache_dir is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", kept)
 
 
 def test_help_explains_every_option(capsys):
