@@ -26,9 +26,21 @@ class TrainState(NamedTuple):
 
 
 def init_state(key: Key[Array, ""], cfg: GPT2Config, optimizer: Optimizer) -> TrainState:
-    """Fresh parameters and optimizer state; pure, to be jitted."""
+    """Fresh parameters and optimizer state; pure, to be traced for its shapes: `make_state` makes them."""
     params = init_params(key, cfg)
     return TrainState(params, init_opt_state(optimizer, params))
+
+
+def make_state(key: Key[Array, ""], cfg: GPT2Config, optimizer: Optimizer) -> TrainState:
+    """What `init_state` says, in no more memory than a step: the room for drawing the parameters is free before the rest."""
+    draw = jax.jit(lambda key: init_params(key, cfg))
+    return add_optimizer(compile_for_memory(draw.lower(key))(key), optimizer)
+
+
+def add_optimizer(params: Params, optimizer: Optimizer) -> TrainState:
+    """The parameters and a fresh optimizer's state."""
+    params = jax.block_until_ready(params)
+    return TrainState(params, jax.jit(lambda params: init_opt_state(optimizer, params))(params))
 
 
 def mean_loss_and_grad(

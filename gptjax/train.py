@@ -23,7 +23,7 @@ from gptjax.config import Config
 from gptjax.metrics import Display, Meter, MetricsFile, peak_flops
 from gptjax.models.gpt2 import Batch
 from gptjax.models.params import flops_per_token
-from gptjax.optim import StepMetrics, init_opt_state
+from gptjax.optim import StepMetrics
 from gptjax.run import Run, checkpoint_meta, describe, describe_memory, make_folder, restore, sample_text, set_up
 from gptjax.steps import CompiledStep, TrainState
 from gptjax.verify.files import environment, write_report
@@ -72,16 +72,20 @@ def train(cfg: Config) -> None:
     display = Display(cfg.train.steps)
     display.print(describe(run))
     restored = restore(run) if cfg.resume else None
-    state, done = (restored.state, restored.step) if restored else (initial_state(run), 0)  # computed while the step compiles
+    state, done = (restored.state, restored.step) if restored else (None, 0)
     if restored:
         display.print(f"{'resumed':<10} {run.folder} after step {done}")
     if done >= cfg.train.steps:
         display.print(f"nothing to do: {done} of {cfg.train.steps} steps are done; raise train.steps to go on")
         return
+    if not state and cfg.init:
+        state = loaded_state(run)
     began = time.perf_counter()
     ids = jax.ShapeDtypeStruct((run.shape.accumulate, run.shape.batch_size, run.shape.seq_len), jnp.int32)
-    compiled = steps.compile_step(run.model, run.optimizer, cfg.train.backward, state, Batch(ids, ids), run.key)
+    shapes = state or jax.eval_shape(lambda key: steps.init_state(key, run.model, run.optimizer), run.key)
+    compiled = steps.compile_step(run.model, run.optimizer, cfg.train.backward, shapes, Batch(ids, ids), run.key)
     display.print(describe_memory(compiled, time.perf_counter() - began))
+    state = state or steps.make_state(run.key, run.model, run.optimizer)
     make_folder(run)
     if cfg.init and not done and cfg.train.eval_every:
         loss = steps.evaluate(steps.make_eval_loss(run.model), state.params, run.val)
@@ -99,17 +103,16 @@ def train(cfg: Config) -> None:
     display.print(f"saved in {run.folder}")
 
 
-def initial_state(run: Run) -> TrainState:
-    """Random parameters, or those that ``init`` names, and a fresh optimizer.
+def loaded_state(run: Run) -> TrainState:
+    """The parameters that ``init`` names, and a fresh optimizer.
 
     Raises:
         GptjaxError: the weights cannot be had, or are of other dimensions.
 
     """
-    if not run.cfg.init:
-        return jax.jit(lambda key: steps.init_state(key, run.model, run.optimizer))(run.key)
+    assert run.cfg.init
     _, params = load_weights(run.cfg.init, run.model)
-    return TrainState(params, jax.jit(lambda p: init_opt_state(run.optimizer, p))(params))
+    return steps.add_optimizer(params, run.optimizer)
 
 
 def fit(

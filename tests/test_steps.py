@@ -9,6 +9,7 @@ import pytest
 from gptjax import steps
 from gptjax.models import gpt2
 from gptjax.models.gpt2 import Batch
+from gptjax.models.params import init_params
 from gptjax.ops import IGNORE_INDEX
 from gptjax.optim import OptimConfig, make_optimizer
 from tests.compare import assert_same_gradients
@@ -130,3 +131,14 @@ def test_memory_is_linear_in_the_length_and_more_pieces_of_the_classifier_make_u
     sizes = [small(T) for T in (512, 1024, 2048)]
     assert sizes[2] - sizes[1] == pytest.approx(2 * (sizes[1] - sizes[0]), rel=0.05)
     assert large(1024) == pytest.approx(small(1024), rel=0.05)
+
+
+def test_the_fresh_parameters_are_drawn_in_turns():
+    """All at once they would need more memory than a step."""
+    cfg = tiny.config(num_layers=8, channels=64)
+    optimizer = make_optimizer(OptimConfig(), 10)
+    made, expected = steps.make_state(KEY, cfg, optimizer), steps.init_state(KEY, cfg, optimizer)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), made, expected)
+    draw = jax.jit(lambda key: init_params(key, cfg)).lower(KEY)
+    by_turns, at_once = (c.memory_analysis().temp_size_in_bytes for c in (steps.compile_for_memory(draw), draw.compile()))
+    assert by_turns < at_once / 2

@@ -65,8 +65,7 @@ def step_contenders(cfg: Config, compare: bool) -> Iterator[Contender]:
         except ConfigError:
             continue  # cuDNN where it does not run
         if model.layers not in states:
-            init = jax.jit(partial(steps.init_state, cfg=model, optimizer=optimizer))
-            states[model.layers] = jax.block_until_ready(init(key))
+            states[model.layers] = jax.block_until_ready(steps.make_state(key, model, optimizer))
         began = time.perf_counter()
         compiled = steps.compile_step(model, optimizer, backward, states[model.layers], batch, key)
         facts = {
