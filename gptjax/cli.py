@@ -15,7 +15,6 @@ import re
 import signal
 import sys
 import textwrap
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
@@ -161,20 +160,20 @@ def keep_freed_memory() -> None:
 def keep_compiled_programs() -> None:
     """Keep what JAX compiles in ``~/.cache/gptjax`` (``XDG_CACHE_HOME``), so that the next start need not compile it again.
 
-    JAX's own settings win: ``JAX_COMPILATION_CACHE_DIR`` names another folder, ``JAX_ENABLE_COMPILATION_CACHE=false`` keeps
-    nothing. Programs made for one processor may crash another, so each kind has a folder. An entry that cannot be written,
-    or that another process has written half of, is not worth a word: the program is compiled.
+    ``JAX_COMPILATION_CACHE_DIR`` names another folder, ``JAX_ENABLE_COMPILATION_CACHE=false`` keeps nothing. Programs made
+    for one processor may crash another, so each kind has a folder. It is not limited in size, and may be deleted at any time;
+    where there is no place for it, nothing is kept.
     """
     config: Any = jax.config
     if config.jax_compilation_cache_dir:
         return
-    cpuinfo = Path("/proc/cpuinfo")
-    kind = re.search(r"^(?:flags|Features)\s*:.*", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
-    processor = f"{platform.machine()} {kind[0] if kind else platform.processor()}"
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = root / "gptjax" / f"compiled-{hashlib.sha256(processor.encode()).hexdigest()[:12]}"
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: there is no home
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        cpuinfo = Path("/proc/cpuinfo")
+        kind = re.search(r"^(?:flags|Features)\s*:.*", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
+        processor = f"{platform.machine()} {kind[0] if kind else platform.processor()}"
+        folder = root / "gptjax" / f"compiled-{hashlib.sha256(processor.encode()).hexdigest()[:12]}"
         folder.mkdir(parents=True, exist_ok=True)
         config.update("jax_compilation_cache_dir", str(folder))
-        config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-        warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache entry")
+        if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+            config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

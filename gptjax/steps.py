@@ -1,6 +1,5 @@
 """One training step and one evaluation step as compiled functions: the engine that the commands drive."""
 
-import contextlib
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -135,10 +134,13 @@ def compile_step(cfg: GPT2Config, optimizer: Optimizer, backward: Backward, stat
 
 
 def compile_for_memory(lowered: jax.stages.Lowered) -> Any:
-    """Compile, on CPU with the scheduler that keeps few arrays alive at once, if this XLA has it; it is no slower."""
+    """Compile, on CPU with the scheduler that keeps few arrays alive at once, if this XLA has it."""
     if jax.default_backend() == "cpu":
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
+        try:
             return lowered.compile(compiler_options=MEMORY_SCHEDULER)
+        except jax.errors.JaxRuntimeError as error:
+            if "compile option" not in str(error):
+                raise
     return lowered.compile()
 
 

@@ -358,12 +358,12 @@ def test_a_disk_that_fills_up_ends_in_one_sentence(command, tmp_path):
 
 
 def test_the_next_start_finds_what_this_one_compiled(command, tmp_path):
-    """Where an entry is damaged it compiles, without a word."""
+    """Where an entry is damaged it compiles, with JAX's warning."""
     environment = {k: v for k, v in os.environ.items() if k not in ("JAX_COMPILATION_CACHE_DIR", "PYTHONWARNINGS")}
     few = "--train.steps=1", "--train.eval_every=0", "--train.sample_tokens=0"
     environment |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_DEBUG_LOG_MODULES": "jax._src.compiler"}
 
-    def hits() -> set[str]:
+    def hits(damaged: bool = False) -> set[str]:
         result = subprocess.run(
             [sys.executable, "-m", "gptjax.train", *command, *few],
             capture_output=True,
@@ -372,19 +372,25 @@ def test_the_next_start_finds_what_this_one_compiled(command, tmp_path):
             check=True,
             env=environment,
         )
-        assert "Error" not in result.stderr
+        assert damaged == ("Error reading persistent compilation cache entry for 'jit_grads'" in result.stderr)
         return set(re.findall(r"Persistent compilation cache hit for '(\w+)'", result.stderr))
 
     assert not hits()
-    assert {"jit_grads", "jit_moments", "jit_params"} & hits()
+    assert hits() >= {"jit_grads", "jit_moments"}
     (folder,) = (tmp_path / "cache" / "gptjax").iterdir()
     for entry in folder.glob("jit_*-cache"):
         entry.write_bytes(entry.read_bytes()[:-100])
-    assert not hits()
+    assert not hits(damaged=True)
 
 
-def test_without_a_place_for_compiled_programs_none_is_kept(monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+def no_home():
+    raise RuntimeError("Could not determine home directory.")
+
+
+@pytest.mark.parametrize("place", ["/dev/null", ""])
+def test_without_a_place_for_compiled_programs_none_is_kept(monkeypatch, place):
+    monkeypatch.setenv("XDG_CACHE_HOME", place)
+    monkeypatch.setattr(Path, "home", no_home)
     kept = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", None)
     try:

@@ -15,7 +15,8 @@ PRESETS = {  # num_layers, num_heads, channels
 }
 DIMENSIONS = ("num_layers", "num_heads", "channels", "vocab_size", "max_seq_len")  # what makes weights fit
 VOCAB_MULTIPLE = 128
-SHORT_SEQUENCE = 128  # one block; beyond, blockwise attention takes less memory, and on CPU it was at least as fast
+SHORT_SEQUENCE = {"cpu": 128}  # beyond, blockwise attention takes less memory and, at 256 tokens on CPU, no longer
+SHORT_SEQUENCE_ELSEWHERE = 256  # not measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,9 +100,9 @@ class GPT2Config:
         obstacle = self._cudnn_obstacle(platform, dtype)
         if self.attention == "cudnn" and obstacle:
             raise ConfigError(f"model.attention cudnn {obstacle}: choose auto, materialised or blockwise")
-        attention = self.attention
+        attention, short = self.attention, SHORT_SEQUENCE.get(platform, SHORT_SEQUENCE_ELSEWHERE)
         if attention == "auto":
-            attention = "cudnn" if not obstacle else "materialised" if seq_len <= SHORT_SEQUENCE else "blockwise"
+            attention = "cudnn" if not obstacle else "materialised" if seq_len <= short else "blockwise"
         return dataclasses.replace(self, dtype=dtype, attention=attention)
 
     def _cudnn_obstacle(self, platform: str, dtype: str) -> str | None:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Key
 from gptjax.ops.dropout import dropout_bwd, dropout_fwd
 from gptjax.ops.precision import accumulation_dtype
 
-BLOCK = 128  # rows of queries, and of keys, handled at once
+BLOCK = 128  # rows of queries, and of keys, handled at once, at most
 
 Heads = Float[Array, "B T H D"]
 Blocks = Float[Array, "N B H R D"]  # T cut into N blocks of R rows
@@ -50,7 +50,8 @@ def blockwise_fwd(
     """
     T, D = q.shape[1], q.shape[3]
     acc = accumulation_dtype(q)
-    qb, kb, vb = (_to_blocks(x, min(block_size or BLOCK, T)) for x in (q, k, v))
+    blocks = -(-T // (block_size or BLOCK))
+    qb, kb, vb = (_to_blocks(x, -(-T // blocks)) for x in (q, k, v))  # of equal length, so that little is padding
     N, B, H, R, _ = qb.shape
 
     def query_block(_: None, i_qi: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:

@@ -2,10 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from gptjax.ops.precision import accumulation_dtype, contract
-from gptjax.ops.schedule import in_turn
+from gptjax.ops.schedule import in_turn, not_before
 
 
 @jax.jit
@@ -33,16 +34,19 @@ def linear_bwd(
     """(dx, dw, db) of `linear_fwd`; dw and db are summed in `accumulation_dtype` and returned in w's dtype."""
     acc = accumulation_dtype(x)
     dx = contract("bto,io->bti", dy, w.astype(dy.dtype))
-    if _better_transposed(x, w):
-        dw = in_turn(dy, jnp.einsum("bto,bti->oi", dy, x, preferred_element_type=acc)).T
-    else:
-        dw = jnp.einsum("bti,bto->io", in_turn(dy, x), dy, preferred_element_type=acc)
-    db = dy.astype(acc).sum((0, 1))
-    dw, db = dw.astype(w.dtype), db.astype(w.dtype)
+    dw = lax.platform_dependent(x, dy, cpu=_weight_gradient_on_cpu, default=_weight_gradient).astype(w.dtype)
+    db = dy.astype(acc).sum((0, 1)).astype(w.dtype)
     return in_turn((dw, db), dx), dw, db
 
 
-def _better_transposed(x: Float[Array, "B T I"], w: Float[Array, "I O"]) -> bool:
-    """Whether dy^T x, and its transpose, move less than x^T dy: XLA's CPU compiler stores a left side that is transposed."""
-    rows, outputs = x.shape[0] * x.shape[1], w.shape[1]
-    return rows * outputs + w.size < x.size
+def _weight_gradient(x: Float[Array, "B T I"], dy: Float[Array, "B T O"]) -> Float[Array, "I O"]:
+    return jnp.einsum("bti,bto->io", x, dy, preferred_element_type=accumulation_dtype(x))
+
+
+def _weight_gradient_on_cpu(x: Float[Array, "B T I"], dy: Float[Array, "B T O"]) -> Float[Array, "I O"]:
+    """The same. XLA's CPU compiler writes the left side out transposed, so that is the narrower one, and not before dy is."""
+    (B, T, inputs), outputs = x.shape, dy.shape[2]
+    if B * T * outputs + inputs * outputs >= x.size:
+        return _weight_gradient(not_before(dy, x), dy)
+    dwt = jnp.einsum("bto,bti->oi", dy, x, preferred_element_type=accumulation_dtype(x))
+    return not_before(dy, dwt).T  # XLA would merge a bare transpose with the product, and has no 16-bit kernel for that

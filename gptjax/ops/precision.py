@@ -14,11 +14,12 @@ def contract(subscripts: str, x: Array, y: Array) -> Array:
     """`jnp.einsum` of two arrays of one dtype, summed in `accumulation_dtype` and rounded once, to theirs.
 
     XLA's CPU compiler has 16-bit kernels (AVX512-BF16, where there is) only for products that stay float32, so there the
-    rounding is an operation of its own; elsewhere it is the product's.
+    rounding is an operation of its own; elsewhere it is the product's. Only what is written with it gets those kernels: of
+    JAX's derivative of it, the products are of float32.
     """
 
     def rounded_by_product(x: Array, y: Array) -> Array:
-        return jnp.einsum(subscripts, x, y)
+        return jnp.einsum(subscripts, x, y, preferred_element_type=x.dtype)
 
     def rounded_after(x: Array, y: Array) -> Array:
         return jnp.einsum(subscripts, x, y, preferred_element_type=accumulation_dtype(x)).astype(x.dtype)

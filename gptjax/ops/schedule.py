@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Inexact
 
@@ -11,10 +12,14 @@ def not_before(first: Any, x: Inexact[Array, "*shape"]) -> Inexact[Array, "*shap
     """x, available only once the arrays of ``first`` are.
 
     XLA merges equal expressions: what a backward means to compute again from x is otherwise taken from the forward and
-    stored in between. `jax.lax.optimization_barrier` would prevent that too, but XLA's CPU compiler drops it.
+    stored in between. `jax.lax.optimization_barrier` would prevent that too, but XLA's CPU compiler drops it. An infinity or
+    NaN in the first place of an array of ``first`` makes all of x NaN.
     """
-    corners = [a[(0,) * a.ndim].astype(x.dtype) for a in jax.tree.leaves(first)]
-    return x + 0 * sum(corners[1:], corners[0])  # zero times a number may be NaN, so it is not simplified away
+    nothing = jnp.zeros((), x.dtype)
+    for a in jax.tree.leaves(first):
+        if a.size:
+            nothing += (0 * a[(0,) * a.ndim]).astype(x.dtype)  # 0 times a number may be NaN, so it is not simplified away
+    return x + nothing
 
 
 def in_turn(first: Any, x: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:

@@ -37,6 +37,7 @@ def resolved(platform, seq_len=1024, **changes):
 def test_auto_picks_by_platform_and_length():
     assert resolved("cpu", 128) == ("float32", "materialised")
     assert resolved("cpu", 129) == ("float32", "blockwise")
+    assert resolved("rocm", 256) == ("bfloat16", "materialised")
     assert resolved("tpu", 64) == ("bfloat16", "materialised")
     assert resolved("cuda") == ("bfloat16", "cudnn")
     assert resolved("rocm", 4096) == ("bfloat16", "blockwise")

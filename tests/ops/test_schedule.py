@@ -8,11 +8,11 @@ from gptjax.ops.schedule import in_turn, not_before
 from tests.compare import normal
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("wait", [not_before, in_turn])
 def test_the_value_and_its_dtype_stay(wait, dtype):
     x = normal(0, 3, 4).astype(dtype)
-    first = normal(1, 2), (normal(2, 1, 1, 1), normal(3))
+    first = 1e30 * normal(1, 2), (normal(2, 1, 1, 1), normal(3)), normal(4, 0, 3)
     y = jax.jit(wait)(first, x)
     assert y.dtype == x.dtype
     np.testing.assert_array_equal(np.asarray(y, np.float64), np.asarray(x, np.float64))

@@ -34,10 +34,10 @@ OPS = {  # function: (module, the cases of `gptjax.verify.ops` that run it, its 
         ["linear"],
         [
             ("transposed operand", '"bto,io->bti", dy, w.astype(dy.dtype)', '"bto,io->bti", dy, w.astype(dy.dtype)[::-1]'),
-            ("sign", "dx = jnp", "dx = -jnp"),
-            ("wrong axis", '"bti,bto->io", x, dy', '"tbi,bto->io", x.swapaxes(0, 1)[:, ::-1], dy'),
+            ("sign", "dx = contract", "dx = -contract"),
+            ("wrong axis", "platform_dependent(x, dy", "platform_dependent(x[:, ::-1], dy"),
             ("missing accumulation", "db = dy.astype(acc).sum((0, 1))", "db = dy.astype(acc)[0].sum(0)"),
-            ("missing scale", "dw.astype(w.dtype)", "dw.astype(w.dtype) / x.shape[0]"),
+            ("missing scale", "_weight_gradient).astype(w.dtype)", "_weight_gradient).astype(w.dtype) / x.shape[0]"),
             ("wrong axis", ".sum((0, 1))", ".sum((0, 1))[::-1]"),
         ],
     ),
@@ -175,7 +175,7 @@ MODEL = {  # functions of gpt2.py
     "_classifier_and_grad": [
         ("missing accumulation", "dwte = dw if dwte is None else dwte + dw", "dwte = dw"),
         ("transposed operand", '"nv,nc->vc", dscores, x', '"nv,nc->vc", dscores, jnp.roll(x, 1, 0)'),
-        ("missing scale", 'jnp.einsum("nv,vc->nc", dscores, w)', 'jnp.einsum("nv,vc->nc", dscores, w) / 2'),
+        ("missing scale", 'contract("nv,vc->nc", dscores, w)', 'contract("nv,vc->nc", dscores, w) / 2'),
         ("pre- for post-activation", '"nv,nc->vc", dscores, x', '"nv,nc->vc", scores, x'),
         ("sign", "dscores = cross", "dscores = -cross"),
     ],
