@@ -12,7 +12,7 @@ from tests.compare import normal
 @pytest.mark.parametrize("wait", [not_before, in_turn])
 def test_the_value_and_its_dtype_stay(wait, dtype):
     x = normal(0, 3, 4).astype(dtype)
-    first = 1e30 * normal(1, 2), (normal(2, 1, 1, 1), normal(3)), normal(4, 0, 3)
+    first = 1e30 * normal(1, 2), (normal(2, 1, 1, 1), normal(3)), normal(4, 0, 3), jnp.zeros((2, 2))
     y = jax.jit(wait)(first, x)
     assert y.dtype == x.dtype
     np.testing.assert_array_equal(np.asarray(y, np.float64), np.asarray(x, np.float64))
