@@ -8,6 +8,7 @@ from jax import lax
 from jaxtyping import Array, Inexact
 
 
+@jax.jit
 def not_before(first: Any, x: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
     """x, available only once the arrays of ``first`` are.
 

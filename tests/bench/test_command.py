@@ -10,6 +10,7 @@ import pytest
 
 from gptjax.bench import ceiling, data, steps, timing
 from gptjax.bench.profile import OpTime
+from tests.commands import expect_error
 from tests.conftest import ROOT
 
 command = importlib.import_module("gptjax.bench.__main__")
@@ -93,16 +94,7 @@ def test_the_peer(capsys, monkeypatch):
 
 def test_without_the_peer(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    expect_error([*TINY, "--peer", "torch"], "peer torch needs torch: pip install 'gptjax[parity]'", capsys)
-
-
-def expect_error(arguments, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        command.main(arguments)
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+    expect_error(command.main, [*TINY, "--peer", "torch"], "peer torch needs torch: pip install 'gptjax[parity]'", capsys)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +108,7 @@ def expect_error(arguments, message, capsys):
     ],
 )
 def test_bad_input(arguments, message, capsys):
-    expect_error([*TINY, *arguments], message, capsys)
+    expect_error(command.main, [*TINY, *arguments], message, capsys)
 
 
 def test_a_profile_says_where_most_time_goes():

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
 
+from gptjax.ops import in_turn, not_before
 from gptjax.verify.tolerance import LAMBDA, gradient_variances, tolerance, unit_roundoff
 from tests.compare import normal, relative_l2
 
@@ -21,6 +22,12 @@ def roundings(f, *args):
 @pytest.mark.parametrize(("dtype", "u"), [("float64", 2**-53), ("float32", 2**-24), ("bfloat16", 2**-8), ("int32", 0)])
 def test_unit_roundoff(dtype, u):
     assert unit_roundoff(jnp.dtype(dtype)) == u
+
+
+@pytest.mark.parametrize("wait", [not_before, in_turn])
+def test_what_only_orders_a_computation_does_not_count(wait):
+    assert roundings(lambda x: wait(x.sum(), x), f32(3, 100)) == 0
+    assert roundings(lambda x: wait(x, x.sum(0)), f32(3, 100)) == 3
 
 
 def test_terms_of_sums_count_and_movement_does_not():
