@@ -4,6 +4,7 @@ import dataclasses
 
 from gptjax.data import Order
 from gptjax.errors import ConfigError
+from gptjax.generate.sampling import Sampler
 from gptjax.models.config import GPT2Config
 from gptjax.optim import OptimConfig
 from gptjax.steps import Backward
@@ -61,9 +62,9 @@ class TrainConfig:
     """Tokens in a sample."""
     sample_prompt: str = "\n"
     """Text that a sample continues."""
-    sample_temperature: float = 0.8
+    sample_temperature: float = Sampler.temperature
     """Divides the logits before drawing; 0 takes the likeliest token."""
-    sample_top_k: int = 50
+    sample_top_k: int = Sampler.top_k
     """Draw among this many likeliest tokens; 0 for all."""
     checkpoint_every: int = 0
     """Steps between checkpoints; there is always one after the last step."""

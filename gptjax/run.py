@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.extend.backend
-import jax.numpy as jnp
 import yaml
 
 from gptjax import datasets
@@ -17,7 +16,7 @@ from gptjax.config import Config
 from gptjax.data import BatchShape, TrainingBatches, validation_batches
 from gptjax.datasets import TOKENIZER_FILE, Corpus
 from gptjax.errors import CheckpointError, ConfigError, DataError, naming
-from gptjax.generate import sample
+from gptjax.generate import Rules, Sampler, generate
 from gptjax.metrics import human_bytes
 from gptjax.models.config import GPT2Config
 from gptjax.models.gpt2 import Batch
@@ -171,19 +170,15 @@ def make_folder(run: Run) -> None:
 def sample_text(run: Run, params: Params, step: int) -> str:
     """The configured prompt and what the model makes of it; ids where no tokenizer is known."""
     cfg, tokenizer = run.cfg.train, run.corpus.tokenizer
-    count = min(cfg.sample_tokens, run.model.max_seq_len - 1)
     prompt = prompt_ids(tokenizer, cfg.sample_prompt)
-    prompt = prompt[-(run.model.max_seq_len - count) :]
-    ids = sample(
-        params,
-        jnp.array([prompt], jnp.int32),
-        jax.random.fold_in(run.key, step),
-        cfg=run.model,
-        new_tokens=count,
-        temperature=cfg.sample_temperature,
-        top_k=cfg.sample_top_k,
+    rules = Rules(
+        run.model,
+        Sampler(cfg.sample_temperature, cfg.sample_top_k),
         allowed=tokenizer.vocab_size if tokenizer else run.model.vocab_size,
-    )[0].tolist()
+        end=None,
+    )
+    made = generate(params, [prompt], rules, jax.random.fold_in(run.key, step), cfg.sample_tokens)
+    ids = [int(token) for new in made for token in new.tokens[0]]
     return tokenizer.decode(prompt + ids) if tokenizer else " ".join(map(str, ids))
 
 

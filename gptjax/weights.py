@@ -101,21 +101,26 @@ def _from_hub(name: str) -> Path:
 
 
 def load_weights(where: str, cfg: GPT2Config | None = None) -> tuple[GPT2Config, Params]:
+    """Open a model and read its parameters: `open_weights`, then `read_params`, whose errors it raises."""
+    return read_params(open_weights(where), where, cfg)
+
+
+def read_params(source: Source, where: str, cfg: GPT2Config | None = None) -> tuple[GPT2Config, Params]:
     """Parameters in float32, padded, in the layout of the configuration that comes with them.
 
     Args:
-        where: see `open_weights`.
+        source: an opened model.
+        where: what it was opened as, for the error.
         cfg: how to compute; its dimensions must be those of the parameters. None takes them from there.
 
     Returns:
         ``cfg``, or the configuration found, and the parameters.
 
     Raises:
-        CheckpointError: there is nothing of the kind, or its dimensions are not those of ``cfg``.
-        FormatError: a damaged or unknown file.
+        CheckpointError: the dimensions are not those of ``cfg``.
+        FormatError: a damaged file.
 
     """
-    source = open_weights(where)
     found = source.cfg
     for name in DIMENSIONS if cfg else ():
         if getattr(found, name) != getattr(cfg, name):

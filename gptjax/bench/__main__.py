@@ -3,7 +3,7 @@
 The training step by default, ``--what decode`` decoding, ``--what data`` the corpus. ``--compare`` adds the other ways that
 the step can be computed, ``--peer torch`` the same work in PyTorch. All of them run in turns, so that a noisy machine
 disturbs all alike. The floor is the step's matrix products at the rate of one, and one pass of AdamW over memory, both
-measured now. The batch is random ids, the weights are fresh ones.
+measured now; of decoding, reading all weights once a token. The batch is random ids, the weights are fresh ones.
 """
 
 import dataclasses
@@ -39,6 +39,8 @@ class BenchConfig(Config):
     what: Literal["step", "decode", "data"] = "step"
     """step: the training step; decode: sampling with a cache, batch 1; data: tokenizing the configured corpus, and reading
     batches from it."""
+    decode: bool = False
+    """Short for what decode."""
     compare: bool = False
     """Also the step with the other backward, layout, recomputation and attention."""
     peer: Literal["none", "torch"] = "none"
@@ -66,6 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status."""
     with cli.reported_errors(PROG):
         cfg, _ = cli.parse(BenchConfig, PROG, __doc__ or "", argv)
+        cfg = dataclasses.replace(cfg, what="decode") if cfg.decode else cfg
         if cfg.json and not Path(cfg.json).absolute().parent.is_dir():
             raise ConfigError(f"{cfg.json} cannot be written: there is no folder {Path(cfg.json).absolute().parent}")
         cli.keep_freed_memory()
@@ -109,7 +112,7 @@ def time_model(cfg: BenchConfig) -> dict[str, Any]:
     work = tokens * flops_per_token(model, cfg.data.seq_len)
     rows = [figures(timing, timings[0], tokens, floor, work / peak if peak else None) for timing in timings]
     print(table(rows))
-    rate = f"{best.flops / 1e9:,.0f} GFLOP/s, {best.bandwidth / 1e9:,.1f} GB/s"
+    rate = f"{best.flops / 1e9:,.0f} GFLOP/s, {best.bandwidth / 1e9:,.1f} GB/s, {best.reading / 1e9:,.1f} GB/s where only read"
     print(f"{'floor':<24} {floor * 1e3:.1f} ms at {rate}")
     record = {"device": device, "jax": jax.__version__, "tokens": tokens, "floor_ms": floor * 1e3} | best._asdict()
     record["rows"] = rows
