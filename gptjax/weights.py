@@ -116,13 +116,18 @@ def load_weights(where: str, cfg: GPT2Config | None = None) -> tuple[GPT2Config,
 
     """
     source = open_weights(where)
-    found = source.cfg
     for name in DIMENSIONS if cfg else ():
-        if getattr(found, name) != getattr(cfg, name):
+        if getattr(source.cfg, name) != getattr(cfg, name):
             raise CheckpointError(
-                f"{where} has model.{name} {getattr(found, name)}, not {getattr(cfg, name)}: give it that value"
+                f"{where} has model.{name} {getattr(source.cfg, name)}, not {getattr(cfg, name)}: give it that value"
             )
-    cfg = cfg or found
+    cfg = cfg or source.cfg
+    return cfg, load_params(source, cfg)
+
+
+def load_params(source: Source, cfg: GPT2Config) -> Params:
+    """The parameters of an opened model in float32, padded, in the layout of ``cfg``, whose dimensions are the model's."""
+    found = source.cfg
 
     def load(name: str) -> Any:
         if name not in Block._fields:
@@ -132,7 +137,7 @@ def load_weights(where: str, cfg: GPT2Config | None = None) -> tuple[GPT2Config,
         layers = [jnp.asarray(tensor_of(source.params, name, layer, found), jnp.float32) for layer in range(found.num_layers)]
         return tuple(layers) if cfg.layers == "unroll" else jnp.stack(layers)
 
-    return cfg, Params(*map(load, Params._fields))
+    return Params(*map(load, Params._fields))
 
 
 def write_weights(source: Source, path: Path, to: Format, dtype: np.dtype) -> None:

@@ -10,7 +10,7 @@ from tests.conftest import ROOT
 
 PACKAGE = ROOT / "gptjax"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-COMMANDS = {"train", "bench.__main__", "convert", "verify.__main__", "datasets.__main__", "tokenizers.__main__"}
+COMMANDS = {"train", "evaluate", "bench.__main__", "convert", "verify.__main__", "datasets.__main__", "tokenizers.__main__"}
 LAYERS = {"errors": 0, "ops": 1, "models": 2}  # everything else 3, commands 4
 
 
