@@ -67,6 +67,7 @@ def test_questions_that_do_not_fit_the_model(questions, message):
 
 
 # Ids 0..4 have the losses 1, 2, 3, 4, 4 bits wherever they stand.
+CFG = tiny.config(num_layers=1, vocab_size=5, dtype="float32", layers="scan")
 HALVES = [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 16]
 QUESTIONS = [
     Question([3, 3, 3], [[0, 0, 0, 0], [2], [1, 1], [3]], 1),  # sums 4 3 4 4, means 1 3 2 4: acc takes 1, acc_norm 0
@@ -77,21 +78,19 @@ QUESTIONS = [
 
 @pytest.mark.parametrize("batch_size", [1, 5, 12, 16])
 def test_a_model_whose_losses_are_known(batch_size):
-    cfg = tiny.config(vocab_size=5, dtype="float32", layers="scan")
     seen = []
-    rows = make_rows(QUESTIONS, cfg.max_seq_len, cfg.vocab_size)
-    found = score_questions(tiny.unigram(cfg, HALVES), rows, cfg, batch_size, lambda n, text: seen.append((n, text)))
+    rows = make_rows(QUESTIONS, CFG.max_seq_len, CFG.vocab_size)
+    found = score_questions(tiny.unigram(CFG, HALVES), rows, CFG, batch_size, lambda n, text: seen.append((n, text)))
     assert (found.questions, found.acc.value, found.acc_norm.value) == (3, 2 / 3, 1 / 3)
     assert sum(n for n, _ in seen) == 12
     assert seen[-1][1] == "acc_norm 0.3333"
 
 
 def test_losses_that_are_not_finite():
-    cfg = tiny.config(vocab_size=5, dtype="float32", layers="scan")
-    params = tiny.unigram(cfg, HALVES)
-    rows = make_rows(QUESTIONS, cfg.max_seq_len, cfg.vocab_size)
+    params = tiny.unigram(CFG, HALVES)
+    rows = make_rows(QUESTIONS, CFG.max_seq_len, CFG.vocab_size)
     with pytest.raises(CheckpointError, match="losses that are not finite"):
-        score_questions(params._replace(lnfb=params.lnfb * np.nan), rows, cfg, 4)
+        score_questions(params._replace(lnfb=params.lnfb * np.nan), rows, CFG, 4)
 
 
 def test_json_lines(tmp_path):

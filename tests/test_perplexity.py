@@ -11,7 +11,7 @@ from tests.models import tiny
 from tests.test_data import shard
 
 # Ids 0..4 have the losses 1, 2, 3, 4, 4 bits wherever they stand.
-CFG = tiny.config(vocab_size=5, dtype="float32", layers="scan")
+CFG = tiny.config(num_layers=1, vocab_size=5, dtype="float32", layers="scan")
 PARAMS = tiny.unigram(CFG, [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 16])
 IDS = [3, 0, 1, 0, 2, 4, 0]  # in windows of 3 targets: 0 1 0 of 4 bits, 2 4 0 of 8
 ABCD = tokenizers.train_characters(["abcé"])  # é takes two bytes
