@@ -174,6 +174,9 @@ def evaluate(eval_loss: Any, params: Params, batches: list[Batch]) -> float:
     return sum(float(total) for total, _ in sums) / max(sum(float(count) for _, count in sums), 1.0)
 
 
+compiled_losses = jax.jit(token_losses, static_argnames="cfg")
+
+
 def score(params: Params, batches: Iterable[Batch], cfg: GPT2Config) -> Iterator[tuple[Batch, np.ndarray]]:
     """Each batch, and the loss of each of its targets times its mask: (B, T) float64 in nats, without dropout.
 
@@ -183,8 +186,7 @@ def score(params: Params, batches: Iterable[Batch], cfg: GPT2Config) -> Iterator
         CheckpointError: a loss is not finite.
 
     """
-    losses = jax.jit(lambda params, batch: token_losses(params, batch, cfg))
-    dispatched: Iterator[Any] = ((batch, losses(params, batch._replace(mask=None))) for batch in batches)
+    dispatched: Iterator[Any] = ((batch, compiled_losses(params, batch._replace(mask=None), cfg)) for batch in batches)
     for (batch, found), _ in itertools.pairwise(itertools.chain(dispatched, [None])):
         scored = np.asarray(found, np.float64) * (1 if batch.mask is None else batch.mask)
         if not np.isfinite(scored).all():
