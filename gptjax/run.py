@@ -54,14 +54,7 @@ def set_up(cfg: Config) -> Run:
     model = cfg.model.resolve(platform_name(), cfg.data.seq_len)
     data = cfg.data
     corpus = datasets.find_corpus(data.dataset, data.root, data.tokenizer, data.column, data.tokens)
-    too_large = corpus.tokenizer is not None and corpus.tokenizer.vocab_size > model.vocab_size
-    if too_large and not (corpus.folder / TOKENIZER_FILE).exists():
-        corpus = corpus._replace(tokenizer=None)  # GPT-2's was assumed, and is not what made these ids
-    elif corpus.tokenizer and too_large:
-        raise DataError(
-            f"the tokenizer of {corpus.folder} has {corpus.tokenizer.vocab_size} ids, "
-            f"but model.vocab_size is {model.vocab_size}: raise it to at least that"
-        )
+    corpus = datasets.fitted(corpus, model.vocab_size)
     prompt_ids(corpus.tokenizer, cfg.train.sample_prompt)  # better now than after the last step
     shape = BatchShape(cfg.optim.accumulate, cfg.data.batch_size, cfg.data.seq_len)
     return Run(

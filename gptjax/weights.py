@@ -101,33 +101,33 @@ def _from_hub(name: str) -> Path:
 
 
 def load_weights(where: str, cfg: GPT2Config | None = None) -> tuple[GPT2Config, Params]:
-    """Open a model and read its parameters: `open_weights`, then `read_params`, whose errors it raises."""
-    return read_params(open_weights(where), where, cfg)
-
-
-def read_params(source: Source, where: str, cfg: GPT2Config | None = None) -> tuple[GPT2Config, Params]:
     """Parameters in float32, padded, in the layout of the configuration that comes with them.
 
     Args:
-        source: an opened model.
-        where: what it was opened as, for the error.
+        where: see `open_weights`.
         cfg: how to compute; its dimensions must be those of the parameters. None takes them from there.
 
     Returns:
         ``cfg``, or the configuration found, and the parameters.
 
     Raises:
-        CheckpointError: the dimensions are not those of ``cfg``.
-        FormatError: a damaged file.
+        CheckpointError: there is nothing of the kind, or its dimensions are not those of ``cfg``.
+        FormatError: a damaged or unknown file.
 
     """
-    found = source.cfg
+    source = open_weights(where)
     for name in DIMENSIONS if cfg else ():
-        if getattr(found, name) != getattr(cfg, name):
+        if getattr(source.cfg, name) != getattr(cfg, name):
             raise CheckpointError(
-                f"{where} has model.{name} {getattr(found, name)}, not {getattr(cfg, name)}: give it that value"
+                f"{where} has model.{name} {getattr(source.cfg, name)}, not {getattr(cfg, name)}: give it that value"
             )
-    cfg = cfg or found
+    cfg = cfg or source.cfg
+    return cfg, load_params(source, cfg)
+
+
+def load_params(source: Source, cfg: GPT2Config) -> Params:
+    """The parameters of an opened model in float32, padded, in the layout of ``cfg``, whose dimensions are the model's."""
+    found = source.cfg
 
     def load(name: str) -> Any:
         if name not in Block._fields:
@@ -137,7 +137,7 @@ def read_params(source: Source, where: str, cfg: GPT2Config | None = None) -> tu
         layers = [jnp.asarray(tensor_of(source.params, name, layer, found), jnp.float32) for layer in range(found.num_layers)]
         return tuple(layers) if cfg.layers == "unroll" else jnp.stack(layers)
 
-    return cfg, Params(*map(load, Params._fields))
+    return Params(*map(load, Params._fields))
 
 
 def write_weights(source: Source, path: Path, to: Format, dtype: np.dtype) -> None:

@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 PACKAGE = ROOT / "gptjax"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 PACKAGES = {"verify", "bench", "generate", "datasets", "tokenizers"}
-COMMANDS = {"train", "convert"} | {f"{package}.__main__" for package in PACKAGES}
+COMMANDS = {"train", "convert", "evaluate"} | {f"{package}.__main__" for package in PACKAGES}
 LAYERS = {"errors": 0, "ops": 1, "models": 2}  # everything else 3, commands 4
 
 

@@ -25,7 +25,7 @@ from gptjax.models.decode import store_for_decoding
 from gptjax.models.params import Params
 from gptjax.run import platform_name, prompt_ids, start_jax
 from gptjax.tokenizers import Tokenizer
-from gptjax.weights import open_weights, read_params
+from gptjax.weights import open_weights, load_params
 
 PROG = "python -m gptjax.generate"
 RESET, END = "/reset", "/end"  # what an interactive session understands
@@ -136,7 +136,7 @@ def load(args: Any) -> Model:
     wanted = dataclasses.replace(source.cfg, dtype=args.dtype, layers="unroll", attention="auto", dropout=0.0)
     start_jax(wanted)
     cfg: GPT2Config = wanted.resolve(platform_name(), 1)
-    _, params = read_params(source, args.checkpoint, cfg)
+    params = load_params(source, cfg)
     end = None if args.ignore_end else tokenizer.end_of_text
     return Model(store_for_decoding(params, cfg, args.int8), tokenizer, Rules(cfg, sampler, tokenizer.vocab_size, end))
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from gptjax.models.config import GPT2Config
 from gptjax.models.gpt2 import Batch
-from gptjax.models.params import Params, init_params, unstack
+from gptjax.models.params import Params, init_params, param_shapes, unstack
 
 CONFIG = GPT2Config(
     num_layers=2, num_heads=2, channels=8, vocab_size=11, max_seq_len=12, dtype="float64", attention="materialised"
@@ -34,3 +34,17 @@ def batch(cfg: GPT2Config, B: int = 2, T: int = 7, seed: int = 0) -> Batch:
     """Random ids; with 11 of them, most rows hold duplicates."""
     ids = np.random.default_rng(seed).integers(0, cfg.vocab_size, (B, T + 1)).astype(np.int32)
     return Batch(jnp.asarray(ids[:, :-1]), jnp.asarray(ids[:, 1:]))
+
+
+def unigram(cfg: GPT2Config, probabilities: Any) -> Params:
+    """Parameters under which each id has its probability wherever it stands: the last LayerNorm gives a constant.
+
+    An id that is left out has next to none.
+    """
+    logits = np.full(cfg.padded_vocab_size, -1e4, np.float32)
+    logits[: len(probabilities)] = np.log(probabilities)
+    tensors = Params(*(np.zeros(shape, np.float32) for shape in param_shapes(cfg)))
+    tensors.wte[:, 1] = logits
+    tensors.lnfb[1] = 1
+    stacked = jax.tree.map(jnp.asarray, tensors)
+    return stacked if cfg.layers == "scan" else unstack(stacked)
