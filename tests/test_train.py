@@ -245,7 +245,17 @@ def test_divergence_leaves_the_last_good_checkpoint(command, tmp_path, capsys):
 
 def test_tensorboard_gets_each_step_once_and_the_samples(command, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    args = [*command, "--log.tensorboard", "true", "--resume", "auto", "--train.checkpoint_every", "4"]
+    args = [
+        *command,
+        "--log.tensorboard",
+        "true",
+        "--resume",
+        "auto",
+        "--train.checkpoint_every",
+        "4",
+        "--train.eval_every",
+        "0",
+    ]
     assert run(*args, "--train.steps", "6", "--optim.schedule", "constant") == 0
     folder = tmp_path / "runs" / "tiny"
     shutil.rmtree(folder / "checkpoints" / "step_00000006")
@@ -254,7 +264,7 @@ def test_tensorboard_gets_each_step_once_and_the_samples(command, tmp_path):
     loss = [(event.step, event.value) for event in read.Scalars("train/loss")]
     assert loss == [(r["step"], pytest.approx(r["loss"])) for r in metrics(folder)]
     assert len(loss) == 8
-    assert [event.step for event in read.Tensors("sample")] == [8]
+    assert [event.step for event in read.Tensors("sample")] == [6, 8]
     assert "num_layers: 1" in read.Tensors("config")[-1].tensor_proto.string_val[0].decode()
 
 
