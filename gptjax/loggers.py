@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+import jax
 import yaml
 
 from gptjax.config import LogConfig
@@ -203,7 +204,7 @@ def check_installed(cfg: LogConfig) -> None:
 
 
 def open_loggers(cfg: LogConfig, folder: Path, done: int, config: dict[str, Any], warn: Callable[[str], None]) -> Loggers:
-    """The loggers that ``cfg`` asks for, of the run in ``folder``, which has done ``done`` steps.
+    """The loggers that ``cfg`` asks for, of the run in ``folder``, after ``done`` steps; none in any process but the first.
 
     Raises:
         ConfigError: Weights & Biases has no login or no network.
@@ -211,6 +212,8 @@ def open_loggers(cfg: LogConfig, folder: Path, done: int, config: dict[str, Any]
 
     """
     loggers: list[Logger] = []
+    if jax.process_index() != 0:
+        return Loggers(loggers, warn)
     if cfg.wandb:
         loggers.append(WeightsAndBiases(cfg.wandb, folder, done, config))
     if cfg.tensorboard:

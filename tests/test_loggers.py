@@ -172,6 +172,14 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch, cfg, package):
     check_installed(LogConfig())
 
 
+def test_of_several_processes_the_first_one_logs(tmp_path, runs, monkeypatch):
+    monkeypatch.setattr("jax.process_index", lambda: 1)
+    with open_loggers(LogConfig(tensorboard=True, wandb="p"), tmp_path / "a", 0, CONFIG, refuse) as loggers:
+        loggers.write(RECORD)
+    assert not runs
+    assert not (tmp_path / "a").exists()
+
+
 class Failing:
     """Logs two records, then its disk is full."""
 
