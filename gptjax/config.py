@@ -88,6 +88,16 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """Where else a run's numbers, samples and configuration go, for people to look at; metrics.jsonl has the numbers always."""
+
+    tensorboard: bool = False
+    """Write TensorBoard events to runs/NAME/tensorboard, for `tensorboard --logdir runs`; needs gptjax[tensorboard]."""
+    wandb: str | None = None
+    """PROJECT or ENTITY/PROJECT of Weights & Biases to log to; WANDB_MODE=offline keeps it on disk. Needs gptjax[wandb]."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Everything that defines a training run."""
 
@@ -99,6 +109,8 @@ class Config:
     """The optimizer."""
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     """The loop."""
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
+    """Other places to log to."""
     name: str | None = None
     """Name of the run; the config file's name without it."""
     runs: str = "runs"

@@ -17,6 +17,7 @@ from gptjax.data import BatchShape, TrainingBatches, validation_batches
 from gptjax.datasets import TOKENIZER_FILE, Corpus
 from gptjax.errors import CheckpointError, ConfigError, DataError, naming
 from gptjax.generate import Rules, Sampler, generate
+from gptjax.loggers import check_installed
 from gptjax.metrics import human_bytes
 from gptjax.models.config import GPT2Config
 from gptjax.models.gpt2 import Batch
@@ -50,6 +51,7 @@ def set_up(cfg: Config) -> Run:
         GptjaxError: anything about the configuration, the corpus or the folder that a person can mend.
 
     """
+    check_installed(cfg.log)
     start_jax(cfg.model)
     model = cfg.model.resolve(platform_name(), cfg.data.seq_len)
     data = cfg.data
@@ -149,13 +151,17 @@ def _identity(run: Run) -> dict[str, Any]:
     return values | {"the corpus": run.corpus.sha256}
 
 
+def resolved(run: Run) -> dict[str, Any]:
+    """The configuration with every ``auto`` decided, as nested dicts: what repeats the run."""
+    return dataclasses.asdict(dataclasses.replace(run.cfg, model=run.model, resume=None))
+
+
 def make_folder(run: Run) -> None:
     """Make the run's folder, with the configuration as resolved and the tokenizer in it."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    resolved = dataclasses.asdict(dataclasses.replace(run.cfg, model=run.model, resume=None))
     path = run.folder / "config.yaml"
     with naming(path):
-        path.write_text(yaml.safe_dump(resolved, sort_keys=False))
+        path.write_text(yaml.safe_dump(resolved(run), sort_keys=False))
     if run.corpus.tokenizer:
         run.corpus.tokenizer.save(run.folder / TOKENIZER_FILE)
 

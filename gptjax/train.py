@@ -1,7 +1,8 @@
 """Train GPT-2: ``python -m gptjax.train --config configs/124m.yaml``.
 
 Every option of the config file is also an option here, as in ``--optim.learning_rate 1e-3``; the command line wins.
-A run is kept in ``runs/NAME``: ``config.yaml`` as resolved, ``metrics.jsonl``, ``tokenizer.json``, ``checkpoints/``.
+A run is kept in ``runs/NAME``: ``config.yaml`` as resolved, ``metrics.jsonl``, ``tokenizer.json``, ``checkpoints/``;
+``python -m gptjax.plot runs/NAME`` draws it, and ``--log.tensorboard true`` or ``--log.wandb PROJECT`` log it there, too.
 Ctrl-C or SIGTERM saves a checkpoint and ends; ``--resume auto`` goes on from the newest one as if never interrupted.
 """
 
@@ -20,11 +21,12 @@ import jax.numpy as jnp
 from gptjax import cli, steps
 from gptjax.checkpoint import CheckpointWriter
 from gptjax.config import Config
+from gptjax.loggers import Loggers, open_loggers
 from gptjax.metrics import Display, Meter, MetricsFile, peak_flops
 from gptjax.models.gpt2 import Batch
 from gptjax.models.params import flops_per_token
 from gptjax.optim import StepMetrics
-from gptjax.run import Run, checkpoint_meta, describe, describe_memory, make_folder, restore, sample_text, set_up
+from gptjax.run import Run, checkpoint_meta, describe, describe_memory, make_folder, resolved, restore, sample_text, set_up
 from gptjax.steps import CompiledStep, TrainState
 from gptjax.verify.files import environment, write_report
 from gptjax.verify.references import against_live
@@ -80,6 +82,7 @@ def train(cfg: Config) -> None:
         return
     if not state and cfg.init:
         state = loaded_state(run)
+    loggers = open_loggers(cfg.log, run.folder, done, resolved(run), display.print)  # what they lack is told before compiling
     began = time.perf_counter()
     ids = jax.ShapeDtypeStruct((run.shape.accumulate, run.shape.batch_size, run.shape.seq_len), jnp.int32)
     shapes = state or jax.eval_shape(lambda key: steps.init_state(key, run.model, run.optimizer), run.key)
@@ -92,12 +95,13 @@ def train(cfg: Config) -> None:
         display.print(f"{'init':<10} {cfg.init}, val loss {loss:.4f}")
     with contextlib.ExitStack() as cleanup:
         stop = cleanup.enter_context(stop_signals())  # first in, so last out: until everything is on disk
+        cleanup.enter_context(loggers)
         metrics_file = cleanup.enter_context(contextlib.closing(MetricsFile(run.folder / "metrics.jsonl", done)))
         writer = cleanup.enter_context(
             contextlib.closing(CheckpointWriter(run.folder / "checkpoints", cfg.train.keep_checkpoints))
         )
         cleanup.enter_context(display.running(done))
-        done = fit(run, compiled, jax.block_until_ready(state), done, metrics_file, writer, display, stop)
+        done = fit(run, compiled, jax.block_until_ready(state), done, metrics_file, loggers, writer, display, stop)
     if stop and done < cfg.train.steps:
         display.print(f"stopped by {stop[0]} after step {done}; go on with --resume auto")
     display.print(f"saved in {run.folder}")
@@ -121,6 +125,7 @@ def fit(
     state: TrainState,
     done: int,
     metrics_file: MetricsFile,
+    loggers: Loggers,
     writer: CheckpointWriter,
     display: Display,
     stop: list[str],
@@ -138,6 +143,7 @@ def fit(
 
     def report(record: dict[str, Any]) -> None:
         metrics_file.write(record)
+        loggers.write(record)
         step = record["step"]
         display.step(record, line=step % cfg.log_every == 0 or step == cfg.steps or not NOTABLE.isdisjoint(record))
         writer.check()
@@ -183,7 +189,9 @@ def fit(
             else:
                 display.print(f"{display.of(step)} | no checkpoint: the parameters give a loss that is not finite")
         if (show or final) and cfg.sample_tokens and not stopping:
-            display.print(f"--- sample after step {step} ---\n{sample_text(run, state.params, step)}\n---")
+            text = sample_text(run, state.params, step)
+            display.print(f"--- sample after step {step} ---\n{text}\n---")
+            loggers.text("sample", text, step)
         if stopping:
             return step
         meter.restart()

@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 PACKAGE = ROOT / "gptjax"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 PACKAGES = {"verify", "bench", "generate", "datasets", "tokenizers"}
-COMMANDS = {"train", "convert", "evaluate"} | {f"{package}.__main__" for package in PACKAGES}
+COMMANDS = {"train", "convert", "evaluate", "plot"} | {f"{package}.__main__" for package in PACKAGES}
 LAYERS = {"errors": 0, "ops": 1, "models": 2}  # everything else 3, commands 4
 
 
@@ -63,6 +63,14 @@ def test_files_stay_short(path):
     assert len(path.read_text().splitlines()) <= limit
 
 
+def test_what_draws_and_logs_is_imported_where_it_is_used():
+    """A run pays for the extras' imports only if it asks for them."""
+    for path in MODULES:
+        for node in ast.parse(path.read_text()).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", "")]
+            assert not {str(name).split(".")[0] for name in names} & {"matplotlib", "tensorboard", "wandb"}, path
+
+
 def test_only_one_custom_vjp_and_it_is_the_binding():
     """Ops stay free of custom derivatives, or JAX's gradient of the forward would be no reference."""
     uses = {name_of(p): len(re.findall(r"custom_[vj][jv]p\b(?!``)", p.read_text())) for p in MODULES}
@@ -76,6 +84,7 @@ def test_every_module_has_a_test():
         "precision": "linear",
         "errors": "cli",
         "config": "train",
+        "curves": "plot",
         "progress": "download",
         "lazy": "convert",
         "torch_peer": "command",
