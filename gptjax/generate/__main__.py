@@ -25,7 +25,7 @@ from gptjax.models.decode import store_for_decoding
 from gptjax.models.params import Params
 from gptjax.run import platform_name, prompt_ids, start_jax
 from gptjax.tokenizers import Tokenizer
-from gptjax.weights import open_weights, load_params
+from gptjax.weights import load_params, open_weights
 
 PROG = "python -m gptjax.generate"
 RESET, END = "/reset", "/end"  # what an interactive session understands
