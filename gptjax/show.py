@@ -12,7 +12,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.rcsetup import cycler
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from gptjax.tokenizers import Tokenizer
 from gptjax.verify import Comparison, Row
@@ -114,7 +114,7 @@ def heat_map(
     for names, axis in ((rows, ax.yaxis), (columns, ax.xaxis)):
         if len(names):
             axis.set_ticks(range(len(names)), names)
-        else:
+        elif not isinstance(axis.get_major_locator(), FixedLocator):  # as it is if shared with axes that have names
             axis.set_major_locator(MaxNLocator(integer=True))
     colours = cmap(norm(values))
     for i, line in enumerate(texts):

@@ -45,6 +45,14 @@ def test_a_diverging_map_is_symmetric_and_says_what_it_is_given(ax):
     ax.figure.savefig(io.BytesIO())
 
 
+def test_axes_shared_with_named_ones_keep_the_names(ax):
+    both = ax.figure.subplots(1, 2, sharey=True)
+    show.heat_map(both[0], np.eye(9), "", rows=list("abcdefghi"))
+    show.heat_map(both[1], np.eye(9), "")
+    assert [label.get_text() for label in both[0].get_yticklabels()] == list("abcdefghi")
+    assert all(at == round(at) for at in both[1].get_xticks())
+
+
 def test_a_logarithmic_map_leaves_zeros_out(ax):
     show.heat_map(ax, [[0.0, 0.1], [10.0, 1.0]], "norm", log=True, bar=False)
     (image,) = ax.images

@@ -53,7 +53,8 @@ def execute(notebook: NotebookNode, root: Path) -> NotebookNode:
         extra_arguments=[f"--IPKernelApp.exec_lines={'; '.join(STRICT)}", "--log-level=ERROR"],
         resources={"metadata": {"path": str(folder)}},
     )
-    client.execute(env=os.environ | {"PYTHONPATH": str(ROOT)})
+    inherited = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # to train takes optimised code
+    client.execute(env=inherited | {"PYTHONPATH": str(ROOT)})
     return notebook
 
 
