@@ -70,6 +70,7 @@ def test_by_layer_has_a_place_for_each_gradient_of_the_model():
     assert columns == ["embed", "0", "1", "final"]
     assert np.isfinite(values).sum() == len(found.rows) == 4 + 12 * cfg.num_layers
     np.testing.assert_allclose(values[rows.index("fcw"), 2], jnp.linalg.norm(params.fcw[1]))
+    np.testing.assert_allclose(values[rows.index("wpe"), 0], jnp.linalg.norm(params.wpe))
     np.testing.assert_allclose(values[rows.index("lnfb"), 3], jnp.linalg.norm(params.lnfb))
 
 
