@@ -5,6 +5,7 @@ import hashlib
 import os
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import nbformat
@@ -35,7 +36,7 @@ def source_hash(notebook: NotebookNode) -> str:
     return hashlib.sha256(code.encode()).hexdigest()
 
 
-def execute(notebook: NotebookNode, root: Path) -> NotebookNode:
+def execute(notebook: NotebookNode, root: Path, environment: Mapping[str, str] = os.environ) -> NotebookNode:
     """A copy with the outputs of a fresh kernel, which runs in ``root/notebooks``; a warning is an error.
 
     Raises:
@@ -53,8 +54,7 @@ def execute(notebook: NotebookNode, root: Path) -> NotebookNode:
         extra_arguments=[f"--IPKernelApp.exec_lines={'; '.join(STRICT)}", "--log-level=ERROR"],
         resources={"metadata": {"path": str(folder)}},
     )
-    inherited = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # to train takes optimised code
-    client.execute(env=inherited | {"PYTHONPATH": str(ROOT)})
+    client.execute(env=dict(environment) | {"PYTHONPATH": str(ROOT)})
     return notebook
 
 
