@@ -16,7 +16,7 @@ from gptjax.config import Config
 from gptjax.data import BatchShape, TrainingBatches, validation_batches
 from gptjax.datasets import TOKENIZER_FILE, Corpus
 from gptjax.errors import CheckpointError, ConfigError, DataError, naming
-from gptjax.generate import Rules, Sampler, generate
+from gptjax.generate import Sampler, sample
 from gptjax.loggers import check_installed
 from gptjax.metrics import human_bytes
 from gptjax.models.config import GPT2Config
@@ -170,14 +170,15 @@ def sample_text(run: Run, params: Params, step: int) -> str:
     """The configured prompt and what the model makes of it; ids where no tokenizer is known."""
     cfg, tokenizer = run.cfg.train, run.corpus.tokenizer
     prompt = prompt_ids(tokenizer, cfg.sample_prompt)
-    rules = Rules(
-        run.model,
-        Sampler(cfg.sample_temperature, cfg.sample_top_k),
-        allowed=tokenizer.vocab_size if tokenizer else run.model.vocab_size,
-        end=None,
-    )
-    made = generate(params, [prompt], rules, jax.random.fold_in(run.key, step), cfg.sample_tokens)
-    ids = [int(token) for new in made for token in new.tokens[0]]
+    ids = sample(
+        params,
+        [prompt],
+        jax.random.fold_in(run.key, step),
+        cfg=run.model,
+        new_tokens=cfg.sample_tokens,
+        sampler=Sampler(cfg.sample_temperature, cfg.sample_top_k),
+        allowed=tokenizer.vocab_size if tokenizer else None,
+    )[0].tolist()
     return tokenizer.decode(prompt + ids) if tokenizer else " ".join(map(str, ids))
 
 

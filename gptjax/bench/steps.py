@@ -13,7 +13,7 @@ from gptjax import steps
 from gptjax.bench.timing import Contender
 from gptjax.config import Config
 from gptjax.errors import ConfigError
-from gptjax.generate import Rules, Sampler, generate
+from gptjax.generate import Sampler, sample
 from gptjax.models.config import GPT2Config
 from gptjax.models.decode import store_for_decoding
 from gptjax.models.gpt2 import Batch
@@ -99,12 +99,9 @@ def decode_contenders(cfg: Config) -> Iterator[Contender]:
     prompts = random_prompt(cfg).tolist()
     drawn = f"top {COMMON.top_k}, top p {COMMON.top_p}"
     for name, int8, sampler in ("greedy", False, GREEDY), (drawn, False, COMMON), ("greedy, int8", True, GREEDY):
-        rules = Rules(model, sampler, model.vocab_size, None)
 
-        def run(params: Any = weights[int8], rules: Rules = rules) -> None:
-            made = sum(new.tokens.shape[1] for new in generate(params, prompts, rules, jax.random.key(0), NEW))
-            if made != NEW:
-                raise RuntimeError(f"{made} tokens were made, not {NEW}")
+        def run(params: Any = weights[int8], sampler: Sampler = sampler) -> None:
+            sample(params, prompts, jax.random.key(0), cfg=model, new_tokens=NEW, sampler=sampler)
 
         began = time.perf_counter()
         run()

@@ -21,6 +21,7 @@ from gptjax.ops.precision import accumulation_dtype
 
 CHUNK = 32  # tokens between looks at what was drawn, unless told otherwise
 LEAST_PREFILL = 16  # prompts are padded to this times a power of two, so that few programs are compiled
+DEFAULT = Sampler()
 SLOTS = 64  # the cache's length is a multiple of this, for the same reason
 
 
@@ -89,7 +90,7 @@ def generate(
         raise ValueError("each prompt needs at least one id")
     context = rules.cfg.max_seq_len
     keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(len(prompts)))
-    rows = [list(prompt) for prompt in prompts]
+    rows = [np.asarray(prompt).tolist() for prompt in prompts]
     done = np.zeros(len(rows), bool)
     state, starts, drawn = None, [0] * len(rows), 0
     while drawn < new_tokens and not done.all():
@@ -109,6 +110,21 @@ def generate(
         for row, ids in zip(rows, new.tokens.tolist(), strict=True):
             row.extend(ids)
         yield new
+
+
+def sample(
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    key: Key[Array, ""],
+    *,
+    cfg: GPT2Config,
+    new_tokens: int,
+    sampler: Sampler = DEFAULT,
+    allowed: int | None = None,
+) -> np.ndarray:
+    """Continue each prompt by ``new_tokens`` ids below ``allowed``, by default all: (B, new_tokens). See `generate`."""
+    rules = Rules(cfg, sampler, allowed or cfg.vocab_size, None)
+    return np.concatenate([new.tokens for new in generate(params, prompts, rules, key, new_tokens)], axis=1)
 
 
 def _padded(windows: list[list[int]], rules: Rules, new_tokens: int) -> tuple[np.ndarray, np.ndarray, int]:

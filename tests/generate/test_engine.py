@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptjax.generate import engine
-from gptjax.generate.engine import Rules, generate, window_start
+from gptjax.generate.engine import Rules, generate, sample, window_start
 from gptjax.generate.sampling import Sampler
 from gptjax.models import gpt2
 from gptjax.models.decode import prefill, store_for_decoding
@@ -103,6 +103,11 @@ def test_a_row_that_has_ended_repeats_its_end_and_all_stop_when_the_last_has():
         assert (row_logprobs[first + 1 :] == 0).all()
     alone = list(generate(params("unroll"), PROMPTS[:1], Rules(CFG, DRAWN, 11, end), KEY, 30, 2))
     assert sum(new.tokens.shape[1] for new in alone) <= firsts[0] + 2
+
+
+def test_sample_is_all_of_it_at_once():
+    ids = sample(params("unroll"), jnp.array([[1, 2], [3, 4]]), KEY, cfg=CFG, new_tokens=20, sampler=DRAWN, allowed=5)
+    np.testing.assert_array_equal(ids, tokens([[1, 2], [3, 4]], Rules(CFG, DRAWN, 5, None), 20)[0])
 
 
 @given(st.integers(0, 200), st.integers(1, 30))
