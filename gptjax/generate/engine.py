@@ -86,7 +86,7 @@ def generate(
         ValueError: there is no prompt, or an empty one.
 
     """
-    if not prompts or not all(len(prompt) for prompt in prompts):
+    if not len(prompts) or not all(len(prompt) for prompt in prompts):
         raise ValueError("each prompt needs at least one id")
     context = rules.cfg.max_seq_len
     keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(len(prompts)))
