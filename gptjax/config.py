@@ -4,6 +4,7 @@ import dataclasses
 
 from gptjax.data import Order
 from gptjax.errors import ConfigError
+from gptjax.mesh import MeshConfig
 from gptjax.models.config import GPT2Config
 from gptjax.optim import OptimConfig
 from gptjax.steps import Backward
@@ -98,6 +99,8 @@ class Config:
     """The optimizer."""
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     """The loop."""
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    """The devices."""
     name: str | None = None
     """Name of the run; the config file's name without it."""
     runs: str = "runs"

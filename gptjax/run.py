@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.extend.backend
-import jax.numpy as jnp
+import numpy as np
 import yaml
+from jax.sharding import Mesh
 
 from gptjax import datasets
 from gptjax.checkpoint import Restored, restore_newest
@@ -18,6 +19,7 @@ from gptjax.data import BatchShape, TrainingBatches, validation_batches
 from gptjax.datasets import TOKENIZER_FILE, Corpus
 from gptjax.errors import CheckpointError, ConfigError, DataError, naming
 from gptjax.generate import sample
+from gptjax.mesh import make_mesh, place_rows, row_share, whole
 from gptjax.metrics import human_bytes
 from gptjax.models.config import GPT2Config
 from gptjax.models.gpt2 import Batch
@@ -42,6 +44,12 @@ class Run(NamedTuple):
     optimizer: Optimizer
     key: Any
     folder: Path
+    mesh: Mesh | None
+    share: tuple[int, int]
+
+    def next_batch(self) -> Batch:
+        """The next step's, laid out over the mesh: of this process's rows, and the others'."""
+        return place_rows(self.mesh, next(self.batches), self.share[1])
 
 
 def set_up(cfg: Config) -> Run:
@@ -53,6 +61,8 @@ def set_up(cfg: Config) -> Run:
     """
     start_jax(cfg.model)
     model = cfg.model.resolve(platform_name(), cfg.data.seq_len)
+    mesh = make_mesh(cfg.mesh, model, cfg.data.batch_size)
+    share = row_share(mesh, cfg.data.batch_size)
     data = cfg.data
     corpus = datasets.find_corpus(data.dataset, data.root, data.tokenizer, data.column, data.tokens)
     too_large = corpus.tokenizer is not None and corpus.tokenizer.vocab_size > model.vocab_size
@@ -70,13 +80,13 @@ def set_up(cfg: Config) -> Run:
         model=model,
         shape=shape,
         corpus=corpus,
-        batches=TrainingBatches(
-            corpus.train, shape, data.order, cfg.seed, model.vocab_size, (jax.process_index(), jax.process_count())
-        ),
+        batches=TrainingBatches(corpus.train, shape, data.order, cfg.seed, model.vocab_size, share),
         val=validation_batches(corpus.val, cfg.train.eval_tokens, shape.batch_size, shape.seq_len, model.vocab_size),
         optimizer=make_optimizer(cfg.optim, cfg.train.steps),
-        key=jax.random.key(cfg.seed),
+        key=whole(mesh, jax.random.key(cfg.seed)),
         folder=run_folder(Path(cfg.runs), cfg.name or "run", cfg.resume),
+        mesh=mesh,
+        share=share,
     )
 
 
@@ -131,7 +141,7 @@ def restore(run: Run) -> Restored | None:
 
     """
     folder = run.folder / "checkpoints"
-    restored = restore_newest(folder, run.model, run.optimizer)
+    restored = restore_newest(folder, run.model, run.optimizer, run.mesh)
     if not restored and run.cfg.resume != "auto":
         raise CheckpointError(f"{folder} holds no checkpoint to resume from; --resume auto would start the run afresh")
     if restored:
@@ -176,14 +186,15 @@ def sample_text(run: Run, params: Params, step: int) -> str:
     prompt = prompt[-(run.model.max_seq_len - count) :]
     ids = sample(
         params,
-        jnp.array([prompt], jnp.int32),
+        np.array([prompt], np.int32),
         jax.random.fold_in(run.key, step),
         cfg=run.model,
         new_tokens=count,
         temperature=cfg.sample_temperature,
         top_k=cfg.sample_top_k,
         allowed=tokenizer.vocab_size if tokenizer else run.model.vocab_size,
-    )[0].tolist()
+    )
+    ids = whole(run.mesh, ids)[0].tolist()
     return tokenizer.decode(prompt + ids) if tokenizer else " ".join(map(str, ids))
 
 

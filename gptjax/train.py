@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from gptjax import cli, steps
 from gptjax.checkpoint import CheckpointWriter
@@ -81,14 +80,13 @@ def train(cfg: Config) -> None:
     if not state and cfg.init:
         state = loaded_state(run)
     began = time.perf_counter()
-    ids = jax.ShapeDtypeStruct((run.shape.accumulate, run.shape.batch_size, run.shape.seq_len), jnp.int32)
-    shapes = state or jax.eval_shape(lambda key: steps.init_state(key, run.model, run.optimizer), run.key)
-    compiled = steps.compile_step(run.model, run.optimizer, cfg.train.backward, shapes, Batch(ids, ids), run.key)
+    shapes = steps.step_arguments(run.model, run.optimizer, run.shape, run.mesh)
+    compiled = steps.compile_step(run.model, run.optimizer, cfg.train.backward, *shapes, run.mesh)
     display.print(describe_memory(compiled, time.perf_counter() - began))
-    state = state or steps.make_state(run.key, run.model, run.optimizer)
+    state = state or steps.make_state(run.key, run.model, run.optimizer, run.mesh)
     make_folder(run)
     if cfg.init and not done and cfg.train.eval_every:
-        loss = steps.evaluate(steps.make_eval_loss(run.model), state.params, run.val)
+        loss = steps.evaluate(steps.make_eval_loss(run.model, run.mesh), state.params, run.val)
         display.print(f"{'init':<10} {cfg.init}, val loss {loss:.4f}")
     with contextlib.ExitStack() as cleanup:
         stop = cleanup.enter_context(stop_signals())  # first in, so last out: until everything is on disk
@@ -111,8 +109,8 @@ def loaded_state(run: Run) -> TrainState:
 
     """
     assert run.cfg.init
-    _, params = load_weights(run.cfg.init, run.model)
-    return steps.add_optimizer(params, run.optimizer)
+    _, params = load_weights(run.cfg.init, run.model, run.mesh)
+    return steps.add_optimizer(params, run.model, run.optimizer, run.mesh)
 
 
 def fit(
@@ -130,7 +128,7 @@ def fit(
     A step's numbers are fetched after the next step was dispatched, so that the device never waits for the host.
     """
     cfg = run.cfg.train
-    eval_loss = steps.make_eval_loss(run.model)
+    eval_loss = steps.make_eval_loss(run.model, run.mesh)
     flops = flops_per_token(run.model, run.shape.seq_len) * run.shape.tokens
     meter = Meter(run.shape.tokens, flops, peak_flops(jax.devices()[0].device_kind, run.model.dtype))
     pending: tuple[int, StepMetrics] | None = None
@@ -149,7 +147,7 @@ def fit(
             )
 
     for step in range(done + 1, cfg.steps + 1):
-        batch = next(run.batches)
+        batch = run.next_batch()
         checked: dict[str, float] = {}
         if _due(step, cfg.verify_every):
             if pending:
