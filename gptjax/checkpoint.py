@@ -23,6 +23,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array
 
+from gptjax import distributed
 from gptjax import mesh as meshes
 from gptjax.errors import CheckpointError
 from gptjax.formats.lazy import collect
@@ -115,7 +116,9 @@ def restore_newest(folder: Path, cfg: GPT2Config, optimizer: Optimizer, mesh: Me
             if any(sign in str(error) for sign in NOT_DAMAGE):
                 raise CheckpointError(f"checkpoint {path} cannot be read: {str(error)[:200]}") from error
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            path.rename(path.with_name(f"damaged-{path.name}"))
+            ocp.multihost.sync_global_processes(f"gptjax:{path.name} is damaged")
+            if distributed.is_first():
+                path.rename(path.with_name(f"damaged-{path.name}"))
             warnings.warn(f"checkpoint {path} is damaged and was set aside: {reason[:200]}", stacklevel=2)
     if steps or list(folder.glob("damaged-*")):
         raise CheckpointError(f"no checkpoint in {folder} can be read; start afresh without --resume")

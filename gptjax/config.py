@@ -3,6 +3,7 @@
 import dataclasses
 
 from gptjax.data import Order
+from gptjax.distributed import DistributedConfig
 from gptjax.errors import ConfigError
 from gptjax.mesh import MeshConfig
 from gptjax.models.config import GPT2Config
@@ -101,6 +102,8 @@ class Config:
     """The loop."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     """The devices."""
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
+    """The processes."""
     name: str | None = None
     """Name of the run; the config file's name without it."""
     runs: str = "runs"

@@ -74,6 +74,11 @@ def make_mesh(cfg: MeshConfig, model: GPT2Config, batch_size: int, devices: Sequ
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
+def describe_mesh(mesh: Mesh) -> str:
+    """``8 devices: data 2 x fsdp 2 x tensor 2``."""
+    return f"{mesh.size} devices: " + " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+
+
 def _resolve(shape: tuple[int, ...], devices: int, processes: int) -> tuple[int, ...]:
     """The shape with -1 replaced."""
     named = " x ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, shape, strict=True))

@@ -3,6 +3,7 @@
 import dataclasses
 import glob
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,14 +13,14 @@ import numpy as np
 import yaml
 from jax.sharding import Mesh
 
-from gptjax import datasets
+from gptjax import datasets, distributed
 from gptjax.checkpoint import Restored, restore_newest
 from gptjax.config import Config
 from gptjax.data import BatchShape, TrainingBatches, validation_batches
 from gptjax.datasets import TOKENIZER_FILE, Corpus
 from gptjax.errors import CheckpointError, ConfigError, DataError, naming
 from gptjax.generate import sample
-from gptjax.mesh import make_mesh, place_rows, row_share, whole
+from gptjax.mesh import describe_mesh, make_mesh, place_rows, row_share, whole
 from gptjax.metrics import human_bytes
 from gptjax.models.config import GPT2Config
 from gptjax.models.gpt2 import Batch
@@ -59,12 +60,14 @@ def set_up(cfg: Config) -> Run:
         GptjaxError: anything about the configuration, the corpus or the folder that a person can mend.
 
     """
+    distributed.start(cfg.distributed)
     start_jax(cfg.model)
     model = cfg.model.resolve(platform_name(), cfg.data.seq_len)
     mesh = make_mesh(cfg.mesh, model, cfg.data.batch_size)
     share = row_share(mesh, cfg.data.batch_size)
     data = cfg.data
-    corpus = datasets.find_corpus(data.dataset, data.root, data.tokenizer, data.column, data.tokens)
+    find = partial(datasets.find_corpus, data.dataset, data.root, data.tokenizer, data.column, data.tokens)
+    corpus = distributed.first_then_others("corpus", find)
     too_large = corpus.tokenizer is not None and corpus.tokenizer.vocab_size > model.vocab_size
     if too_large and not (corpus.folder / TOKENIZER_FILE).exists():
         corpus = corpus._replace(tokenizer=None)  # GPT-2's was assumed, and is not what made these ids
@@ -84,7 +87,7 @@ def set_up(cfg: Config) -> Run:
         val=validation_batches(corpus.val, cfg.train.eval_tokens, shape.batch_size, shape.seq_len, model.vocab_size),
         optimizer=make_optimizer(cfg.optim, cfg.train.steps),
         key=whole(mesh, jax.random.key(cfg.seed)),
-        folder=run_folder(Path(cfg.runs), cfg.name or "run", cfg.resume),
+        folder=Path(distributed.agreed("folder", lambda: str(run_folder(Path(cfg.runs), cfg.name or "run", cfg.resume)))),
         mesh=mesh,
         share=share,
     )
@@ -168,7 +171,9 @@ def _identity(run: Run) -> dict[str, Any]:
 
 
 def make_folder(run: Run) -> None:
-    """Make the run's folder, with the configuration as resolved and the tokenizer in it."""
+    """Make the run's folder, with the configuration as resolved and the tokenizer in it: in the first process."""
+    if not distributed.is_first():
+        return
     run.folder.mkdir(parents=True, exist_ok=True)
     resolved = dataclasses.asdict(dataclasses.replace(run.cfg, model=run.model, resume=None))
     path = run.folder / "config.yaml"
@@ -226,8 +231,11 @@ def describe(run: Run) -> str:
     train, val = (sum(shard.tokens.size for shard in shards) for shards in (corpus.train, corpus.val))
     vocabulary = f"{corpus.tokenizer.vocab_size} ids" if corpus.tokenizer else "unknown, so samples show ids"
     gflop = flops_per_token(model, shape.seq_len) * shape.tokens / 1e9
+    processes = f"{jax.process_count()} processes; should one be lost, all end within {run.cfg.distributed.timeout} s"
     lines = {
         "device": [f"{platform_name()} ({jax.devices()[0].device_kind})", f"jax {jax.__version__}"],
+        **({"mesh": [describe_mesh(run.mesh)]} if run.mesh else {}),
+        **({"processes": [processes]} if jax.process_count() > 1 else {}),
         "model": [
             f"{num_params(model):,} parameters",
             f"{model.num_layers} layers",

@@ -16,10 +16,10 @@ from typing import Any
 
 import jax
 
-from gptjax import cli, steps
+from gptjax import cli, distributed, steps
 from gptjax.checkpoint import CheckpointWriter
 from gptjax.config import Config
-from gptjax.metrics import Display, Meter, MetricsFile, peak_flops
+from gptjax.metrics import Display, Meter, MetricsFile, NoMetrics, peak_flops
 from gptjax.models.gpt2 import Batch
 from gptjax.models.params import flops_per_token
 from gptjax.optim import StepMetrics
@@ -44,7 +44,7 @@ class WrongGradientError(Exception):
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status: 0 done or stopped by a signal, 1 failed; bad input raises SystemExit(2)."""
-    with cli.reported_errors(PROG):
+    with distributed.ending_together(PROG), cli.reported_errors(PROG):
         cfg, file = cli.parse(Config, PROG, __doc__ or "", argv)
         cli.keep_freed_memory()
         cli.keep_compiled_programs()
@@ -68,7 +68,7 @@ def train(cfg: Config) -> None:
 
     """
     run = set_up(cfg)
-    display = Display(cfg.train.steps)
+    display = Display(cfg.train.steps, quiet=not distributed.is_first())
     display.print(describe(run))
     restored = restore(run) if cfg.resume else None
     state, done = (restored.state, restored.step) if restored else (None, 0)
@@ -89,15 +89,16 @@ def train(cfg: Config) -> None:
         loss = steps.evaluate(steps.make_eval_loss(run.model, run.mesh), state.params, run.val)
         display.print(f"{'init':<10} {cfg.init}, val loss {loss:.4f}")
     with contextlib.ExitStack() as cleanup:
-        stop = cleanup.enter_context(stop_signals())  # first in, so last out: until everything is on disk
-        metrics_file = cleanup.enter_context(contextlib.closing(MetricsFile(run.folder / "metrics.jsonl", done)))
+        stop = distributed.Stop(cleanup.enter_context(stop_signals()))  # first in, so last out: until all is on disk
+        records = MetricsFile(run.folder / "metrics.jsonl", done) if distributed.is_first() else NoMetrics()
+        metrics_file = cleanup.enter_context(contextlib.closing(records))
         writer = cleanup.enter_context(
             contextlib.closing(CheckpointWriter(run.folder / "checkpoints", cfg.train.keep_checkpoints))
         )
         cleanup.enter_context(display.running(done))
         done = fit(run, compiled, jax.block_until_ready(state), done, metrics_file, writer, display, stop)
-    if stop and done < cfg.train.steps:
-        display.print(f"stopped by {stop[0]} after step {done}; go on with --resume auto")
+    if stop.name and done < cfg.train.steps:
+        display.print(f"stopped by {stop.name} after step {done}; go on with --resume auto")
     display.print(f"saved in {run.folder}")
 
 
@@ -108,8 +109,7 @@ def loaded_state(run: Run) -> TrainState:
         GptjaxError: the weights cannot be had, or are of other dimensions.
 
     """
-    assert run.cfg.init
-    _, params = load_weights(run.cfg.init, run.model, run.mesh)
+    _, params = distributed.first_then_others("init", lambda: load_weights(str(run.cfg.init), run.model, run.mesh))
     return steps.add_optimizer(params, run.model, run.optimizer, run.mesh)
 
 
@@ -118,19 +118,20 @@ def fit(
     compiled: CompiledStep,
     state: TrainState,
     done: int,
-    metrics_file: MetricsFile,
+    metrics_file: MetricsFile | NoMetrics,
     writer: CheckpointWriter,
     display: Display,
-    stop: list[str],
+    stop: distributed.Stop,
 ) -> int:
-    """The loop, from ``done`` steps on; it ends early once ``stop`` is not empty. Returns the steps done.
+    """The loop, from ``done`` steps on; it ends early once ``stop`` says so. Returns the steps done.
 
     A step's numbers are fetched after the next step was dispatched, so that the device never waits for the host.
     """
     cfg = run.cfg.train
     eval_loss = steps.make_eval_loss(run.model, run.mesh)
     flops = flops_per_token(run.model, run.shape.seq_len) * run.shape.tokens
-    meter = Meter(run.shape.tokens, flops, peak_flops(jax.devices()[0].device_kind, run.model.dtype))
+    peak = peak_flops(jax.devices()[0].device_kind, run.model.dtype)
+    meter = Meter(run.shape.tokens, flops, peak * (run.mesh.size if run.mesh else 1) if peak else None)
     pending: tuple[int, StepMetrics] | None = None
     saved = done
 
@@ -160,11 +161,12 @@ def fit(
                     writer.save(step - 1, state, run.model, checkpoint_meta(run))
                 raise
             meter.restart()
+        stop.say(step)
         state, metrics = steps.run_step(compiled, state, batch, run.key, step)
         if pending:
             report(meter.record(*pending))
         pending = step, metrics
-        final, stopping = step == cfg.steps, bool(stop)
+        final, stopping = step == cfg.steps, stop.now(step)
         evaluate, show, save = (_due(step, every) for every in (cfg.eval_every, cfg.sample_every, cfg.checkpoint_every))
         if not (evaluate or show or save or final or stopping or checked):
             continue
