@@ -109,9 +109,8 @@ def _check(shape: dict[str, int], model: GPT2Config, batch_size: int, devices: i
             parts = math.prod(shape[name] for name in cut)
             size = batch_size if axis == "B" else sizes.get(str(axis), parts)
             if size % parts:
-                what = {"B": "data.batch_size", "H": "model.num_heads"}.get(
-                    str(axis), f"model.channels {model.channels}: {axis}"
-                )
+                named = {"B": "data.batch_size", "H": "model.num_heads", "Vp": "model.vocab_size, padded to"}
+                what = named.get(str(axis), "model.channels" if size == model.channels else f"model.channels, whose {axis} is")
                 names = " x ".join(f"mesh.{name}" for name in cut)
                 choices = _divisors(size, devices)
                 raise ConfigError(

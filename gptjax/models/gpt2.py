@@ -85,16 +85,16 @@ def block_fwd(
     B, T, C = x.shape
     key1, key2 = (None, None) if key is None else jax.random.split(key)
     h1, ln1 = layernorm_fwd(x, w.ln1w, w.ln1b)
-    qkv, qkv_saved = linear_fwd(h1, by_heads(w.qkvw), by_heads(w.qkvb), QKV)
+    qkv, qkv_saved = linear_fwd(h1, by_heads(w.qkvw), by_heads(w.qkvb), axes=QKV)
     o, att = attend(*split_heads(qkv, cfg.num_heads))
-    a, attproj = linear_fwd(o.reshape(B, T, C), w.attprojw, w.attprojb, ATTPROJ)
+    a, attproj = linear_fwd(o.reshape(B, T, C), w.attprojw, w.attprojb, axes=ATTPROJ)
     a, drop1 = dropout_fwd(a, cfg.dropout, key1)
     x = x + a
     h2, ln2 = layernorm_fwd(x, w.ln2w, w.ln2b)
-    f, fc = linear_fwd(h2, w.fcw, w.fcb, FC)
+    f, fc = linear_fwd(h2, w.fcw, w.fcb, axes=FC)
     g, gelu = gelu_fwd(f)
     g = checkpoint_name(g, "gelu")
-    m, fcproj = linear_fwd(g, w.fcprojw, w.fcprojb, FCPROJ)
+    m, fcproj = linear_fwd(g, w.fcprojw, w.fcprojb, axes=FCPROJ)
     m, drop2 = dropout_fwd(m, cfg.dropout, key2)
     x = x + m
     return x, BlockSaved(ln1, qkv_saved, att, attproj, drop1, ln2, fc, gelu, fcproj, drop2)
@@ -106,15 +106,15 @@ def block_bwd(
     """(dx, dw) of `block_fwd`: its lines from the last to the first. A residual branch adds its gradient to the stream's."""
     B, T, _ = dx.shape
     dm = dropout_bwd(saved.drop2, cfg.dropout, dx)
-    dg, dfcprojw, dfcprojb = linear_bwd(saved.fcproj, w.fcprojw, dm, FCPROJ)
+    dg, dfcprojw, dfcprojb = linear_bwd(saved.fcproj, w.fcprojw, dm, axes=FCPROJ)
     df = gelu_bwd(saved.gelu, dg)
-    dh2, dfcw, dfcb = linear_bwd(saved.fc, w.fcw, df, FC)
+    dh2, dfcw, dfcb = linear_bwd(saved.fc, w.fcw, df, axes=FC)
     dx2, dln2w, dln2b = layernorm_bwd(saved.ln2, w.ln2w, dh2)
     dx = dx + dx2
     da = dropout_bwd(saved.drop1, cfg.dropout, dx)
-    do, dattprojw, dattprojb = linear_bwd(saved.attproj, w.attprojw, da, ATTPROJ)
+    do, dattprojw, dattprojb = linear_bwd(saved.attproj, w.attprojw, da, axes=ATTPROJ)
     dq, dk, dv = attend_bwd(saved.att, do.reshape(B, T, cfg.num_heads, -1))
-    dh1, dqkvw, dqkvb = linear_bwd(saved.qkv, by_heads(w.qkvw), join_heads(dq, dk, dv), QKV)
+    dh1, dqkvw, dqkvb = linear_bwd(saved.qkv, by_heads(w.qkvw), join_heads(dq, dk, dv), axes=QKV)
     dqkvw, dqkvb = from_heads(dqkvw), from_heads(dqkvb)
     dx1, dln1w, dln1b = layernorm_bwd(saved.ln1, w.ln1w, dh1)
     dx = dx + dx1

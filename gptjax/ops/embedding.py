@@ -47,7 +47,11 @@ def embedding_bwd(
     """
     tokens, dy = as_kept(tokens, "B", None), as_kept(dy, "B", None, "C")
     dy = dy.astype(dwte.dtype)
-    if parts() > 1:  # each device's rows into zeros, so that only what they add up to is sent
-        rows = as_kept(jnp.zeros_like(dwte).at[tokens].add(dy), "Vp", "C")
-        return dwte + rows, as_kept(dwpe.at[positions].add(dy.sum(0)), None, "C")
+    if parts() > 1:
+        return dwte + _sum_of_rows(tokens, dy, dwte), dwpe + as_kept(_sum_of_rows(positions, dy.sum(0), dwpe), None, "C")
     return dwte.at[tokens].add(dy), dwpe.at[positions].add(dy.sum(0))
+
+
+def _sum_of_rows(at: Int[Array, "*batch"], dy: Float[Array, "*batch C"], like: Float[Array, "N C"]) -> Float[Array, "N C"]:
+    """On a mesh each device adds its rows to zeros, so that what they all add up to is sent, once."""
+    return as_kept(jnp.zeros_like(like).at[at].add(dy), "Vp" if at.ndim == 2 else None, "C")

@@ -8,7 +8,7 @@ from gptjax.sharding import as_kept, as_used, parts
 Heads = Float[Array, "B T H D"]
 
 
-def by_heads(x: Float[Array, "*rest 3C"]) -> Float[Array, "*rest 3C"]:
+def by_heads(x: Float[Array, "*rest QKV"]) -> Float[Array, "*rest QKV"]:
     """Columns q k v -> q1 k1 v1 q2 k2 v2 ..., where part n holds the heads that the n-th device computes.
 
     A cut of what GPT-2 keeps, all of q, then k, then v, would give one device q's heads and another k's. So the weight is kept
@@ -21,7 +21,7 @@ def by_heads(x: Float[Array, "*rest 3C"]) -> Float[Array, "*rest 3C"]:
     return as_kept(as_kept(x, "CQ", None), "C", "HD") if x.ndim == 2 else as_used(x, "HD")
 
 
-def from_heads(dx: Float[Array, "*rest 3C"]) -> Float[Array, "*rest 3C"]:
+def from_heads(dx: Float[Array, "*rest QKV"]) -> Float[Array, "*rest QKV"]:
     """The gradient of `by_heads`, which is its inverse."""
     n = parts("tensor")
     if n == 1:
@@ -30,7 +30,7 @@ def from_heads(dx: Float[Array, "*rest 3C"]) -> Float[Array, "*rest 3C"]:
     return dx.reshape(*dx.shape[:-1], n, 3, -1).swapaxes(-3, -2).reshape(dx.shape)
 
 
-def split_heads(qkv: Float[Array, "B T 3C"], num_heads: int) -> tuple[Heads, ...]:
+def split_heads(qkv: Float[Array, "B T QKV"], num_heads: int) -> tuple[Heads, ...]:
     """Columns as `by_heads` orders them -> q, k and v."""
     B, T, C = *qkv.shape[:2], qkv.shape[2] // 3
     n = parts("tensor")
@@ -40,7 +40,7 @@ def split_heads(qkv: Float[Array, "B T 3C"], num_heads: int) -> tuple[Heads, ...
     return tuple(qkv[..., i * C : (i + 1) * C].reshape(B, T, num_heads, -1) for i in range(3))
 
 
-def join_heads(q: Heads, k: Heads, v: Heads) -> Float[Array, "B T 3C"]:
+def join_heads(q: Heads, k: Heads, v: Heads) -> Float[Array, "B T QKV"]:
     """`split_heads` undone."""
     B, T = q.shape[:2]
     n = parts("tensor")
