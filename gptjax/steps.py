@@ -212,5 +212,5 @@ def evaluate(eval_loss: Any, params: Params, batches: list[Batch]) -> float:
 
 def _nbytes(tree: Any) -> int:
     """On one device."""
-    shape = lambda x: x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)  # noqa: E731
+    shape = lambda x: x.sharding.shard_shape(x.shape) if getattr(x, "sharding", None) else x.shape  # noqa: E731
     return sum(math.prod(shape(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

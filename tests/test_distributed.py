@@ -144,22 +144,22 @@ def test_processes_train_as_one_and_a_lost_one_ends_them_in_time_to_go_on_in_ano
     many = [*common, "--name", "many", "--resume", "auto"]
 
     with processes(2, [*many, "--mesh.fsdp", "2"]) as (first, second):
-        deadline = time.monotonic() + 120
-        while not (folder / "checkpoints" / "step_00000002").exists() and time.monotonic() < deadline:
+        deadline = time.monotonic() + 300  # on a machine that has other work
+        while not any(folder.glob("checkpoints/step_????????")):
             assert first.poll() is None, first.communicate()[0]
+            assert time.monotonic() < deadline
             time.sleep(0.05)
         second.kill()
-        output = first.communicate(timeout=90)[0]
+        output = first.communicate(timeout=120)[0]
     assert first.returncode not in (0, 2)
     assert "2 processes; should one be lost, all end within 100 s" in output
     assert "another process was lost" in output
     assert "start them all again with --resume auto" in output
-    assert "step" not in (second.stdout.read() if not second.stdout.closed else "")
 
     reached = len(metrics(folder))
     middle, end = str(reached + 2), str(reached + 4)
     with processes(4, [*many, "--mesh.data", "2", "--mesh.tensor", "-1", "--train.steps", middle]) as four:
-        outputs = [process.communicate(timeout=120)[0] for process in four]
+        outputs = [process.communicate(timeout=300)[0] for process in four]
     assert [process.returncode for process in four] == [0] * 4, outputs
     assert "resumed" in outputs[0]
     assert not [text for text in outputs[1:] if "loss" in text]  # only the first speaks
