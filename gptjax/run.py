@@ -18,6 +18,7 @@ from gptjax.checkpoint import Restored, restore_newest
 from gptjax.config import Config
 from gptjax.data import BatchShape, TrainingBatches, validation_batches
 from gptjax.datasets import TOKENIZER_FILE, Corpus
+from gptjax.distributed import DistributedConfig
 from gptjax.errors import CheckpointError, ConfigError, DataError, naming
 from gptjax.generate import sample
 from gptjax.mesh import describe_mesh, make_mesh, place_rows, row_share, whole
@@ -175,7 +176,7 @@ def make_folder(run: Run) -> None:
     if not distributed.is_first():
         return
     run.folder.mkdir(parents=True, exist_ok=True)
-    resolved = dataclasses.asdict(dataclasses.replace(run.cfg, model=run.model, resume=None))
+    resolved = dataclasses.asdict(dataclasses.replace(run.cfg, model=run.model, resume=None, distributed=DistributedConfig()))
     path = run.folder / "config.yaml"
     with naming(path):
         path.write_text(yaml.safe_dump(resolved, sort_keys=False))
