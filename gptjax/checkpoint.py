@@ -20,8 +20,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array
 
+from gptjax import distributed
+from gptjax import mesh as meshes
+from gptjax.distributed import tells_of_a_lost_process
 from gptjax.errors import CheckpointError
 from gptjax.formats.lazy import collect
 from gptjax.models.config import DIMENSIONS, GPT2Config
@@ -91,10 +95,11 @@ class CheckpointWriter:
             self._manager.close()
 
 
-def restore_newest(folder: Path, cfg: GPT2Config, optimizer: Optimizer) -> Restored | None:
+def restore_newest(folder: Path, cfg: GPT2Config, optimizer: Optimizer, mesh: Mesh | None = None) -> Restored | None:
     """The newest checkpoint in ``folder`` that reads back as it was saved, in the layout of ``cfg``; None if there is none.
 
-    A damaged one is renamed to ``damaged-...`` with a warning, and the one before it is tried.
+    Whatever mesh it was saved from, it is read to lie over ``mesh``. A damaged one is renamed to ``damaged-...`` with a
+    warning, and the one before it is tried.
 
     Raises:
         CheckpointError: the model's dimensions differ, or there are checkpoints but all are damaged.
@@ -105,14 +110,16 @@ def restore_newest(folder: Path, cfg: GPT2Config, optimizer: Optimizer) -> Resto
     for step in steps:
         path = folder.absolute() / names.build_name(step)
         try:
-            return _restore(path, step, cfg, optimizer)
+            return _restore(path, step, cfg, optimizer, mesh)
         except CheckpointError:
             raise
         except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
             if any(sign in str(error) for sign in NOT_DAMAGE):
                 raise CheckpointError(f"checkpoint {path} cannot be read: {str(error)[:200]}") from error
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            path.rename(path.with_name(f"damaged-{path.name}"))
+            ocp.multihost.sync_global_processes(f"gptjax:{path.name} is damaged")
+            if distributed.is_first():
+                path.rename(path.with_name(f"damaged-{path.name}"))
             warnings.warn(f"checkpoint {path} is damaged and was set aside: {reason[:200]}", stacklevel=2)
     if steps or list(folder.glob("damaged-*")):
         raise CheckpointError(f"no checkpoint in {folder} can be read; start afresh without --resume")
@@ -196,11 +203,11 @@ def _read_errors(path: Path) -> Iterator[None]:
 
 
 def _on_device(tree: Any) -> Any:
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)
 
 
-def _restore(path: Path, step: int, cfg: GPT2Config, optimizer: Optimizer) -> Restored:
+def _restore(path: Path, step: int, cfg: GPT2Config, optimizer: Optimizer, mesh: Mesh | None) -> Restored:
     checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
     info = checkpointer.restore(path, args=ocp.args.Composite(info=ocp.args.JsonRestore())).info
     saved = info["model"]
@@ -210,13 +217,15 @@ def _restore(path: Path, step: int, cfg: GPT2Config, optimizer: Optimizer) -> Re
                 f"{path} was trained with model.{name} {saved[name]}, not {getattr(cfg, name)}: give it that value"
             )
     as_saved = dataclasses.replace(cfg, layers=saved["layers"])
-    abstract = _on_device(jax.eval_shape(lambda key: init_state(key, as_saved, optimizer), jax.random.key(0)))
+    shapes = jax.eval_shape(lambda key: init_state(key, as_saved, optimizer), jax.random.key(0))
+    abstract = meshes.abstract(mesh, as_saved, shapes) if mesh else _on_device(shapes)
     arrays = ocp.args.StandardRestore(abstract)
     state = checkpointer.restore(path, args=ocp.args.Composite(state=arrays)).state
     if [int(x) for x in jax.tree.leaves(_checksums(state))] != info["checksums"]:
         raise ValueError("its checksums do not match")
     if saved["layers"] != cfg.layers:
-        state = jax.jit(lambda s: _each_params(stack if cfg.layers == "scan" else unstack, s))(state)
+        convert = lambda s: _each_params(stack if cfg.layers == "scan" else unstack, s)  # noqa: E731
+        state = jax.jit(convert, out_shardings=meshes.shardings(mesh, cfg, shapes) if mesh else None)(state)
     return Restored(state, step, info["meta"])
 
 
@@ -230,18 +239,26 @@ def _checksums(tree: Any) -> Any:
     """A 32-bit sum of each array's words, each times an odd number that depends on its place: no flipped bit escapes."""
 
     def checksum(x: Array) -> Array:
-        words = lax.bitcast_convert_type(x, jnp.uint32).ravel()
-        return (words * (2 * lax.iota(jnp.uint32, words.size) + 1)).sum(dtype=jnp.uint32)
+        words = lax.bitcast_convert_type(x, jnp.uint32)
+        place = jnp.zeros(words.shape, jnp.uint32)  # in the flat array, which would bring a cut one together
+        for axis, size in enumerate(words.shape):
+            place = place * size + lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        return (words * (2 * place + 1)).sum(dtype=jnp.uint32)
 
     return jax.tree.map(checksum, tree)
 
 
 @contextlib.contextmanager
 def _write_errors(folder: Path) -> Iterator[None]:
-    """Turn what Orbax raises while writing into `CheckpointError`; the system's own words for it are deep in its message."""
+    """Turn what Orbax raises while writing into `CheckpointError`; the system's own words for it are deep in its message.
+
+    A process that is lost meanwhile is no fault of the disk: that goes on to `gptjax.distributed.ending_together`.
+    """
     try:
         yield
     except Exception as error:
+        if tells_of_a_lost_process(error):
+            raise
         known = (os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES))
         reason = next((words for words in known if words in str(error)), str(error)[:300] or type(error).__name__)
         raise CheckpointError(

@@ -3,8 +3,10 @@
 import dataclasses
 
 from gptjax.data import Order
+from gptjax.distributed import DistributedConfig
 from gptjax.errors import ConfigError
 from gptjax.generate.sampling import Sampler
+from gptjax.mesh import MeshConfig
 from gptjax.models.config import GPT2Config
 from gptjax.optim import OptimConfig
 from gptjax.steps import Backward
@@ -111,6 +113,10 @@ class Config:
     """The loop."""
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
     """Other places to log to."""
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    """The devices."""
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
+    """The processes."""
     name: str | None = None
     """Name of the run; the config file's name without it."""
     runs: str = "runs"

@@ -70,6 +70,16 @@ class MetricsFile:
         self._file.close()
 
 
+class NoMetrics:
+    """In place of a `MetricsFile` in all processes but the first."""
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
 def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
@@ -136,10 +146,10 @@ class Meter:
 class Display:
     """A progress bar at the foot of a terminal, or plain lines when the output is piped."""
 
-    def __init__(self, steps: int) -> None:
-        """Nothing is drawn before `running`."""
+    def __init__(self, steps: int, quiet: bool = False) -> None:
+        """Nothing is drawn before `running`, nor anything where it is to be ``quiet``."""
         self.steps = steps
-        self.console = Console(highlight=False, soft_wrap=True, emoji=False)
+        self.console = Console(highlight=False, soft_wrap=True, emoji=False, quiet=quiet)
         columns = TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}")
         times = TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
         bar = Progress(*columns, *times, console=self.console, transient=True)

@@ -3,21 +3,26 @@
 import dataclasses
 import glob
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.extend.backend
+import numpy as np
 import yaml
+from jax.sharding import Mesh
 
-from gptjax import datasets
+from gptjax import datasets, distributed
 from gptjax.checkpoint import Restored, restore_newest
 from gptjax.config import Config
 from gptjax.data import BatchShape, TrainingBatches, validation_batches
 from gptjax.datasets import TOKENIZER_FILE, Corpus
+from gptjax.distributed import DistributedConfig
 from gptjax.errors import CheckpointError, ConfigError, DataError, naming
 from gptjax.generate import Sampler, sample
 from gptjax.loggers import check_installed
+from gptjax.mesh import describe_mesh, make_mesh, place_rows, row_share, whole
 from gptjax.metrics import human_bytes
 from gptjax.models.config import GPT2Config
 from gptjax.models.gpt2 import Batch
@@ -42,6 +47,12 @@ class Run(NamedTuple):
     optimizer: Optimizer
     key: Any
     folder: Path
+    mesh: Mesh | None
+    share: tuple[int, int]
+
+    def next_batch(self) -> Batch:
+        """The next step's, laid out over the mesh: of this process's rows, and the others'."""
+        return place_rows(self.mesh, next(self.batches), self.share[1])
 
 
 def set_up(cfg: Config) -> Run:
@@ -52,11 +63,14 @@ def set_up(cfg: Config) -> Run:
 
     """
     check_installed(cfg.log)
+    distributed.start(cfg.distributed)
     start_jax(cfg.model)
     model = cfg.model.resolve(platform_name(), cfg.data.seq_len)
+    mesh = make_mesh(cfg.mesh, model, cfg.data.batch_size)
+    share = row_share(mesh, cfg.data.batch_size)
     data = cfg.data
-    corpus = datasets.find_corpus(data.dataset, data.root, data.tokenizer, data.column, data.tokens)
-    corpus = datasets.fitted(corpus, model.vocab_size)
+    find = partial(datasets.find_corpus, data.dataset, data.root, data.tokenizer, data.column, data.tokens)
+    corpus = datasets.fitted(distributed.first_then_others("corpus", find), model.vocab_size)
     prompt_ids(corpus.tokenizer, cfg.train.sample_prompt)  # better now than after the last step
     shape = BatchShape(cfg.optim.accumulate, cfg.data.batch_size, cfg.data.seq_len)
     return Run(
@@ -64,13 +78,13 @@ def set_up(cfg: Config) -> Run:
         model=model,
         shape=shape,
         corpus=corpus,
-        batches=TrainingBatches(
-            corpus.train, shape, data.order, cfg.seed, model.vocab_size, (jax.process_index(), jax.process_count())
-        ),
+        batches=TrainingBatches(corpus.train, shape, data.order, cfg.seed, model.vocab_size, share),
         val=validation_batches(corpus.val, cfg.train.eval_tokens, shape.batch_size, shape.seq_len, model.vocab_size),
         optimizer=make_optimizer(cfg.optim, cfg.train.steps),
-        key=jax.random.key(cfg.seed),
-        folder=run_folder(Path(cfg.runs), cfg.name or "run", cfg.resume),
+        key=whole(mesh, jax.random.key(cfg.seed)),
+        folder=Path(distributed.agreed("folder", lambda: str(run_folder(Path(cfg.runs), cfg.name or "run", cfg.resume)))),
+        mesh=mesh,
+        share=share,
     )
 
 
@@ -125,7 +139,7 @@ def restore(run: Run) -> Restored | None:
 
     """
     folder = run.folder / "checkpoints"
-    restored = restore_newest(folder, run.model, run.optimizer)
+    restored = restore_newest(folder, run.model, run.optimizer, run.mesh)
     if not restored and run.cfg.resume != "auto":
         raise CheckpointError(f"{folder} holds no checkpoint to resume from; --resume auto would start the run afresh")
     if restored:
@@ -153,11 +167,13 @@ def _identity(run: Run) -> dict[str, Any]:
 
 def resolved(run: Run) -> dict[str, Any]:
     """The configuration with every ``auto`` decided, as nested dicts: what repeats the run."""
-    return dataclasses.asdict(dataclasses.replace(run.cfg, model=run.model, resume=None))
+    return dataclasses.asdict(dataclasses.replace(run.cfg, model=run.model, resume=None, distributed=DistributedConfig()))
 
 
 def make_folder(run: Run) -> None:
-    """Make the run's folder, with the configuration as resolved and the tokenizer in it."""
+    """Make the run's folder, with the configuration as resolved and the tokenizer in it: in the first process."""
+    if not distributed.is_first():
+        return
     run.folder.mkdir(parents=True, exist_ok=True)
     path = run.folder / "config.yaml"
     with naming(path):
@@ -178,6 +194,7 @@ def sample_text(run: Run, params: Params, step: int) -> str:
         new_tokens=cfg.sample_tokens,
         sampler=Sampler(cfg.sample_temperature, cfg.sample_top_k),
         allowed=tokenizer.vocab_size if tokenizer else None,
+        fetch=lambda x: np.asarray(whole(run.mesh, x)),
     )[0].tolist()
     return tokenizer.decode(prompt + ids) if tokenizer else " ".join(map(str, ids))
 
@@ -210,8 +227,11 @@ def describe(run: Run) -> str:
     train, val = (sum(shard.tokens.size for shard in shards) for shards in (corpus.train, corpus.val))
     vocabulary = f"{corpus.tokenizer.vocab_size} ids" if corpus.tokenizer else "unknown, so samples show ids"
     gflop = flops_per_token(model, shape.seq_len) * shape.tokens / 1e9
+    processes = f"{jax.process_count()} processes; should one be lost, all end within {run.cfg.distributed.timeout} s"
     lines = {
         "device": [f"{platform_name()} ({jax.devices()[0].device_kind})", f"jax {jax.__version__}"],
+        **({"mesh": [describe_mesh(run.mesh)]} if run.mesh else {}),
+        **({"processes": [processes]} if jax.process_count() > 1 else {}),
         "model": [
             f"{num_params(model):,} parameters",
             f"{model.num_layers} layers",

@@ -1,14 +1,17 @@
 """One training step and one evaluation step as compiled functions: the engine that the commands drive."""
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
+from gptjax import mesh as meshes
 from gptjax.errors import CheckpointError
 from gptjax.models import gpt2
 from gptjax.models.config import GPT2Config
@@ -17,6 +20,7 @@ from gptjax.models.params import Params, init_params
 from gptjax.models.scoring import token_losses
 from gptjax.ops import IGNORE_INDEX
 from gptjax.optim import Optimizer, OptState, StepMetrics, init_opt_state, update_moments, update_params
+from gptjax.sharding import within
 
 Backward = Literal["manual", "autodiff"]
 MEMORY_SCHEDULER: dict[str, Any] = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
@@ -35,16 +39,39 @@ def init_state(key: Key[Array, ""], cfg: GPT2Config, optimizer: Optimizer) -> Tr
     return TrainState(params, init_opt_state(optimizer, params))
 
 
-def make_state(key: Key[Array, ""], cfg: GPT2Config, optimizer: Optimizer) -> TrainState:
-    """What `init_state` says, in no more memory than a step: the room for drawing the parameters is free before the rest."""
-    draw = jax.jit(lambda key: init_params(key, cfg))
-    return add_optimizer(compile_for_memory(draw.lower(key))(key), optimizer)
+def make_state(key: Key[Array, ""], cfg: GPT2Config, optimizer: Optimizer, mesh: Mesh | None = None) -> TrainState:
+    """What `init_state` says, in no more memory than a step: the room for drawing the parameters is free before the rest.
+
+    On a mesh each device draws its own part; the values are the same.
+    """
+    draw = jax.jit(lambda key: init_params(key, cfg), out_shardings=meshes.param_shardings(mesh, cfg) if mesh else None)
+    return add_optimizer(compile_for_memory(draw.lower(key))(key), cfg, optimizer, mesh)
 
 
-def add_optimizer(params: Params, optimizer: Optimizer) -> TrainState:
-    """The parameters and a fresh optimizer's state."""
+def add_optimizer(params: Params, cfg: GPT2Config, optimizer: Optimizer, mesh: Mesh | None = None) -> TrainState:
+    """The parameters and a fresh optimizer's state, laid out as they are."""
     params = jax.block_until_ready(params)
-    return TrainState(params, jax.jit(lambda params: init_opt_state(optimizer, params))(params))
+    init = lambda params: init_opt_state(optimizer, params)  # noqa: E731
+    layout = meshes.shardings(mesh, cfg, jax.eval_shape(init, params)) if mesh else None
+    return TrainState(params, jax.jit(init, out_shardings=layout)(params))
+
+
+def step_arguments(
+    cfg: GPT2Config, optimizer: Optimizer, shape: tuple[int, int, int], mesh: Mesh | None = None
+) -> tuple[TrainState, Batch, Any]:
+    """Shapes of a step's (state, batch, key), on a mesh with their layout: what `compile_step` needs; nothing is allocated.
+
+    Args:
+        cfg: resolved.
+        optimizer: whose state it is.
+        shape: (A, B, T) of the batch, on all devices together.
+        mesh: of devices that are there, or of a topology that is compiled for ahead of time.
+
+    """
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    state = meshes.abstract(mesh, cfg, jax.eval_shape(lambda key: init_state(key, cfg, optimizer), key))
+    ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=meshes.row_sharding(mesh, 3) if mesh else None)
+    return state, Batch(ids, ids), meshes.abstract(mesh, cfg, key)
 
 
 def mean_loss_and_grad(
@@ -104,7 +131,7 @@ class CompiledStep(NamedTuple):
     memory: dict[str, int]
 
 
-def step_functions(cfg: GPT2Config, optimizer: Optimizer, backward: Backward) -> tuple[Any, Any, Any]:
+def step_functions(cfg: GPT2Config, optimizer: Optimizer, backward: Backward, mesh: Mesh | None = None) -> tuple[Any, Any, Any]:
     """The training step as three jitted functions, in the order they run; their buffers are donated."""
 
     def grads(params: Params, batch: Batch, key: Any, step: Array) -> tuple[Array, Params]:
@@ -118,16 +145,27 @@ def step_functions(cfg: GPT2Config, optimizer: Optimizer, backward: Backward) ->
     def params(params: Params, step: Any, moments: Any, finite: Array) -> tuple[Params, Any]:
         return update_params(optimizer, moments, step, params, finite)
 
-    return jax.jit(grads), jax.jit(moments, donate_argnums=0), jax.jit(params, donate_argnums=(0, 1))
+    if mesh is None:
+        return jax.jit(grads), jax.jit(moments, donate_argnums=0), jax.jit(params, donate_argnums=(0, 1))
+    ps, opt = meshes.shardings(mesh, cfg, step_arguments(cfg, optimizer, (1, 1, 1))[0])
+    everywhere = meshes.replicated(mesh)
+    return (
+        jax.jit(within(mesh, grads), out_shardings=(everywhere, ps)),
+        jax.jit(moments, donate_argnums=0, out_shardings=(opt.moments, everywhere)),
+        jax.jit(params, donate_argnums=(0, 1), out_shardings=(ps, opt.step)),
+    )
 
 
-def compile_step(cfg: GPT2Config, optimizer: Optimizer, backward: Backward, state: Any, batch: Any, key: Any) -> CompiledStep:
-    """Compile the training step for arguments of these shapes: arrays or `jax.ShapeDtypeStruct`s."""
-    grads, moments, params = step_functions(cfg, optimizer, backward)
-    compiled_grads = compile_for_memory(grads.lower(state.params, batch, key, jax.ShapeDtypeStruct((), jnp.int32)))
-    loss, g = jax.eval_shape(grads, state.params, batch, key, jax.ShapeDtypeStruct((), jnp.int32))
+def compile_step(
+    cfg: GPT2Config, optimizer: Optimizer, backward: Backward, state: Any, batch: Any, key: Any, mesh: Mesh | None = None
+) -> CompiledStep:
+    """Compile the training step for arguments of these shapes: arrays or `jax.ShapeDtypeStruct`s, laid out over the mesh."""
+    grads, moments, params = step_functions(cfg, optimizer, backward, mesh)
+    number = meshes.abstract(mesh, cfg, jax.ShapeDtypeStruct((), jnp.int32))
+    compiled_grads = compile_for_memory(grads.lower(state.params, batch, key, number), mesh)
+    loss, g = meshes.abstract(mesh, cfg, jax.eval_shape(grads, state.params, batch, key, number))
     compiled_moments = moments.lower(state.opt_state.moments, g, loss).compile()
-    finite = jax.ShapeDtypeStruct((), jnp.bool_)
+    finite = meshes.abstract(mesh, cfg, jax.ShapeDtypeStruct((), jnp.bool_))
     compiled_params: Any = params.lower(state.params, state.opt_state.step, state.opt_state.moments, finite).compile()
     memory = {
         "parameters": _nbytes(state.params),
@@ -138,9 +176,9 @@ def compile_step(cfg: GPT2Config, optimizer: Optimizer, backward: Backward, stat
     return CompiledStep(compiled_grads, compiled_moments, compiled_params, memory)
 
 
-def compile_for_memory(lowered: jax.stages.Lowered) -> Any:
+def compile_for_memory(lowered: jax.stages.Lowered, mesh: Mesh | None = None) -> Any:
     """Compile, on CPU with the scheduler that keeps few arrays alive at once, if this XLA has it."""
-    if jax.default_backend() == "cpu":
+    if (mesh.devices.flat[0].platform if mesh else jax.default_backend()) == "cpu":
         try:
             return lowered.compile(compiler_options=MEMORY_SCHEDULER)
         except jax.errors.JaxRuntimeError as error:
@@ -151,21 +189,23 @@ def compile_for_memory(lowered: jax.stages.Lowered) -> Any:
 
 def run_step(compiled: CompiledStep, state: TrainState, batch: Batch, key: Any, step: int) -> tuple[TrainState, StepMetrics]:
     """Dispatch one step; returns at once, with arrays still being computed. ``state`` is consumed."""
-    loss, grads = compiled.grads(state.params, batch, key, jnp.int32(step))
+    loss, grads = compiled.grads(state.params, batch, key, np.int32(step))
     moments, metrics = compiled.moments(state.opt_state.moments, grads, loss)
     params, step_state = compiled.params(state.params, state.opt_state.step, moments, metrics.finite)
     return TrainState(params, OptState(moments, step_state)), metrics
 
 
-def make_eval_loss(cfg: GPT2Config) -> Any:
-    """A jitted ``(params, batch) -> (summed loss, targets counted)``, without dropout."""
+def make_eval_loss(cfg: GPT2Config, mesh: Mesh | None = None) -> Any:
+    """A jitted ``(params, batch) -> (summed loss, targets counted)``, without dropout; every process has the whole batch."""
 
-    @jax.jit
     def eval_loss(params: Params, batch: Batch) -> tuple[Array, Array]:
         count = target_count(batch)
         return gpt2.loss(params, batch, cfg) * count, count
 
-    return eval_loss
+    if mesh is None:
+        return jax.jit(eval_loss)
+    compiled = jax.jit(within(mesh, eval_loss), out_shardings=meshes.replicated(mesh))
+    return lambda params, batch: compiled(params, meshes.place_rows(mesh, batch))
 
 
 def evaluate(eval_loss: Any, params: Params, batches: list[Batch]) -> float:
@@ -195,4 +235,6 @@ def score(params: Params, batches: Iterable[Batch], cfg: GPT2Config) -> Iterator
 
 
 def _nbytes(tree: Any) -> int:
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    """On one device."""
+    shape = lambda x: x.sharding.shard_shape(x.shape) if getattr(x, "sharding", None) else x.shape  # noqa: E731
+    return sum(math.prod(shape(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

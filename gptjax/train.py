@@ -16,13 +16,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from gptjax import cli, steps
+from gptjax import cli, distributed, steps
 from gptjax.checkpoint import CheckpointWriter
 from gptjax.config import Config
 from gptjax.loggers import Loggers, open_loggers
-from gptjax.metrics import Display, Meter, MetricsFile, peak_flops
+from gptjax.metrics import Display, Meter, MetricsFile, NoMetrics, peak_flops
 from gptjax.models.gpt2 import Batch
 from gptjax.models.params import flops_per_token
 from gptjax.optim import StepMetrics
@@ -47,7 +46,7 @@ class WrongGradientError(Exception):
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status: 0 done or stopped by a signal, 1 failed; bad input raises SystemExit(2)."""
-    with cli.reported_errors(PROG):
+    with distributed.ending_together(PROG), cli.reported_errors(PROG):
         cfg, file = cli.parse(Config, PROG, __doc__ or "", argv)
         cli.keep_freed_memory()
         cli.keep_compiled_programs()
@@ -71,7 +70,7 @@ def train(cfg: Config) -> None:
 
     """
     run = set_up(cfg)
-    display = Display(cfg.train.steps)
+    display = Display(cfg.train.steps, quiet=not distributed.is_first())
     display.print(describe(run))
     restored = restore(run) if cfg.resume else None
     state, done = (restored.state, restored.step) if restored else (None, 0)
@@ -84,26 +83,26 @@ def train(cfg: Config) -> None:
         state = loaded_state(run)
     loggers = open_loggers(cfg.log, run.folder, done, resolved(run), display.print)  # what they lack is told before compiling
     began = time.perf_counter()
-    ids = jax.ShapeDtypeStruct((run.shape.accumulate, run.shape.batch_size, run.shape.seq_len), jnp.int32)
-    shapes = state or jax.eval_shape(lambda key: steps.init_state(key, run.model, run.optimizer), run.key)
-    compiled = steps.compile_step(run.model, run.optimizer, cfg.train.backward, shapes, Batch(ids, ids), run.key)
+    shapes = steps.step_arguments(run.model, run.optimizer, run.shape, run.mesh)
+    compiled = steps.compile_step(run.model, run.optimizer, cfg.train.backward, *shapes, run.mesh)
     display.print(describe_memory(compiled, time.perf_counter() - began))
-    state = state or steps.make_state(run.key, run.model, run.optimizer)
+    state = state or steps.make_state(run.key, run.model, run.optimizer, run.mesh)
     make_folder(run)
     if cfg.init and not done and cfg.train.eval_every:
-        loss = steps.evaluate(steps.make_eval_loss(run.model), state.params, run.val)
+        loss = steps.evaluate(steps.make_eval_loss(run.model, run.mesh), state.params, run.val)
         display.print(f"{'init':<10} {cfg.init}, val loss {loss:.4f}")
     with contextlib.ExitStack() as cleanup:
-        stop = cleanup.enter_context(stop_signals())  # first in, so last out: until everything is on disk
+        stop = distributed.Stop(cleanup.enter_context(stop_signals()))  # first in, so last out: until all is on disk
         cleanup.enter_context(loggers)
-        metrics_file = cleanup.enter_context(contextlib.closing(MetricsFile(run.folder / "metrics.jsonl", done)))
+        records = MetricsFile(run.folder / "metrics.jsonl", done) if distributed.is_first() else NoMetrics()
+        metrics_file = cleanup.enter_context(contextlib.closing(records))
         writer = cleanup.enter_context(
             contextlib.closing(CheckpointWriter(run.folder / "checkpoints", cfg.train.keep_checkpoints))
         )
         cleanup.enter_context(display.running(done))
         done = fit(run, compiled, jax.block_until_ready(state), done, metrics_file, loggers, writer, display, stop)
-    if stop and done < cfg.train.steps:
-        display.print(f"stopped by {stop[0]} after step {done}; go on with --resume auto")
+    if stop.name and done < cfg.train.steps:
+        display.print(f"stopped by {stop.name} after step {done}; go on with --resume auto")
     display.print(f"saved in {run.folder}")
 
 
@@ -114,9 +113,8 @@ def loaded_state(run: Run) -> TrainState:
         GptjaxError: the weights cannot be had, or are of other dimensions.
 
     """
-    assert run.cfg.init
-    _, params = load_weights(run.cfg.init, run.model)
-    return steps.add_optimizer(params, run.optimizer)
+    _, params = distributed.first_then_others("init", lambda: load_weights(str(run.cfg.init), run.model, run.mesh))
+    return steps.add_optimizer(params, run.model, run.optimizer, run.mesh)
 
 
 def fit(
@@ -124,20 +122,21 @@ def fit(
     compiled: CompiledStep,
     state: TrainState,
     done: int,
-    metrics_file: MetricsFile,
+    metrics_file: MetricsFile | NoMetrics,
     loggers: Loggers,
     writer: CheckpointWriter,
     display: Display,
-    stop: list[str],
+    stop: distributed.Stop,
 ) -> int:
-    """The loop, from ``done`` steps on; it ends early once ``stop`` is not empty. Returns the steps done.
+    """The loop, from ``done`` steps on; it ends early once ``stop`` says so. Returns the steps done.
 
     A step's numbers are fetched after the next step was dispatched, so that the device never waits for the host.
     """
     cfg = run.cfg.train
-    eval_loss = steps.make_eval_loss(run.model)
+    eval_loss = steps.make_eval_loss(run.model, run.mesh)
     flops = flops_per_token(run.model, run.shape.seq_len) * run.shape.tokens
-    meter = Meter(run.shape.tokens, flops, peak_flops(jax.devices()[0].device_kind, run.model.dtype))
+    peak = peak_flops(jax.devices()[0].device_kind, run.model.dtype)
+    meter = Meter(run.shape.tokens, flops, peak * (run.mesh.size if run.mesh else 1) if peak else None)
     pending: tuple[int, StepMetrics] | None = None
     saved = done
 
@@ -155,7 +154,7 @@ def fit(
             )
 
     for step in range(done + 1, cfg.steps + 1):
-        batch = next(run.batches)
+        batch = run.next_batch()
         checked: dict[str, float] = {}
         if _due(step, cfg.verify_every):
             if pending:
@@ -168,11 +167,12 @@ def fit(
                     writer.save(step - 1, state, run.model, checkpoint_meta(run))
                 raise
             meter.restart()
+        stop.say(step)
         state, metrics = steps.run_step(compiled, state, batch, run.key, step)
         if pending:
             report(meter.record(*pending))
         pending = step, metrics
-        final, stopping = step == cfg.steps, bool(stop)
+        final, stopping = step == cfg.steps, stop.now(step)
         evaluate, show, save = (_due(step, every) for every in (cfg.eval_every, cfg.sample_every, cfg.checkpoint_every))
         if not (evaluate or show or save or final or stopping or checked):
             continue

@@ -8,12 +8,14 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from gptjax import tokenizers
 from gptjax.checkpoint import open_newest
 from gptjax.errors import CheckpointError, FormatError, GptjaxError
 from gptjax.formats import hf, hf_tokenizer, llmc, safetensors
 from gptjax.formats.lazy import tensor_of
+from gptjax.mesh import param_shardings, place
 from gptjax.models.config import DIMENSIONS, GPT2Config
 from gptjax.models.params import Block, Params
 from gptjax.tokenizers import BytePairEncoding, Tokenizer
@@ -100,12 +102,13 @@ def _from_hub(name: str) -> Path:
         ) from error
 
 
-def load_weights(where: str, cfg: GPT2Config | None = None) -> tuple[GPT2Config, Params]:
+def load_weights(where: str, cfg: GPT2Config | None = None, mesh: Mesh | None = None) -> tuple[GPT2Config, Params]:
     """Parameters in float32, padded, in the layout of the configuration that comes with them.
 
     Args:
         where: see `open_weights`.
         cfg: how to compute; its dimensions must be those of the parameters. None takes them from there.
+        mesh: what to lay them out over, tensor by tensor.
 
     Returns:
         ``cfg``, or the configuration found, and the parameters.
@@ -122,22 +125,25 @@ def load_weights(where: str, cfg: GPT2Config | None = None) -> tuple[GPT2Config,
                 f"{where} has model.{name} {getattr(source.cfg, name)}, not {getattr(cfg, name)}: give it that value"
             )
     cfg = cfg or source.cfg
-    return cfg, load_params(source, cfg)
+    return cfg, load_params(source, cfg, mesh)
 
 
-def load_params(source: Source, cfg: GPT2Config) -> Params:
+def load_params(source: Source, cfg: GPT2Config, mesh: Mesh | None = None) -> Params:
     """The parameters of an opened model in float32, padded, in the layout of ``cfg``, whose dimensions are the model's."""
     found = source.cfg
+    layout = param_shardings(mesh, cfg) if mesh else Params(*[None] * len(Params._fields))
 
-    def load(name: str) -> Any:
+    def load(name: str, layout: Any) -> Any:
         if name not in Block._fields:
             array = tensor_of(source.params, name, None, found)
             rows = found.padded_vocab_size - found.vocab_size if name == "wte" else 0
-            return jnp.asarray(np.pad(array, ((0, rows), (0, 0))) if rows else array, jnp.float32)
-        layers = [jnp.asarray(tensor_of(source.params, name, layer, found), jnp.float32) for layer in range(found.num_layers)]
-        return tuple(layers) if cfg.layers == "unroll" else jnp.stack(layers)
+            return place(np.pad(array, ((0, rows), (0, 0))) if rows else array, layout)
+        layers = (tensor_of(source.params, name, layer, found) for layer in range(found.num_layers))
+        if cfg.layers == "scan":
+            return place(np.stack([np.asarray(layer, np.float32) for layer in layers]), layout)
+        return tuple(place(layer, layout[0] if layout else None) for layer in layers)
 
-    return Params(*map(load, Params._fields))
+    return Params(*map(load, Params._fields, layout))
 
 
 def write_weights(source: Source, path: Path, to: Format, dtype: np.dtype) -> None:

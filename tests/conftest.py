@@ -35,6 +35,7 @@ import pytest
 from hypothesis import Phase
 
 jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_num_cpu_devices", 8)  # simulated, for tests/test_mesh.py; everything else uses the first
 
 # Deterministic, so that a failure is the code's; no deadline, because compiling takes as long as it takes.
 hypothesis.settings.register_profile("gptjax", deadline=None, derandomize=True, max_examples=8, database=None)

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "gptjax"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 PACKAGES = {"verify", "bench", "generate", "datasets", "tokenizers"}
 COMMANDS = {"train", "convert", "evaluate", "plot"} | {f"{package}.__main__" for package in PACKAGES}
-LAYERS = {"errors": 0, "ops": 1, "models": 2}  # everything else 3, commands 4
+LAYERS = {"errors": 0, "sharding": 0, "ops": 1, "models": 2}  # everything else 3, commands 4
 
 
 def name_of(path: Path) -> str:
@@ -82,6 +82,9 @@ def test_every_module_has_a_test():
     tests = {p.stem.removeprefix("test_") for p in (ROOT / "tests").rglob("test_*.py")}
     covered_elsewhere = {
         "blockwise": "attention",
+        "sharding": "mesh",
+        "heads": "mesh",
+        "pieces": "mesh",
         "precision": "linear",
         "errors": "cli",
         "config": "train",

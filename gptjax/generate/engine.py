@@ -4,7 +4,7 @@ A sequence that outgrows the model's context goes on from its newer part: see `w
 on its prompt, its seed and its index alone, not on the rows beside it or on how many tokens are asked for at a time.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -70,7 +70,13 @@ def window_start(length: int, context: int) -> int:
 
 
 def generate(
-    params: Params, prompts: Sequence[Sequence[int]], rules: Rules, key: Key[Array, ""], new_tokens: int, chunk: int = CHUNK
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    rules: Rules,
+    key: Key[Array, ""],
+    new_tokens: int,
+    chunk: int = CHUNK,
+    fetch: Callable[[Any], np.ndarray] = np.asarray,
 ) -> Iterator[Drawn]:
     """Continue each prompt by ``new_tokens``, a few at a time; a row that is done repeats its end, and when all are, it ends.
 
@@ -81,6 +87,7 @@ def generate(
         key: the same one gives the same tokens.
         new_tokens: how many, at most.
         chunk: at most so many at a time, up to `CHUNK`.
+        fetch: brings an array from the devices, where several processes have them.
 
     Raises:
         ValueError: there is no prompt, or an empty one.
@@ -104,8 +111,8 @@ def generate(
             starts = [window_start(len(row), context) for row in rows]
             windows = [row[start:] for row, start in zip(rows, starts, strict=True)]
             state, tokens, logprobs = _start(params, *_padded(windows, rules, left), rules, keys, drawn, done)
-        new = Drawn(np.asarray(tokens)[:, :count], np.asarray(logprobs)[:, :count])
-        done = np.asarray(state.done)
+        new = Drawn(fetch(tokens)[:, :count], fetch(logprobs)[:, :count])
+        done = fetch(state.done)
         drawn += count
         for row, ids in zip(rows, new.tokens.tolist(), strict=True):
             row.extend(ids)
@@ -121,10 +128,11 @@ def sample(
     new_tokens: int,
     sampler: Sampler = DEFAULT,
     allowed: int | None = None,
+    fetch: Callable[[Any], np.ndarray] = np.asarray,
 ) -> np.ndarray:
     """Continue each prompt by ``new_tokens`` ids below ``allowed``, by default all: (B, new_tokens). See `generate`."""
     rules = Rules(cfg, sampler, allowed or cfg.vocab_size, None)
-    return np.concatenate([new.tokens for new in generate(params, prompts, rules, key, new_tokens)], axis=1)
+    return np.concatenate([new.tokens for new in generate(params, prompts, rules, key, new_tokens, fetch=fetch)], axis=1)
 
 
 def _padded(windows: list[list[int]], rules: Rules, new_tokens: int) -> tuple[np.ndarray, np.ndarray, int]:

@@ -15,10 +15,12 @@ from jaxtyping import Array, Float, Int, Key
 
 from gptjax.models.config import GPT2Config
 from gptjax.models.params import Block, Params, join_layers, split_layers
+from gptjax.models.pieces import join_pieces, row_pieces, sum_of_shares, total
 from gptjax.ops import (
     attention,
     attention_bwd,
     attention_fwd,
+    by_heads,
     contract,
     cross_entropy_bwd,
     cross_entropy_fwd,
@@ -26,16 +28,21 @@ from gptjax.ops import (
     dropout_fwd,
     embedding_bwd,
     embedding_fwd,
+    from_heads,
     gelu_bwd,
     gelu_fwd,
     in_turn,
+    join_heads,
     layernorm_bwd,
     layernorm_fwd,
     linear_bwd,
     linear_fwd,
     not_before,
-    target_weights,
+    split_heads,
 )
+from gptjax.sharding import as_used
+
+QKV, ATTPROJ, FC, FCPROJ = ("C", "HD"), ("HD", "C"), ("C", "F"), ("F", "C")  # the linear layers' logical axes
 
 
 class Batch(NamedTuple):
@@ -78,17 +85,16 @@ def block_fwd(
     B, T, C = x.shape
     key1, key2 = (None, None) if key is None else jax.random.split(key)
     h1, ln1 = layernorm_fwd(x, w.ln1w, w.ln1b)
-    qkv, qkv_saved = linear(h1, w.qkvw, w.qkvb)
-    q, k, v = (qkv[..., i * C : (i + 1) * C].reshape(B, T, cfg.num_heads, -1) for i in range(3))
-    o, att = attend(q, k, v)
-    a, attproj = linear(o.reshape(B, T, C), w.attprojw, w.attprojb)
+    qkv, qkv_saved = linear(h1, by_heads(w.qkvw), by_heads(w.qkvb), axes=QKV)
+    o, att = attend(*split_heads(qkv, cfg.num_heads))
+    a, attproj = linear(o.reshape(B, T, C), w.attprojw, w.attprojb, axes=ATTPROJ)
     a, drop1 = dropout_fwd(a, cfg.dropout, key1)
     x = x + a
     h2, ln2 = layernorm_fwd(x, w.ln2w, w.ln2b)
-    f, fc = linear(h2, w.fcw, w.fcb)
+    f, fc = linear(h2, w.fcw, w.fcb, axes=FC)
     g, gelu = gelu_fwd(f)
     g = checkpoint_name(g, "gelu")
-    m, fcproj = linear(g, w.fcprojw, w.fcprojb)
+    m, fcproj = linear(g, w.fcprojw, w.fcprojb, axes=FCPROJ)
     m, drop2 = dropout_fwd(m, cfg.dropout, key2)
     x = x + m
     return x, BlockSaved(ln1, qkv_saved, att, attproj, drop1, ln2, fc, gelu, fcproj, drop2)
@@ -98,18 +104,18 @@ def block_bwd(
     w: Block, saved: BlockSaved, dx: Float[Array, "B T C"], cfg: GPT2Config, attend_bwd: Any
 ) -> tuple[Float[Array, "B T C"], Block]:
     """(dx, dw) of `block_fwd`: its lines from the last to the first. A residual branch adds its gradient to the stream's."""
-    B, T, C = dx.shape
+    B, T, _ = dx.shape
     dm = dropout_bwd(saved.drop2, cfg.dropout, dx)
-    dg, dfcprojw, dfcprojb = linear_bwd(saved.fcproj, w.fcprojw, dm)
+    dg, dfcprojw, dfcprojb = linear_bwd(saved.fcproj, w.fcprojw, dm, axes=FCPROJ)
     df = gelu_bwd(saved.gelu, dg)
-    dh2, dfcw, dfcb = linear_bwd(saved.fc, w.fcw, df)
+    dh2, dfcw, dfcb = linear_bwd(saved.fc, w.fcw, df, axes=FC)
     dx2, dln2w, dln2b = layernorm_bwd(saved.ln2, w.ln2w, dh2)
     dx = dx + dx2
     da = dropout_bwd(saved.drop1, cfg.dropout, dx)
-    do, dattprojw, dattprojb = linear_bwd(saved.attproj, w.attprojw, da)
+    do, dattprojw, dattprojb = linear_bwd(saved.attproj, w.attprojw, da, axes=ATTPROJ)
     dq, dk, dv = attend_bwd(saved.att, do.reshape(B, T, cfg.num_heads, -1))
-    dqkv = jnp.concatenate([d.reshape(B, T, C) for d in (dq, dk, dv)], axis=-1)
-    dh1, dqkvw, dqkvb = linear_bwd(saved.qkv, w.qkvw, dqkv)
+    dh1, dqkvw, dqkvb = linear_bwd(saved.qkv, by_heads(w.qkvw), join_heads(dq, dk, dv), axes=QKV)
+    dqkvw, dqkvb = from_heads(dqkvw), from_heads(dqkvb)
     dx1, dln1w, dln1b = layernorm_bwd(saved.ln1, w.ln1w, dh1)
     dx = dx + dx1
     grads = (dln1w, dln1b, dqkvw, dqkvb, dattprojw, dattprojb, dln2w, dln2b, dfcw, dfcb, dfcprojw, dfcprojb)
@@ -220,10 +226,11 @@ def loss(
     x = hidden(params, batch.inputs, cfg, key)
 
     def piece(x: Array, targets: Array, weights: Array) -> Array:
-        scores = contract("nc,vc->nv", x, params.wte.astype(x.dtype))
+        scores = contract("nc,vc->nv", x, as_used(params.wte.astype(x.dtype), "Vp", "C"))
         return cross_entropy_fwd(scores, targets, weights, cfg.vocab_size)[0]
 
-    pieces = [jax.checkpoint(piece)(*p) if cfg.loss_chunks > 1 else piece(*p) for p in _pieces(x, batch, cfg, count)]
+    rows = row_pieces(x, batch.targets, batch.mask, cfg.loss_chunks, count)
+    pieces = [jax.checkpoint(piece)(*r) if cfg.loss_chunks > 1 else piece(*r) for r in rows]
     return sum(pieces[1:], pieces[0])
 
 
@@ -259,24 +266,16 @@ def _classifier_and_grad(
     value: list[Array] = []
     dh: list[Array] = []
     dwte: Any = None
-    w = wte.astype(h.dtype)
-    for x, targets, weights in _pieces(h, batch, cfg, count):
+    w = as_used(wte.astype(h.dtype), "Vp", "C")
+    for x, targets, weights in row_pieces(h, batch.targets, batch.mask, cfg.loss_chunks, count):
         scores = contract("nc,vc->nv", in_turn((dh[-1], dwte), x) if dh else x, w)
         nll, saved = cross_entropy_fwd(scores, targets, weights, cfg.vocab_size)
         dscores = cross_entropy_bwd(saved, cfg.vocab_size)
         dh.append(contract("nv,vc->nc", dscores, w))
-        dw = jnp.einsum("nv,nc->vc", dscores, x, preferred_element_type=wte.dtype)
+        dw = sum_of_shares(lambda dscores, x: jnp.einsum("nv,nc->vc", dscores, x, preferred_element_type=wte.dtype), dscores, x)
         dwte = dw if dwte is None else dwte + dw
         value.append(nll)
-    return sum(value[1:], value[0]), jnp.concatenate(dh).reshape(h.shape), dwte
-
-
-def _pieces(h: Float[Array, "B T C"], batch: Batch, cfg: GPT2Config, count: Any) -> list[tuple[Array, ...]]:
-    """(rows of h, targets, weights), flattened to (B T, ...) and cut into ``cfg.loss_chunks`` pieces."""
-    weights = target_weights(batch.targets, batch.mask, count)
-    rows = h.reshape(-1, h.shape[-1]), batch.targets.reshape(-1), weights.reshape(-1)
-    size = -(-batch.targets.size // cfg.loss_chunks)
-    return [tuple(r[i : i + size] for r in rows) for i in range(0, batch.targets.size, size)]
+    return sum(value[1:], value[0]), join_pieces(dh, h), total(dwte)
 
 
 # --- The binding ---

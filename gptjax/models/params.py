@@ -69,9 +69,9 @@ WEIGHTS = Params(
     wpe=Weight(("Tmax", "C"), "normal"),
     ln1w=Weight(("L", "C"), "ones"),
     ln1b=Weight(("L", "C"), "zeros"),
-    qkvw=Weight(("L", "C", "3C"), "normal"),
+    qkvw=Weight(("L", "CQ", "3C"), "normal"),
     qkvb=Weight(("L", "3C"), "zeros"),
-    attprojw=Weight(("L", "C", "C"), "residual"),
+    attprojw=Weight(("L", "HD", "C"), "residual"),
     attprojb=Weight(("L", "C"), "zeros"),
     ln2w=Weight(("L", "C"), "ones"),
     ln2b=Weight(("L", "C"), "zeros"),
@@ -87,7 +87,16 @@ WEIGHTS = Params(
 def axis_sizes(cfg: GPT2Config) -> dict[str, int]:
     """The size of each axis name in `WEIGHTS`."""
     C = cfg.channels
-    return {"Vp": cfg.padded_vocab_size, "Tmax": cfg.max_seq_len, "L": cfg.num_layers, "C": C, "3C": 3 * C, "F": 4 * C}
+    return {
+        "Vp": cfg.padded_vocab_size,
+        "Tmax": cfg.max_seq_len,
+        "L": cfg.num_layers,
+        "C": C,
+        "CQ": C,
+        "HD": C,
+        "3C": 3 * C,
+        "F": 4 * C,
+    }
 
 
 def param_shapes(cfg: GPT2Config) -> Params:

@@ -25,6 +25,7 @@ from gptjax.ops.activation import gelu_bwd, gelu_fwd
 from gptjax.ops.attention import ATTENTION_IMPLEMENTATIONS, attention, attention_bwd, attention_fwd
 from gptjax.ops.dropout import dropout_bwd, dropout_fwd
 from gptjax.ops.embedding import embedding_bwd, embedding_fwd
+from gptjax.ops.heads import by_heads, from_heads, join_heads, split_heads
 from gptjax.ops.linear import linear_bwd, linear_fwd
 from gptjax.ops.loss import IGNORE_INDEX, cross_entropy_bwd, cross_entropy_fwd, target_weights
 from gptjax.ops.norm import layernorm_bwd, layernorm_fwd
@@ -37,6 +38,7 @@ __all__ = [
     "attention",
     "attention_bwd",
     "attention_fwd",
+    "by_heads",
     "contract",
     "cross_entropy_bwd",
     "cross_entropy_fwd",
@@ -44,13 +46,16 @@ __all__ = [
     "dropout_fwd",
     "embedding_bwd",
     "embedding_fwd",
+    "from_heads",
     "gelu_bwd",
     "gelu_fwd",
     "in_turn",
+    "join_heads",
     "layernorm_bwd",
     "layernorm_fwd",
     "linear_bwd",
     "linear_fwd",
     "not_before",
+    "split_heads",
     "target_weights",
 ]

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int
 
+from gptjax.sharding import as_kept, as_used, parts
+
 
 @partial(jax.jit, static_argnames="dtype")
 def embedding_fwd(
@@ -25,8 +27,9 @@ def embedding_fwd(
 
     Nothing is saved beyond the ids. Ids must lie inside the tables: this is checked where the ids are read, not here.
     """
-    y = wte[tokens] + jnp.broadcast_to(wpe[positions], (*tokens.shape, wpe.shape[1]))
-    return y.astype(dtype)
+    tokens = as_kept(tokens, "B", None)  # on a mesh ids go to where the table's columns are: rows of the table stay
+    y = as_kept(wte[tokens], "B", None, "C") + jnp.broadcast_to(wpe[positions], (*tokens.shape, wpe.shape[1]))
+    return as_used(as_kept(y.astype(dtype), "B", None, "C"), "B", None, None)
 
 
 @jax.jit
@@ -42,5 +45,13 @@ def embedding_bwd(
     They are added to, not made, because wte is also the classifier, whose gradient comes first in the backward.
     Duplicate ids accumulate.
     """
+    tokens, dy = as_kept(tokens, "B", None), as_kept(dy, "B", None, "C")
     dy = dy.astype(dwte.dtype)
+    if parts() > 1:
+        return dwte + _sum_of_rows(tokens, dy, dwte), dwpe + as_kept(_sum_of_rows(positions, dy.sum(0), dwpe), None, "C")
     return dwte.at[tokens].add(dy), dwpe.at[positions].add(dy.sum(0))
+
+
+def _sum_of_rows(at: Int[Array, "*batch"], dy: Float[Array, "*batch C"], like: Float[Array, "N C"]) -> Float[Array, "N C"]:
+    """On a mesh each device adds its rows to zeros, so that what they all add up to is sent, once."""
+    return as_kept(jnp.zeros_like(like).at[at].add(dy), "Vp" if at.ndim == 2 else None, "C")

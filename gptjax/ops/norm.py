@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from gptjax.ops.precision import accumulation_dtype
 from gptjax.ops.schedule import in_turn, not_before
+from gptjax.sharding import as_used
 
 EPS = 1e-5  # GPT-2's
 
@@ -42,6 +43,7 @@ def layernorm_fwd(
     mean = xf.mean(-1, keepdims=True)
     rstd = lax.rsqrt(jnp.square(xf - mean).mean(-1, keepdims=True) + EPS)
     n = (xf - mean) * rstd
+    w, b = as_used(w, "C"), as_used(b, "C")
     y = n * jnp.broadcast_to(w.astype(n.dtype), n.shape) + jnp.broadcast_to(b.astype(n.dtype), n.shape)
     return y.astype(x.dtype), LayerNormSaved(x, mean, rstd)
 
@@ -54,7 +56,7 @@ def layernorm_bwd(
     x, mean, rstd = saved.x, not_before(dy, saved.mean), not_before(dy, saved.rstd)  # else their broadcasts are stored
     n = (x.astype(mean.dtype) - mean) * rstd
     dyf = dy.astype(mean.dtype)
-    dn = dyf * jnp.broadcast_to(w.astype(mean.dtype), dy.shape)
+    dn = dyf * jnp.broadcast_to(as_used(w, "C").astype(mean.dtype), dy.shape)
     dx = rstd * (dn - dn.mean(-1, keepdims=True) - n * (dn * n).mean(-1, keepdims=True))
     dw = (dyf * n).sum((0, 1)).astype(w.dtype)
     db = dyf.sum((0, 1)).astype(w.dtype)

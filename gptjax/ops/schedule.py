@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Inexact
 
+from gptjax.sharding import parts
+
 
 @jax.jit
 def not_before(first: Any, x: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
@@ -14,8 +16,11 @@ def not_before(first: Any, x: Inexact[Array, "*shape"]) -> Inexact[Array, "*shap
 
     XLA merges equal expressions: what a backward means to compute again from x is otherwise taken from the forward and
     stored in between. `jax.lax.optimization_barrier` would prevent that too, but XLA's CPU compiler drops it. An infinity or
-    NaN in the first place of an array of ``first`` makes all of x NaN.
+    NaN in the first place of an array of ``first`` makes all of x NaN. On a mesh that place is one device's, and telling the
+    others takes time, so there it is the barrier.
     """
+    if parts() > 1:
+        return lax.optimization_barrier((first, x))[1]
     nothing = jnp.zeros((), x.dtype)
     for a in jax.tree.leaves(first):
         if a.size:

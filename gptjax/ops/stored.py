@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, Int8
 
 from gptjax.ops.linear import linear_fwd
 from gptjax.ops.precision import accumulation_dtype
+from gptjax.sharding import UNCUT, Axes
 
 LARGEST = 127  # of 8 bits with a sign; -128 is left unused, so that the range is symmetric
 
@@ -43,10 +44,12 @@ def table_rows(table: Any, ids: Int[Array, "*B"]) -> Float[Array, "*B C"]:
     return (table.w if isinstance(table, OutIn) else table)[ids]
 
 
-def stored_linear(x: Float[Array, "B T I"], w: Any, b: Float[Array, " O"]) -> tuple[Float[Array, "B T O"], Any]:
+def stored_linear(
+    x: Float[Array, "B T I"], w: Any, b: Float[Array, " O"], axes: Axes = UNCUT
+) -> tuple[Float[Array, "B T O"], Any]:
     """`linear_fwd` with weights stored in any way; nothing is saved where they are not as it has them, (in, out)."""
     if not isinstance(w, OutIn | Quantized):
-        return linear_fwd(x, w, b)
+        return linear_fwd(x, w, b, axes=axes)
     y = product(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], -1)
     return y + jnp.broadcast_to(b.astype(x.dtype), y.shape), None
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 FUNCTIONS = {
-    "block_bwd", "blocks_bwd", "over_layers", "loss_and_grad", "_classifier_and_grad", "_pieces", "loss_manual",
+    "block_bwd", "blocks_bwd", "over_layers", "loss_and_grad", "_classifier_and_grad", "loss_manual",
 }  # fmt: skip
 
 source, session = sys.argv[1:]

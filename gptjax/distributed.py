@@ -1,0 +1,210 @@
+"""Many processes that train one model: how they start, agree, and end.
+
+Each process runs the same command on devices of its own, and JAX makes one mesh of them all. What is on the host has to be the
+same everywhere, or they would wait for each other forever: what one decides, `agreed` tells the others. They agree through the
+key-value store that JAX's coordination service, in process 0, keeps; Orbax has a name for it.
+"""
+
+import contextlib
+import dataclasses
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from orbax.checkpoint import multihost
+
+from gptjax.errors import ConfigError
+
+LOST = ("Gloo", "NCCL", "coordination service", "UNAVAILABLE", "Connection closed", "Connection reset", "heartbeat", "barrier")
+PREPARING_HOURS = 12  # that process 0 may take to download and tokenize a corpus
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    """Processes that train together. Slurm, Open MPI, Kubernetes and Cloud TPU are detected, elsewhere each is told."""
+
+    coordinator: str | None = None
+    """HOST:PORT at which process 0 listens and the others find it."""
+    process: str | None = None
+    """N/M: this is process N, from 0, of M."""
+    detect: bool = True
+    """Whether to look for a cluster and join it."""
+    timeout: int = 100
+    """Seconds without a sign of life after which a process counts as lost, and all end."""
+
+    def __post_init__(self) -> None:
+        """Check that what belongs together is there.
+
+        Raises:
+            ConfigError: only one of the two is given, or something is no number.
+
+        """
+        if (self.coordinator is None) != (self.process is None):
+            raise ConfigError("distributed.coordinator HOST:PORT and distributed.process N/M are given together or not at all")
+        if self.coordinator is not None and not re.fullmatch(r".+:\d+", self.coordinator):
+            raise ConfigError(f"distributed.coordinator must be HOST:PORT, not {self.coordinator}")
+        if self.process is not None and not (re.fullmatch(r"\d+/\d+", self.process) and self.index_of < self.count_of):
+            raise ConfigError(f"distributed.process must be N/M, with N from 0 to M - 1, not {self.process}")
+        if self.timeout < 1:
+            raise ConfigError(f"distributed.timeout must be at least 1 second, not {self.timeout}")
+
+    @property
+    def index_of(self) -> int:
+        """N."""
+        return int(str(self.process).split("/")[0])
+
+    @property
+    def count_of(self) -> int:
+        """M."""
+        return int(str(self.process).split("/")[1])
+
+
+def start(cfg: DistributedConfig) -> None:
+    """Join the other processes, if there are any; before JAX's backend starts.
+
+    Raises:
+        ConfigError: they cannot be reached.
+
+    """
+    if jax.distributed.is_initialized() or not (cfg.process or cfg.detect):
+        return
+    told: dict[str, Any] = {}
+    if cfg.process:
+        told = {"coordinator_address": cfg.coordinator, "num_processes": cfg.count_of, "process_id": cfg.index_of}
+        told["cluster_detection_method"] = "deactivate"
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
+    try:
+        jax.distributed.initialize(
+            **told,
+            heartbeat_timeout_seconds=cfg.timeout,
+            initialization_timeout=max(cfg.timeout, 60),
+            shutdown_timeout_seconds=cfg.timeout,
+        )
+    except Exception as error:
+        if not cfg.process and ("should be defined" in str(error) or "must be called before" in str(error)):
+            return  # no cluster, or whoever started JAX decided to be alone
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"the processes cannot join ({reason[:200]}): give each distributed.coordinator HOST:PORT and "
+            "distributed.process N/M, or distributed.detect false to train alone"
+        ) from error
+
+
+def is_first() -> bool:
+    """Whether this process is the one that prints and writes; the only one is."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def agreed(name: str, decide: Callable[[], str]) -> str:
+    """What process 0 decides; the others wait for it.
+
+    Args:
+        name: of the decision, each time another.
+        decide: called in process 0 alone.
+
+    Raises:
+        ConfigError: in the others, if it fails in process 0, whose error says why.
+
+    """
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+        return decide()
+    store, key = _store(), f"gptjax/{name}"
+    if not is_first():
+        found = store.blocking_key_value_get(key, PREPARING_HOURS * 3_600_000)
+        if found.startswith("failed"):
+            raise ConfigError(f"process 0 failed: {found.removeprefix('failed ')}")
+        return found.removeprefix("decided ")
+    try:
+        decision = decide()
+    except BaseException as error:
+        store.key_value_set(key, f"failed {error}")
+        raise
+    store.key_value_set(key, f"decided {decision}")
+    return decision
+
+
+def first_then_others(name: str, f: Callable[[], Any]) -> Any:
+    """``f()`` in every process, once it is done in process 0, so that what it keeps on disk is made once."""
+    results: list[Any] = []
+
+    def run() -> str:
+        results.append(f())
+        return ""
+
+    agreed(name, run)
+    return results[0] if results else f()
+
+
+class Stop:
+    """When to stop: at once where there is one process, else at a step that all agree on.
+
+    A process that got a signal says before it starts step n that n + 1 is the last. No other knows step n's loss before that
+    one has joined in it, so whoever asks once it has that loss is told in time.
+    """
+
+    def __init__(self, received: list[str]) -> None:
+        """``received``: the names of the signals that have arrived here."""
+        self.received = received
+        self.name = ""
+        """The signal that stopped the run."""
+        self._said = False
+        self._many = jax.distributed.is_initialized() and jax.process_count() > 1
+
+    def say(self, step: int) -> None:
+        """Before ``step`` is started: tell the others of a signal."""
+        if self._many and self.received and not self._said:
+            self._said = True
+            with contextlib.suppress(Exception):  # another process was first
+                _store().key_value_set("gptjax/stop", f"{step + 1} {self.received[0]}")
+
+    def now(self, step: int) -> bool:
+        """With the results of the step before ``step`` known: whether this one is the last."""
+        if not self._many:
+            self.name = self.received[0] if self.received else ""
+            return bool(self.received)
+        try:
+            last, self.name = _store().key_value_try_get("gptjax/stop").split()
+        except Exception as error:
+            if "NOT_FOUND" not in str(error):
+                raise
+            return False
+        return step >= int(last)
+
+
+def tells_of_a_lost_process(error: BaseException) -> bool:
+    """Whether the error is, by its words, what JAX raises when another process is gone."""
+    return jax.distributed.is_initialized() and any(sign in str(error) for sign in LOST)
+
+
+@contextlib.contextmanager
+def ending_together(prog: str) -> Iterator[None]:
+    """With several processes, end this one at once when the block fails, with a sentence if another is lost.
+
+    Otherwise it would wait at its exit for the others, and they for it.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not jax.distributed.is_initialized():
+            raise
+        status = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
+        if not isinstance(error, SystemExit) and tells_of_a_lost_process(error):
+            reason = (str(error).splitlines() or [""])[0][:200]
+            print(
+                f"{prog}: error: another process was lost ({reason}): start them all again with --resume auto, to go on from "
+                "the newest checkpoint",
+                file=sys.stderr,
+            )
+        elif not isinstance(error, SystemExit):
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _store() -> Any:
+    return multihost.get_jax_distributed_client()

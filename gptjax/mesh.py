@@ -1,0 +1,221 @@
+"""The devices that a run computes on, and arrays laid out over them: what `gptjax.sharding`'s table means for a model."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from gptjax.errors import ConfigError
+from gptjax.models.config import GPT2Config
+from gptjax.models.params import WEIGHTS, Block, Params, axis_sizes
+from gptjax.sharding import MESH_AXES, RULES, kept
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How many devices share what; -1, for one of them, takes the devices that the others leave. 1, 1 and 1 is one device."""
+
+    data: int = 1
+    """Copies of the model, each with its share of every batch's rows."""
+    fsdp: int = 1
+    """Devices that share out the rows and, along one axis, every weight with its gradient and moments: fully sharded data
+    parallel. A layer's weights are gathered where it is computed."""
+    tensor: int = 1
+    """Devices that share out the heads, the MLP's hidden units and the vocabulary: it must divide model.num_heads."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ConfigError: a size is neither -1 nor at least 1, or two are -1.
+
+        """
+        for axis, size in zip(MESH_AXES, self.shape, strict=True):
+            if size < 1 and size != -1:
+                raise ConfigError(f"mesh.{axis} must be at least 1, or -1 for the rest of the devices, not {size}")
+        if self.shape.count(-1) > 1:
+            raise ConfigError("only one of mesh.data, mesh.fsdp and mesh.tensor can be -1, the rest of the devices")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(data, fsdp, tensor)."""
+        return self.data, self.fsdp, self.tensor
+
+
+def make_mesh(cfg: MeshConfig, model: GPT2Config, batch_size: int, devices: Sequence[Any] | None = None) -> Mesh | None:
+    """The mesh, or None for one device.
+
+    Args:
+        cfg: its shape.
+        model: what has to be cut evenly.
+        batch_size: rows of a micro-batch, on all devices together.
+        devices: what there is; by default all of JAX's. In one process some may stay idle.
+
+    Raises:
+        ConfigError: there are fewer devices, or something cannot be cut evenly; it lists what would work.
+
+    """
+    devices = jax.devices() if devices is None else devices
+    processes = len({device.process_index for device in devices})
+    shape = _resolve(cfg.shape, len(devices), processes)
+    _check(dict(zip(MESH_AXES, shape, strict=True)), model, batch_size, len(devices))
+    if len(devices) == 1 or (shape == (1, 1, 1) and processes == 1):
+        return None
+    used = list(devices)[: math.prod(shape)]
+    if used[0].platform == "tpu":  # neighbours in the mesh are neighbours in the machine
+        grid = mesh_utils.create_device_mesh(shape, used, allow_split_physical_axes=True)
+    else:
+        grid = np.array(used, dtype=object).reshape(shape)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def describe_mesh(mesh: Mesh) -> str:
+    """``8 devices: data 2 x fsdp 2 x tensor 2``."""
+    return f"{mesh.size} devices: " + " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+
+
+def _resolve(shape: tuple[int, ...], devices: int, processes: int) -> tuple[int, ...]:
+    """The shape with -1 replaced."""
+    named = " x ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, shape, strict=True))
+    known = math.prod(size for size in shape if size != -1)
+    if -1 in shape and devices % known == 0:
+        return tuple(devices // known if size == -1 else size for size in shape)
+    there_are = f"there {'is 1 device' if devices == 1 else f'are {devices} devices'}"
+    if -1 in shape:
+        divisors = _divisors(devices)
+        raise ConfigError(f"the mesh {named} leaves no whole rest: {there_are}, so the other two must multiply to {divisors}")
+    if known > devices:
+        raise ConfigError(
+            f"the mesh {named} takes {known} devices, but {there_are}: choose sizes that multiply to at most that"
+        )
+    if known < devices and processes > 1:
+        raise ConfigError(
+            f"the mesh {named} takes {known} devices, but {there_are} in {processes} processes, which must all take part: "
+            "make one size -1"
+        )
+    return shape
+
+
+def _check(shape: dict[str, int], model: GPT2Config, batch_size: int, devices: int) -> None:
+    """Every axis that `RULES` cut divides by its parts."""
+    sizes = axis_sizes(model) | {"H": model.num_heads}
+    for axis, rule in RULES.items():
+        for cut in (rule.used, rule.kept):
+            parts = math.prod(shape[name] for name in cut)
+            size = batch_size if axis == "B" else sizes.get(str(axis), parts)
+            if size % parts:
+                named = {"B": "data.batch_size", "H": "model.num_heads", "Vp": "model.vocab_size, padded to"}
+                what = named.get(str(axis), "model.channels" if size == model.channels else f"model.channels, whose {axis} is")
+                names = " x ".join(f"mesh.{name}" for name in cut)
+                choices = _divisors(size, devices)
+                raise ConfigError(
+                    f"{what} {size} does not divide by {names} = {parts}: of {devices} devices {choices} would do"
+                )
+
+
+def _divisors(size: int, most: int | None = None) -> str:
+    found = [str(n) for n in range(1, (most or size) + 1) if size % n == 0]
+    return " or ".join(filter(None, [", ".join(found[:-1]), found[-1]]))
+
+
+def param_shardings(mesh: Mesh, model: GPT2Config) -> Params:
+    """How each tensor is laid out, in the layout that ``model.layers`` runs on."""
+
+    def of(name: str, axes: tuple[str, ...]) -> Any:
+        if model.layers == "scan" or name not in Block._fields:
+            return NamedSharding(mesh, kept(axes))
+        return (NamedSharding(mesh, kept(axes[1:])),) * model.num_layers
+
+    return Params(*(of(name, weight.axes) for name, weight in WEIGHTS._asdict().items()))
+
+
+def shardings(mesh: Mesh, model: GPT2Config, tree: Any) -> Any:
+    """How a tree is laid out: whatever is shaped like the parameters as they are, the rest whole on every device."""
+    params, is_params = param_shardings(mesh, model), lambda x: isinstance(x, Params)
+    return jax.tree.map(lambda x: params if is_params(x) else replicated(mesh), tree, is_leaf=is_params)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def row_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
+    """The layout of tokens, (..., B, T): rows cut."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * (ndim - 2), RULES["B"].used, None))
+
+
+def abstract(mesh: Mesh | None, model: GPT2Config, tree: Any) -> Any:
+    """Shapes of a tree with the layout of `shardings`, of the kind that a function is lowered for; nothing is allocated."""
+    if mesh is None:
+        return tree
+    layout = shardings(mesh, model, tree)
+    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, layout)
+
+
+def row_share(mesh: Mesh | None, batch_size: int) -> tuple[int, int]:
+    """Which of how many equal shares of a batch's rows this process reads; processes that hold the same rows read the same.
+
+    Raises:
+        ConfigError: the devices lie so that processes hold unequal or overlapping rows.
+
+    """
+    if mesh is None:
+        return 0, 1
+    rows: dict[int, set[int]] = {}
+    places: dict[Any, Any] = dict(row_sharding(mesh, 2).devices_indices_map((batch_size, 1)))
+    for device, (where, _) in places.items():
+        rows.setdefault(device.process_index, set()).update(range(batch_size)[where])
+    groups = sorted({tuple(sorted(held)) for held in rows.values()})
+    if sorted(row for group in groups for row in group) != list(range(batch_size)) or len({*map(len, groups)}) > 1:
+        raise ConfigError(
+            f"data.batch_size {batch_size} cannot be shared out evenly among {len(rows)} processes on this mesh: "
+            "make mesh.tensor a divisor or a multiple of the devices of one process"
+        )
+    return groups.index(tuple(sorted(rows[jax.process_index()]))), len(groups)
+
+
+def place_rows(mesh: Mesh | None, batch: Any, shares: int = 1) -> Any:
+    """Arrays of tokens, (..., B / shares, T) in this process, laid out over the mesh as (..., B, T); as they are without one.
+
+    Args:
+        mesh: of all processes.
+        batch: a tree of NumPy arrays: this process's rows.
+        shares: into how many the rows are cut, see `row_share`; 1 where each process has all of them.
+
+    """
+    if mesh is None:
+        return batch
+
+    def place(x: Any) -> jax.Array:
+        shape = (*x.shape[:-2], x.shape[-2] * shares, x.shape[-1])
+        sharding = row_sharding(mesh, x.ndim)
+        places: dict[Any, Any] = dict(sharding.addressable_devices_indices_map(shape))
+        starts = {index[-2].indices(shape[-2])[0] for index in places.values()}
+        first = {start: i for i, start in enumerate(sorted(starts))}
+
+        def part(index: Any) -> Any:
+            start, stop, _ = index[-2].indices(shape[-2])
+            at = first[start] * (stop - start) if shares > 1 else start
+            return x[..., at : at + stop - start, :]
+
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return jax.tree.map(place, batch)
+
+
+def place(array: Any, sharding: Any) -> jax.Array:
+    """An array that every process has, in float32, laid out; on the default device where there is no layout."""
+    if sharding is None:
+        return jax.numpy.asarray(array, jax.numpy.float32)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: np.asarray(array[index], np.float32))
+
+
+def whole(mesh: Mesh | None, x: Any) -> Any:
+    """Arrays brought together, whole on every device, so that any process can read them; small ones only."""
+    return x if mesh is None else jax.jit(lambda x: x, out_shardings=replicated(mesh))(x)

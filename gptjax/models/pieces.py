@@ -1,0 +1,56 @@
+"""The classifier's rows, cut into pieces: on a mesh each device's share of the rows into as many."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from gptjax.ops import target_weights
+from gptjax.sharding import as_kept, as_used, parts
+
+
+def row_pieces(h: Float[Array, "B T C"], targets: Any, mask: Any, chunks: int, count: Any) -> list[tuple[Array, ...]]:
+    """(rows of h, targets, weights), flattened to (B T, ...) and cut into ``chunks`` pieces."""
+    weights = target_weights(targets, mask, count)
+    rows = h.reshape(-1, h.shape[-1]), targets.reshape(-1), weights.reshape(-1)
+    n = _shares()
+    size = -(-targets.size // (n * chunks))
+    if n == 1:
+        return [tuple(r[i : i + size] for r in rows) for i in range(0, targets.size, size)]
+    shares = [_share_out(r) for r in rows]
+    return [tuple(_put_together(r[:, i : i + size]) for r in shares) for i in range(0, targets.size // n, size)]
+
+
+def join_pieces(pieces: Sequence[Array], like: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
+    """Rows in `row_pieces`, put together in the shape of ``like``."""
+    if _shares() == 1:
+        return jnp.concatenate(pieces).reshape(like.shape)
+    return as_used(jnp.concatenate([_share_out(p) for p in pieces], 1).reshape(like.shape), "B", None, None)
+
+
+def sum_of_shares(f: Callable[..., Array], *rows: Array) -> Array:
+    """``f(*rows)``, of sums over rows, as one term a share, (n, ...): only the sum of all pieces' is sent, by `total`."""
+    if _shares() == 1:
+        return f(*rows)
+    return as_used(jax.vmap(f)(*(_share_out(r) for r in rows)), "B", "Vp", None)
+
+
+def total(terms: Array) -> Float[Array, "Vp C"]:
+    """The sum of `sum_of_shares`'s terms, cut as the weight is kept."""
+    return terms if _shares() == 1 else as_kept(terms.sum(0), "Vp", "C")
+
+
+def _shares() -> int:
+    return parts("data", "fsdp")
+
+
+def _share_out(rows: Array) -> Array:
+    """(n N, ...) -> (n, N, ...), one of the n for each share of the rows."""
+    return rows.reshape(_shares(), -1, *rows.shape[1:])
+
+
+def _put_together(shares: Array) -> Array:
+    rows = shares.reshape(-1, *shares.shape[2:])
+    return as_used(rows, "B", *[None] * (rows.ndim - 1))
