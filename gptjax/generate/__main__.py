@@ -149,7 +149,7 @@ def write(model: Model, prompts: list[str], args: Any) -> None:
     streaming = plain and len(samples) == 1
     if streaming:
         show(prompts[0])
-    began, made = time.perf_counter(), 0
+    began = time.perf_counter()
     chunk = 1 if streaming and sys.stdout.isatty() else CHUNK
     for texts in continued(model.params, samples, model.rules, jax.random.key(args.seed), args.max_new_tokens, chunk):
         if streaming:
@@ -165,7 +165,7 @@ def write(model: Model, prompts: list[str], args: Any) -> None:
         if len(samples) > 1:
             print(f"--- {i + 1} of {len(samples)} ---")
         show((prompt + sample.stream.text if plain else sample.listing(args.logprobs)) + "\n")
-    print(f"{made} tokens in {seconds:.1f} s, {made / seconds:,.0f} a second", file=sys.stderr)
+    print(f"{made} tokens in {seconds:.1f} s, compiling included", file=sys.stderr)
 
 
 def converse(model: Model, args: Any) -> None:
