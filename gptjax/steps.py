@@ -1,5 +1,6 @@
 """One training step and one evaluation step as compiled functions: the engine that the commands drive."""
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator
@@ -195,8 +196,12 @@ def run_step(compiled: CompiledStep, state: TrainState, batch: Batch, key: Any, 
     return TrainState(params, OptState(moments, step_state)), metrics
 
 
+@functools.cache
 def make_eval_loss(cfg: GPT2Config, mesh: Mesh | None = None) -> Any:
-    """A jitted ``(params, batch) -> (summed loss, targets counted)``, without dropout; every process has the whole batch."""
+    """A jitted ``(params, batch) -> (summed loss, targets counted)``, without dropout; every process has the whole batch.
+
+    The same function for the same arguments, so that it is compiled once.
+    """
 
     def eval_loss(params: Params, batch: Batch) -> tuple[Array, Array]:
         count = target_count(batch)
