@@ -87,10 +87,10 @@ def parse(config_class: type[T], prog: str, description: str, argv: list[str] | 
 
 
 @contextlib.contextmanager
-def reported_errors(prog: str) -> Iterator[None]:
+def reported_errors(prog: str, less: str = "lower data.batch_size") -> Iterator[None]:
     """Turn errors that a person can mend into one sentence on stderr and exit status 2, without a traceback.
 
-    SIGTERM ends the block as Ctrl-C does, so that what is half made is cleared away.
+    SIGTERM ends the block as Ctrl-C does, so that what is half made is cleared away. ``less`` says how to take less memory.
     """
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -109,11 +109,11 @@ def reported_errors(prog: str) -> Iterator[None]:
             prog, f"{error.filename or 'output'} cannot be used: {error.strerror}; free space or name another folder", BAD_INPUT
         )
     except MemoryError:
-        _exit(prog, "out of memory: lower data.batch_size or choose a smaller model", BAD_INPUT)
+        _exit(prog, f"out of memory: {less} or choose a smaller model", BAD_INPUT)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        _exit(prog, f"the device is out of memory: lower data.batch_size or set model.recompute block ({error})", BAD_INPUT)
+        _exit(prog, f"the device is out of memory: {less} or choose a smaller model ({error})", BAD_INPUT)
     finally:
         signal.signal(signal.SIGTERM, previous)
 

@@ -51,15 +51,17 @@ class Run(NamedTuple):
     records: list[dict[str, Any]]
 
     def column(self, key: str) -> np.ndarray:
-        """The values of the records that have ``key``; NaN where one was not finite."""
-        return np.array([math.nan if r[key] is None else r[key] for r in self.records if key in r], np.float64)
+        """The values of the records that have ``key``; NaN where one was not finite, or more than float32 holds."""
+        values = np.array([math.nan if r[key] is None else r[key] for r in self.records if key in r], np.float64)
+        return np.where(np.abs(values) > np.finfo(np.float32).max, math.nan, values)
 
     def horizontal(self, x: Horizontal, key: str) -> np.ndarray:
         """Where those records lie: steps, tokens, or seconds of training, without validations and samples."""
         if x == "steps":
             every = self.column("step")
         elif x == "tokens":
-            tokens = np.nanmedian(self.column("tokens_per_s") * self.column("ms")) / 1e3
+            timed = self.column("tokens_per_s") * self.column("ms")
+            tokens = np.median(timed[np.isfinite(timed)]) / 1e3 if np.isfinite(timed).any() else 0
             every = self.column("step") * round(tokens)
         else:
             every = np.nancumsum(self.column("ms")) / 1e3

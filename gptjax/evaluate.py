@@ -78,6 +78,8 @@ class EvaluateConfig:
                 raise ConfigError(f"{name} must be at least {value}, not {given}")
         if self.json and not Path(self.json).absolute().parent.is_dir():
             raise ConfigError(f"{self.json} cannot be written: there is no folder {Path(self.json).absolute().parent}")
+        if self.json and Path(self.json).is_dir():
+            raise ConfigError(f"{self.json} cannot be written: it is a folder")
 
     @property
     def wanted(self) -> int | None:
@@ -88,7 +90,7 @@ class EvaluateConfig:
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status 0; bad input raises SystemExit(2)."""
     began = time.perf_counter()
-    with cli.reported_errors(PROG):
+    with cli.reported_errors(PROG, "lower batch_size"):
         cfg, _ = cli.parse(EvaluateConfig, PROG, __doc__ or "", argv)
         cli.keep_freed_memory()
         cli.keep_compiled_programs()

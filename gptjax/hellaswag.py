@@ -7,6 +7,7 @@ the mean (acc_norm). llm.c's ``dev/data/hellaswag.py`` gives both, its C program
 import difflib
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,7 +54,8 @@ def find_questions(dataset: str, root: Path) -> Path | None:
 def _begins_with_endings(path: Path) -> bool:
     with path.open("rb") as file:
         try:
-            return "endings" in json.loads(file.readline(LONGEST_LINE))
+            first = next((line for line in iter(partial(file.readline, LONGEST_LINE), b"") if line.strip()), b"")
+            return "endings" in json.loads(first)
         except (ValueError, TypeError, RecursionError):
             return False
 

@@ -41,11 +41,12 @@ def main(argv: list[str] | None = None) -> int:
             raise ConfigError(f"--smooth must be at least 1, not {args.smooth}")
         output = output_path(args.output, args.runs)
         runs = read_runs(args.runs, note=lambda text: print(f"{'note':<10} {text}"))
-        picture = draw(runs, args.x, args.smooth)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with write_whole(output) as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of letters in a run's name that the font lacks
-            picture.savefig(file, format=output.suffix[1:].lower())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of letters in a run's name that the font lacks, of axes without extent
+            picture = draw(runs, args.x, args.smooth)
+            output.parent.mkdir(parents=True, exist_ok=True)
+            with write_whole(output) as file:
+                picture.savefig(file, format=output.suffix[1:].lower())
         for run in runs:
             print(f"{'run':<10} {run.name}: {summary(run)}")
         print(f"{'wrote':<10} {output}, {output.stat().st_size:,} bytes")

@@ -32,7 +32,7 @@ FAILED = 1  # exit status
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status: 0 done or stopped by a signal, 1 failed; bad input raises SystemExit(2)."""
-    with distributed.ending_together(PROG), cli.reported_errors(PROG):
+    with distributed.ending_together(PROG), cli.reported_errors(PROG, "lower data.batch_size, set model.recompute block"):
         cfg, file = cli.parse(Config, PROG, __doc__ or "", argv)
         cli.keep_freed_memory()
         cli.keep_compiled_programs()

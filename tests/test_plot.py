@@ -57,6 +57,16 @@ def test_one_run_is_drawn_in_its_folder_as_often_as_asked(tmp_path, capsys):
     assert f"wrote      {folder}/metrics.png, " in out
 
 
+@pytest.mark.parametrize("x", ["steps", "tokens", "time"])
+def test_numbers_that_cannot_be_drawn_are_left_out(tmp_path, capsys, x):
+    """Records without a time, a loss beyond float32, a run whose only step is 0."""
+    huge = {"step": 3, "loss": 1e308, "ms": 1, "tokens_per_s": 1}
+    timeless = write(tmp_path / "a", [*records(2, ms=None, tokens_per_s=None), huge])
+    start = write(tmp_path / "b", [{"step": 0, "loss": -1e308, "ms": 0, "tokens_per_s": 0}])
+    assert plot.main([timeless, start, "--x", x, "--output", str(tmp_path / "o.png")]) == 0
+    assert not capsys.readouterr().err
+
+
 def test_several_runs_are_drawn_here_or_where_asked(tmp_path, monkeypatch, capsys):
     one, other = (write(tmp_path / "runs" / name, records(5)) for name in ("a", "b"))
     monkeypatch.chdir(tmp_path)

@@ -7,6 +7,7 @@ A text that outgrows the model's context goes on from its newer part, at least h
 
 import contextlib
 import dataclasses
+import io
 import json
 import sys
 import time
@@ -41,10 +42,10 @@ class Model(NamedTuple):
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status 0; bad input raises SystemExit(2)."""
-    with cli.reported_errors(PROG):
+    with cli.reported_errors(PROG, "lower batch_size"):
         args: Any = _parser().parse_args(argv)
-        if args.max_new_tokens < 1 or args.num_samples < 1:
-            raise ConfigError("max_new_tokens and num_samples must be at least 1")
+        if min(args.max_new_tokens, args.num_samples, args.batch_size) < 1:
+            raise ConfigError("max_new_tokens, num_samples and batch_size must be at least 1")
         if not 0 <= args.seed < 2**32:
             raise ConfigError(f"seed must be from 0 to {2**32 - 1}, not {args.seed}")
         prompts = read_prompts(args)
@@ -69,7 +70,8 @@ def _parser() -> cli.Parser:
     add("--num_samples", default=1, type=int, help="continuations of each prompt")
     add("--max_new_tokens", default=256, type=int, help="length of a continuation, unless something ends it before")
     parser.add_class_arguments(Sampler)
-    add("--seed", default=0, type=int, help="the same seed gives the same text")
+    add("--seed", default=0, type=int, help="the same seed gives the same text, on one kind of device and in one dtype")
+    add("--batch_size", default=32, type=int, help="continuations made at a time; it changes none of them")
     add("--stop", nargs="+", default=[], type=str, help="text before which a continuation ends, or several")
     add("--ignore_end", action="store_true", help="go on after end-of-text, too")
     add("--show_tokens", action="store_true", help="list id and token, a line each, in place of the text")
@@ -101,18 +103,23 @@ def read_prompts(args: Any) -> list[str]:
         raise ConfigError("prompt, prompts and interactive each say what to continue: leave all but one out")
     if args.interactive and (args.json or args.show_tokens or args.logprobs or args.num_samples > 1):
         raise ConfigError("interactive shows one text as it comes: leave json, show_tokens, logprobs and num_samples out")
+    for text in [*args.prompt, *args.stop]:
+        if not text.isprintable() and any("\ud800" <= c <= "\udfff" for c in text):
+            raise DataError("prompt and stop must be UTF-8 text")
     if args.prompts is None:
         return args.prompt or [""]
+    if args.prompts == "-" and sys.stdin is None:
+        raise DataError("standard input is closed")
     try:
         data = sys.stdin.buffer.read() if args.prompts == "-" else Path(args.prompts).read_bytes()
-        lines = data.decode().splitlines()
+        text = io.StringIO(data.decode("utf-8-sig"), newline=None).read()
     except OSError as error:
         raise DataError(f"prompts {args.prompts} cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"prompts {args.prompts} is not UTF-8 text: {error.reason} at byte {error.start}") from error
-    if not lines:
+    if not text:
         raise DataError(f"prompts {args.prompts} holds no line")
-    return lines
+    return text.removesuffix("\n").split("\n")
 
 
 def load(args: Any) -> Model:
@@ -151,16 +158,19 @@ def write(model: Model, prompts: list[str], args: Any) -> None:
         show(prompts[0])
     began = time.perf_counter()
     chunk = 1 if streaming and sys.stdout.isatty() else CHUNK
-    for texts in continued(model.params, samples, model.rules, jax.random.key(args.seed), args.max_new_tokens, chunk):
-        if streaming:
-            show(texts[0])
+    for first in range(0, len(samples), args.batch_size):
+        some = samples[first : first + args.batch_size]
+        key = jax.random.key(args.seed)
+        for texts in continued(model.params, some, model.rules, key, args.max_new_tokens, chunk, first):
+            if streaming:
+                show(texts[0])
     seconds, made = time.perf_counter() - began, sum(len(sample.ids) for sample in samples)
     if streaming:
         show("\n")
     for i, sample in enumerate(samples if not streaming else []):
         prompt = prompts[i // args.num_samples]
         if args.json:
-            print(json.dumps({"prompt": prompt} | sample.record(args.logprobs), ensure_ascii=False))
+            print(json.dumps({"prompt": prompt} | sample.record(args.logprobs), ensure_ascii=False, allow_nan=False))
             continue
         if len(samples) > 1:
             print(f"--- {i + 1} of {len(samples)} ---")
@@ -194,7 +204,7 @@ def converse(model: Model, args: Any) -> None:
         with contextlib.suppress(KeyboardInterrupt):
             for texts in continued(model.params, [sample], model.rules, key, args.max_new_tokens, 1):
                 show(texts[0])
-        said += sample.ids
+        said += sample.seen()
         show("\n")
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from gptjax.errors import CheckpointError
 from gptjax.generate.sampling import Sampler, choose
 from gptjax.models.config import GPT2Config
 from gptjax.models.decode import decode, prefill
@@ -77,6 +78,7 @@ def generate(
     new_tokens: int,
     chunk: int = CHUNK,
     fetch: Callable[[Any], np.ndarray] = np.asarray,
+    first: int = 0,
 ) -> Iterator[Drawn]:
     """Continue each prompt by ``new_tokens``, a few at a time; a row that is done repeats its end, and when all are, it ends.
 
@@ -88,15 +90,17 @@ def generate(
         new_tokens: how many, at most.
         chunk: at most so many at a time, up to `CHUNK`.
         fetch: brings an array from the devices, where several processes have them.
+        first: index of the first row, among more than fit at once.
 
     Raises:
         ValueError: there is no prompt, or an empty one.
+        CheckpointError: the model's probabilities are not finite.
 
     """
     if not len(prompts) or not all(len(prompt) for prompt in prompts):
         raise ValueError("each prompt needs at least one id")
     context = rules.cfg.max_seq_len
-    keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(len(prompts)))
+    keys = jax.vmap(partial(jax.random.fold_in, key))(first + jnp.arange(len(prompts)))
     rows = [np.asarray(prompt).tolist() for prompt in prompts]
     done = np.zeros(len(rows), bool)
     state, starts, drawn = None, [0] * len(rows), 0
@@ -112,6 +116,8 @@ def generate(
             windows = [row[start:] for row, start in zip(rows, starts, strict=True)]
             state, tokens, logprobs = _start(params, *_padded(windows, rules, left), rules, keys, drawn, done)
         new = Drawn(fetch(tokens)[:, :count], fetch(logprobs)[:, :count])
+        if not np.isfinite(new.logprobs).all():
+            raise CheckpointError("the model gives probabilities that are not finite: it is damaged, or its training diverged")
         done = fetch(state.done)
         drawn += count
         for row, ids in zip(rows, new.tokens.tolist(), strict=True):

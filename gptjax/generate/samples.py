@@ -40,6 +40,12 @@ class Sample:
             text += self.stream.feed([], last=True)
         return text
 
+    def seen(self) -> list[int]:
+        """The ids of what can be seen of it: without end-of-text, and without a stop string."""
+        if self.finish == "stop":
+            return self.tokenizer.encode(self.stream.text) if self.stream.text else []
+        return self.ids[:-1] if self.finish == "end" else self.ids
+
     def record(self, logprobs: bool) -> dict[str, Any]:
         """It in JSON."""
         found = {"text": self.stream.text, "finish": self.finish, "ids": self.ids}
@@ -55,11 +61,11 @@ class Sample:
 
 
 def continued(
-    params: Params, samples: Sequence[Sample], rules: Rules, key: Any, new_tokens: int, chunk: int = CHUNK
+    params: Params, samples: Sequence[Sample], rules: Rules, key: Any, new_tokens: int, chunk: int = CHUNK, first: int = 0
 ) -> Iterator[list[str]]:
     """Let all samples grow until each is finished, yielding what each has gained in text; see `generate`."""
     left = new_tokens
-    for new in generate(params, [sample.prompt for sample in samples], rules, key, new_tokens, chunk):
+    for new in generate(params, [sample.prompt for sample in samples], rules, key, new_tokens, chunk, first=first):
         left -= new.tokens.shape[1]
         rows = zip(samples, new.tokens.tolist(), new.logprobs.tolist(), strict=True)
         yield [sample.take(ids, logprobs, rules.end, left == 0) for sample, ids, logprobs in rows]

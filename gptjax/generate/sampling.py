@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from gptjax.errors import ConfigError
 from gptjax.ops.precision import accumulation_dtype
 
+SMALLEST = 1e-6  # that a temperature or a top_p may be: what is smaller, float32 no longer tells from 0
 BLOCK = 128  # ids that are drawn from together
 
 
@@ -36,11 +37,12 @@ class Sampler:
             ConfigError: a number is out of its range.
 
         """
-        for name in ("temperature", "top_k"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ConfigError(f"{name} must be at least 0, not {getattr(self, name)}")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        if not (self.temperature == 0 or SMALLEST <= self.temperature <= 1 / SMALLEST):
+            raise ConfigError(f"temperature must be 0, or from {SMALLEST:g} to {1 / SMALLEST:g}, not {self.temperature}")
+        if self.top_k < 0:
+            raise ConfigError(f"top_k must be at least 0, not {self.top_k}")
+        if not SMALLEST <= self.top_p <= 1:
+            raise ConfigError(f"top_p must be from {SMALLEST:g} to 1, not {self.top_p}")
         if not 0 <= self.min_p <= 1:
             raise ConfigError(f"min_p must be from 0 to 1, not {self.min_p}")
 
@@ -52,7 +54,8 @@ def choose(keys: Key[Array, " B"], logits: Float[Array, "B V"], sampler: Sampler
         best = logits == logits.max(-1, keepdims=True)
         ids = jnp.arange(logits.shape[1], dtype=jnp.int32)
         return jnp.where(best, ids[None], ids[-1]).min(-1)  # the first of equals; faster than argmax on CPU
-    return draw(keys, filtered(logits / sampler.temperature, sampler))
+    below = logits - logits.max(-1, keepdims=True)  # first, or a low temperature magnifies how the best one is rounded
+    return draw(keys, filtered(below / sampler.temperature, sampler))
 
 
 def filtered(logits: Float[Array, "B V"], sampler: Sampler) -> Float[Array, "B V"]:

@@ -6,7 +6,9 @@ import pytest
 
 from gptjax import tokenizers
 from gptjax.formats import llmc
+from gptjax.generate import Sampler
 from gptjax.generate import __main__ as command
+from gptjax.ops.stored import OutIn, Quantized
 from tests.commands import expect_error
 from tests.models import tiny
 
@@ -58,10 +60,10 @@ def test_samples_of_several_prompts(generate):
 
 
 def test_prompts_from_a_file_and_from_standard_input(generate, tmp_path, monkeypatch):
-    (tmp_path / "prompts.txt").write_text("ab\nc\n")
-    expected = generate("--prompt", "ab", "c", "--json")
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfab\r\nc\x0cd\n")  # only line ends end a prompt
+    expected = generate("--prompt", "ab", "c\x0cd", "--json")
     assert generate("--prompts", tmp_path / "prompts.txt", "--json") == expected
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"ab\nc\n")))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"ab\nc\x0cd")))
     assert generate("--prompts", "-", "--json") == expected
 
 
@@ -87,19 +89,71 @@ def test_a_stop_string_and_the_options_that_change_what_is_drawn(generate):
     assert third not in stopped["text"]
 
 
-def test_eight_bit_weights(generate):
-    assert len(records(generate("--prompt", "ab", "--int8", "--json"))[0]["ids"]) == 8
+def loaded(model, *args):
+    """What the command makes of the checkpoint, given these options."""
+    return command.load(command._parser().parse_args(["--checkpoint", model, "--tokenizer", "byte", *args]))
 
 
-def test_a_session_keeps_what_was_said(model, capsys, monkeypatch):
-    lines = iter(["ab", "/reset", "ab", "c", "/end", "never read"])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-    arguments = ["--checkpoint", model, "--tokenizer", "byte", "--max_new_tokens", "6", "--temperature", "0", "--interactive"]
-    assert command.main(arguments) == 0
-    first, again, longer = capsys.readouterr().out.splitlines()[:3]
-    assert first == again
-    assert next(lines) == "never read"
-    assert longer  # of "ab", its answer and "c"
+def test_the_options_reach_the_model(model):
+    chosen = loaded(model, "--temperature", "0.5", "--top_k", "3", "--top_p", "0.6", "--min_p", "0.1")
+    assert chosen.rules.sampler == Sampler(0.5, 3, 0.6, 0.1)
+    assert chosen.rules.end == 256
+    assert loaded(model, "--ignore_end").rules.end is None
+    assert loaded(model, "--dtype", "bfloat16").rules.cfg.dtype == "bfloat16"
+    assert isinstance(loaded(model, "--int8").params.wte, Quantized)
+    assert isinstance(chosen.params.wte, OutIn)
+
+
+def test_a_batch_at_a_time_gives_the_same(generate):
+    together, apart = (generate("--prompt", "ab", "c", "d", "--batch_size", size, "--json") for size in (3, 2))
+    assert together == apart
+
+
+@pytest.fixture
+def session(model, capsys, monkeypatch):
+    """The output of a session in which these lines are typed, and the prompts that the model was given."""
+
+    def run(*lines, stops=()):
+        seen, typed = [], iter(lines)
+        continued = command.continued
+
+        def spy(params, samples, *args):
+            seen.append(bytes(samples[0].prompt))
+            return continued(params, samples, *args)
+
+        monkeypatch.setattr(command, "continued", spy)
+        monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+        arguments = ["--checkpoint", model, "--tokenizer", "byte", "--max_new_tokens", "4", "--temperature", "0"]
+        assert command.main([*arguments, "--interactive", *stops]) == 0
+        assert next(typed) == "never typed"
+        return capsys.readouterr().out, seen
+
+    return run
+
+
+def test_a_session_keeps_what_was_said(session):
+    out, (first, again, longer) = session("ab", "/reset", "ab", "c", "/end", "never typed")
+    assert first == again == b"ab"
+    assert longer.startswith(b"ab")
+    assert longer.endswith(b"\nc")
+    assert len(longer) == len("ab") + 4 + len("\nc")  # with the answer in between
+    assert out.split("\n")[0] == out.split("\n")[1]
+
+
+def test_ctrl_c_ends_the_answer_and_not_the_session(session, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "show", lambda text: None if text == "\n" else interrupted())
+    _, seen = session("ab", "/reset", "c", "/end", "never typed")
+    assert seen == [b"ab", b"c"]
+
+
+def test_control_characters_are_not_sent_to_a_terminal(capsys, monkeypatch):
+    command.show("a\x1b[2J")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    command.show("b\x1b\n")
+    assert capsys.readouterr().out == "a\x1b[2Jb\N{REPLACEMENT CHARACTER}\n"
 
 
 def test_a_session_ends_with_its_input(model, capsys, monkeypatch):
@@ -111,13 +165,14 @@ def test_a_session_ends_with_its_input(model, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--tokenizer", "byte", "--max_new_tokens", "0"], "max_new_tokens and num_samples must be at least 1"),
+        (["--tokenizer", "byte", "--max_new_tokens", "0"], "max_new_tokens, num_samples and batch_size must be at least 1"),
         (["--tokenizer", "byte", "--seed", "-1"], "seed must be from 0 to 4294967295, not -1"),
-        (["--tokenizer", "byte", "--top_p", "2"], "top_p must be above 0 and at most 1, not 2"),
+        (["--tokenizer", "byte", "--top_p", "2"], "top_p must be from 1e-06 to 1, not 2"),
         (["--tokenizer", "byte", "--temprature", "1"], "unknown option temprature: did you mean temperature?"),
         (["--tokenizer", "byte", "--prompt", "a", "--interactive"], "leave all but one out"),
         (["--tokenizer", "byte", "--json", "--interactive"], "interactive shows one text as it comes"),
         (["--tokenizer", "byte", "--prompts", "nowhere.txt"], "prompts nowhere.txt cannot be read: No such file"),
+        (["--tokenizer", "byte", "--prompt", "a\udcff"], "prompt and stop must be UTF-8 text"),
         (["--tokenizer", "nowhere.json"], "there is no tokenizer nowhere.json"),
         ([], "comes without a tokenizer: name it, as in --tokenizer gpt2"),
     ],
@@ -139,6 +194,12 @@ def test_prompts_that_cannot_be_used(model, tmp_path, content, message, capsys):
     (tmp_path / "prompts.txt").write_bytes(content)
     arguments = ["--checkpoint", model, "--tokenizer", "byte", "--prompts", str(tmp_path / "prompts.txt")]
     expect_error(command.main, arguments, message, capsys)
+
+
+def test_standard_input_that_is_closed(model, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    arguments = ["--checkpoint", model, "--tokenizer", "byte", "--prompts", "-"]
+    expect_error(command.main, arguments, "standard input is closed", capsys)
 
 
 def test_a_checkpoint_that_is_not_there(capsys):

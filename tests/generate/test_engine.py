@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gptjax.errors import CheckpointError
 from gptjax.generate import engine
 from gptjax.generate.engine import Rules, generate, sample, window_start
 from gptjax.generate.sampling import Sampler
@@ -142,6 +143,19 @@ def test_prompts_of_similar_length_share_a_program():
 def test_a_prompt_without_ids(prompts):
     with pytest.raises(ValueError, match="at least one id"):
         next(generate(params("unroll"), prompts, Rules(CFG, GREEDY, 11, None), KEY, 3))
+
+
+def test_rows_that_are_made_apart_are_the_same():
+    rules = Rules(CFG, DRAWN, 11, None)
+    together, _ = tokens(PROMPTS, rules, 9)
+    apart = list(generate(params("unroll"), PROMPTS[2:], rules, KEY, 9, first=2))
+    np.testing.assert_array_equal(np.concatenate([new.tokens for new in apart], 1), together[2:])
+
+
+def test_a_model_that_diverged_is_refused():
+    broken = params("unroll")._replace(lnfb=jnp.full(CFG.channels, jnp.nan))
+    with pytest.raises(CheckpointError, match="probabilities that are not finite"):
+        next(generate(broken, PROMPTS, Rules(CFG, GREEDY, 11, None), KEY, 3))
 
 
 def test_prefill_does_not_look_at_the_padding():

@@ -26,6 +26,14 @@ def test_it_ends_with_end_of_text_which_is_no_text():
     assert sample.finish == "end"
 
 
+def test_what_is_seen_is_without_what_ended_it():
+    ended, stopped, whole = Sample(BYTES, [1]), Sample(BYTES, [1], ["b."]), Sample(BYTES, [1])
+    ended.take([97, END], [0, 0], END, False)
+    take(stopped, b"ab.c", last=True)
+    take(whole, b"ab", last=True)
+    assert [ended.seen(), stopped.seen(), whole.seen()] == [[97], [97], [97, 98]]
+
+
 def test_it_goes_on_past_an_end_that_is_ignored():
     sample = Sample(BYTES, [1])
     assert sample.take([97, END, 98], [0, 0, 0], None, True) == "a<|endoftext|>b"

@@ -74,6 +74,15 @@ def test_a_temperature_of_zero_takes_the_first_of_the_best():
     assert choose(jax.random.split(jax.random.key(0), 3), logits, Sampler(0, 2, 0.5)).tolist() == [1, 0, 2]
 
 
+@pytest.mark.parametrize(
+    "sampler", [Sampler(1e-6, 0), Sampler(1.0, 0, 1e-6), Sampler(1.0, 1), Sampler(1.0, 0, 1.0, 1.0)], ids=str
+)
+def test_the_narrowest_settings_take_the_best(sampler):
+    """In float32, where the rounding of large logits must not be magnified."""
+    logits = jnp.asarray(RANDOM[None] * 100, jnp.float32).repeat(50, 0)
+    assert set(chosen(jax.random.split(jax.random.key(4), 50), logits, sampler).tolist()) == {int(RANDOM.argmax())}
+
+
 def test_rows_are_drawn_with_their_own_keys():
     keys = jax.random.split(jax.random.key(2), 4)
     logits = jnp.broadcast_to(RANDOM, (4, VOCAB))
@@ -86,10 +95,11 @@ def test_rows_are_drawn_with_their_own_keys():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"temperature": -0.1}, "temperature must be at least 0, not -0.1"),
-        ({"temperature": float("nan")}, "temperature must be at least 0, not nan"),
+        ({"temperature": -0.1}, "temperature must be 0, or from 1e-06 to 1e.06, not -0.1"),
+        ({"temperature": float("nan")}, "temperature must be 0, or from 1e-06 to 1e.06, not nan"),
+        ({"temperature": 1e-9}, "temperature must be 0, or from 1e-06 to 1e.06, not 1e-09"),
         ({"top_k": -1}, "top_k must be at least 0, not -1"),
-        ({"top_p": 0.0}, "top_p must be above 0 and at most 1, not 0.0"),
+        ({"top_p": 0.0}, "top_p must be from 1e-06 to 1, not 0.0"),
         ({"min_p": 1.5}, "min_p must be from 0 to 1, not 1.5"),
     ],
 )
