@@ -106,7 +106,7 @@ class GPT2Config:
             raise ConfigError(f"model.attention {self.attention} {obstacle}: choose auto, materialised or blockwise")
         attention, short = self.attention, SHORT_SEQUENCE.get(platform, SHORT_SEQUENCE_ELSEWHERE)
         if attention == "auto":
-            without = "materialised" if seq_len <= short else "blockwise"
+            without: Any = "materialised" if seq_len <= short else "blockwise"
             attention = next((kernel for kernel, obstacle in obstacles.items() if not obstacle), without)
         return dataclasses.replace(self, dtype=dtype, attention=attention)
 

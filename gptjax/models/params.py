@@ -134,6 +134,12 @@ def num_params(cfg: GPT2Config) -> int:
     return sum(map(math.prod, param_shapes(cfg))) - (cfg.padded_vocab_size - cfg.vocab_size) * cfg.channels
 
 
+def num_matrix_params(cfg: GPT2Config) -> int:
+    """Parameters that a token is multiplied with: of the blocks' matrices and the classifier, its padding included."""
+    shapes = param_shapes(cfg)
+    return math.prod(shapes.wte) + sum(math.prod(getattr(shapes, name)) for name in ("qkvw", "attprojw", "fcw", "fcprojw"))
+
+
 def flops_per_token(cfg: GPT2Config, seq_len: int) -> int:
     """FLOPs of forward and backward a token: 6 N + 12 L C T (llm.c's and PaLM's convention; N includes padding)."""
     return 6 * sum(map(math.prod, param_shapes(cfg))) + 12 * cfg.num_layers * cfg.channels * seq_len

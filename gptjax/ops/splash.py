@@ -45,6 +45,7 @@ def _kernel(T: int, H: int) -> Any:
 
     block = max(size for size in range(LANES, LARGEST_BLOCK + 1, LANES) if T % size == 0)
     names = "block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute"
-    sizes = kernel.BlockSizes(use_fused_bwd_kernel=True, **dict[str, Any].fromkeys(names, block))
+    blocks: dict[str, Any] = dict.fromkeys(names, block)
+    sizes = kernel.BlockSizes(use_fused_bwd_kernel=True, **blocks)
     mask = masks.MultiHeadMask([masks.CausalMask((T, T))] * H)
     return kernel.make_splash_mha_single_device(mask, block_sizes=sizes)
