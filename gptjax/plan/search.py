@@ -77,7 +77,7 @@ def make_plan(
         search: also the largest batch that fits.
 
     """
-    state, predicted = state_bytes(work, optimizer), saved_bytes(work) + working_bytes(work)
+    state, predicted = state_bytes(work, optimizer), temporary_bytes(work)
     memory, sent, source = state | {"temporaries": predicted}, step_collectives(work), PREDICTED
     found = compile_work(work, optimizer, backward, devices) if devices else None
     if isinstance(found, Compiled):
@@ -89,7 +89,8 @@ def make_plan(
     if search and isinstance(found, Compiled):
         largest, searched = _by_two(work, sum(memory.values()), capacity, optimizer, backward, devices or [])
     elif search:
-        largest, searched = largest_that(lambda rows: predicted_total(work.with_rows(rows), optimizer) <= capacity), "by shapes"
+        room = capacity - sum(state.values())
+        largest, searched = largest_that(lambda rows: temporary_bytes(work.with_rows(rows)) <= room), "by shapes"
     rated = topology.device and work.model.dtype == "bfloat16"
     return Plan(
         work=work,
@@ -109,9 +110,9 @@ def make_plan(
     )
 
 
-def predicted_total(work: Work, optimizer: Optimizer) -> int:
-    """Bytes on each device, by shapes."""
-    return sum(state_bytes(work, optimizer).values()) + saved_bytes(work) + working_bytes(work)
+def temporary_bytes(work: Work) -> int:
+    """Bytes on each device beside the state, by shapes."""
+    return saved_bytes(work) + working_bytes(work)
 
 
 def largest_that(fits: Callable[[int], bool]) -> int:

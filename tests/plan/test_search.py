@@ -5,11 +5,11 @@ from gptjax.models.config import GPT2Config
 from gptjax.optim import OptimConfig, make_optimizer
 from gptjax.plan import search
 from gptjax.plan.compiled import Compiled, TooLarge
-from gptjax.plan.predict import Work
+from gptjax.plan.predict import Work, state_bytes
 from gptjax.plan.topology import parse_topology
 
 OPTIMIZER = make_optimizer(OptimConfig(), 10)
-WORK = Work(GPT2Config(preset="124m").resolve("cuda", 1024), BatchShape(1, 8, 1024), (1, 4, 1))
+WORK = Work(GPT2Config(preset="124m", num_layers=2).resolve("cuda", 1024), BatchShape(1, 8, 1024), (1, 4, 1))
 
 
 @pytest.mark.parametrize("most", [0, 1, 2, 3, 7, 8, 1000])
@@ -20,8 +20,9 @@ def test_the_largest_that_fits(most):
 def test_the_largest_batch_by_shapes_fits_and_one_more_row_does_not():
     plan = search.make_plan(WORK, parse_topology("h100:4"), OPTIMIZER, "manual", None, 1e9, True)
     assert plan.source == search.PREDICTED
-    assert search.predicted_total(WORK.with_rows(plan.largest), OPTIMIZER) <= plan.capacity == 0.95 * 80e9
-    assert search.predicted_total(WORK.with_rows(plan.largest + 1), OPTIMIZER) > plan.capacity
+    room = 0.95 * 80e9 - sum(state_bytes(WORK, OPTIMIZER).values())
+    assert search.temporary_bytes(WORK.with_rows(plan.largest)) <= room
+    assert search.temporary_bytes(WORK.with_rows(plan.largest + 1)) > room
 
 
 def compiler(total_of):
