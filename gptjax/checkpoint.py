@@ -25,6 +25,7 @@ from jaxtyping import Array
 
 from gptjax import distributed
 from gptjax import mesh as meshes
+from gptjax.distributed import tells_of_a_lost_process
 from gptjax.errors import CheckpointError
 from gptjax.formats.lazy import collect
 from gptjax.models.config import DIMENSIONS, GPT2Config
@@ -249,10 +250,15 @@ def _checksums(tree: Any) -> Any:
 
 @contextlib.contextmanager
 def _write_errors(folder: Path) -> Iterator[None]:
-    """Turn what Orbax raises while writing into `CheckpointError`; the system's own words for it are deep in its message."""
+    """Turn what Orbax raises while writing into `CheckpointError`; the system's own words for it are deep in its message.
+
+    A process that is lost meanwhile is no fault of the disk: that goes on to `gptjax.distributed.ending_together`.
+    """
     try:
         yield
     except Exception as error:
+        if tells_of_a_lost_process(error):
+            raise
         known = (os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES))
         reason = next((words for words in known if words in str(error)), str(error)[:300] or type(error).__name__)
         raise CheckpointError(

@@ -5,6 +5,7 @@ import dataclasses
 from gptjax.data import Order
 from gptjax.distributed import DistributedConfig
 from gptjax.errors import ConfigError
+from gptjax.generate.sampling import Sampler
 from gptjax.mesh import MeshConfig
 from gptjax.models.config import GPT2Config
 from gptjax.optim import OptimConfig
@@ -63,9 +64,9 @@ class TrainConfig:
     """Tokens in a sample."""
     sample_prompt: str = "\n"
     """Text that a sample continues."""
-    sample_temperature: float = 0.8
+    sample_temperature: float = Sampler.temperature
     """Divides the logits before drawing; 0 takes the likeliest token."""
-    sample_top_k: int = 50
+    sample_top_k: int = Sampler.top_k
     """Draw among this many likeliest tokens; 0 for all."""
     checkpoint_every: int = 0
     """Steps between checkpoints; there is always one after the last step."""
@@ -89,6 +90,16 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """Where else a run's numbers, samples and configuration go, for people to look at; metrics.jsonl has the numbers always."""
+
+    tensorboard: bool = False
+    """Write TensorBoard events to runs/NAME/tensorboard, for `tensorboard --logdir runs`; needs gptjax[tensorboard]."""
+    wandb: str | None = None
+    """PROJECT or ENTITY/PROJECT of Weights & Biases to log to; WANDB_MODE=offline keeps it on disk. Needs gptjax[wandb]."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Everything that defines a training run."""
 
@@ -100,6 +111,8 @@ class Config:
     """The optimizer."""
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     """The loop."""
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
+    """Other places to log to."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     """The devices."""
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)

@@ -23,11 +23,10 @@ from gptjax.formats.lazy import tensor_names
 from gptjax.formats.safetensors import DTYPES
 from gptjax.formats.token_shards import FLAVOURS, open_shard
 from gptjax.models.params import num_params
-from gptjax.tokenizers import BytePairEncoding
+from gptjax.tokenizers import GPT2_IDS, BytePairEncoding
 from gptjax.weights import Format, Source, dtype_of, open_weights, write_weights
 
 PROG = "python -m gptjax.convert"
-GPT2_IDS = 50257
 NAMES = {"float32": "F32", "bfloat16": "BF16"}
 
 

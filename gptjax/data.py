@@ -1,6 +1,7 @@
 """Token shards -> batches: deterministic from a seed, prefetched, resumable at an exact position."""
 
 import bisect
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import grain
@@ -156,11 +157,13 @@ def validation_batches(shards: list[Shard], tokens: int, batch_size: int, seq_le
             f"the validation shards in {shards[0].path.parent} hold {total} tokens, but one sequence takes {seq_len + 1}: "
             "lower data.seq_len, or bring more text"
         )
-    count = min(len(windows), -(-tokens // seq_len))
-    batches = []
+    return list(in_order(windows, min(len(windows), -(-tokens // seq_len)), batch_size))
+
+
+def in_order(windows: Windows, count: int, batch_size: int) -> Iterator[Batch]:
+    """The first ``count`` windows in batches of (B, T); in the last one, what is beyond the count is masked out."""
     for begin in range(0, count, batch_size):
         rows = range(begin, begin + batch_size)
         batch = to_batch(np.stack([windows[min(i, count - 1)] for i in rows]))
         mask = np.array([i < count for i in rows], np.float32)
-        batches.append(batch._replace(mask=np.broadcast_to(mask[:, None], batch.targets.shape)))
-    return batches
+        yield batch._replace(mask=np.broadcast_to(mask[:, None], batch.targets.shape))

@@ -19,7 +19,7 @@ from orbax.checkpoint import multihost
 
 from gptjax.errors import ConfigError
 
-LOST = ("Gloo", "NCCL", "coordination service", "UNAVAILABLE", "Connection closed", "Connection reset", "heartbeat")
+LOST = ("Gloo", "NCCL", "coordination service", "UNAVAILABLE", "Connection closed", "Connection reset", "heartbeat", "barrier")
 PREPARING_HOURS = 12  # that process 0 may take to download and tokenize a corpus
 
 
@@ -175,6 +175,11 @@ class Stop:
         return step >= int(last)
 
 
+def tells_of_a_lost_process(error: BaseException) -> bool:
+    """Whether the error is, by its words, what JAX raises when another process is gone."""
+    return jax.distributed.is_initialized() and any(sign in str(error) for sign in LOST)
+
+
 @contextlib.contextmanager
 def ending_together(prog: str) -> Iterator[None]:
     """With several processes, end this one at once when the block fails, with a sentence if another is lost.
@@ -187,7 +192,7 @@ def ending_together(prog: str) -> Iterator[None]:
         if not jax.distributed.is_initialized():
             raise
         status = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
-        if not isinstance(error, SystemExit) and any(sign in str(error) for sign in LOST):
+        if not isinstance(error, SystemExit) and tells_of_a_lost_process(error):
             reason = (str(error).splitlines() or [""])[0][:200]
             print(
                 f"{prog}: error: another process was lost ({reason}): start them all again with --resume auto, to go on from "

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from gptjax.devices import device_of
-from gptjax.errors import naming
+from gptjax.errors import FormatError, naming
 from gptjax.optim import StepMetrics
 
 
@@ -71,6 +71,34 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return float("inf")  # a line cut off in the middle goes too
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a ``metrics.jsonl``, in the order of their steps, the last one of each step.
+
+    A last line that is cut off is left out: a run may be writing it.
+
+    Raises:
+        FormatError: another line is not the record of a step.
+        OSError: the file cannot be read.
+
+    """
+    records = {}
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                record = json.loads(line)
+                if not all(value is None or isinstance(value, int | float) for value in record.values()):
+                    raise TypeError
+                records[int(record["step"])] = record
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                if not line.endswith(b"\n"):
+                    break
+                raise FormatError(
+                    f"{path} is damaged: line {number} is not the record of a step, as in "
+                    '{"step": 1, "loss": 10.8}; remove that line'
+                ) from error
+    return [records[step] for step in sorted(records)]
 
 
 class Meter:

@@ -1,10 +1,22 @@
-"""One progress bar for what takes its time, bytes to fetch or characters to tokenize: on stderr, where that is a terminal."""
+"""Progress bars for what takes its time, on stderr, where that is a terminal."""
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+LINE_EVERY_S = 60.0
 
 
 @contextlib.contextmanager
@@ -22,3 +34,27 @@ def progress(what: str, total: int | None, done: int = 0) -> Iterator[Callable[[
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         task = bars.add_task(what, total=total, completed=done)
         yield lambda count: bars.update(task, advance=count)
+
+
+@contextlib.contextmanager
+def counting(what: str, total: int) -> Iterator[Callable[[int, str], None]]:
+    """Show how many of ``total`` are done: call what this yields with those just done, and how it stands in a few words.
+
+    Where stderr is no terminal, a line every `LINE_EVERY_S` seconds stands in for the bar.
+    """
+    columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}")
+    times = TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    with Progress(*columns, *times, console=console, transient=True, disable=not console.is_terminal) as bars:
+        task = bars.add_task("", total=total)
+        done, said = 0, time.monotonic()
+
+        def advance(count: int, standing: str) -> None:
+            nonlocal done, said
+            done += count
+            bars.update(task, completed=done, description=standing)
+            if not console.is_terminal and time.monotonic() - said >= LINE_EVERY_S:
+                said = time.monotonic()
+                console.print(f"{what} {done:,}/{total:,} | {standing}", markup=False)
+
+        yield advance

@@ -20,7 +20,8 @@ from gptjax.data import BatchShape, TrainingBatches, validation_batches
 from gptjax.datasets import TOKENIZER_FILE, Corpus
 from gptjax.distributed import DistributedConfig
 from gptjax.errors import CheckpointError, ConfigError, DataError, naming
-from gptjax.generate import sample
+from gptjax.generate import Sampler, sample
+from gptjax.loggers import check_installed
 from gptjax.mesh import describe_mesh, make_mesh, place_rows, row_share, whole
 from gptjax.metrics import human_bytes
 from gptjax.models.config import GPT2Config
@@ -61,6 +62,7 @@ def set_up(cfg: Config) -> Run:
         GptjaxError: anything about the configuration, the corpus or the folder that a person can mend.
 
     """
+    check_installed(cfg.log)
     distributed.start(cfg.distributed)
     start_jax(cfg.model)
     model = cfg.model.resolve(platform_name(), cfg.data.seq_len)
@@ -68,15 +70,7 @@ def set_up(cfg: Config) -> Run:
     share = row_share(mesh, cfg.data.batch_size)
     data = cfg.data
     find = partial(datasets.find_corpus, data.dataset, data.root, data.tokenizer, data.column, data.tokens)
-    corpus = distributed.first_then_others("corpus", find)
-    too_large = corpus.tokenizer is not None and corpus.tokenizer.vocab_size > model.vocab_size
-    if too_large and not (corpus.folder / TOKENIZER_FILE).exists():
-        corpus = corpus._replace(tokenizer=None)  # GPT-2's was assumed, and is not what made these ids
-    elif corpus.tokenizer and too_large:
-        raise DataError(
-            f"the tokenizer of {corpus.folder} has {corpus.tokenizer.vocab_size} ids, "
-            f"but model.vocab_size is {model.vocab_size}: raise it to at least that"
-        )
+    corpus = datasets.fitted(distributed.first_then_others("corpus", find), model.vocab_size)
     prompt_ids(corpus.tokenizer, cfg.train.sample_prompt)  # better now than after the last step
     shape = BatchShape(cfg.optim.accumulate, cfg.data.batch_size, cfg.data.seq_len)
     return Run(
@@ -171,15 +165,19 @@ def _identity(run: Run) -> dict[str, Any]:
     return values | {"the corpus": run.corpus.sha256}
 
 
+def resolved(run: Run) -> dict[str, Any]:
+    """The configuration with every ``auto`` decided, as nested dicts: what repeats the run."""
+    return dataclasses.asdict(dataclasses.replace(run.cfg, model=run.model, resume=None, distributed=DistributedConfig()))
+
+
 def make_folder(run: Run) -> None:
     """Make the run's folder, with the configuration as resolved and the tokenizer in it: in the first process."""
     if not distributed.is_first():
         return
     run.folder.mkdir(parents=True, exist_ok=True)
-    resolved = dataclasses.asdict(dataclasses.replace(run.cfg, model=run.model, resume=None, distributed=DistributedConfig()))
     path = run.folder / "config.yaml"
     with naming(path):
-        path.write_text(yaml.safe_dump(resolved, sort_keys=False))
+        path.write_text(yaml.safe_dump(resolved(run), sort_keys=False))
     if run.corpus.tokenizer:
         run.corpus.tokenizer.save(run.folder / TOKENIZER_FILE)
 
@@ -187,20 +185,17 @@ def make_folder(run: Run) -> None:
 def sample_text(run: Run, params: Params, step: int) -> str:
     """The configured prompt and what the model makes of it; ids where no tokenizer is known."""
     cfg, tokenizer = run.cfg.train, run.corpus.tokenizer
-    count = min(cfg.sample_tokens, run.model.max_seq_len - 1)
     prompt = prompt_ids(tokenizer, cfg.sample_prompt)
-    prompt = prompt[-(run.model.max_seq_len - count) :]
     ids = sample(
         params,
-        np.array([prompt], np.int32),
+        [prompt],
         jax.random.fold_in(run.key, step),
         cfg=run.model,
-        new_tokens=count,
-        temperature=cfg.sample_temperature,
-        top_k=cfg.sample_top_k,
-        allowed=tokenizer.vocab_size if tokenizer else run.model.vocab_size,
-    )
-    ids = whole(run.mesh, ids)[0].tolist()
+        new_tokens=cfg.sample_tokens,
+        sampler=Sampler(cfg.sample_temperature, cfg.sample_top_k),
+        allowed=tokenizer.vocab_size if tokenizer else None,
+        fetch=lambda x: np.asarray(whole(run.mesh, x)),
+    )[0].tolist()
     return tokenizer.decode(prompt + ids) if tokenizer else " ".join(map(str, ids))
 
 

@@ -1,6 +1,9 @@
 """One training step and one evaluation step as compiled functions: the engine that the commands drive."""
 
+import functools
+import itertools
 import math
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -10,10 +13,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
 from gptjax import mesh as meshes
+from gptjax.errors import CheckpointError
 from gptjax.models import gpt2
 from gptjax.models.config import GPT2Config
 from gptjax.models.gpt2 import Batch
 from gptjax.models.params import Params, init_params
+from gptjax.models.scoring import token_losses
 from gptjax.ops import IGNORE_INDEX
 from gptjax.optim import Optimizer, OptState, StepMetrics, init_opt_state, update_moments, update_params
 from gptjax.sharding import within
@@ -191,8 +196,12 @@ def run_step(compiled: CompiledStep, state: TrainState, batch: Batch, key: Any, 
     return TrainState(params, OptState(moments, step_state)), metrics
 
 
+@functools.cache
 def make_eval_loss(cfg: GPT2Config, mesh: Mesh | None = None) -> Any:
-    """A jitted ``(params, batch) -> (summed loss, targets counted)``, without dropout; every process has the whole batch."""
+    """A jitted ``(params, batch) -> (summed loss, targets counted)``, without dropout; every process has the whole batch.
+
+    The same function for the same arguments, so that it is compiled once.
+    """
 
     def eval_loss(params: Params, batch: Batch) -> tuple[Array, Array]:
         count = target_count(batch)
@@ -208,6 +217,26 @@ def evaluate(eval_loss: Any, params: Params, batches: list[Batch]) -> float:
     """Mean loss in nats over all targets that count in ``batches``."""
     sums = [eval_loss(params, batch) for batch in batches]
     return sum(float(total) for total, _ in sums) / max(sum(float(count) for _, count in sums), 1.0)
+
+
+compiled_losses = jax.jit(token_losses, static_argnames="cfg")
+
+
+def score(params: Params, batches: Iterable[Batch], cfg: GPT2Config) -> Iterator[tuple[Batch, np.ndarray]]:
+    """Each batch, and the loss of each of its targets times its mask: (B, T) float64 in nats, without dropout.
+
+    A batch's are fetched after the next one was dispatched. Batches of one shape are compiled once.
+
+    Raises:
+        CheckpointError: a loss is not finite.
+
+    """
+    dispatched: Iterator[Any] = ((batch, compiled_losses(params, batch._replace(mask=None), cfg)) for batch in batches)
+    for (batch, found), _ in itertools.pairwise(itertools.chain(dispatched, [None])):
+        scored = np.asarray(found, np.float64) * (1 if batch.mask is None else batch.mask)
+        if not np.isfinite(scored).all():
+            raise CheckpointError("the model gives losses that are not finite: it is damaged, or its training diverged")
+        yield batch, scored
 
 
 def bytes_per_device(tree: Any) -> int:

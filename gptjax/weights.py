@@ -119,14 +119,18 @@ def load_weights(where: str, cfg: GPT2Config | None = None, mesh: Mesh | None = 
 
     """
     source = open_weights(where)
-    found = source.cfg
     for name in DIMENSIONS if cfg else ():
-        if getattr(found, name) != getattr(cfg, name):
+        if getattr(source.cfg, name) != getattr(cfg, name):
             raise CheckpointError(
-                f"{where} has model.{name} {getattr(found, name)}, not {getattr(cfg, name)}: give it that value"
+                f"{where} has model.{name} {getattr(source.cfg, name)}, not {getattr(cfg, name)}: give it that value"
             )
-    cfg = cfg or found
+    cfg = cfg or source.cfg
+    return cfg, load_params(source, cfg, mesh)
 
+
+def load_params(source: Source, cfg: GPT2Config, mesh: Mesh | None = None) -> Params:
+    """The parameters of an opened model in float32, padded, in the layout of ``cfg``, whose dimensions are the model's."""
+    found = source.cfg
     layout = param_shardings(mesh, cfg) if mesh else Params(*[None] * len(Params._fields))
 
     def load(name: str, layout: Any) -> Any:
@@ -139,7 +143,7 @@ def load_weights(where: str, cfg: GPT2Config | None = None, mesh: Mesh | None = 
             return place(np.stack([np.asarray(layer, np.float32) for layer in layers]), layout)
         return tuple(place(layer, layout[0] if layout else None) for layer in layers)
 
-    return cfg, Params(*map(load, Params._fields, layout))
+    return Params(*map(load, Params._fields, layout))
 
 
 def write_weights(source: Source, path: Path, to: Format, dtype: np.dtype) -> None:

@@ -4,10 +4,14 @@ import atexit
 import os
 import shutil
 import tempfile
+from importlib.metadata import version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile far more than they compute: leave LLVM's slow passes out.
+# Tests compile far more than they compute: leave LLVM's slow passes out, and give it each program in one piece.
 FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+FAST_COMPILE += " --xla_cpu_parallel_codegen_split_count=1"
+if version("jaxlib").startswith("0.10."):  # emit fusions without MLIR; XLA ends a process whose flags it does not know
+    FAST_COMPILE += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILE}"
 
 # What one test has compiled, no other process of this session compiles again.

@@ -5,7 +5,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from gptjax.metrics import Display, Meter, MetricsFile, format_step, human_bytes, peak_flops
+from gptjax.errors import FormatError
+from gptjax.metrics import Display, Meter, MetricsFile, format_step, human_bytes, peak_flops, read_records
 from gptjax.optim import StepMetrics
 
 RECORD = {"step": 7, "loss": 4.1234, "grad_norm": 1.02, "lr": 6e-4, "ms": 612.34, "tokens_per_s": 418.2}
@@ -27,6 +28,25 @@ def test_resuming_drops_what_comes_after_the_checkpoint_and_a_line_cut_off(tmp_p
     file.write({"step": 3, "again": True})
     file.close()
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "again": true}\n'
+
+
+@pytest.mark.parametrize("cut", ["", '{"step": 4, "lo', '{"step": 4', "\0\0", '{"st\xff'])
+def test_records_are_read_while_a_line_is_being_written(tmp_path, cut):
+    path = tmp_path / "m.jsonl"
+    path.write_text(
+        '{"step": 1, "loss": 2.5}\n{"step": 3, "loss": 7}\n{"step": 2, "loss": null}\n{"step": 3, "loss": 1.5}\n' + cut
+    )
+    assert read_records(path) == [{"step": 1, "loss": 2.5}, {"step": 2, "loss": None}, {"step": 3, "loss": 1.5}]
+
+
+@pytest.mark.parametrize(
+    "line", ["", "x", "[1]", "7", "null", "{}", '{"step": null}', '{"step": "1"}', '{"step": 1, "loss": "2"}', "\0"]
+)
+def test_damaged_records_are_named(tmp_path, line):
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 1}\n' + line + '\n{"step": 3}\n')
+    with pytest.raises(FormatError, match=r"m\.jsonl is damaged: line 2 is not the record of a step"):
+        read_records(path)
 
 
 def test_a_full_disk_is_named(tmp_path):

@@ -10,15 +10,8 @@ from tests.conftest import ROOT
 
 PACKAGE = ROOT / "gptjax"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-COMMANDS = {
-    "train",
-    "bench.__main__",
-    "convert",
-    "plan.__main__",
-    "verify.__main__",
-    "datasets.__main__",
-    "tokenizers.__main__",
-}
+PACKAGES = {"verify", "bench", "generate", "plan", "datasets", "tokenizers"}
+COMMANDS = {"train", "convert", "evaluate", "plot"} | {f"{package}.__main__" for package in PACKAGES}
 LAYERS = {"errors": 0, "sharding": 0, "ops": 1, "models": 2}  # everything else 3, commands 4
 
 
@@ -70,6 +63,15 @@ def test_files_stay_short(path):
     assert len(path.read_text().splitlines()) <= limit
 
 
+def test_what_draws_and_logs_is_imported_where_it_is_used():
+    """A run pays for the extras' imports only if it asks for them; `gptjax.show` is the notebooks', and nothing imports it."""
+    assert not any("gptjax.show" in imports_of(path) for path in MODULES)
+    for path in set(MODULES) - {PACKAGE / "show.py"}:
+        for node in ast.parse(path.read_text()).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", "")]
+            assert not {str(name).split(".")[0] for name in names} & {"matplotlib", "tensorboard", "wandb"}, path
+
+
 def test_only_one_custom_vjp_and_it_is_the_binding():
     """Ops stay free of custom derivatives, or JAX's gradient of the forward would be no reference."""
     uses = {name_of(p): len(re.findall(r"custom_[vj][jv]p\b(?!``)", p.read_text())) for p in MODULES}
@@ -86,6 +88,7 @@ def test_every_module_has_a_test():
         "precision": "linear",
         "errors": "cli",
         "config": "train",
+        "curves": "plot",
         "progress": "download",
         "lazy": "convert",
         "torch_peer": "command",
@@ -94,7 +97,7 @@ def test_every_module_has_a_test():
         "devices": "floor",
     }
     covered_elsewhere |= {"__main__": "command", "gptjax": "structure"}
-    names = {name_of(p).split(".")[-1] for p in MODULES} - {"ops", "models", "formats", "verify", "bench", "plan"}
+    names = {name_of(p).split(".")[-1] for p in MODULES} - {"ops", "models", "formats", "verify", "bench", "generate", "plan"}
     assert {covered_elsewhere.get(n, n) for n in names} <= tests
 
 
@@ -106,4 +109,6 @@ def test_nothing_is_left_to_be_filled_in():
 def test_the_jupyter_example_runs(capsys):
     code = re.search(r"```python\n(.*?)```", (ROOT / "notebooks" / "README.md").read_text(), re.DOTALL)
     exec(code[1], {})
-    assert float(capsys.readouterr().out) < 1e-6
+    out = capsys.readouterr().out
+    assert out.count(" ok") == 16
+    assert "WRONG" not in out

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -237,6 +238,41 @@ def test_divergence_leaves_the_last_good_checkpoint(command, tmp_path, capsys):
         np.testing.assert_array_equal(a, b)
     assert run(*command, "--resume", "auto") == 0
     assert all(r["loss"] is not None for r in metrics(folder))
+
+
+# Other places to log to
+
+
+def test_tensorboard_gets_each_step_once_and_the_samples(command, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    args = [
+        *command,
+        "--log.tensorboard",
+        "true",
+        "--resume",
+        "auto",
+        "--train.checkpoint_every",
+        "4",
+        "--train.eval_every",
+        "0",
+    ]
+    assert run(*args, "--train.steps", "6", "--optim.schedule", "constant") == 0
+    folder = tmp_path / "runs" / "tiny"
+    shutil.rmtree(folder / "checkpoints" / "step_00000006")
+    assert run(*args, "--train.steps", "8", "--optim.schedule", "constant") == 0
+    read = accumulator.EventAccumulator(str(folder / "tensorboard")).Reload()
+    loss = [(event.step, event.value) for event in read.Scalars("train/loss")]
+    assert loss == [(r["step"], pytest.approx(r["loss"])) for r in metrics(folder)]
+    assert len(loss) == 8
+    assert [event.step for event in read.Tensors("sample")] == [6, 8]
+    assert "num_layers: 1" in read.Tensors("config")[-1].tensor_proto.string_val[0].decode()
+
+
+@pytest.mark.parametrize("package", ["tensorboard", "wandb"])
+def test_a_missing_logger_is_told_before_anything_is_made(command, tmp_path, capsys, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert_refused([*command, f"--log.{package}", "true"], f"log.{package} needs {package}: pip install", capsys)
+    assert not (tmp_path / "runs").exists()
 
 
 # The gradient checked while training

@@ -1,9 +1,10 @@
 """Time the real work of a configuration: ``python -m gptjax.bench --config configs/124m.yaml``.
 
-The training step by default, ``--what decode`` decoding, ``--what data`` the corpus. ``--compare`` adds the other ways that
-the step can be computed, ``--peer torch`` the same work in PyTorch. All of them run in turns, so that a noisy machine
-disturbs all alike. The floor is the step's matrix products at the rate of one, and one pass of AdamW over memory, both
-measured now. The batch is random ids, the weights are fresh ones.
+The training step by default, ``--what decode`` decoding, ``--what data`` the corpus, ``--what loop`` what training does beside
+its steps. ``--compare`` adds the other ways that the step can be computed, ``--peer torch`` the same work in PyTorch. All run
+in turns, so that a noisy machine disturbs all alike. The floor is the step's matrix products at the rate of one, and one pass
+of AdamW over memory, both measured now; of decoding, reading all weights once a token. The batch is random ids, the weights
+are fresh ones.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from typing import Any, Literal
 import jax
 
 from gptjax import cli
-from gptjax.bench import ceiling, data, steps, torch_peer
+from gptjax.bench import ceiling, data, loop, steps, torch_peer
 from gptjax.bench.profile import OpTime, profile
 from gptjax.bench.timing import Timing, in_turns
 from gptjax.config import Config
@@ -36,9 +37,11 @@ OPS = 12  # lines of a profile
 class BenchConfig(Config):
     """A training configuration, and what to time of it."""
 
-    what: Literal["step", "decode", "data"] = "step"
+    what: Literal["step", "decode", "data", "loop"] = "step"
     """step: the training step; decode: sampling with a cache, batch 1; data: tokenizing the configured corpus, and reading
-    batches from it."""
+    batches from it; loop: the steps between two validations, alone and with all that training does beside them."""
+    decode: bool = False
+    """Short for what decode."""
     compare: bool = False
     """Also the step with the other backward, layout, recomputation and attention."""
     peer: Literal["none", "torch"] = "none"
@@ -66,11 +69,14 @@ def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status."""
     with cli.reported_errors(PROG):
         cfg, _ = cli.parse(BenchConfig, PROG, __doc__ or "", argv)
+        cfg = dataclasses.replace(cfg, what="decode") if cfg.decode else cfg
         if cfg.json and not Path(cfg.json).absolute().parent.is_dir():
             raise ConfigError(f"{cfg.json} cannot be written: there is no folder {Path(cfg.json).absolute().parent}")
         cli.keep_freed_memory()
         if cfg.what == "data":
             record = time_data(cfg)
+        elif cfg.what == "loop":
+            record = time_loop(cfg)
         else:
             if cfg.peer == "torch":
                 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave a GPU's memory to both
@@ -109,7 +115,7 @@ def time_model(cfg: BenchConfig) -> dict[str, Any]:
     work = tokens * flops_per_token(model, cfg.data.seq_len)
     rows = [figures(timing, timings[0], tokens, floor, work / peak if peak else None) for timing in timings]
     print(table(rows))
-    rate = f"{best.flops / 1e9:,.0f} GFLOP/s, {best.bandwidth / 1e9:,.1f} GB/s"
+    rate = f"{best.flops / 1e9:,.0f} GFLOP/s, {best.bandwidth / 1e9:,.1f} GB/s, {best.reading / 1e9:,.1f} GB/s where only read"
     print(f"{'floor':<24} {floor * 1e3:.1f} ms at {rate}")
     record = {"device": device, "jax": jax.__version__, "tokens": tokens, "floor_ms": floor * 1e3} | best._asdict()
     record["rows"] = rows
@@ -128,7 +134,7 @@ def figures(timing: Timing, first: Timing, tokens: int, floor: float, ideal: flo
     return row if ideal is None else row | {"mfu": ideal / timing.median}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[dict[str, Any]], ratio: str = ".2f") -> str:
     """A line for each row; what no row has is left out."""
     columns = {
         "": ("name", 24, str),
@@ -140,7 +146,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "tokens/s": ("tokens_per_s", 9, "{:,.0f}".format),
         "MFU": ("mfu", 6, "{:.1%}".format),
         "/ floor": ("of_floor", 7, "{:.2f}".format),
-        "ratio": ("ratio", 5, "{:.2f}".format),
+        "ratio": ("ratio", 5, f"{{:{ratio}}}".format),
     }
     shown = {head: column for head, column in columns.items() if any(column[0] in row for row in rows)}
 
@@ -164,6 +170,28 @@ def profile_table(times: list[OpTime]) -> str:
     lines = [f"{'op':<44} {'ms':>9} {'share':>6} {'kernels':>7}"]
     lines += [f"{t.op[:44]:<44} {t.seconds * 1e3:>9.1f} {t.seconds / total:>6.1%} {t.kernels:>7,}" for t in top]
     return "\n".join(lines)
+
+
+def time_loop(cfg: BenchConfig) -> dict[str, Any]:
+    """Print milliseconds a step, with the spread of the rounds and the ratio to the steps alone.
+
+    Raises:
+        GptjaxError: the run cannot be set up as configured.
+
+    """
+    count = loop.length(cfg)
+    with loop.contenders(cfg) as found:
+        timings = in_turns(found, cfg.rounds)
+    tokens = cfg.optim.accumulate * cfg.data.batch_size * cfg.data.seq_len
+    rows: list[dict[str, Any]] = []
+    for timing in timings:
+        seconds = timing.median / count
+        ratio = timing.median / timings[0].median
+        rows.append({"name": timing.contender.name, "ms": seconds * 1e3, "spread": timing.spread})
+        rows[-1] |= {"tokens_per_s": tokens / seconds, "ratio": ratio}
+    print(f"{platform_name()} ({jax.devices()[0].device_kind}), {os.cpu_count()} cores, {count} steps of {tokens:,} tokens")
+    print(table(rows, ".3f"))
+    return {"steps": count, "tokens": tokens, "rows": rows}
 
 
 def time_data(cfg: BenchConfig) -> dict[str, Any]:

@@ -7,14 +7,15 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from gptjax import generate, steps
+from gptjax import steps
 from gptjax.bench.timing import Contender
 from gptjax.config import Config
 from gptjax.errors import ConfigError
+from gptjax.generate import Sampler, sample
 from gptjax.models.config import GPT2Config
+from gptjax.models.decode import store_for_decoding
 from gptjax.models.gpt2 import Batch
 from gptjax.models.params import init_params
 from gptjax.ops import ATTENTION_IMPLEMENTATIONS
@@ -22,6 +23,7 @@ from gptjax.optim import make_optimizer
 from gptjax.run import platform_name
 
 PROMPT, NEW = 16, 256  # tokens of a decoding
+GREEDY, COMMON = Sampler(temperature=0), Sampler(0.8, top_k=50, top_p=0.95)
 
 
 def random_batch(cfg: Config) -> Batch:
@@ -79,31 +81,28 @@ def step_contenders(cfg: Config, compare: bool) -> Iterator[Contender]:
 
 
 def decode_contenders(cfg: Config) -> Iterator[Contender]:
-    """Greedy decoding of `NEW` tokens after a prompt of `PROMPT`, with a cache.
+    """Decoding of `NEW` tokens after a prompt of `PROMPT`: greedy, with filters, and greedy with weights in 8 bits.
 
     Raises:
         ConfigError: the model has too few positions.
 
     """
-    model = cfg.model.resolve(platform_name(), min(cfg.data.seq_len, cfg.model.max_seq_len))
+    model = dataclasses.replace(cfg.model, layers="unroll")
+    model = model.resolve(platform_name(), min(cfg.data.seq_len, cfg.model.max_seq_len))
     if model.max_seq_len < PROMPT + NEW:
         raise ConfigError(f"decoding {NEW} tokens after {PROMPT} needs model.max_seq_len {PROMPT + NEW}")
-    for layers in ("unroll", "scan"):
-        choice = dataclasses.replace(model, layers=layers)
-        params = jax.jit(partial(init_params, cfg=choice))(jax.random.key(cfg.seed))
-        prompt = jnp.asarray(random_prompt(cfg))
-        sample = partial(generate.sample, cfg=choice, new_tokens=NEW, temperature=0.0)
+    fresh = jax.jit(partial(init_params, cfg=model))(jax.random.key(cfg.seed))
+    weights = {int8: store_for_decoding(fresh, model, int8) for int8 in (False, True)}
+    prompts = random_prompt(cfg).tolist()
+    drawn = f"top {COMMON.top_k}, top p {COMMON.top_p}"
+    for name, int8, sampler in ("greedy", False, GREEDY), (drawn, False, COMMON), ("greedy, int8", True, GREEDY):
+
+        def run(params: Any = weights[int8], sampler: Sampler = sampler) -> None:
+            sample(params, prompts, jax.random.key(0), cfg=model, new_tokens=NEW, sampler=sampler)
+
         began = time.perf_counter()
-        compiled = sample.func.lower(params, prompt, jax.random.key(0), **sample.keywords).compile()  # type: ignore[attr-defined]
-        facts = {
-            "compile_s": time.perf_counter() - began,
-            "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
-        }
-
-        def run(compiled: Any = compiled, params: Any = params, prompt: Any = prompt) -> None:
-            jax.block_until_ready(compiled(params, prompt, jax.random.key(0)))
-
-        yield Contender(f"cached, {layers}", run, facts)
+        run()
+        yield Contender(name, run, {"compile_s": time.perf_counter() - began})
 
 
 def random_prompt(cfg: Config) -> np.ndarray:

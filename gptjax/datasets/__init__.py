@@ -17,7 +17,7 @@ from gptjax.tokenizers import Tokenizer
 
 HASHED_IDS = 1 << 23  # from each end of a shard
 
-__all__ = ["CORPORA", "TOKENIZER_FILE", "Corpus", "find_corpus"]
+__all__ = ["CORPORA", "TOKENIZER_FILE", "Corpus", "find_corpus", "fitted", "holds_shards"]
 
 
 class Corpus(NamedTuple):
@@ -28,6 +28,11 @@ class Corpus(NamedTuple):
     val: list[Shard]
     tokenizer: Tokenizer | None
     sha256: str
+
+    @property
+    def tokenizer_is_kept(self) -> bool:
+        """Whether the folder says what made its ids; otherwise GPT-2's vocabulary is assumed."""
+        return (self.folder / TOKENIZER_FILE).exists()
 
 
 def find_corpus(
@@ -59,7 +64,7 @@ def find_corpus(
     path, root = Path(dataset), Path(root)
     if dataset in CORPORA:
         return _open(CORPORA[dataset](Wanted(root, tokenizer, tokens)), tokens)
-    if path.is_dir() and any(path.glob("*.bin")):
+    if holds_shards(path):
         found = _open(path, tokens)
         return found._replace(tokenizer=tokenizers.find(tokenizer)) if tokenizer else found
     if not path.exists() and not set(dataset) & set("*?["):
@@ -70,6 +75,28 @@ def find_corpus(
         )
     name = re.sub(r"\W+", "-", path.name.split(".")[0]).strip("-") or "text"
     return _open(prepare_text(find_files(dataset), root, name, tokenizer or "gpt2", column), tokens)
+
+
+def holds_shards(path: Path) -> bool:
+    """Whether `find_corpus` takes this for a folder of token shards."""
+    return path.is_dir() and any(path.glob("*.bin"))
+
+
+def fitted(corpus: Corpus, vocab_size: int) -> Corpus:
+    """The corpus for a model of ``vocab_size`` ids: without a tokenizer where GPT-2's was assumed, and made no such ids.
+
+    Raises:
+        DataError: the tokenizer that made the corpus has more ids than the model.
+
+    """
+    if not corpus.tokenizer or corpus.tokenizer.vocab_size <= vocab_size:
+        return corpus
+    if not corpus.tokenizer_is_kept:
+        return corpus._replace(tokenizer=None)
+    raise DataError(
+        f"the tokenizer of {corpus.folder} has {corpus.tokenizer.vocab_size} ids, "
+        f"but model.vocab_size is {vocab_size}: raise it to at least that, or use the corpus that belongs to this model"
+    )
 
 
 def _open(folder: Path, tokens: int | None) -> Corpus:

@@ -75,26 +75,26 @@ class BlockSaved(NamedTuple):
 
 
 def block_fwd(
-    w: Block, x: Float[Array, "B T C"], cfg: GPT2Config, attend: Any, key: Key[Array, ""] | None = None
+    w: Block, x: Float[Array, "B T C"], cfg: GPT2Config, attend: Any, key: Any = None, linear: Any = linear_fwd
 ) -> tuple[Float[Array, "B T C"], BlockSaved]:
     """One pre-norm transformer block: ``x += attention(layernorm(x))``, then ``x += mlp(layernorm(x))``.
 
     The only block body there is. ``attend(q, k, v) -> (o, saved)`` says what the queries look at: the sequence itself
-    in training and evaluation, a cache in decoding, where ``saved`` is the updated cache.
+    in training and evaluation, a cache in decoding, where ``saved`` is the updated cache. Decoding brings a ``linear``, too.
     """
     B, T, C = x.shape
     key1, key2 = (None, None) if key is None else jax.random.split(key)
     h1, ln1 = layernorm_fwd(x, w.ln1w, w.ln1b)
-    qkv, qkv_saved = linear_fwd(h1, by_heads(w.qkvw), by_heads(w.qkvb), axes=QKV)
+    qkv, qkv_saved = linear(h1, by_heads(w.qkvw), by_heads(w.qkvb), axes=QKV)
     o, att = attend(*split_heads(qkv, cfg.num_heads))
-    a, attproj = linear_fwd(o.reshape(B, T, C), w.attprojw, w.attprojb, axes=ATTPROJ)
+    a, attproj = linear(o.reshape(B, T, C), w.attprojw, w.attprojb, axes=ATTPROJ)
     a, drop1 = dropout_fwd(a, cfg.dropout, key1)
     x = x + a
     h2, ln2 = layernorm_fwd(x, w.ln2w, w.ln2b)
-    f, fc = linear_fwd(h2, w.fcw, w.fcb, axes=FC)
+    f, fc = linear(h2, w.fcw, w.fcb, axes=FC)
     g, gelu = gelu_fwd(f)
     g = checkpoint_name(g, "gelu")
-    m, fcproj = linear_fwd(g, w.fcprojw, w.fcprojb, axes=FCPROJ)
+    m, fcproj = linear(g, w.fcprojw, w.fcprojb, axes=FCPROJ)
     m, drop2 = dropout_fwd(m, cfg.dropout, key2)
     x = x + m
     return x, BlockSaved(ln1, qkv_saved, att, attproj, drop1, ln2, fc, gelu, fcproj, drop2)

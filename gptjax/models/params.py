@@ -148,7 +148,7 @@ def flops_per_token(cfg: GPT2Config, seq_len: int) -> int:
 def split_layers(params: Params) -> Any:
     """The blocks' tensors, layer by layer: L `Block`s from unrolled tensors, one stacked `Block` from stacked ones."""
     blocks = Block(*(getattr(params, name) for name in Block._fields))
-    return [Block(*tensors) for tensors in zip(*blocks, strict=True)] if isinstance(blocks.qkvw, tuple) else blocks
+    return [Block(*tensors) for tensors in zip(*blocks, strict=True)] if isinstance(blocks.ln1w, tuple) else blocks
 
 
 def join_layers(blocks: Any) -> Block:

@@ -93,7 +93,7 @@ def materialised_fwd(
     v: KeyHeads,
     rate: float = 0.0,
     key: Key[Array, ""] | None = None,
-    visible: Bool[Array, "T S"] | None = None,
+    visible: Bool[Array, "*any T S"] | None = None,
 ) -> tuple[Heads, MaterialisedSaved]:
     """``o = dropout(p) v`` with ``p = softmax(s)`` over the keys, ``s = q k^T / sqrt(D)`` where ``visible``, else -inf.
 

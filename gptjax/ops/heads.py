@@ -1,5 +1,7 @@
 """Queries, keys and values side by side -> heads, and back, so that a mesh can cut them between heads."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -8,11 +10,12 @@ from gptjax.sharding import as_kept, as_used, parts
 Heads = Float[Array, "B T H D"]
 
 
-def by_heads(x: Float[Array, "*rest QKV"]) -> Float[Array, "*rest QKV"]:
-    """Columns q k v -> q1 k1 v1 q2 k2 v2 ..., where part n holds the heads that the n-th device computes.
+def by_heads(x: Any) -> Any:
+    """(..., 3 C): columns q k v -> q1 k1 v1 q2 k2 v2 ..., where part n holds the heads that the n-th device computes.
 
     A cut of what GPT-2 keeps, all of q, then k, then v, would give one device q's heads and another k's. So the weight is kept
-    cut along its rows, and dealt out between the devices each time. Without a mesh there is one part, and x is returned.
+    cut along its rows, and dealt out between the devices each time. Without a mesh there is one part, and x, or a weight
+    stored in another way, is returned.
     """
     n = parts("tensor")
     if n == 1:

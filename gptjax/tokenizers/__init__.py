@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gptjax.errors import DataError, FormatError
 from gptjax.formats import llmc_tokenizer
-from gptjax.tokenizers.bpe import GPT2_PATTERN, BytePairEncoding, byte, gpt2, printable, train_bpe
+from gptjax.tokenizers.bpe import GPT2_IDS, GPT2_PATTERN, BytePairEncoding, byte, gpt2, printable, train_bpe
 from gptjax.tokenizers.characters import Characters, train_characters
 from gptjax.tokenizers.interface import END_OF_TEXT, Tokenizer
 
@@ -21,6 +21,7 @@ LARGEST_FILE = 1 << 28  # bytes
 __all__ = [
     "END_OF_TEXT",
     "FILE",
+    "GPT2_IDS",
     "GPT2_PATTERN",
     "BytePairEncoding",
     "Characters",
@@ -29,6 +30,7 @@ __all__ = [
     "find",
     "from_llmc",
     "gpt2",
+    "is_gpt2",
     "load",
     "printable",
     "train_bpe",
@@ -54,6 +56,14 @@ def find(which: str | os.PathLike[str]) -> Tokenizer:
     if not path.exists():
         raise DataError(f"there is no tokenizer {path}: gpt2, byte, or a file or a folder with {FILE} is expected")
     return from_llmc(path) if llmc_tokenizer.is_tokenizer(path) else load(path)
+
+
+def is_gpt2(tokenizer: Tokenizer) -> bool:
+    """Whether its ids are GPT-2's; judged by their number alone where GPT-2's vocabulary cannot be had (see `gpt2`)."""
+    try:
+        return tokenizer.vocab_size == GPT2_IDS and tokenizer.pieces == gpt2().pieces
+    except DataError:
+        return True
 
 
 def load(path: str | os.PathLike[str]) -> Tokenizer:

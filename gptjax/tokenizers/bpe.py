@@ -13,6 +13,7 @@ from gptjax.errors import DataError
 from gptjax.tokenizers.interface import END_OF_TEXT, Tokenizer
 
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+GPT2_IDS = 50257
 LARGEST = 1 << 20  # ids
 LONGEST_RUN = 1 << 19  # of blanks; tiktoken's regular expression panics from about 2 ** 20 on
 BLANKS = re.compile(r"\s+")

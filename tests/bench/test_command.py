@@ -70,10 +70,11 @@ def test_what_is_configured_comes_first_and_is_not_repeated():
     assert names[4:] == ["recompute none", "recompute gelu", "attention materialised", "attention cudnn", "attention splash"]
 
 
-def test_decoding(capsys, monkeypatch):
+@pytest.mark.parametrize("option", [["--what", "decode"], ["--decode", "true"]])
+def test_decoding(option, capsys, monkeypatch):
     monkeypatch.setattr(steps, "NEW", 4)
-    assert command.main([*TINY, "--what", "decode"]) == 0
-    assert rows(capsys.readouterr().out)[2:] == ["cached, unroll", "cached, scan", "floor"]
+    assert command.main([*TINY, *option]) == 0
+    assert rows(capsys.readouterr().out)[2:] == ["greedy", "top 50, top p 0.95", "greedy, int8", "floor"]
 
 
 def test_the_peer(capsys, monkeypatch):

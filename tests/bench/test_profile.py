@@ -18,7 +18,7 @@ def test_kernels_add_up_by_op_without_their_numbers():
 
 def test_a_matrix_product_takes_the_time():
     x = jnp.ones((600, 600), jnp.float32)
-    f = jax.jit(lambda x: jnp.sin(x @ x @ x))
+    f = jax.jit(lambda x: jnp.sin((x @ x @ x)[:8]))
     jax.block_until_ready(f(x))
     found = profile(lambda: jax.block_until_ready(f(x)))
     assert found[0].seconds > 0

@@ -25,10 +25,11 @@ from gptjax import tokenizers
 from gptjax.convert import inspect
 from gptjax.datasets.text import pieces
 from gptjax.errors import GptjaxError
-from gptjax.formats import hf, hf_tokenizer, llmc, llmc_tokenizer, safetensors
+from gptjax.formats import hf, hf_tokenizer, llmc, llmc_eval, llmc_tokenizer, safetensors
 from gptjax.formats.token_shards import open_shard, write_shard
 from gptjax.models.params import Params, param_shapes
 from gptjax.weights import open_weights
+from tests.formats.test_llmc_eval import EXAMPLE, evaluation_file
 from tests.models import tiny
 
 CASES = int(os.environ.get("GPTJAX_FUZZ", "40"))
@@ -133,6 +134,11 @@ FORMATS = {
         tokenizers.train_characters(["the cat"]).save,
         lambda p: tokenizers.find(str(p)).decode([0, 1, 2]),
     ),
+    "llm.c evaluation file": (
+        "e.bin",
+        lambda p: p.write_bytes(evaluation_file([EXAMPLE, EXAMPLE])),
+        lambda p: [question.endings[question.label] for question in llmc_eval.read_questions(p)],
+    ),
     "Parquet": ("a.parquet", write_table, lambda p: list(pieces([p]))),
     "gzip": ("a.txt.gz", lambda p: p.write_bytes(gzip.compress(b"some text " * 9, mtime=0)), lambda p: list(pieces([p]))),
     "Zstandard": (
@@ -143,7 +149,8 @@ FORMATS = {
     "JSON lines": ("a.jsonl", lambda p: p.write_text(json.dumps({"text": "a"}) + "\n"), lambda p: list(pieces([p]))),
     "anything": ("m.bin", lambda p: llmc.write_model(p, PARAMS, CFG), lambda p: inspect(str(p))),
 }
-EXTREME = [0, 1, -1, 2, 7, 255, 2**15, 2**16, 2**24, 2**31 - 1, -(2**31), 20240326, 20240327, 20240520, 20240801, 20240328]
+MAGIC = [20240326, 20240327, 20240520, 20240801, 20240328, 20240522]
+EXTREME = [0, 1, -1, 2, 7, 255, 2**15, 2**16, 2**24, 2**31 - 1, -(2**31), *MAGIC]
 
 
 NUMBERS = [b"0", b"-1", b"3", b"200000", b"16777217", b"1" * 30, b"1e400", b"0.5", b"null", b"true", b'""', b"[" * 3000]

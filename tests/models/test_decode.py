@@ -1,29 +1,44 @@
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gptjax.models import gpt2
-from gptjax.models.decode import decode, init_cache
+from gptjax.models.decode import decode, prefill, store_for_decoding
 from tests.models import tiny
 
+PADDING = jnp.array([0, 2, 3], jnp.int32)  # of prompts of 4, 2 and 1 ids
 
+
+@pytest.mark.parametrize("stored", [False, True])
 @pytest.mark.parametrize("layers", ["unroll", "scan"])
-def test_cached_logits_equal_uncached_at_every_position(layers):
-    """A prompt of 4, then a piece of 2, then one token at a time, in a cache longer than the sequence."""
+def test_cached_logits_equal_uncached_at_every_position(layers, stored):
+    """Prompts of different lengths in one batch, then one token at a time, in a cache longer than the sequences."""
     cfg = tiny.config(layers=layers)
-    params, tokens = tiny.params(cfg), tiny.batch(cfg, B=3, T=9).inputs
-    cache, out, start = init_cache(cfg, 3, 12), [], 0
-    for size in (4, 2, 1, 1, 1):
-        piece, cache = decode(params, tokens[:, start : start + size], cache, jnp.int32(start), cfg)
-        out.append(piece)
-        start += size
-    np.testing.assert_allclose(jnp.concatenate(out, axis=1), gpt2.logits(params, tokens, cfg), rtol=1e-12, atol=1e-14)
+    params, tokens = tiny.params(cfg), tiny.batch(cfg, B=3, T=11).inputs
+    weights = store_for_decoding(params, cfg) if stored else params
+    logits, cache = jax.jit(prefill, static_argnames=("slots", "cfg"))(weights, tokens[:, :4], PADDING, slots=13, cfg=cfg)
+    step = jax.jit(decode, static_argnames="cfg")
+    for end in range(4, 12):
+        for row, padding in enumerate(PADDING.tolist()):
+            alone = gpt2.logits(params, tokens[row : row + 1, padding:end], cfg)
+            np.testing.assert_allclose(logits[row], alone[0, -1], rtol=1e-12, atol=1e-14)
+        if end < 11:
+            logits, cache = step(weights, tokens[:, end], PADDING, cache, jnp.int32(end), cfg=cfg)
+
+
+def test_weights_of_eight_bits_give_nearly_the_same_logits():
+    cfg = tiny.config(dtype="float32")
+    params, tokens = tiny.params(cfg, jnp.float32), tiny.batch(cfg, B=3, T=4).inputs
+    exact, _ = prefill(params, tokens, PADDING, 4, cfg)
+    nearly, _ = prefill(store_for_decoding(params, cfg, int8=True), tokens, PADDING, 4, cfg)
+    error = np.linalg.norm(nearly - exact) / np.linalg.norm(exact)
+    assert 1e-4 < error < 2e-2
 
 
 def test_cache_is_kept_in_the_compute_dtype():
-    cfg = dataclasses.replace(tiny.CONFIG, dtype="bfloat16", layers="scan")
-    cache = init_cache(cfg, 2, 5)
-    assert {(x.shape, x.dtype.name) for x in jax.tree.leaves(cache)} == {((2, 2, 5, 2, 4), "bfloat16")}
+    cfg = tiny.config(dtype="bfloat16", layers="scan")
+    params = tiny.params(cfg, jnp.float32)
+    _, cache = prefill(params, jnp.ones((2, 3), jnp.int32), jnp.zeros(2, jnp.int32), 5, cfg)
+    assert {(x.shape, x.dtype.name) for x in jax.tree.leaves(cache)} == {((2, 2, 2, 5, 4), "bfloat16")}
+    assert {x.dtype.name for x in jax.tree.leaves(store_for_decoding(params, cfg).qkvw)} == {"bfloat16"}

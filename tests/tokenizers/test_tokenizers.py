@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import dataclasses
 import json
 import re
 import tracemalloc
@@ -36,6 +37,23 @@ def test_llm_cs_file_is_found_by_its_magic(tmp_path):
 def test_gpt2_is_found(monkeypatch):
     monkeypatch.setattr(tokenizers, "gpt2", lambda: "the real one")
     assert tokenizers.find("gpt2") == "the real one"
+
+
+def test_which_ids_are_gpt2s(monkeypatch):
+    """Another vocabulary of as many ids is not; where GPT-2's own cannot be had, their number has to do."""
+    own = dataclasses.replace(tokenizers.byte(), tokens=(*tokenizers.byte().tokens, *(b"%06d" % n for n in range(50_000))))
+    assert own.vocab_size == tokenizers.GPT2_IDS
+    monkeypatch.setattr(tokenizers, "gpt2", lambda: dataclasses.replace(own, name="gpt2"))
+    assert tokenizers.is_gpt2(own)
+    assert not tokenizers.is_gpt2(tokenizers.byte())
+    monkeypatch.setattr(tokenizers, "gpt2", lambda: dataclasses.replace(own, tokens=(*own.tokens[:-1], b"more")))
+    assert not tokenizers.is_gpt2(own)
+
+    def not_to_be_had():
+        raise DataError("no network")
+
+    monkeypatch.setattr(tokenizers, "gpt2", not_to_be_had)
+    assert tokenizers.is_gpt2(own)
 
 
 @pytest.mark.parametrize("which", ["gpt3", "nowhere/tokenizer.json"])

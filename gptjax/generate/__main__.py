@@ -1,0 +1,210 @@
+"""Continue text: ``python -m gptjax.generate --checkpoint runs/124m --prompt "Once upon a time"``.
+
+The checkpoint is a run, a Hugging Face GPT-2 folder, an llm.c model ``.bin``, safetensors in our names, or ``hf:NAME`` on the
+hub. A single text is shown token by token, several of them once they are whole. Without a prompt the model begins by itself.
+A text that outgrows the model's context goes on from its newer part, at least half a context, which is read anew.
+"""
+
+import contextlib
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from gptjax import cli, tokenizers
+from gptjax.errors import ConfigError, DataError
+from gptjax.generate.engine import CHUNK, Rules
+from gptjax.generate.samples import Sample, continued
+from gptjax.generate.sampling import Sampler
+from gptjax.models.config import GPT2Config
+from gptjax.models.decode import store_for_decoding
+from gptjax.models.params import Params
+from gptjax.run import platform_name, prompt_ids, start_jax
+from gptjax.tokenizers import Tokenizer
+from gptjax.weights import load_params, open_weights
+
+PROG = "python -m gptjax.generate"
+RESET, END = "/reset", "/end"  # what an interactive session understands
+
+
+class Model(NamedTuple):
+    """A model that is ready to generate."""
+
+    params: Params
+    tokenizer: Tokenizer
+    rules: Rules
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Returns the exit status 0; bad input raises SystemExit(2)."""
+    with cli.reported_errors(PROG):
+        args: Any = _parser().parse_args(argv)
+        if args.max_new_tokens < 1 or args.num_samples < 1:
+            raise ConfigError("max_new_tokens and num_samples must be at least 1")
+        if not 0 <= args.seed < 2**32:
+            raise ConfigError(f"seed must be from 0 to {2**32 - 1}, not {args.seed}")
+        prompts = read_prompts(args)
+        cli.keep_freed_memory()
+        cli.keep_compiled_programs()
+        cli.quiet_libraries()
+        cli.replace_unprintable()
+        model = load(args)
+        if args.interactive:
+            converse(model, args)
+        else:
+            write(model, prompts, args)
+    return 0
+
+
+def _parser() -> cli.Parser:
+    parser = cli.Parser(prog=PROG, description=__doc__)
+    add = parser.add_argument
+    add("--checkpoint", required=True, type=str, help="the model: see above")
+    add("--prompt", nargs="+", default=[], type=str, help="text to continue, or several")
+    add("--prompts", type=str | None, help="file with a prompt a line; - is standard input")
+    add("--num_samples", default=1, type=int, help="continuations of each prompt")
+    add("--max_new_tokens", default=256, type=int, help="length of a continuation, unless something ends it before")
+    parser.add_class_arguments(Sampler)
+    add("--seed", default=0, type=int, help="the same seed gives the same text")
+    add("--stop", nargs="+", default=[], type=str, help="text before which a continuation ends, or several")
+    add("--ignore_end", action="store_true", help="go on after end-of-text, too")
+    add("--show_tokens", action="store_true", help="list id and token, a line each, in place of the text")
+    add("--logprobs", action="store_true", help="also list the log-probability that the model gave each token")
+    add("--json", action="store_true", help="write one JSON object a continuation, a line each")
+    add(
+        "--interactive", action="store_true", help=f"go on with what you type, line by line; {RESET} forgets it all, {END} ends"
+    )
+    add("--tokenizer", type=str | None, help="gpt2, byte or a tokenizer file, for a checkpoint that comes without one")
+    add(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float64"],
+        help="of what is computed, and of weights",
+    )
+    add("--int8", action="store_true", help="keep the weights in 8 bits: faster, a little less exact")
+    return parser
+
+
+def read_prompts(args: Any) -> list[str]:
+    """What to continue; one empty prompt where nothing is given.
+
+    Raises:
+        ConfigError: prompts are given in two ways.
+        DataError: the file cannot be read, is not UTF-8, or is empty.
+
+    """
+    if sum([bool(args.prompt), args.prompts is not None, args.interactive]) > 1:
+        raise ConfigError("prompt, prompts and interactive each say what to continue: leave all but one out")
+    if args.interactive and (args.json or args.show_tokens or args.logprobs or args.num_samples > 1):
+        raise ConfigError("interactive shows one text as it comes: leave json, show_tokens, logprobs and num_samples out")
+    if args.prompts is None:
+        return args.prompt or [""]
+    try:
+        data = sys.stdin.buffer.read() if args.prompts == "-" else Path(args.prompts).read_bytes()
+        lines = data.decode().splitlines()
+    except OSError as error:
+        raise DataError(f"prompts {args.prompts} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"prompts {args.prompts} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    if not lines:
+        raise DataError(f"prompts {args.prompts} holds no line")
+    return lines
+
+
+def load(args: Any) -> Model:
+    """The checkpoint as `store_for_decoding` keeps it, and its tokenizer.
+
+    Raises:
+        GptjaxError: there is none, it is damaged, or its tokenizer is not known or not its own.
+
+    """
+    sampler = Sampler(**{field.name: args[field.name] for field in dataclasses.fields(Sampler)})
+    source = open_weights(args.checkpoint)
+    tokenizer = tokenizers.find(args.tokenizer) if args.tokenizer else source.tokenizer
+    if not tokenizer:
+        reason = f" ({source.note})" if source.note else ""
+        raise ConfigError(f"{args.checkpoint} comes without a tokenizer{reason}: name it, as in --tokenizer gpt2")
+    if tokenizer.vocab_size > source.cfg.vocab_size:
+        raise ConfigError(
+            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, more than the {source.cfg.vocab_size} of "
+            f"{args.checkpoint}: it was trained with another"
+        )
+    wanted = dataclasses.replace(source.cfg, dtype=args.dtype, layers="unroll", attention="auto", dropout=0.0)
+    start_jax(wanted)
+    cfg: GPT2Config = wanted.resolve(platform_name(), 1)
+    params = load_params(source, cfg)
+    end = None if args.ignore_end else tokenizer.end_of_text
+    return Model(store_for_decoding(params, cfg, args.int8), tokenizer, Rules(cfg, sampler, tokenizer.vocab_size, end))
+
+
+def write(model: Model, prompts: list[str], args: Any) -> None:
+    """Continue each prompt ``num_samples`` times, and print what comes of it."""
+    ids = [prompt_ids(model.tokenizer, prompt) for prompt in prompts]
+    samples = [Sample(model.tokenizer, ids[i], args.stop) for i in range(len(ids)) for _ in range(args.num_samples)]
+    plain = not (args.json or args.show_tokens or args.logprobs)
+    streaming = plain and len(samples) == 1
+    if streaming:
+        show(prompts[0])
+    began = time.perf_counter()
+    chunk = 1 if streaming and sys.stdout.isatty() else CHUNK
+    for texts in continued(model.params, samples, model.rules, jax.random.key(args.seed), args.max_new_tokens, chunk):
+        if streaming:
+            show(texts[0])
+    seconds, made = time.perf_counter() - began, sum(len(sample.ids) for sample in samples)
+    if streaming:
+        show("\n")
+    for i, sample in enumerate(samples if not streaming else []):
+        prompt = prompts[i // args.num_samples]
+        if args.json:
+            print(json.dumps({"prompt": prompt} | sample.record(args.logprobs), ensure_ascii=False))
+            continue
+        if len(samples) > 1:
+            print(f"--- {i + 1} of {len(samples)} ---")
+        show((prompt + sample.stream.text if plain else sample.listing(args.logprobs)) + "\n")
+    print(f"{made} tokens in {seconds:.1f} s, compiling included", file=sys.stderr)
+
+
+def converse(model: Model, args: Any) -> None:
+    """Continue what is typed, with all that was said before in view. Ctrl-C ends an answer, Ctrl-D the session."""
+    with contextlib.suppress(ImportError):  # not on Windows
+        import readline  # noqa: F401  # gives input() its history
+    said: list[int] = []
+    for turn in range(2**31):
+        try:
+            line = input("> ")
+        except EOFError:
+            print()
+            return
+        if line.strip() in (RESET, END):
+            said = []
+            if line.strip() == END:
+                return
+            continue
+        try:
+            said += prompt_ids(model.tokenizer, ("\n" if said else "") + line)
+        except DataError as error:
+            print(f"{error}", file=sys.stderr)
+            continue
+        sample = Sample(model.tokenizer, said, args.stop)
+        key = jax.random.fold_in(jax.random.key(args.seed), turn)
+        with contextlib.suppress(KeyboardInterrupt):
+            for texts in continued(model.params, [sample], model.rules, key, args.max_new_tokens, 1):
+                show(texts[0])
+        said += sample.ids
+        show("\n")
+
+
+def show(text: str) -> None:
+    """Write text now; on a terminal, a placeholder for the control characters that a model may well produce."""
+    if sys.stdout.isatty():
+        text = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""Continuations of prompts: tokens, their text, and why they ended."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+from gptjax.generate.engine import CHUNK, Rules, generate
+from gptjax.generate.text import TextStream
+from gptjax.models.params import Params
+from gptjax.tokenizers import Tokenizer, printable
+
+
+class Sample:
+    """One continuation as it grows."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str] = ()) -> None:
+        """Nothing is drawn yet."""
+        self.tokenizer, self.prompt = tokenizer, prompt
+        self.stream = TextStream(tokenizer, stops)
+        self.ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.finish: Literal["length", "end", "stop"] | None = None
+        """``end``: end-of-text came; ``stop``: a stop string did; ``length``: neither did; None: it is not finished."""
+
+    def take(self, ids: Sequence[int], logprobs: Sequence[float], end: int | None, last: bool) -> str:
+        """Add tokens up to the one that ends it; returns the text that has become certain."""
+        text = ""
+        for token, logprob in zip(ids, logprobs, strict=True):
+            if self.finish:
+                return text
+            self.ids.append(token)
+            self.logprobs.append(logprob)
+            if token == end:
+                self.finish = "end"
+                return text + self.stream.feed([], last=True)
+            text += self.stream.feed([token])
+            if self.stream.stopped:
+                self.finish = "stop"
+        if last and not self.finish:
+            self.finish = "length"
+            text += self.stream.feed([], last=True)
+        return text
+
+    def record(self, logprobs: bool) -> dict[str, Any]:
+        """It in JSON."""
+        found = {"text": self.stream.text, "finish": self.finish, "ids": self.ids}
+        return found | {"logprobs": self.logprobs} if logprobs else found
+
+    def listing(self, logprobs: bool) -> str:
+        """``id token`` of each token, a line each, with the log-probability in between if asked for."""
+        lines = []
+        for token, logprob in zip(self.ids, self.logprobs, strict=True):
+            middle = f"{logprob:9.4f} " if logprobs else ""
+            lines.append(f"{token:>6} {middle}{printable(self.tokenizer.decode_bytes([token]))}")
+        return "\n".join(lines)
+
+
+def continued(
+    params: Params, samples: Sequence[Sample], rules: Rules, key: Any, new_tokens: int, chunk: int = CHUNK
+) -> Iterator[list[str]]:
+    """Let all samples grow until each is finished, yielding what each has gained in text; see `generate`."""
+    left = new_tokens
+    for new in generate(params, [sample.prompt for sample in samples], rules, key, new_tokens, chunk):
+        left -= new.tokens.shape[1]
+        rows = zip(samples, new.tokens.tolist(), new.logprobs.tolist(), strict=True)
+        yield [sample.take(ids, logprobs, rules.end, left == 0) for sample, ids, logprobs in rows]
+        if all(sample.finish for sample in samples):
+            return

@@ -1,0 +1,42 @@
+"""From tokens to text as they arrive."""
+
+import codecs
+from collections.abc import Sequence
+
+from gptjax.tokenizers import Tokenizer
+
+
+class TextStream:
+    """Text of tokens that arrive one after the other, shown as soon as no later token can change it.
+
+    A character may span tokens, and a stop string too: what may still become either is held back. The text ends before the
+    first stop string.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
+        """Nothing has arrived; a ``stops`` that is empty text is ignored."""
+        self.tokenizer = tokenizer
+        self.stops = [stop for stop in stops if stop]
+        self.text = ""
+        """All that is certain so far."""
+        self.stopped = False
+        """Whether a stop string has arrived; nothing is taken after it."""
+        self._held = ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, ids: Sequence[int], last: bool = False) -> str:
+        """Take some ids, the last ones if so said; returns the text that has become certain."""
+        if self.stopped:
+            return ""
+        self._held += self._decoder.decode(self.tokenizer.decode_bytes(ids), last)
+        places = [place for stop in self.stops if (place := self._held.find(stop)) >= 0]
+        self.stopped = bool(places)
+        end = min(places) if places else len(self._held) - (0 if last else self._undecided())
+        certain, self._held = self._held[:end], self._held[end:]
+        self.text += certain
+        return certain
+
+    def _undecided(self) -> int:
+        """Length of the longest end of what is held that is the beginning of a stop string."""
+        lengths = (n for stop in self.stops for n in range(1, len(stop)) if self._held.endswith(stop[:n]))
+        return max(lengths, default=0)

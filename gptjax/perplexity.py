@@ -1,0 +1,87 @@
+"""How well a model predicts a corpus: loss, perplexity, bits per byte."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from gptjax.estimate import Estimate, ratio
+from gptjax.models.config import GPT2Config
+from gptjax.models.gpt2 import Batch
+from gptjax.models.params import Params
+from gptjax.steps import score
+from gptjax.tokenizers import Tokenizer
+
+
+class CorpusScore(NamedTuple):
+    """What came of it. Standard errors are over sequences, as if these were independent: where neighbours are of one
+    document, and alike, they are somewhat too small.
+    """
+
+    tokens: int
+    sequences: int
+    bytes: int | None
+    """Of the text that the scored tokens stand for; None where no tokenizer is known."""
+    loss: Estimate
+    """Nats a token, end-of-text included: a model has to predict where a text ends."""
+    bits_per_byte: Estimate | None
+    """All the nats, those of end-of-text too, over the bytes of the text, to which end-of-text adds none."""
+
+    @property
+    def perplexity(self) -> Estimate:
+        """exp(loss), its error to first order."""
+        value = math.exp(self.loss.value) if self.loss.value < math.log(1e300) else math.inf
+        return Estimate(value, None if self.loss.error is None else value * self.loss.error)
+
+
+def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
+    """(V,) int64: the bytes of text that each id stands for; 0 for end-of-text, -1 for an id that the tokenizer lacks."""
+    lengths = np.full(max(vocab_size, tokenizer.vocab_size), -1)
+    lengths[: tokenizer.vocab_size] = [len(piece) for piece in tokenizer.pieces]
+    if tokenizer.end_of_text is not None:
+        lengths[tokenizer.end_of_text] = 0
+    return lengths
+
+
+def score_corpus(
+    params: Params,
+    batches: Iterable[Batch],
+    cfg: GPT2Config,
+    tokenizer: Tokenizer | None = None,
+    advance: Callable[[int, str], None] = lambda sequences, text: None,
+) -> CorpusScore:
+    """Score the targets of ``batches`` that their masks leave in, a mask being of whole sequences.
+
+    Args:
+        params: in the layout of ``cfg.layers``.
+        batches: at least one sequence; arrays of NumPy, of one shape.
+        cfg: resolved.
+        tokenizer: of the corpus. Where it lacks an id that occurs, there are no bits per byte.
+        advance: called with the sequences just done, and the loss up to there in words.
+
+    Raises:
+        CheckpointError: a loss is not finite.
+
+    """
+    lengths = token_bytes(tokenizer, cfg.vocab_size) if tokenizer else None
+    nats, tokens, sizes = [], [], []
+    unknown = lengths is None
+    for batch, losses in score(params, batches, cfg):
+        kept = batch.mask[:, 0] > 0
+        nats.append(losses[kept].sum(1))
+        tokens.append(np.full(kept.sum(), losses.shape[1]))
+        if lengths is not None:
+            found = lengths[batch.targets[kept]]
+            unknown |= bool((found < 0).any())
+            sizes.append(found.sum(1))
+        advance(int(kept.sum()), f"loss {sum(map(np.sum, nats)) / sum(map(np.sum, tokens)):.4f}")
+    all_nats, all_tokens = np.concatenate(nats), np.concatenate(tokens)
+    size = None if unknown else int(sum(map(np.sum, sizes)))
+    return CorpusScore(
+        tokens=int(all_tokens.sum()),
+        sequences=len(all_nats),
+        bytes=size,
+        loss=ratio(all_nats, all_tokens),
+        bits_per_byte=ratio(all_nats, np.concatenate(sizes)).scaled(1 / math.log(2)) if size else None,
+    )

@@ -1,0 +1,233 @@
+"""What the notebooks share to show things: source code, tokens, heat maps, the diagram of a block. Needs matplotlib."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
+from matplotlib.rcsetup import cycler
+from matplotlib.ticker import FixedLocator, MaxNLocator
+
+from gptjax.tokenizers import Tokenizer
+from gptjax.verify import Comparison, Row
+
+# Okabe and Ito's palette, which no kind of colour blindness confuses (jfly.uni-koeln.de/color).
+COLOURS = BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7"
+GREY, PALE = "#6B7280", "#EEF0F3"
+WHITESPACE = str.maketrans(" \n\t", "␣↵→")
+
+
+def use_style() -> None:
+    """Set matplotlib to this project's look: `COLOURS`, thin frames, small type, a white background."""
+    mpl.rcParams.update(
+        {
+            "axes.prop_cycle": cycler(color=COLOURS),
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlelocation": "left",
+            "axes.titlesize": 10,
+            "axes.labelsize": 9,
+            "xtick.labelsize": 8,
+            "ytick.labelsize": 8,
+            "legend.fontsize": 8,
+            "legend.frameon": False,
+            "lines.linewidth": 1.6,
+            "figure.constrained_layout.use": True,
+            "figure.facecolor": "white",
+            "figure.dpi": 100,
+            "image.cmap": "viridis",
+        }
+    )
+
+
+class Source:
+    """Source code that a notebook shows in colour, and a terminal as it is."""
+
+    def __init__(self, *functions: Callable[..., Any]) -> None:
+        """The functions' source, as `inspect.getsource` finds it."""
+        self.text = "\n\n".join(inspect.getsource(function).rstrip() for function in functions)
+
+    def __repr__(self) -> str:
+        return self.text
+
+    def _repr_markdown_(self) -> str:
+        return f"```python\n{self.text}\n```"
+
+
+def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+    """Each id's text, for an axis: blanks and line ends are visible, and bytes that are no character are hexadecimal."""
+
+    def piece(token: int) -> str:
+        raw = tokenizer.decode_bytes([token])
+        try:
+            text = raw.decode().translate(WHITESPACE)
+        except UnicodeDecodeError:
+            text = raw.hex(" ")
+        return text if text.isprintable() else raw.hex(" ")
+
+    return [piece(int(token)) for token in ids]
+
+
+def heat_map(
+    ax: Axes,
+    values: Any,
+    label: str,
+    *,
+    rows: Sequence[str] = (),
+    columns: Sequence[str] = (),
+    log: bool = False,
+    diverging: bool = False,
+    limits: tuple[float, float] | None = None,
+    texts: Sequence[Sequence[str]] = (),
+    bar: bool = True,
+) -> None:
+    """Draw a matrix as colours: viridis, or for numbers of both signs purple to orange with 0 white.
+
+    Args:
+        ax: where to draw.
+        values: (R, C); places that are not finite stay grey, with ``log`` also those that are not above 0.
+        label: what the colours are, with its unit.
+        rows: names of the rows.
+        columns: names of the columns.
+        log: a logarithmic scale of colours.
+        diverging: symmetric about 0.
+        limits: of the colours; by default those of the values.
+        texts: (R, C), written into the places.
+        bar: whether to draw the scale of colours.
+
+    """
+    values = np.ma.masked_invalid(np.asarray(values, np.float64))
+    values = np.ma.masked_less_equal(values, 0) if log else values
+    extent = float(abs(values).max())
+    low, high = limits or ((-extent, extent) if diverging else (float(values.min()), float(values.max())))
+    norm = LogNorm(low, high) if log else Normalize(low, high)
+    cmap = mpl.colormaps["PuOr_r" if diverging else "viridis"].with_extremes(bad=PALE)
+    image = ax.imshow(values, norm=norm, cmap=cmap, aspect="auto", interpolation="nearest")
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
+    for names, axis in ((rows, ax.yaxis), (columns, ax.xaxis)):
+        if len(names):
+            axis.set_ticks(range(len(names)), names)
+        elif not isinstance(axis.get_major_locator(), FixedLocator):  # as it is if shared with axes that have names
+            axis.set_major_locator(MaxNLocator(integer=True))
+    colours = cmap(norm(values))
+    for i, line in enumerate(texts):
+        for j, text in enumerate(line):
+            red, green, blue, _ = colours[i, j]
+            ink = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
+            ax.text(j, i, text, ha="center", va="center", color=ink, fontsize=7)
+    if bar and ax.figure is not None:
+        ax.figure.colorbar(image, ax=ax, label=label, pad=0.02)
+
+
+def by_layer(found: Comparison, value: Callable[[Row], float]) -> tuple[np.ndarray, list[str], list[str]]:
+    """A number of each tensor of GPT-2's gradient, laid out by layer.
+
+    Args:
+        found: a comparison of two gradients in the unrolled layout.
+        value: the number to show of a row.
+
+    Returns:
+        (16, 2 + L) values, NaN where a tensor has no such place: the embeddings come before the layers, the final
+        LayerNorm after them; then the names of the rows and of the columns.
+
+    """
+    names = list(dict.fromkeys(row.tensor for row in found.rows))
+    layers = 1 + max(row.layer or 0 for row in found.rows)
+    values = np.full((len(names), layers + 2), np.nan)
+    for row in found.rows:
+        outside = 0 if row.tensor in ("wte", "wpe") else layers + 1
+        values[names.index(row.tensor), outside if row.layer is None else 1 + row.layer] = value(row)
+    return values, names, ["embed", *map(str, range(layers)), "final"]
+
+
+# The diagram: each op of the two branches, the weights it uses, what it hands on, and in which shape.
+BRANCHES = (
+    (
+        ("layernorm", "ln1w ln1b", "h1", "B T C"),
+        ("linear", "qkvw qkvb", "q k v", "B T H D"),
+        ("attention", "", "o", "B T H D"),
+        ("linear", "attprojw attprojb", "a", "B T C"),
+    ),
+    (
+        ("layernorm", "ln2w ln2b", "h2", "B T C"),
+        ("linear", "fcw fcb", "f", "B T F"),
+        ("GELU", "", "g", "B T F"),
+        ("linear", "fcprojw fcprojb", "m", "B T C"),
+    ),
+)
+FIRST, STEP, WIDTH, HEIGHT = 1.75, 2.15, 1.2, 0.62  # of the boxes: where the first stands, and how far apart they are
+ROW, DOWN, ASIDE = 2.3, 0.95, 0.17  # from branch to branch, from a branch to its return, from an arrow to its gradient's
+
+
+def block_diagram(backward: bool = False) -> Figure:
+    """One transformer block: the residual stream on the left, its two branches, what each op hands on and in which shape.
+
+    With ``backward`` the gradients too: they run against the arrows of the forward, and add up where it branched.
+    """
+    fig, ax = plt.subplots(figsize=(9.2, 4.1))
+    ax.set(xlim=(-0.9, 10.0), ylim=(-4.0, 0.85))
+    ax.axis("off")
+
+    def arrow(*points: tuple[float, float], colour: str = BLUE) -> None:
+        ax.plot(*zip(*points, strict=True), color=colour, lw=1.4)
+        style = {"arrowstyle": "-|>", "color": colour, "shrinkA": 0, "shrinkB": 0}
+        ax.annotate("", points[-1], points[-2], arrowprops=style)
+
+    def plus(x: float, y: float, colour: str) -> None:
+        ax.text(x, y, "+", color=colour, ha="center", va="center", fontsize=11, zorder=3, bbox=circle(colour))
+
+    def circle(colour: str) -> dict[str, Any]:
+        return {"boxstyle": "circle,pad=0.08", "facecolor": "white", "edgecolor": colour, "linewidth": 1.4}
+
+    def label(x: float, y: float, name: str, shape: str = "") -> None:
+        ax.text(x, y + 0.08, name, color=BLUE, ha="center", va="bottom", fontsize=9, style="italic")
+        ax.text(x, y + 0.34, shape, color=GREY, ha="center", va="bottom", fontsize=7)
+        if backward:
+            ax.text(x, y - ASIDE - 0.1, d(name), color=VERMILLION, ha="center", va="top", fontsize=9, style="italic")
+
+    def d(name: str) -> str:
+        return " ".join(f"d{part}" for part in name.split())
+
+    aside = -2 * ASIDE
+    bottom = -ROW - DOWN
+    arrow((0, 0.8), (0, bottom - 0.7))
+    if backward:
+        arrow((aside, bottom - 0.7), (aside, 0.8), colour=VERMILLION)
+    for y in (0.62, bottom - 0.6):
+        ax.text(0.12, y, "x", color=BLUE, fontsize=9, style="italic")
+        ax.text(0.32, y + 0.01, "B T C", color=GREY, fontsize=7)
+        ax.text(aside - 0.12, y, "dx" if backward else "", color=VERMILLION, ha="right", fontsize=9, style="italic")
+    for i, branch in enumerate(BRANCHES):
+        y, back = -ROW * i, -ROW * i - DOWN
+        lefts = [FIRST + STEP * j - WIDTH / 2 for j in range(len(branch))]
+        ends = [left + WIDTH for left in lefts]
+        turn = ends[-1] + 0.95
+        for j, (op, weights, name, shape) in enumerate(branch):
+            box = FancyBboxPatch((lefts[j], y - HEIGHT / 2), WIDTH, HEIGHT, boxstyle="round,pad=0,rounding_size=0.08")
+            box.set(facecolor=PALE, edgecolor=GREY)
+            ax.add_patch(box)
+            ax.text(lefts[j] + WIDTH / 2, y + (0.1 if weights else 0), op, ha="center", va="center", fontsize=9)
+            ax.text(lefts[j] + WIDTH / 2, y - 0.14, weights, ha="center", va="center", fontsize=6.5, color=GREY)
+            following = lefts[j + 1] if j + 1 < len(branch) else turn
+            label((ends[j] + following) / 2, y, name, shape)
+        arrow((0, y), (lefts[0], y))
+        label(lefts[0] / 2, y, "x")
+        for end, left in zip(ends, lefts[1:], strict=False):
+            arrow((end, y), (left, y))
+        arrow((ends[-1], y), (turn, y), (turn, back), (0.12, back))
+        plus(0, back, BLUE)
+        if backward:
+            corners = (turn + ASIDE, back - ASIDE), (turn + ASIDE, y - ASIDE)
+            arrow((aside, back - ASIDE), *corners, (ends[-1], y - ASIDE), colour=VERMILLION)
+            for end, left in zip(ends, lefts[1:], strict=False):
+                arrow((left, y - ASIDE), (end, y - ASIDE), colour=VERMILLION)
+            arrow((lefts[0], y - ASIDE), (aside + 0.12, y - ASIDE), colour=VERMILLION)
+            plus(aside, y - ASIDE, VERMILLION)
+    return fig

@@ -1,0 +1,145 @@
+import io
+import json
+
+import jax.numpy as jnp
+import pytest
+
+from gptjax import tokenizers
+from gptjax.formats import llmc
+from gptjax.generate import __main__ as command
+from tests.commands import expect_error
+from tests.models import tiny
+
+CFG = tiny.config(dtype="float32", vocab_size=262)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "model.bin"
+    llmc.write_model(path, tiny.params(CFG, jnp.float32), CFG)
+    return str(path)
+
+
+@pytest.fixture
+def generate(model, capsys):
+    """What the command prints, given these arguments."""
+
+    def run(*args):
+        arguments = ["--checkpoint", model, "--tokenizer", "byte", "--max_new_tokens", "8", *args]
+        assert command.main([str(argument) for argument in arguments]) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+def records(out):
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_one_text_is_the_prompt_and_what_follows(generate):
+    (record,) = records(generate("--prompt", "ab", "--json"))
+    assert len(record["ids"]) == 8
+    assert record["finish"] == "length"
+    assert generate("--prompt", "ab") == f"ab{record['text']}\n"
+
+
+def test_the_seed_decides(generate):
+    one, same, other = (generate("--prompt", "ab", "--seed", seed, "--json") for seed in (1, 1, 2))
+    assert one == same != other
+
+
+def test_samples_of_several_prompts(generate):
+    found = records(generate("--prompt", "ab", "c", "--num_samples", 3, "--json", "--logprobs"))
+    assert [record["prompt"] for record in found] == ["ab"] * 3 + ["c"] * 3
+    assert len({tuple(record["ids"]) for record in found}) == 6
+    assert all(len(record["logprobs"]) == 8 and max(record["logprobs"]) < 0 for record in found)
+    shown = generate("--prompt", "ab", "c", "--num_samples", 3)
+    assert all(f"--- {i + 1} of 6 ---\n{r['prompt']}{r['text']}\n" in shown for i, r in enumerate(found))
+
+
+def test_prompts_from_a_file_and_from_standard_input(generate, tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("ab\nc\n")
+    expected = generate("--prompt", "ab", "c", "--json")
+    assert generate("--prompts", tmp_path / "prompts.txt", "--json") == expected
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"ab\nc\n")))
+    assert generate("--prompts", "-", "--json") == expected
+
+
+def test_without_a_prompt_it_begins_after_end_of_text(generate):
+    (record,) = records(generate("--json", "--temperature", 0))
+    assert record["prompt"] == ""
+    assert len(record["ids"]) == 8
+
+
+def test_a_listing_of_ids_and_tokens(generate):
+    (record,) = records(generate("--prompt", "ab", "--json", "--logprobs"))
+    lines = generate("--prompt", "ab", "--show_tokens", "--logprobs").splitlines()
+    assert [int(line.split()[0]) for line in lines] == record["ids"]
+    assert [float(line.split()[1]) for line in lines] == pytest.approx(record["logprobs"], abs=1e-4)
+
+
+def test_a_stop_string_and_the_options_that_change_what_is_drawn(generate):
+    (free,) = records(generate("--prompt", "ab", "--temperature", 0, "--json"))
+    third = tokenizers.byte().decode(free["ids"][2:3])
+    (stopped,) = records(generate("--prompt", "ab", "--top_k", 1, "--stop", third, "--json"))
+    assert (stopped["finish"], stopped["ids"]) == ("stop", free["ids"][: len(stopped["ids"])])
+    assert len(stopped["ids"]) <= 3
+    assert third not in stopped["text"]
+
+
+def test_eight_bit_weights(generate):
+    assert len(records(generate("--prompt", "ab", "--int8", "--json"))[0]["ids"]) == 8
+
+
+def test_a_session_keeps_what_was_said(model, capsys, monkeypatch):
+    lines = iter(["ab", "/reset", "ab", "c", "/end", "never read"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    arguments = ["--checkpoint", model, "--tokenizer", "byte", "--max_new_tokens", "6", "--temperature", "0", "--interactive"]
+    assert command.main(arguments) == 0
+    first, again, longer = capsys.readouterr().out.splitlines()[:3]
+    assert first == again
+    assert next(lines) == "never read"
+    assert longer  # of "ab", its answer and "c"
+
+
+def test_a_session_ends_with_its_input(model, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("ab\n"))
+    assert command.main(["--checkpoint", model, "--tokenizer", "byte", "--max_new_tokens", "2", "--interactive"]) == 0
+    assert capsys.readouterr().out.startswith("> ")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--tokenizer", "byte", "--max_new_tokens", "0"], "max_new_tokens and num_samples must be at least 1"),
+        (["--tokenizer", "byte", "--seed", "-1"], "seed must be from 0 to 4294967295, not -1"),
+        (["--tokenizer", "byte", "--top_p", "2"], "top_p must be above 0 and at most 1, not 2"),
+        (["--tokenizer", "byte", "--temprature", "1"], "unknown option temprature: did you mean temperature?"),
+        (["--tokenizer", "byte", "--prompt", "a", "--interactive"], "leave all but one out"),
+        (["--tokenizer", "byte", "--json", "--interactive"], "interactive shows one text as it comes"),
+        (["--tokenizer", "byte", "--prompts", "nowhere.txt"], "prompts nowhere.txt cannot be read: No such file"),
+        (["--tokenizer", "nowhere.json"], "there is no tokenizer nowhere.json"),
+        ([], "comes without a tokenizer: name it, as in --tokenizer gpt2"),
+    ],
+)
+def test_bad_input_ends_in_one_sentence(model, args, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    expect_error(command.main, ["--checkpoint", model, *args], message, capsys)
+
+
+def test_a_tokenizer_that_is_too_large(tmp_path, capsys):
+    small = tiny.config(dtype="float32")
+    llmc.write_model(tmp_path / "small.bin", tiny.params(small, jnp.float32), small)
+    arguments = ["--checkpoint", str(tmp_path / "small.bin"), "--tokenizer", "byte"]
+    expect_error(command.main, arguments, "the tokenizer byte has 257 ids, more than the 11 of", capsys)
+
+
+@pytest.mark.parametrize(("content", "message"), [(b"", "holds no line"), (b"\xff", "is not UTF-8 text")])
+def test_prompts_that_cannot_be_used(model, tmp_path, content, message, capsys):
+    (tmp_path / "prompts.txt").write_bytes(content)
+    arguments = ["--checkpoint", model, "--tokenizer", "byte", "--prompts", str(tmp_path / "prompts.txt")]
+    expect_error(command.main, arguments, message, capsys)
+
+
+def test_a_checkpoint_that_is_not_there(capsys):
+    expect_error(command.main, ["--checkpoint", "nowhere"], "nowhere does not exist", capsys)

@@ -1,0 +1,44 @@
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gptjax import tokenizers
+from gptjax.generate.text import TextStream
+
+BYTES = tokenizers.byte()
+
+
+def fed(text: str, stops: list[str]) -> tuple[TextStream, list[str]]:
+    """The stream after all bytes of a text, one at a time, and what each brought."""
+    stream = TextStream(BYTES, stops)
+    return stream, [stream.feed([b]) for b in text.encode()] + [stream.feed([], last=True)]
+
+
+@given(st.text(max_size=20))
+def test_whole_characters_arrive_and_nothing_is_lost(text):
+    stream, parts = fed(text, [])
+    assert "".join(parts) == stream.text == text
+    assert all(len(part) <= 1 for part in parts)
+
+
+def test_a_character_cut_at_the_end_becomes_a_placeholder():
+    stream = TextStream(BYTES)
+    assert stream.feed(list("é".encode())[:1]) == ""
+    assert stream.feed([], last=True) == "\N{REPLACEMENT CHARACTER}"
+
+
+@given(st.text(alphabet="abé", max_size=15), st.lists(st.text(alphabet="abé", min_size=1, max_size=4), max_size=3))
+def test_the_text_ends_before_the_first_stop_string(text, stops):
+    stream, parts = fed(text, stops)
+    places = [text.find(stop) for stop in stops if stop in text]
+    assert "".join(parts) == text[: min(places, default=len(text))]
+    assert stream.stopped == bool(places)
+
+
+def test_what_may_become_a_stop_string_is_held_back_and_nothing_more():
+    stream = TextStream(BYTES, ["\n\n"])
+    assert [stream.feed([b]) for b in b"a\nb\n\nc"] == ["a", "", "\nb", "", "", ""]
+    assert stream.stopped
+
+
+def test_an_empty_stop_string_is_ignored():
+    assert fed("ab", [""])[0].text == "ab"
