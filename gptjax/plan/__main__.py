@@ -6,7 +6,8 @@ CPUs. Every option of training is one here too. Where the mesh is left at one de
 as many devices as leave 16 channels each, and copies it over the rest; the batch is rounded up to whole rows on every device.
 
 For TPU the step is compiled ahead of time, by libtpu (``pip install 'gptjax[tpu]'``), and for CPU by XLA: memory and
-collectives are the compiler's. For GPUs, whose compiler needs one, and with ``--predict``, they are predicted from shapes.
+collectives are the compiler's. For GPUs, whose compiler needs one, and with ``--predict``, they are predicted
+from shapes, to which a compiler adds.
 Times are floors at the rates of makers' data sheets: what no program can beat, not what this one will reach.
 """
 

@@ -17,14 +17,13 @@ from gptjax import steps
 from gptjax.data import BatchShape
 from gptjax.models.config import GPT2Config
 from gptjax.models.gpt2 import training_block
-from gptjax.models.params import Block, num_matrix_params, param_shapes
+from gptjax.models.params import MATRICES, Block, num_matrix_params, param_shapes
 from gptjax.ops import attention_fwd
 from gptjax.optim import Optimizer
 from gptjax.plan.collectives import Collective, sent, summed
 from gptjax.sharding import MESH_AXES
 
 CUT_BY_HEADS = ("att", "attproj", "gelu", "fcproj")  # of `BlockSaved`: tensor cuts their heads or hidden units
-MATRICES = ("qkvw", "attprojw", "fcw", "fcprojw")
 
 
 class Work(NamedTuple):

@@ -76,6 +76,7 @@ def test_a_kernel_saves_what_blockwise_attention_does():
 
 
 def test_flops_are_the_usual_convention_and_what_is_recomputed():
+    assert num_matrix_params(GPT2Config(preset="124m")) == 12 * 12 * 768**2 + 50304 * 768
     planned = work()
     vectors = sum(map(math.prod, param_shapes(planned.model))) - num_matrix_params(planned.model)
     usual = flops_per_token(planned.model, 128) - 6 * vectors
