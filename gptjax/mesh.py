@@ -62,8 +62,7 @@ def make_mesh(cfg: MeshConfig, model: GPT2Config, batch_size: int, devices: Sequ
     """
     devices = jax.devices() if devices is None else devices
     processes = len({device.process_index for device in devices})
-    shape = _resolve(cfg.shape, len(devices), processes)
-    _check(dict(zip(MESH_AXES, shape, strict=True)), model, batch_size, len(devices))
+    shape = mesh_shape(cfg, model, batch_size, len(devices), processes)
     if len(devices) == 1 or (shape == (1, 1, 1) and processes == 1):
         return None
     used = list(devices)[: math.prod(shape)]
@@ -72,6 +71,13 @@ def make_mesh(cfg: MeshConfig, model: GPT2Config, batch_size: int, devices: Sequ
     else:
         grid = np.array(used, dtype=object).reshape(shape)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def mesh_shape(cfg: MeshConfig, model: GPT2Config, batch_size: int, devices: int, processes: int = 1) -> tuple[int, ...]:
+    """(data, fsdp, tensor) of the mesh that `make_mesh` makes of so many devices; Raises as it does."""
+    shape = _resolve(cfg.shape, devices, processes)
+    _check(dict(zip(MESH_AXES, shape, strict=True)), model, batch_size, devices)
+    return shape
 
 
 def describe_mesh(mesh: Mesh) -> str:

@@ -12,31 +12,17 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from gptjax.devices import device_of
 from gptjax.errors import FormatError, naming
 from gptjax.optim import StepMetrics
-
-# Peak dense bfloat16 FLOP/s of one device, by the start of JAX's `device_kind`; makers' data sheets.
-PEAK_FLOPS = {
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA L4": 121e12,
-    "TPU v3": 61.5e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-}
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
     """The device's peak FLOP/s for model FLOPs utilisation, or None where it is not known."""
     if dtype != "bfloat16":
         return None
-    return next((peak for kind, peak in PEAK_FLOPS.items() if device_kind.startswith(kind)), None)
+    device = device_of(device_kind)
+    return device.flops if device else None
 
 
 class MetricsFile:

@@ -169,9 +169,9 @@ def compile_step(
     finite = meshes.abstract(mesh, cfg, jax.ShapeDtypeStruct((), jnp.bool_))
     compiled_params: Any = params.lower(state.params, state.opt_state.step, state.opt_state.moments, finite).compile()
     memory = {
-        "parameters": _nbytes(state.params),
-        "optimizer": _nbytes(state.opt_state),
-        "gradients": _nbytes(g),
+        "parameters": bytes_per_device(state.params),
+        "optimizer": bytes_per_device(state.opt_state),
+        "gradients": bytes_per_device(g),
         "temporaries": max(c.memory_analysis().temp_size_in_bytes for c in (compiled_grads, compiled_moments, compiled_params)),
     }
     return CompiledStep(compiled_grads, compiled_moments, compiled_params, memory)
@@ -239,7 +239,7 @@ def score(params: Params, batches: Iterable[Batch], cfg: GPT2Config) -> Iterator
         yield batch, scored
 
 
-def _nbytes(tree: Any) -> int:
-    """On one device."""
+def bytes_per_device(tree: Any) -> int:
+    """Bytes of arrays, or of their shapes, on one device."""
     shape = lambda x: x.sharding.shard_shape(x.shape) if getattr(x, "sharding", None) else x.shape  # noqa: E731
     return sum(math.prod(shape(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

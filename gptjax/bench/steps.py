@@ -18,6 +18,7 @@ from gptjax.models.config import GPT2Config
 from gptjax.models.decode import store_for_decoding
 from gptjax.models.gpt2 import Batch
 from gptjax.models.params import init_params
+from gptjax.ops import ATTENTION_IMPLEMENTATIONS
 from gptjax.optim import make_optimizer
 from gptjax.run import platform_name
 
@@ -42,11 +43,7 @@ def variants(model: GPT2Config, backward: Any) -> list[tuple[str, GPT2Config, An
         (f"{other}, {model.layers}", {}, other),
         (f"{other}, {layers}", {"layers": layers}, other),
         *((f"recompute {r}", {"recompute": r}, backward) for r in ("none", "gelu", "block") if r != model.recompute),
-        *(
-            (f"attention {a}", {"attention": a}, backward)
-            for a in ("materialised", "blockwise", "cudnn")
-            if a != model.attention
-        ),
+        *((f"attention {a}", {"attention": a}, backward) for a in ATTENTION_IMPLEMENTATIONS if a != model.attention),
     ]
     for name, changed, way in others:
         found.append((name, dataclasses.replace(model, **changed), way))
@@ -65,7 +62,7 @@ def step_contenders(cfg: Config, compare: bool) -> Iterator[Contender]:
         try:
             model = choice.resolve(platform, seq_len)
         except ConfigError:
-            continue  # cuDNN where it does not run
+            continue  # a kernel where it does not run
         if model.layers not in states:
             states[model.layers] = jax.block_until_ready(steps.make_state(key, model, optimizer))
         began = time.perf_counter()

@@ -1,11 +1,12 @@
 """The model's dimensions and the choices of how it is computed."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
 from gptjax.errors import ConfigError
+from gptjax.ops.splash import LANES
 
 PRESETS = {  # num_layers, num_heads, channels
     "124m": (12, 12, 768),
@@ -42,7 +43,7 @@ class GPT2Config:
     """Dropout rate on embeddings, attention probabilities and both residual branches."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """Compute dtype; auto is bfloat16 on GPU and TPU, float32 on CPU. Parameters stay float32."""
-    attention: Literal["auto", "materialised", "blockwise", "cudnn"] = "auto"
+    attention: Literal["auto", "materialised", "blockwise", "cudnn", "splash"] = "auto"
     """Attention implementation; auto picks by platform and sequence length."""
     layers: Literal["unroll", "scan"] = "unroll"
     """Unrolled layers run faster; scanned ones compile faster."""
@@ -89,7 +90,7 @@ class GPT2Config:
         """The same config with every ``auto`` decided for ``platform`` ("cpu", "cuda", "rocm", "tpu") and sequence length.
 
         Raises:
-            ConfigError: the sequence is too long, or cuDNN attention is asked for where it cannot run.
+            ConfigError: the sequence is too long, or a kernel for attention is asked for where it cannot run.
 
         """
         if not 1 <= seq_len <= self.max_seq_len:
@@ -97,12 +98,16 @@ class GPT2Config:
                 f"data.seq_len {seq_len} does not fit model.max_seq_len {self.max_seq_len}: it must be between 1 and that"
             )
         dtype = ("float32" if platform == "cpu" else "bfloat16") if self.dtype == "auto" else self.dtype
-        obstacle = self._cudnn_obstacle(platform, dtype)
-        if self.attention == "cudnn" and obstacle:
-            raise ConfigError(f"model.attention cudnn {obstacle}: choose auto, materialised or blockwise")
+        obstacles: dict[Any, str | None] = {
+            "cudnn": self._cudnn_obstacle(platform, dtype),
+            "splash": self._splash_obstacle(platform, dtype, seq_len),
+        }
+        if obstacle := obstacles.get(self.attention):
+            raise ConfigError(f"model.attention {self.attention} {obstacle}: choose auto, materialised or blockwise")
         attention, short = self.attention, SHORT_SEQUENCE.get(platform, SHORT_SEQUENCE_ELSEWHERE)
         if attention == "auto":
-            attention = "cudnn" if not obstacle else "materialised" if seq_len <= short else "blockwise"
+            without: Any = "materialised" if seq_len <= short else "blockwise"
+            attention = next((kernel for kernel, obstacle in obstacles.items() if not obstacle), without)
         return dataclasses.replace(self, dtype=dtype, attention=attention)
 
     def _cudnn_obstacle(self, platform: str, dtype: str) -> str | None:
@@ -113,6 +118,17 @@ class GPT2Config:
             return f"needs model.dtype bfloat16, not {dtype}"
         if head_dim % 8 or head_dim > 128:
             return f"needs heads of a multiple of 8 and at most 128 channels, not {head_dim}"
+        if self.dropout:
+            return "offers no dropout"
+        return None
+
+    def _splash_obstacle(self, platform: str, dtype: str, seq_len: int) -> str | None:
+        if platform != "tpu":
+            return f"needs a TPU, not {platform}"
+        if dtype == "float64":
+            return "needs model.dtype bfloat16 or float32, not float64"
+        if seq_len % LANES:
+            return f"needs data.seq_len to be a multiple of {LANES}, not {seq_len}"
         if self.dropout:
             return "offers no dropout"
         return None

@@ -13,6 +13,7 @@ from jaxtyping import Array, Key
 from gptjax.models.config import GPT2Config
 
 INIT_STD = 0.02
+MATRICES = ("qkvw", "attprojw", "fcw", "fcprojw")  # of a block
 
 
 class Params(NamedTuple):
@@ -132,6 +133,12 @@ def decay_mask(params: Params) -> Params:
 def num_params(cfg: GPT2Config) -> int:
     """Parameters that a token can use: everything but the vocabulary's pad rows."""
     return sum(map(math.prod, param_shapes(cfg))) - (cfg.padded_vocab_size - cfg.vocab_size) * cfg.channels
+
+
+def num_matrix_params(cfg: GPT2Config) -> int:
+    """Parameters that a token is multiplied with: of the blocks' matrices and the classifier, its padding included."""
+    shapes = param_shapes(cfg)
+    return math.prod(shapes.wte) + sum(math.prod(getattr(shapes, name)) for name in MATRICES)
 
 
 def flops_per_token(cfg: GPT2Config, seq_len: int) -> int:

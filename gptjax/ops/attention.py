@@ -1,7 +1,7 @@
-"""Causal multi-head attention: one interface, three implementations.
+"""Causal multi-head attention: one interface, four implementations.
 
 ``materialised`` stores the (T, S) probabilities; ``blockwise`` never does (memory linear in T); ``cudnn`` is NVIDIA's
-fused kernel. `attention_fwd` and `attention_bwd` choose among them by name.
+fused kernel, ``splash`` one for TPU. `attention_fwd` and `attention_bwd` choose among them by name.
 """
 
 import math
@@ -15,10 +15,11 @@ from jaxtyping import Array, Bool, Float, Key
 from gptjax.ops.blockwise import blockwise_bwd, blockwise_fwd
 from gptjax.ops.dropout import dropout_bwd, dropout_fwd
 from gptjax.ops.precision import accumulation_dtype, contract
+from gptjax.ops.splash import splash, splash_fwd
 
 Heads = Float[Array, "B T H D"]
 KeyHeads = Float[Array, "B S H D"]
-ATTENTION_IMPLEMENTATIONS = ("materialised", "blockwise", "cudnn")
+ATTENTION_IMPLEMENTATIONS = ("materialised", "blockwise", "cudnn", "splash")
 
 
 @partial(jax.jit, static_argnames=("implementation", "rate"))
@@ -33,11 +34,11 @@ def attention_fwd(
         q: queries (B, T, H, D).
         k: keys (B, T, H, D).
         v: values (B, T, H, D).
-        rate: dropout on the attention probabilities; ``cudnn`` does not offer it.
+        rate: dropout on the attention probabilities; ``cudnn`` and ``splash`` do not offer it.
         key: random key of the dropout, None to leave it out.
 
     Raises:
-        ValueError: unknown implementation, or dropout asked of ``cudnn``.
+        ValueError: unknown implementation, or dropout asked of one that has none.
 
     """
     match implementation:
@@ -45,10 +46,11 @@ def attention_fwd(
             return materialised_fwd(q, k, v, rate, key)
         case "blockwise":
             return blockwise_fwd(q, k, v, rate, key)
-        case "cudnn":
+        case "cudnn" | "splash":
             if rate and key is not None:
-                raise ValueError("cudnn attention has no dropout: use attention materialised or blockwise, or dropout 0")
-            return cudnn_fwd(q, k, v)
+                message = "attention has no dropout: use attention materialised or blockwise, or dropout 0"
+                raise ValueError(f"{implementation} {message}")
+            return cudnn_fwd(q, k, v) if implementation == "cudnn" else splash_fwd(q, k, v)
     raise ValueError(f"attention must be one of {', '.join(ATTENTION_IMPLEMENTATIONS)}, not {implementation}")
 
 
@@ -56,9 +58,10 @@ def attention_fwd(
 def attention(
     implementation: str, q: Heads, k: Heads, v: Heads, rate: float = 0.0, key: Key[Array, ""] | None = None
 ) -> tuple[Heads, None]:
-    """`attention_fwd` with nothing saved, for JAX to differentiate: cuDNN's kernel then brings JAX's own rule."""
-    if implementation == "cudnn" and not (rate and key is not None):
-        return _cudnn(q, k, v), None
+    """`attention_fwd` with nothing saved, for JAX to differentiate: a kernel then brings its own rule."""
+    kernels = {"cudnn": _cudnn, "splash": splash}
+    if implementation in kernels and not (rate and key is not None):
+        return kernels[implementation](q, k, v), None
     return attention_fwd(implementation, q, k, v, rate, key)[0], None
 
 

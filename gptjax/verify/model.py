@@ -120,9 +120,9 @@ def parameters(subject: Subject) -> Params:
 
 
 def exact(subject: Subject, dtype: Literal["float64", "float32"] = "float64") -> Subject:
-    """The same in a wider dtype, where cuDNN's attention gives way to one that computes in it."""
+    """The same in a wider dtype, where a kernel for attention gives way to one that computes in it."""
     cfg = dataclasses.replace(subject.cfg, dtype=dtype)
-    if cfg.attention == "cudnn":
+    if cfg.attention in ("cudnn", "splash"):
         cfg = dataclasses.replace(cfg, attention="auto").resolve("cpu", subject.batch.inputs.shape[1])
     return subject._replace(cfg=cfg)
 

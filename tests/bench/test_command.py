@@ -67,7 +67,7 @@ def test_what_is_configured_comes_first_and_is_not_repeated():
     scanned = dataclasses.replace(model, layers="scan", recompute="block", attention="blockwise")
     names = [name for name, _, _ in steps.variants(scanned, "autodiff")]
     assert names[:4] == ["autodiff, scan", "autodiff, unroll", "manual, scan", "manual, unroll"]
-    assert names[4:] == ["recompute none", "recompute gelu", "attention materialised", "attention cudnn"]
+    assert names[4:] == ["recompute none", "recompute gelu", "attention materialised", "attention cudnn", "attention splash"]
 
 
 @pytest.mark.parametrize("option", [["--what", "decode"], ["--decode", "true"]])

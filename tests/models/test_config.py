@@ -39,6 +39,8 @@ def test_auto_picks_by_platform_and_length():
     assert resolved("cpu", 129) == ("float32", "blockwise")
     assert resolved("rocm", 256) == ("bfloat16", "materialised")
     assert resolved("tpu", 64) == ("bfloat16", "materialised")
+    assert resolved("tpu", 128) == ("bfloat16", "splash")
+    assert resolved("tpu", 1000) == ("bfloat16", "blockwise")
     assert resolved("cuda") == ("bfloat16", "cudnn")
     assert resolved("rocm", 4096) == ("bfloat16", "blockwise")
 
@@ -48,6 +50,15 @@ def test_auto_avoids_cudnn_where_it_cannot_serve(changes):
     assert resolved("cuda", 4096, **changes)[1] == "blockwise"
     with pytest.raises(ConfigError, match="model.attention cudnn"):
         resolved("cuda", 4096, attention="cudnn", **changes)
+
+
+@pytest.mark.parametrize(("changes", "seq_len"), [({"dropout": 0.1}, 1024), ({"dtype": "float64"}, 1024), ({}, 1023)])
+def test_auto_avoids_splash_where_it_cannot_serve(changes, seq_len):
+    assert resolved("tpu", seq_len, **changes)[1] == "blockwise"
+    with pytest.raises(ConfigError, match="model.attention splash"):
+        resolved("tpu", seq_len, attention="splash", **changes)
+    with pytest.raises(ConfigError, match="needs a TPU, not cuda"):
+        resolved("cuda", attention="splash")
 
 
 def test_explicit_choices_stay():

@@ -155,11 +155,13 @@ def test_cudnn_forward_and_backward_lower_to_the_kernel(monkeypatch):
 
 def test_requests_that_cannot_be_served():
     args = qkv(1, 2, 1, 8)
-    with pytest.raises(ValueError, match="materialised, blockwise, cudnn, not flash"):
+    with pytest.raises(ValueError, match="materialised, blockwise, cudnn, splash, not flash"):
         attention_fwd("flash", *args)
     for function in (attention, attention_fwd):
         with pytest.raises(ValueError, match="no dropout"):
             function("cudnn", *args, 0.1, KEY)
+        with pytest.raises(ValueError, match="splash attention has no dropout"):
+            function("splash", *args, 0.1, KEY)
 
 
 @pytest.mark.parametrize("name", ["materialised", "blockwise"])

@@ -1,0 +1,51 @@
+"""Attention by JAX's splash kernel for TPU, written in Pallas: blocks of scores that stay in the core's own memory."""
+
+import math
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+from gptjax.sharding import RULES, parts
+
+LANES = 128  # of a TPU's vector unit: T is a multiple of it
+LARGEST_BLOCK = 512  # rows of queries, and of keys, handled at once
+
+Heads = Float[Array, "B T H D"]
+
+
+def splash_fwd(q: Heads, k: Heads, v: Heads) -> tuple[Heads, Any]:
+    """`materialised_fwd` by the kernel. Saved: JAX's handle on the kernel's own backward, which holds q, k, v, o and lse.
+
+    Needs a TPU, or `jax.experimental.pallas.tpu.force_tpu_interpret_mode`, a dtype of at most 32 bits, and T a multiple of
+    `LANES`. Blocks above the diagonal are skipped.
+    """
+    return jax.vjp(splash, q, k, v)
+
+
+def splash(q: Heads, k: Heads, v: Heads) -> Heads:
+    """The kernel alone, for JAX to differentiate."""
+    T, D = q.shape[1], q.shape[3]
+
+    def one_device(q: Heads, k: Heads, v: Heads) -> Heads:
+        heads_first = (x.swapaxes(1, 2) for x in (q * (1 / math.sqrt(D)), k, v))  # the kernel does not scale
+        return jax.vmap(_kernel(T, q.shape[2]))(*heads_first).swapaxes(1, 2)
+
+    if parts() == 1:
+        return one_device(q, k, v)
+    cut = PartitionSpec(RULES["B"].used, None, RULES["H"].used, None)  # XLA cannot split a kernel: each device runs its own
+    return jax.shard_map(one_device, in_specs=(cut, cut, cut), out_specs=cut, check_vma=False)(q, k, v)
+
+
+def _kernel(T: int, H: int) -> Any:
+    """(H, T, D) queries, keys and values -> (H, T, D)."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel  # only a TPU needs it
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    block = max(size for size in range(LANES, LARGEST_BLOCK + 1, LANES) if T % size == 0)
+    names = "block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute"
+    blocks: dict[str, Any] = dict.fromkeys(names, block)
+    sizes = kernel.BlockSizes(use_fused_bwd_kernel=True, **blocks)
+    mask = masks.MultiHeadMask([masks.CausalMask((T, T))] * H)
+    return kernel.make_splash_mha_single_device(mask, block_sizes=sizes)

@@ -1,0 +1,146 @@
+"""Plan a run before paying for it: ``python -m gptjax.plan --config configs/1558m.yaml --topology v5e:16x16``.
+
+The topology names devices that need not be here: ``v5e:4x4``, ``v6e:4x4``, ``v4:2x2x4`` and ``v5p:2x2x4`` are TPU slices by the
+shape of their torus, ``h100:8``, ``h200:8`` or ``a100:8`` GPUs by their number (``cuda:8`` is ``h100:8``), ``cpu:8`` simulated
+CPUs. Every option of training is one here too. Where the mesh is left at one device, the plan shares the model out by fsdp over
+as many devices as leave 16 channels each, and copies it over the rest; the batch is rounded up to whole rows on every device.
+
+For TPU the step is compiled ahead of time, by libtpu (``pip install 'gptjax[tpu]'``), and for CPU by XLA: memory and
+collectives are the compiler's. For GPUs, whose compiler needs one, and with ``--predict``, they are predicted
+from shapes, to which a compiler adds.
+Times are floors at the rates of makers' data sheets: what no program can beat, not what this one will reach.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from gptjax import cli
+from gptjax.config import Config
+from gptjax.data import BatchShape
+from gptjax.errors import ConfigError, naming
+from gptjax.mesh import MeshConfig, mesh_shape
+from gptjax.models.config import GPT2Config
+from gptjax.optim import make_optimizer
+from gptjax.plan.predict import Work
+from gptjax.plan.report import comparison, describe
+from gptjax.plan.search import Plan, make_plan
+from gptjax.plan.topology import Topology, open_devices, parse_topology, start
+from gptjax.run import start_jax
+
+PROG = "python -m gptjax.plan"
+CHANNELS = 16  # that each device keeps of a weight at least, where the plan chooses the mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanConfig(Config):
+    """A training configuration, and the devices to plan it for."""
+
+    topology: str = ""
+    """What to plan for: cpu:8, h100:8 (or a100, h100-pcie, h200, l4, cuda), v5e:4x4, v6e:4x4, v4:2x2x4, v5p:2x2x4."""
+    tokens: float | None = None
+    """Tokens of the whole run, as 10e9, for the days that it takes; by default those of train.steps."""
+    compare: bool = False
+    """Also a line for every other implementation of attention that applies."""
+    predict: bool = False
+    """From shapes alone, which takes no time, even where it could be compiled."""
+    largest: bool = True
+    """Also the largest batch that fits: where it is compiled, that is compiled once more, with twice the rows."""
+    json: str | None = None
+    """File to write all figures to."""
+
+    def __post_init__(self) -> None:
+        """Check the budget.
+
+        Raises:
+            ConfigError: it is not above 0.
+
+        """
+        super().__post_init__()
+        if self.tokens is not None and self.tokens <= 0:
+            raise ConfigError(f"tokens must be above 0, not {self.tokens:g}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Returns the exit status."""
+    with cli.reported_errors(PROG):
+        cfg, _ = cli.parse(PlanConfig, PROG, __doc__ or "", argv)
+        if cfg.json and not Path(cfg.json).absolute().parent.is_dir():
+            raise ConfigError(f"{cfg.json} cannot be written: there is no folder {Path(cfg.json).absolute().parent}")
+        topology = parse_topology(cfg.topology)
+        start(topology)
+        start_jax(cfg.model)
+        record = plan(cfg, topology)
+        if cfg.json:
+            with naming(cfg.json):
+                Path(cfg.json).write_text(json.dumps(record, indent=1) + "\n")
+            print(f"wrote {cfg.json}")
+    return 0
+
+
+def plan(cfg: PlanConfig, topology: Topology) -> dict[str, Any]:
+    """Print the plan; returns all figures.
+
+    Raises:
+        GptjaxError: the topology, the mesh or the model cannot be.
+
+    """
+    model = cfg.model.resolve(topology.platform, cfg.data.seq_len)
+    work, chosen = lay_out(cfg, model, topology)
+    devices = None if cfg.predict or topology.platform == "cuda" else open_devices(topology)
+    optimizer = make_optimizer(cfg.optim, cfg.train.steps)
+    tokens = cfg.tokens or work.shape.tokens * cfg.train.steps
+
+    def made(work: Work, largest: bool) -> Plan:
+        return make_plan(work, topology, optimizer, cfg.train.backward, devices, tokens, largest)
+
+    found = made(work, cfg.largest)
+    print(describe(found, topology, chosen, cfg.train.backward), flush=True)
+    plans: dict[str, Plan] = {model.attention: found}
+    if cfg.compare:
+        for other in others(cfg.model, topology, cfg.data.seq_len, model):
+            plans[other.attention] = made(work._replace(model=other), False)
+        print(comparison(plans))
+    return {"topology": topology.name, "tokens": tokens, "plans": {name: p.record() for name, p in plans.items()}}
+
+
+def lay_out(cfg: PlanConfig, model: GPT2Config, topology: Topology) -> tuple[Work, list[str]]:
+    """The step on all devices, and what was chosen for it in place of what is configured, in words.
+
+    Raises:
+        ConfigError: the configured mesh does not fit the devices or the model.
+
+    """
+    mesh, n, batch = cfg.mesh, topology.size, cfg.data.batch_size
+    chosen = []
+    if mesh == MeshConfig() and n > 1:
+        fits = [f for f in range(1, n + 1) if n % f == 0 and model.channels % f == 0 and model.channels // f >= CHANNELS]
+        mesh = MeshConfig(fsdp=fits[-1] if fits else 1, data=-1)
+        chosen.append("chosen, as none is configured")
+        shares = n
+    else:
+        shape = mesh_shape(mesh, model, n * batch, n, processes=2 if n > 1 else 1)  # so many rows divide anyhow
+        shares = shape[0] * shape[1]
+    rounded = -(-batch // shares) * shares
+    if rounded != batch:
+        chosen.append(f"data.batch_size {rounded} for {batch}, so that each device has whole rows")
+    shape = mesh_shape(mesh, model, rounded, n, processes=2 if n > 1 else 1)  # all of them must take part
+    return Work(model, BatchShape(cfg.optim.accumulate, rounded, cfg.data.seq_len), shape), chosen
+
+
+def others(model: GPT2Config, topology: Topology, seq_len: int, chosen: GPT2Config) -> list[GPT2Config]:
+    """The model with every other attention that runs there."""
+    found = []
+    for attention in ("splash", "cudnn", "blockwise", "materialised"):
+        if attention != chosen.attention:
+            try:
+                found.append(dataclasses.replace(model, attention=attention).resolve(topology.platform, seq_len))
+            except ConfigError:
+                continue
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

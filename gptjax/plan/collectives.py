@@ -1,0 +1,128 @@
+"""What a compiled program sends between devices, read off its HLO text."""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import NamedTuple
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+SIZES = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64} | {f"{s}{n}": n for s in "su" for n in (4, 8, 16, 32, 64)}
+
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_CALL = re.compile(rf"^(?:ROOT )?%?[\w.\-]+ = (.*?) ({'|'.join(KINDS)})(-start)?\(")
+_CALLERS = "calls", "to_apply", "body", "condition", "branch_computations", "true_computation", "false_computation"
+_CALLED = re.compile(rf"({'|'.join(_CALLERS)})=\{{?([^,}}]*(?:, ?%[^,}}]*)*)")
+
+
+class Collective(NamedTuple):
+    """Collectives of one kind among as many devices, summed over a step."""
+
+    kind: str
+    group: int
+    """Devices that take part in one."""
+    times: float
+    sent: float
+    """Bytes that each device sends, by a ring: of what is gathered or scattered all but its own part, of a sum twice that."""
+
+
+def collectives(text: str) -> list[Collective]:
+    """Those that a program runs, as often as its loops run them.
+
+    A loop's turns are the number that XLA says, or else the constant that its condition compares with. An asynchronous
+    collective of a TPU appears in each of the fusions that it is spread over, on one channel, and counts once.
+    """
+    computations, entry = _parse(text)
+    runs: dict[str, float] = defaultdict(float)
+    _visit(computations, entry, 1, runs)
+    channels: dict[tuple[str, ...], tuple[Collective, float]] = {}
+    for name, lines in computations.items():
+        for number, line in enumerate(lines):
+            if (found := _collective(line, name)) and runs[name]:
+                spread = re.search(r"channel_id=(\d+),.*async_collective_fusion_config", line)
+                key = (found.kind, spread[1]) if spread else (name, str(number))
+                if runs[name] > channels.get(key, (None, 0))[1]:
+                    channels[key] = found, runs[name]
+    return summed(found._replace(times=turns, sent=found.sent * turns) for found, turns in channels.values())
+
+
+def summed(collectives: Iterable[Collective]) -> list[Collective]:
+    """One for each kind and group, those that send most first; what sends nothing is left out."""
+    totals: dict[tuple[str, int], list[float]] = defaultdict(lambda: [0, 0])
+    for c in collectives:
+        totals[c.kind, c.group][0] += c.times
+        totals[c.kind, c.group][1] += c.sent
+    found = [Collective(*key, *total) for key, total in totals.items() if total[1]]
+    return sorted(found, key=lambda c: -c.sent)
+
+
+def sent(kind: str, whole: float, group: int) -> float:
+    """Bytes that each of ``group`` devices sends, where ``whole`` bytes are gathered, scattered, summed or exchanged."""
+    if kind == "collective-permute":
+        return whole
+    return (2 if kind == "all-reduce" else 1) * whole * (group - 1) / group
+
+
+def _parse(text: str) -> tuple[dict[str, list[str]], str]:
+    """Each computation's lines, and the name of the first to run."""
+    computations: dict[str, list[str]] = {}
+    entry = name = ""
+    for line in text.splitlines():
+        if head := _HEAD.match(line):
+            name = head[2]
+            computations[name] = []
+            entry = name if head[1] else entry
+        elif name:
+            computations[name].append(line.strip())
+    return computations, entry
+
+
+def _visit(computations: dict[str, list[str]], name: str, times: float, runs: dict[str, float]) -> None:
+    """Add ``times`` to the runs of a computation, and of what it calls as often as it does."""
+    runs[name] += times
+    for line in computations.get(name, []):
+        if "=%" not in line and "={" not in line:
+            continue
+        called = {kind: re.findall(r"%([\w.\-]+)", names) for kind, names in _CALLED.findall(line)}
+        turns = _turns(line, computations, called["condition"][0]) if "body" in called else 1
+        for kind, names in called.items():
+            for callee in names if kind != "condition" else ():
+                _visit(computations, callee, times * turns, runs)
+
+
+def _turns(line: str, computations: dict[str, list[str]], condition: str) -> int:
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', line):
+        return int(known[1])
+    constants = [int(n) for line in computations.get(condition, []) for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", line)]
+    return max(constants, default=1)
+
+
+def _collective(line: str, computation: str) -> Collective | None:
+    call = _CALL.match(line)
+    if not call:
+        return None
+    shapes, kind, start = call.groups()
+    sizes = [_nbytes(*shape) for shape in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shapes)]
+    if start:  # (operands, results, ...): what is gathered is the larger, what is scattered too
+        sizes = [max(sizes)] if kind in ("all-gather", "reduce-scatter", "collective-permute") else sizes
+    group = 2 if kind == "collective-permute" else _group(line)
+    whole = sum(sizes) * (group if kind == "reduce-scatter" and not start else 1)
+    if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):  # what XLA calls it on TPU
+        kind = "reduce-scatter"
+    return Collective(kind, group, 1, sent(kind, whole, group))
+
+
+def _nbytes(dtype: str, dimensions: str) -> float:
+    bits = SIZES.get(dtype, 8)  # the many 8-bit floats
+    return math.prod(int(n) for n in dimensions.split(",") if n) * bits / 8
+
+
+def _group(line: str) -> int:
+    """Devices in a group, in any of the three ways that HLO lists them."""
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", line):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", mesh[2]))
+    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
+        return int(iota[2])
+    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
+    return len(listed[1].split(",")) if listed else 1

@@ -1,0 +1,75 @@
+"""A plan as lines to read."""
+
+from gptjax.metrics import human_bytes
+from gptjax.models.params import num_params
+from gptjax.plan.collectives import Collective
+from gptjax.plan.floor import DAY
+from gptjax.plan.search import Plan
+from gptjax.plan.topology import Topology
+from gptjax.sharding import MESH_AXES
+
+
+def describe(plan: Plan, topology: Topology, chosen: list[str], backward: str) -> str:
+    """The plan of one step, for a person."""
+    model, shape, mesh = plan.work.model, plan.work.shape, plan.work.mesh
+    each = f" of {human_bytes(topology.device.memory)} each" if topology.device else " simulated on this machine"
+    lines = {
+        "topology": [f"{topology.name}: {topology.size} x {topology.kind}{each}"],
+        "mesh": [" x ".join(f"{axis} {n}" for axis, n in zip(MESH_AXES, mesh, strict=True)), *chosen],
+        "model": [f"{num_params(model):,} parameters", model.dtype, f"attention {model.attention}", f"layers {model.layers}"],
+        "step": [f"{shape.tokens:,} tokens ({shape.accumulate} x {shape.batch_size} x {shape.seq_len})"],
+        "source": [f"memory and collectives {plan.source}"],
+    }
+    lines["model"] += [f"recompute {model.recompute}", f"backward {backward}"]
+    text = [f"{name:<12} {', '.join(parts)}" for name, parts in lines.items()]
+    return "\n".join([*text, *_memory(plan), *_collectives(plan.collectives), *_time(plan)])
+
+
+def _memory(plan: Plan) -> list[str]:
+    verdict = "fits" if plan.total <= plan.capacity else "DOES NOT FIT"
+    lines = [f"{'memory':<12} {human_bytes(plan.total)} a device of {human_bytes(plan.capacity)} that can be used: {verdict}"]
+    lines += [f"  {name:<10} {human_bytes(size):>9}" for name, size in plan.memory.items()]
+    at = next(i for i, name in enumerate(plan.memory, 1) if name == "temporaries")
+    shapes = f", {human_bytes(plan.predicted)} by shapes" if plan.compiled else ""
+    lines[at] += f"  activations saved for the backward {human_bytes(plan.saved)}{shapes}"
+    if plan.largest is not None:
+        data, fsdp, _ = plan.work.mesh
+        tokens = plan.largest * data * fsdp * plan.work.shape.seq_len
+        size = f"data.batch_size {plan.largest * data * fsdp:,} ({plan.largest} a device, {tokens:,} tokens)"
+        lines.append(f"{'largest':<12} {size if plan.largest else 'not even one row a device fits'}, {plan.searched}")
+    elif plan.searched:
+        lines.append(f"{'largest':<12} {plan.searched}")
+    return lines
+
+
+def _collectives(found: list[Collective]) -> list[str]:
+    lines = [f"{'sent':<12} {human_bytes(sum(c.sent for c in found))} by each device and step"]
+    return lines + [f"  {c.kind:<18} {c.times:>8,.0f} among {c.group:<4} {human_bytes(c.sent):>9}" for c in found]
+
+
+def _time(plan: Plan) -> list[str]:
+    counted = f"; XLA counts {plan.compiler_flops / 1e9:,.4g}, loops once and kernels not" if plan.compiler_flops else ""
+    lines = [f"{'products':<12} {plan.flops / 1e9:,.4g} GFLOP by each device and step{counted}"]
+    if not plan.floor:
+        return [*lines, f"{'floor':<12} not known: no data sheet gives this device's rate in {plan.work.model.dtype}"]
+    floor, tokens = plan.floor, plan.work.shape.tokens
+    parts = {"products": floor.products, "memory": floor.memory, "collectives": floor.collectives, "update": floor.update}
+    lines.append(f"{'floor':<12} " + ", ".join(f"{name} {seconds * 1e3:,.1f} ms" for name, seconds in parts.items()))
+    for name, seconds in {"all overlaps": floor.overlapped, "nothing sent does": floor.exposed}.items():
+        days = plan.tokens / tokens * seconds / DAY
+        rate = f"{tokens / seconds:,.0f} tokens/s, {days:,.2f} days for {plan.tokens:.3g} tokens"
+        lines.append(f"  {name:<17} {seconds * 1e3:,.1f} ms, {rate}, scaling efficiency {floor.efficiency(seconds):.0%}")
+    return lines
+
+
+def comparison(plans: dict[str, Plan]) -> str:
+    """A line for each implementation of attention."""
+    head = f"{'attention':<14} {'memory':>9} {'temporaries':>11} {'TFLOP':>8} {'by XLA':>8} {'sent':>9} {'floor ms':>9}"
+    lines = [head]
+    for name, plan in plans.items():
+        xla = f"{plan.compiler_flops / 1e12:.3f}" if plan.compiler_flops else "-"
+        time = f"{plan.floor.overlapped * 1e3:,.1f}" if plan.floor else "-"
+        sent = human_bytes(sum(c.sent for c in plan.collectives))
+        cells = f"{human_bytes(plan.total):>9} {human_bytes(plan.memory['temporaries']):>11} {plan.flops / 1e12:>8.3f}"
+        lines.append(f"{name:<14} {cells} {xla:>8} {sent:>9} {time:>9}")
+    return "\n".join(lines)

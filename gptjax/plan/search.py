@@ -1,0 +1,143 @@
+"""The plan of one step: what it needs, how long it takes at least, and how large a batch could be."""
+
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from gptjax.optim import Optimizer
+from gptjax.plan.collectives import Collective
+from gptjax.plan.compiled import Compiled, compile_work
+from gptjax.plan.floor import Floor, step_floor
+from gptjax.plan.predict import Work, saved_bytes, state_bytes, step_collectives, step_flops, working_bytes
+from gptjax.plan.topology import Topology
+from gptjax.steps import Backward
+
+USABLE = 0.95  # of a device's memory: the runtime, libraries' workspaces and gaps take the rest
+PREDICTED = "predicted from shapes, not compiled"
+
+
+class Plan(NamedTuple):
+    """All that is known of a step on one device."""
+
+    work: Work
+    source: str
+    """Where memory and collectives are from, in words."""
+    compiled: bool
+    memory: dict[str, int]
+    saved: int
+    """Of the temporaries, what the hand-written backward keeps of the forward, by shapes."""
+    predicted: int
+    """The temporaries, by shapes."""
+    capacity: float
+    """Bytes that can be used."""
+    collectives: list[Collective]
+    flops: float
+    compiler_flops: float | None
+    floor: Floor | None
+    largest: int | None
+    """Rows of a micro-batch on each device that fit; 0 if not one, None if not asked for."""
+    searched: str
+    """How that was found."""
+    tokens: float
+    """Of the whole run."""
+
+    @property
+    def total(self) -> int:
+        """Bytes."""
+        return sum(self.memory.values())
+
+    def record(self) -> dict[str, Any]:
+        """All of it, for JSON."""
+        plain = self._asdict() | {
+            "work": {"mesh": self.work.mesh, "shape": self.work.shape._asdict(), "dtype": self.work.model.dtype},
+            "collectives": [c._asdict() for c in self.collectives],
+            "floor": self.floor and self.floor._asdict() | {"overlapped": self.floor.overlapped, "exposed": self.floor.exposed},
+        }
+        return plain | {"total": self.total}
+
+
+def make_plan(
+    work: Work,
+    topology: Topology,
+    optimizer: Optimizer,
+    backward: Backward,
+    devices: list[Any] | None,
+    tokens: float,
+    search: bool,
+) -> Plan:
+    """Plan a step.
+
+    Args:
+        work: the step.
+        topology: where.
+        optimizer: whose state is held.
+        backward: which gradient.
+        devices: to compile for, or None to predict.
+        tokens: of the whole run.
+        search: also the largest batch that fits.
+
+    """
+    state, predicted = state_bytes(work, optimizer), temporary_bytes(work)
+    memory, sent, source = state | {"temporaries": predicted}, step_collectives(work), PREDICTED
+    found = compile_work(work, optimizer, backward, devices) if devices else None
+    if isinstance(found, Compiled):
+        memory, sent, source = found.memory, found.collectives, f"compiled for {topology.kind} in {found.seconds:.0f} s"
+    elif found:
+        source = f"{PREDICTED}: the compiler refuses the step, {found.message}"
+    capacity = USABLE * (topology.device.memory if topology.device else _host_memory() / topology.size)
+    largest, searched = None, ""
+    if search and isinstance(found, Compiled):
+        largest, searched = _by_two(work, sum(memory.values()), capacity, optimizer, backward, devices or [])
+    elif search:
+        room = capacity - sum(state.values())
+        largest, searched = largest_that(lambda rows: temporary_bytes(work.with_rows(rows)) <= room), "by shapes"
+    rated = topology.device and work.model.dtype == "bfloat16"
+    return Plan(
+        work=work,
+        source=source,
+        compiled=isinstance(found, Compiled),
+        memory=memory,
+        saved=saved_bytes(work),
+        predicted=predicted,
+        capacity=capacity,
+        collectives=sent,
+        flops=step_flops(work),
+        compiler_flops=found.flops if isinstance(found, Compiled) else None,
+        floor=step_floor(work, topology.device, sent) if topology.device and rated else None,
+        largest=largest,
+        searched=searched,
+        tokens=tokens,
+    )
+
+
+def temporary_bytes(work: Work) -> int:
+    """Bytes on each device beside the state, by shapes."""
+    return saved_bytes(work) + working_bytes(work)
+
+
+def largest_that(fits: Callable[[int], bool]) -> int:
+    """The largest n for which ``fits`` holds, which it does up to some n and not after; 0 if not for 1."""
+    most = 1
+    while fits(most):
+        most *= 2
+    low, high = most // 2, most
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _by_two(
+    work: Work, total: int, capacity: float, optimizer: Optimizer, backward: Backward, devices: list[Any]
+) -> tuple[int | None, str]:
+    """Through the totals of two compilations, of the configured rows and of twice as many."""
+    twice = compile_work(work.with_rows(2 * work.rows), optimizer, backward, devices)
+    other = sum(twice.memory.values()) if isinstance(twice, Compiled) else twice.used
+    if other is None or other <= total:
+        return None, "not found: memory does not grow with the batch as compiled"
+    rows = int(work.rows + (capacity - total) * work.rows / (other - total))
+    return max(rows, 0), f"on the line through {work.rows} and {2 * work.rows} compiled"
+
+
+def _host_memory() -> float:
+    return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))

@@ -1,0 +1,129 @@
+"""The devices that a plan is for, by name, whether they are here or not."""
+
+import math
+import os
+import re
+from typing import Any, NamedTuple
+
+import jax
+
+from gptjax.devices import DEVICES, Device
+from gptjax.errors import ConfigError
+
+TPUS = {  # name: the start of JAX's device_kind, the axes of its torus
+    "v4": ("TPU v4", 3),
+    "v5e": ("TPU v5 lite", 2),
+    "v5p": ("TPU v5", 3),
+    "v6e": ("TPU v6 lite", 2),
+}
+GPUS = {
+    "a100": "NVIDIA A100",
+    "h100": "NVIDIA H100",
+    "h100-pcie": "NVIDIA H100 PCIe",
+    "h200": "NVIDIA H200",
+    "l4": "NVIDIA L4",
+    "cuda": "NVIDIA H100",
+}
+CPU = "cpu"
+NAMES = "cpu:8; h100:8 or another GPU's name (" + ", ".join(GPUS) + "); v5e:4x4, v6e:4x4, v4:2x2x4 or v5p:2x2x4"
+# libtpu asks the machine that it runs on what slice it is part of: of none.
+ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_MIN_LOG_LEVEL": "3",
+}
+
+
+class Topology(NamedTuple):
+    """So many devices of a kind."""
+
+    name: str
+    platform: str
+    """cpu, cuda or tpu."""
+    kind: str
+    """JAX's ``device_kind``."""
+    shape: tuple[int, ...]
+    """How they are wired: the sides of a torus, or their number."""
+    device: Device | None
+    """What one can do; None for CPU, whose rates no data sheet gives."""
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        return math.prod(self.shape)
+
+
+def parse_topology(name: str) -> Topology:
+    """What a name such as ``v5e:4x4``, ``h100:8`` or ``cpu:8`` means.
+
+    Raises:
+        ConfigError: it means nothing; it lists what would work.
+
+    """
+    match = re.fullmatch(r"([\w-]+):(\d+(?:x\d+)*)", name)
+    family, shape = (match[1].lower(), tuple(map(int, match[2].split("x")))) if match else ("", ())
+    if family in TPUS:
+        kind, axes = TPUS[family]
+        if len(shape) != axes or not all(_is_side(side) for side in shape) or math.prod(shape) > DEVICES[kind].neighbours:
+            example = " or ".join({2: ("2x2", "2x4", "4x4", "16x16"), 3: ("1x1x1", "2x2x1", "2x2x4", "4x4x8")}[axes])
+            raise ConfigError(
+                f"topology {name} is none: {family} is wired as {axes} numbers, each 1, 2 or a multiple of 4, "
+                f"at most {DEVICES[kind].neighbours} together, such as {example}"
+            )
+        return Topology(name, "tpu", kind, shape, DEVICES[kind])
+    if len(shape) == 1 and shape[0] > 0:
+        if family in GPUS:
+            return Topology(name, "cuda", GPUS[family], shape, DEVICES[GPUS[family]])
+        if family == CPU:
+            return Topology(name, "cpu", "cpu", shape, None)
+    raise ConfigError(
+        f"topology {name} is not known: it must be {NAMES}" if name else f"topology is missing: it must be {NAMES}"
+    )
+
+
+def _is_side(n: int) -> bool:
+    return n in (1, 2) or (n > 0 and n % 4 == 0)
+
+
+def start(topology: Topology) -> None:
+    """Let JAX compute on CPU alone, with as many devices as a topology of CPUs has; nothing else is taken.
+
+    Raises:
+        ConfigError: JAX has started already, with fewer devices.
+
+    """
+    os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
+    config: Any = jax.config
+    config.update("jax_platforms", "cpu")
+    if topology.platform == "cpu":
+        try:
+            config.update("jax_num_cpu_devices", topology.size)
+        except RuntimeError as error:
+            if len(jax.devices("cpu")) < topology.size:
+                raise ConfigError(
+                    f"JAX has started with {len(jax.devices('cpu'))} devices, too few for {topology.name}"
+                ) from error
+
+
+def open_devices(topology: Topology) -> list[Any]:
+    """What to compile for: simulated CPUs, or the TPUs of a slice as libtpu describes it.
+
+    Raises:
+        ConfigError: libtpu is not installed, or refuses the topology.
+
+    """
+    if topology.platform == "cpu":
+        return jax.devices("cpu")[: topology.size]
+    from jax.experimental import topologies
+
+    single = {"chips_per_host_bounds": (1, 1, 1)} if topology.size == 1 else {}
+    both_cores = {"chip_config_name": "megacore"} if topology.kind == "TPU v4" else {}  # as one device, as on a TPU VM
+    try:
+        described = topologies.get_topology_desc(topology.name, "tpu", **single, **both_cores)
+    except (ImportError, RuntimeError) as error:  # JAX raises RuntimeError where there is no libtpu, or one that refuses
+        if "not installed" in str(error):
+            message = f"to compile for {topology.name} needs libtpu: pip install 'gptjax[tpu]', or --predict for shapes alone"
+            raise ConfigError(message) from error
+        raise ConfigError(f"libtpu refuses the topology {topology.name}: {str(error).splitlines()[0]}") from error
+    return described.devices

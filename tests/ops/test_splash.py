@@ -1,0 +1,74 @@
+"""The TPU's kernel, in Pallas's interpreter, against attention written out; on a TPU it was compiled, and not run."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+
+from gptjax.mesh import MeshConfig, make_mesh
+from gptjax.ops import attention, attention_bwd, attention_fwd, splash
+from gptjax.sharding import within
+from tests.compare import assert_same_gradients, normal, relative_l2
+from tests.models import tiny
+
+ORIGINAL = kernel.make_splash_mha_single_device
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    """The kernel's own code mixes ranks and dtypes, and takes at most 32 bits."""
+    made = functools.partial(ORIGINAL, interpret=True)
+    monkeypatch.setattr(kernel, "make_splash_mha_single_device", made)
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"), jax.enable_x64(False):
+        yield
+
+
+def qkv(T):
+    return [normal(seed, 2, T, 2, 8, dtype=jnp.float32) for seed in range(4)]
+
+
+def test_forward_and_backward_equal_the_materialised_ones():
+    """Over several blocks: three of `LANES`, as one of 384 would hide what happens between them."""
+    *args, do = qkv(3 * splash.LANES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(splash, "LARGEST_BLOCK", splash.LANES)
+        o, saved = jax.jit(splash.splash_fwd)(*args)
+        ours = jax.jit(lambda saved, do: saved(do))(saved, do)
+    o2, saved2 = attention_fwd("materialised", *args)
+    assert relative_l2(o, o2) < 1e-6
+    assert_same_gradients(ours, attention_bwd("materialised", saved2, do), tuple(args), tolerance=1e-5)
+
+
+def test_it_is_chosen_by_name_and_differentiated_by_jax():
+    *args, do = qkv(splash.LANES)
+    o, saved = attention_fwd("splash", *args)
+    np.testing.assert_array_equal(o, attention("splash", *args)[0])
+    by_jax = jax.vjp(lambda *x: attention("splash", *x)[0], *args)[1](do)
+    assert_same_gradients(attention_bwd("splash", saved, do), by_jax, tuple(args), tolerance=1e-6)
+
+
+def test_on_a_mesh_each_device_runs_it_on_its_own_rows_and_heads():
+    *args, do = qkv(splash.LANES)
+    mesh = make_mesh(MeshConfig(data=2, tensor=2), tiny.config(num_heads=2), 2)
+
+    def both(q, k, v, do):
+        o, saved = attention_fwd("splash", q, k, v)
+        return o, attention_bwd("splash", saved, do)
+
+    cut = jax.NamedSharding(mesh, jax.P("data", None, "tensor", None))
+    compiled = jax.jit(within(mesh, both), in_shardings=(cut,) * 4).lower(*args, do).compile()
+    assert not [kind for kind in ("all-gather", "all-reduce", "all-to-all") if kind in compiled.as_text()]
+    o, grads = compiled(*args, do)
+    assert len(o.sharding.device_set) == 4
+    o2, grads2 = both(*args, do)
+    assert relative_l2(o, o2) < 1e-6
+    assert_same_gradients(grads, grads2, tuple(args), tolerance=1e-6)
+
+
+@pytest.mark.parametrize(("T", "block"), [(128, 128), (384, 384), (640, 128), (1024, 512), (1536, 512), (1280, 256)])
+def test_blocks_are_as_large_as_divide_the_sequence(T, block):
+    sizes = splash._kernel(T, 1).kwargs["block_sizes"]
+    assert (sizes.block_q, sizes.block_kv, sizes.block_kv_dkv) == (block, block, block)

@@ -1,0 +1,101 @@
+"""What a program sends, counted in one whose collectives are known."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from gptjax.plan.collectives import Collective, collectives, sent
+
+N, TURNS = 8, 3
+FLOAT = 4  # bytes
+
+
+def counted(body):
+    """The collectives of ``body`` on 2 x 4 devices, each of which has 8 of 64 rows of 16 float32 numbers."""
+    mesh, rows = Mesh(np.array(jax.devices()[:N]).reshape(2, 4), ("outer", "inner")), P(("outer", "inner"))
+    run = jax.shard_map(body, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
+    return collectives(jax.jit(run).lower(jax.ShapeDtypeStruct((8 * N, 16), jnp.float32)).compile().as_text())
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (lambda x: lax.psum(x, ("outer", "inner")), Collective("all-reduce", 8, 1, 2 * 8 * 16 * FLOAT * 7 / 8)),
+        (lambda x: lax.psum(x, "inner"), Collective("all-reduce", 4, 1, 2 * 8 * 16 * FLOAT * 3 / 4)),
+        (lambda x: lax.all_gather(x, "outer")[0], Collective("all-gather", 2, 1, 2 * 8 * 16 * FLOAT / 2)),
+        (
+            lambda x: jnp.tile(lax.psum_scatter(x, "inner", tiled=True), (4, 1)),
+            Collective("reduce-scatter", 4, 1, 8 * 16 * FLOAT * 3 / 4),
+        ),
+        (lambda x: lax.all_to_all(x, "inner", 0, 0, tiled=True), Collective("all-to-all", 4, 1, 8 * 16 * FLOAT * 3 / 4)),
+        (
+            lambda x: lax.ppermute(x, "inner", [(i, (i + 1) % 4) for i in range(4)]),
+            Collective("collective-permute", 2, 1, 8 * 16 * FLOAT),
+        ),
+    ],
+    ids=["all-reduce", "over an axis", "all-gather", "reduce-scatter", "all-to-all", "permute"],
+)
+def test_kind_group_and_bytes(body, expected):
+    assert counted(body) == [expected]
+
+
+def test_what_a_loop_sends_counts_for_each_turn():
+    def body(x):
+        inner = lambda _, y: lax.psum(y, "inner") * 0.5  # noqa: E731
+        outer = lambda _, y: lax.fori_loop(0, 2, inner, y)  # noqa: E731
+        return lax.fori_loop(0, TURNS, outer, x)
+
+    assert counted(body) == [Collective("all-reduce", 4, 2 * TURNS, 2 * TURNS * 2 * 8 * 16 * FLOAT * 3 / 4)]
+
+
+def test_a_ring_sends_all_but_ones_own_part_and_a_sum_twice_that():
+    assert sent("all-gather", 80, 8) == sent("reduce-scatter", 80, 8) == 70
+    assert sent("all-reduce", 80, 8) == 140
+    assert sent("all-reduce", 80, 1) == 0
+
+
+TPU = """HloModule jit_f
+%started (p: bf16[50,96]) -> bf16[50,768] {
+  ROOT %g = bf16[50,768]{0,1:T(8,128)(2,1)} all-gather(%p), channel_id=25, replica_groups=mesh['a'=1,'b'=8] {'b'}, \
+backend_config={"async_collective_fusion_config":{"flag_start":"-1"}}
+}
+%further (p: bf16[50,96]) -> bf16[50,768] {
+  ROOT %g = bf16[50,768]{0,1:T(8,128)(2,1)S(1)} all-gather(%p), channel_id=25, replica_groups=mesh['a'=1,'b'=8] {'b'}, \
+backend_config={"async_collective_fusion_config":{"flag_start":"2"}}
+}
+%all-reduce-scatter.9 (p: f32[16,8]) -> f32[2,8] {
+  %r = f32[16,8]{1,0:T(8,128)} all-reduce(%p), channel_id=1, replica_groups=[1,8]<=[8], to_apply=%add
+}
+%all-reduce-scatter.10 (p: f32[16,8]) -> f32[2,8] {
+  %r = f32[16,8]{1,0:T(8,128)} all-reduce(%p), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+}
+%condition (p: (s32[])) -> pred[] {
+  %c = s32[]{:T(128)} constant(3)
+}
+%body (p: (s32[])) -> (s32[]) {
+  %f = f32[2,8] fusion(%p), kind=kOutput, calls=%all-reduce-scatter.10
+  %s = (f32[4]{0}, f32[4]{0}, u32[]{:S(2)}) collective-permute-start(%p), channel_id=7
+}
+%never (p: f32[2]) -> f32[2] {
+  %r = f32[2] all-reduce(%p), replica_groups=[1,8]<=[8], to_apply=%add
+}
+ENTRY %main (p: f32[2]) -> f32[2] {
+  %a = bf16[50,768] fusion(%p), kind=kCustom, calls=%started
+  %b = bf16[50,768] fusion(%a), kind=kCustom, calls=%further
+  %w = (s32[]{:T(128)}) while(%b), condition=%condition, body=%body
+  %c = f32[2,8] fusion(%p), kind=kOutput, calls=%all-reduce-scatter.9
+}
+"""
+
+
+def test_a_tpus_program_is_read_as_it_writes_it():
+    """One gather spread over fusions, sums that are scattered, a loop that does not say how often it turns, dead code."""
+    assert collectives(TPU) == [
+        Collective("all-gather", 8, 1, 50 * 768 * 2 * 7 / 8),
+        Collective("reduce-scatter", 8, 1 + 3, 4 * 16 * 8 * FLOAT * 7 / 8),
+        Collective("collective-permute", 2, 3, 3 * 4 * FLOAT),
+    ]

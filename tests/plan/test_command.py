@@ -1,0 +1,116 @@
+"""``python -m gptjax.plan`` as a user meets it."""
+
+import importlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from tests.commands import expect_error
+from tests.conftest import ROOT
+
+command = importlib.import_module("gptjax.plan.__main__")
+DEBUG = ["--config", str(ROOT / "configs" / "debug.yaml"), "--model.num_layers", "1"]
+LARGE = ["--config", str(ROOT / "configs" / "1558m.yaml")]
+
+
+@pytest.fixture(autouse=True)
+def _as_a_process(monkeypatch):
+    """What the command sets for its process, given back; and numbers of 32 bits, as outside the tests."""
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    platforms = jax.config.jax_platforms
+    with jax.enable_x64(False):
+        yield
+    jax.config.update("jax_platforms", platforms)
+
+
+def lines(out):
+    return {line[:12].strip(): line[13:] for line in out.splitlines()}
+
+
+def test_a_pod_is_planned_without_a_tpu(capsys, tmp_path):
+    """The configured batch of one device, on 256."""
+    file = str(tmp_path / "plan.json")
+    assert command.main([*LARGE, "--topology", "v5e:16x16", "--predict", "--tokens", "30e9", "--json", file]) == 0
+    found = lines(capsys.readouterr().out)
+    assert found["topology"] == "v5e:16x16: 256 x TPU v5 lite of 17.18 GB each"
+    assert found["mesh"].startswith("data 4 x fsdp 64 x tensor 1, chosen, as none is configured, data.batch_size 256 for 4")
+    assert "attention splash" in found["model"]
+    assert found["source"] == "memory and collectives predicted from shapes, not compiled"
+    assert found["memory"].endswith("can be used: fits")
+    record = json.loads((tmp_path / "plan.json").read_text())["plans"]["splash"]
+    assert record["total"] == sum(record["memory"].values())
+    assert record["memory"]["parameters"] == pytest.approx(1557.6e6 * 4 / 64, rel=1e-3)
+    assert record["floor"]["overlapped"] < record["floor"]["exposed"]
+    days = 30e9 / (4 * 256 * 1024) * record["floor"]["overlapped"] / 86400
+    assert f"{days:,.2f} days for 3e+10 tokens" in " ".join(found.values())
+
+
+def test_simulated_devices_are_compiled_for(capsys):
+    assert command.main([*DEBUG, "--topology", "cpu:2", "--mesh.fsdp", "2", "--largest", "false"]) == 0
+    found = lines(capsys.readouterr().out)
+    assert found["mesh"] == "data 1 x fsdp 2 x tensor 1"
+    assert found["source"].startswith("memory and collectives compiled for cpu in")
+    assert "largest" not in found
+    assert found["floor"] == "not known: no data sheet gives this device's rate in float32"
+
+
+def test_every_attention_that_runs_there(capsys):
+    assert command.main([*LARGE, "--topology", "h100:8", "--compare", "--largest", "false"]) == 0
+    out = capsys.readouterr().out
+    assert "largest" not in out
+    names = [line.split()[0] for line in out.splitlines()]
+    assert names[names.index("attention") + 1 :] == ["cudnn", "blockwise", "materialised"]
+
+
+def test_a_model_that_does_not_fit(capsys):
+    assert command.main([*LARGE, "--topology", "v5e:1x1", "--predict"]) == 0
+    found = lines(capsys.readouterr().out)
+    assert found["memory"].endswith("can be used: DOES NOT FIT")
+    assert found["largest"].startswith("not even one row a device fits")
+    assert "sent" in found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "topology is missing: it must be cpu:8"),
+        (["--topology", "v5e:3x5"], "such as 2x2 or 2x4"),
+        (["--topology", "h100:8", "--tokens", "0"], "tokens must be above 0"),
+        (["--topology", "h100:8", "--json", "nowhere/p.json"], "there is no folder"),
+        (["--topology", "h100:8", "--mesh.tensor", "8"], "model.num_heads 25 does not divide by mesh.tensor = 8: of 8"),
+        (["--topology", "h100:8", "--mesh.fsdp", "4"], "takes 4 devices, but there are 8 devices"),
+        (["--topology", "h100:8", "--model.attention", "splash"], "model.attention splash needs a TPU, not cuda"),
+        (["--topologie", "h100:8"], "did you mean topology?"),
+        (["--topology", "cpu:16"], "JAX has started with 8 devices, too few for cpu:16"),
+    ],
+)
+def test_bad_input(arguments, message, capsys):
+    expect_error(command.main, [*LARGE, *arguments], message, capsys)
+
+
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (the [tpu] extra)")
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["124m-fineweb v5e:2x4", "124m-fineweb v4:2x2x1", "1558m v5e:4x4", "1558m v5p:2x2x2"])
+def test_the_real_step_compiles_for_the_real_topology(topology, tmp_path):
+    """In a process of its own, without the flags of these tests; minutes each."""
+    config, topology = topology.split()
+    unset = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
+    options = ["--topology", topology, "--largest", "false", "--json", str(tmp_path / "plan.json")]
+    arguments = ["--config", str(ROOT / "configs" / f"{config}.yaml"), *options]
+    subprocess.run([sys.executable, "-m", "gptjax.plan", *arguments], env=environment, cwd=ROOT, check=True)
+    plan = json.loads((tmp_path / "plan.json").read_text())["plans"]["splash"]
+    assert plan["compiled"]
+    assert plan["total"] < plan["capacity"]
+    assert plan["memory"]["temporaries"] > plan["saved"]
+    kinds = {c["kind"] for c in plan["collectives"]}
+    assert "all-gather" in kinds
+    assert kinds & {"reduce-scatter", "all-reduce", "collective-permute"}

@@ -1,0 +1,36 @@
+import math
+
+import pytest
+
+from gptjax.data import BatchShape
+from gptjax.devices import NETWORK, Device
+from gptjax.models.config import GPT2Config
+from gptjax.plan.collectives import Collective
+from gptjax.plan.floor import Floor, step_floor
+from gptjax.plan.predict import Work, step_flops, step_traffic
+
+DEVICE = Device(flops=1e12, memory=1e9, bandwidth=1e10, link=1e9, neighbours=4)
+SENT = [Collective("all-gather", 4, 1, 3e6), Collective("all-reduce", 4, 1, 1e6)]
+
+
+def work(mesh):
+    return Work(GPT2Config(preset="124m").resolve("cuda", 1024), BatchShape(1, 16, 1024), mesh)
+
+
+def test_each_part_at_its_rate_and_beyond_the_neighbours_at_the_networks():
+    planned = work((1, 4, 1))
+    floor = step_floor(planned, DEVICE, SENT)
+    traffic, update = step_traffic(planned)
+    assert floor == Floor(step_flops(planned) / 1e12, traffic / 1e10, 4e6 / 1e9, update / 1e10)
+    assert step_floor(work((1, 8, 1)), DEVICE, SENT).collectives == 4e6 / NETWORK
+
+
+def test_what_overlaps_takes_as_long_as_the_slowest_and_the_update_waits():
+    floor = Floor(products=3.0, memory=1.0, collectives=2.0, update=1.0)
+    assert (floor.overlapped, floor.exposed) == (4, 6)
+    assert floor.efficiency(floor.overlapped) == 1
+    assert floor.efficiency(floor.exposed) == pytest.approx(4 / 6)
+    slow = floor._replace(collectives=7.0)
+    assert slow.overlapped == 8
+    assert slow.efficiency(slow.overlapped) == 0.5
+    assert math.isclose(slow.exposed, 11)

@@ -1,0 +1,65 @@
+import re
+
+import jax
+import pytest
+
+from gptjax.errors import ConfigError
+from gptjax.plan.topology import open_devices, parse_topology
+
+
+@pytest.mark.parametrize(
+    ("name", "platform", "size", "kind"),
+    [
+        ("v5e:16x16", "tpu", 256, "TPU v5 lite"),
+        ("v5e:1x1", "tpu", 1, "TPU v5 lite"),
+        ("v5p:2x2x4", "tpu", 16, "TPU v5"),
+        ("H100:8", "cuda", 8, "NVIDIA H100"),
+        ("h100-pcie:2", "cuda", 2, "NVIDIA H100 PCIe"),
+        ("cuda:1", "cuda", 1, "NVIDIA H100"),
+    ],
+)
+def test_a_name_says_what_and_how_many(name, platform, size, kind):
+    found = parse_topology(name)
+    assert (found.platform, found.size, found.kind) == (platform, size, kind)
+    assert found.device.memory >= 16e9
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "topology is missing: it must be cpu:8; h100:8 or another"),
+        ("v9:8", "topology v9:8 is not known: it must be cpu:8"),
+        ("h100", "is not known"),
+        ("h100:0", "is not known"),
+        ("h100:2x4", "is not known"),
+        ("v5e:3x5", "v5e is wired as 2 numbers, each 1, 2 or a multiple of 4, at most 256 together, such as 2x2 or 2x4"),
+        ("v5e:16x32", "at most 256 together"),
+        ("v5p:16x16", "v5p is wired as 3 numbers"),
+    ],
+)
+def test_what_means_nothing_says_what_would(name, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        parse_topology(name)
+
+
+def test_simulated_devices():
+    assert open_devices(parse_topology("cpu:4")) == jax.devices("cpu")[:4]
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (
+            "JAX TPU support not installed; cannot generate TPU topology.",
+            "needs libtpu: pip install 'gptjax[tpu]', or --predict",
+        ),
+        ("INVALID_ARGUMENT: no such layout\nand more", "libtpu refuses the topology v5e:4x4: INVALID_ARGUMENT: no such layout"),
+    ],
+)
+def test_without_libtpu_or_with_one_that_refuses(said, message, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", refuse)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        open_devices(parse_topology("v5e:4x4"))
