@@ -90,7 +90,7 @@ def test_the_peer(capsys, monkeypatch):
         "manual, unroll", "torch eager, float32", "torch eager, bfloat16", "torch compile, float32", "torch compile, bfloat16",
     ]  # fmt: skip
     assert command.main([*TINY, "--what", "decode", "--peer", "torch"]) == 0
-    assert rows(capsys.readouterr().out)[4:-1] == ["transformers, float32", "transformers, bfloat16"]
+    assert rows(capsys.readouterr().out)[5:-1] == ["transformers, float32", "transformers, bfloat16"]
 
 
 def test_without_the_peer(capsys, monkeypatch):
