@@ -127,6 +127,17 @@ def agreed(name: str, decide: Callable[[], str]) -> str:
     return decision
 
 
+def require_same(options: Any) -> None:
+    """Check that this process was given what process 0 was.
+
+    Raises:
+        ConfigError: it was not.
+
+    """
+    if agreed("options", lambda: repr(options)) != repr(options):
+        raise ConfigError("this process was given other options than process 0: give all of them the same")
+
+
 def first_then_others(name: str, f: Callable[[], Any]) -> Any:
     """``f()`` in every process, once it is done in process 0, so that what it keeps on disk is made once."""
     results: list[Any] = []

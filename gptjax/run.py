@@ -65,6 +65,7 @@ def set_up(cfg: Config) -> Run:
     check_installed(cfg.log)
     distributed.start(cfg.distributed)
     start_jax(cfg.model)
+    distributed.require_same(dataclasses.replace(cfg, distributed=DistributedConfig()))
     model = cfg.model.resolve(platform_name(), cfg.data.seq_len)
     mesh = make_mesh(cfg.mesh, model, cfg.data.batch_size)
     share = row_share(mesh, cfg.data.batch_size)
@@ -228,8 +229,13 @@ def describe(run: Run) -> str:
     vocabulary = f"{corpus.tokenizer.vocab_size} ids" if corpus.tokenizer else "unknown, so samples show ids"
     gflop = flops_per_token(model, shape.seq_len) * shape.tokens / 1e9
     processes = f"{jax.process_count()} processes; should one be lost, all end within {run.cfg.distributed.timeout} s"
+    idle = jax.device_count() - (run.mesh.size if run.mesh else 1)
     lines = {
-        "device": [f"{platform_name()} ({jax.devices()[0].device_kind})", f"jax {jax.__version__}"],
+        "device": [
+            f"{platform_name()} ({jax.devices()[0].device_kind})",
+            f"jax {jax.__version__}",
+            *([f"{idle} more like it idle: --mesh.data -1 takes all"] if idle else []),
+        ],
         **({"mesh": [describe_mesh(run.mesh)]} if run.mesh else {}),
         **({"processes": [processes]} if jax.process_count() > 1 else {}),
         "model": [

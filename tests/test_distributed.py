@@ -94,6 +94,16 @@ def test_the_others_get_what_the_first_decides_or_why_it_could_not(store, monkey
         distributed.first_then_others("corpus", lambda: 1)
 
 
+def test_all_have_to_be_given_the_same_options(store, monkeypatch):
+    process = [0]
+    monkeypatch.setattr(jax, "process_index", lambda: process[0])
+    distributed.require_same({"seed": 0})
+    process[0] = 1
+    distributed.require_same({"seed": 0})
+    with pytest.raises(ConfigError, match="other options than process 0"):
+        distributed.require_same({"seed": 1})
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -6,6 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from gptjax.errors import FormatError
+
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 SIZES = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64} | {f"{s}{n}": n for s in "su" for n in (4, 8, 16, 32, 64)}
 
@@ -119,10 +121,13 @@ def _nbytes(dtype: str, dimensions: str) -> float:
 
 def _group(line: str) -> int:
     """Devices in a group, in any of the three ways that HLO lists them."""
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", line):
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\S+)? ?\{([^}]*)\}", line):
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", mesh[2]))
     if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
         return int(iota[2])
-    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
-    return len(listed[1].split(",")) if listed else 1
+    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
+        return len(listed[1].split(","))
+    if "replica_groups=" in line:
+        raise FormatError(f"this XLA lists the devices of a collective in a way that is not known here: {line.strip()[:200]}")
+    return 1

@@ -8,7 +8,8 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from gptjax.plan.collectives import Collective, collectives, sent
+from gptjax.errors import FormatError
+from gptjax.plan.collectives import Collective, _group, collectives, sent
 
 N, TURNS = 8, 3
 FLOAT = 4  # bytes
@@ -99,3 +100,23 @@ def test_a_tpus_program_is_read_as_it_writes_it():
         Collective("reduce-scatter", 8, 1 + 3, 4 * 16 * 8 * FLOAT * 7 / 8),
         Collective("collective-permute", 2, 3, 3 * 4 * FLOAT),
     ]
+
+
+@pytest.mark.parametrize(
+    ("groups", "devices"),
+    [
+        ("mesh['a'=1,'b'=8] {'b'}", 8),
+        ("mesh['axis_0'=4,'axis_1'=1,'axis_2'=2], device_ids=([2,4]T(1,0)) {'axis_0'}", 4),
+        ("mesh['axis_0'=4,'axis_1'=1,'axis_2'=2], device_ids=([2,4]T(1,0)) {'axis_0','axis_2'}", 8),
+        ("[2,4]<=[4,2]T(1,0)", 4),
+        ("{{0,1},{2,3}}", 2),
+    ],
+)
+def test_the_ways_in_which_groups_are_listed(groups, devices):
+    line = f"%g = f32[16]{{0}} all-gather(%p), channel_id=1, replica_groups={groups}, dimensions={{0}}"
+    assert _group(line) == devices
+
+
+def test_a_way_that_is_not_known_is_said_and_not_counted_as_nothing():
+    with pytest.raises(FormatError, match="in a way that is not known here"):
+        _group("%g = f32[16]{0} all-gather(%p), replica_groups=torus[2]")
