@@ -79,9 +79,10 @@ def _alone(partial: Path) -> Iterator[None]:
             file = lock.open("w")
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX)
-        if lock.exists() and lock.stat().st_ino == os.fstat(file.fileno()).st_ino:
-            break
-        file.close()  # who held it has removed it
+        with contextlib.suppress(FileNotFoundError):  # who held it has removed it
+            if os.path.samestat(lock.stat(), os.fstat(file.fileno())):
+                break
+        file.close()
     try:
         yield
     finally:

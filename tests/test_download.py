@@ -1,11 +1,12 @@
 import hashlib
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from gptjax import download
-from gptjax.download import fetch
+from gptjax.download import _alone, fetch
 from gptjax.errors import DataError
 from tests.server import Status, serving
 
@@ -117,3 +118,24 @@ def test_of_two_at_once_one_downloads_and_the_other_waits(site, tmp_path):
         assert all(future.result().read_bytes() == CONTENT for future in made)
     assert len(site.requests) == 1
     assert list(tmp_path.iterdir()) == [tmp_path / "a.bin"]
+
+
+def test_the_lock_is_held_by_one_though_its_file_comes_and_goes(tmp_path):
+    """Who waits may find it removed by who held it, at any point."""
+    inside: list[int] = []
+
+    def hold(thread):
+        for _ in range(100):
+            with _alone(tmp_path / "a.bin.partial"):
+                inside.append(thread)
+                assert inside == [thread]
+                inside.pop()
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(hold, range(4)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert not list(tmp_path.iterdir())

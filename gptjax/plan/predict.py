@@ -144,13 +144,16 @@ def step_collectives(work: Work) -> list[Collective]:
     """What `RULES` make necessary in a step, weights' vectors and single numbers aside.
 
     Over fsdp each matrix is gathered for the forward and for each backward (see `_kept_gathered`), the gradient scattered, and
-    the embedding exchanged; over data the gradient is summed; over tensor the residual stream is.
+    the embedding exchanged; over data the gradient is summed; over tensor the residual stream is, and the matrix that gives
+    q, k and v is exchanged, as its gradient is: a part of its columns is not the part of the heads. A recomputation does so
+    anew, and gathers it anew for that.
     """
     model, A, (data, fsdp, tensor) = work.model, work.shape.accumulate, work.mesh
     L, item, block = model.num_layers, model.compute_dtype.itemsize, model.recompute == "block"
     vocabulary = model.padded_vocab_size * model.channels // tensor
     matrices = (num_matrix_params(model) // tensor) - vocabulary
     stream = work.rows * work.shape.seq_len * model.channels * item
+    qkv, anew = L * 3 * model.channels**2 // tensor, A * block * (tensor > 1)
     count, streams = len(MATRICES) * L, (5 if block else 4) * L + 2
 
     def one(kind: str, group: int, times: float, whole: float) -> Collective:
@@ -158,11 +161,12 @@ def step_collectives(work: Work) -> list[Collective]:
 
     return summed(
         [
-            one("all-gather", fsdp, (1 + A) * count + 1, ((1 + A) * matrices + vocabulary) * item),
+            one("all-gather", fsdp, (1 + A) * count + 1 + anew * L, ((1 + A) * matrices + anew * qkv + vocabulary) * item),
             one("reduce-scatter", fsdp, A * (count + 1), A * (matrices + vocabulary) * 4),
             one("all-to-all", fsdp, 2 * A, 2 * A * stream),
             one("all-reduce", data, A * (count + 1), A * (matrices + vocabulary) * 4 / fsdp),
             one("all-reduce", tensor, A * streams, A * streams * stream),
+            one("all-to-all", tensor, (1 + 2 * A + anew) * L, qkv * ((1 + A + anew) * item + A * 4) / fsdp),
         ]
     )
 
