@@ -1,7 +1,8 @@
 """Time the real work of a configuration: ``python -m gptjax.bench --config configs/124m.yaml``.
 
 The training step by default, ``--what decode`` decoding, ``--what data`` the corpus, ``--what loop`` what training does beside
-its steps. ``--compare`` adds the other ways that the step can be computed, ``--peer torch`` the same work in PyTorch. All run
+its steps; ``--what program`` times nothing and counts the step's operations as lowered for ``--platform cuda``, which need not
+be here. ``--compare`` adds the other ways that the step can be computed, ``--peer torch`` the same work in PyTorch. All run
 in turns, so that a noisy machine disturbs all alike. The floor is the step's matrix products at the rate of one, and one pass
 of AdamW over memory, both measured now; of decoding, reading all weights once a token. The batch is random ids, the weights
 are fresh ones.
@@ -18,7 +19,7 @@ from typing import Any, Literal
 import jax
 
 from gptjax import cli
-from gptjax.bench import ceiling, data, loop, steps, torch_peer
+from gptjax.bench import ceiling, data, loop, program, steps, torch_peer
 from gptjax.bench.profile import OpTime, profile
 from gptjax.bench.timing import Timing, in_turns
 from gptjax.config import Config
@@ -37,9 +38,12 @@ OPS = 12  # lines of a profile
 class BenchConfig(Config):
     """A training configuration, and what to time of it."""
 
-    what: Literal["step", "decode", "data", "loop"] = "step"
+    what: Literal["step", "decode", "data", "loop", "program"] = "step"
     """step: the training step; decode: sampling with a cache, batch 1; data: tokenizing the configured corpus, and reading
-    batches from it; loop: the steps between two validations, alone and with all that training does beside them."""
+    batches from it; loop: the steps between two validations, alone and with all that training does beside them; program: count
+    the operations of the step and the bytes of their results, before any fusion, of both backwards."""
+    platform: Literal["cpu", "cuda", "rocm", "tpu"] | None = None
+    """Of what program; by default that which is here."""
     decode: bool = False
     """Short for what decode."""
     compare: bool = False
@@ -61,6 +65,8 @@ class BenchConfig(Config):
 
         """
         super().__post_init__()
+        if self.platform and self.what != "program":
+            raise ConfigError("platform is for what program; what is timed runs on the platform that is here")
         if self.rounds < 1:
             raise ConfigError(f"rounds must be at least 1, not {self.rounds}")
 
@@ -77,6 +83,8 @@ def main(argv: list[str] | None = None) -> int:
             record = time_data(cfg)
         elif cfg.what == "loop":
             record = time_loop(cfg)
+        elif cfg.what == "program":
+            record = count_program(cfg)
         else:
             if cfg.peer == "torch":
                 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave a GPU's memory to both
@@ -192,6 +200,30 @@ def time_loop(cfg: BenchConfig) -> dict[str, Any]:
     print(f"{platform_name()} ({jax.devices()[0].device_kind}), {os.cpu_count()} cores, {count} steps of {tokens:,} tokens")
     print(table(rows, ".3f"))
     return {"steps": count, "tokens": tokens, "rows": rows}
+
+
+def count_program(cfg: BenchConfig) -> dict[str, Any]:
+    """Print each operation with how often it runs and the gigabytes of its results, for both backwards.
+
+    Raises:
+        GptjaxError: the model does not fit the sequence or the platform.
+
+    """
+    start_jax(cfg.model)
+    platform = cfg.platform or platform_name()
+    model = cfg.model.resolve(platform, cfg.data.seq_len)
+    if model.attention == "cudnn" and platform_name() != "cuda":  # JAX asks for cuDNN's version when it traces
+        model = dataclasses.replace(model, attention="blockwise")
+    found = {way: program.lowered_step(cfg, model, way, platform) for way in ("manual", "autodiff")}
+    tokens = cfg.optim.accumulate * cfg.data.batch_size * cfg.data.seq_len
+    print(f"lowered for {platform}, {model.dtype}, attention {model.attention}, layers {model.layers}, {tokens:,} tokens")
+    print(f"{'operation':<24}" + "".join(f" {way:>8} {'GB':>7}" for way in found))
+    names = sorted(set().union(*(ops.times for ops in found.values())), key=lambda n: -max(o.nbytes[n] for o in found.values()))
+    for name in names:
+        print(f"{name:<24}" + "".join(f" {o.times[name]:>8,} {o.nbytes[name] / 1e9:>7.2f}" for o in found.values()))
+    return {
+        way: {name: {"times": ops.times[name], "nbytes": ops.nbytes[name]} for name in ops.times} for way, ops in found.items()
+    }
 
 
 def time_data(cfg: BenchConfig) -> dict[str, Any]:

@@ -70,6 +70,17 @@ def test_what_is_configured_comes_first_and_is_not_repeated():
     assert names[4:] == ["recompute none", "recompute gelu", "attention materialised", "attention cudnn", "attention splash"]
 
 
+def test_the_operations_of_a_step_for_hardware_that_is_not_here(capsys, tmp_path):
+    assert command.main([*TINY, "--what", "program", "--platform", "cuda", "--json", str(tmp_path / "r.json")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("lowered for cuda, bfloat16, attention blockwise, layers unroll, 16 tokens")
+    record = json.loads((tmp_path / "r.json").read_text())
+    ours, autodiff = (record[way]["dot_general"] for way in ("manual", "autodiff"))
+    (line,) = (line.split() for line in lines if line.startswith("dot_general"))
+    assert line[1::2] == [str(ours["times"]), str(autodiff["times"])]
+    assert float(line[2]) == pytest.approx(ours["nbytes"] / 1e9, abs=0.005)
+
+
 @pytest.mark.parametrize("option", [["--what", "decode"], ["--decode", "true"]])
 def test_decoding(option, capsys, monkeypatch):
     monkeypatch.setattr(steps, "NEW", 4)
@@ -104,6 +115,7 @@ def test_without_the_peer(capsys, monkeypatch):
         (["--json", "nowhere/r.json"], "there is no folder"),
         (["--rounds", "0"], "rounds must be at least 1"),
         (["--what", "decode", "--model.max_seq_len", "20"], "needs model.max_seq_len 272"),
+        (["--platform", "cuda"], "platform is for what program"),
         (["--comparison", "true"], "did you mean compare?"),
         (["--data.seq_len", "4000"], "data.seq_len 4000 does not fit"),
     ],

@@ -1,0 +1,94 @@
+"""What a compiler is given: the step as lowered to StableHLO, for hardware that need not be here."""
+
+from collections import Counter
+from typing import Any, NamedTuple
+
+import jax
+
+from gptjax import steps
+from gptjax.config import Config
+from gptjax.data import BatchShape
+from gptjax.models.config import GPT2Config
+from gptjax.optim import make_optimizer
+
+
+class Operations(NamedTuple):
+    """Operations by name (StableHLO's, and of a kernel that is called its own)."""
+
+    times: Counter[str]
+    """How often each runs in a step."""
+    nbytes: Counter[str]
+    """Bytes of its results, summed over them: what it would write if nothing were fused."""
+
+
+def lowered_step(cfg: Config, model: GPT2Config, backward: steps.Backward, platform: str) -> Operations:
+    """Operations of the three functions of a training step.
+
+    Args:
+        cfg: whose batch and optimizer it is.
+        model: resolved for the platform.
+        backward: ``manual`` or ``autodiff``.
+        platform: ``cpu``, ``cuda``, ``rocm`` or ``tpu``.
+
+    """
+    optimizer = make_optimizer(cfg.optim, cfg.train.steps)
+    shape = BatchShape(cfg.optim.accumulate, cfg.data.batch_size, cfg.data.seq_len)
+    state, batch, key = steps.step_arguments(model, optimizer, shape)
+    grads, moments, params = steps.step_functions(model, optimizer, backward)
+    number = jax.ShapeDtypeStruct((), "int32")
+    loss, g = jax.eval_shape(grads, state.params, batch, key, number)
+    finite = jax.ShapeDtypeStruct((), "bool")
+    calls: list[tuple[Any, tuple[Any, ...]]] = [
+        (grads, (state.params, batch, key, number)),
+        (moments, (state.opt_state.moments, g, loss)),
+        (params, (state.params, state.opt_state.step, state.opt_state.moments, finite)),
+    ]
+    found = Operations(Counter(), Counter())
+    for function, arguments in calls:
+        module = function.trace(*arguments).lower(lowering_platforms=(platform,)).compiler_ir("stablehlo")
+        for total, more in zip(found, operations(module), strict=True):
+            total.update(more)
+    return found
+
+
+def operations(module: Any) -> Operations:
+    """Those that a StableHLO module runs: of a function as often as it is called, of a loop's body once."""
+    functions = {op.attributes["sym_name"].value: op for op in module.body.operations}
+    known: dict[str, Operations] = {}
+
+    def of_function(name: str) -> Operations:
+        if name not in known:
+            known[name] = Operations(Counter(), Counter())
+            _walk(functions[name], known[name], of_function)
+        return known[name]
+
+    return of_function("main")
+
+
+def _walk(parent: Any, found: Operations, of_function: Any) -> None:
+    for op in (op for region in parent.regions for block in region.blocks for op in block.operations):
+        name = op.operation.name
+        if name == "func.call":
+            for total, more in zip(found, of_function(op.attributes["callee"].value), strict=True):
+                total.update(more)
+        elif name.startswith("stablehlo.") and name != "stablehlo.return":
+            name = (
+                op.attributes["call_target_name"].value if name == "stablehlo.custom_call" else name.removeprefix("stablehlo.")
+            )
+            found.times[name] += 1
+            found.nbytes[name] += sum(_nbytes(result.type) for result in op.results)
+        if name not in REDUCERS:
+            _walk(op, found, of_function)
+
+
+REDUCERS = ("reduce", "scatter", "sort", "reduce_window")  # their regions say how two numbers become one
+
+
+def _nbytes(kind: Any) -> int:
+    """Bytes of a tensor; a token has none."""
+    if not hasattr(kind, "shape"):
+        return 0
+    size = max(1, getattr(kind.element_type, "width", 8) // 8)
+    for dimension in kind.shape:
+        size *= dimension
+    return size
