@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key
 
 from gptjax.models.config import GPT2Config
+from gptjax.ops.random import normal
 
 INIT_STD = 0.02
 MATRICES = ("qkvw", "attprojw", "fcw", "fcprojw")  # of a block
@@ -117,7 +118,7 @@ def init_params(key: Key[Array, ""], cfg: GPT2Config, dtype: Any = jnp.float32) 
         if weight.init in ("zeros", "ones"):
             return jnp.full(shape, float(weight.init == "ones"), dtype)
         std = INIT_STD / (math.sqrt(2 * cfg.num_layers) if weight.init == "residual" else 1)
-        return std * jax.random.normal(jax.random.fold_in(key, index), shape, dtype)
+        return std * normal(jax.random.fold_in(key, index), shape, dtype)
 
     params = Params(*(draw(i, *row) for i, row in enumerate(zip(WEIGHTS, param_shapes(cfg), strict=True))))
     params = params._replace(wte=params.wte.at[cfg.vocab_size :].set(0))

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
+from gptjax.ops.random import bernoulli
+
 
 @partial(jax.jit, static_argnames="rate")
 def dropout_fwd(
@@ -27,7 +29,7 @@ def dropout_fwd(
         raise ValueError(f"the dropout rate must be in [0, 1), not {rate}")
     if key is None or rate == 0:
         return x, None
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    keep = bernoulli(key, 1 - rate, x.shape)
     return jnp.where(keep, x * (1 / (1 - rate)), jnp.zeros((), x.dtype)), keep
 
 

@@ -12,7 +12,9 @@ X = jax.ShapeDtypeStruct((4, 8), jnp.bfloat16)
 
 
 def count(function, *arguments, platform="cpu"):
-    return program.operations(jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).compiler_ir("stablehlo"))
+    return program.operations(
+        jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).compiler_ir("stablehlo")
+    )
 
 
 def test_what_is_called_twice_counts_twice():
