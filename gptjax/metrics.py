@@ -92,7 +92,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
                     raise TypeError
                 records[int(record["step"])] = record
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                if not line.endswith(b"\n"):
+                if (records or line[:1] == b"{") and not line.endswith(b"\n"):
                     break
                 raise FormatError(
                     f"{path} is damaged: line {number} is not the record of a step, as in "

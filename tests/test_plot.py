@@ -97,12 +97,14 @@ def test_a_run_without_a_step_is_left_out_of_several(tmp_path, capsys):
         (["{}/a", "--smooth", "0"], "--smooth must be at least 1, not 0"),
         (["{}/old", "--x", "time"], "old does not say how long each step took, which --x time needs"),
         (["{}/none"], "none holds nothing to draw"),
+        (["{}/model.bin"], "model.bin is damaged: line 1 is not the record of a step"),
     ],
 )
 def test_bad_input_ends_in_one_sentence(tmp_path, capsys, arguments, message):
     write(tmp_path / "a", records(3))
     write(tmp_path / "old", [{"step": 1, "loss": 2.0}])
     write(tmp_path / "none", [{"step": 1}])
+    (tmp_path / "model.bin").write_bytes(bytes(100))
     expect_error(plot.main, [argument.format(tmp_path) for argument in arguments], message, capsys)
     assert read_records(tmp_path / "a" / "metrics.jsonl") == records(3)
 
