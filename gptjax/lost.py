@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -39,14 +40,14 @@ def watched(prog: str, timeout: float) -> Iterator[None]:
         yield
         return
     ended, seen = threading.Event(), _Seen(jax.process_count())
-    with _abort_delayed():
-        threading.Thread(target=_beat, args=(prog, timeout / BEATS, seen, ended), daemon=True).start()
-        threading.Thread(target=_watch, args=(prog, timeout, seen, ended), daemon=True).start()
-        try:
-            yield
-            distributed.store().key_value_set(f"{ALIVE}{jax.process_index()}", "done", allow_overwrite=True)
-        finally:
-            ended.set()
+    _delay_abort()
+    threading.Thread(target=_beat, args=(prog, timeout / BEATS, seen, ended), daemon=True).start()
+    threading.Thread(target=_watch, args=(prog, timeout, seen, ended), daemon=True).start()
+    try:
+        yield
+        distributed.store().key_value_set(f"{ALIVE}{jax.process_index()}", "done", allow_overwrite=True)
+    finally:
+        ended.set()
 
 
 class _Seen:
@@ -55,6 +56,8 @@ class _Seen:
     def __init__(self, count: int) -> None:
         self.said = [""] * count
         self.when = [time.monotonic()] * count
+        self.asked = float("inf")
+        """When the store was asked for what it has not answered yet."""
 
     def add(self, process: int, said: str) -> None:
         if said != self.said[process]:
@@ -66,7 +69,7 @@ def _beat(prog: str, interval: float, seen: _Seen, ended: threading.Event) -> No
     """Say something new, and see what the others have said, until the end."""
     store, beats = distributed.store(), 0
     while not ended.wait(min(interval, 1.0)):
-        beats += 1
+        beats, seen.asked = beats + 1, time.monotonic()
         try:
             store.key_value_set(f"{ALIVE}{jax.process_index()}", str(beats), allow_overwrite=True)
             for key, said in store.key_value_dir_get(ALIVE):
@@ -74,35 +77,49 @@ def _beat(prog: str, interval: float, seen: _Seen, ended: threading.Event) -> No
         except Exception as error:
             if not ended.is_set():
                 _end(prog, f"process 0 cannot be reached: {_first_line(error)}")
+        seen.asked = float("inf")
 
 
 def _watch(prog: str, timeout: float, seen: _Seen, ended: threading.Event) -> None:
-    """Look for a process that is silent, until the end; if all are, it is process 0, which does not answer `_beat`."""
-    interval = timeout / BEATS
+    """Look for a process that is silent, until the end; if process 0 is, nothing is heard of the others either."""
+    interval, me = timeout / BEATS, jax.process_index()
+    patience = timeout - 2 * interval
+    awake = looked = time.monotonic()
     while not ended.wait(min(interval, 1.0)):
-        silent = [i for i, when in enumerate(seen.when) if time.monotonic() - when > timeout - 2 * interval]
-        if silent and not ended.is_set():
-            process = 0 if jax.process_index() in silent else silent[0]
-            _end(prog, f"process {process} of {len(seen.when)} has given no sign of life for {timeout - 2 * interval:.0f} s")
+        now = time.monotonic()
+        if now - looked > interval + 1:  # this process was held up, and has heard of nobody meanwhile
+            awake = now
+        looked = now
+        silent = [i for i, when in enumerate(seen.when) if now - max(when, awake) > patience and i != me]
+        if ended.is_set():
+            return
+        if now - seen.asked > 1 and _is_gone(jax._src.distributed.global_state.coordinator_address or ""):
+            _end(prog, "process 0 is gone")
+        if silent:
+            _end(prog, f"process {silent[0]} of {len(seen.when)} has given no sign of life for {patience:.0f} s")
 
 
-@contextlib.contextmanager
-def _abort_delayed() -> Iterator[None]:
+def _is_gone(address: str) -> bool:
+    """Whether nobody listens at HOST:PORT any more, on a machine that answers."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port or 0)), 1).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _delay_abort() -> None:
     """Give Python some seconds to say what happened when JAX's thread aborts the process: it does once process 0 is gone.
 
     The signal's handler is libc's `sleep`. It gets the signal's number, 6, as its seconds; the abort goes on after them.
     """
-    try:
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # no such library here
         libc: Any = ctypes.CDLL(None)
         libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
-        previous = libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
-    except (OSError, AttributeError, TypeError):  # no such library here
-        yield
-        return
-    try:
-        yield
-    finally:
-        libc.signal(signal.SIGABRT, previous)
+        libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
 
 
 def speaks(message: str) -> bool:
@@ -147,6 +164,7 @@ def _wait_for_those_who_ask() -> None:
         for process in range(1, jax.process_count() if distributed.is_first() else 1):
             left = max(1, int((deadline - time.monotonic()) * 1000))
             distributed.store().blocking_key_value_get(f"gptjax/heard/{process}", left)
+        time.sleep(0.5)  # in which they end
 
 
 def _end(prog: str, reason: str) -> None:
