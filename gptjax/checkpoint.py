@@ -146,8 +146,7 @@ def open_newest(folder: Path) -> tuple[GPT2Config, Params]:
         raise CheckpointError(f"{folder} holds no checkpoint")
     path = folder.absolute() / names.build_name(found[-1])
     with _read_errors(path):
-        checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
-        info = checkpointer.restore(path, args=ocp.args.Composite(info=ocp.args.JsonRestore())).info
+        info = _reader().restore(path, args=ocp.args.Composite(info=ocp.args.JsonRestore())).info
         cfg = GPT2Config(**info["model"])
         unrolled = cfg.layers == "unroll"
         arrays = {}
@@ -170,6 +169,14 @@ def open_newest(folder: Path) -> tuple[GPT2Config, Params]:
             return found
 
     return cfg, collect(cfg, load, lambda *place: np.dtype(np.float32))
+
+
+def _reader() -> ocp.Checkpointer:
+    """What reads a checkpoint without waiting for other processes, which may be doing something else, or fail to read it."""
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+    handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=alone))
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 def _open_array(path: Path, name: str, layer: int | None) -> Any:
@@ -214,10 +221,7 @@ def _on_device(tree: Any) -> Any:
 
 def _restore(path: Path, step: int, cfg: GPT2Config, optimizer: Optimizer, mesh: Mesh | None) -> Restored:
     """One checkpoint; if any process cannot read its part of it, none has it."""
-    me = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})  # wait for no other inside Orbax
-    handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=alone))
-    checkpointer = ocp.Checkpointer(handler, multiprocessing_options=alone)
+    checkpointer = _reader()
 
     def read() -> tuple[TrainState, Any, Any]:
         if not path.is_dir():
