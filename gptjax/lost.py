@@ -132,7 +132,7 @@ def speaks(message: str) -> bool:
             store.key_value_set("gptjax/error", message)
             return True
         first = store.blocking_key_value_get("gptjax/error", int(LINGER * 1000))
-        store.key_value_set(f"gptjax/heard/{jax.process_index()}", "")
+        store.key_value_set(f"gptjax/heard/{jax.process_index()}", "", allow_overwrite=True)
         return message not in (first, f"{distributed.FIRST_FAILED}{first}")
     return True
 
