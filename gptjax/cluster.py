@@ -34,7 +34,7 @@ def require_none(env: Mapping[str, str]) -> None:
     """
     unseen = "but JAX does not see the others"
     if "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env:
-        install = "without the package kubernetes: pip install 'gptjax[kubernetes]'"
+        install = "for want of the package kubernetes: pip install 'gptjax[kubernetes]'"
         raise ConfigError(
             f"this is a pod of an indexed job of Kubernetes, {unseen} {install}, or train in each pod alone with "
             "--distributed.detect false"
