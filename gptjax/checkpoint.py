@@ -7,6 +7,7 @@ of every array, taken on the device when it was saved: what is restored is what 
 import contextlib
 import dataclasses
 import errno
+import json
 import math
 import os
 import warnings
@@ -25,9 +26,9 @@ from jaxtyping import Array
 
 from gptjax import distributed
 from gptjax import mesh as meshes
-from gptjax.distributed import tells_of_a_lost_process
-from gptjax.errors import CheckpointError
+from gptjax.errors import CheckpointError, GptjaxError
 from gptjax.formats.lazy import collect
+from gptjax.lost import tells_of_a_lost_process
 from gptjax.models.config import DIMENSIONS, GPT2Config
 from gptjax.models.params import Block, Params, param_shapes, stack, unstack
 from gptjax.optim import Optimizer
@@ -99,29 +100,33 @@ def restore_newest(folder: Path, cfg: GPT2Config, optimizer: Optimizer, mesh: Me
     """The newest checkpoint in ``folder`` that reads back as it was saved, in the layout of ``cfg``; None if there is none.
 
     Whatever mesh it was saved from, it is read to lie over ``mesh``. A damaged one is renamed to ``damaged-...`` with a
-    warning, and the one before it is tried.
+    warning, and the one before it is tried: by all processes, if any of them finds it damaged.
 
     Raises:
-        CheckpointError: the model's dimensions differ, or there are checkpoints but all are damaged.
+        GptjaxError: the model's dimensions differ, or there are checkpoints but all are damaged.
 
     """
     names = ocp.path.step.standard_name_format(step_prefix=PREFIX, step_format_fixed_length=8)
-    steps = sorted((metadata.step for metadata in names.find_all(folder.absolute())), reverse=True) if folder.is_dir() else []
+
+    def listed() -> str:
+        found = names.find_all(folder.absolute()) if folder.is_dir() else []
+        return json.dumps([sorted((metadata.step for metadata in found), reverse=True), bool(list(folder.glob("damaged-*")))])
+
+    steps, some_were_damaged = json.loads(distributed.agreed("checkpoints", listed))
     for step in steps:
         path = folder.absolute() / names.build_name(step)
         try:
             return _restore(path, step, cfg, optimizer, mesh)
-        except CheckpointError:
+        except GptjaxError:
             raise
         except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
-            if any(sign in str(error) for sign in NOT_DAMAGE):
-                raise CheckpointError(f"checkpoint {path} cannot be read: {str(error)[:200]}") from error
+            if tells_of_a_lost_process(error):
+                raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            ocp.multihost.sync_global_processes(f"gptjax:{path.name} is damaged")
+            distributed.agreed(f"{path.name} set aside", lambda: str(path.rename(path.with_name(f"damaged-{path.name}"))))  # noqa: B023
             if distributed.is_first():
-                path.rename(path.with_name(f"damaged-{path.name}"))
-            warnings.warn(f"checkpoint {path} is damaged and was set aside: {reason[:200]}", stacklevel=2)
-    if steps or list(folder.glob("damaged-*")):
+                warnings.warn(f"checkpoint {path} is damaged and was set aside: {reason[:200]}", stacklevel=2)
+    if steps or some_were_damaged:
         raise CheckpointError(f"no checkpoint in {folder} can be read; start afresh without --resume")
     return None
 
@@ -141,8 +146,7 @@ def open_newest(folder: Path) -> tuple[GPT2Config, Params]:
         raise CheckpointError(f"{folder} holds no checkpoint")
     path = folder.absolute() / names.build_name(found[-1])
     with _read_errors(path):
-        checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
-        info = checkpointer.restore(path, args=ocp.args.Composite(info=ocp.args.JsonRestore())).info
+        info = _reader().restore(path, args=ocp.args.Composite(info=ocp.args.JsonRestore())).info
         cfg = GPT2Config(**info["model"])
         unrolled = cfg.layers == "unroll"
         arrays = {}
@@ -165,6 +169,14 @@ def open_newest(folder: Path) -> tuple[GPT2Config, Params]:
             return found
 
     return cfg, collect(cfg, load, lambda *place: np.dtype(np.float32))
+
+
+def _reader() -> ocp.Checkpointer:
+    """What reads a checkpoint without waiting for other processes, which may be doing something else, or fail to read it."""
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+    handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=alone))
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 def _open_array(path: Path, name: str, layer: int | None) -> Any:
@@ -208,25 +220,44 @@ def _on_device(tree: Any) -> Any:
 
 
 def _restore(path: Path, step: int, cfg: GPT2Config, optimizer: Optimizer, mesh: Mesh | None) -> Restored:
-    checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
-    info = checkpointer.restore(path, args=ocp.args.Composite(info=ocp.args.JsonRestore())).info
-    saved = info["model"]
-    for name in DIMENSIONS:
-        if saved[name] != getattr(cfg, name):
-            raise CheckpointError(
-                f"{path} was trained with model.{name} {saved[name]}, not {getattr(cfg, name)}: give it that value"
-            )
-    as_saved = dataclasses.replace(cfg, layers=saved["layers"])
-    shapes = jax.eval_shape(lambda key: init_state(key, as_saved, optimizer), jax.random.key(0))
-    abstract = meshes.abstract(mesh, as_saved, shapes) if mesh else _on_device(shapes)
-    arrays = ocp.args.StandardRestore(abstract)
-    state = checkpointer.restore(path, args=ocp.args.Composite(state=arrays)).state
-    if [int(x) for x in jax.tree.leaves(_checksums(state))] != info["checksums"]:
-        raise ValueError("its checksums do not match")
-    if saved["layers"] != cfg.layers:
+    """One checkpoint; if any process cannot read its part of it, none has it."""
+    checkpointer = _reader()
+
+    def read() -> tuple[TrainState, Any, Any]:
+        if not path.is_dir():
+            raise CheckpointError(f"there is no {path} here: --runs must be a folder that all processes share")
+        info = checkpointer.restore(path, args=ocp.args.Composite(info=ocp.args.JsonRestore())).info
+        for name in DIMENSIONS:
+            if (saved := info["model"][name]) != getattr(cfg, name):
+                raise CheckpointError(
+                    f"{path} was trained with model.{name} {saved}, not {getattr(cfg, name)}: give it that value"
+                )
+        as_saved = dataclasses.replace(cfg, layers=info["model"]["layers"])
+        shapes = jax.eval_shape(lambda key: init_state(key, as_saved, optimizer), jax.random.key(0))
+        arrays = ocp.args.StandardRestore(meshes.abstract(mesh, as_saved, shapes) if mesh else _on_device(shapes))
+        return checkpointer.restore(path, args=ocp.args.Composite(state=arrays)).state, shapes, info
+
+    def check() -> None:
+        if [int(x) for x in jax.tree.leaves(_checksums(state))] != info["checksums"]:
+            raise ValueError("its checksums do not match")
+
+    state, shapes, info = distributed.together(f"{path.name} read", _not_damage(path)(read))
+    distributed.together(f"{path.name} checked", _not_damage(path)(check))
+    if info["model"]["layers"] != cfg.layers:
         convert = lambda s: _each_params(stack if cfg.layers == "scan" else unstack, s)  # noqa: E731
         state = jax.jit(convert, out_shardings=meshes.shardings(mesh, cfg, shapes) if mesh else None)(state)
     return Restored(state, step, info["meta"])
+
+
+@contextlib.contextmanager
+def _not_damage(path: Path) -> Iterator[None]:
+    """Turn what is the fault of this machine, or of its memory, into `CheckpointError`."""
+    try:
+        yield
+    except Exception as error:
+        if any(sign in str(error) for sign in NOT_DAMAGE):
+            raise CheckpointError(f"checkpoint {path} cannot be read: {str(error)[:200]}") from error
+        raise
 
 
 def _each_params(f: Any, tree: Any) -> Any:

@@ -15,7 +15,7 @@ import re
 import signal
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -87,40 +87,43 @@ def parse(config_class: type[T], prog: str, description: str, argv: list[str] | 
 
 
 @contextlib.contextmanager
-def reported_errors(prog: str, less: str = "lower data.batch_size") -> Iterator[None]:
+def reported_errors(
+    prog: str, less: str = "lower data.batch_size", speaks: Callable[[str], bool] = lambda message: True
+) -> Iterator[None]:
     """Turn errors that a person can mend into one sentence on stderr and exit status 2, without a traceback.
 
-    SIGTERM ends the block as Ctrl-C does, so that what is half made is cleared away. ``less`` says how to take less memory.
+    SIGTERM ends the block as Ctrl-C does, so that what is half made is cleared away. ``less`` says how to take less memory; an
+    error is printed only if ``speaks`` says so of it, since another process may print the same.
     """
+
+    def fail(message: str) -> NoReturn:
+        if speaks(message):
+            print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        raise SystemExit(BAD_INPUT)
+
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     except GptjaxError as error:
-        _exit(prog, str(error), BAD_INPUT)
+        fail(str(error))
     except KeyboardInterrupt:
-        _exit(prog, "interrupted", INTERRUPTED)
+        print(f"{prog}: error: interrupted", file=sys.stderr, flush=True)
+        raise SystemExit(INTERRUPTED) from None
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(BROKEN_PIPE) from None
     except OSError as error:
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
             raise
-        _exit(
-            prog, f"{error.filename or 'output'} cannot be used: {error.strerror}; free space or name another folder", BAD_INPUT
-        )
+        fail(f"{error.filename or 'output'} cannot be used: {error.strerror}; free space or name another folder")
     except MemoryError:
-        _exit(prog, f"out of memory: {less} or choose a smaller model", BAD_INPUT)
+        fail(f"out of memory: {less} or choose a smaller model")
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        _exit(prog, f"the device is out of memory: {less} or choose a smaller model ({error})", BAD_INPUT)
+        fail(f"the device is out of memory: {less} or choose a smaller model ({error})")
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-def _exit(prog: str, message: str, status: int) -> NoReturn:
-    print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    raise SystemExit(status)
 
 
 def quiet_libraries() -> None:

@@ -7,20 +7,21 @@ key-value store that JAX's coordination service, in process 0, keeps; Orbax has 
 
 import contextlib
 import dataclasses
+import json
 import os
 import re
-import sys
-import traceback
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import jax
 from orbax.checkpoint import multihost
 
-from gptjax.errors import ConfigError
+from gptjax import cluster
+from gptjax.errors import ConfigError, GptjaxError
 
-LOST = ("Gloo", "NCCL", "coordination service", "UNAVAILABLE", "Connection closed", "Connection reset", "heartbeat", "barrier")
 PREPARING_HOURS = 12  # that process 0 may take to download and tokenize a corpus
+FIRST_FAILED = "process 0 failed: "
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +68,10 @@ def start(cfg: DistributedConfig) -> None:
     """Join the other processes, if there are any; before JAX's backend starts.
 
     Raises:
-        ConfigError: they cannot be reached.
+        ConfigError: they cannot be reached, or there are some that JAX does not see.
 
     """
-    if jax.distributed.is_initialized() or not (cfg.process or cfg.detect):
+    if jax.distributed.is_initialized() or not (cfg.process or (cfg.detect and not cluster.is_alone(os.environ))):
         return
     told: dict[str, Any] = {}
     if cfg.process:
@@ -78,20 +79,29 @@ def start(cfg: DistributedConfig) -> None:
         told["cluster_detection_method"] = "deactivate"
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
     try:
-        jax.distributed.initialize(
-            **told,
-            heartbeat_timeout_seconds=cfg.timeout,
-            initialization_timeout=max(cfg.timeout, 60),
-            shutdown_timeout_seconds=cfg.timeout,
-        )
+        with cluster.without_advice():
+            jax.distributed.initialize(
+                **told,
+                heartbeat_timeout_seconds=2 * cfg.timeout,  # twice the time that `gptjax.lost` takes, which speaks clearer
+                initialization_timeout=max(cfg.timeout, 60),
+                shutdown_timeout_seconds=cfg.timeout,
+            )
     except Exception as error:
-        if not cfg.process and ("should be defined" in str(error) or "must be called before" in str(error)):
-            return  # no cluster, or whoever started JAX decided to be alone
+        if not cfg.process and "must be called before" in str(error):
+            return  # whoever started JAX decided to be alone
+        if not cfg.process and "should be defined" in str(error):
+            cluster.require_none(os.environ)
+            return
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
             f"the processes cannot join ({reason[:200]}): give each distributed.coordinator HOST:PORT and "
             "distributed.process N/M, or distributed.detect false to train alone"
         ) from error
+
+
+def are_many() -> bool:
+    """Whether there are other processes."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def is_first() -> bool:
@@ -110,20 +120,20 @@ def agreed(name: str, decide: Callable[[], str]) -> str:
         ConfigError: in the others, if it fails in process 0, whose error says why.
 
     """
-    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+    if not are_many():
         return decide()
-    store, key = _store(), f"gptjax/{name}"
+    key = f"gptjax/{name}"
     if not is_first():
-        found = store.blocking_key_value_get(key, PREPARING_HOURS * 3_600_000)
+        found = store().blocking_key_value_get(key, PREPARING_HOURS * 3_600_000)
         if found.startswith("failed"):
-            raise ConfigError(f"process 0 failed: {found.removeprefix('failed ')}")
+            raise ConfigError(f"{FIRST_FAILED}{found.removeprefix('failed ')}")
         return found.removeprefix("decided ")
     try:
         decision = decide()
     except BaseException as error:
-        store.key_value_set(key, f"failed {error}")
+        store().key_value_set(key, f"failed {error}")
         raise
-    store.key_value_set(key, f"decided {decision}")
+    store().key_value_set(key, f"decided {decision}")
     return decision
 
 
@@ -150,6 +160,36 @@ def first_then_others(name: str, f: Callable[[], Any]) -> Any:
     return results[0] if results else f()
 
 
+def together(name: str, f: Callable[[], T]) -> T:
+    """``f()`` in every process; where it fails in one it fails in all, once all are done with it. ``f`` waits for no other.
+
+    Args:
+        name: of what is done, each time another.
+        f: what is done.
+
+    Raises:
+        GptjaxError: in all processes, if it was raised in any; whatever else ``f`` raises if that is the only process.
+        RuntimeError: in all processes, if anything else was raised in any.
+
+    """
+    if not are_many():
+        return f()
+    count, said, result = jax.process_count(), "", None
+    try:
+        result = f()
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        said = json.dumps([isinstance(error, GptjaxError), reason])
+    store().key_value_set(f"gptjax/{name}/{jax.process_index()}", said)
+    told = [store().blocking_key_value_get(f"gptjax/{name}/{i}", PREPARING_HOURS * 3_600_000) for i in range(count)]
+    failed = [(*json.loads(words), i) for i, words in enumerate(told) if words]
+    if not failed:
+        return cast(T, result)
+    mendable, reason, process = next((entry for entry in failed if entry[0]), failed[0])
+    where = "" if told == told[:1] * count else f"in process {process} of {count}: "
+    raise (GptjaxError if mendable else RuntimeError)(f"{where}{reason}")
+
+
 class Stop:
     """When to stop: at once where there is one process, else at a step that all agree on.
 
@@ -163,14 +203,14 @@ class Stop:
         self.name = ""
         """The signal that stopped the run."""
         self._said = False
-        self._many = jax.distributed.is_initialized() and jax.process_count() > 1
+        self._many = are_many()
 
     def say(self, step: int) -> None:
         """Before ``step`` is started: tell the others of a signal."""
         if self._many and self.received and not self._said:
             self._said = True
             with contextlib.suppress(Exception):  # another process was first
-                _store().key_value_set("gptjax/stop", f"{step + 1} {self.received[0]}")
+                store().key_value_set("gptjax/stop", f"{step + 1} {self.received[0]}")
 
     def now(self, step: int) -> bool:
         """With the results of the step before ``step`` known: whether this one is the last."""
@@ -178,7 +218,7 @@ class Stop:
             self.name = self.received[0] if self.received else ""
             return bool(self.received)
         try:
-            last, self.name = _store().key_value_try_get("gptjax/stop").split()
+            last, self.name = store().key_value_try_get("gptjax/stop").split()
         except Exception as error:
             if "NOT_FOUND" not in str(error):
                 raise
@@ -186,36 +226,6 @@ class Stop:
         return step >= int(last)
 
 
-def tells_of_a_lost_process(error: BaseException) -> bool:
-    """Whether the error is, by its words, what JAX raises when another process is gone."""
-    return jax.distributed.is_initialized() and any(sign in str(error) for sign in LOST)
-
-
-@contextlib.contextmanager
-def ending_together(prog: str) -> Iterator[None]:
-    """With several processes, end this one at once when the block fails, with a sentence if another is lost.
-
-    Otherwise it would wait at its exit for the others, and they for it.
-    """
-    try:
-        yield
-    except BaseException as error:
-        if not jax.distributed.is_initialized():
-            raise
-        status = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
-        if not isinstance(error, SystemExit) and tells_of_a_lost_process(error):
-            reason = (str(error).splitlines() or [""])[0][:200]
-            print(
-                f"{prog}: error: another process was lost ({reason}): start them all again with --resume auto, to go on from "
-                "the newest checkpoint",
-                file=sys.stderr,
-            )
-        elif not isinstance(error, SystemExit):
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-
-
-def _store() -> Any:
+def store() -> Any:
+    """Where processes leave words for each other: the coordination service's keys and values."""
     return multihost.get_jax_distributed_client()

@@ -16,13 +16,13 @@ from typing import Any
 
 import jax
 
-from gptjax import cli, distributed, steps
+from gptjax import cli, distributed, lost, steps
 from gptjax.checkpoint import CheckpointWriter
 from gptjax.config import Config
 from gptjax.loggers import open_loggers
 from gptjax.loop import DivergedError, WrongGradientError, fit
 from gptjax.metrics import Display, MetricsFile, NoMetrics
-from gptjax.run import Run, describe, describe_memory, make_folder, resolved, restore, set_up
+from gptjax.run import Run, describe, describe_memory, make_folder, resolved, restore, set_up, start_jax
 from gptjax.steps import TrainState
 from gptjax.weights import load_weights
 
@@ -32,16 +32,21 @@ FAILED = 1  # exit status
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status: 0 done or stopped by a signal, 1 failed; bad input raises SystemExit(2)."""
-    with distributed.ending_together(PROG), cli.reported_errors(PROG, "lower data.batch_size, set model.recompute block"):
+    less = "lower data.batch_size, set model.recompute block"
+    with lost.ending_together(PROG), cli.reported_errors(PROG, less, lost.speaks):
         cfg, file = cli.parse(Config, PROG, __doc__ or "", argv)
         cli.keep_freed_memory()
         cli.keep_compiled_programs()
         cli.quiet_libraries()
         cli.replace_unprintable()
+        distributed.start(cfg.distributed)
+        start_jax(cfg.model)
         try:
-            train(dataclasses.replace(cfg, name=cfg.name or (file.stem if file else "run")))
-        except (DivergedError, WrongGradientError) as error:
-            print(f"{PROG}: error: {error}", file=sys.stderr)
+            with lost.watched(PROG, cfg.distributed.timeout):
+                train(dataclasses.replace(cfg, name=cfg.name or (file.stem if file else "run")))
+        except (DivergedError, WrongGradientError) as error:  # in all processes
+            if distributed.is_first():
+                print(f"{PROG}: error: {error}", file=sys.stderr)
             return FAILED
     return 0
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -13,9 +14,8 @@ import pytest
 import yaml
 
 from gptjax import distributed
-from gptjax.checkpoint import _write_errors
 from gptjax.distributed import DistributedConfig, Stop
-from gptjax.errors import CheckpointError, ConfigError
+from gptjax.errors import ConfigError, GptjaxError
 from tests.conftest import ROOT
 from tests.test_train import TINY, data_root, metrics, run  # noqa: F401
 
@@ -23,9 +23,9 @@ from tests.test_train import TINY, data_root, metrics, run  # noqa: F401
 class Store(dict):
     """What the coordination service keeps, for processes that are all this one."""
 
-    def key_value_set(self, key, value):
+    def key_value_set(self, key, value, allow_overwrite=False):
         """The first to set it wins."""
-        if key in self:
+        if key in self and not allow_overwrite:
             raise RuntimeError("ALREADY_EXISTS")
         self[key] = value
 
@@ -43,7 +43,7 @@ class Store(dict):
 @pytest.fixture
 def store(monkeypatch):
     store = Store()
-    monkeypatch.setattr(distributed, "_store", lambda: store)
+    monkeypatch.setattr(distributed, "store", lambda: store)
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(jax, "process_count", lambda: 3)
     return store
@@ -126,14 +126,40 @@ def test_alone_nothing_is_joined():
     assert distributed.is_first()
 
 
+def test_what_one_cannot_do_fails_for_all_with_its_reason(store, monkeypatch):
+    """The others have told what became of it, before this one does: process 1, then 2, where 0 has had no trouble."""
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    for name, others, mine, kind, words in (
+        ("good", ["", ""], None, None, ""),
+        ("damaged", ["", ""], ValueError("bad sum\nand more"), RuntimeError, "^in process 1 of 3: bad sum$"),
+        ("elsewhere", ["", '[false, "cut off"]'], None, RuntimeError, "^in process 2 of 3: cut off$"),
+        ("all alike", ['[true, "other width"]'] * 2, ConfigError("other width"), GptjaxError, "^other width$"),
+        ("worse", ["", '[true, "no room"]'], ValueError("bad sum"), GptjaxError, "^in process 2 of 3: no room$"),
+    ):
+
+        def do(error=mine):
+            if error:
+                raise error
+            return "done"
+
+        store |= {f"gptjax/{name}/{process}": said for process, said in zip((0, 2), others, strict=True)}
+        if not kind:
+            assert distributed.together(name, do) == "done"
+            continue
+        with pytest.raises(kind, match=words) as raised:
+            distributed.together(name, do)
+        assert raised.type is kind
+
+
 @contextlib.contextmanager
-def processes(count, args):
-    """The command in so many processes, each with one device."""
+def processes(count, args, devices=1):
+    """The command in so many processes, each with so many devices."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         at = f"127.0.0.1:{free.getsockname()[1]}"
     command = [sys.executable, "-m", "gptjax.train", *args, "--distributed.coordinator", at, "--distributed.process"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT}
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT, "env": environment}
     started = [subprocess.Popen([*command, f"{n}/{count}"], **pipes) for n in range(count)]
     try:
         yield started
@@ -143,59 +169,92 @@ def processes(count, args):
             process.communicate()
 
 
-def test_processes_train_as_one_and_a_lost_one_ends_them_in_time_to_go_on_in_another_number(tmp_path, data_root):  # noqa: F811
-    """Two processes, one of which is killed; four go on, and one; the losses are those of one that did it all."""
+@pytest.fixture
+def common(tmp_path, data_root):  # noqa: F811
+    """Options of a tiny run that others can be compared with; it ends where it is told to."""
     config = tmp_path / "tiny.yaml"
     settings = {"schedule": "constant", "learning_rate": 1e-3}
     train = {"steps": 5000, "eval_every": 0, "sample_tokens": 0, "checkpoint_every": 2, "eval_tokens": 64}
     model = TINY["model"] | {"num_heads": 4, "vocab_size": 4096}
     config.write_text(yaml.safe_dump({"model": model, "data": TINY["data"], "optim": settings, "train": train}))
-    common = ["--config", str(config), "--runs", str(tmp_path / "runs"), "--data.root", str(data_root)]
+    return ["--config", str(config), "--runs", str(tmp_path / "runs"), "--data.root", str(data_root)]
+
+
+def wait_for_checkpoint(process, folder, step):
+    """Wait until there is one of that step or a later one."""
+    deadline = time.monotonic() + 300  # on a machine that has other work
+    while not any(int(path.name[-8:]) >= step for path in folder.glob("checkpoints/step_????????")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def ended_because_of_another(process):
+    """What a process says that ends because another is gone; its last line is for a person."""
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 1, output
+    last = output.splitlines()[-1]
+    assert "error: another process was lost" in last, output
+    assert "start them all again with --resume auto" in last
+    return output
+
+
+def test_processes_train_as_one_and_go_on_in_another_number_when_one_is_lost_and_a_checkpoint_is_damaged(tmp_path, common):
+    """Two processes, of which 1 is killed; four go on from an older checkpoint, since one of them cannot read its part of the
+    newest, and 0 is killed; one goes on; the losses are those of one process that did it all.
+    """
     folder = tmp_path / "runs" / "many"
-    many = [*common, "--name", "many", "--resume", "auto"]
+    many = [*common, "--name", "many", "--resume", "auto", "--distributed.timeout", "30"]
 
-    with processes(2, [*many, "--mesh.fsdp", "2", "--distributed.timeout", "30"]) as (first, second):
-        deadline = time.monotonic() + 300  # on a machine that has other work
-        while not any(folder.glob("checkpoints/step_????????")):
-            assert first.poll() is None, first.communicate()[0]
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+    with processes(2, [*many, "--mesh.fsdp", "2"]) as (first, second):
+        wait_for_checkpoint(first, folder, 4)
         second.kill()
-        output = first.communicate(timeout=120)[0]
-    assert first.returncode not in (0, 2), output
-    assert "2 processes; should one be lost, all end within 30 s" in output
-    assert "another process was lost" in output
-    assert "start them all again with --resume auto" in output
+        assert "2 processes; should one be lost, all end within 30 s" in ended_because_of_another(first)
 
-    reached = len(metrics(folder))
-    middle, end = str(reached + 2), str(reached + 4)
-    with processes(4, [*many, "--mesh.data", "2", "--mesh.tensor", "-1", "--train.steps", middle]) as four:
-        outputs = [process.communicate(timeout=300)[0] for process in four]
-    assert [process.returncode for process in four] == [0] * 4, outputs
-    assert "resumed" in outputs[0]
-    assert not [text for text in outputs[1:] if "loss" in text]  # only the first speaks
+    newest = max(folder.glob("checkpoints/step_????????"))
+    part = max(newest.glob("state/ocdbt.process_1/d/*"), key=lambda path: path.stat().st_size)
+    os.truncate(part, 100)
+    with processes(4, [*many, "--mesh.data", "2", "--mesh.tensor", "-1"]) as four:
+        wait_for_checkpoint(four[0], folder, int(newest.name[-8:]) + 2)
+        four[0].kill()
+        outputs = [four[0].communicate(timeout=60)[0], *map(ended_because_of_another, four[1:])]
+    assert f"{newest.name} is damaged and was set aside: in process " in outputs[0]
+    assert f"resumed    {folder} after step {int(newest.name[-8:]) - 2}" in outputs[0]
+    assert not [text for text in outputs[1:] if "loss" in text or "damaged" in text]  # only the first speaks
+    assert [path.name for path in folder.glob("checkpoints/damaged-*")] == [f"damaged-{newest.name}"]
+
+    end = str(int(max(folder.glob("checkpoints/step_????????")).name[-8:]) + 2)
     assert run(*many, "--train.steps", end) == 0
     assert run(*common, "--name", "one", "--train.steps", end) == 0
-    found, expected = metrics(folder), metrics(tmp_path / "runs" / "one")
-    assert [r["step"] for r in found] == [r["step"] for r in expected] == list(range(1, reached + 5))
-    for key in ("loss", "grad_norm", "lr"):
-        np.testing.assert_allclose([r[key] for r in found], [r[key] for r in expected], rtol=2e-4)
+    assert_same_losses(folder, tmp_path / "runs" / "one", int(end))
 
 
-def test_a_checkpoint_that_a_lost_process_cuts_short_is_no_fault_of_the_disk(monkeypatch, tmp_path):
-    for initialized, kind in ((True, ValueError), (False, CheckpointError)):
-        monkeypatch.setattr(jax.distributed, "is_initialized", lambda known=initialized: known)
-        with pytest.raises(kind, match="waiting for async_write_complete barrier"), _write_errors(tmp_path):
-            raise ValueError("Timed out while waiting for async_write_complete barrier.")
+def assert_same_losses(folder, other, steps):
+    """Of every step, with the validations."""
+    found, expected = metrics(folder), metrics(other)
+    assert [r["step"] for r in found] == [r["step"] for r in expected] == list(range(1, steps + 1))
+    assert [set(r) for r in found] == [set(r) for r in expected]
+    for key in ("loss", "grad_norm", "lr", "val_loss"):
+        pairs = [(r[key], e[key]) for r, e in zip(found, expected, strict=True) if key in r]
+        np.testing.assert_allclose(*zip(*pairs, strict=True), rtol=2e-4) if pairs else None
 
 
-def test_what_ends_a_process_alone_ends_it_at_once(store, monkeypatch, capsys):
-    ended = []
-    monkeypatch.setattr(os, "_exit", ended.append)
-    for error in (SystemExit(2), RuntimeError("UNKNOWN: Gloo all-reduce failed: reset"), ValueError("ours")):
-        with distributed.ending_together("prog"):
-            raise error
-    assert ended == [2, 1, 1]
-    shown = capsys.readouterr().err
-    assert shown.startswith("prog: error: another process was lost (UNKNOWN: Gloo all-reduce failed: reset)")
-    assert "ValueError: ours" in shown
+def test_processes_with_devices_of_their_own_start_from_given_weights_and_evaluate_and_sample_as_one(tmp_path, common, capsys):
+    """Two processes of two devices each, from the weights of another run."""
+    runs = tmp_path / "runs"
+    assert run(*common, "--name", "given", "--train.steps", "2", "--optim.learning_rate", "0.1") == 0
+    training = [*common, "--init", str(runs / "given"), "--train.steps", "4", "--train.eval_every", "2"]
+    training += ["--train.sample_every", "2", "--train.sample_tokens", "8", "--train.sample_temperature", "0"]
+    with processes(2, [*training, "--name", "many", "--mesh.fsdp", "2", "--mesh.data", "-1"], devices=2) as both:
+        outputs = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    capsys.readouterr()
+    assert run(*training, "--name", "one") == 0
+    alone = capsys.readouterr().out
+    assert_same_losses(runs / "many", runs / "one", 4)
+    assert sum("val_loss" in record for record in metrics(runs / "many")) == 2
+    said = re.compile(r"^init [^\n]*|^--- sample after step \d ---$.*?^---$", re.MULTILINE | re.DOTALL)
+    assert len(said.findall(alone)) == 3
+    assert said.findall(outputs[0]) == said.findall(alone)
+    assert "4 devices: data 2 x fsdp 2 x tensor 1" in outputs[0]
+    assert not re.search("loss|sample", outputs[1])
