@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from gptjax.ops import target_weights
-from gptjax.sharding import as_kept, as_used, parts
+from gptjax.sharding import as_used, parts, sum_as_kept
 
 
 def row_pieces(h: Float[Array, "B T C"], targets: Any, mask: Any, chunks: int, count: Any) -> list[tuple[Array, ...]]:
@@ -39,7 +39,7 @@ def sum_of_shares(f: Callable[..., Array], *rows: Array) -> Array:
 
 def total(terms: Array) -> Float[Array, "Vp C"]:
     """The sum of `sum_of_shares`'s terms, cut as the weight is kept."""
-    return terms if _shares() == 1 else as_kept(terms.sum(0), "Vp", "C")
+    return terms if _shares() == 1 else sum_as_kept(terms, "Vp", "C")
 
 
 def _shares() -> int:
