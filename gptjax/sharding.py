@@ -51,7 +51,7 @@ def kept(axes: Axes) -> PartitionSpec:
     cuts = [RULES[axis].kept for axis in axes]
     if not any("fsdp" in cut for cut in cuts):
         cuts[-1] = (*cuts[-1], "fsdp")
-    return PartitionSpec(*(cut or None for cut in cuts))
+    return _spec(cuts)
 
 
 def as_used(x: Array, *axes: str | None) -> Array:
@@ -64,10 +64,33 @@ def as_kept(x: Array, *axes: str | None) -> Array:
     return _constrain(x, [RULES[axis].kept for axis in axes])
 
 
+def sum_as_kept(terms: Array, *axes: str | None) -> Array:
+    """(n, ...), a term of each share of the rows -> their sum, cut as `RULES` say for keeping it.
+
+    It is scattered over the mesh axes that cut it, and over the others only the parts are summed. Left to XLA, all of it would
+    be summed over all devices, and then cut.
+    """
+    used, kept = ([getattr(RULES[axis], place) for axis in axes] for place in Rule._fields)
+    shares = RULES["B"].used
+    scattered = [(axis, i) for i, cut in enumerate(kept) for axis in cut if axis in shares]
+
+    def add(terms: Array) -> Array:
+        x = terms[0]
+        for axis, i in scattered:
+            x = lax.psum_scatter(x, axis, scatter_dimension=i, tiled=True)
+        return lax.psum(x, [axis for axis in shares if axis not in dict(scattered)])
+
+    return jax.shard_map(add, in_specs=_spec([shares, *used]), out_specs=_spec(kept))(terms)
+
+
 def _constrain(x: Array, cuts: list[tuple[str, ...]]) -> Array:
     if parts() == 1:
         return x
-    return lax.with_sharding_constraint(x, PartitionSpec(*(cut or None for cut in cuts)))
+    return lax.with_sharding_constraint(x, _spec(cuts))
+
+
+def _spec(cuts: list[tuple[str, ...]]) -> PartitionSpec:
+    return PartitionSpec(*(cut or None for cut in cuts))
 
 
 def parts(*axes: str) -> int:

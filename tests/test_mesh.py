@@ -16,9 +16,10 @@ from gptjax import steps
 from gptjax.checkpoint import CheckpointWriter, restore_newest
 from gptjax.errors import ConfigError
 from gptjax.mesh import MeshConfig, make_mesh
-from gptjax.models.params import Block, param_shapes
+from gptjax.models import gpt2
+from gptjax.models.params import MATRICES, Block, param_shapes
 from gptjax.optim import OptimConfig, make_optimizer
-from gptjax.sharding import MESH_AXES
+from gptjax.sharding import MESH_AXES, within
 from tests.compare import assert_same_gradients
 from tests.models import tiny
 
@@ -87,7 +88,9 @@ def test_every_mesh_gives_the_loss_and_gradient_of_one_device(name):
 )
 def test_so_it_does_however_the_model_is_computed(name, backward, changes, tolerance):
     cfg = dataclasses.replace(CFG, **changes)
-    assert_same(gradient(cfg, backward, name), gradient(cfg, backward), tolerance)
+    found = gradient(cfg, backward, name)
+    assert_same(found, gradient(cfg, backward), tolerance)
+    assert "collective-permute" not in found[2].as_text()
 
 
 def collectives(text):
@@ -100,20 +103,30 @@ def collectives(text):
     return found
 
 
-@pytest.mark.parametrize("name", MESHES)
-def test_no_weight_is_gathered_but_over_fsdp_and_no_score_at_all(name):
-    """Over fsdp each layer's weights are, twice, once for the forward and once for the backward; the vocabulary's once."""
+def assert_gathered(found, name, passes):
+    """Over fsdp each layer's weights were, once for each pass, and the vocabulary's once; nothing else but vectors."""
     _, fsdp, tensor = MESHES[name].shape
-    found = collectives(plain(name)[2].as_text())
     gathered = collections.Counter({size: n for (kind, size), n in found.items() if kind == "all-gather"})
     shapes = param_shapes(PLAIN)._asdict()
     vectors = {n for shape in shapes.values() for n in (shape[-1], shape[-1] // tensor)}
     weights: collections.Counter = collections.Counter()
-    for weight in ("qkvw", "attprojw", "fcw", "fcprojw", "wte") if fsdp > 1 else ():
-        layers = 2 * PLAIN.num_layers if weight in Block._fields else 1
-        weights[math.prod(shapes[weight][-2:]) // tensor] += layers
+    for weight in (*MATRICES, "wte") if fsdp > 1 else ():
+        weights[math.prod(shapes[weight][-2:]) // tensor] += passes * PLAIN.num_layers if weight in MATRICES else 1
     assert collections.Counter({size: n for size, n in gathered.items() if size not in vectors}) == weights
     assert not [kind for kind, _ in found if kind == "collective-permute"]
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_no_weight_is_gathered_but_over_fsdp_and_no_score_at_all(name):
+    """For the forward and for the backward."""
+    assert_gathered(collectives(plain(name)[2].as_text()), name, passes=2)
+
+
+def test_evaluation_gathers_each_weight_once():
+    mesh = mesh_of("all")
+    batch = meshes.place_rows(mesh, jax.tree.map(np.asarray, tiny.batch(PLAIN, B, ROWS)))
+    evaluate = jax.jit(within(mesh, functools.partial(gpt2.loss, cfg=PLAIN)))
+    assert_gathered(collectives(evaluate.lower(plain("all")[1], batch).compile().as_text()), "all", passes=1)
 
 
 @pytest.mark.parametrize("name", MESHES)

@@ -155,6 +155,7 @@ def blocks_bwd(
 
     def body(dx: Array, w_key_saved: tuple[Block, Any, Any]) -> tuple[Array, Block]:
         w, key, saved = w_key_saved
+        dx = as_used(dx, "B", None, None)
         if cfg.recompute == "block":
             _, saved = training_block(attention_fwd, w, not_before(dx, saved), cfg, key)
         elif cfg.recompute == "gelu":

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from gptjax.ops import target_weights
-from gptjax.sharding import as_kept, as_used, parts
+from gptjax.sharding import parts, sum_as_kept
 
 
 def row_pieces(h: Float[Array, "B T C"], targets: Any, mask: Any, chunks: int, count: Any) -> list[tuple[Array, ...]]:
@@ -27,19 +27,19 @@ def join_pieces(pieces: Sequence[Array], like: Float[Array, "B T C"]) -> Float[A
     """Rows in `row_pieces`, put together in the shape of ``like``."""
     if _shares() == 1:
         return jnp.concatenate(pieces).reshape(like.shape)
-    return as_used(jnp.concatenate([_share_out(p) for p in pieces], 1).reshape(like.shape), "B", None, None)
+    return jnp.concatenate([_share_out(p) for p in pieces], 1).reshape(like.shape)
 
 
 def sum_of_shares(f: Callable[..., Array], *rows: Array) -> Array:
     """``f(*rows)``, of sums over rows, as one term a share, (n, ...): only the sum of all pieces' is sent, by `total`."""
     if _shares() == 1:
         return f(*rows)
-    return as_used(jax.vmap(f)(*(_share_out(r) for r in rows)), "B", "Vp", None)
+    return jax.vmap(f)(*(_share_out(r) for r in rows))
 
 
 def total(terms: Array) -> Float[Array, "Vp C"]:
     """The sum of `sum_of_shares`'s terms, cut as the weight is kept."""
-    return terms if _shares() == 1 else as_kept(terms.sum(0), "Vp", "C")
+    return terms if _shares() == 1 else sum_as_kept(terms, "Vp", "C")
 
 
 def _shares() -> int:
@@ -52,5 +52,4 @@ def _share_out(rows: Array) -> Array:
 
 
 def _put_together(shares: Array) -> Array:
-    rows = shares.reshape(-1, *shares.shape[2:])
-    return as_used(rows, "B", *[None] * (rows.ndim - 1))
+    return shares.reshape(-1, *shares.shape[2:])

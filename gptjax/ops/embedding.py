@@ -28,7 +28,7 @@ def embedding_fwd(
     Nothing is saved beyond the ids. Ids must lie inside the tables: this is checked where the ids are read, not here.
     """
     tokens = as_kept(tokens, "B", None)  # on a mesh ids go to where the table's columns are: rows of the table stay
-    y = as_kept(wte[tokens], "B", None, "C") + jnp.broadcast_to(wpe[positions], (*tokens.shape, wpe.shape[1]))
+    y = wte[tokens] + jnp.broadcast_to(wpe[positions], (*tokens.shape, wpe.shape[1]))
     return as_used(as_kept(y.astype(dtype), "B", None, "C"), "B", None, None)
 
 
@@ -54,4 +54,4 @@ def embedding_bwd(
 
 def _sum_of_rows(at: Int[Array, "*batch"], dy: Float[Array, "*batch C"], like: Float[Array, "N C"]) -> Float[Array, "N C"]:
     """On a mesh each device adds its rows to zeros, so that what they all add up to is sent, once."""
-    return as_kept(jnp.zeros_like(like).at[at].add(dy), "Vp" if at.ndim == 2 else None, "C")
+    return jnp.zeros_like(like).at[at].add(dy)

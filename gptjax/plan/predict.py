@@ -102,10 +102,10 @@ def _kept_gathered(work: Work) -> int:
     """Bytes of the weights that stay gathered.
 
     XLA gathers them for the forwards of all micro-batches at once, before the loop over them; and for a block's recomputation
-    it takes those of its forward. Only for the backward are they gathered anew.
+    it takes those of its forward. Only for the backward are they gathered anew. In a loop over layers it gathers a layer's.
     """
     model = work.model
-    again = work.shape.accumulate > 1 or model.recompute == "block"
+    again = model.layers == "unroll" and (work.shape.accumulate > 1 or model.recompute == "block")
     return model.compute_dtype.itemsize * num_matrix_params(model) // work.mesh[2] if again else 0
 
 
@@ -146,7 +146,7 @@ def step_collectives(work: Work) -> list[Collective]:
     Over fsdp each matrix is gathered for the forward and for each backward (see `_kept_gathered`), the gradient scattered, and
     the embedding exchanged; over data the gradient is summed; over tensor the residual stream is, and the matrix that gives
     q, k and v is exchanged, as its gradient is: a part of its columns is not the part of the heads. A recomputation does so
-    anew, and gathers it anew for that.
+    anew, and gathers it anew for that. Scanned layers gather theirs in each forward.
     """
     model, A, (data, fsdp, tensor) = work.model, work.shape.accumulate, work.mesh
     L, item, block = model.num_layers, model.compute_dtype.itemsize, model.recompute == "block"
@@ -155,18 +155,19 @@ def step_collectives(work: Work) -> list[Collective]:
     stream = work.rows * work.shape.seq_len * model.channels * item
     qkv, anew = L * 3 * model.channels**2 // tensor, A * block * (tensor > 1)
     count, streams = len(MATRICES) * L, (5 if block else 4) * L + 2
+    times = A + (A if model.layers == "scan" else 1)  # each matrix is gathered
 
     def one(kind: str, group: int, times: float, whole: float) -> Collective:
         return Collective(kind, group, times, sent(kind, whole, group))
 
     return summed(
         [
-            one("all-gather", fsdp, (1 + A) * count + 1 + anew * L, ((1 + A) * matrices + anew * qkv + vocabulary) * item),
+            one("all-gather", fsdp, times * count + 1 + anew * L, (times * matrices + anew * qkv + vocabulary) * item),
             one("reduce-scatter", fsdp, A * (count + 1), A * (matrices + vocabulary) * 4),
             one("all-to-all", fsdp, 2 * A, 2 * A * stream),
             one("all-reduce", data, A * (count + 1), A * (matrices + vocabulary) * 4 / fsdp),
             one("all-reduce", tensor, A * streams, A * streams * stream),
-            one("all-to-all", tensor, (1 + 2 * A + anew) * L, qkv * ((1 + A + anew) * item + A * 4) / fsdp),
+            one("all-to-all", tensor, (times + A + anew) * L, qkv * ((times + anew) * item + A * 4) / fsdp),
         ]
     )
 
