@@ -1,9 +1,12 @@
-"""The command in the process of the tests."""
+"""The command in the process of the tests, and what compiles for TPUs."""
 
+import importlib.util
 import os
 
 import jax
 import pytest
+
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (the [tpu] extra)")
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """``python -m gptjax.plan`` as a user meets it."""
 
 import importlib
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,6 +10,7 @@ import pytest
 
 from tests.commands import expect_error
 from tests.conftest import ROOT
+from tests.plan.conftest import needs_libtpu
 
 command = importlib.import_module("gptjax.plan.__main__")
 DEBUG = ["--config", str(ROOT / "configs" / "debug.yaml"), "--model.num_layers", "1"]
@@ -92,9 +92,6 @@ def test_a_model_that_does_not_fit(capsys):
 )
 def test_bad_input(arguments, message, capsys):
     expect_error(command.main, [*LARGE, *arguments], message, capsys)
-
-
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (the [tpu] extra)")
 
 
 @needs_libtpu

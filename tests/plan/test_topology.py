@@ -1,10 +1,13 @@
 import re
+import subprocess
+import sys
 
 import jax
 import pytest
 
 from gptjax.errors import ConfigError
 from gptjax.plan.topology import GPUS, TPUS, open_devices, parse_topology
+from tests.plan.conftest import needs_libtpu
 
 
 @pytest.mark.parametrize(
@@ -71,3 +74,24 @@ def test_without_libtpu_or_with_one_that_refuses(said, message, monkeypatch):
     monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", refuse)
     with pytest.raises(ConfigError, match=re.escape(message)):
         open_devices(parse_topology("v5e:4x4"))
+
+
+SLICES = ["v5e:1x1", "v5e:2x2", "v5e:2x4", "v5e:16x16", "v6e:4x4", "v4:2x2x1", "v4:2x2x4", "v5p:1x1x1", "v5p:4x4x8"]
+COUNT = """
+import sys
+from gptjax.plan.topology import open_devices, parse_topology, start
+for name in sys.argv[1:]:
+    topology = parse_topology(name)
+    start(topology)
+    devices = open_devices(topology)
+    print(name, len(devices), len({device.process_index for device in devices}), devices[0].device_kind, sep=",")
+"""
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_slices_have_the_devices_in_the_machines_that_libtpu_says():
+    """In a process of its own, as libtpu reads the environment before Python can change it."""
+    found = subprocess.run([sys.executable, "-c", COUNT, *SLICES], capture_output=True, text=True, check=True).stdout
+    expected = [(name, parse_topology(name)) for name in SLICES]
+    assert found.splitlines() == [f"{name},{each.size},{each.hosts},{each.kind}" for name, each in expected]
