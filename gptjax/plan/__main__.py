@@ -9,6 +9,7 @@ For TPU the step is compiled ahead of time, by libtpu (``pip install 'gptjax[tpu
 collectives are the compiler's. For GPUs, whose compiler needs one, and with ``--predict``, they are predicted
 from shapes, to which a compiler adds.
 Times are floors at the rates of makers' data sheets: what no program can beat, not what this one will reach.
+The last line is the command that trains as planned; with ``--tokens`` it trains on so many.
 """
 
 import dataclasses
@@ -80,11 +81,8 @@ def main(argv: list[str] | None = None) -> int:
                 Path(cfg.json).write_text(json.dumps(record, indent=1) + "\n")
             print(f"wrote {cfg.json}")
         machines = f"on each of {topology.hosts} machines" if topology.hosts > 1 else "on one machine"
-        print(
-            f"{'train':<12} in one process {machines}:\n  {record['train']}"
-            if record["train"]
-            else "train        not so: it does not fit"
-        )
+        said = f"in one process {machines}:\n  {record['train']}" if record["train"] else "not so: it does not fit"
+        print(f"{'train':<12} {said}")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,4 @@ def _options(cfg: Config) -> dict[str, Any]:
 
 def _as_text(value: Any) -> str:
     """A value as YAML spells it."""
-    return (
-        {None: "null", True: "true", False: "false"}[value] if value is None or value is True or value is False else str(value)
-    )
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
