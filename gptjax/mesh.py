@@ -1,6 +1,7 @@
 """The devices that a run computes on, and arrays laid out over them: what `gptjax.sharding`'s table means for a model."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,8 @@ from gptjax.errors import ConfigError
 from gptjax.models.config import GPT2Config
 from gptjax.models.params import WEIGHTS, Block, Params, axis_sizes
 from gptjax.sharding import MESH_AXES, RULES, kept
+
+LISTED = 4  # of the meshes that can be, where one cannot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +78,10 @@ def make_mesh(cfg: MeshConfig, model: GPT2Config, batch_size: int, devices: Sequ
 
 def mesh_shape(cfg: MeshConfig, model: GPT2Config, batch_size: int, devices: int, processes: int = 1) -> tuple[int, ...]:
     """(data, fsdp, tensor) of the mesh that `make_mesh` makes of so many devices; Raises as it does."""
-    shape = _resolve(cfg.shape, devices, processes)
-    _check(dict(zip(MESH_AXES, shape, strict=True)), model, batch_size, devices)
+    shape = _resolve(cfg.shape, devices)
+    obstacle = _miscounted(cfg.shape, shape, devices, processes) or _uneven(shape, model, batch_size)
+    if obstacle:
+        raise ConfigError(f"{obstacle}: {_alternatives(cfg.shape, model, batch_size, devices, processes)}")
     return shape
 
 
@@ -85,48 +90,73 @@ def describe_mesh(mesh: Mesh) -> str:
     return f"{mesh.size} devices: " + " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
 
 
-def _resolve(shape: tuple[int, ...], devices: int, processes: int) -> tuple[int, ...]:
-    """The shape with -1 replaced."""
-    named = " x ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, shape, strict=True))
+def _resolve(shape: tuple[int, ...], devices: int) -> tuple[int, ...]:
+    """The shape with -1 replaced by what the others leave, at least 1."""
     known = math.prod(size for size in shape if size != -1)
-    if -1 in shape and devices % known == 0:
-        return tuple(devices // known if size == -1 else size for size in shape)
+    return tuple(max(devices // known, 1) if size == -1 else size for size in shape)
+
+
+def _miscounted(asked: tuple[int, ...], shape: tuple[int, ...], devices: int, processes: int) -> str | None:
+    """Why the mesh does not take the devices that there are."""
+    named = "the mesh " + " x ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, asked, strict=True))
     there_are = f"there {'is 1 device' if devices == 1 else f'are {devices} devices'}"
-    if -1 in shape:
-        divisors = _divisors(devices)
-        raise ConfigError(f"the mesh {named} leaves no whole rest: {there_are}, so the other two must multiply to {divisors}")
-    if known > devices:
-        raise ConfigError(
-            f"the mesh {named} takes {known} devices, but {there_are}: choose sizes that multiply to at most that"
-        )
-    if known < devices and processes > 1:
-        raise ConfigError(
-            f"the mesh {named} takes {known} devices, but {there_are} in {processes} processes, which must all take part: "
-            "make one size -1"
-        )
-    return shape
+    count = math.prod(shape)
+    if -1 in asked and count != devices:
+        return f"{named} leaves no whole rest, as {there_are}"
+    if count > devices:
+        return f"{named} takes {count} devices, but {there_are}"
+    if count < devices and processes > 1:
+        return f"{named} takes {count} devices, but {there_are} in {processes} processes, which must all take part"
+    return None
 
 
-def _check(shape: dict[str, int], model: GPT2Config, batch_size: int, devices: int) -> None:
-    """Every axis that `RULES` cut divides by its parts."""
+def _uneven(shape: tuple[int, ...], model: GPT2Config, batch_size: int) -> str | None:
+    """Which axis that `RULES` cut does not divide by its parts."""
+    mesh = dict(zip(MESH_AXES, shape, strict=True))
     sizes = axis_sizes(model) | {"H": model.num_heads}
     for axis, rule in RULES.items():
         for cut in (rule.used, rule.kept):
-            parts = math.prod(shape[name] for name in cut)
+            parts = math.prod(mesh[name] for name in cut)
             size = batch_size if axis == "B" else sizes.get(str(axis), parts)
             if size % parts:
                 named = {"B": "data.batch_size", "H": "model.num_heads", "Vp": "model.vocab_size, padded to"}
                 what = named.get(str(axis), "model.channels" if size == model.channels else f"model.channels, whose {axis} is")
                 names = " x ".join(f"mesh.{name}" for name in cut)
-                choices = _divisors(size, devices)
-                raise ConfigError(
-                    f"{what} {size} does not divide by {names} = {parts}: of {devices} devices {choices} would do"
-                )
+                return f"{what} {size} does not divide by {names} = {parts}"
+    return None
 
 
-def _divisors(size: int, most: int | None = None) -> str:
-    found = [str(n) for n in range(1, (most or size) + 1) if size % n == 0]
-    return " or ".join(filter(None, [", ".join(found[:-1]), found[-1]]))
+def _alternatives(asked: tuple[int, ...], model: GPT2Config, batch_size: int, devices: int, processes: int) -> str:
+    """Meshes of all the devices that can be, those most like what was asked for first, in words."""
+    each = devices // processes  # that hold whole rows, or parts of the same: see `row_share`
+
+    def of(rows: int) -> list[tuple[int, ...]]:
+        return [
+            shape
+            for shape in itertools.product(_divisors(devices), repeat=len(MESH_AXES))
+            if math.prod(shape) == devices
+            and (each % shape[-1] == 0 or shape[-1] % each == 0)
+            and not _uneven(shape, model, rows)
+        ]
+
+    def unlike(shape: tuple[int, ...]) -> tuple[float, int]:
+        ratios = [size / wanted for size, wanted in zip(shape, asked, strict=True) if wanted != -1]
+        return round(sum(abs(math.log(ratio)) for ratio in ratios), 6), shape[-1]
+
+    whole = -(-batch_size // devices) * devices
+    shapes = of(batch_size)
+    axes = f"({', '.join(MESH_AXES)})"
+    head = f"of {devices} devices, {axes} can be" if devices > 1 else f"of 1 device, {axes} can only be"
+    if not shapes:
+        shapes = of(whole)
+        head = f"no mesh takes all {devices} devices with data.batch_size {batch_size}, but with {whole}, {axes} can be"
+    shown = [f"({', '.join(map(str, shape))})" for shape in sorted(shapes, key=unlike)[:LISTED]]
+    more = ", or others" if len(shapes) > LISTED else ""
+    return f"{head} {' or '.join(filter(None, [', '.join(shown[:-1]), shown[-1]]))}{more}"
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
 
 
 def param_shardings(mesh: Mesh, model: GPT2Config) -> Params:

@@ -212,15 +212,57 @@ def test_a_checkpoint_is_read_onto_any_other_mesh(tmp_path):
     ("mesh", "changes", "message"),
     [
         ({"data": 16}, {}, "the mesh data 16 x fsdp 1 x tensor 1 takes 16 devices, but there are 8 devices"),
-        ({"data": -1, "fsdp": 3}, {}, "so the other two must multiply to 1, 2, 4 or 8"),
-        ({"tensor": 4}, {"num_heads": 2}, "model.num_heads 2 does not divide by mesh.tensor = 4: of 8 devices 1 or 2 would do"),
-        ({"data": 3}, {}, "data.batch_size 8 does not divide by mesh.data x mesh.fsdp = 3: of 8 devices 1, 2, 4 or 8 would do"),
+        ({"data": -1, "fsdp": 3}, {}, "leaves no whole rest, as there are 8 devices"),
+        ({"tensor": 4}, {"num_heads": 2}, "model.num_heads 2 does not divide by mesh.tensor = 4"),
+        ({"data": 3}, {}, "data.batch_size 8 does not divide by mesh.data x mesh.fsdp = 3"),
         ({"fsdp": 4}, {"channels": 18, "num_heads": 2}, "model.channels 18 does not divide by mesh.fsdp = 4"),
     ],
 )
 def test_a_mesh_that_cannot_be_says_what_could(mesh, changes, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         make_mesh(MeshConfig(**mesh), tiny.config(**{"num_heads": 8, "channels": 16, **changes}), B)
+
+
+class Elsewhere:
+    """A device of some process."""
+
+    platform, device_kind, client = "cpu", "cpu", None
+
+    def __init__(self, number, process):
+        self.id, self.process_index = number, process
+
+
+@pytest.mark.parametrize(
+    ("asked", "batch", "count", "first"),
+    [
+        ((16, 1, 1), 8, 8, "of 8 devices, (data, fsdp, tensor) can be (8, 1, 1), (4, 2, 1), (4, 1, 2) or (2, 4, 1), or others"),
+        ((-1, 3, 1), 8, 8, "(2, 4, 1), (4, 2, 1), (1, 8, 1) or (1, 4, 2), or others"),
+        (
+            (1, 1, 5),
+            12,
+            12,
+            "(1, 1, 12), (1, 3, 4)",
+        ),  # in 3 processes: tensor 3 or 6 would give two of them parts of the same rows
+        (
+            (1, 5, 2),
+            1,
+            8,
+            "no mesh takes all 8 devices with data.batch_size 1, but with 8, (data, fsdp, tensor) can be (1, 4, 2)",
+        ),
+        ((2, 1, 1), 8, 1, "of 1 device, (data, fsdp, tensor) can only be (1, 1, 1)"),
+    ],
+)
+def test_each_mesh_that_is_said_to_be_one_that_can_be_is(asked, batch, count, first):
+    """Of 4 devices a process, and for the rows that are named."""
+    devices, cfg = [Elsewhere(n, n // 4) for n in range(count)], tiny.config(num_heads=12, channels=48, vocab_size=384)
+    with pytest.raises(ConfigError, match=re.escape(first)) as error:
+        make_mesh(MeshConfig(*asked), cfg, batch, devices)
+    rows = count if "no mesh takes all" in str(error.value) else batch
+    listed = [tuple(map(int, sizes.split(", "))) for sizes in re.findall(r"\(([\d, ]+)\)", str(error.value))]
+    assert 1 <= len(listed) <= meshes.LISTED
+    for sizes in listed:
+        assert math.prod(sizes) == count
+        meshes.row_share(make_mesh(MeshConfig(*sizes), cfg, rows, devices), rows)
 
 
 @pytest.mark.parametrize(
@@ -237,15 +279,6 @@ def test_one_device_is_no_mesh_and_the_rest_is_what_is_left():
     mesh = make_mesh(MeshConfig(2, -1, 2), PLAIN, B)
     assert dict(mesh.shape) == dict(zip(MESH_AXES, (2, 2, 2), strict=True))
     assert meshes.describe_mesh(mesh) == "8 devices: data 2 x fsdp 2 x tensor 2"
-
-
-class Elsewhere:
-    """A device of some process."""
-
-    platform, device_kind, client = "cpu", "cpu", None
-
-    def __init__(self, number, process):
-        self.id, self.process_index = number, process
 
 
 def test_all_devices_of_several_processes_take_part():

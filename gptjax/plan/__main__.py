@@ -9,10 +9,12 @@ For TPU the step is compiled ahead of time, by libtpu (``pip install 'gptjax[tpu
 collectives are the compiler's. For GPUs, whose compiler needs one, and with ``--predict``, they are predicted
 from shapes, to which a compiler adds.
 Times are floors at the rates of makers' data sheets: what no program can beat, not what this one will reach.
+The last line is the command that trains as planned; with ``--tokens`` it trains on so many.
 """
 
 import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from gptjax.plan.predict import Work
 from gptjax.plan.report import comparison, describe
 from gptjax.plan.search import Plan, make_plan
 from gptjax.plan.topology import Topology, open_devices, parse_topology, start
+from gptjax.plan.training import train_command
 from gptjax.run import start_jax
 
 PROG = "python -m gptjax.plan"
@@ -66,29 +69,33 @@ class PlanConfig(Config):
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status."""
     with cli.reported_errors(PROG):
-        cfg, _ = cli.parse(PlanConfig, PROG, __doc__ or "", argv)
+        cfg, file = cli.parse(PlanConfig, PROG, __doc__ or "", argv)
         if cfg.json and not Path(cfg.json).absolute().parent.is_dir():
             raise ConfigError(f"{cfg.json} cannot be written: there is no folder {Path(cfg.json).absolute().parent}")
         topology = parse_topology(cfg.topology)
         start(topology)
         start_jax(cfg.model)
-        record = plan(cfg, topology)
+        record = plan(cfg, file, topology)
         if cfg.json:
             with naming(cfg.json):
                 Path(cfg.json).write_text(json.dumps(record, indent=1) + "\n")
             print(f"wrote {cfg.json}")
+        machines = f"on each of {topology.hosts} machines" if topology.hosts > 1 else "on one machine"
+        said = f"in one process {machines}:\n  {record['train']}" if record["train"] else "not so: it does not fit"
+        print(f"{'train':<12} {said}")
     return 0
 
 
-def plan(cfg: PlanConfig, topology: Topology) -> dict[str, Any]:
-    """Print the plan; returns all figures.
+def plan(cfg: PlanConfig, file: Path | None, topology: Topology) -> dict[str, Any]:
+    """Print the plan; returns all figures, and the command that trains so, None if it does not fit.
 
     Raises:
         GptjaxError: the topology, the mesh or the model cannot be.
 
     """
     model = cfg.model.resolve(topology.platform, cfg.data.seq_len)
-    work, chosen = lay_out(cfg, model, topology)
+    cfg, chosen = settle(cfg, model, topology)
+    work = Work(model, BatchShape(cfg.optim.accumulate, cfg.data.batch_size, cfg.data.seq_len), cfg.mesh.shape)
     devices = None if cfg.predict or topology.platform == "cuda" else open_devices(topology)
     optimizer = make_optimizer(cfg.optim, cfg.train.steps)
     tokens = cfg.tokens or work.shape.tokens * cfg.train.steps
@@ -103,11 +110,16 @@ def plan(cfg: PlanConfig, topology: Topology) -> dict[str, Any]:
         for other in others(cfg.model, topology, cfg.data.seq_len, model):
             plans[other.attention] = made(work._replace(model=other), False)
         print(comparison(plans))
-    return {"topology": topology.name, "tokens": tokens, "plans": {name: p.record() for name, p in plans.items()}}
+    command = train_command(cfg, file, topology) if found.total <= found.capacity else None
+    records = {name: p.record() for name, p in plans.items()}
+    return {"topology": topology.name, "tokens": tokens, "train": command, "plans": records}
 
 
-def lay_out(cfg: PlanConfig, model: GPT2Config, topology: Topology) -> tuple[Work, list[str]]:
-    """The step on all devices, and what was chosen for it in place of what is configured, in words.
+def settle(cfg: PlanConfig, model: GPT2Config, topology: Topology) -> tuple[PlanConfig, list[str]]:
+    """The configuration with a mesh in numbers, whole rows on every device and the steps of a token budget.
+
+    Returns:
+        It, and what was chosen in place of what is configured, in words.
 
     Raises:
         ConfigError: the configured mesh does not fit the devices or the model.
@@ -119,15 +131,18 @@ def lay_out(cfg: PlanConfig, model: GPT2Config, topology: Topology) -> tuple[Wor
         fits = [f for f in range(1, n + 1) if n % f == 0 and model.channels % f == 0 and model.channels // f >= CHANNELS]
         mesh = MeshConfig(fsdp=fits[-1] if fits else 1, data=-1)
         chosen.append("chosen, as none is configured")
-        shares = n
-    else:
-        shape = mesh_shape(mesh, model, n * batch, n, processes=2 if n > 1 else 1)  # so many rows divide anyhow
-        shares = shape[0] * shape[1]
+    shape = mesh_shape(mesh, model, n * batch, n, topology.hosts)  # so many rows divide anyhow
+    if math.prod(shape) < n:
+        chosen.append(f"so {n - math.prod(shape)} devices stay idle: --mesh.data -1 takes all")
+    shares = shape[0] * shape[1]
     rounded = -(-batch // shares) * shares
     if rounded != batch:
         chosen.append(f"data.batch_size {rounded} for {batch}, so that each device has whole rows")
-    shape = mesh_shape(mesh, model, rounded, n, processes=2 if n > 1 else 1)  # all of them must take part
-    return Work(model, BatchShape(cfg.optim.accumulate, rounded, cfg.data.seq_len), shape), chosen
+    steps = cfg.train.steps
+    if cfg.tokens:
+        steps = math.ceil(cfg.tokens / (cfg.optim.accumulate * rounded * cfg.data.seq_len))
+    data, train = dataclasses.replace(cfg.data, batch_size=rounded), dataclasses.replace(cfg.train, steps=steps)
+    return dataclasses.replace(cfg, mesh=MeshConfig(*shape), data=data, train=train), chosen
 
 
 def others(model: GPT2Config, topology: Topology, seq_len: int, chosen: GPT2Config) -> list[GPT2Config]:

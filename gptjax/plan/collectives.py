@@ -31,8 +31,9 @@ class Collective(NamedTuple):
 def collectives(text: str) -> list[Collective]:
     """Those that a program runs, as often as its loops run them.
 
-    A loop's turns are the number that XLA says, or else the constant that its condition compares with. An asynchronous
-    collective of a TPU appears in each of the fusions that it is spread over, on one channel, and counts once.
+    A loop's turns are the number that XLA says, or else follow from what its condition compares with. An asynchronous
+    collective of a TPU appears in each of the fusions that it is spread over, on one channel, some of them in loops; it counts
+    as often as the one of them that runs least, which starts or ends it.
     """
     computations, entry = _parse(text)
     runs: dict[str, float] = defaultdict(float)
@@ -43,7 +44,7 @@ def collectives(text: str) -> list[Collective]:
             if (found := _collective(line, name)) and runs[name]:
                 spread = re.search(r"channel_id=(\d+),.*async_collective_fusion_config", line)
                 key = (found.kind, spread[1]) if spread else (name, str(number))
-                if runs[name] > channels.get(key, (None, 0))[1]:
+                if key not in channels or runs[name] < channels[key][1]:
                     channels[key] = found, runs[name]
     return summed(found._replace(times=turns, sent=found.sent * turns) for found, turns in channels.values())
 
@@ -86,17 +87,34 @@ def _visit(computations: dict[str, list[str]], name: str, times: float, runs: di
         if "=%" not in line and "={" not in line:
             continue
         called = {kind: re.findall(r"%([\w.\-]+)", names) for kind, names in _CALLED.findall(line)}
-        turns = _turns(line, computations, called["condition"][0]) if "body" in called else 1
+        turns = _turns(line, computations, called["condition"][0], called["body"][0]) if "body" in called else 1
         for kind, names in called.items():
             for callee in names if kind != "condition" else ():
                 _visit(computations, callee, times * turns, runs)
 
 
-def _turns(line: str, computations: dict[str, list[str]], condition: str) -> int:
+def _turns(line: str, computations: dict[str, list[str]], condition: str, body: str) -> int:
+    """Of a loop: XLA's number; or, from 0 to the constant that the condition compares with, by the constant that is added."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', line):
         return int(known[1])
-    constants = [int(n) for line in computations.get(condition, []) for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", line)]
-    return max(constants, default=1)
+    constants = [
+        int(n) for line in computations.get(condition, []) for n in re.findall(r"[su]32\[\]\S* constant\((\d+)\)", line)
+    ]
+    return -(-max(constants, default=1) // _step(computations, condition, body))
+
+
+def _step(computations: dict[str, list[str]], condition: str, body: str) -> int:
+    """What a turn adds to the number that the condition compares: more than 1 where XLA has put several turns into one."""
+    compared = [re.search(r"[su]32\[\]\S* get-tuple-element\(.*index=(\d+)", line) for line in computations.get(condition, [])]
+    index = next((int(found[1]) for found in compared if found), None)
+    lines = dict(re.findall(r"^(?:ROOT )?%([\w.\-]+) = (.*)$", "\n".join(computations.get(body, [])), re.MULTILINE))
+    root = next((line for line in reversed(computations.get(body, [])) if line.startswith("ROOT")), "")
+    results = re.findall(r"%([\w.\-]+)", root.partition(" tuple(")[2].partition(")")[0])
+    added = re.search(r" add\(([^)]*)\)", lines.get(results[index], "") if index is not None and index < len(results) else "")
+    for name in re.findall(r"%([\w.\-]+)", added[1] if added else ""):
+        if constant := re.search(r" constant\((\d+)\)", lines.get(name, "")):
+            return int(constant[1])
+    return 1
 
 
 def _collective(line: str, computation: str) -> Collective | None:

@@ -38,10 +38,20 @@ class Floor(NamedTuple):
 def step_floor(work: Work, device: Device, collectives: list[Collective]) -> Floor:
     """From the products, the traffic of `step_traffic`, and the bytes of the collectives over links or network."""
     traffic, update = step_traffic(work)
-    rate = device.link if math.prod(work.mesh) <= device.neighbours else NETWORK
     return Floor(
         products=step_flops(work) / device.flops,
         memory=traffic / device.bandwidth,
-        collectives=sum(c.sent for c in collectives) / rate,
+        collectives=sum(c.sent / sending_rate(work.mesh, device, c.group) for c in collectives),
         update=update / device.bandwidth,
     )
+
+
+def sending_rate(mesh: tuple[int, ...], device: Device, group: int) -> float:
+    """Bytes a second that a device can send in a collective among ``group`` of a mesh's devices.
+
+    A machine's devices are neighbours in the mesh. What a collective sends from one machine to another passes through the
+    adapters of all its devices in that machine: as rings do that take one each.
+    """
+    strides = [math.prod(mesh[i + 1 :]) for i, size in enumerate(mesh) if size == group] or [1]
+    members = max(device.neighbours // min(strides), 1)
+    return device.link if group <= members else min(device.link, members * NETWORK)

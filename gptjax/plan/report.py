@@ -1,10 +1,11 @@
 """A plan as lines to read."""
 
+from gptjax.devices import Device
 from gptjax.metrics import human_bytes
 from gptjax.models.params import num_params
 from gptjax.plan.collectives import Collective
-from gptjax.plan.floor import DAY
-from gptjax.plan.search import Plan
+from gptjax.plan.floor import DAY, sending_rate
+from gptjax.plan.search import USABLE, Plan
 from gptjax.plan.topology import Topology
 from gptjax.sharding import MESH_AXES
 
@@ -22,12 +23,13 @@ def describe(plan: Plan, topology: Topology, chosen: list[str], backward: str) -
     }
     lines["model"] += [f"recompute {model.recompute}", f"backward {backward}"]
     text = [f"{name:<12} {', '.join(parts)}" for name, parts in lines.items()]
-    return "\n".join([*text, *_memory(plan), *_collectives(plan.collectives), *_time(plan)])
+    return "\n".join([*text, *_memory(plan), *_collectives(plan, topology.device), *_time(plan, topology.device)])
 
 
 def _memory(plan: Plan) -> list[str]:
     verdict = "fits" if plan.total <= plan.capacity else "DOES NOT FIT"
-    lines = [f"{'memory':<12} {human_bytes(plan.total)} a device of {human_bytes(plan.capacity)} that can be used: {verdict}"]
+    usable = f"{human_bytes(plan.capacity)} ({USABLE:.0%}) that can be used"
+    lines = [f"{'memory':<12} {human_bytes(plan.total)} a device of {usable}: {verdict}"]
     lines += [f"  {name:<10} {human_bytes(size):>9}" for name, size in plan.memory.items()]
     at = next(i for i, name in enumerate(plan.memory, 1) if name == "temporaries")
     shapes = f", {human_bytes(plan.predicted)} by shapes" if plan.compiled else ""
@@ -42,15 +44,19 @@ def _memory(plan: Plan) -> list[str]:
     return lines
 
 
-def _collectives(found: list[Collective]) -> list[str]:
+def _collectives(plan: Plan, device: Device | None) -> list[str]:
+    def at(c: Collective) -> str:
+        return f" at {sending_rate(plan.work.mesh, device, c.group) / 1e9:,.0f} GB/s" if device else ""
+
+    found = plan.collectives
     lines = [f"{'sent':<12} {human_bytes(sum(c.sent for c in found))} by each device and step"]
-    return lines + [f"  {c.kind:<18} {c.times:>8,.0f} among {c.group:<4} {human_bytes(c.sent):>9}" for c in found]
+    return lines + [f"  {c.kind:<18} {c.times:>8,.0f} among {c.group:<4} {human_bytes(c.sent):>9}{at(c)}" for c in found]
 
 
-def _time(plan: Plan) -> list[str]:
+def _time(plan: Plan, device: Device | None) -> list[str]:
     counted = f"; XLA counts {plan.compiler_flops / 1e9:,.4g}, loops once and kernels not" if plan.compiler_flops else ""
     lines = [f"{'products':<12} {plan.flops / 1e9:,.4g} GFLOP by each device and step{counted}"]
-    if not plan.floor:
+    if not plan.floor or not device:
         return [*lines, f"{'floor':<12} not known: no data sheet gives this device's rate in {plan.work.model.dtype}"]
     floor, tokens = plan.floor, plan.work.shape.tokens
     parts = {"products": floor.products, "memory": floor.memory, "collectives": floor.collectives, "update": floor.update}
@@ -59,7 +65,14 @@ def _time(plan: Plan) -> list[str]:
         days = plan.tokens / tokens * seconds / DAY
         rate = f"{tokens / seconds:,.0f} tokens/s, {days:,.2f} days for {plan.tokens:.3g} tokens"
         lines.append(f"  {name:<17} {seconds * 1e3:,.1f} ms, {rate}, scaling efficiency {floor.efficiency(seconds):.0%}")
-    return lines
+    rates = f"{device.flops / 1e12:,.4g} TFLOP/s in bfloat16, {device.bandwidth / 1e9:,.4g} GB/s of memory"
+    return [
+        *lines,
+        f"{'assuming':<12} {rates}, and links that all send at once, at their maker's rates",
+        "  all overlaps      the slowest of products, memory and collectives hides the other two; the update follows",
+        "  nothing sent does the slower of products and memory hides the other; the collectives follow, then the update",
+        "  efficiency        the time without collectives over the time",
+    ]
 
 
 def comparison(plans: dict[str, Plan]) -> str:

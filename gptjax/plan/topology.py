@@ -10,21 +10,22 @@ import jax
 from gptjax.devices import DEVICES, Device
 from gptjax.errors import ConfigError
 
-TPUS = {  # name: the start of JAX's device_kind, the axes of its torus
+TPUS = {  # name: JAX's device_kind, the axes of its torus
     "v4": ("TPU v4", 3),
     "v5e": ("TPU v5 lite", 2),
     "v5p": ("TPU v5", 3),
     "v6e": ("TPU v6 lite", 2),
 }
 GPUS = {
-    "a100": "NVIDIA A100",
-    "h100": "NVIDIA H100",
+    "a100": "NVIDIA A100-SXM4-80GB",
+    "h100": "NVIDIA H100 80GB HBM3",
     "h100-pcie": "NVIDIA H100 PCIe",
     "h200": "NVIDIA H200",
     "l4": "NVIDIA L4",
-    "cuda": "NVIDIA H100",
+    "cuda": "NVIDIA H100 80GB HBM3",
 }
 CPU = "cpu"
+PER_HOST = {"tpu": 4, "cuda": 8}  # devices of one machine, as libtpu describes slices and as GPUs are sold
 NAMES = "cpu:8; h100:8 or another GPU's name (" + ", ".join(GPUS) + "); v5e:4x4, v6e:4x4, v4:2x2x4 or v5p:2x2x4"
 # libtpu asks the machine that it runs on what slice it is part of: of none.
 ENVIRONMENT = {
@@ -52,6 +53,11 @@ class Topology(NamedTuple):
     def size(self) -> int:
         """How many there are."""
         return math.prod(self.shape)
+
+    @property
+    def hosts(self) -> int:
+        """In how many machines, each of which runs a process."""
+        return -(-self.size // PER_HOST.get(self.platform, self.size))
 
 
 def parse_topology(name: str) -> Topology:

@@ -80,6 +80,19 @@ backend_config={"async_collective_fusion_config":{"flag_start":"2"}}
 %body (p: (s32[])) -> (s32[]) {
   %f = f32[2,8] fusion(%p), kind=kOutput, calls=%all-reduce-scatter.10
   %s = (f32[4]{0}, f32[4]{0}, u32[]{:S(2)}) collective-permute-start(%p), channel_id=7
+  %b = bf16[50,768] fusion(%p), kind=kCustom, calls=%further
+}
+%condition_of_unrolled (p: (f32[4], u32[])) -> pred[] {
+  %c = u32[]{:T(128)} constant(8)
+  %i = u32[]{:T(128)} get-tuple-element(%p), index=1
+  ROOT %l = pred[]{:T(512)} compare(%i, %c), direction=LT
+}
+%unrolled (p: (f32[4], u32[])) -> (f32[4], u32[]) {
+  %two = u32[]{:T(128)} constant(2)
+  %i = u32[]{:T(128)} get-tuple-element(%p), index=1
+  %first = (f32[8]{0}, f32[8]{0}, u32[]{:S(2)}) collective-permute-start(%p), channel_id=8
+  %next = u32[]{:T(128)} add(%i, %two), metadata={op_name="f"}
+  ROOT %t = (f32[4]{0}, u32[]{:T(128)}) tuple(%x, /*index=1*/%next)
 }
 %never (p: f32[2]) -> f32[2] {
   %r = f32[2] all-reduce(%p), replica_groups=[1,8]<=[8], to_apply=%add
@@ -89,16 +102,17 @@ ENTRY %main (p: f32[2]) -> f32[2] {
   %b = bf16[50,768] fusion(%a), kind=kCustom, calls=%further
   %w = (s32[]{:T(128)}) while(%b), condition=%condition, body=%body
   %c = f32[2,8] fusion(%p), kind=kOutput, calls=%all-reduce-scatter.9
+  %v = (f32[4]{0}, u32[]{:T(128)}) while(%w), condition=%condition_of_unrolled, body=%unrolled
 }
 """
 
 
 def test_a_tpus_program_is_read_as_it_writes_it():
-    """One gather spread over fusions, sums that are scattered, a loop that does not say how often it turns, dead code."""
+    """One gather spread over fusions, sums that are scattered, loops that do not say how often they turn, dead code."""
     assert collectives(TPU) == [
         Collective("all-gather", 8, 1, 50 * 768 * 2 * 7 / 8),
         Collective("reduce-scatter", 8, 1 + 3, 4 * 16 * 8 * FLOAT * 7 / 8),
-        Collective("collective-permute", 2, 3, 3 * 4 * FLOAT),
+        Collective("collective-permute", 2, 3 + 8 / 2, (3 * 4 + 8 / 2 * 8) * FLOAT),
     ]
 
 

@@ -1,31 +1,23 @@
 """``python -m gptjax.plan`` as a user meets it."""
 
 import importlib
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 
-import jax
 import pytest
 
 from tests.commands import expect_error
 from tests.conftest import ROOT
+from tests.plan.conftest import needs_libtpu
 
 command = importlib.import_module("gptjax.plan.__main__")
 DEBUG = ["--config", str(ROOT / "configs" / "debug.yaml"), "--model.num_layers", "1"]
 LARGE = ["--config", str(ROOT / "configs" / "1558m.yaml")]
 
 
-@pytest.fixture(autouse=True)
-def _as_a_process(monkeypatch):
-    """What the command sets for its process, given back; and numbers of 32 bits, as outside the tests."""
-    monkeypatch.setattr(os, "environ", dict(os.environ))
-    platforms = jax.config.jax_platforms
-    with jax.enable_x64(False):
-        yield
-    jax.config.update("jax_platforms", platforms)
+pytestmark = pytest.mark.usefixtures("as_a_process")
 
 
 def lines(out):
@@ -36,7 +28,8 @@ def test_a_pod_is_planned_without_a_tpu(capsys, tmp_path):
     """The configured batch of one device, on 256."""
     file = str(tmp_path / "plan.json")
     assert command.main([*LARGE, "--topology", "v5e:16x16", "--predict", "--tokens", "30e9", "--json", file]) == 0
-    found = lines(capsys.readouterr().out)
+    out = capsys.readouterr().out
+    found = lines(out)
     assert found["topology"] == "v5e:16x16: 256 x TPU v5 lite of 17.18 GB each"
     assert found["mesh"].startswith("data 4 x fsdp 64 x tensor 1, chosen, as none is configured, data.batch_size 256 for 4")
     assert "attention splash" in found["model"]
@@ -47,7 +40,10 @@ def test_a_pod_is_planned_without_a_tpu(capsys, tmp_path):
     assert record["memory"]["parameters"] == pytest.approx(1557.6e6 * 4 / 64, rel=1e-3)
     assert record["floor"]["overlapped"] < record["floor"]["exposed"]
     days = 30e9 / (4 * 256 * 1024) * record["floor"]["overlapped"] / 86400
-    assert f"{days:,.2f} days for 3e+10 tokens" in " ".join(found.values())
+    assert f"{days:,.2f} days for 3e+10 tokens" in out
+    assert found["reduce-scatter"[:10]].endswith("at 200 GB/s")
+    assert found["assuming"].startswith("197 TFLOP/s in bfloat16, 819 GB/s of memory, and links that all send at once")
+    assert found["train"] == "in one process on each of 64 machines:"
 
 
 def test_simulated_devices_are_compiled_for(capsys):
@@ -64,7 +60,7 @@ def test_every_attention_that_runs_there(capsys):
     out = capsys.readouterr().out
     assert "largest" not in out
     names = [line.split()[0] for line in out.splitlines()]
-    assert names[names.index("attention") + 1 :] == ["cudnn", "blockwise", "materialised"]
+    assert names[names.index("attention") + 1 :] == ["cudnn", "blockwise", "materialised", "train", "python"]
 
 
 def test_a_model_that_does_not_fit(capsys):
@@ -73,6 +69,7 @@ def test_a_model_that_does_not_fit(capsys):
     assert found["memory"].endswith("can be used: DOES NOT FIT")
     assert found["largest"].startswith("not even one row a device fits")
     assert "sent" in found
+    assert found["train"] == "not so: it does not fit"
 
 
 @pytest.mark.parametrize(
@@ -83,7 +80,11 @@ def test_a_model_that_does_not_fit(capsys):
         (["--topology", "h100:8", "--tokens", "0"], "tokens must be above 0"),
         (["--topology", "h100:8", "--json", "nowhere/p.json"], "there is no folder"),
         (["--topology", "h100:8", "--mesh.tensor", "8"], "model.num_heads 25 does not divide by mesh.tensor = 8: of 8"),
-        (["--topology", "h100:8", "--mesh.fsdp", "4"], "takes 4 devices, but there are 8 devices"),
+        (["--topology", "h100:16", "--mesh.fsdp", "4"], "4 devices, but there are 16 devices in 2 processes, which must all"),
+        (
+            ["--topology", "v5e:16x16", "--mesh.fsdp", "4"],
+            "4 devices, but there are 256 devices in 64 processes, which must all",
+        ),
         (["--topology", "h100:8", "--model.attention", "splash"], "model.attention splash needs a TPU, not cuda"),
         (["--topologie", "h100:8"], "did you mean topology?"),
         (["--topology", "cpu:16"], "JAX has started with 8 devices, too few for cpu:16"),
@@ -93,24 +94,23 @@ def test_bad_input(arguments, message, capsys):
     expect_error(command.main, [*LARGE, *arguments], message, capsys)
 
 
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (the [tpu] extra)")
-
-
 @needs_libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", ["124m-fineweb v5e:2x4", "124m-fineweb v4:2x2x1", "1558m v5e:4x4", "1558m v5p:2x2x2"])
 def test_the_real_step_compiles_for_the_real_topology(topology, tmp_path):
-    """In a process of its own, without the flags of these tests; minutes each."""
+    """In a process of its own, without the flags of these tests; minutes each. It sends no less than has to be sent."""
     config, topology = topology.split()
     unset = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
     environment = {name: value for name, value in os.environ.items() if name not in unset}
-    options = ["--topology", topology, "--largest", "false", "--json", str(tmp_path / "plan.json")]
-    arguments = ["--config", str(ROOT / "configs" / f"{config}.yaml"), *options]
-    subprocess.run([sys.executable, "-m", "gptjax.plan", *arguments], env=environment, cwd=ROOT, check=True)
-    plan = json.loads((tmp_path / "plan.json").read_text())["plans"]["splash"]
+    arguments = ["--config", str(ROOT / "configs" / f"{config}.yaml"), "--topology", topology, "--largest", "false"]
+    run = [sys.executable, "-m", "gptjax.plan", *arguments, "--json", str(tmp_path / "plan.json")]
+    subprocess.run(run, env=environment, cwd=ROOT, check=True)
+    assert command.main([*arguments, "--predict", "--json", str(tmp_path / "shapes.json")]) == 0
+    plan, shapes = (json.loads((tmp_path / name).read_text())["plans"]["splash"] for name in ("plan.json", "shapes.json"))
     assert plan["compiled"]
     assert plan["total"] < plan["capacity"]
     assert plan["memory"]["temporaries"] > plan["saved"]
     kinds = {c["kind"] for c in plan["collectives"]}
     assert "all-gather" in kinds
     assert kinds & {"reduce-scatter", "all-reduce", "collective-permute"}
+    assert sum(c["sent"] for c in plan["collectives"]) > sum(c["sent"] for c in shapes["collectives"])

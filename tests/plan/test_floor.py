@@ -6,7 +6,7 @@ from gptjax.data import BatchShape
 from gptjax.devices import NETWORK, Device
 from gptjax.models.config import GPT2Config
 from gptjax.plan.collectives import Collective
-from gptjax.plan.floor import Floor, step_floor
+from gptjax.plan.floor import Floor, sending_rate, step_floor
 from gptjax.plan.predict import Work, step_flops, step_traffic
 
 DEVICE = Device(flops=1e12, memory=1e9, bandwidth=1e10, link=1e9, neighbours=4)
@@ -17,12 +17,31 @@ def work(mesh):
     return Work(GPT2Config(preset="124m").resolve("cuda", 1024), BatchShape(1, 16, 1024), mesh)
 
 
-def test_each_part_at_its_rate_and_beyond_the_neighbours_at_the_networks():
+def test_each_part_at_its_rate():
     planned = work((1, 4, 1))
     floor = step_floor(planned, DEVICE, SENT)
     traffic, update = step_traffic(planned)
     assert floor == Floor(step_flops(planned) / 1e12, traffic / 1e10, 4e6 / 1e9, update / 1e10)
-    assert step_floor(work((1, 8, 1)), DEVICE, SENT).collectives == 4e6 / NETWORK
+
+
+@pytest.mark.parametrize(
+    ("mesh", "group", "adapters"),
+    [
+        ((1, 4, 1), 4, None),
+        ((2, 4, 1), 4, None),  # fsdp's devices are neighbours,
+        ((2, 4, 1), 2, 1),  # those of data are one in each machine,
+        ((2, 2, 2), 2, None),
+        ((4, 2, 1), 4, 2),  # or two,
+        ((1, 8, 1), 8, 4),  # and these four in each
+        ((2, 4, 1), 8, 4),
+        ((8, 1, 4), 8, 1),
+    ],
+)
+def test_what_leaves_a_machine_passes_the_adapters_of_the_devices_that_take_part(mesh, group, adapters):
+    """Machines of 4 neighbours."""
+    fast = DEVICE._replace(link=1e12)
+    assert sending_rate(mesh, fast, group) == (adapters * NETWORK if adapters else fast.link)
+    assert sending_rate(mesh, DEVICE, group) == DEVICE.link  # that the network cannot exceed
 
 
 def test_what_overlaps_takes_as_long_as_the_slowest_and_the_update_waits():

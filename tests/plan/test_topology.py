@@ -1,27 +1,38 @@
 import re
+import subprocess
+import sys
 
 import jax
 import pytest
 
 from gptjax.errors import ConfigError
-from gptjax.plan.topology import open_devices, parse_topology
+from gptjax.plan.topology import GPUS, TPUS, open_devices, parse_topology
+from tests.plan.conftest import needs_libtpu
 
 
 @pytest.mark.parametrize(
-    ("name", "platform", "size", "kind"),
+    ("name", "platform", "size", "kind", "hosts"),
     [
-        ("v5e:16x16", "tpu", 256, "TPU v5 lite"),
-        ("v5e:1x1", "tpu", 1, "TPU v5 lite"),
-        ("v5p:2x2x4", "tpu", 16, "TPU v5"),
-        ("H100:8", "cuda", 8, "NVIDIA H100"),
-        ("h100-pcie:2", "cuda", 2, "NVIDIA H100 PCIe"),
-        ("cuda:1", "cuda", 1, "NVIDIA H100"),
+        ("v5e:16x16", "tpu", 256, "TPU v5 lite", 64),
+        ("v5e:1x1", "tpu", 1, "TPU v5 lite", 1),
+        ("v5p:2x2x4", "tpu", 16, "TPU v5", 4),
+        ("v4:2x2x1", "tpu", 4, "TPU v4", 1),
+        ("H100:8", "cuda", 8, "NVIDIA H100 80GB HBM3", 1),
+        ("h100:20", "cuda", 20, "NVIDIA H100 80GB HBM3", 3),
+        ("h100-pcie:2", "cuda", 2, "NVIDIA H100 PCIe", 1),
+        ("cpu:16", "cpu", 16, "cpu", 1),
     ],
 )
-def test_a_name_says_what_and_how_many(name, platform, size, kind):
+def test_a_name_says_what_and_how_many_in_how_many_machines(name, platform, size, kind, hosts):
     found = parse_topology(name)
-    assert (found.platform, found.size, found.kind) == (platform, size, kind)
-    assert found.device.memory >= 16e9
+    assert (found.platform, found.size, found.kind, found.hosts) == (platform, size, kind, hosts)
+    assert platform == "cpu" or found.device.memory >= 16e9
+
+
+@pytest.mark.parametrize("name", [*TPUS, *GPUS])
+def test_every_name_is_of_a_device_whose_rates_are_known(name):
+    shape = "x".join("1" * TPUS[name][1]) if name in TPUS else "1"
+    assert parse_topology(f"{name}:{shape}").device
 
 
 @pytest.mark.parametrize(
@@ -63,3 +74,24 @@ def test_without_libtpu_or_with_one_that_refuses(said, message, monkeypatch):
     monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", refuse)
     with pytest.raises(ConfigError, match=re.escape(message)):
         open_devices(parse_topology("v5e:4x4"))
+
+
+SLICES = ["v5e:1x1", "v5e:2x2", "v5e:2x4", "v5e:16x16", "v6e:4x4", "v4:2x2x1", "v4:2x2x4", "v5p:1x1x1", "v5p:4x4x8"]
+COUNT = """
+import sys
+from gptjax.plan.topology import open_devices, parse_topology, start
+for name in sys.argv[1:]:
+    topology = parse_topology(name)
+    start(topology)
+    devices = open_devices(topology)
+    print(name, len(devices), len({device.process_index for device in devices}), devices[0].device_kind, sep=",")
+"""
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_slices_have_the_devices_in_the_machines_that_libtpu_says():
+    """In a process of its own, as libtpu reads the environment before Python can change it."""
+    found = subprocess.run([sys.executable, "-c", COUNT, *SLICES], capture_output=True, text=True, check=True).stdout
+    expected = [(name, parse_topology(name)) for name in SLICES]
+    assert found.splitlines() == [f"{name},{each.size},{each.hosts},{each.kind}" for name, each in expected]

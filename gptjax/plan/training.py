@@ -1,0 +1,56 @@
+"""The command that trains as planned."""
+
+import contextlib
+import dataclasses
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from gptjax import cli
+from gptjax.config import Config
+from gptjax.errors import ConfigError
+from gptjax.models.config import GPT2Config
+from gptjax.plan.topology import Topology
+
+TRAIN = "python -m gptjax.train"
+
+
+def train_command(cfg: Config, file: Path | None, topology: Topology) -> str:
+    """To copy into a shell: the config file, and exactly the options that differ from what it says.
+
+    Args:
+        cfg: the configuration as planned.
+        file: the config file; without one, or with one that is not for training alone, options that differ from the defaults.
+        topology: simulated CPUs have to be asked for.
+
+    """
+    given: list[str] = []
+    model_defaults: dict[str, Any] = {f"model.{field.name}": field.default for field in dataclasses.fields(GPT2Config)}
+    configured = _options(Config(cfg.model)) | model_defaults
+    with contextlib.suppress(ConfigError):
+        if file:
+            configured = _options(cli.parse(Config, TRAIN, "", ["--config", str(file)])[0])
+            given = ["--config", str(file)]
+    for name, value in _options(cfg).items():
+        if value != configured[name]:
+            given += [f"--{name}", _as_text(value)]
+    simulated = f"JAX_NUM_CPU_DEVICES={topology.size} " if topology.platform == "cpu" and topology.size > 1 else ""
+    return f"{simulated}{TRAIN} {shlex.join(given)}"
+
+
+def _options(cfg: Config) -> dict[str, Any]:
+    """Every option of training by its name on the command line."""
+    options: dict[str, Any] = {}
+    for field in dataclasses.fields(Config):
+        value = getattr(cfg, field.name)
+        if dataclasses.is_dataclass(value):
+            options |= {f"{field.name}.{part.name}": getattr(value, part.name) for part in dataclasses.fields(value)}
+        else:
+            options[field.name] = value
+    return options
+
+
+def _as_text(value: Any) -> str:
+    """A value as YAML spells it."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
