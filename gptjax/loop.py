@@ -117,7 +117,7 @@ def verify(run: Run, compiled: CompiledStep, state: TrainState, batch: Batch, st
         WrongGradientError: the gradient is wrong; the report is in the run's folder.
 
     """
-    gradient = compiled.grads if run.cfg.train.backward == "manual" else None
+    gradient = compiled.loss_and_grad if run.cfg.train.backward == "manual" else None
     found = against_live(gradient, run.model, state.params, batch, run.key, step)
     if found is None:
         return {}

@@ -65,10 +65,23 @@ def test_the_update_needs_no_temporaries_and_donates_everything():
     assert step.moments.memory_analysis().alias_size_in_bytes >= 2 * step.memory["parameters"]
 
 
+def test_a_gradient_is_written_over_the_one_before_it_and_does_not_depend_on_it():
+    step, state, batch = compiled(tiny.config(dtype="float32"))
+    assert step.grads.memory_analysis().alias_size_in_bytes >= step.memory["gradients"]
+    with jax.enable_x64(False):
+        _, fresh = step.loss_and_grad(state.params, batch, KEY, 0)
+        step.room.append(jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), state.params))
+        _, over = step.loss_and_grad(state.params, batch, KEY, 0)
+        assert not step.room
+        assert_same_gradients(over, fresh, state.params, 0)
+        steps.run_step(step, state, batch, KEY, 0)
+        assert len(step.room) == 1
+
+
 def test_dropout_draws_anew_each_step_and_repeats_for_the_same_step():
     step, state, batch = compiled(tiny.config(dtype="float32", dropout=0.5))
     with jax.enable_x64(False):
-        first, again, other = (float(step.grads(state.params, batch, KEY, jnp.int32(n))[0]) for n in (1, 1, 2))
+        first, again, other = (float(step.loss_and_grad(state.params, batch, KEY, n)[0]) for n in (1, 1, 2))
     assert first == again != other
 
 
@@ -96,7 +109,7 @@ def test_the_step_lowers_for_every_platform(platform, layers, backward, monkeypa
     calls = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
     allowed = [jax.export.DisabledSafetyCheck.custom_call(name) for name in calls]
     export = functools.partial(jax.export.export, platforms=[platform], disabled_checks=allowed)
-    args = state.params, Batch(ids, ids), jax.eval_shape(lambda: KEY), jax.ShapeDtypeStruct((), jnp.int32)
+    args = state.params, Batch(ids, ids), jax.eval_shape(lambda: KEY), jax.ShapeDtypeStruct((), jnp.int32), state.params
     text = export(grads)(*args).mlir_module()
     assert all((call in text) == (platform == "cuda") for call in calls)
     loss, g = jax.eval_shape(lambda *a: steps.mean_loss_and_grad(*a, cfg=cfg, backward=backward), *args[:2], None)
@@ -134,11 +147,13 @@ def test_memory_is_linear_in_the_length_and_more_pieces_of_the_classifier_make_u
 
 
 def test_the_fresh_parameters_are_drawn_in_turns():
-    """All at once they would need more memory than a step."""
+    """So that they need less memory than a step."""
     cfg = tiny.config(num_layers=8, channels=64)
     optimizer = make_optimizer(OptimConfig(), 10)
     made, expected = steps.make_state(KEY, cfg, optimizer), steps.init_state(KEY, cfg, optimizer)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), made, expected)
     draw = jax.jit(lambda key: init_params(key, cfg)).lower(KEY)
     by_turns, at_once = (c.memory_analysis().temp_size_in_bytes for c in (steps.compile_for_memory(draw), draw.compile()))
-    assert by_turns < at_once / 2
+    assert by_turns < at_once
+    arguments = steps.step_arguments(cfg, optimizer, (1, 2, 4))
+    assert by_turns < sum(steps.compile_step(cfg, optimizer, "manual", *arguments).memory.values()) / 2

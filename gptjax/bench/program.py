@@ -36,10 +36,10 @@ def lowered_step(cfg: Config, model: GPT2Config, backward: steps.Backward, platf
     state, batch, key = steps.step_arguments(model, optimizer, shape)
     grads, moments, params = steps.step_functions(model, optimizer, backward)
     number = jax.ShapeDtypeStruct((), "int32")
-    loss, g = jax.eval_shape(grads, state.params, batch, key, number)
+    loss, g = jax.eval_shape(grads, state.params, batch, key, number, state.params)
     finite = jax.ShapeDtypeStruct((), "bool")
     calls: list[tuple[Any, tuple[Any, ...]]] = [
-        (grads, (state.params, batch, key, number)),
+        (grads, (state.params, batch, key, number, g)),
         (moments, (state.opt_state.moments, g, loss)),
         (params, (state.params, state.opt_state.step, state.opt_state.moments, finite)),
     ]
