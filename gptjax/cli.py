@@ -126,14 +126,20 @@ def reported_errors(
         signal.signal(signal.SIGTERM, previous)
 
 
+GIVEN_UP = "Event loop is closed", "Encountered error while reading array"  # of what waits for writes, and for reads
+
+
 def quiet_libraries() -> None:
-    """Keep Orbax's and TensorStore's tracebacks of a failed write off the screen: commands report the failure themselves."""
+    """Keep Orbax's and TensorStore's tracebacks of what failed off the screen: commands report the failure themselves.
+
+    Of a damaged checkpoint there is one for every array, of some kilobytes each.
+    """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     show = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":  # callbacks of a write that was given up
+        if not str(unraisable.exc_value).startswith(GIVEN_UP):
             show(unraisable)
 
     sys.unraisablehook = hook

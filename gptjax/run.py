@@ -63,6 +63,7 @@ def set_up(cfg: Config) -> Run:
 
     """
     check_installed(cfg.log)
+    start_jax(cfg.model)
     distributed.require_same(dataclasses.replace(cfg, distributed=DistributedConfig()))
     model = cfg.model.resolve(platform_name(), cfg.data.seq_len)
     mesh = make_mesh(cfg.mesh, model, cfg.data.batch_size)

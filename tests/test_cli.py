@@ -1,4 +1,6 @@
 import dataclasses
+import sys
+import types
 
 import pytest
 
@@ -72,3 +74,13 @@ def test_a_bug_keeps_its_traceback():
         raise ZeroDivisionError
     with pytest.raises(OSError, match="strange"), cli.reported_errors("prog"):
         raise OSError("strange")
+
+
+@pytest.mark.parametrize("words", [*cli.GIVEN_UP, "something else"])
+def test_of_what_libraries_gave_up_nothing_is_shown(words, monkeypatch):
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", shown.append)
+    cli.quiet_libraries()
+    unraisable = types.SimpleNamespace(exc_value=ValueError(f"{words} and more"))
+    sys.unraisablehook(unraisable)
+    assert shown == ([unraisable] if words == "something else" else [])

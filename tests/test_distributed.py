@@ -190,12 +190,11 @@ def wait_for_checkpoint(process, folder, step):
 
 
 def ended_because_of_another(process):
-    """What a process says that ends because another is gone; its last line is for a person."""
+    """What a process says that ends because another is gone, JAX's own words aside, which may come after."""
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 1, output
-    last = output.splitlines()[-1]
-    assert "error: another process was lost" in last, output
-    assert "start them all again with --resume auto" in last
+    (said,) = (line for line in output.splitlines() if "error: another process was lost" in line)
+    assert "start them all again with --resume auto" in said
     return output
 
 
@@ -221,6 +220,7 @@ def test_processes_train_as_one_and_go_on_in_another_number_when_one_is_lost_and
     assert f"{newest.name} is damaged and was set aside: in process " in outputs[0]
     assert f"resumed    {folder} after step {int(newest.name[-8:]) - 2}" in outputs[0]
     assert not [text for text in outputs[1:] if "loss" in text or "damaged" in text]  # only the first speaks
+    assert not [text for text in outputs if "Exception ignored" in text]
     assert [path.name for path in folder.glob("checkpoints/damaged-*")] == [f"damaged-{newest.name}"]
 
     end = str(int(max(folder.glob("checkpoints/step_????????")).name[-8:]) + 2)

@@ -51,8 +51,11 @@ def pair(*errors):
             process.communicate()
 
 
-def test_a_process_that_hangs_or_dies_is_named_in_the_last_line_of_the_others():
-    """Process 0, which keeps the store, and another one; JAX's threads would end the other process without a word of ours."""
+def test_a_process_that_hangs_or_dies_is_named_by_the_others():
+    """Process 0, which keeps the store, and another one; JAX's threads would end the other process without a word of ours.
+
+    If process 0 dies they may have the last word.
+    """
     with pair("", "") as a, pair("", "") as b, pair("", "") as c:
         cases = (
             (a, 1, signal.SIGSTOP, "1 of 2"),
@@ -62,16 +65,15 @@ def test_a_process_that_hangs_or_dies_is_named_in_the_last_line_of_the_others():
         for both, *_ in cases:
             assert [process.stdout.readline() for process in both] == ["ready\n"] * 2
         time.sleep(1)
-        began = time.monotonic()
         for both, lost_one, number, _ in cases:
             both[lost_one].send_signal(number)
         for both, lost_one, _, words in cases:
             other = both[1 - lost_one]
-            last = other.communicate(timeout=60)[0].splitlines()[-1]
-            assert last.startswith(f"prog: error: another process was lost (process {words}"), last
-            assert "start them all again with --resume auto" in last
+            output = other.communicate(timeout=60)[0]
+            (said,) = (line for line in output.splitlines() if "error: another process was lost" in line)
+            assert said.startswith(f"prog: error: another process was lost (process {words}"), output
+            assert "start them all again with --resume auto" in said
             assert other.returncode == 1
-        assert time.monotonic() - began < 20  # 5 s on a machine without other work
 
 
 def test_an_error_of_all_is_printed_by_the_first():

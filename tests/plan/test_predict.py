@@ -87,7 +87,10 @@ TPU_MESHES = ["2 4 1", "2 2 2", "1 8 1"]
 @pytest.mark.parametrize("mesh", TPU_MESHES)
 @pytest.mark.parametrize("layers", ["unroll", "scan"])
 def test_a_tpu_scatters_every_gradient_over_fsdp(mesh, layers, tmp_path):
-    """In a process of its own, without the flags of these tests; a quarter of a minute each."""
+    """In a process of its own, without the flags of these tests; 9 seconds each.
+
+    The parts of the tables are summed over data in one, two or three sums, as XLA pleases.
+    """
     sizes = tuple(map(int, mesh.split()))
     planned = work(sizes, dtype="bfloat16", layers=layers)
     names = ("num_layers", "num_heads", "channels", "vocab_size", "max_seq_len", "dtype", "layers")
@@ -101,8 +104,13 @@ def test_a_tpu_scatters_every_gradient_over_fsdp(mesh, layers, tmp_path):
     plan = json.loads((tmp_path / "plan.json").read_text())["plans"]["materialised"]
     compiled = {(c["kind"], c["group"]): c["sent"] for c in plan["collectives"]}
     expected = {(c.kind, c.group): c.sent for c in step_collectives(planned)}
-    for key in expected | compiled:
-        assert compiled.get(key, 0) == pytest.approx(expected.get(key, 0), rel=0.01, abs=0.02 * sum(expected.values())), key
+    data, fsdp, tensor = sizes
+    tables = (planned.model.padded_vocab_size // tensor + planned.shape.seq_len) * planned.model.channels * 4 / fsdp
+    for kind, group in expected | compiled:
+        needed, found = expected.get((kind, group), 0), compiled.get((kind, group), 0)
+        apart = 2 * sent(kind, tables, group) if (kind, group) == ("all-reduce", data) else 0  # not in one sum
+        vectors = 0.02 * sum(expected.values())
+        assert 0.99 * needed - vectors <= found <= 1.01 * needed + vectors + apart, (kind, group)
 
 
 def test_state_falls_with_the_devices_and_the_batch_is_shared_out():
