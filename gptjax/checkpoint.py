@@ -26,6 +26,7 @@ from jaxtyping import Array
 
 from gptjax import distributed
 from gptjax import mesh as meshes
+from gptjax.durable import set_aside
 from gptjax.errors import CheckpointError, GptjaxError
 from gptjax.formats.lazy import collect
 from gptjax.lost import tells_of_a_lost_process
@@ -123,7 +124,7 @@ def restore_newest(folder: Path, cfg: GPT2Config, optimizer: Optimizer, mesh: Me
             if tells_of_a_lost_process(error):
                 raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            distributed.agreed(f"{path.name} set aside", lambda: str(path.rename(path.with_name(f"damaged-{path.name}"))))  # noqa: B023
+            distributed.agreed(f"{path.name} set aside", lambda: str(set_aside(path)))  # noqa: B023
             if distributed.is_first():
                 warnings.warn(f"checkpoint {path} is damaged and was set aside: {reason[:200]}", stacklevel=2)
     if steps or some_were_damaged:
@@ -242,7 +243,7 @@ def _restore(path: Path, step: int, cfg: GPT2Config, optimizer: Optimizer, mesh:
             raise ValueError("its checksums do not match")
 
     state, shapes, info = distributed.together(f"{path.name} read", _not_damage(path)(read))
-    distributed.together(f"{path.name} checked", _not_damage(path)(check))
+    _not_damage(path)(check)()  # with the others; the sums are the same in all
     if info["model"]["layers"] != cfg.layers:
         convert = lambda s: _each_params(stack if cfg.layers == "scan" else unstack, s)  # noqa: E731
         state = jax.jit(convert, out_shardings=meshes.shardings(mesh, cfg, shapes) if mesh else None)(state)
@@ -283,7 +284,7 @@ def _checksums(tree: Any) -> Any:
 def _write_errors(folder: Path) -> Iterator[None]:
     """Turn what Orbax raises while writing into `CheckpointError`; the system's own words for it are deep in its message.
 
-    A process that is lost meanwhile is no fault of the disk: that goes on to `gptjax.distributed.ending_together`.
+    A process that is lost meanwhile is no fault of the disk: that goes on to `gptjax.lost.ending_together`.
     """
     try:
         yield

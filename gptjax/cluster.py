@@ -22,7 +22,8 @@ def is_alone(env: Mapping[str, str]) -> bool:
         env: the environment's variables.
 
     """
-    return env.get("SLURM_STEP_NUM_TASKS") == "1" and "OMPI_COMM_WORLD_SIZE" not in env
+    of_mpi = "OMPI_COMM_WORLD_SIZE" in env or env.get("PMI_SIZE", "1") not in ("0", "1")
+    return env.get("SLURM_STEP_NUM_TASKS") == "1" and not of_mpi
 
 
 def require_none(env: Mapping[str, str]) -> None:
@@ -43,7 +44,8 @@ def require_none(env: Mapping[str, str]) -> None:
         if env.get(count, "1") not in ("0", "1"):
             raise ConfigError(
                 f"{launcher} has started {env[count]} processes, {unseen}: give each --distributed.coordinator HOST:PORT and "
-                f"--distributed.process ${index}/{env[count]}, or train in each alone with --distributed.detect false"
+                f"--distributed.process ${index}/{env[count]}, which a shell in each fills in, or train in each alone "
+                "with --distributed.detect false"
             )
 
 

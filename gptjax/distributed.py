@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class DistributedConfig:
-    """Processes that train together. Slurm, Open MPI, Kubernetes and Cloud TPU are detected, elsewhere each is told."""
+    """Processes that train together. Slurm, Open MPI 4, Kubernetes and Cloud TPU are detected, elsewhere each is told."""
 
     coordinator: str | None = None
     """HOST:PORT at which process 0 listens and the others find it."""
@@ -84,7 +84,7 @@ def start(cfg: DistributedConfig) -> None:
                 **told,
                 heartbeat_timeout_seconds=2 * cfg.timeout,  # twice the time that `gptjax.lost` takes, which speaks clearer
                 initialization_timeout=max(cfg.timeout, 60),
-                shutdown_timeout_seconds=cfg.timeout,
+                shutdown_timeout_seconds=max(cfg.timeout, 300),  # JAX's own: process 0 may be closing its loggers
             )
     except Exception as error:
         if not cfg.process and "must be called before" in str(error):

@@ -1,6 +1,7 @@
 """Files and folders that appear whole under their name, or not at all."""
 
 import contextlib
+import itertools
 import os
 import shutil
 import tempfile
@@ -40,3 +41,10 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def set_aside(path: Path) -> Path:
+    """Rename what is damaged to ``damaged-NAME``, or with -2, -3... after it, so that nothing is lost. Returns its new path."""
+    numbered = (f"damaged-{path.name}-{n}" for n in itertools.count(2))
+    names = map(path.with_name, itertools.chain([f"damaged-{path.name}"], numbered))
+    return path.rename(next(name for name in names if not name.exists()))

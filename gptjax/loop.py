@@ -117,8 +117,14 @@ def verify(run: Run, compiled: CompiledStep, state: TrainState, batch: Batch, st
         WrongGradientError: the gradient is wrong; the report is in the run's folder.
 
     """
-    gradient = compiled.loss_and_grad if run.cfg.train.backward == "manual" else None
-    found = against_live(gradient, run.model, state.params, batch, run.key, step)
+
+    def on_trial(*arguments: Any) -> tuple[Any, Any]:
+        loss, gradient = compiled.loss_and_grad(*arguments)
+        compiled.room[:] = [gradient]  # to be written over by the step, once it was compared
+        return loss, gradient
+
+    manual = run.cfg.train.backward == "manual"
+    found = against_live(on_trial if manual else None, run.model, state.params, batch, run.key, step)
     if found is None:
         return {}
     if found:

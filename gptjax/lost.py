@@ -22,7 +22,7 @@ import jax
 from gptjax import distributed
 
 SIGNS = ("Gloo", "NCCL", "coordination service", "UNAVAILABLE", "Connection closed", "Connection reset", "heartbeat", "barrier")
-BEATS = 10  # signs of life within the time after which a process counts as lost
+BEATS = 10  # signs of life, at least, within the time after which a process counts as lost
 LINGER = 5.0  # seconds that an error of this process waits for the same one of process 0, and process 0 for those that ask
 ALIVE = "gptjax/alive/"
 ENDING = threading.Lock()  # whoever has it has the last word, so nobody gives it back
@@ -30,7 +30,7 @@ ENDING = threading.Lock()  # whoever has it has the last word, so nobody gives i
 
 def tells_of_a_lost_process(error: BaseException) -> bool:
     """Whether the error is, by its words, what JAX raises when another process is gone."""
-    return jax.distributed.is_initialized() and any(sign in str(error) for sign in SIGNS)
+    return distributed.are_many() and any(sign in str(error) for sign in SIGNS)
 
 
 @contextlib.contextmanager
@@ -41,10 +41,13 @@ def watched(prog: str, timeout: float) -> Iterator[None]:
         return
     ended, seen = threading.Event(), _Seen(jax.process_count())
     _delay_abort()
-    threading.Thread(target=_beat, args=(prog, timeout / BEATS, seen, ended), daemon=True).start()
+    beat = threading.Thread(target=_beat, args=(prog, timeout / BEATS, seen, ended), daemon=True)
+    beat.start()
     threading.Thread(target=_watch, args=(prog, timeout, seen, ended), daemon=True).start()
     try:
         yield
+        ended.set()
+        beat.join()  # so that it says nothing later
         distributed.store().key_value_set(f"{ALIVE}{jax.process_index()}", "done", allow_overwrite=True)
     finally:
         ended.set()

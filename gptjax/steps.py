@@ -214,8 +214,11 @@ def run_step(compiled: CompiledStep, state: TrainState, batch: Batch, key: Any, 
 
 
 def _zeros(params: Params) -> Params:
-    layout = jax.tree.map(lambda x: x.sharding, params)
-    return jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params), out_shardings=layout)(params)
+    return jax.jit(_zeros_like, out_shardings=jax.tree.map(lambda x: x.sharding, params))(params)
+
+
+def _zeros_like(params: Params) -> Params:
+    return jax.tree.map(jnp.zeros_like, params)
 
 
 @functools.cache

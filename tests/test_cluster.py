@@ -57,6 +57,7 @@ def test_a_shell_in_an_allocation_does_not_wait_for_the_tasks_that_nobody_starte
     shell = TASK | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NODELIST": "n1"}
     assert launched(shell) == []
     assert not is_alone(shell | MPI_5)
+    assert not is_alone(shell | {"PMI_SIZE": "4"})
 
 
 def test_what_jax_detects_is_joined(launched):

@@ -1,6 +1,6 @@
 import pytest
 
-from gptjax.durable import write_folder, write_whole
+from gptjax.durable import set_aside, write_folder, write_whole
 
 
 def test_a_file_appears_once_it_is_whole(tmp_path):
@@ -50,3 +50,12 @@ def test_two_that_make_the_same_folder(tmp_path):
     write_folder(tmp_path / "folder", fill)
     assert (tmp_path / "folder" / "a.txt").read_text() == "first"
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+def test_what_is_set_aside_again_gets_a_name_of_its_own(tmp_path):
+    for content in ("a", "b", "c"):
+        (tmp_path / "step_00000004").mkdir()
+        (tmp_path / "step_00000004" / "x").write_text(content)
+        set_aside(tmp_path / "step_00000004")
+    kept = {path.name: (path / "x").read_text() for path in tmp_path.iterdir()}
+    assert kept == {"damaged-step_00000004": "a", "damaged-step_00000004-2": "b", "damaged-step_00000004-3": "c"}

@@ -101,8 +101,8 @@ def test_alone_every_error_is_told_and_nobody_is_watched():
 
 
 def test_a_checkpoint_that_a_lost_process_cuts_short_is_no_fault_of_the_disk(monkeypatch, tmp_path):
-    for initialized, kind in ((True, ValueError), (False, CheckpointError)):
-        monkeypatch.setattr(jax.distributed, "is_initialized", lambda known=initialized: known)
+    for many, kind in ((True, ValueError), (False, CheckpointError)):
+        monkeypatch.setattr(distributed, "are_many", lambda many=many: many)
         with pytest.raises(kind, match="waiting for async_write_complete barrier"), _write_errors(tmp_path):
             raise ValueError("Timed out while waiting for async_write_complete barrier.")
 

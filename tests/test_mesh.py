@@ -31,6 +31,7 @@ MESHES = {
     "data": MeshConfig(data=8),
     "fsdp": MeshConfig(fsdp=8),
     "tensor": MeshConfig(tensor=8),
+    "data and fsdp": MeshConfig(2, 4),
     "all": MeshConfig(2, 2, 2),
 }
 
@@ -83,6 +84,8 @@ def test_every_mesh_gives_the_loss_and_gradient_of_one_device(name):
         ("all", "manual", {}, 1e-12),  # dropout draws the same numbers however an array is cut
         ("all", "autodiff", {}, 1e-12),
         ("all", "manual", {"dtype": "float32"}, 1e-5),
+        ("all", "autodiff", {"dtype": "float32"}, 1e-5),
+        *((name, "autodiff", {"dropout": 0.0}, 1e-12) for name in ("data", "fsdp", "tensor")),
         ("fsdp", "manual", {"layers": "scan", "num_layers": 2, "recompute": "block", "attention": "blockwise"}, 1e-12),
     ],
 )
@@ -165,6 +168,8 @@ def test_memory_falls_with_the_devices():
     ids = 2 * B * ROWS * 4 // 8 + 64
     assert arguments["data"] == pytest.approx(2 * 2 * whole, abs=ids)  # parameters and room for the gradient, float64 here
     assert arguments["fsdp"] == pytest.approx(2 * 2 * whole / 8, abs=ids)
+    for name, part in (("data", whole), ("fsdp", whole / 8)):  # the gradient is written over that room
+        assert plain(name)[2].memory_analysis().alias_size_in_bytes >= 2 * part
 
 
 def test_training_starts_and_goes_on_as_on_one_device():

@@ -1,4 +1,4 @@
-"""Random numbers, equal to `jax.random`'s, in one pass that the compiler fuses with what uses them.
+"""Random numbers, bits and normal ones equal to `jax.random`'s, in one pass that the compiler fuses with what uses them.
 
 On CPU, JAX runs the 20 rounds of its generator as a loop over whole arrays, and its normal numbers take three times as long;
 on CUDA its kernel writes the bits to memory. The generator is Threefry-2x32 (Salmon et al., Parallel random numbers: as easy
