@@ -41,13 +41,13 @@ def main(argv: list[str] | None = None) -> int:
         cli.replace_unprintable()
         distributed.start(cfg.distributed)
         start_jax(cfg.model)
-        try:
-            with lost.watched(PROG, cfg.distributed.timeout):
+        with lost.watched(PROG, cfg.distributed.timeout):
+            try:
                 train(dataclasses.replace(cfg, name=cfg.name or (file.stem if file else "run")))
-        except (DivergedError, WrongGradientError) as error:  # in all processes
-            if distributed.is_first():
-                print(f"{PROG}: error: {error}", file=sys.stderr)
-            return FAILED
+            except (DivergedError, WrongGradientError) as error:  # in all processes, so none of them is lost
+                if distributed.is_first():
+                    print(f"{PROG}: error: {error}", file=sys.stderr)
+                return FAILED
     return 0
 
 

@@ -1,5 +1,6 @@
 """What a compiler is given: the step as lowered to StableHLO, for hardware that need not be here."""
 
+import math
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -88,7 +89,4 @@ def _nbytes(kind: Any) -> int:
     """Bytes of a tensor; a token has none."""
     if not hasattr(kind, "shape"):
         return 0
-    size = max(1, getattr(kind.element_type, "width", 8) // 8)
-    for dimension in kind.shape:
-        size *= dimension
-    return size
+    return math.prod(kind.shape) * max(1, getattr(kind.element_type, "width", 8) // 8)

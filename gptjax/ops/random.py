@@ -1,7 +1,7 @@
 """Random numbers, bits and normal ones equal to `jax.random`'s, in one pass that the compiler fuses with what uses them.
 
-On CPU, JAX runs the 20 rounds of its generator as a loop over whole arrays, and its normal numbers take three times as long;
-on CUDA its kernel writes the bits to memory. The generator is Threefry-2x32 (Salmon et al., Parallel random numbers: as easy
+On CPU, JAX runs the 20 rounds of its generator as a loop over whole arrays: drawing the weights of 124M takes twice as long so.
+The generator is Threefry-2x32 (Salmon et al., Parallel random numbers: as easy
 as 1, 2, 3, 2011), with an element's index as its counter, so that each device draws its own part and no other.
 """
 

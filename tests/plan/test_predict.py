@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import importlib.util
 import itertools
 import json
 import math
@@ -21,8 +20,8 @@ from gptjax.plan.collectives import sent
 from gptjax.plan.compiled import TooLarge, _refused, compile_work
 from gptjax.plan.predict import Work, saved_bytes, state_bytes, step_collectives, step_flops, step_traffic, working_bytes
 from tests.conftest import ROOT
+from tests.plan.conftest import needs_libtpu
 
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (the [tpu] extra)")
 OPTIMIZER = make_optimizer(OptimConfig(), 10)
 CFG = GPT2Config(num_layers=2, num_heads=8, channels=256, vocab_size=1024, max_seq_len=128, dtype="float32")
 SHAPE = BatchShape(1, 16, 128)
