@@ -1,6 +1,6 @@
 """A plan as lines to read."""
 
-from gptjax.devices import Device
+from gptjax.devices import NETWORK, Device
 from gptjax.metrics import human_bytes
 from gptjax.models.params import num_params
 from gptjax.plan.collectives import Collective
@@ -66,6 +66,8 @@ def _time(plan: Plan, device: Device | None) -> list[str]:
         rate = f"{tokens / seconds:,.0f} tokens/s, {days:,.2f} days for {plan.tokens:.3g} tokens"
         lines.append(f"  {name:<17} {seconds * 1e3:,.1f} ms, {rate}, scaling efficiency {floor.efficiency(seconds):.0%}")
     rates = f"{device.flops / 1e12:,.4g} TFLOP/s in bfloat16, {device.bandwidth / 1e9:,.4g} GB/s of memory"
+    if any(sending_rate(plan.work.mesh, device, c.group) < device.link for c in plan.collectives):
+        rates += f", {NETWORK / 1e9:,.0f} GB/s for each device between machines"
     return [
         *lines,
         f"{'assuming':<12} {rates}, and links that all send at once, at their maker's rates",
