@@ -5,12 +5,10 @@ import ctypes
 import dataclasses
 import difflib
 import errno
-import hashlib
 import io
 import itertools
 import logging
 import os
-import platform
 import re
 import signal
 import sys
@@ -22,6 +20,7 @@ from typing import Any, NoReturn, TypeVar, cast
 import jax
 import jsonargparse
 
+from gptjax.cache import compiled_folder
 from gptjax.errors import ConfigError, GptjaxError
 
 BAD_INPUT = 2  # exit status
@@ -169,20 +168,14 @@ def keep_freed_memory() -> None:
 def keep_compiled_programs() -> None:
     """Keep what JAX compiles in ``~/.cache/gptjax`` (``XDG_CACHE_HOME``), so that the next start need not compile it again.
 
-    ``JAX_COMPILATION_CACHE_DIR`` names another folder, ``JAX_ENABLE_COMPILATION_CACHE=false`` keeps nothing. Programs made
-    for one processor may crash another, so each kind has a folder. It is not limited in size, and may be deleted at any time;
-    where there is no place for it, nothing is kept.
+    ``JAX_COMPILATION_CACHE_DIR`` names another folder, ``JAX_ENABLE_COMPILATION_CACHE=false`` keeps nothing. Each kind of
+    processor has a folder. It is not limited in size, and may be deleted at any time; where there is no place for it, nothing
+    is kept.
     """
     config: Any = jax.config
     if config.jax_compilation_cache_dir:
         return
-    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: there is no home
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        cpuinfo = Path("/proc/cpuinfo")
-        kind = re.search(r"^(?:flags|Features)\s*:.*", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
-        processor = f"{platform.machine()} {kind[0] if kind else platform.processor()}"
-        folder = root / "gptjax" / f"compiled-{hashlib.sha256(processor.encode()).hexdigest()[:12]}"
-        folder.mkdir(parents=True, exist_ok=True)
-        config.update("jax_compilation_cache_dir", str(folder))
+    with contextlib.suppress(OSError, RuntimeError):
+        config.update("jax_compilation_cache_dir", str(compiled_folder()))
         if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
             config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -20,7 +20,7 @@ from gptjax.formats.llmc_eval import ENDINGS, Question, is_questions, read_quest
 from gptjax.models.config import GPT2Config
 from gptjax.models.gpt2 import Batch
 from gptjax.models.params import Params
-from gptjax.steps import score
+from gptjax.perplexity import score
 from gptjax.tokenizers import Tokenizer, is_gpt2
 
 NAME = "hellaswag"

@@ -119,7 +119,7 @@ def verify(run: Run, compiled: CompiledStep, state: TrainState, batch: Batch, st
     """
 
     def on_trial(*arguments: Any) -> tuple[Any, Any]:
-        loss, gradient = compiled.loss_and_grad(*arguments)
+        loss, gradient, _ = compiled.loss_and_grad(*arguments)
         compiled.room[:] = [gradient]  # to be written over by the step, once it was compared
         return loss, gradient
 

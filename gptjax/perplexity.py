@@ -1,17 +1,39 @@
 """How well a model predicts a corpus: loss, perplexity, bits per byte."""
 
+import itertools
 import math
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
+from gptjax.errors import CheckpointError
 from gptjax.estimate import Estimate, ratio
 from gptjax.models.config import GPT2Config
 from gptjax.models.gpt2 import Batch
 from gptjax.models.params import Params
-from gptjax.steps import score
+from gptjax.models.scoring import token_losses
 from gptjax.tokenizers import Tokenizer
+
+compiled_losses = jax.jit(token_losses, static_argnames="cfg")
+
+
+def score(params: Params, batches: Iterable[Batch], cfg: GPT2Config) -> Iterator[tuple[Batch, np.ndarray]]:
+    """Each batch, and the loss of each of its targets times its mask: (B, T) float64 in nats, without dropout.
+
+    A batch's are fetched after the next one was dispatched. Batches of one shape are compiled once.
+
+    Raises:
+        CheckpointError: a loss is not finite.
+
+    """
+    dispatched: Iterator[Any] = ((batch, compiled_losses(params, batch._replace(mask=None), cfg)) for batch in batches)
+    for (batch, found), _ in itertools.pairwise(itertools.chain(dispatched, [None])):
+        scored = np.asarray(found, np.float64) * (1 if batch.mask is None else batch.mask)
+        if not np.isfinite(scored).all():
+            raise CheckpointError("the model gives losses that are not finite: it is damaged, or its training diverged")
+        yield batch, scored
 
 
 class CorpusScore(NamedTuple):

@@ -267,4 +267,5 @@ def describe_memory(compiled: CompiledStep, seconds: float) -> str:
     """What the compiler says a step needs."""
     parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in compiled.memory.items())
     total = human_bytes(sum(compiled.memory.values()))
-    return f"{'memory':<10} {total} predicted: {parts}; compiled in {seconds:.1f} s"
+    native = ", AdamW in C++" if compiled.native else ""
+    return f"{'memory':<10} {total} predicted: {parts}; compiled in {seconds:.1f} s{native}"

@@ -1,26 +1,24 @@
 """One training step and one evaluation step as compiled functions: the engine that the commands drive."""
 
 import functools
-import itertools
 import math
-from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
+import gptjax.native
 from gptjax import mesh as meshes
-from gptjax.errors import CheckpointError
 from gptjax.models import gpt2
 from gptjax.models.config import GPT2Config
 from gptjax.models.gpt2 import Batch
 from gptjax.models.params import Params, init_params
-from gptjax.models.scoring import token_losses
 from gptjax.ops import IGNORE_INDEX
-from gptjax.optim import Optimizer, OptState, StepMetrics, init_opt_state, update_moments, update_params
+from gptjax.optim import Optimizer, OptState, StepMetrics, init_opt_state, update
 from gptjax.sharding import within
 
 Backward = Literal["manual", "autodiff"]
@@ -124,11 +122,13 @@ def loss_dtype(cfg: GPT2Config) -> Any:
 
 
 class CompiledStep(NamedTuple):
-    """The three executables of a training step (see `Optimizer` for why three) and what they hold at most."""
+    """The executables of a training step, and what they hold at most."""
 
-    grads: jax.stages.Compiled
-    moments: jax.stages.Compiled
-    params: jax.stages.Compiled
+    gradient: jax.stages.Compiled
+    updates: tuple[jax.stages.Compiled, ...]
+    """One that updates all, or one of the parameters and one of the rest (see `step_functions`)."""
+    native: bool
+    """Whether the update is `gptjax.native`'s."""
     memory: dict[str, int]
     room: list[Params]
     """At most one gradient that has been used: the next is written over it.
@@ -137,38 +137,50 @@ class CompiledStep(NamedTuple):
     took 1.6 times the predicted memory for gradients of 774M.
     """
 
-    def loss_and_grad(self, params: Params, batch: Batch, key: Any, step: int) -> tuple[Array, Params]:
-        """Loss and gradient of one step; dispatched, with arrays still being computed."""
+    def loss_and_grad(self, params: Params, batch: Batch, key: Any, step: int) -> tuple[Array, Params, Array]:
+        """Loss and gradient of one step, and the gradient's norm; dispatched, with arrays still being computed."""
         room = self.room.pop() if self.room else _zeros(params)
-        return self.grads(params, batch, key, np.int32(step), room)
+        return self.gradient(params, batch, key, np.int32(step), room)
 
 
-def step_functions(cfg: GPT2Config, optimizer: Optimizer, backward: Backward, mesh: Mesh | None = None) -> tuple[Any, Any, Any]:
-    """The training step as three jitted functions, in the order they run; their buffers are donated.
+class StepFunctions(NamedTuple):
+    """The training step as jitted functions, to be lowered; their buffers are donated."""
 
-    The last argument of the first is room for the gradient: its values do not matter.
+    gradient: Any
+    """(params, batch, key, step, room) -> (loss, gradient, its norm). What ``room`` holds does not matter."""
+    update: Any
+    """(params, opt_state, gradient, loss, norm) -> (params, opt_state, metrics)."""
+    update_params: Any
+    """The same to params alone."""
+    update_rest: Any
+    """The same to (opt_state, metrics) alone, whatever its params are."""
+
+
+def step_functions(
+    cfg: GPT2Config, optimizer: Optimizer, backward: Backward, mesh: Mesh | None = None, native: bool = False
+) -> StepFunctions:
+    """The training step: a gradient, then an update, whole or in two parts, ``native`` if `optim.update` is to be.
+
+    Gradient and update are separate, because in one program XLA copies what is donated. So it does in ``update`` where it does
+    not merge the outputs, as on CPU. The two parts then need no copy, but read more.
     """
 
-    def grads(params: Params, batch: Batch, key: Any, step: Array, room: Params) -> tuple[Array, Params]:
-        return mean_loss_and_grad(params, batch, step_key(key, step, cfg), cfg, backward)
+    def gradient(params: Params, batch: Batch, key: Any, step: Array, room: Params) -> tuple[Array, Params, Array]:
+        loss, grads = mean_loss_and_grad(params, batch, step_key(key, step, cfg), cfg, backward)
+        return loss, grads, optax.tree.norm(grads)
 
-    def moments(moments: Any, grads: Params, loss: Array) -> tuple[Any, StepMetrics]:
-        learning_rate = jnp.asarray(optimizer.schedule(moments[1].count), jnp.float32)
-        new, norm, finite = update_moments(optimizer, moments, grads, loss)
-        return new, StepMetrics(loss, norm, learning_rate, finite)
-
-    def params(params: Params, step: Any, moments: Any, finite: Array) -> tuple[Params, Any]:
-        return update_params(optimizer, moments, step, params, finite)
-
-    if mesh is None:
-        first = jax.jit(grads, donate_argnums=4, keep_unused=True)
-        return first, jax.jit(moments, donate_argnums=0), jax.jit(params, donate_argnums=(0, 1))
-    ps, opt = meshes.shardings(mesh, cfg, step_arguments(cfg, optimizer, (1, 1, 1))[0])
-    everywhere = meshes.replicated(mesh)
-    return (
-        jax.jit(within(mesh, grads), donate_argnums=4, keep_unused=True, out_shardings=(everywhere, ps)),
-        jax.jit(moments, donate_argnums=0, out_shardings=(opt.moments, everywhere)),
-        jax.jit(params, donate_argnums=(0, 1), out_shardings=(ps, opt.step)),
+    whole = functools.partial(update, optimizer, native=native)
+    parts = lambda *args: whole(*args)[0], lambda *args: whole(*args)[1:]
+    layouts: list[Any] = [None] * 4
+    if mesh:
+        ps, opt = meshes.shardings(mesh, cfg, step_arguments(cfg, optimizer, (1, 1, 1))[0])
+        everywhere = meshes.replicated(mesh)
+        layouts = [(everywhere, ps, everywhere), (ps, opt, everywhere), ps, (opt, everywhere)]
+    return StepFunctions(
+        gradient=jax.jit(within(mesh, gradient), donate_argnums=4, keep_unused=True, out_shardings=layouts[0]),
+        update=jax.jit(whole, donate_argnums=(0, 1), out_shardings=layouts[1]),
+        update_params=jax.jit(parts[0], donate_argnums=0, out_shardings=layouts[2]),
+        update_rest=jax.jit(parts[1], donate_argnums=1, out_shardings=layouts[3]),
     )
 
 
@@ -176,26 +188,41 @@ def compile_step(
     cfg: GPT2Config, optimizer: Optimizer, backward: Backward, state: Any, batch: Any, key: Any, mesh: Mesh | None = None
 ) -> CompiledStep:
     """Compile the training step for arguments of these shapes: arrays or `jax.ShapeDtypeStruct`s, laid out over the mesh."""
-    grads, moments, params = step_functions(cfg, optimizer, backward, mesh)
+    all_float32 = all(x.dtype in (jnp.float32, jnp.int32) for x in jax.tree.leaves(state))
+    native = mesh is None and all_float32 and gptjax.native.available()
+    functions = step_functions(cfg, optimizer, backward, mesh, native)
     number = meshes.abstract(mesh, cfg, jax.ShapeDtypeStruct((), jnp.int32))
     g = meshes.abstract(mesh, cfg, jax.eval_shape(lambda params: params, state.params))
-    compiled_grads = compile_for_memory(grads.lower(state.params, batch, key, number, g), mesh)
-    loss = meshes.abstract(mesh, cfg, jax.ShapeDtypeStruct((), loss_dtype(cfg)))
-    compiled_moments = moments.lower(state.opt_state.moments, g, loss).compile()
-    finite = meshes.abstract(mesh, cfg, jax.ShapeDtypeStruct((), jnp.bool_))
-    compiled_params: Any = params.lower(state.params, state.opt_state.step, state.opt_state.moments, finite).compile()
+    scalar = meshes.abstract(mesh, cfg, jax.ShapeDtypeStruct((), loss_dtype(cfg)))
+    gradient = compile_for_memory(functions.gradient.lower(state.params, batch, key, number, g), mesh)
+    arguments = state.params, state.opt_state, g, scalar, scalar
+    updates: tuple[Any, ...] = ()
+    if native or platform_of(mesh) != "cpu":
+        updates = (functions.update.lower(*arguments).compile(),)
+    if not updates or temporary_bytes(*updates) > bytes_per_device(g) / 8:
+        updates = tuple(f.lower(*arguments).compile() for f in (functions.update_params, functions.update_rest))
     memory = {
         "parameters": bytes_per_device(state.params),
         "optimizer": bytes_per_device(state.opt_state),
         "gradients": bytes_per_device(g),
-        "temporaries": max(c.memory_analysis().temp_size_in_bytes for c in (compiled_grads, compiled_moments, compiled_params)),
+        "temporaries": temporary_bytes(gradient, *updates),
     }
-    return CompiledStep(compiled_grads, compiled_moments, compiled_params, memory, room=[])
+    return CompiledStep(gradient, updates, native, memory, room=[])
+
+
+def platform_of(mesh: Mesh | None) -> str:
+    """What is compiled for: cpu, gpu or tpu."""
+    return mesh.devices.flat[0].platform if mesh else jax.default_backend()
+
+
+def temporary_bytes(*programs: Any) -> int:
+    """What programs that run one after the other need beside their arguments and results."""
+    return max(program.memory_analysis().temp_size_in_bytes for program in programs)
 
 
 def compile_for_memory(lowered: jax.stages.Lowered, mesh: Mesh | None = None) -> Any:
     """Compile, on CPU with the scheduler that keeps few arrays alive at once, if this XLA has it."""
-    if (mesh.devices.flat[0].platform if mesh else jax.default_backend()) == "cpu":
+    if platform_of(mesh) == "cpu":
         try:
             return lowered.compile(compiler_options=MEMORY_SCHEDULER)
         except jax.errors.JaxRuntimeError as error:
@@ -206,11 +233,14 @@ def compile_for_memory(lowered: jax.stages.Lowered, mesh: Mesh | None = None) ->
 
 def run_step(compiled: CompiledStep, state: TrainState, batch: Batch, key: Any, step: int) -> tuple[TrainState, StepMetrics]:
     """Dispatch one step; returns at once, with arrays still being computed. ``state`` is consumed."""
-    loss, grads = compiled.loss_and_grad(state.params, batch, key, step)
-    moments, metrics = compiled.moments(state.opt_state.moments, grads, loss)
+    loss, grads, norm = compiled.loss_and_grad(state.params, batch, key, step)
+    if len(compiled.updates) == 1:
+        params, opt_state, metrics = compiled.updates[0](*state, grads, loss, norm)
+    else:
+        params = compiled.updates[0](*state, grads, loss, norm)
+        opt_state, metrics = compiled.updates[1](params, state.opt_state, grads, loss, norm)
     compiled.room.append(grads)
-    params, step_state = compiled.params(state.params, state.opt_state.step, moments, metrics.finite)
-    return TrainState(params, OptState(moments, step_state)), metrics
+    return TrainState(params, opt_state), metrics
 
 
 def _zeros(params: Params) -> Params:
@@ -242,26 +272,6 @@ def evaluate(eval_loss: Any, params: Params, batches: list[Batch]) -> float:
     """Mean loss in nats over all targets that count in ``batches``."""
     sums = [eval_loss(params, batch) for batch in batches]
     return sum(float(total) for total, _ in sums) / max(sum(float(count) for _, count in sums), 1.0)
-
-
-compiled_losses = jax.jit(token_losses, static_argnames="cfg")
-
-
-def score(params: Params, batches: Iterable[Batch], cfg: GPT2Config) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Each batch, and the loss of each of its targets times its mask: (B, T) float64 in nats, without dropout.
-
-    A batch's are fetched after the next one was dispatched. Batches of one shape are compiled once.
-
-    Raises:
-        CheckpointError: a loss is not finite.
-
-    """
-    dispatched: Iterator[Any] = ((batch, compiled_losses(params, batch._replace(mask=None), cfg)) for batch in batches)
-    for (batch, found), _ in itertools.pairwise(itertools.chain(dispatched, [None])):
-        scored = np.asarray(found, np.float64) * (1 if batch.mask is None else batch.mask)
-        if not np.isfinite(scored).all():
-            raise CheckpointError("the model gives losses that are not finite: it is damaged, or its training diverged")
-        yield batch, scored
 
 
 def bytes_per_device(tree: Any) -> int:

@@ -53,8 +53,8 @@ def gradient(cfg, backward="manual", name=None, shape=(A, B, T)):
     if mesh:
         params = jax.device_put(params, meshes.param_shardings(mesh, cfg))
     arguments = params, batch, meshes.whole(mesh, KEY), np.int32(3), jax.tree.map(jnp.zeros_like, params)
-    run = steps.step_functions(cfg, OPTIMIZER, backward, mesh)[0].lower(*arguments).compile()
-    return run(*arguments), params, run
+    run = steps.step_functions(cfg, OPTIMIZER, backward, mesh).gradient.lower(*arguments).compile()
+    return run(*arguments)[:2], params, run
 
 
 @functools.cache

@@ -1,3 +1,6 @@
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,13 +11,10 @@ from gptjax.errors import ConfigError
 from gptjax.models.params import decay_mask
 from gptjax.optim import (
     OptimConfig,
-    OptState,
-    clip_by_global_norm,
     init_opt_state,
     make_optimizer,
     make_schedule,
-    update_moments,
-    update_params,
+    update,
 )
 from tests.compare import relative_l2
 from tests.models import tiny
@@ -41,26 +41,18 @@ def test_schedules_by_hand():
     assert rates(10, schedule="wsd", warmup_steps=2, decay_fraction=0.2) == [0.5, 1, 1, 1, 1, 1, 1, 1, 1, 0.5]
 
 
-def test_clipping_by_hand():
-    """A gradient of norm 5 clipped to 1 keeps its direction; one of norm below the limit stays as it is."""
-    clip = clip_by_global_norm(1.0)
-    grads = {"a": jnp.array([3.0]), "b": jnp.array([0.0, 4.0])}
-    clipped, _ = clip.update(grads, clip.init(grads))
-    np.testing.assert_allclose(clipped["a"], [0.6])
-    np.testing.assert_allclose(clipped["b"], [0, 0.8])
-    small = jax.tree.map(lambda g: g / 10, grads)
-    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), clip.update(small, clip.init(grads))[0], small))
+def step(optimizer, state, grads, loss=1.0, native=False):
+    """(parameters, optimizer's state, metrics) after one step from ``state``, the first two."""
+    one = jax.jit(functools.partial(update, optimizer, native=native))
+    return one(*state, grads, jnp.asarray(loss), optax.tree.norm(grads))
 
 
-def run(cfg, gradients, params):
-    """Our two stages, one after the other for each gradient."""
+def run(cfg, gradients, params, **how):
     optimizer = make_optimizer(cfg, 10)
-    state = init_opt_state(optimizer, params)
+    state = params, init_opt_state(optimizer, params)
     for grads in gradients:
-        moments, _, finite = update_moments(optimizer, state.moments, grads, jnp.float64(1.0))
-        params, step = update_params(optimizer, moments, state.step, params, finite)
-        state = OptState(moments, step)
-    return params, state
+        *state, _ = step(optimizer, state, grads, **how)
+    return tuple(state)
 
 
 def gradients_like(params, n, size=1.0):
@@ -68,24 +60,72 @@ def gradients_like(params, n, size=1.0):
     return [jax.tree.map(lambda p, k=k: size * jax.random.normal(k, p.shape, p.dtype), params) for k in keys]
 
 
-@pytest.mark.parametrize("layers", ["unroll", "scan"])
-def test_two_stages_equal_optaxs_adamw(layers):
-    cfg = OptimConfig(learning_rate=0.01, warmup_steps=3, weight_decay=0.3, grad_clip=5.0)
-    params = tiny.params(tiny.config(layers=layers))
-    gradients = gradients_like(params, 6)
-    ours, _ = run(cfg, gradients, params)
+def optaxs(cfg, gradients, params):
+    """What optax's own transformations make of them."""
+    adamw = functools.partial(optax.adamw, weight_decay=cfg.weight_decay, mask=decay_mask, mu_dtype=cfg.mu_dtype)
     reference = optax.chain(
-        optax.clip_by_global_norm(5.0),
-        optax.adamw(make_schedule(cfg, 10), b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.3, mask=decay_mask),
+        optax.clip_by_global_norm(cfg.grad_clip) if cfg.grad_clip else optax.identity(),
+        adamw(make_schedule(cfg, 10), cfg.beta1, cfg.beta2, cfg.eps),
     )
-    theirs, state = params, reference.init(params)
+    state = reference.init(params)
     for grads in gradients:
-        updates, state = reference.update(grads, state, theirs)
-        theirs = optax.apply_updates(theirs, updates)
-    moved = jax.tree.map(lambda a, b: a - b, theirs, params)
-    for mine, wanted, size in zip(*map(jax.tree.leaves, (ours, theirs, moved)), strict=True):
-        assert relative_l2(mine, wanted) < 1e-13
-        assert jnp.abs(size).max() > 1e-3
+        updates, state = reference.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state[1][0]
+
+
+SETTINGS = OptimConfig(learning_rate=0.01, warmup_steps=3, weight_decay=0.3, grad_clip=5.0)
+
+
+def assert_equals_optax(cfg, params, tolerance, size=1.0, **how):
+    gradients = gradients_like(params, 6, size)
+    trained, state = run(cfg, gradients, params, **how)
+    theirs, adam = optaxs(cfg, gradients, params)
+    found, wanted = ((p, s.mu, s.nu) for p, s in ((trained, state.moments[1]), (theirs, adam)))
+    for ours, expected in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+        assert ours.dtype == expected.dtype
+        assert relative_l2(ours, expected) < tolerance
+    for before, after in zip(jax.tree.leaves(params), jax.tree.leaves(theirs), strict=True):
+        assert jnp.abs(after - before).max() > 1e-3
+    assert state.moments[1].count == adam.count == 6
+
+
+@pytest.mark.parametrize("layers", ["unroll", "scan"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"grad_clip": 0.0},
+        {"grad_clip": 1e9},
+        {"beta2": 0.99},
+        {"beta1": 0.0, "beta2": 0.0},
+        {"weight_decay": 0.0},
+    ],
+    ids=str,
+)
+def test_the_update_equals_optaxs_adamw(layers, changes):
+    """Also where the gradient is not clipped, and where Adam's two factors of it are equal."""
+    assert_equals_optax(dataclasses.replace(SETTINGS, **changes), tiny.params(tiny.config(layers=layers)), 1e-13)
+
+
+def test_a_first_moment_in_bfloat16_is_optaxs():
+    """But rounded once, when it is kept: optax rounds its product with beta1, too."""
+    with jax.enable_x64(False):
+        params = tiny.params(tiny.config(dtype="float32"), jnp.float32)
+        cfg = dataclasses.replace(SETTINGS, mu_dtype="bfloat16")
+        assert run(cfg, gradients_like(params, 1), params)[1].moments[1].mu.wte.dtype == jnp.bfloat16
+        assert_equals_optax(cfg, params, 2**-7)
+        gradients = gradients_like(params, 6)
+        runs = run(SETTINGS, gradients, params), run(cfg, gradients, params), optaxs(cfg, gradients, params)
+        exact, ours, theirs = (trained.wte for trained, _ in runs)
+        assert 0 < relative_l2(ours, exact) < relative_l2(theirs, exact) < 1e-2
+
+
+@pytest.mark.parametrize("size", [1e-8, 1e8])
+def test_the_update_equals_optaxs_for_small_and_large_gradients(size):
+    cfg = dataclasses.replace(SETTINGS, grad_clip=5.0 * min(size, 1.0), eps=1e-12)
+    with jax.enable_x64(False):
+        assert_equals_optax(cfg, tiny.params(tiny.config(dtype="float32"), jnp.float32), 1e-5, size)
 
 
 def test_first_step_by_hand():
@@ -108,11 +148,11 @@ def test_non_finite_gradients_and_losses_change_nothing(bad):
     ):
         np.testing.assert_array_equal(expected, got)
     optimizer = make_optimizer(cfg, 10)
-    state = init_opt_state(optimizer, params)
-    moments, norm, finite = update_moments(optimizer, state.moments, good, jnp.asarray(bad))
-    assert not finite
-    assert jnp.isfinite(norm)
-    assert moments[1].count == 0
+    before = params, init_opt_state(optimizer, params)
+    *after, metrics = step(optimizer, before, good, loss=bad)
+    assert not metrics.finite
+    assert jnp.isfinite(metrics.grad_norm)
+    jax.tree.map(np.testing.assert_array_equal, tuple(after), before)
 
 
 @pytest.mark.parametrize(

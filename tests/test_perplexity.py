@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from gptjax import steps, tokenizers
+from gptjax import perplexity, tokenizers
 from gptjax.data import Windows, in_order
 from gptjax.models import scoring
 from gptjax.perplexity import score_corpus, token_bytes
@@ -73,7 +73,7 @@ def test_all_batches_are_traced_once(monkeypatch):
     """The last one too, which is not full."""
     traced = []
     losses = jax.jit(lambda *args: traced.append(1) or scoring.token_losses(*args), static_argnums=2)
-    monkeypatch.setattr(steps, "compiled_losses", losses)
+    monkeypatch.setattr(perplexity, "compiled_losses", losses)
     found(batch_size=3, ids=IDS * 5)
     assert len(traced) == 1
 
@@ -82,5 +82,5 @@ def test_the_next_batch_is_dispatched_before_one_is_fetched():
     asked = []
     windows = Windows([shard(13)._replace(tokens=np.array(IDS * 2, np.uint16))], 3, 1, CFG.vocab_size)
     batches = (asked.append(n) or batch for n, batch in enumerate(in_order(windows, 4, 1)))
-    for n, _ in enumerate(steps.score(PARAMS, batches, CFG)):
+    for n, _ in enumerate(perplexity.score(PARAMS, batches, CFG)):
         assert len(asked) == min(n + 2, 4)

@@ -4,14 +4,16 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+import gptjax.native
 from gptjax import steps
 from gptjax.models import gpt2
 from gptjax.models.gpt2 import Batch
 from gptjax.models.params import init_params
 from gptjax.ops import IGNORE_INDEX
-from gptjax.optim import OptimConfig, make_optimizer
+from gptjax.optim import OptimConfig, init_opt_state, make_optimizer
 from tests.compare import assert_same_gradients
 from tests.models import tiny
 
@@ -56,24 +58,48 @@ def test_training_learns_a_batch_by_heart(backward, dtype):
     assert {x.dtype.name for x in jax.tree.leaves(state)} == {"float32", "int32"}
 
 
-def test_the_update_needs_no_temporaries_and_donates_everything():
-    """The moments and the parameters are overwritten in place (see `Optimizer`)."""
-    step, _, _ = compiled(tiny.config(dtype="float32", channels=64))
-    assert step.params.memory_analysis().temp_size_in_bytes < 4096
-    assert step.moments.memory_analysis().temp_size_in_bytes < step.memory["gradients"] / 10
-    assert step.params.memory_analysis().alias_size_in_bytes >= step.memory["parameters"]
-    assert step.moments.memory_analysis().alias_size_in_bytes >= 2 * step.memory["parameters"]
+@pytest.mark.parametrize("native", [True, False])
+def test_the_update_needs_no_temporaries_and_overwrites_everything(native, monkeypatch):
+    """In C++ or in two parts by XLA; both are the same step."""
+    if native and not gptjax.native.available():
+        pytest.skip("there is no C++ compiler")
+    monkeypatch.setattr("gptjax.native.available", lambda: native)
+    step, state, batch = compiled(tiny.config(dtype="float32", channels=64))
+    assert len(step.updates) == (1 if native else 2)
+    memory = [program.memory_analysis() for program in step.updates]
+    assert max(m.temp_size_in_bytes for m in memory) < 4096
+    assert sum(m.alias_size_in_bytes for m in memory) >= 3 * step.memory["parameters"]
+    with jax.enable_x64(False):
+        _, grads, _ = step.loss_and_grad(state.params, batch, KEY, 0)
+        expected = state.params.wte[0, 0] - 0.01 * jnp.sign(grads.wte[0, 0]) - 0.01 * 0.1 * state.params.wte[0, 0]
+        after, metrics = steps.run_step(step, state, batch, KEY, 0)
+    assert float(after.params.wte[0, 0]) == pytest.approx(float(expected), rel=1e-5)
+    assert after.opt_state.moments[1].count == 1
+    assert all(x.is_deleted() for x in jax.tree.leaves(state.params))
+    assert metrics.finite
+
+
+def test_in_float64_xla_updates():
+    cfg, optimizer = tiny.CONFIG, make_optimizer(OptimConfig(), 9)
+    params = tiny.params(cfg)
+    state = steps.TrainState(params, init_opt_state(optimizer, params))
+    batch = jax.tree.map(lambda x: x[None], tiny.batch(cfg))
+    step = steps.compile_step(cfg, optimizer, "manual", state, batch, KEY)
+    assert not step.native
+    state, _ = steps.run_step(step, state, batch, KEY, 0)
+    assert state.params.wte.dtype == jnp.float64
 
 
 def test_a_gradient_is_written_over_the_one_before_it_and_does_not_depend_on_it():
     step, state, batch = compiled(tiny.config(dtype="float32"))
-    assert step.grads.memory_analysis().alias_size_in_bytes >= step.memory["gradients"]
+    assert step.gradient.memory_analysis().alias_size_in_bytes >= step.memory["gradients"]
     with jax.enable_x64(False):
-        _, fresh = step.loss_and_grad(state.params, batch, KEY, 0)
+        _, fresh, _ = step.loss_and_grad(state.params, batch, KEY, 0)
         step.room.append(jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), state.params))
-        _, over = step.loss_and_grad(state.params, batch, KEY, 0)
+        _, over, norm = step.loss_and_grad(state.params, batch, KEY, 0)
         assert not step.room
         assert_same_gradients(over, fresh, state.params, 0)
+        assert norm == pytest.approx(float(optax.tree.norm(fresh)), rel=1e-6)
         steps.run_step(step, state, batch, KEY, 0)
         assert len(step.room) == 1
 
@@ -105,17 +131,16 @@ def test_the_step_lowers_for_every_platform(platform, layers, backward, monkeypa
     optimizer = make_optimizer(OptimConfig(), 10)
     state = jax.eval_shape(functools.partial(steps.init_state, cfg=cfg, optimizer=optimizer), KEY)
     ids = jax.ShapeDtypeStruct((2, 2, 64), jnp.int32)
-    grads, moments, params = steps.step_functions(cfg, optimizer, backward)
+    functions = steps.step_functions(cfg, optimizer, backward)
     calls = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
     allowed = [jax.export.DisabledSafetyCheck.custom_call(name) for name in calls]
     export = functools.partial(jax.export.export, platforms=[platform], disabled_checks=allowed)
     args = state.params, Batch(ids, ids), jax.eval_shape(lambda: KEY), jax.ShapeDtypeStruct((), jnp.int32), state.params
-    text = export(grads)(*args).mlir_module()
+    text = export(functions.gradient)(*args).mlir_module()
     assert all((call in text) == (platform == "cuda") for call in calls)
-    loss, g = jax.eval_shape(lambda *a: steps.mean_loss_and_grad(*a, cfg=cfg, backward=backward), *args[:2], None)
-    finite = jax.ShapeDtypeStruct((), jnp.bool_)
-    assert export(moments)(state.opt_state.moments, g, loss).platforms == (platform,)
-    assert export(params)(state.params, state.opt_state.step, state.opt_state.moments, finite).platforms == (platform,)
+    loss, g, norm = jax.eval_shape(functions.gradient, *args)
+    for update in (functions.update, functions.update_params, functions.update_rest):
+        assert export(update)(state.params, state.opt_state, g, loss, norm).platforms == (platform,)
 
 
 def memory_of_gradients(compile_, **changes):

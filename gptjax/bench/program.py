@@ -23,7 +23,7 @@ class Operations(NamedTuple):
 
 
 def lowered_step(cfg: Config, model: GPT2Config, backward: steps.Backward, platform: str) -> Operations:
-    """Operations of the three functions of a training step.
+    """Operations of a training step: of its gradient and of its update, whole.
 
     Args:
         cfg: whose batch and optimizer it is.
@@ -35,14 +35,12 @@ def lowered_step(cfg: Config, model: GPT2Config, backward: steps.Backward, platf
     optimizer = make_optimizer(cfg.optim, cfg.train.steps)
     shape = BatchShape(cfg.optim.accumulate, cfg.data.batch_size, cfg.data.seq_len)
     state, batch, key = steps.step_arguments(model, optimizer, shape)
-    grads, moments, params = steps.step_functions(model, optimizer, backward)
+    functions = steps.step_functions(model, optimizer, backward)
     number = jax.ShapeDtypeStruct((), "int32")
-    loss, g = jax.eval_shape(grads, state.params, batch, key, number, state.params)
-    finite = jax.ShapeDtypeStruct((), "bool")
+    loss, g, norm = jax.eval_shape(functions.gradient, state.params, batch, key, number, state.params)
     calls: list[tuple[Any, tuple[Any, ...]]] = [
-        (grads, (state.params, batch, key, number, g)),
-        (moments, (state.opt_state.moments, g, loss)),
-        (params, (state.params, state.opt_state.step, state.opt_state.moments, finite)),
+        (functions.gradient, (state.params, batch, key, number, g)),
+        (functions.update, (state.params, state.opt_state, g, loss, norm)),
     ]
     found = Operations(Counter(), Counter())
     for function, arguments in calls:

@@ -47,7 +47,7 @@ def compile_work(work: Work, optimizer: Optimizer, backward: steps.Backward, dev
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return _refused(str(error))
-    programs: list[Any] = [step.grads, step.moments, step.params]
+    programs: list[Any] = [step.gradient, *step.updates]
     code = sum(program.memory_analysis().generated_code_size_in_bytes for program in programs)
     return Compiled(
         memory=step.memory | {"program": code},

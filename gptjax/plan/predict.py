@@ -130,14 +130,14 @@ def step_traffic(work: Work) -> tuple[float, float]:
     """Bytes that a device's memory must move at least in a step: (forward and backward, update).
 
     What is saved is written and read once, weights are read for each pass over them and scores moved three times. The update
-    reads and writes parameters and moments, the moments once more, and reads the gradients twice and writes them once.
+    reads and writes parameters and float32 moments once. Gradients are written once and read twice, first for their norm.
     """
     model, A, item = work.model, work.shape.accumulate, work.model.compute_dtype.itemsize
     passes = 3 if model.recompute == "block" else 2
     weights = passes * num_matrix_params(model) // work.mesh[2] * item
     scores = 3 * work.rows * work.shape.seq_len * model.padded_vocab_size // work.mesh[2] * item
     adding = 8 * state_elements(work) if A > 1 else 0
-    return A * (2 * saved_bytes(work) + weights + scores + adding), (2 + 4 + 2 + 3) * 4 * state_elements(work)
+    return A * (2 * saved_bytes(work) + weights + scores + adding), (2 + 4 + 3) * 4 * state_elements(work)
 
 
 def step_collectives(work: Work) -> list[Collective]:
