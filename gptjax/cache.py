@@ -18,7 +18,7 @@ def processor() -> str:
 
 
 def compiled_folder() -> Path:
-    """The folder that JAX keeps its programs in; if it keeps none, ``~/.cache/gptjax/compiled-PROCESSOR``. It is made.
+    """The folder that JAX keeps its programs in, made; if it keeps none, or far away, ``~/.cache/gptjax/compiled-PROCESSOR``.
 
     Raises:
         OSError: it cannot be made.
@@ -27,7 +27,9 @@ def compiled_folder() -> Path:
     """
     config: Any = jax.config
     configured = config.jax_compilation_cache_dir
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") if not configured else None
-    folder = root / "gptjax" / f"compiled-{processor()}" if root else Path(configured)
+    if configured and "://" not in configured:
+        folder = Path(configured)
+    else:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptjax" / f"compiled-{processor()}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder

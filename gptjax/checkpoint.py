@@ -74,7 +74,7 @@ class CheckpointWriter:
 
         """
         sums = [int(x) for x in jax.tree.leaves(_checksums(state))]
-        content = {"model": dataclasses.asdict(cfg), "checksums": sums, "meta": meta}
+        content = {"model": dataclasses.asdict(cfg), "mu_dtype": state.mu_dtype, "checksums": sums, "meta": meta}
         with _write_errors(self.folder):
             in_chunks = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
             arrays = ocp.args.StandardSave(state, jax.tree.map(lambda _: in_chunks, state))
@@ -228,13 +228,13 @@ def _restore(path: Path, step: int, cfg: GPT2Config, optimizer: Optimizer, mesh:
         if not path.is_dir():
             raise CheckpointError(f"there is no {path} here: --runs must be a folder that all processes share")
         info = checkpointer.restore(path, args=ocp.args.Composite(info=ocp.args.JsonRestore())).info
-        for name in DIMENSIONS:
-            if (saved := info["model"][name]) != getattr(cfg, name):
-                raise CheckpointError(
-                    f"{path} was trained with model.{name} {saved}, not {getattr(cfg, name)}: give it that value"
-                )
         as_saved = dataclasses.replace(cfg, layers=info["model"]["layers"])
         shapes = jax.eval_shape(lambda key: init_state(key, as_saved, optimizer), jax.random.key(0))
+        saved = {f"model.{name}": info["model"][name] for name in DIMENSIONS} | {"optim.mu_dtype": info.get("mu_dtype")}
+        now = {f"model.{name}": getattr(cfg, name) for name in DIMENSIONS} | {"optim.mu_dtype": shapes.mu_dtype}
+        for name, value in saved.items():
+            if value != now[name]:
+                raise CheckpointError(f"{path} was trained with {name} {value}, not {now[name]}: give it that value")
         arrays = ocp.args.StandardRestore(meshes.abstract(mesh, as_saved, shapes) if mesh else _on_device(shapes))
         return checkpointer.restore(path, args=ocp.args.Composite(state=arrays)).state, shapes, info
 
@@ -271,7 +271,7 @@ def _checksums(tree: Any) -> Any:
     """A 32-bit sum of each array's words, each times an odd number that depends on its place: no flipped bit escapes."""
 
     def checksum(x: Array) -> Array:
-        words = lax.bitcast_convert_type(x, jnp.uint32)
+        words = lax.bitcast_convert_type(x, jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint32).astype(jnp.uint32)
         place = jnp.zeros(words.shape, jnp.uint32)  # in the flat array, which would bring a cut one together
         for axis, size in enumerate(words.shape):
             place = place * size + lax.broadcasted_iota(jnp.uint32, words.shape, axis)

@@ -39,7 +39,8 @@ class OptimConfig:
     eps: float = 1e-8
     """Added to the root of the second moment."""
     mu_dtype: Literal["bfloat16"] | None = None
-    """What the first moment is kept in: bfloat16 takes half of its memory; by default, what the parameters are kept in."""
+    """What the first moment is kept in: bfloat16 takes half of its memory, and on CPU the update is then XLA's, not in C++; by
+    default, what the parameters are kept in."""
     grad_clip: float = 1.0
     """Largest global gradient norm, after averaging over micro-batches; 0 turns clipping off."""
     accumulate: int = 1
@@ -87,9 +88,8 @@ def make_schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:
 
 
 class Optimizer(NamedTuple):
-    """The chain ``clip -> Adam -> weight decay -> learning rate`` of optax, cut after Adam's moments: it makes the state.
-
-    `update` computes what the chain would, in one pass over memory.
+    """Of the chain ``clip -> Adam -> weight decay -> learning rate``, what `update` needs; the chain itself, in two parts, is
+    optax's and makes the state, no more.
     """
 
     moments: optax.GradientTransformation
@@ -140,7 +140,7 @@ class Scalars(NamedTuple):
     """``(1 - keep1) * clip``."""
     keep2: Any
     take2: Any
-    """``-sqrt(1 - keep2) * clip``, to be squared."""
+    """``sqrt(1 - keep2) * clip``, to be squared."""
     correct1: Any
     """Bias correction of the first moment, a factor."""
     correct2: Any
@@ -160,7 +160,12 @@ def update(
 ) -> tuple[Params, OptState, StepMetrics]:
     """One step of AdamW: (parameters, state, metrics), all unchanged, counters included, where loss or norm are not finite.
 
-    Gradients are scaled down to a global norm of at most ``grad_clip`` (Pascanu et al. 2013, arXiv:1211.5063).
+    Gradients are scaled down to a global norm of at most ``grad_clip`` (Pascanu et al. 2013, arXiv:1211.5063). Then, for each
+    parameter p with its gradient g, at the n-th step (Loshchilov and Hutter 2019, arXiv:1711.05101, as in optax)::
+
+        m = beta1 m + (1 - beta1) g
+        v = beta2 v + (1 - beta2) g^2
+        p = p - learning_rate (m / (1 - beta1^n) / (sqrt(v / (1 - beta2^n)) + eps) + weight_decay p)
 
     Args:
         optimizer: whose configuration it is.
@@ -181,7 +186,7 @@ def update(
         keep1=cfg.beta1,
         take1=(1 - cfg.beta1) * clip,
         keep2=cfg.beta2,
-        take2=-math.sqrt(1 - cfg.beta2) * clip,  # minus, or with betas of 0.9 and 0.99 XLA would store its product with g, too
+        take2=math.sqrt(1 - cfg.beta2) * clip,
         correct1=1 / (1 - cfg.beta1**count),
         correct2=1 / (1 - cfg.beta2**count),
         learning_rate=learning_rate,

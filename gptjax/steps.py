@@ -22,6 +22,7 @@ from gptjax.optim import Optimizer, OptState, StepMetrics, init_opt_state, updat
 from gptjax.sharding import within
 
 Backward = Literal["manual", "autodiff"]
+COPIED = 1 / 8  # of the parameters: an update that needs more room beside them copies what it is to overwrite
 MEMORY_SCHEDULER: dict[str, Any] = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
@@ -30,6 +31,12 @@ class TrainState(NamedTuple):
 
     params: Params
     opt_state: OptState
+
+    @property
+    def mu_dtype(self) -> str | None:
+        """What the first moment is kept in; None: what the parameters are."""
+        mu = self.opt_state.moments[1].mu
+        return mu.wte.dtype.name if mu.wte.dtype != self.params.wte.dtype else None
 
 
 def init_state(key: Key[Array, ""], cfg: GPT2Config, optimizer: Optimizer) -> TrainState:
@@ -159,7 +166,7 @@ class StepFunctions(NamedTuple):
 def step_functions(
     cfg: GPT2Config, optimizer: Optimizer, backward: Backward, mesh: Mesh | None = None, native: bool = False
 ) -> StepFunctions:
-    """The training step: a gradient, then an update, whole or in two parts, ``native`` if `optim.update` is to be.
+    """The training step: a gradient, then an update, whole (``native`` if `optim.update` is to be) or in two parts.
 
     Gradient and update are separate, because in one program XLA copies what is donated. So it does in ``update`` where it does
     not merge the outputs, as on CPU. The two parts then need no copy, but read more.
@@ -169,7 +176,7 @@ def step_functions(
         loss, grads = mean_loss_and_grad(params, batch, step_key(key, step, cfg), cfg, backward)
         return loss, grads, optax.tree.norm(grads)
 
-    whole = functools.partial(update, optimizer, native=native)
+    whole = functools.partial(update, optimizer)
     parts = lambda *args: whole(*args)[0], lambda *args: whole(*args)[1:]
     layouts: list[Any] = [None] * 4
     if mesh:
@@ -178,7 +185,7 @@ def step_functions(
         layouts = [(everywhere, ps, everywhere), (ps, opt, everywhere), ps, (opt, everywhere)]
     return StepFunctions(
         gradient=jax.jit(within(mesh, gradient), donate_argnums=4, keep_unused=True, out_shardings=layouts[0]),
-        update=jax.jit(whole, donate_argnums=(0, 1), out_shardings=layouts[1]),
+        update=jax.jit(functools.partial(whole, native=native), donate_argnums=(0, 1), out_shardings=layouts[1]),
         update_params=jax.jit(parts[0], donate_argnums=0, out_shardings=layouts[2]),
         update_rest=jax.jit(parts[1], donate_argnums=1, out_shardings=layouts[3]),
     )
@@ -199,7 +206,7 @@ def compile_step(
     updates: tuple[Any, ...] = ()
     if native or platform_of(mesh) != "cpu":
         updates = (functions.update.lower(*arguments).compile(),)
-    if not updates or temporary_bytes(*updates) > bytes_per_device(g) / 8:
+    if not updates or temporary_bytes(*updates) > bytes_per_device(g) * COPIED:
         updates = tuple(f.lower(*arguments).compile() for f in (functions.update_params, functions.update_rest))
     memory = {
         "parameters": bytes_per_device(state.params),

@@ -29,6 +29,12 @@ def test_where_jax_keeps_its_programs_is_where_all_is_kept(unset, tmp_path):
     assert compiled_folder().is_dir()
 
 
+def test_what_is_kept_far_away_is_jaxs_alone(unset, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    jax.config.update("jax_compilation_cache_dir", "gs://bucket/folder")
+    assert compiled_folder().parent == tmp_path / "gptjax"
+
+
 def test_a_folder_that_cannot_be_made_is_an_error(unset, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
     with pytest.raises(OSError, match="/dev/null"):

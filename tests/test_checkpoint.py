@@ -41,6 +41,25 @@ def test_it_comes_back_in_the_layout_asked_for(saved):
     np.testing.assert_array_equal(restored.state.opt_state.moments[1].mu.fcw, 0)
 
 
+def test_a_first_moment_in_bfloat16_comes_back_and_is_not_taken_for_another(saved, tmp_path):
+    """Nor is a checkpoint that has the other kind taken for a damaged one."""
+    folder, _ = saved
+    rounded = make_optimizer(OptimConfig(mu_dtype="bfloat16"), 10)
+    state = steps.init_state(jax.random.key(3), CFG, rounded)
+    clip, adam = state.opt_state.moments
+    moments = clip, adam._replace(mu=jax.tree.map(lambda p: p.astype("bfloat16"), state.params))
+    state = state._replace(opt_state=state.opt_state._replace(moments=moments))
+    writer = CheckpointWriter(tmp_path / "rounded", keep=1)
+    writer.save(1, state, CFG, {})
+    writer.close()
+    assert_equal(restore_newest(tmp_path / "rounded", CFG, rounded).state, state)
+    with pytest.raises(CheckpointError, match="optim.mu_dtype bfloat16, not None"):
+        restore_newest(tmp_path / "rounded", CFG, OPTIMIZER)
+    with pytest.raises(CheckpointError, match="optim.mu_dtype None, not bfloat16"):
+        restore_newest(folder, CFG, rounded)
+    assert not list(folder.glob("damaged-*"))
+
+
 def test_what_was_saved_is_what_counts_even_if_the_storage_reads_without_complaint(saved, monkeypatch):
     """The storage returns other numbers for step 5: the checksums notice."""
     folder, states = saved

@@ -1,7 +1,9 @@
 """The C++ kernels, held to what XLA computes; and what happens where they cannot be compiled."""
 
+import _ctypes
 import dataclasses
 import subprocess
+import tempfile
 from pathlib import Path
 
 import jax
@@ -14,14 +16,18 @@ from gptjax.optim import init_opt_state, make_optimizer
 from tests.models import tiny
 from tests.test_optim import SETTINGS, assert_equals_optax, gradients_like, step
 
-needs_compiler = pytest.mark.skipif(not native.available(), reason="there is no C++ compiler")
+
+@pytest.fixture
+def compiler():
+    if not native.available():
+        pytest.skip("there is no C++ compiler that works, or JAX computes elsewhere")
 
 
 def params(**changes):
     return tiny.params(tiny.config(dtype="float32", **changes), jnp.float32)
 
 
-@needs_compiler
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("changes", [{}, {"grad_clip": 0.0}, {"weight_decay": 0.0}], ids=str)
 @pytest.mark.parametrize("channels", [8, 160])
 def test_adamw_equals_optaxs(changes, channels):
@@ -32,7 +38,7 @@ def test_adamw_equals_optaxs(changes, channels):
         assert_equals_optax(dataclasses.replace(SETTINGS, **changes), large, 2e-6, native=True)
 
 
-@needs_compiler
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 def test_nothing_changes_where_loss_or_gradient_are_not_finite(bad):
     with jax.enable_x64(False):
@@ -47,9 +53,9 @@ def test_nothing_changes_where_loss_or_gradient_are_not_finite(bad):
             jax.tree.map(np.testing.assert_array_equal, tuple(after), tuple(state))
 
 
-@needs_compiler
+@pytest.mark.usefixtures("compiler")
 def test_what_is_not_donated_is_left_as_it_was():
-    """XLA then gives the kernel other memory to write to, with what is to be overwritten in it or not."""
+    """XLA then has the kernel overwrite copies."""
     with jax.enable_x64(False):
         before = params()
         kept = jax.tree.map(np.array, before)
@@ -61,43 +67,71 @@ def test_what_is_not_donated_is_left_as_it_was():
 
 
 @pytest.fixture
-def fresh(monkeypatch, tmp_path):
-    """Nothing compiled yet, and a folder of its own to keep it in."""
+def kept(monkeypatch, tmp_path):
+    """A folder of its own to keep what is compiled, nothing in it yet."""
     monkeypatch.setattr("gptjax.native.compiled_folder", lambda: tmp_path)
-    native.available.cache_clear()
-    yield tmp_path
-    native.available.cache_clear()
+    monkeypatch.setattr(native, "FLAGS", [flag for flag in native.FLAGS if flag != "-O3"])  # quicker
+    return tmp_path
 
 
-@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
-def test_without_a_compiler_that_works_they_are_not_available(fresh, monkeypatch, compiler):
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false", '"unclosed', "sleep 9 #"])
+def test_without_a_compiler_that_works_it_is_not_available(kept, monkeypatch, caplog, compiler):
     monkeypatch.setenv("CXX", compiler)
-    assert not native.available()
-    assert not list(fresh.iterdir())
+    monkeypatch.setattr(native, "PATIENCE", 0.2)
+    with caplog.at_level("INFO", "gptjax.native"):
+        assert not native.available.__wrapped__()
+    assert "AdamW is XLA's" in caplog.text
+    assert not list(kept.iterdir())
 
 
-@needs_compiler
-def test_they_are_compiled_once(fresh, monkeypatch):
-    path = native.library()
-    assert list(fresh.iterdir()) == [path]
-    monkeypatch.setattr(subprocess, "run", None)
-    assert native.library() == path
+def compilers_calls(monkeypatch):
+    """A list that grows with each call of the compiler."""
+    calls, run = [], subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: calls.append(args) or run(*args, **options))
+    return calls
+
+
+@pytest.mark.usefixtures("compiler")
+def test_it_is_compiled_once_for_each_processor(kept, monkeypatch):
+    calls = compilers_calls(monkeypatch)
+    assert native.library().adamw
+    assert native.library().adamw
+    assert (len(calls), len(list(kept.iterdir()))) == (1, 1)
     monkeypatch.setattr("gptjax.native.processor", lambda: "another")
-    with pytest.raises(TypeError):  # of another processor's there are none
-        native.library()
+    native.library()
+    assert (len(calls), len(list(kept.iterdir()))) == (2, 2)
 
 
-@needs_compiler
-def test_without_a_place_to_keep_them_they_are_compiled_anew(monkeypatch):
-    def no_place():
-        raise OSError
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("content", ["nothing", "text", "another library"])
+def test_a_damaged_one_is_made_anew(kept, monkeypatch, content):
+    native.library()
+    (path,) = kept.iterdir()
+    path.unlink()  # it is loaded: writing into it would be writing into this process
+    path.write_bytes({"nothing": b"", "text": b"x" * 9999, "another library": Path(_ctypes.__file__).read_bytes()}[content])
+    calls = compilers_calls(monkeypatch)
+    assert native.library().adamw
+    assert len(calls) == 1
+    assert b"adamw" in path.read_bytes()
 
-    monkeypatch.setattr("gptjax.native.compiled_folder", no_place)
-    first, second = native.library(), native.library()
-    assert first != second
-    assert first.exists()
 
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("place", ["none", "not a folder", "not wanted"])
+def test_without_a_place_to_keep_it_it_is_compiled_anew_and_nothing_is_left(kept, monkeypatch, tmp_path, place):
+    def folder():
+        if place == "none":
+            raise OSError
+        return Path("/dev/null") if place == "not a folder" else kept
 
-def test_the_source_is_part_of_the_package():
-    assert Path(native.SOURCE).suffix == ".cc"
-    assert "native/*.cc" in (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    monkeypatch.setattr("gptjax.native.compiled_folder", folder)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    calls, enabled = compilers_calls(monkeypatch), jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", place != "not wanted")
+    try:
+        assert native.library().adamw
+        assert native.library().adamw
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+    assert len(calls) == 2
+    assert [path.name for path in tmp_path.rglob("*")] == ["temporary"]

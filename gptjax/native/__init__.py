@@ -1,9 +1,11 @@
-"""Kernels in C++ for CPUs, compiled when first needed by the C++ compiler that is here; without one XLA computes the same."""
+"""AdamW in C++ for CPUs, compiled when first needed by the C++ compiler that is here; without one XLA computes the same."""
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import itertools
+import logging
 import os
 import shlex
 import subprocess
@@ -18,51 +20,65 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from gptjax.cache import compiled_folder, processor
+from gptjax.durable import write_whole
+from gptjax.errors import GptjaxError
 
 SOURCE = Path(__file__).parent / "adamw.cc"
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fPIC", "-shared")
 TARGET = "gptjax_adamw"
+PATIENCE = 60  # seconds for the compiler
 
 
 @functools.cache
 def available() -> bool:
-    """Whether the kernels can be called: JAX computes on a CPU, and they were compiled, now or before.
+    """Whether `adamw` can be called: JAX computes on a CPU, and it could be compiled, now or before.
 
-    ``CXX`` names the compiler, ``c++`` by default; ``CXX=false`` leaves the work to XLA.
+    ``CXX`` names the compiler, ``c++`` by default; ``CXX=false`` leaves the work to XLA. Why it cannot is logged.
     """
     if jax.default_backend() != "cpu":
         return False
     try:
-        jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(ctypes.CDLL(str(library())).adamw), platform="cpu")
-    except (OSError, subprocess.SubprocessError):  # no compiler, one that cannot do it, or no place for the result
+        jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library().adamw), platform="cpu")
+    except (OSError, AttributeError, ValueError, RuntimeError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or b""
+        logging.getLogger(__name__).info("AdamW is XLA's: %s %s", error, said.decode(errors="replace"))
         return False
     return True
 
 
-def library() -> Path:
-    """The compiled kernels: those that are kept, or new ones, which are then kept beside JAX's programs if there is a place.
+def library() -> ctypes.CDLL:
+    """The compiled code: what is kept, or made anew and then kept in `compiled_folder`, if there is such a place.
+
+    With ``JAX_ENABLE_COMPILATION_CACHE=false`` nothing is kept.
 
     Raises:
-        OSError: there is no compiler, or no place at all.
-        subprocess.SubprocessError: it cannot compile them.
+        OSError: there is no compiler, or no place for what it makes.
+        ValueError: ``CXX`` cannot be split into words.
+        subprocess.SubprocessError: the compiler cannot compile it, or takes too long.
 
     """
     compiler = [*shlex.split(os.environ.get("CXX") or "c++"), *FLAGS, "-isystem", jax.ffi.include_dir()]
     made_of = (SOURCE.read_text(), jaxlib.__version__, processor(), *compiler)
     name = f"gptjax-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}.so"
-    try:
-        folder = compiled_folder()
-    except (OSError, RuntimeError):
-        folder = Path(tempfile.mkdtemp(prefix="gptjax-"))
-    path = folder / name
-    if not path.exists():
-        partial = path.with_name(f"{name}.{os.getpid()}")  # of this process: others may compile the same
-        try:
-            subprocess.run([*compiler, str(SOURCE), "-o", str(partial)], check=True, capture_output=True)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-    return path
+    config: Any = jax.config
+    kept: Path | None = None
+    if config.jax_enable_compilation_cache:
+        with contextlib.suppress(OSError, RuntimeError):
+            kept = compiled_folder() / name
+    if kept and kept.exists():
+        with contextlib.suppress(OSError, AttributeError):
+            found = ctypes.CDLL(str(kept))
+            _ = found.adamw  # in one that is not damaged
+            return found
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / name
+        command = [*compiler, str(SOURCE), "-o", str(made)]
+        subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=PATIENCE)
+        found = ctypes.CDLL(str(made))  # which stays loaded
+        if kept:
+            with contextlib.suppress(OSError, GptjaxError), write_whole(kept) as file:
+                file.write(made.read_bytes())
+    return found
 
 
 def adamw(

@@ -1,7 +1,7 @@
 // AdamW on all tensors of a model in one pass over memory: `gptjax.optim.update`, whose docstring has the equations.
 //
 // Arguments: eight scalars, then every parameter, first moment, second moment and gradient, each list in one order.
-// Results: the parameters, first and second moments, which are to share the memory of their arguments.
+// Results: the parameters, first and second moments, in the memory of their arguments.
 
 #include <algorithm>
 #include <atomic>
@@ -71,15 +71,16 @@ struct Work {
   }
 };
 
-// The memory of a result, with what is in its argument; nothing is copied where they are the same.
+// The memory that a result and its argument share.
 ffi::ErrorOr<float*> Overwritten(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets, size_t i) {
   auto from = args.get<ffi::Buffer<ffi::F32>>(i);
   if (!from.has_value()) return ffi::Unexpected(from.error());
   auto to = rets.get<ffi::Buffer<ffi::F32>>(i);
   if (!to.has_value()) return ffi::Unexpected(to.error());
-  float* data = (*to)->typed_data();
-  if (data != from->typed_data()) std::memcpy(data, from->typed_data(), from->size_bytes());
-  return data;
+  if ((*to)->typed_data() != from->typed_data()) {
+    return ffi::Unexpected(ffi::Error::InvalidArgument("adamw: a result is not in the memory of its argument"));
+  }
+  return from->typed_data();
 }
 
 ffi::Error Update(ffi::ThreadPool pool, ffi::BufferR1<ffi::F32> scalars, ffi::RemainingArgs args, ffi::RemainingRets rets,
