@@ -41,17 +41,21 @@ def test_schedules_by_hand():
     assert rates(10, schedule="wsd", warmup_steps=2, decay_fraction=0.2) == [0.5, 1, 1, 1, 1, 1, 1, 1, 1, 0.5]
 
 
-def step(optimizer, state, grads, loss=1.0, native=False):
-    """(parameters, optimizer's state, metrics) after one step from ``state``, the first two."""
-    one = jax.jit(functools.partial(update, optimizer, native=native))
-    return one(*state, grads, jnp.asarray(loss), optax.tree.norm(grads))
+def compiled(optimizer, native=False):
+    """A function of ((parameters, optimizer's state), gradient, loss) that returns the first two and metrics after one step."""
+
+    @jax.jit
+    def step(state, grads, loss=1.0):
+        return update(optimizer, *state, grads, jnp.asarray(loss), optax.tree.norm(grads), native)
+
+    return step
 
 
 def run(cfg, gradients, params, **how):
     optimizer = make_optimizer(cfg, 10)
-    state = params, init_opt_state(optimizer, params)
+    step, state = compiled(optimizer, **how), (params, init_opt_state(optimizer, params))
     for grads in gradients:
-        *state, _ = step(optimizer, state, grads, **how)
+        *state, _ = step(tuple(state), grads)
     return tuple(state)
 
 
@@ -67,10 +71,15 @@ def optaxs(cfg, gradients, params):
         optax.clip_by_global_norm(cfg.grad_clip) if cfg.grad_clip else optax.identity(),
         adamw(make_schedule(cfg, 10), cfg.beta1, cfg.beta2, cfg.eps),
     )
+
+    @jax.jit
+    def step(params, state, grads):
+        updates, state = reference.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
     state = reference.init(params)
     for grads in gradients:
-        updates, state = reference.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
+        params, state = step(params, state, grads)
     return params, state[1][0]
 
 
@@ -90,22 +99,16 @@ def assert_equals_optax(cfg, params, tolerance, size=1.0, **how):
     assert state.moments[1].count == adam.count == 6
 
 
-@pytest.mark.parametrize("layers", ["unroll", "scan"])
 @pytest.mark.parametrize(
     "changes",
-    [
-        {},
-        {"grad_clip": 0.0},
-        {"grad_clip": 1e9},
-        {"beta2": 0.99},
-        {"beta1": 0.0, "beta2": 0.0},
-        {"weight_decay": 0.0},
-    ],
+    [{}, {"layers": "scan"}, {"grad_clip": 0.0}, {"grad_clip": 1e9}, {"beta1": 0.0, "beta2": 0.0}, {"weight_decay": 0.0}],
     ids=str,
 )
-def test_the_update_equals_optaxs_adamw(layers, changes):
-    """Also where the gradient is not clipped, and where Adam's two factors of it are equal."""
-    assert_equals_optax(dataclasses.replace(SETTINGS, **changes), tiny.params(tiny.config(layers=layers)), 1e-13)
+def test_the_update_equals_optaxs_adamw(changes):
+    """Also where the gradient is not clipped."""
+    changes = dict(changes)
+    params = tiny.params(tiny.config(layers=changes.pop("layers", "unroll")))
+    assert_equals_optax(dataclasses.replace(SETTINGS, **changes), params, 1e-13)
 
 
 def test_a_first_moment_in_bfloat16_is_optaxs():
@@ -149,7 +152,7 @@ def test_non_finite_gradients_and_losses_change_nothing(bad):
         np.testing.assert_array_equal(expected, got)
     optimizer = make_optimizer(cfg, 10)
     before = params, init_opt_state(optimizer, params)
-    *after, metrics = step(optimizer, before, good, loss=bad)
+    *after, metrics = compiled(optimizer)(before, good, bad)
     assert not metrics.finite
     assert jnp.isfinite(metrics.grad_norm)
     jax.tree.map(np.testing.assert_array_equal, tuple(after), before)
