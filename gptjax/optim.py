@@ -208,18 +208,11 @@ def update(
 def _adamw(
     scalars: Scalars, p: Array, m: Array, v: Array, g: Array, weight_decay: float, eps: float
 ) -> tuple[Array, Array, Array]:
-    """(parameter, first moment, second moment) after one step of one tensor; each element depends on its own alone.
-
-    The parameter is computed from the moments as they were. Computed from the new ones, which is the same, it would be a
-    pass of its own, and what two of the three share would be stored. So each is written as if it were alone, with other
-    scalars, and a compiler may merge the three into one kernel: 4 reads and 3 writes of memory an element.
-    """
+    """(parameter, first moment, second moment) after one step of one tensor; each element depends on its own alone."""
     s = Scalars(*(jnp.asarray(x, p.dtype) for x in scalars))
-    finite, wide = scalars.finite, m.astype(p.dtype)
-    new_m = (s.keep1 * wide + s.take1 * g).astype(m.dtype)
+    finite = scalars.finite
+    new_m = s.keep1 * m.astype(p.dtype) + s.take1 * g
     new_v = s.keep2 * v + jnp.square(s.take2 * g)
-    unbiased_m = (s.keep1 * s.correct1) * wide + (s.take1 * s.correct1) * g
-    unbiased_v = (s.keep2 * s.correct2) * v + jnp.square((s.take2 * jnp.sqrt(s.correct2)) * g)
-    direction = unbiased_m / (jnp.sqrt(unbiased_v) + eps) + weight_decay * p
+    direction = new_m * s.correct1 / (jnp.sqrt(new_v * s.correct2) + eps) + weight_decay * p
     new_p = p - s.learning_rate * direction
-    return jnp.where(finite, new_p, p), jnp.where(finite, new_m, m), jnp.where(finite, new_v, v)
+    return jnp.where(finite, new_p, p), jnp.where(finite, new_m.astype(m.dtype), m), jnp.where(finite, new_v, v)

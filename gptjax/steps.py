@@ -206,7 +206,7 @@ def compile_step(
     updates: tuple[Any, ...] = ()
     if native or platform_of(mesh) != "cpu":
         updates = (functions.update.lower(*arguments).compile(),)
-    if not updates or temporary_bytes(*updates) > bytes_per_device(g) * COPIED:
+    if not native and (not updates or temporary_bytes(*updates) > bytes_per_device(g) * COPIED):
         updates = tuple(f.lower(*arguments).compile() for f in (functions.update_params, functions.update_rest))
     memory = {
         "parameters": bytes_per_device(state.params),

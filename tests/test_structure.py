@@ -91,7 +91,6 @@ def test_every_module_has_a_test():
         "curves": "plot",
         "progress": "download",
         "lazy": "convert",
-        "torch_peer": "command",
         "compiled": "predict",
         "report": "command",
         "devices": "floor",
