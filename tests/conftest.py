@@ -1,9 +1,11 @@
 """JAX's strictest settings, shapes checked by a machine, and where outside data may be found."""
 
 import atexit
+import itertools
 import os
 import shutil
 import tempfile
+from collections import Counter
 from importlib.metadata import version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -63,15 +65,18 @@ def shared() -> Path:
 
 
 def pytest_terminal_summary(terminalreporter):
-    """The score of the errors planted in tests/verify/test_mutations.py."""
-    outcomes = {
-        outcome: [
-            r
-            for r in terminalreporter.stats.get(outcome, [])
-            if "test_mutations.py::test_an_error_in_" in r.nodeid and r.when == "call"
-        ]
-        for outcome in ("passed", "failed")
-    }
-    planted = sum(map(len, outcomes.values()))
-    if planted:
-        terminalreporter.write_line(f"planted errors found: {len(outcomes['passed'])} of {planted}")
+    """The score of the errors planted in tests/verify/test_mutations.py, and the faults of tests/faults."""
+    reports = {name: [r for r in terminalreporter.stats.get(name, []) if r.when == "call"] for name in ("passed", "failed")}
+    found, missed = (sum("test_mutations.py::test_an_error_in_" in r.nodeid for r in group) for group in reports.values())
+    if found or missed:
+        terminalreporter.write_line(f"planted errors found: {found} of {found + missed}")
+    faults: Counter[str] = Counter()
+    holds: Counter[str] = Counter()
+    for report in itertools.chain(*reports.values()):
+        for name, value in report.user_properties:
+            if name == "fault":
+                kind, tried, held = value
+                faults[kind] += tried
+                holds[kind] += held
+    for kind in sorted(faults):
+        terminalreporter.write_line(f"{kind:<48} tried {faults[kind]:>6}   held {holds[kind]:>6}")
