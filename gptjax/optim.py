@@ -11,8 +11,8 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from gptjax.errors import ConfigError
-from gptjax.models.params import Params, decay_mask
-from gptjax.native import adamw
+from gptjax.models.params import decay_mask
+from gptjax.xla.native import adamw
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +96,7 @@ class Optimizer(NamedTuple):
     step: optax.GradientTransformation
     schedule: optax.Schedule
     cfg: OptimConfig
+    decays: Any
 
 
 class OptState(NamedTuple):
@@ -115,19 +116,20 @@ class StepMetrics(NamedTuple):
     finite: Bool[Array, ""]
 
 
-def make_optimizer(cfg: OptimConfig, steps: int) -> Optimizer:
+def make_optimizer(cfg: OptimConfig, steps: int, model: Any) -> Optimizer:
     """The optimizer of a run of ``steps`` steps."""
+    decays = lambda params: decay_mask(params, model)  # noqa: E731
     schedule = make_schedule(cfg, steps)
     clip = optax.clip_by_global_norm(cfg.grad_clip) if cfg.grad_clip else optax.identity()
     moments = optax.chain(clip, optax.scale_by_adam(cfg.beta1, cfg.beta2, cfg.eps, mu_dtype=cfg.mu_dtype))
     step = optax.chain(
-        optax.add_decayed_weights(cfg.weight_decay, mask=decay_mask),
+        optax.add_decayed_weights(cfg.weight_decay, mask=decays),
         optax.scale_by_learning_rate(schedule),
     )
-    return Optimizer(moments, step, schedule, cfg)
+    return Optimizer(moments, step, schedule, cfg, decays)
 
 
-def init_opt_state(optimizer: Optimizer, params: Params) -> OptState:
+def init_opt_state(optimizer: Optimizer, params: Any) -> OptState:
     """Moments of zero and counters at zero."""
     return OptState(optimizer.moments.init(params), optimizer.step.init(params))
 
@@ -151,13 +153,13 @@ class Scalars(NamedTuple):
 
 def update(
     optimizer: Optimizer,
-    params: Params,
+    params: Any,
     state: OptState,
-    grads: Params,
+    grads: Any,
     loss: Float[Array, ""],
     norm: Float[Array, ""],
     native: bool = False,
-) -> tuple[Params, OptState, StepMetrics]:
+) -> tuple[Any, OptState, StepMetrics]:
     """One step of AdamW: (parameters, state, metrics), all unchanged, counters included, where loss or norm are not finite.
 
     Gradients are scaled down to a global norm of at most ``grad_clip`` (Pascanu et al. 2013, arXiv:1211.5063). Then, for each
@@ -193,7 +195,7 @@ def update(
         finite=finite,
     )
     tensors = [jax.tree.leaves(tree) for tree in (params, adam.mu, adam.nu, grads)]
-    decays = [cfg.weight_decay if decays else 0.0 for decays in jax.tree.leaves(decay_mask(params))]
+    decays = [cfg.weight_decay if decays else 0.0 for decays in jax.tree.leaves(optimizer.decays(params))]
     if native:
         updated: Any = adamw(jnp.stack([jnp.asarray(x, jnp.float32) for x in scalars]), tensors, decays, cfg.eps)
     else:

@@ -11,15 +11,15 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
-import gptjax.native
-from gptjax import mesh as meshes
-from gptjax.models import gpt2
-from gptjax.models.config import GPT2Config
-from gptjax.models.gpt2 import Batch
-from gptjax.models.params import Params, init_params
+from gptjax.models import transformer
+from gptjax.models.config import ModelConfig
+from gptjax.models.params import init_params, param_axes
+from gptjax.models.transformer import Batch
 from gptjax.ops import IGNORE_INDEX
 from gptjax.optim import Optimizer, OptState, StepMetrics, init_opt_state, update
-from gptjax.sharding import within
+from gptjax.parallel import mesh as meshes
+from gptjax.parallel.sharding import on_mesh
+from gptjax.xla import native as native_code
 
 Backward = Literal["manual", "autodiff"]
 COPIED = 1 / 8  # of the parameters: an update that needs more room beside them copies what it is to overwrite
@@ -29,7 +29,7 @@ MEMORY_SCHEDULER: dict[str, Any] = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYP
 class TrainState(NamedTuple):
     """Everything a step changes, on the device."""
 
-    params: Params
+    params: Any
     opt_state: OptState
 
     @property
@@ -39,31 +39,31 @@ class TrainState(NamedTuple):
         return mu.wte.dtype.name if mu.wte.dtype != self.params.wte.dtype else None
 
 
-def init_state(key: Key[Array, ""], cfg: GPT2Config, optimizer: Optimizer) -> TrainState:
+def init_state(key: Key[Array, ""], cfg: ModelConfig, optimizer: Optimizer) -> TrainState:
     """Fresh parameters and optimizer state; pure, to be traced for its shapes: `make_state` makes them."""
     params = init_params(key, cfg)
     return TrainState(params, init_opt_state(optimizer, params))
 
 
-def make_state(key: Key[Array, ""], cfg: GPT2Config, optimizer: Optimizer, mesh: Mesh | None = None) -> TrainState:
+def make_state(key: Key[Array, ""], cfg: ModelConfig, optimizer: Optimizer, mesh: Mesh | None = None) -> TrainState:
     """What `init_state` says, in no more memory than a step: the room for drawing the parameters is free before the rest.
 
     On a mesh each device draws its own part; the values are the same.
     """
-    draw = jax.jit(lambda key: init_params(key, cfg), out_shardings=meshes.param_shardings(mesh, cfg) if mesh else None)
+    draw = jax.jit(lambda key: init_params(key, cfg), out_shardings=meshes.param_shardings(mesh, param_axes(cfg)) if mesh else None)
     return add_optimizer(compile_for_memory(draw.lower(key))(key), cfg, optimizer, mesh)
 
 
-def add_optimizer(params: Params, cfg: GPT2Config, optimizer: Optimizer, mesh: Mesh | None = None) -> TrainState:
+def add_optimizer(params: Any, cfg: ModelConfig, optimizer: Optimizer, mesh: Mesh | None = None) -> TrainState:
     """The parameters and a fresh optimizer's state, laid out as they are."""
     params = jax.block_until_ready(params)
     init = lambda params: init_opt_state(optimizer, params)  # noqa: E731
-    layout = meshes.shardings(mesh, cfg, jax.eval_shape(init, params)) if mesh else None
+    layout = meshes.shardings(mesh, param_axes(cfg), jax.eval_shape(init, params)) if mesh else None
     return TrainState(params, jax.jit(init, out_shardings=layout)(params))
 
 
 def step_arguments(
-    cfg: GPT2Config, optimizer: Optimizer, shape: tuple[int, int, int], mesh: Mesh | None = None
+    cfg: ModelConfig, optimizer: Optimizer, shape: tuple[int, int, int], mesh: Mesh | None = None
 ) -> tuple[TrainState, Batch, Any]:
     """Shapes of a step's (state, batch, key), on a mesh with their layout: what `compile_step` needs; nothing is allocated.
 
@@ -75,14 +75,14 @@ def step_arguments(
 
     """
     key = jax.eval_shape(lambda: jax.random.key(0))
-    state = meshes.abstract(mesh, cfg, jax.eval_shape(lambda key: init_state(key, cfg, optimizer), key))
+    state = meshes.abstract(mesh, param_axes(cfg), jax.eval_shape(lambda key: init_state(key, cfg, optimizer), key))
     ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=meshes.row_sharding(mesh, 3) if mesh else None)
-    return state, Batch(ids, ids), meshes.abstract(mesh, cfg, key)
+    return state, Batch(ids, ids), meshes.abstract(mesh, param_axes(cfg), key)
 
 
 def mean_loss_and_grad(
-    params: Params, batch: Batch, key: Key[Array, ""] | None, cfg: GPT2Config, backward: Backward
-) -> tuple[Float[Array, ""], Params]:
+    params: Any, batch: Batch, key: Key[Array, ""] | None, cfg: ModelConfig, backward: Backward
+) -> tuple[Float[Array, ""], Any]:
     """Loss and gradient of A micro-batches, equal to those of the one batch of A B sequences.
 
     Args:
@@ -95,10 +95,10 @@ def mean_loss_and_grad(
     """
     count = target_count(batch)
 
-    def one(batch: Batch, key: Any) -> tuple[Array, Params]:
+    def one(batch: Batch, key: Any) -> tuple[Array, Any]:
         if backward == "manual":
-            return gpt2.loss_and_grad(params, batch, cfg, key, count)
-        return jax.value_and_grad(gpt2.loss)(params, batch, cfg, key, count)
+            return transformer.loss_and_grad(params, batch, cfg, key, count)
+        return jax.value_and_grad(transformer.loss)(params, batch, cfg, key, count)
 
     A = batch.inputs.shape[0]
     keys = None if key is None else jax.random.split(key, A)
@@ -112,9 +112,9 @@ def mean_loss_and_grad(
     return jax.lax.scan(add, zeros, (batch, keys))[0]
 
 
-def step_key(key: Key[Array, ""], step: Int[Array, ""], cfg: GPT2Config) -> Key[Array, ""] | None:
+def step_key(key: Key[Array, ""], step: Int[Array, ""], cfg: ModelConfig) -> Key[Array, ""] | None:
     """The key of one step's dropout; None without dropout."""
-    return jax.random.fold_in(key, step) if cfg.dropout else None
+    return jax.random.fold_in(key, step) if cfg.dropout or cfg.dropout_mlp else None
 
 
 def target_count(batch: Batch) -> Float[Array, ""]:
@@ -123,7 +123,7 @@ def target_count(batch: Batch) -> Float[Array, ""]:
     return jnp.where(batch.targets == IGNORE_INDEX, 0.0, mask).sum()
 
 
-def loss_dtype(cfg: GPT2Config) -> Any:
+def loss_dtype(cfg: ModelConfig) -> Any:
     """The loss is a float32 scalar, float64 when everything is."""
     return jnp.float64 if cfg.dtype == "float64" else jnp.float32
 
@@ -137,14 +137,14 @@ class CompiledStep(NamedTuple):
     native: bool
     """Whether the update is `gptjax.native`'s."""
     memory: dict[str, int]
-    room: list[Params]
+    room: list[Any]
     """At most one gradient that has been used: the next is written over it.
 
     Were each to be allocated anew, the arrays of glibc's allocator would lie as close as they must only for some steps: it
     took 1.6 times the predicted memory for gradients of 774M.
     """
 
-    def loss_and_grad(self, params: Params, batch: Batch, key: Any, step: int) -> tuple[Array, Params, Array]:
+    def loss_and_grad(self, params: Any, batch: Batch, key: Any, step: int) -> tuple[Array, Any, Array]:
         """Loss and gradient of one step, and the gradient's norm; dispatched, with arrays still being computed."""
         room = self.room.pop() if self.room else _zeros(params)
         return self.gradient(params, batch, key, np.int32(step), room)
@@ -164,7 +164,7 @@ class StepFunctions(NamedTuple):
 
 
 def step_functions(
-    cfg: GPT2Config, optimizer: Optimizer, backward: Backward, mesh: Mesh | None = None, native: bool = False
+    cfg: ModelConfig, optimizer: Optimizer, backward: Backward, mesh: Mesh | None = None, native: bool = False
 ) -> StepFunctions:
     """The training step: a gradient, then an update, whole (``native`` if `optim.update` is to be) or in two parts.
 
@@ -172,7 +172,7 @@ def step_functions(
     not merge the outputs, as on CPU. The two parts then need no copy, but read more.
     """
 
-    def gradient(params: Params, batch: Batch, key: Any, step: Array, room: Params) -> tuple[Array, Params, Array]:
+    def gradient(params: Any, batch: Batch, key: Any, step: Array, room: Any) -> tuple[Array, Any, Array]:
         loss, grads = mean_loss_and_grad(params, batch, step_key(key, step, cfg), cfg, backward)
         return loss, grads, optax.tree.norm(grads)
 
@@ -180,11 +180,11 @@ def step_functions(
     parts = lambda *args: whole(*args)[0], lambda *args: whole(*args)[1:]
     layouts: list[Any] = [None] * 4
     if mesh:
-        ps, opt = meshes.shardings(mesh, cfg, step_arguments(cfg, optimizer, (1, 1, 1))[0])
+        ps, opt = meshes.shardings(mesh, param_axes(cfg), step_arguments(cfg, optimizer, (1, 1, 1))[0])
         everywhere = meshes.replicated(mesh)
         layouts = [(everywhere, ps, everywhere), (ps, opt, everywhere), ps, (opt, everywhere)]
     return StepFunctions(
-        gradient=jax.jit(within(mesh, gradient), donate_argnums=4, keep_unused=True, out_shardings=layouts[0]),
+        gradient=jax.jit(on_mesh(mesh, gradient), donate_argnums=4, keep_unused=True, out_shardings=layouts[0]),
         update=jax.jit(functools.partial(whole, native=native), donate_argnums=(0, 1), out_shardings=layouts[1]),
         update_params=jax.jit(parts[0], donate_argnums=0, out_shardings=layouts[2]),
         update_rest=jax.jit(parts[1], donate_argnums=1, out_shardings=layouts[3]),
@@ -192,15 +192,15 @@ def step_functions(
 
 
 def compile_step(
-    cfg: GPT2Config, optimizer: Optimizer, backward: Backward, state: Any, batch: Any, key: Any, mesh: Mesh | None = None
+    cfg: ModelConfig, optimizer: Optimizer, backward: Backward, state: Any, batch: Any, key: Any, mesh: Mesh | None = None
 ) -> CompiledStep:
     """Compile the training step for arguments of these shapes: arrays or `jax.ShapeDtypeStruct`s, laid out over the mesh."""
     all_float32 = all(x.dtype in (jnp.float32, jnp.int32) for x in jax.tree.leaves(state))
-    native = mesh is None and all_float32 and gptjax.native.available()
+    native = mesh is None and all_float32 and native_code.available()
     functions = step_functions(cfg, optimizer, backward, mesh, native)
-    number = meshes.abstract(mesh, cfg, jax.ShapeDtypeStruct((), jnp.int32))
-    g = meshes.abstract(mesh, cfg, jax.eval_shape(lambda params: params, state.params))
-    scalar = meshes.abstract(mesh, cfg, jax.ShapeDtypeStruct((), loss_dtype(cfg)))
+    number = meshes.abstract(mesh, param_axes(cfg), jax.ShapeDtypeStruct((), jnp.int32))
+    g = meshes.abstract(mesh, param_axes(cfg), jax.eval_shape(lambda params: params, state.params))
+    scalar = meshes.abstract(mesh, param_axes(cfg), jax.ShapeDtypeStruct((), loss_dtype(cfg)))
     gradient = compile_for_memory(functions.gradient.lower(state.params, batch, key, number, g), mesh)
     arguments = state.params, state.opt_state, g, scalar, scalar
     updates: tuple[Any, ...] = ()
@@ -250,32 +250,32 @@ def run_step(compiled: CompiledStep, state: TrainState, batch: Batch, key: Any, 
     return TrainState(params, opt_state), metrics
 
 
-def _zeros(params: Params) -> Params:
+def _zeros(params: Any) -> Any:
     return jax.jit(_zeros_like, out_shardings=jax.tree.map(lambda x: x.sharding, params))(params)
 
 
-def _zeros_like(params: Params) -> Params:
+def _zeros_like(params: Any) -> Any:
     return jax.tree.map(jnp.zeros_like, params)
 
 
 @functools.cache
-def make_eval_loss(cfg: GPT2Config, mesh: Mesh | None = None) -> Any:
+def make_eval_loss(cfg: ModelConfig, mesh: Mesh | None = None) -> Any:
     """A jitted ``(params, batch) -> (summed loss, targets counted)``, without dropout; every process has the whole batch.
 
     The same function for the same arguments, so that it is compiled once.
     """
 
-    def eval_loss(params: Params, batch: Batch) -> tuple[Array, Array]:
+    def eval_loss(params: Any, batch: Batch) -> tuple[Array, Array]:
         count = target_count(batch)
-        return gpt2.loss(params, batch, cfg) * count, count
+        return transformer.loss(params, batch, cfg) * count, count
 
     if mesh is None:
         return jax.jit(eval_loss)
-    compiled = jax.jit(within(mesh, eval_loss), out_shardings=meshes.replicated(mesh))
+    compiled = jax.jit(on_mesh(mesh, eval_loss), out_shardings=meshes.replicated(mesh))
     return lambda params, batch: compiled(params, meshes.place_rows(mesh, batch))
 
 
-def evaluate(eval_loss: Any, params: Params, batches: list[Batch]) -> float:
+def evaluate(eval_loss: Any, params: Any, batches: list[Batch]) -> float:
     """Mean loss in nats over all targets that count in ``batches``."""
     sums = [eval_loss(params, batch) for batch in batches]
     return sum(float(total) for total, _ in sums) / max(sum(float(count) for _, count in sums), 1.0)

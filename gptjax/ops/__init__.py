@@ -1,4 +1,4 @@
-"""The pieces of GPT-2, each a forward and, directly below it, the backward derived by hand.
+"""The operations of the models, each a forward and, directly below it, the backward derived by hand.
 
 Every op is a pair of pure functions::
 
@@ -6,8 +6,8 @@ Every op is a pair of pure functions::
     dx, *dweights = op_bwd(saved, *weights, dy)
 
 ``saved`` holds activations only, never weights, so that a scan over layers does not copy the weights.
-The gradient of the loss with respect to ``z`` is called ``dz`` and has the shape of ``z``; a weight's gradient has
-the weight's dtype. Reductions run in float32 or wider (`accumulation_dtype`) whatever the compute dtype is.
+The gradient of the loss with respect to ``z`` is called ``dz`` and has the shape of ``z``; a weight's gradient is summed
+in float32 or wider (`gptjax.xla.products.accumulation_dtype`), as every sum is, whatever the compute dtype.
 No op carries a ``custom_vjp``: differentiating a forward with JAX gives an independent reference for its backward.
 
 The dimension legend, used in shapes everywhere (einsum letters are the lower case):
@@ -25,12 +25,9 @@ from gptjax.ops.activation import gelu_bwd, gelu_fwd
 from gptjax.ops.attention import ATTENTION_IMPLEMENTATIONS, attention, attention_bwd, attention_fwd
 from gptjax.ops.dropout import dropout_bwd, dropout_fwd
 from gptjax.ops.embedding import embedding_bwd, embedding_fwd
-from gptjax.ops.heads import by_heads, from_heads, join_heads, split_heads
 from gptjax.ops.linear import linear_bwd, linear_fwd
 from gptjax.ops.loss import IGNORE_INDEX, cross_entropy_bwd, cross_entropy_fwd, target_weights
 from gptjax.ops.norm import layernorm_bwd, layernorm_fwd
-from gptjax.ops.precision import contract
-from gptjax.ops.schedule import in_turn, not_before
 
 __all__ = [
     "ATTENTION_IMPLEMENTATIONS",
@@ -38,24 +35,17 @@ __all__ = [
     "attention",
     "attention_bwd",
     "attention_fwd",
-    "by_heads",
-    "contract",
     "cross_entropy_bwd",
     "cross_entropy_fwd",
     "dropout_bwd",
     "dropout_fwd",
     "embedding_bwd",
     "embedding_fwd",
-    "from_heads",
     "gelu_bwd",
     "gelu_fwd",
-    "in_turn",
-    "join_heads",
     "layernorm_bwd",
     "layernorm_fwd",
     "linear_bwd",
     "linear_fwd",
-    "not_before",
-    "split_heads",
     "target_weights",
 ]

@@ -14,8 +14,8 @@ from jaxtyping import Array, Bool, Float, Key
 
 from gptjax.ops.blockwise import blockwise_bwd, blockwise_fwd
 from gptjax.ops.dropout import dropout_bwd, dropout_fwd
-from gptjax.ops.precision import accumulation_dtype, contract
 from gptjax.ops.splash import splash, splash_fwd
+from gptjax.xla.products import accumulation_dtype, contract
 
 Heads = Float[Array, "B T H D"]
 KeyHeads = Float[Array, "B S H D"]

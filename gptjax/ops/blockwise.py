@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float, Key
 
 from gptjax.ops.dropout import dropout_bwd, dropout_fwd
-from gptjax.ops.precision import accumulation_dtype
+from gptjax.xla.products import accumulation_dtype
 
 BLOCK = 128  # rows of queries, and of keys, handled at once, at most
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
-from gptjax.ops.random import bernoulli
+from gptjax.xla.random import bernoulli
 
 
 @partial(jax.jit, static_argnames="rate")
@@ -35,7 +35,7 @@ def dropout_fwd(
 
 @partial(jax.jit, static_argnames="rate")
 def dropout_bwd(keep: Bool[Array, "*shape"] | None, rate: float, dy: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Dx of `dropout_fwd`."""
+    """``dx`` of `dropout_fwd`."""
     if keep is None:
         return dy
     return jnp.where(keep, dy * (1 / (1 - rate)), jnp.zeros((), dy.dtype))

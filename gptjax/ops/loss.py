@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from gptjax.ops.precision import accumulation_dtype
+from gptjax.xla.products import accumulation_dtype
 
 IGNORE_INDEX = -1  # a target with this id does not count
 
@@ -67,7 +67,7 @@ def cross_entropy_fwd(
 
 @partial(jax.jit, static_argnames="vocab_size")
 def cross_entropy_bwd(saved: CrossEntropySaved, vocab_size: int, dloss: Float[Array, ""] | float = 1.0) -> Float[Array, "N Vp"]:
-    """Dlogits of `cross_entropy_fwd`."""
+    """``dlogits`` of `cross_entropy_fwd`."""
     logits, lse, q, targets, weights = saved
     x = _exclude_padding(logits.astype(lse.dtype), vocab_size)
     share = jnp.where(_is_target(x, targets), -jnp.ones((), x.dtype), jnp.exp(x - lse[:, None]))

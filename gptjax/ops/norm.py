@@ -7,9 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from gptjax.ops.precision import accumulation_dtype
-from gptjax.ops.schedule import in_turn, not_before
-from gptjax.sharding import as_used
+from gptjax.xla.products import accumulation_dtype
 
 EPS = 1e-5  # GPT-2's
 
@@ -43,7 +41,6 @@ def layernorm_fwd(
     mean = xf.mean(-1, keepdims=True)
     rstd = lax.rsqrt(jnp.square(xf - mean).mean(-1, keepdims=True) + EPS)
     n = (xf - mean) * rstd
-    w, b = as_used(w, "C"), as_used(b, "C")
     y = n * jnp.broadcast_to(w.astype(n.dtype), n.shape) + jnp.broadcast_to(b.astype(n.dtype), n.shape)
     return y.astype(x.dtype), LayerNormSaved(x, mean, rstd)
 
@@ -53,11 +50,9 @@ def layernorm_bwd(
     saved: LayerNormSaved, w: Float[Array, " C"], dy: Float[Array, "B T C"]
 ) -> tuple[Float[Array, "B T C"], Float[Array, " C"], Float[Array, " C"]]:
     """(dx, dw, db) of `layernorm_fwd`."""
-    x, mean, rstd = saved.x, not_before(dy, saved.mean), not_before(dy, saved.rstd)  # else their broadcasts are stored
+    x, mean, rstd = saved
     n = (x.astype(mean.dtype) - mean) * rstd
     dyf = dy.astype(mean.dtype)
-    dn = dyf * jnp.broadcast_to(as_used(w, "C").astype(mean.dtype), dy.shape)
+    dn = dyf * jnp.broadcast_to(w.astype(mean.dtype), dy.shape)
     dx = rstd * (dn - dn.mean(-1, keepdims=True) - n * (dn * n).mean(-1, keepdims=True))
-    dw = (dyf * n).sum((0, 1)).astype(w.dtype)
-    db = dyf.sum((0, 1)).astype(w.dtype)
-    return in_turn((dw, db), dx.astype(x.dtype)), dw, db
+    return dx.astype(x.dtype), (dyf * n).sum((0, 1)), dyf.sum((0, 1))

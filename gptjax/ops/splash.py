@@ -7,7 +7,7 @@ import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from gptjax.sharding import RULES, parts
+from gptjax.parallel.sharding import RULES, num_shards
 
 LANES = 128  # of a TPU's vector unit: T is a multiple of it
 LARGEST_BLOCK = 512  # rows of queries, and of keys, handled at once
@@ -32,9 +32,9 @@ def splash(q: Heads, k: Heads, v: Heads) -> Heads:
         heads_first = (x.swapaxes(1, 2) for x in (q * (1 / math.sqrt(D)), k, v))  # the kernel does not scale
         return jax.vmap(_kernel(T, q.shape[2]))(*heads_first).swapaxes(1, 2)
 
-    if parts() == 1:
+    if num_shards() == 1:
         return one_device(q, k, v)
-    cut = PartitionSpec(RULES["B"].used, None, RULES["H"].used, None)  # XLA cannot split a kernel: each device runs its own
+    cut = PartitionSpec(RULES["B"].compute, None, RULES["H"].compute, None)  # XLA cannot split a kernel: each device runs its own
     return jax.shard_map(one_device, in_specs=(cut, cut, cut), out_specs=cut, check_vma=False)(q, k, v)
 
 

@@ -19,7 +19,7 @@ import jaxlib
 import numpy as np
 from jaxtyping import Array, Float
 
-from gptjax.cache import compiled_folder, processor
+from gptjax.xla.cache import compiled_folder, processor
 from gptjax.durable import write_whole
 from gptjax.errors import GptjaxError
 

@@ -1,4 +1,4 @@
-"""The devices that a run computes on, and arrays laid out over them: what `gptjax.sharding`'s table means for a model."""
+"""The devices that a run computes on, and arrays laid out over them: what the rules of `gptjax.parallel.sharding` mean for a model."""
 
 import dataclasses
 import itertools
@@ -12,10 +12,15 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gptjax.errors import ConfigError
-from gptjax.models.config import GPT2Config
-from gptjax.models.params import WEIGHTS, Block, Params, axis_sizes
-from gptjax.sharding import MESH_AXES, RULES, kept
+from gptjax.parallel.sharding import MESH_AXES, RULES, param_spec
 
+OPTIONS = {  # that set the size of an axis which a mesh cuts
+    "B": "data.batch_size",
+    "C": "model.channels",
+    "H": "model.num_heads",
+    "F": "model.hidden",
+    "Vp": "model.vocab_size, padded to",
+}
 LISTED = 4  # of the meshes that can be, where one cannot
 
 
@@ -50,12 +55,12 @@ class MeshConfig:
         return self.data, self.fsdp, self.tensor
 
 
-def make_mesh(cfg: MeshConfig, model: GPT2Config, batch_size: int, devices: Sequence[Any] | None = None) -> Mesh | None:
+def make_mesh(cfg: MeshConfig, sizes: dict[str, int], batch_size: int, devices: Sequence[Any] | None = None) -> Mesh | None:
     """The mesh, or None for one device.
 
     Args:
         cfg: its shape.
-        model: what has to be cut evenly.
+        sizes: of the model's logical axes, which have to be cut evenly.
         batch_size: rows of a micro-batch, on all devices together.
         devices: what there is; by default all of JAX's. In one process some may stay idle.
 
@@ -65,7 +70,7 @@ def make_mesh(cfg: MeshConfig, model: GPT2Config, batch_size: int, devices: Sequ
     """
     devices = jax.devices() if devices is None else devices
     processes = len({device.process_index for device in devices})
-    shape = mesh_shape(cfg, model, batch_size, len(devices), processes)
+    shape = mesh_shape(cfg, sizes, batch_size, len(devices), processes)
     if len(devices) == 1 or (shape == (1, 1, 1) and processes == 1):
         return None
     used = list(devices)[: math.prod(shape)]
@@ -76,12 +81,12 @@ def make_mesh(cfg: MeshConfig, model: GPT2Config, batch_size: int, devices: Sequ
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def mesh_shape(cfg: MeshConfig, model: GPT2Config, batch_size: int, devices: int, processes: int = 1) -> tuple[int, ...]:
+def mesh_shape(cfg: MeshConfig, sizes: dict[str, int], batch_size: int, devices: int, processes: int = 1) -> tuple[int, ...]:
     """(data, fsdp, tensor) of the mesh that `make_mesh` makes of so many devices; Raises as it does."""
     shape = _resolve(cfg.shape, devices)
-    obstacle = _miscounted(cfg.shape, shape, devices, processes) or _uneven(shape, model, batch_size)
+    obstacle = _miscounted(cfg.shape, shape, devices, processes) or _uneven(shape, sizes, batch_size)
     if obstacle:
-        raise ConfigError(f"{obstacle}: {_alternatives(cfg.shape, model, batch_size, devices, processes)}")
+        raise ConfigError(f"{obstacle}: {_alternatives(cfg.shape, sizes, batch_size, devices, processes)}")
     return shape
 
 
@@ -110,23 +115,21 @@ def _miscounted(asked: tuple[int, ...], shape: tuple[int, ...], devices: int, pr
     return None
 
 
-def _uneven(shape: tuple[int, ...], model: GPT2Config, batch_size: int) -> str | None:
+def _uneven(shape: tuple[int, ...], sizes: dict[str, int], batch_size: int) -> str | None:
     """Which axis that `RULES` cut does not divide by its parts."""
     mesh = dict(zip(MESH_AXES, shape, strict=True))
-    sizes = axis_sizes(model) | {"H": model.num_heads}
     for axis, rule in RULES.items():
-        for cut in (rule.used, rule.kept):
+        for cut in rule:
             parts = math.prod(mesh[name] for name in cut)
             size = batch_size if axis == "B" else sizes.get(str(axis), parts)
             if size % parts:
-                named = {"B": "data.batch_size", "H": "model.num_heads", "Vp": "model.vocab_size, padded to"}
-                what = named.get(str(axis), "model.channels" if size == model.channels else f"model.channels, whose {axis} is")
+                what = OPTIONS[str(axis)]
                 names = " x ".join(f"mesh.{name}" for name in cut)
                 return f"{what} {size} does not divide by {names} = {parts}"
     return None
 
 
-def _alternatives(asked: tuple[int, ...], model: GPT2Config, batch_size: int, devices: int, processes: int) -> str:
+def _alternatives(asked: tuple[int, ...], sizes: dict[str, int], batch_size: int, devices: int, processes: int) -> str:
     """Meshes of all the devices that can be, those most like what was asked for first, in words."""
     each = devices // processes  # that hold whole rows, or parts of the same: see `row_share`
 
@@ -136,7 +139,7 @@ def _alternatives(asked: tuple[int, ...], model: GPT2Config, batch_size: int, de
             for shape in itertools.product(_divisors(devices), repeat=len(MESH_AXES))
             if math.prod(shape) == devices
             and (each % shape[-1] == 0 or shape[-1] % each == 0)
-            and not _uneven(shape, model, rows)
+            and not _uneven(shape, sizes, rows)
         ]
 
     def unlike(shape: tuple[int, ...]) -> tuple[float, int]:
@@ -159,21 +162,25 @@ def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def param_shardings(mesh: Mesh, model: GPT2Config) -> Params:
-    """How each tensor is laid out, in the layout that ``model.layers`` runs on."""
+def param_shardings(mesh: Mesh, axes: Any) -> Any:
+    """How each parameter is laid out.
 
-    def of(name: str, axes: tuple[str, ...]) -> Any:
-        if model.layers == "scan" or name not in Block._fields:
-            return NamedSharding(mesh, kept(axes))
-        return (NamedSharding(mesh, kept(axes[1:])),) * model.num_layers
+    Args:
+        mesh: the mesh.
+        axes: a tree with the logical axes of each, see `gptjax.models.params.param_axes`.
 
-    return Params(*(of(name, weight.axes) for name, weight in WEIGHTS._asdict().items()))
+    """
+    return jax.tree.map(lambda axes: NamedSharding(mesh, param_spec(axes)), axes, is_leaf=_is_axes)
 
 
-def shardings(mesh: Mesh, model: GPT2Config, tree: Any) -> Any:
+def shardings(mesh: Mesh, axes: Any, tree: Any) -> Any:
     """How a tree is laid out: whatever is shaped like the parameters as they are, the rest whole on every device."""
-    params, is_params = param_shardings(mesh, model), lambda x: isinstance(x, Params)
+    params, is_params = param_shardings(mesh, axes), lambda x: isinstance(x, type(axes))
     return jax.tree.map(lambda x: params if is_params(x) else replicated(mesh), tree, is_leaf=is_params)
+
+
+def _is_axes(x: Any) -> bool:
+    return type(x) is tuple and all(isinstance(axis, str) for axis in x)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -183,14 +190,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def row_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
     """The layout of tokens, (..., B, T): rows cut."""
-    return NamedSharding(mesh, PartitionSpec(*[None] * (ndim - 2), RULES["B"].used, None))
+    return NamedSharding(mesh, PartitionSpec(*[None] * (ndim - 2), RULES["B"].compute, None))
 
 
-def abstract(mesh: Mesh | None, model: GPT2Config, tree: Any) -> Any:
+def abstract(mesh: Mesh | None, axes: Any, tree: Any) -> Any:
     """Shapes of a tree with the layout of `shardings`, of the kind that a function is lowered for; nothing is allocated."""
     if mesh is None:
         return tree
-    layout = shardings(mesh, model, tree)
+    layout = shardings(mesh, axes, tree)
     return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, layout)
 
 

@@ -8,21 +8,21 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from gptjax.ops.attention import Heads
-from gptjax.ops.precision import accumulation_dtype
-from gptjax.ops.schedule import in_turn
+from gptjax.xla.barrier import cpu_barrier
+from gptjax.xla.products import accumulation_dtype
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer in S slots, of which some are not yet written."""
+    """Keys and values of one layer in S slots, some of them not written yet."""
 
     k: Float[Array, "B H S D"]
     v: Float[Array, "B H S D"]
 
 
 def cached_attention(
-    q: Heads, k: Heads, v: Heads, cache: LayerCache, slot: Int[Array, ""], seen: Bool[Array, "B S"]
+    q: Heads, k: Heads, v: Heads, cache: LayerCache, slot: Int[Array, ""], visible: Bool[Array, "B S"]
 ) -> tuple[Heads, LayerCache]:
-    """`gptjax.ops.attention.materialised_fwd` of one position, T = 1, over itself and the slots that ``seen`` marks.
+    """`gptjax.ops.attention.materialised_fwd` of one position, T = 1, over itself and the ``visible`` slots.
 
     Returns:
         The output, and the cache with the position's own key and value in ``slot``.
@@ -35,14 +35,14 @@ def cached_attention(
     root = math.sqrt(q.shape[3])
     q1, k1, v1 = q[:, 0], k[:, 0], v[:, 0]
     s = jnp.einsum("bhsd,bhd->bhs", cache.k, q1, preferred_element_type=acc) / root
-    s = jnp.where(jnp.broadcast_to(seen[:, None], s.shape), s, -jnp.inf)
+    s = jnp.where(jnp.broadcast_to(visible[:, None], s.shape), s, -jnp.inf)
     own = (q1.astype(acc) * k1.astype(acc)).sum(-1, keepdims=True) / root
     top = jnp.maximum(s.max(-1, keepdims=True), own)
     e, e_own = jnp.exp(s - top), jnp.exp(own - top)
     total = e.sum(-1, keepdims=True) + e_own
     o = jnp.einsum("bhs,bhsd->bhd", (e / total).astype(v.dtype), cache.v, preferred_element_type=acc)
     o = (o + e_own / total * v1.astype(acc)).astype(q.dtype)[:, None]
-    k1, v1 = in_turn(o, k1), in_turn(o, v1)
+    k1, v1 = cpu_barrier(o, k1), cpu_barrier(o, v1)
     return o, LayerCache(
         *(lax.dynamic_update_slice_in_dim(c, x[:, :, None], slot, 2) for c, x in zip(cache, (k1, v1), strict=True))
     )

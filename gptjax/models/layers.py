@@ -1,0 +1,83 @@
+"""The ops as the models' blocks call them: with what XLA and the mesh have to be told.
+
+Each is the op of `gptjax.ops` by the same name, computing the same numbers. On one device the additions are barriers, which
+decide what the backward stores and what it computes again; on a mesh the embedding also says where its rows are summed.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from gptjax import ops
+from gptjax.ops import dropout_bwd, dropout_fwd, gelu_fwd, layernorm_fwd
+from gptjax.ops.quantized import OutIn, Quantized, quantized_linear, table_rows
+from gptjax.parallel.sharding import compute_layout, num_shards, param_layout
+from gptjax.xla.barrier import barrier, cpu_barrier
+
+__all__ = [
+    "dropout_bwd",
+    "dropout_fwd",
+    "embedding_bwd",
+    "embedding_fwd",
+    "gelu_again",
+    "gelu_bwd",
+    "gelu_fwd",
+    "layernorm_bwd",
+    "layernorm_fwd",
+    "linear_bwd",
+    "linear_fwd",
+]
+
+
+def linear_fwd(x: Array, w: Any, b: Array | None = None) -> tuple[Array, Any]:
+    """`ops.linear_fwd`; decoding brings weights that are stored in another way."""
+    return quantized_linear(x, w, b) if isinstance(w, OutIn | Quantized) else ops.linear_fwd(x, w, b)
+
+
+def linear_bwd(x: Array, w: Array, dy: Array) -> tuple[Array, Array, Array]:
+    """`ops.linear_bwd`; on CPU the weight's gradient comes before dx goes on, so that x and dy are freed."""
+    dx, dw, db = ops.linear_bwd(x, w, dy)
+    return cpu_barrier((dw, db), dx), dw, db
+
+
+def layernorm_bwd(saved: Any, w: Array, dy: Array) -> tuple[Array, Array, Array]:
+    """`ops.layernorm_bwd`; the statistics wait for dy, else their broadcasts are computed in the forward and stored."""
+    saved = saved._replace(mean=barrier(dy, saved.mean), rstd=barrier(dy, saved.rstd))
+    dx, dw, db = ops.layernorm_bwd(saved, w, dy)
+    return cpu_barrier((dw, db), dx), dw, db
+
+
+def gelu_bwd(x: Array, dy: Array) -> Array:
+    """`ops.gelu_bwd`; x waits for dy, else tanh(u) is computed in the forward and stored."""
+    return ops.gelu_bwd(barrier(dy, x), dy)
+
+
+def gelu_again(dx: Array, x: Array) -> Array:
+    """`ops.gelu_fwd` of x, computed in the backward once dx is there."""
+    return ops.gelu_fwd(barrier(dx, x))[0]
+
+
+def embedding_fwd(ids: Int[Array, "..."], table: Any) -> Float[Array, "..."]:
+    """`ops.embedding_fwd`; on a mesh a batch of ids goes to where the table's columns are, and the table stays.
+
+    Decoding brings a table that is stored in another way.
+    """
+    if isinstance(table, OutIn | Quantized):
+        return table_rows(table, ids)
+    if ids.ndim < 2 or num_shards() == 1:
+        return ops.embedding_fwd(ids, table)
+    y = ops.embedding_fwd(param_layout(ids, "B", None), table)
+    return compute_layout(param_layout(y, "B", None, "C"), "B", None, None)
+
+
+def embedding_bwd(
+    ids: Int[Array, "..."], dtable: Float[Array, "N C"], dy: Float[Array, "..."]
+) -> Float[Array, "N C"]:
+    """`ops.embedding_bwd`; on a mesh each device adds its rows to zeros, so that only their sum is sent, once."""
+    if num_shards() == 1:
+        return ops.embedding_bwd(ids, dtable, dy)
+    if ids.ndim > 1:
+        ids, dy = param_layout(ids, "B", None), param_layout(dy, "B", None, "C")
+        return dtable + ops.embedding_bwd(ids, jnp.zeros_like(dtable), dy)
+    return dtable + param_layout(ops.embedding_bwd(ids, jnp.zeros_like(dtable), dy), None, "C")

@@ -1,0 +1,273 @@
+"""The network over any family: the forward, and its backward derived by hand.
+
+`loss` is the plain forward: differentiating it with JAX is the reference. `loss_and_grad` is the backward written out.
+`loss_manual` binds the two, so that ``jax.grad(loss_manual)`` runs the hand-written backward; nothing else does.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int, Key
+
+from gptjax.models.chunks import join_chunks, row_chunks, sum_of_shares, total
+from gptjax.models.config import ModelConfig
+from gptjax.models.family import RECOMPUTED, family_of
+from gptjax.models.layers import dropout_bwd, dropout_fwd
+from gptjax.models.params import head_of, is_weight, weight_table
+from gptjax.ops import (
+    IGNORE_INDEX,
+    attention,
+    attention_bwd,
+    attention_fwd,
+    cross_entropy_bwd,
+    cross_entropy_fwd,
+)
+from gptjax.parallel.sharding import compute_layout, num_shards, param_layout
+from gptjax.xla.barrier import barrier, cpu_barrier
+from gptjax.xla.products import contract
+
+
+class Batch(NamedTuple):
+    """Token ids and, at each position, the id that comes next: arrays of JAX or NumPy, (B, T) int32.
+
+    A target of `IGNORE_INDEX` does not count; ``mask``, if given, (B, T) float, weighs each target (0 leaves it out).
+    """
+
+    inputs: Any
+    targets: Any
+    mask: Any = None
+
+
+# --- One block, and the stack of blocks with what each recompute setting keeps ---
+
+
+def training_block(
+    attend: Any, w: Any, x: Float[Array, "B T C"], positions: Any, cfg: ModelConfig, key: Key[Array, ""] | None
+) -> tuple[Float[Array, "B T C"], Any]:
+    """The family's block attending to its own sequence by ``attend``, `attention_fwd` or `attention`; ``key``: dropout."""
+    att_key, key = (None, None) if key is None else jax.random.split(key)
+    attend = partial(attend, cfg.attention, rate=cfg.dropout, key=att_key)
+    return family_of(cfg).block_fwd(to_compute(w, cfg), x, positions, cfg, attend, key)
+
+
+def blocks_fwd(
+    blocks: Any, x: Float[Array, "B T C"], positions: Any, cfg: ModelConfig, keys: Key[Array, " L"] | None
+) -> tuple[Float[Array, "B T C"], Any]:
+    """All layers in turn. Saved: per layer, what ``cfg.recompute`` says to keep."""
+
+    def body(x: Array, w_key: tuple[Any, Any]) -> tuple[Array, Any]:
+        w, key = w_key
+        y, saved = training_block(attention_fwd, w, x, positions, cfg, key)
+        if cfg.recompute == "block":
+            return y, x
+        return y, family_of(cfg).discard(saved) if cfg.recompute == "gelu" else saved
+
+    return over_layers(body, x, (blocks, keys), cfg)
+
+
+def blocks_bwd(
+    blocks: Any, saved: Any, dx: Float[Array, "B T C"], positions: Any, cfg: ModelConfig, keys: Key[Array, " L"] | None
+) -> tuple[Float[Array, "B T C"], Any]:
+    """(dx, dblocks) of `blocks_fwd`, from the last layer to the first."""
+    family = family_of(cfg)
+
+    def body(dx: Array, w_key_saved: tuple[Any, Any, Any]) -> tuple[Array, Any]:
+        w, key, saved = w_key_saved
+        dx = compute_layout(dx, "B", None, None)
+        if cfg.recompute == "block":
+            _, saved = training_block(attention_fwd, w, barrier(dx, saved), positions, cfg, key)
+        elif cfg.recompute == "gelu":
+            saved = family.recompute(saved, dx, cfg)
+        if num_shards("fsdp") > 1:  # else what the forward gathered is kept until here
+            w = jax.tree.map(partial(barrier, dx), w)
+        attend_bwd = partial(attention_bwd, cfg.attention, rate=cfg.dropout)
+        dx, dw = family.block_bwd(to_compute(w, cfg), saved, dx, positions, cfg, attend_bwd)
+        return dx, to_params(dw, w, cfg)
+
+    return over_layers(body, dx, (blocks, keys, saved), cfg, reverse=True)
+
+
+def over_layers(body: Any, carry: Any, xs: Any, cfg: ModelConfig, reverse: bool = False) -> tuple[Any, Any]:
+    """`jax.lax.scan` of ``body`` over the layers, or the same unrolled.
+
+    ``xs`` is a tuple whose entries hold one value a layer, stacked when scanned, in a sequence when unrolled, or None.
+    """
+    if cfg.layers == "scan":
+        return lax.scan(body, carry, xs, reverse=reverse)
+    ys: list[Any] = [None] * cfg.num_layers
+    for i in reversed(range(cfg.num_layers)) if reverse else range(cfg.num_layers):
+        carry, ys[i] = body(carry, tuple(None if x is None else x[i] for x in xs))
+    return carry, tuple(ys)
+
+
+def to_compute(w: Any, cfg: ModelConfig) -> Any:
+    """A block's weights where they are computed with: on a mesh gathered over fsdp, matrices in the compute dtype."""
+    if num_shards() == 1:
+        return w
+    table = weight_table(cfg, layered=False).blocks
+
+    def gather(weight: Any, x: Array) -> Array:
+        x = x.astype(cfg.compute_dtype) if weight.kind == "matrix" else x
+        return compute_layout(x, *weight.axes)
+
+    return jax.tree.map(gather, table, w, is_leaf=is_weight)
+
+
+def to_params(dw: Any, w: Any, cfg: ModelConfig) -> Any:
+    """A block's gradient as its weights are kept: in their dtype, on a mesh scattered over fsdp."""
+    dw = jax.tree.map(lambda dw, w: dw.astype(w.dtype), dw, w)
+    if num_shards() == 1:
+        return dw
+    table = weight_table(cfg, layered=False).blocks
+    return jax.tree.map(lambda weight, x: param_layout(x, *weight.axes), table, dw, is_leaf=is_weight)
+
+
+# --- The network ---
+
+
+def split_key(key: Key[Array, ""] | None, cfg: ModelConfig) -> tuple[Any, Any]:
+    """Keys of the embedding's dropout and of each layer."""
+    if key is None or not (cfg.dropout or cfg.dropout_mlp):
+        return None, None
+    key, block_key = jax.random.split(key)
+    return key, jax.random.split(block_key, cfg.num_layers)
+
+
+def positions_of(inputs: Int[Array, "B T"]) -> Int[Array, " T"]:
+    """0, 1, 2...: where each token stands."""
+    return jnp.arange(inputs.shape[1], dtype=jnp.int32)
+
+
+def hidden(params: Any, inputs: Int[Array, "B T"], cfg: ModelConfig, key: Key[Array, ""] | None = None) -> Array:
+    """(B, T) ids -> (B, T, C), the final norm's output: the plain forward up to the classifier."""
+    family, positions = family_of(cfg), positions_of(inputs)
+    key, keys = split_key(key, cfg)
+    x = family.embed_fwd(params, inputs, positions, cfg)
+    x, _ = dropout_fwd(x, cfg.dropout, key)
+
+    def body(x: Array, w_key: tuple[Any, Any]) -> tuple[Array, None]:
+        return training_block(attention, w_key[0], x, positions, cfg, w_key[1])[0], None
+
+    if cfg.recompute == "block":
+        body = jax.checkpoint(body)
+    elif cfg.recompute == "gelu":
+        body = jax.checkpoint(body, policy=jax.checkpoint_policies.save_anything_except_these_names(RECOMPUTED))
+    x, _ = over_layers(body, x, (params.blocks, keys), cfg)
+    return family.norm_fwd(params, x)[0]
+
+
+def logits(params: Any, inputs: Int[Array, "B T"], cfg: ModelConfig) -> Float[Array, "B T V"]:
+    """(B, T) ids -> (B, T, V) scores of the next token, without dropout."""
+    head = head_of(params, cfg)
+    return hidden(params, inputs, cfg) @ head[: cfg.vocab_size].T.astype(cfg.compute_dtype)
+
+
+def loss(
+    params: Any, batch: Batch, cfg: ModelConfig, key: Key[Array, ""] | None = None, count: Float[Array, ""] | None = None
+) -> Float[Array, ""]:
+    """Mean cross-entropy of the targets in nats: the plain forward, free of custom derivatives.
+
+    Args:
+        params: in the layout of ``cfg.layers``.
+        batch: ids below ``cfg.vocab_size``; at most ``cfg.max_seq_len`` long.
+        cfg: `ModelConfig.resolve`d; static under jit.
+        key: turns dropout on.
+        count: divides the summed loss in place of this batch's own count of targets; see `gptjax.ops.target_weights`.
+
+    """
+    x = hidden(params, batch.inputs, cfg, key)
+    w = compute_layout(head_of(params, cfg).astype(x.dtype), "Vp", "C")
+
+    def chunk_loss(x: Array, targets: Array, weights: Array) -> Array:
+        return cross_entropy_fwd(contract("nc,vc->nv", x, w), targets, weights, cfg.vocab_size)[0]
+
+    chunks = row_chunks(x, batch.targets, batch.mask, cfg.loss_chunks, count)
+    if cfg.loss_chunks > 1:
+        chunk_loss = jax.checkpoint(chunk_loss)
+    losses = [chunk_loss(*chunk) for chunk in chunks]
+    return sum(losses[1:], losses[0])
+
+
+def loss_and_grad(
+    params: Any, batch: Batch, cfg: ModelConfig, key: Key[Array, ""] | None = None, count: Float[Array, ""] | None = None
+) -> tuple[Float[Array, ""], Any]:
+    """`loss` and its gradient with respect to every parameter, by the backward derived by hand. Arguments as in `loss`."""
+    family, positions = family_of(cfg), positions_of(batch.inputs)
+    key, keys = split_key(key, cfg)
+
+    x = family.embed_fwd(params, batch.inputs, positions, cfg)
+    x, drop = dropout_fwd(x, cfg.dropout, key)
+    x, saved = blocks_fwd(params.blocks, x, positions, cfg, keys)
+    h, norm = family.norm_fwd(params, x)
+
+    value, dh, dhead = classifier_and_grad(head_of(params, cfg), h, batch, cfg, count)
+
+    dx, dnorm = family.norm_bwd(params, norm, dh)
+    dx, dblocks = blocks_bwd(params.blocks, saved, dx, positions, cfg, keys)
+    dx = dropout_bwd(drop, cfg.dropout, dx)
+    dembed = family.embed_bwd(params, batch.inputs, positions, dhead, dx)
+    grads = family.Params(**dembed, **dnorm, blocks=dblocks)
+    return value, jax.tree.map(lambda g, w: g.astype(w.dtype), grads, params)
+
+
+def classifier_and_grad(
+    head: Float[Array, "Vp C"], h: Float[Array, "B T C"], batch: Batch, cfg: ModelConfig, count: Any
+) -> tuple[Float[Array, ""], Float[Array, "B T C"], Float[Array, "Vp C"]]:
+    """(loss, dh, dhead) of the classifier ``scores = h head^T`` and the cross-entropy.
+
+    Forward and backward of a chunk of rows follow each other, so a chunk's scores live only as long as the chunk.
+    """
+    value: list[Array] = []
+    dh: list[Array] = []
+    dhead: Any = None
+    w = compute_layout(head.astype(h.dtype), "Vp", "C")
+    for x, targets, weights in row_chunks(h, batch.targets, batch.mask, cfg.loss_chunks, count):
+        scores = contract("nc,vc->nv", cpu_barrier((dh[-1], dhead), x) if dh else x, w)
+        nll, saved = cross_entropy_fwd(scores, targets, weights, cfg.vocab_size)
+        dscores = cross_entropy_bwd(saved, cfg.vocab_size)
+        dh.append(contract("nv,vc->nc", dscores, w))
+        dw = sum_of_shares(
+            lambda dscores, x: jnp.einsum("nv,nc->vc", dscores, x, preferred_element_type=head.dtype), dscores, x
+        )
+        dhead = dw if dhead is None else dhead + dw
+        value.append(nll)
+    return sum(value[1:], value[0]), join_chunks(dh, h), total(dhead)
+
+
+def token_losses(params: Any, batch: Batch, cfg: ModelConfig) -> Float[Array, "B T"]:
+    """-log p of each target in nats, without dropout; 0 at `IGNORE_INDEX`. Their mean is `loss`.
+
+    The mask has no part in it. One sequence's scores of the whole vocabulary are in memory at a time. Arguments as in `loss`.
+    """
+    x = hidden(params, batch.inputs, cfg)
+    head = head_of(params, cfg).astype(x.dtype)
+
+    def one_token(scores: Array, target: Array) -> Array:
+        return cross_entropy_fwd(scores[None], target[None], jnp.ones(1, scores.dtype), cfg.vocab_size)[0]
+
+    def one_sequence(x_targets: tuple[Array, Array]) -> Array:
+        x, targets = x_targets
+        losses = jax.vmap(one_token)(contract("tc,vc->tv", x, head), targets)
+        return jnp.where(targets == IGNORE_INDEX, jnp.zeros((), losses.dtype), losses)
+
+    return lax.map(one_sequence, (x, jnp.asarray(batch.targets)))
+
+
+# --- The binding ---
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def loss_manual(
+    params: Any, batch: Batch, cfg: ModelConfig, key: Key[Array, ""] | None = None, count: Float[Array, ""] | None = None
+) -> Float[Array, ""]:
+    """`loss`, whose derivative under `jax.grad` is `loss_and_grad`'s."""
+    return loss(params, batch, cfg, key, count)
+
+
+loss_manual.defvjp(
+    lambda params, batch, cfg, key=None, count=None: loss_and_grad(params, batch, cfg, key, count),
+    lambda cfg, grads, dloss: (jax.tree.map(lambda g: g * dloss.astype(g.dtype), grads), None, None, None),
+)
