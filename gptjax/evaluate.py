@@ -18,6 +18,7 @@ import jax
 import yaml
 
 from gptjax import cli, datasets, hellaswag, tokenizers
+from gptjax.cache import keep_compiled_programs
 from gptjax.data import Windows, in_order
 from gptjax.datasets import Corpus
 from gptjax.errors import ConfigError, DataError, naming
@@ -93,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     with cli.reported_errors(PROG, "lower batch_size"):
         cfg, _ = cli.parse(EvaluateConfig, PROG, __doc__ or "", argv)
         cli.keep_freed_memory()
-        cli.keep_compiled_programs()
+        keep_compiled_programs()
         cli.quiet_libraries()
         cli.replace_unprintable()
         source = open_weights(cfg.checkpoint)

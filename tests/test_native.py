@@ -2,8 +2,9 @@
 
 import _ctypes
 import dataclasses
-import subprocess
+import os
 import tempfile
+import time
 from pathlib import Path
 
 import jax
@@ -73,20 +74,98 @@ def kept(monkeypatch, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("compiler", ["no-such-compiler", "false", '"unclosed', "sleep 9 #"])
-def test_without_a_compiler_that_works_it_is_not_available(kept, monkeypatch, caplog, compiler):
+def script(path, *lines):
+    """A program of ``path``'s, for ``CXX``."""
+    path.write_text("\n".join(["#!/bin/sh", *lines]) + "\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+GARBAGE = 'for last; do :; done; printf "\\177ELF and nothing that follows" > "$last"'  # the last argument is the output
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "true", '"unclosed', GARBAGE])
+def test_without_a_compiler_that_works_it_is_not_available(kept, monkeypatch, caplog, tmp_path_factory, compiler):
+    if compiler == GARBAGE:
+        compiler = script(tmp_path_factory.mktemp("bin") / "c++", GARBAGE)
     monkeypatch.setenv("CXX", compiler)
-    monkeypatch.setattr(native, "PATIENCE", 0.2)
     with caplog.at_level("INFO", "gptjax.native"):
         assert not native.available.__wrapped__()
     assert "AdamW is XLA's" in caplog.text
     assert not list(kept.iterdir())
 
 
+@pytest.mark.usefixtures("compiler")
+def test_a_library_that_crashes_who_loads_it_crashes_another_process(kept, monkeypatch, caplog, tmp_path_factory):
+    """The first half of a library: the dynamic linker reads behind its end."""
+    folder = tmp_path_factory.mktemp("bin")
+    half = folder / "half.so"
+    code = native.compiled(native.compiler(), None)
+    half.write_bytes(code[: len(code) // 2])
+    monkeypatch.setenv("CXX", script(folder / "c++", f'for last; do :; done; cp {half} "$last"'))
+    with caplog.at_level("INFO", "gptjax.native"):
+        assert not native.available.__wrapped__()
+    assert "AdamW is XLA's" in caplog.text
+    assert not list(kept.iterdir())
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
+@pytest.mark.parametrize("leader", ["hangs", "exits"])
+def test_all_that_a_compiler_started_ends_with_it(kept, monkeypatch, tmp_path_factory, leader):
+    folder = tmp_path_factory.mktemp("bin")
+    lines = f"sleep 600 & echo $! > {folder}/child", "wait" if leader == "hangs" else "exit 1"
+    monkeypatch.setenv("CXX", script(folder / "c++", *lines))
+    monkeypatch.setattr(native, "PATIENCE", 2.0 if leader == "hangs" else 60.0)
+    before = time.monotonic()
+    assert not native.available.__wrapped__()
+    assert time.monotonic() - before < 60
+    child, end = int((folder / "child").read_text()), time.monotonic() + 30
+    while alive(child) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not alive(child)
+
+
+def test_a_compiler_that_hangs_is_not_asked_again_for_a_day(kept, monkeypatch, caplog, tmp_path_factory):
+    """Until the file that says so is deleted, or CXX names another."""
+    slow = script(tmp_path_factory.mktemp("bin") / "c++", "sleep 600")
+    monkeypatch.setenv("CXX", slow)
+    monkeypatch.setattr(native, "PATIENCE", 0.2)
+    calls = compilers_calls(monkeypatch)
+    assert not native.available.__wrapped__()
+    assert len(calls) == 1
+    (marker,) = kept.iterdir()
+    with caplog.at_level("INFO", "gptjax.native"):
+        assert not native.available.__wrapped__()
+    assert len(calls) == 1
+    assert f"delete {marker}, or name another compiler in CXX" in caplog.text
+    yesterday = time.time() - native.LEFT_ALONE - 1
+    os.utime(marker, (yesterday, yesterday))
+    assert not native.available.__wrapped__()
+    assert len(calls) == 2
+    assert time.time() - marker.stat().st_mtime < native.LEFT_ALONE
+    monkeypatch.setenv("CXX", f"{slow} -O0")
+    assert not native.available.__wrapped__()
+    assert len(calls) == 3
+
+
 def compilers_calls(monkeypatch):
     """A list that grows with each call of the compiler."""
-    calls, run = [], subprocess.run
-    monkeypatch.setattr(subprocess, "run", lambda *args, **options: calls.append(args) or run(*args, **options))
+    calls, run = [], native.run
+
+    def counted(command):
+        if str(native.SOURCE) in command:
+            calls.append(command)
+        run(command)
+
+    monkeypatch.setattr(native, "run", counted)
     return calls
 
 
@@ -95,23 +174,28 @@ def test_it_is_compiled_once_for_each_processor(kept, monkeypatch):
     calls = compilers_calls(monkeypatch)
     assert native.library().adamw
     assert native.library().adamw
-    assert (len(calls), len(list(kept.iterdir()))) == (1, 1)
+    assert (len(calls), len(list(kept.glob("*.so")))) == (1, 1)
     monkeypatch.setattr("gptjax.native.processor", lambda: "another")
     native.library()
-    assert (len(calls), len(list(kept.iterdir()))) == (2, 2)
+    assert (len(calls), len(list(kept.glob("*.so")))) == (2, 2)
 
 
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("content", ["nothing", "another library"])
+@pytest.mark.parametrize("content", ["nothing", "half", "another library", "another library with its hash"])
 def test_a_damaged_one_is_made_anew(kept, monkeypatch, content):
     native.library()
-    (path,) = kept.iterdir()
-    path.unlink()  # it is loaded: writing into it would be writing into this process
-    path.write_bytes(b"" if content == "nothing" else Path(_ctypes.__file__).read_bytes())
+    (path,) = kept.glob("*.so")
+    whole = path.read_bytes()
+    damaged = {"nothing": b"", "half": whole[: len(whole) // 2]}.get(content, Path(_ctypes.__file__).read_bytes())
+    path.write_bytes(damaged)
+    if content.endswith("hash"):
+        native.recorded(path).write_text(native.sha256(damaged))
     calls = compilers_calls(monkeypatch)
     assert native.library().adamw
     assert len(calls) == 1
-    assert b"adamw" in path.read_bytes()
+    assert path.read_bytes() == whole
+    assert native.library().adamw
+    assert len(calls) == 1
 
 
 @pytest.mark.usefixtures("compiler")
