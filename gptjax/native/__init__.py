@@ -79,6 +79,7 @@ def library() -> ctypes.CDLL:
         with contextlib.suppress(OSError, GptjaxError):
             for path, content in ((kept, code), (recorded(kept), sha256(code).encode())):
                 with write_whole(path) as file:
+                    os.fchmod(file.fileno(), 0o600)  # whatever the umask: `read_private` takes nothing that others can write
                     file.write(content)
     return found
 
