@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key
 
+from gptjax.models.batch import checked_batch, checked_ids
 from gptjax.models.config import GPT2Config
 from gptjax.models.params import Block, Params, join_layers, split_layers
 from gptjax.models.pieces import join_pieces, row_pieces, sum_of_shares, total
@@ -43,6 +45,9 @@ from gptjax.ops import (
 from gptjax.sharding import as_used
 
 QKV, ATTPROJ, FC, FCPROJ = ("C", "HD"), ("HD", "C"), ("C", "F"), ("F", "C")  # the linear layers' logical axes
+
+
+Ids = Int[Array, "B T"] | Int[np.ndarray, "B T"]
 
 
 class Batch(NamedTuple):
@@ -189,8 +194,9 @@ def _split_key(key: Key[Array, ""] | None, cfg: GPT2Config) -> tuple[Any, Any]:
     return key, jax.random.split(block_key, cfg.num_layers)
 
 
-def hidden(params: Params, inputs: Int[Array, "B T"], cfg: GPT2Config, key: Key[Array, ""] | None = None) -> Array:
+def hidden(params: Params, inputs: Ids, cfg: GPT2Config, key: Key[Array, ""] | None = None) -> Array:
     """(B, T) ids -> (B, T, C), the final LayerNorm's output: the plain forward up to the classifier."""
+    inputs = checked_ids("inputs", inputs, cfg)
     key, keys = _split_key(key, cfg)
     x = embedding_fwd(inputs, jnp.arange(inputs.shape[1], dtype=jnp.int32), params.wte, params.wpe, cfg.compute_dtype)
     x, _ = dropout_fwd(x, cfg.dropout, key)
@@ -206,7 +212,7 @@ def hidden(params: Params, inputs: Int[Array, "B T"], cfg: GPT2Config, key: Key[
     return layernorm_fwd(x, params.lnfw, params.lnfb)[0]
 
 
-def logits(params: Params, inputs: Int[Array, "B T"], cfg: GPT2Config) -> Float[Array, "B T V"]:
+def logits(params: Params, inputs: Ids, cfg: GPT2Config) -> Float[Array, "B T V"]:
     """(B, T) ids -> (B, T, V) scores of the next token, without dropout."""
     return hidden(params, inputs, cfg) @ params.wte[: cfg.vocab_size].T.astype(cfg.compute_dtype)
 
@@ -223,7 +229,11 @@ def loss(
         key: turns dropout on.
         count: divides the summed loss in place of this batch's own count of targets; see `target_weights`.
 
+    Raises:
+        ValueError: a sequence is too long, or a NumPy array holds an id outside the vocabulary; see `checked_batch`.
+
     """
+    batch = checked_batch(batch, cfg)
     x = hidden(params, batch.inputs, cfg, key)
 
     def piece(x: Array, targets: Array, weights: Array) -> Array:
@@ -239,6 +249,7 @@ def loss_and_grad(
     params: Params, batch: Batch, cfg: GPT2Config, key: Key[Array, ""] | None = None, count: Float[Array, ""] | None = None
 ) -> tuple[Float[Array, ""], Params]:
     """`loss` and its gradient with respect to every parameter, by the backward derived by hand. Arguments as in `loss`."""
+    batch = checked_batch(batch, cfg)
     key, keys = _split_key(key, cfg)
     blocks = split_layers(params)
     positions = jnp.arange(batch.inputs.shape[1], dtype=jnp.int32)

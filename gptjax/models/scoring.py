@@ -6,6 +6,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from gptjax.models import gpt2
+from gptjax.models.batch import checked_batch
 from gptjax.models.config import GPT2Config
 from gptjax.models.gpt2 import Batch
 from gptjax.models.params import Params
@@ -22,7 +23,11 @@ def token_losses(params: Params, batch: Batch, cfg: GPT2Config) -> Float[Array, 
         batch: ids below ``cfg.vocab_size``; at most ``cfg.max_seq_len`` long.
         cfg: resolved; static under jit.
 
+    Raises:
+        ValueError: a sequence is too long, or a NumPy array holds an id outside the vocabulary; see `checked_batch`.
+
     """
+    batch = checked_batch(batch, cfg)
     x = gpt2.hidden(params, batch.inputs, cfg)
     wte = params.wte.astype(x.dtype)
 
@@ -34,4 +39,4 @@ def token_losses(params: Params, batch: Batch, cfg: GPT2Config) -> Float[Array, 
         losses = jax.vmap(one_token)(contract("tc,vc->tv", x, wte), targets)
         return jnp.where(targets == IGNORE_INDEX, jnp.zeros((), losses.dtype), losses)
 
-    return lax.map(one_sequence, (x, jnp.asarray(batch.targets)))
+    return lax.map(one_sequence, (x, batch.targets))
