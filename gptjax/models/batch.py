@@ -1,6 +1,6 @@
-"""What a batch must be for the model: an id that is not in a table would be looked up as another one, silently."""
+"""Token ids for the model, checked: one that is not in a table would be looked up as another one, silently."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +10,18 @@ from gptjax.models.config import GPT2Config
 from gptjax.ops import IGNORE_INDEX
 
 NAMED = 3  # ids that an error names
+Ids = Int[Array, "B T"] | Int[np.ndarray, "B T"]
+
+
+class Batch(NamedTuple):
+    """Token ids and, at each position, the id that comes next: arrays of JAX or NumPy, (B, T) int32.
+
+    A target of `IGNORE_INDEX` does not count; ``mask``, if given, (B, T) float, weighs each target (0 leaves it out).
+    """
+
+    inputs: Any
+    targets: Any
+    mask: Any = None
 
 
 def checked_ids(name: str, ids: Any, cfg: GPT2Config, ignored: bool = False) -> Int[Array, "B T"]:
@@ -45,8 +57,8 @@ def checked_ids(name: str, ids: Any, cfg: GPT2Config, ignored: bool = False) -> 
     return jnp.asarray(ids)
 
 
-def checked_batch(batch: Any, cfg: GPT2Config) -> Any:
-    """A `gptjax.models.gpt2.Batch` as arrays of JAX's.
+def checked_batch(batch: Batch, cfg: GPT2Config) -> Batch:
+    """A batch as arrays of JAX's.
 
     Raises:
         ValueError: as in `checked_ids`, or the shapes differ.

@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
-from gptjax.models.batch import checked_batch, checked_ids
+from gptjax.models.batch import Batch, Ids, checked_batch, checked_ids
 from gptjax.models.config import GPT2Config
 from gptjax.models.params import Block, Params, join_layers, split_layers
 from gptjax.models.pieces import join_pieces, row_pieces, sum_of_shares, total
@@ -45,20 +44,6 @@ from gptjax.ops import (
 from gptjax.sharding import as_used
 
 QKV, ATTPROJ, FC, FCPROJ = ("C", "HD"), ("HD", "C"), ("C", "F"), ("F", "C")  # the linear layers' logical axes
-
-
-Ids = Int[Array, "B T"] | Int[np.ndarray, "B T"]
-
-
-class Batch(NamedTuple):
-    """Token ids and, at each position, the id that comes next: arrays of JAX or NumPy, (B, T) int32.
-
-    A target of `IGNORE_INDEX` does not count; ``mask``, if given, (B, T) float, weighs each target (0 leaves it out).
-    """
-
-    inputs: Any
-    targets: Any
-    mask: Any = None
 
 
 # --- One block ---

@@ -34,7 +34,7 @@ def numpys(T=7):
 def test_a_sequence_longer_than_the_position_table_is_refused(f, of):
     batch = jax.tree.map({"numpy": np.asarray}.get(of, jnp.asarray), numpys(T=13))
     with pytest.raises(
-        ValueError, match=r"^inputs are 13 tokens long and the model reads at most max_seq_len 12: cut them shorter$"
+        ValueError, match=r"^inputs are 13 tokens long and the model reads at most max_seq_len 12: cut them shorter"
     ):
         (jax.jit(f) if of == "jit" else f)(batch)
 
@@ -45,7 +45,7 @@ def test_an_id_outside_the_vocabulary_is_named_with_its_place(f, bad):
     """-1 is `IGNORE_INDEX`, but of targets alone."""
     inputs = numpys().inputs.astype(np.int64)
     inputs[1, 3] = bad
-    with pytest.raises(ValueError, match=rf"^inputs must be ids from 0 to 10, not {bad} at \[1, 3\]$"):
+    with pytest.raises(ValueError, match=rf"^inputs must be ids from 0 to 10, not {bad} at \[1, 3\](\n|$)"):
         f(numpys()._replace(inputs=inputs))
 
 
