@@ -18,12 +18,11 @@ from gptjax import cli, tokenizers
 from gptjax.errors import ConfigError, FormatError
 from gptjax.formats import hf_tokenizer, llmc, llmc_tokenizer
 from gptjax.formats.binary import HEADER_BYTES, read_header
-from gptjax.formats.json_files import read_object
 from gptjax.formats.lazy import tensor_names
 from gptjax.formats.safetensors import DTYPES
 from gptjax.formats.token_shards import FLAVOURS, open_shard
 from gptjax.models.params import num_params
-from gptjax.tokenizers import GPT2_IDS, BytePairEncoding
+from gptjax.tokenizers import GPT2_IDS
 from gptjax.weights import Format, Source, dtype_of, open_weights, write_weights
 
 PROG = "python -m gptjax.convert"
@@ -68,7 +67,7 @@ def convert(where: str, destination: Path, to: Format | None, dtype: str | None)
     chosen_format = to or suffixes.get(destination.suffix, "hf")
     write_weights(source, destination, chosen_format, chosen)
     print(describe(source))
-    if source.tokenizer and not (isinstance(source.tokenizer, BytePairEncoding) and chosen_format == "hf"):
+    if source.tokenizer and not (hf_tokenizer.can_write(source.tokenizer) and chosen_format == "hf"):
         print(f"{'note':<10} {chosen_format} keeps no {source.tokenizer.kind} tokenizer: it was left out")
     for path in sorted(destination.iterdir()) if destination.is_dir() else [destination]:
         with path.open("rb") as file:
@@ -138,8 +137,7 @@ def _debug_state(path: Path) -> str:
 
 
 def _tokenizer(path: Path) -> str:
-    known = path.suffix == ".json" and "model" in read_object(path)
-    found = hf_tokenizer.read(path.parent) if known and path.name == "tokenizer.json" else tokenizers.find(str(path))
+    found = tokenizers.find(str(path))
     return f"{'format':<10} tokenizer\n{'vocabulary':<10} {found.vocab_size} ids, end-of-text {found.end_of_text}"
 
 

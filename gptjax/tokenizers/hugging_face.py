@@ -1,0 +1,164 @@
+"""What Hugging Face's ``tokenizers`` wrote and no ranks of merges express: that library itself encodes it."""
+
+import dataclasses
+import functools
+import json
+import re
+from typing import Any
+
+from gptjax.errors import DataError
+from gptjax.tokenizers.bpe import LARGEST, PRINTABLE
+from gptjax.tokenizers.interface import Tokenizer
+
+BYTES = {character: byte for byte, character in PRINTABLE.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class HuggingFace(Tokenizer):
+    """A byte-level BPE in a ``tokenizer.json``: merges and ids in any order, added tokens, ``ignore_merges``.
+
+    Special tokens are never found in text; other added tokens are, as the library does it. A setting that changes ids and
+    that this project could not keep to where it encodes text in parts, or decodes bytes one by one, is refused.
+
+    Raises:
+        ValueError: the library cannot read it, or it has such a setting; the message names it.
+
+    """
+
+    name: str
+    source: str
+    """The content of ``tokenizer.json``, as `canonical` gives it."""
+    end_of_text: int | None = None
+    kind = "hf"
+
+    def __post_init__(self) -> None:
+        content = json.loads(self.source)
+        check_settings(content, self.library)
+        for token in content["added_tokens"]:
+            text = token["content"]
+            if _bytes_of(text) != text.encode():
+                raise ValueError(f"its added token {text!r} would be decoded as other text")
+            if not token["special"] and (token["rstrip"] or re.search(r"\S\s", text)):
+                raise ValueError(f"its added token {text!r} reaches over blanks, where a long text may be cut")
+        if self.end_of_text is not None:
+            end = self.library.id_to_token(self.end_of_text)
+            if end is None or end in map("".join, content["model"]["merges"]) or self.end_of_text in self.encode(end):
+                raise ValueError(f"its end-of-text, {end!r}, is no special token: text could hold it")
+
+    @functools.cached_property
+    def library(self) -> Any:
+        """``tokenizers``' own object."""
+        found = read_library(self.source)
+        found.encode_special_tokens = True  # as the text that they are
+        return found
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return HuggingFace, (self.name, self.source, self.end_of_text)
+
+    @functools.cached_property
+    def pieces(self) -> tuple[bytes, ...]:
+        """See `Tokenizer`."""
+        vocabulary = self.library.get_vocab()
+        return tuple(map(_bytes_of, sorted(vocabulary, key=vocabulary.__getitem__)))
+
+    @functools.cached_property
+    def _missing(self) -> frozenset[int]:
+        """Bytes that no token stands for alone; the library leaves them out of a text, or puts its ``unk_token``."""
+        known = set(self.library.get_vocab(with_added_tokens=False))
+        return frozenset(byte for byte, character in PRINTABLE.items() if character not in known)
+
+    def encode(self, text: str) -> list[int]:
+        """See `Tokenizer`. Half a surrogate pair is encoded as U+FFFD.
+
+        Raises:
+            DataError: the text has a byte that the vocabulary lacks.
+
+        """
+        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        lost = self._missing and self._missing.intersection(text.encode())
+        if lost:
+            raise DataError(
+                f"the text has the byte 0x{min(lost):02X}, which the vocabulary {self.name} lacks: leave the character out, "
+                "or name another tokenizer"
+            )
+        ids: list[int] = self.library.encode_batch_fast([text], add_special_tokens=False)[0].ids  # lets other threads run
+        return ids
+
+    def content(self) -> dict[str, object]:
+        """See `Tokenizer`."""
+        return {"tokenizer": json.loads(self.source), "end_of_text": self.end_of_text}
+
+
+def read_library(source: str) -> Any:
+    """``tokenizers``' own object from the content of a ``tokenizer.json``.
+
+    Raises:
+        ValueError: the library cannot read it, or its ids do not count up from 0.
+
+    """
+    from tokenizers import Tokenizer as Library  # half a second that only those who need it pay
+
+    try:
+        library = Library.from_str(source)
+    except Exception as error:  # the library knows no narrower one
+        raise ValueError(str(error)) from error
+    ids = library.get_vocab().values()
+    if sorted(ids) != list(range(len(ids))) or not 0 < len(ids) <= LARGEST:
+        raise ValueError(f"its {len(ids)} ids have gaps, repeat, or are more than {LARGEST}")
+    return library
+
+
+def canonical(content: dict[str, Any], end_of_text: str | None) -> tuple[str, int | None]:
+    """The content of a ``tokenizer.json`` as the library writes it, end-of-text made special; and its id.
+
+    Raises:
+        ValueError: the library cannot read it, or gives added tokens other ids than the file does.
+
+    """
+    from tokenizers import AddedToken
+
+    library = read_library(json.dumps(content))
+    for token in content.get("added_tokens") or []:
+        if library.token_to_id(token["content"]) != token["id"]:
+            raise ValueError(f"its added token {token['content']!r} has another id than its library gives it, {token['id']}")
+    if end_of_text is None:
+        return _content(library), None
+    end = library.token_to_id(end_of_text)
+    if end is None:
+        raise ValueError(f"its end-of-text {end_of_text!r} is not in its vocabulary")
+    library.add_special_tokens([AddedToken(end_of_text, special=True, normalized=False)])
+    return _content(library), end
+
+
+def _content(library: Any) -> str:
+    return json.dumps(json.loads(library.to_str()))
+
+
+def check_settings(content: dict[str, Any], library: Any) -> None:
+    """Raise ValueError for a setting of a ``tokenizer.json`` that is not kept to here.
+
+    Args:
+        content: as the library writes it: every setting is there.
+        library: that library's object.
+
+    """
+    model, before, after = content["model"], content["pre_tokenizer"] or {}, library.post_processor
+    if model["type"] != "BPE":
+        raise ValueError(f"its model is {model['type']}, not BPE")
+    for setting in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+        if model[setting]:
+            raise ValueError(f"its {setting} is {model[setting]!r}, which is not supported: nothing or false is expected")
+    for setting in ("normalizer", "truncation", "padding"):
+        if content[setting]:
+            raise ValueError(f"it changes the text or its ids (its {setting}), which is not supported")
+    if before.get("type") != "ByteLevel" or before["add_prefix_space"] or not before["use_regex"]:
+        raise ValueError("it cuts text otherwise than GPT-2 does (its pre_tokenizer)")
+    if after and after.num_special_tokens_to_add(False):
+        raise ValueError("it adds tokens to every text (its post_processor), which is not supported")
+    if (content["decoder"] or {}).get("type") != "ByteLevel":
+        raise ValueError("it does not decode bytes (its decoder): ByteLevel is expected")
+
+
+def _bytes_of(token: str) -> bytes:
+    """The bytes of a token, as the library's byte-level decoder has it: what is not all stand-ins of bytes is text."""
+    return bytes(map(BYTES.__getitem__, token)) if BYTES.keys() >= set(token) else token.encode()
