@@ -42,7 +42,7 @@ class HuggingFace(Tokenizer):
                 raise ValueError(f"its added token {text!r} reaches over blanks, where a long text may be cut")
         if self.end_of_text is not None:
             end = self.library.id_to_token(self.end_of_text)
-            if end is None or end in map("".join, content["model"]["merges"]) or self.end_of_text in self.encode(end):
+            if end is None or end in map("".join, content["model"]["merges"]) or self.end_of_text in self._ids(end):
                 raise ValueError(f"its end-of-text, {end!r}, is no special token: text could hold it")
 
     @functools.cached_property
@@ -81,7 +81,11 @@ class HuggingFace(Tokenizer):
                 f"the text has the byte 0x{min(lost):02X}, which the vocabulary {self.name} lacks: leave the character out, "
                 "or name another tokenizer"
             )
-        ids: list[int] = self.library.encode_batch_fast([text], add_special_tokens=False)[0].ids  # lets other threads run
+        return self._ids(text)
+
+    def _ids(self, text: str) -> list[int]:
+        """The library's; this way of asking for them lets other threads run."""
+        ids: list[int] = self.library.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return ids
 
     def content(self) -> dict[str, object]:

@@ -5,9 +5,11 @@ import pytest
 from gptjax import tokenizers
 from gptjax.errors import FormatError
 from gptjax.formats import hf_tokenizer
+from tests.tokenizers.test_hugging_face import library
 
 TEXT = ["the cat sat on the mat", "the dog sat on the log", "über die Straße, 12 345!"] * 20
 PADDING = {"direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "!"}
+ADDED = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
 BPE = tokenizers.train_bpe(TEXT, 290, "cats")
 
 
@@ -30,17 +32,13 @@ def test_what_is_written_is_read_back(tmp_path):
         assert again.end_of_text == BPE.end_of_text
 
 
-def test_another_order_of_merges_is_the_librarys_to_encode(tmp_path):
-    """It lists the same tokens, and joins other ones first."""
-    from tokenizers import Tokenizer
-
-    path = tmp_path / "tokenizer.json"
-    hf_tokenizer.write(tmp_path, BPE)
-    change_file(path, lambda c: c["model"]["merges"].reverse())
-    found, theirs = hf_tokenizer.read(tmp_path), Tokenizer.from_file(str(path))
-    assert found.kind == "hf"
-    assert not found.same_as(BPE)
-    assert found.encode("the cat sat") == theirs.encode("the cat sat").ids != BPE.encode("the cat sat")
+def test_what_ranks_of_merges_do_not_express_is_the_librarys_to_encode(tmp_path):
+    """By their ranks alone ``th`` and ``e`` would make "the", for that is a token: the file lists ``t he``."""
+    theirs = library([*tokenizers.byte().tokens, b"th", b"he", b"the"], [("t", "h"), ("h", "e"), ("t", "he")])
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    found = hf_tokenizer.read(tmp_path)
+    assert (found.kind, found.vocab_size, found.end_of_text) == ("hf", 260, 259)
+    assert found.encode("the he") == theirs.encode("the he").ids == [256, 101, 32, 257]
 
 
 def test_what_the_library_encodes_is_written_and_read_back(tmp_path):
@@ -83,6 +81,13 @@ def test_end_of_text_is_what_the_config_names(tmp_path, named, end):
     assert found.decode([end, 290]) == {289: "<|endoftext|>", 291: "</s>"}[end] + "<pad>"
 
 
+def test_end_of_text_is_made_special(tmp_path):
+    """As ``transformers`` does."""
+    hf_tokenizer.write(tmp_path, BPE)
+    change_file(tmp_path / "tokenizer.json", lambda c: c["added_tokens"][0].update(special=False))
+    assert hf_tokenizer.read(tmp_path).same_as(BPE)
+
+
 def test_an_end_of_text_that_is_no_token(tmp_path):
     hf_tokenizer.write(tmp_path, BPE)
     change_file(tmp_path / "tokenizer_config.json", lambda c: c.update(eos_token="</s>"))
@@ -107,12 +112,9 @@ def change_file(path, change):
         lambda c: c.update(normalizer={"type": "Lowercase"}),
         lambda c: c.update(pre_tokenizer={"type": "Whitespace"}),
         lambda c: c["added_tokens"][0].update(id=7),
-        lambda c: c["added_tokens"].append(c["added_tokens"][0] | {"id": 290, "content": "é", "special": False}),
-        lambda c: c["added_tokens"].append(c["added_tokens"][0] | {"id": 290, "content": "two words", "special": False}),
-        lambda c: c["added_tokens"].append(
-            c["added_tokens"][0] | {"id": 290, "content": "x", "special": False, "rstrip": True}
-        ),
-        lambda c: c["added_tokens"][0].update(special=False),
+        lambda c: c["added_tokens"].append(ADDED | {"id": 165, "content": "é"}),
+        lambda c: c["added_tokens"].append(ADDED | {"id": 290, "content": "two words"}),
+        lambda c: c["added_tokens"].append(ADDED | {"id": 290, "content": "<x>", "rstrip": True}),
         lambda c: c["pre_tokenizer"].update(add_prefix_space=True),
         lambda c: c["pre_tokenizer"].update(use_regex=False),
         lambda c: c.update(decoder=None),
