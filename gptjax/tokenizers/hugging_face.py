@@ -11,6 +11,10 @@ from gptjax.tokenizers.bpe import LARGEST, PRINTABLE
 from gptjax.tokenizers.interface import Tokenizer
 
 BYTES = {character: byte for byte, character in PRINTABLE.items()}
+FILE_SETTINGS = {"version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer", "post_processor"}
+FILE_SETTINGS |= {"decoder", "model"}
+MODEL_SETTINGS = {"type", "vocab", "merges", "unk_token", "fuse_unk", "byte_fallback", "ignore_merges", "dropout"}
+MODEL_SETTINGS |= {"continuing_subword_prefix", "end_of_word_suffix"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +37,7 @@ class HuggingFace(Tokenizer):
 
     def __post_init__(self) -> None:
         content = json.loads(self.source)
-        check_settings(content, self.library)
+        check(content)
         for token in content["added_tokens"]:
             text = token["content"]
             if _bytes_of(text) != text.encode():
@@ -41,8 +45,10 @@ class HuggingFace(Tokenizer):
             if not token["special"] and (token["rstrip"] or re.search(r"\S\s", text)):
                 raise ValueError(f"its added token {text!r} reaches over blanks, where a long text may be cut")
         if self.end_of_text is not None:
+            if not 0 <= self.end_of_text < self.vocab_size:
+                raise ValueError(f"its end-of-text is {self.end_of_text}, but it has {self.vocab_size} ids")
             end = self.library.id_to_token(self.end_of_text)
-            if end is None or end in map("".join, content["model"]["merges"]) or self.end_of_text in self._ids(end):
+            if end in map("".join, content["model"]["merges"]) or self.end_of_text in self._ids(end):
                 raise ValueError(f"its end-of-text, {end!r}, is no special token: text could hold it")
 
     @functools.cached_property
@@ -97,30 +103,27 @@ def read_library(source: str) -> Any:
     """``tokenizers``' own object from the content of a ``tokenizer.json``.
 
     Raises:
-        ValueError: the library cannot read it, or its ids do not count up from 0.
+        ValueError: the library cannot read it.
 
     """
     from tokenizers import Tokenizer as Library  # half a second that only those who need it pay
 
     try:
-        library = Library.from_str(source)
+        return Library.from_str(source)
     except Exception as error:  # the library knows no narrower one
         raise ValueError(str(error)) from error
-    ids = library.get_vocab().values()
-    if sorted(ids) != list(range(len(ids))) or not 0 < len(ids) <= LARGEST:
-        raise ValueError(f"its {len(ids)} ids have gaps, repeat, or are more than {LARGEST}")
-    return library
 
 
 def canonical(content: dict[str, Any], end_of_text: str | None) -> tuple[str, int | None]:
     """The content of a ``tokenizer.json`` as the library writes it, end-of-text made special; and its id.
 
     Raises:
-        ValueError: the library cannot read it, or gives added tokens other ids than the file does.
+        ValueError: see `check`; or the library cannot read it, or gives added tokens other ids than the file does.
 
     """
     from tokenizers import AddedToken
 
+    check(content)
     library = read_library(json.dumps(content))
     for token in content.get("added_tokens") or []:
         if library.token_to_id(token["content"]) != token["id"]:
@@ -138,29 +141,31 @@ def _content(library: Any) -> str:
     return json.dumps(json.loads(library.to_str()))
 
 
-def check_settings(content: dict[str, Any], library: Any) -> None:
-    """Raise ValueError for a setting of a ``tokenizer.json`` that is not kept to here.
-
-    Args:
-        content: as the library writes it: every setting is there.
-        library: that library's object.
-
-    """
-    model, before, after = content["model"], content["pre_tokenizer"] or {}, library.post_processor
-    if model["type"] != "BPE":
+def check(content: dict[str, Any]) -> None:
+    """Raise ValueError for what is not kept to here, or what the library would not survive, in a ``tokenizer.json``."""
+    model, before, after = content["model"], content.get("pre_tokenizer") or {}, content.get("post_processor") or {}
+    if model.get("type", "BPE") != "BPE":
         raise ValueError(f"its model is {model['type']}, not BPE")
     for setting in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
-        if model[setting]:
+        if model.get(setting):
             raise ValueError(f"its {setting} is {model[setting]!r}, which is not supported: nothing or false is expected")
     for setting in ("normalizer", "truncation", "padding"):
-        if content[setting]:
+        if content.get(setting):
             raise ValueError(f"it changes the text or its ids (its {setting}), which is not supported")
-    if before.get("type") != "ByteLevel" or before["add_prefix_space"] or not before["use_regex"]:
+    if before.get("type") != "ByteLevel" or before["add_prefix_space"] or not before.get("use_regex", True):
         raise ValueError("it cuts text otherwise than GPT-2 does (its pre_tokenizer)")
-    if after and after.num_special_tokens_to_add(False):
-        raise ValueError("it adds tokens to every text (its post_processor), which is not supported")
-    if (content["decoder"] or {}).get("type") != "ByteLevel":
+    if after.get("type", "ByteLevel") != "ByteLevel":
+        raise ValueError("it may add tokens to every text (its post_processor), which is not supported")
+    if (content.get("decoder") or {}).get("type") != "ByteLevel":
         raise ValueError("it does not decode bytes (its decoder): ByteLevel is expected")
+    unknown = sorted({*(content.keys() - FILE_SETTINGS), *(model.keys() - MODEL_SETTINGS)})
+    if unknown:
+        raise ValueError(f"it has the unknown setting {unknown[0]!r}")
+    added = content.get("added_tokens") or []
+    ids = {*model["vocab"].values(), *(token["id"] for token in added)}
+    tokens = {*model["vocab"], *(token["content"] for token in added)}
+    if ids != set(range(len(tokens))) or not tokens or "" in tokens or len(tokens) > LARGEST:
+        raise ValueError(f"the ids of its {len(tokens)} tokens have gaps, repeat, or are more than {LARGEST}")
 
 
 def _bytes_of(token: str) -> bytes:

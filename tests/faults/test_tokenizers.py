@@ -2,26 +2,35 @@
 
 import itertools
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gptjax import tokenizers
 from gptjax.errors import GptjaxError
 from gptjax.formats import hf_tokenizer
+from tests.conftest import ROOT
 from tests.faults.tally import trials
 
 FILES = trials(40)
-ALPHABET = "the a"
+LETTERS = "ab"
 BYTES = [tokenizers.printable(bytes([b])) for b in range(256)]
 SPACE = tokenizers.printable(b" ")
-TEXTS = st.text(st.sampled_from(ALPHABET * 3 + "é\n<|>_") | st.characters(exclude_categories=["Cs"]), max_size=40)
+WORDS = st.text(st.sampled_from(LETTERS), max_size=20)
+TEXTS = WORDS | st.text(st.sampled_from(LETTERS * 3 + "é\n<|>_ ") | st.characters(exclude_categories=["Cs"]), max_size=40)
 
 
 @st.composite
 def merge_lists(draw):
     """Pairs of the letters and of what pairs before made of them, each pair once."""
-    known = [c for c in ALPHABET if c != " "] + [SPACE]
+    known = [*LETTERS, SPACE]
     merges = []
     for _ in range(draw(st.integers(0, 12))):
         pair = draw(st.sampled_from(known)), draw(st.sampled_from(known))
@@ -69,7 +78,7 @@ def files(draw):
     model = {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges}
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
     added = [{"content": "<|endoftext|>"} | dict.fromkeys(flags, True)] * draw(st.integers(0, 1))
-    for content in draw(st.just([]) | st.lists(st.sampled_from(["<the>", "th", "t h", "é", "_"]), unique=True, max_size=2)):
+    for content in draw(st.just([]) | st.lists(st.sampled_from(["<ab>", "ab", "a b", "é", "_"]), unique=True, max_size=2)):
         added.append({"content": content} | {flag: draw(st.booleans()) for flag in flags})
     new = itertools.count(len(tokens))
     for token in added:
@@ -130,7 +139,38 @@ def test_merge_lists_encode_as_their_library(tally, tmp_path):
         theirs.decoder = decoders.ByteLevel()
         ours = hf_tokenizer.read(tmp_path)
         tried += 1
-        wrong += any(ours.encode(text) != theirs.encode(text).ids for text in ["the he", *texts])
+        wrong += any(ours.encode(text) != theirs.encode(text).ids for text in texts)
 
     one()
     tally("lists of merges against their own program", tried, tried - wrong)
+
+
+TRAINING = """
+import sys, random
+from gptjax import cli, tokenizers
+letters = random.Random(0)
+text = "".join(letters.choices("abcdefghijklmnopqrstuvwxyz", k=6_000_000))
+words = " ".join(text[i : i + 9] for i in range(0, len(text), 9))
+def texts():
+    yield words
+    print("counting", flush=True)
+with cli.reported_errors("training"):
+    tokenizers.train_bpe(texts(), 500_000, "x")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_training_a_tokenizer_obeys_signals(tally, number):
+    """Also while native code counts pairs, which here takes minutes."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    tried = held = 0
+    for _ in range(trials(1)):
+        command = [sys.executable, "-c", TRAINING]
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "counting\n"
+        time.sleep(random.Random(tried).random())
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=30)
+        tried += 1
+        held += (process.returncode, errors) == (130, "training: error: interrupted\n")
+    tally("signals while a tokenizer is trained", tried, held)

@@ -122,7 +122,7 @@ def change_file(path, change):
         lambda c: c.update(padding={**PADDING, "strategy": {"Fixed": 4}}),
         lambda c: c.update(post_processor={"type": "BertProcessing", "sep": ["a", 64], "cls": ["b", 65]}),
         lambda c: c["model"].update(dropout=0.5),
-        lambda c: c["model"].update(continuing_subword_prefix="x"),
+        lambda c: c["model"].update(continuing_subword_prefix="###"),
         lambda c: c["model"].update(end_of_word_suffix="x"),
         lambda c: c["model"].update(byte_fallback=True),
         lambda c: c.update(model={"type": "WordLevel", "vocab": c["model"]["vocab"], "unk_token": "a"}),

@@ -15,6 +15,7 @@ from gptjax import tokenizers
 from gptjax.errors import DataError, FormatError
 from gptjax.formats import hf_tokenizer, llmc_tokenizer
 from tests.mutations import mutated
+from tests.tokenizers.test_hugging_face import hugging_face
 
 BPE = tokenizers.train_bpe(["the cat sat on the mat", "the dog sat on the log"] * 20, 265, "cats")
 BYTES = [bytes([b]) for b in range(256)]
@@ -41,6 +42,15 @@ def test_hugging_faces_file_is_found(tmp_path):
     (tmp_path / "other.json").write_text('{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}')
     with pytest.raises(FormatError, match="no byte-level BPE that is known here"):
         tokenizers.find(tmp_path / "other.json")
+
+
+@pytest.mark.parametrize("end", [-1, 257, 2**70, "x"])
+def test_an_end_of_text_that_no_token_has(tmp_path, end):
+    hugging_face(BYTES, []).save(tmp_path / "t.json")
+    content = json.loads((tmp_path / "t.json").read_text())
+    (tmp_path / "t.json").write_text(json.dumps(content | {"end_of_text": end}))
+    with pytest.raises(FormatError, match="not a gptjax tokenizer file"):
+        tokenizers.load(tmp_path / "t.json")
 
 
 def test_gpt2_is_found(monkeypatch):
