@@ -2,7 +2,8 @@
 
 SRC is a run (its newest checkpoint), a Hugging Face GPT-2 folder, an llm.c model ``.bin``, safetensors in our names, or
 ``hf:NAME`` on the hub. DST becomes an llm.c model if it ends in ``.bin``, safetensors in our names if it ends in
-``.safetensors``, else a Hugging Face folder. ``--inspect`` also knows token shards, debug states and tokenizers.
+``.safetensors``, else a Hugging Face folder. ``--inspect`` also knows token shards, debug states and tokenizers, and names
+what is not read here: llama2.c's files, SentencePiece, GGUF, ONNX, pickles, NumPy's, TensorFlow's, archives.
 """
 
 import hashlib
@@ -19,6 +20,7 @@ from gptjax.errors import ConfigError, FormatError
 from gptjax.formats import hf_tokenizer, llmc, llmc_tokenizer
 from gptjax.formats.binary import HEADER_BYTES, read_header
 from gptjax.formats.lazy import tensor_names
+from gptjax.formats.recognise import LLMC, SAFETENSORS, recognise
 from gptjax.formats.safetensors import DTYPES
 from gptjax.formats.token_shards import FLAVOURS, open_shard
 from gptjax.models.params import num_params
@@ -92,7 +94,7 @@ def describe(source: Source) -> str:
 
 
 def inspect(where: str) -> str:
-    """What a file or folder is: a model, token shard, debug state or tokenizer.
+    """What a file or folder is: a model, token shard, debug state or tokenizer, or something that is not read here.
 
     Raises:
         GptjaxError: it is not there, damaged, or nothing that is known.
@@ -111,13 +113,17 @@ def inspect(where: str) -> str:
             return known[magic](path)
         if path.suffix == ".json":
             return _tokenizer(path)
+        found = recognise(path)
+        if found not in (None, LLMC[llmc.MODEL_MAGIC], SAFETENSORS):
+            _, name = found.split(" ", 1)
+            return f"{'format':<10} {name}\n{'size':<10} {path.stat().st_size:,} bytes"
     try:
         return describe(open_weights(where))
     except FormatError as error:
         if not path.is_file() or path.suffix != ".bin" or "in no format" not in str(error):
             raise
-        found = open_shard(path).tokens
-        if max(part.max() for part in np.array_split(found[: 1 << 20], 8) if part.size) >= GPT2_IDS:
+        ids = open_shard(path).tokens
+        if max(part.max() for part in np.array_split(ids[: 1 << 20], 8) if part.size) >= GPT2_IDS:
             raise  # any file of an even length could be ids without a header, but GPT-2 has no such ones
         return _shard(path)
 

@@ -15,6 +15,7 @@ from gptjax.checkpoint import open_newest
 from gptjax.errors import CheckpointError, FormatError, GptjaxError
 from gptjax.formats import hf, hf_tokenizer, llmc, safetensors
 from gptjax.formats.lazy import tensor_of
+from gptjax.formats.recognise import recognise
 from gptjax.mesh import param_shardings, place
 from gptjax.models.config import DIMENSIONS, GPT2Config
 from gptjax.models.params import Block, Params
@@ -70,6 +71,8 @@ def open_weights(where: str) -> Source:
         return Source(llmc.MODEL, *llmc.read_model(path), None)
     if safetensors.is_model(path):
         return Source("gptjax safetensors", *safetensors.read_model(path), None)
+    if found := recognise(path):
+        raise FormatError(f"{path} is {found}, not weights that are read here")
     raise FormatError(f"{path} is in no format that is known here" + _why_not(path))
 
 

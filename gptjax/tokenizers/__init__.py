@@ -12,6 +12,7 @@ from pathlib import Path
 
 from gptjax.errors import DataError, FormatError
 from gptjax.formats import hf_tokenizer, llmc_tokenizer
+from gptjax.formats.recognise import recognise
 from gptjax.tokenizers.bpe import GPT2_IDS, GPT2_PATTERN, BytePairEncoding, byte, gpt2, printable, train_bpe
 from gptjax.tokenizers.characters import Characters, train_characters
 from gptjax.tokenizers.hugging_face import HuggingFace
@@ -98,6 +99,8 @@ def load(path: str | os.PathLike[str]) -> Tokenizer:
     except OSError as error:
         raise FormatError(f"tokenizer {path} cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if found := recognise(Path(path)):
+            raise FormatError(f"{path} is {found}, not a tokenizer that is read here") from error
         raise FormatError(
             f"{path} is not a gptjax tokenizer file ({str(error)[:200]}): "
             "make one with python -m gptjax.tokenizers train, or remove this one to have it made again"
