@@ -155,7 +155,7 @@ def _tokenizer(path: Path) -> str | None:
             if len(entry) < 8:
                 return None
             score, length = struct.unpack("<fI", entry)
-            if not math.isfinite(score) or length > announced or len(file.read(length)) < length:
+            if not math.isfinite(score) or not 1 <= length <= announced or len(file.read(length)) < length:
                 return None
             longest = max(longest, length)
     return "a llama2.c tokenizer" if longest and longest == announced else None
