@@ -66,14 +66,8 @@ def recognise(path: Path) -> str | None:
         return "a TensorFlow checkpoint"
     if start[8:10] == b'{"' and int.from_bytes(start[:8], "little") <= size - 8:
         return SAFETENSORS
-    return (
-        _zip(path, start)
-        or _gzip(start)
-        or _llama2c(start, size)
-        or _protobuf(start)
-        or _pickle(start, end)
-        or _tokenizer(path)
-    )
+    by_content = _zip(path, start) or _gzip(start) or _llama2c(start, size) or _protobuf(start) or _pickle(start, end)
+    return by_content or _tokenizer(path)
 
 
 def _zip(path: Path, start: bytes) -> str | None:

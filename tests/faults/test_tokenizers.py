@@ -167,10 +167,13 @@ def test_training_a_tokenizer_obeys_signals(tally, number):
     for _ in range(trials(1)):
         command = [sys.executable, "-c", TRAINING]
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        assert process.stdout.readline() == "counting\n"
-        time.sleep(random.Random(tried).random())
-        process.send_signal(number)
-        _, errors = process.communicate(timeout=30)
+        try:
+            assert process.stdout.readline() == "counting\n"
+            time.sleep(random.Random(tried).random())
+            process.send_signal(number)
+            _, errors = process.communicate(timeout=30)
+        finally:
+            process.kill()
         tried += 1
         held += (process.returncode, errors) == (130, "training: error: interrupted\n")
     tally("signals while a tokenizer is trained", tried, held)
