@@ -7,9 +7,11 @@ from hypothesis import strategies as st
 
 from gptjax.ops.linear import linear_fwd
 from gptjax.ops.stored import OutIn, Quantized, _dequantized_product, product, quantize, stored_linear, table_rows
+from tests.compare import assert_same_sums
 
 X = jax.random.normal(jax.random.key(0), (3, 17))
 W = jax.random.normal(jax.random.key(1), (5, 17))
+TERMS = X[:, None] * W[None]  # of X @ W.T
 
 
 def dequantized(w: Quantized) -> np.ndarray:
@@ -37,8 +39,8 @@ def test_a_row_of_zeros_stays_one():
 
 
 def test_products_of_whole_weights_are_exact():
-    np.testing.assert_allclose(product(X, OutIn(W)), X @ W.T, rtol=1e-14)
-    np.testing.assert_allclose(product(X, W), X @ W.T, rtol=1e-14)
+    assert_same_sums(product(X, OutIn(W)), X @ W.T, TERMS)
+    assert_same_sums(product(X, W), X @ W.T, TERMS)
 
 
 def test_the_product_of_eight_bit_weights_adds_no_error_to_theirs():
@@ -62,8 +64,9 @@ def test_dtypes_stay(dtype, store):
 def test_a_linear_layer_is_the_same_however_it_is_stored():
     x, b = X.reshape(3, 1, 17), jnp.arange(5.0)
     y, _ = linear_fwd(x, W.T, b)
-    np.testing.assert_allclose(stored_linear(x, W.T, b)[0], y, rtol=1e-14)
-    np.testing.assert_allclose(stored_linear(x, OutIn(W), b)[0], y, rtol=1e-14)
+    terms = jnp.concatenate([TERMS, jnp.broadcast_to(b[None, :, None], (3, 5, 1))], -1)[:, None]
+    assert_same_sums(stored_linear(x, W.T, b)[0], y, terms)
+    assert_same_sums(stored_linear(x, OutIn(W), b)[0], y, terms)
     assert relative(stored_linear(x, quantize(W), b)[0], y) < 1e-2
 
 

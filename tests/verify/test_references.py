@@ -9,6 +9,7 @@ from gptjax.formats.llmc import DebugState
 from gptjax.models import gpt2
 from gptjax.models.params import stack
 from gptjax.verify import model, references
+from tests.compare import FLOAT64_TOLERANCE
 from tests.models import tiny
 from tests.verify.subject import subject
 
@@ -37,7 +38,7 @@ def test_against_autodiff(layers, dtype):
     assert report.gradient.tensors[-1].tensor == "input_embeddings"
     assert [row.tensor for row in report.forward.rows] == ["loss", "logits"]
     worst = report.gradient.worst.relative_l2
-    assert worst < 1e-14 if dtype == "float64" else 1e-8 < worst < 1e-5
+    assert worst < FLOAT64_TOLERANCE if dtype == "float64" else 1e-8 < worst < 1e-5
 
 
 def test_a_planted_gelu_error_is_named_with_its_layer_and_found_in_the_curvature_too(monkeypatch):
