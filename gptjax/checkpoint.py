@@ -58,7 +58,11 @@ class CheckpointWriter:
         """Make the folder; leftovers of a crash in it are removed."""
         self.folder = folder
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, step_prefix=PREFIX, step_format_fixed_length=8, cleanup_tmp_directories=True
+            max_to_keep=keep,
+            step_prefix=PREFIX,
+            step_format_fixed_length=8,
+            cleanup_tmp_directories=True,
+            lightweight_initialize=True,  # reads no metadata of older checkpoints: a damaged one keeps nobody from saving
         )
         with _write_errors(folder):
             self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
