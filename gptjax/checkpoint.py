@@ -123,8 +123,8 @@ def restore_newest(folder: Path, cfg: GPT2Config, optimizer: Optimizer, mesh: Me
     return _newest_whole(folder, lambda path, step: _restore(path, step, cfg, optimizer, mesh), distributed.agreed)
 
 
-def open_newest(folder: Path) -> tuple[GPT2Config, Params]:
-    """The model of the newest whole checkpoint in ``folder``, and its parameters: verified now, read when they are used.
+def open_newest(folder: Path) -> tuple[GPT2Config, Params, dict[str, Any]]:
+    """The model of the newest whole checkpoint in ``folder``, its parameters, verified now, read when used, and its ``meta``.
 
     A damaged one is renamed to ``damaged-...`` with a warning, and the one before it is tried. The run may be training
     meanwhile: what it is still writing is left alone.
@@ -222,10 +222,10 @@ def _read_info(path: Path, step: int) -> _Info:
         raise of_another_version from error
 
 
-def _open(path: Path, step: int) -> tuple[GPT2Config, Params]:
-    """The parameters of one checkpoint."""
+def _open(path: Path, step: int) -> tuple[GPT2Config, Params, dict[str, Any]]:
+    """What `open_newest` returns, of one checkpoint."""
     with _not_damage(path):
-        cfg, _, sums, _ = _read_info(path, step)
+        cfg, _, sums, meta = _read_info(path, step)
         unrolled = cfg.layers == "unroll"
         arrays, found = {}, {}
         for name, shape in param_shapes(cfg)._asdict().items():
@@ -253,7 +253,7 @@ def _open(path: Path, step: int) -> tuple[GPT2Config, Params]:
                 f"so try again ({reason[:200]})"
             ) from error
 
-    return cfg, collect(cfg, load, lambda *place: np.dtype(np.float32))
+    return cfg, collect(cfg, load, lambda *place: np.dtype(np.float32)), meta
 
 
 def _reader() -> ocp.Checkpointer:

@@ -1,5 +1,6 @@
 """The command as a person runs it, on a tiny model."""
 
+import dataclasses
 import json
 
 import jax
@@ -40,7 +41,7 @@ def place(tmp_path_factory):
         writer.save(3, make_state(jax.random.key(0), CFG, make_optimizer(OptimConfig(), 10)), CFG, {})
     writer.close()
     corpus.tokenizer.save(folder / "tiny" / "tokenizer.json")
-    (folder / "tiny" / "config.yaml").write_text(yaml.safe_dump({"data": data}))
+    (folder / "tiny" / "config.yaml").write_text(yaml.safe_dump({"model": dataclasses.asdict(CFG), "data": data}))
     assert convert.main([str(folder / "tiny"), str(folder / "hf")]) == 0
     llmc.write_model(folder / "m.bin", OTHER_PARAMS, OTHER)
     return folder

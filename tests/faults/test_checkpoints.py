@@ -52,10 +52,10 @@ def restored(folder, states):
 
 def opened(folder, states):
     """The step whose model every other command uses; None if it is of neither."""
-    cfg, params = open_newest(folder)
+    cfg, params, meta = open_newest(folder)
     found = jax.tree.map(np.asarray, params)
     models = {n: state.params._replace(wte=state.params.wte[: CFG.vocab_size]) for n, state in states.items()}
-    return next((n for n, model in models.items() if cfg == CFG and same(found, model)), None)
+    return next((n for n, model in models.items() if (cfg, meta) == (CFG, {"position": n}) and same(found, model)), None)
 
 
 def same(a, b):
