@@ -214,12 +214,16 @@ def _read_info(path: Path, step: int) -> _Info:
     if "checksums" in found:
         raise of_another_version
     content = found["content"]
-    if _digest(content) != found["sha256"] or content["step"] != step:
+    if _digest(content) != found["sha256"]:
         raise ValueError("what it says of itself does not match its checksum")
     try:
-        return _Info(GPT2Config(**content["model"]), content["mu_dtype"], content["arrays"], content["meta"])
+        of_step = content["step"]
+        info = _Info(GPT2Config(**content["model"]), content["mu_dtype"], content["arrays"], content["meta"])
     except (ConfigError, KeyError, TypeError) as error:
         raise of_another_version from error
+    if of_step != step:
+        raise ValueError(f"it is that of step {of_step}")
+    return info
 
 
 def _open(path: Path, step: int) -> tuple[GPT2Config, Params, dict[str, Any]]:
