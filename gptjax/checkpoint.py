@@ -228,36 +228,54 @@ def _read_info(path: Path, step: int) -> _Info:
 
 def _open(path: Path, step: int) -> tuple[GPT2Config, Params, dict[str, Any]]:
     """What `open_newest` returns, of one checkpoint."""
+    places: dict[
+        tuple[str, int | None], tuple[Any, int, int, int]
+    ] = {}  # of each tensor: array, rows from, to, and their checksum
     with _not_damage(path):
-        cfg, _, sums, meta = _read_info(path, step)
-        unrolled = cfg.layers == "unroll"
-        arrays, found = {}, {}
-        for name, shape in param_shapes(cfg)._asdict().items():
-            layered = name in Block._fields
-            for layer in range(cfg.num_layers) if layered and unrolled else [None]:
-                key = f"params.{name}" if layer is None else f"params.{name}.{layer}"
-                arrays[name, layer] = array = _open_array(path, key)
-                if array.shape != (shape[1:] if layered and unrolled else shape) or array.dtype.numpy_dtype != np.float32:
-                    raise ValueError(f"its {name} is {array.dtype.name} of the shape {array.shape}")
-                found[key] = _checksum_of(array)
-        if found != {key: value for key, value in sums.items() if key.startswith("params.")}:
+        info = _read_info(path, step)
+        sums = {}
+        for name, key, shape, rows in _stored(info.model):
+            array, read = _open_array(path, key), 0
+            if array.shape != shape or array.dtype.numpy_dtype != np.float32:
+                raise ValueError(f"its {key} is {array.dtype.name} of the shape {array.shape}")
+            sums[key] = 0
+            for layer, (start, stop) in rows.items():
+                places[name, layer] = array, start, stop, (checksum := _read(array, start, stop))
+                sums[key], read = sums[key] + checksum, stop
+            sums[key] = (sums[key] + _read(array, read, shape[0])) % 2**32
+        if sums != {key: value for key, value in info.sums.items() if key.startswith("params.")}:
             raise ValueError("its checksums do not match")
 
     def load(name: str, layer: int | None) -> np.ndarray:
+        array, start, stop, checksum = places[name, layer]
+        found = np.empty((stop - start, *array.shape[1:]), np.float32)
         try:
-            array = arrays[name, layer] if (name, layer) in arrays else arrays[name, None][layer]
-            found = np.empty((cfg.vocab_size, cfg.channels) if name == "wte" else array.shape, np.float32)
-            for start, part in _row_by_row(array[: len(found)]):
-                found[start : start + len(part)] = part
-            return found
+            if _read(array, start, stop, found) != checksum:  # a file that is gone reads as zeros
+                raise ValueError("its checksums do not match any more")
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise CheckpointError(
-                f"checkpoint {path} cannot be read any more: if its run is training it was dropped for a newer one, "
-                f"so try again ({reason[:200]})"
+                f"checkpoint {path} changed while it was read ({reason[:200]}): if its run is training and has dropped it "
+                "for a newer one, try again"
             ) from error
+        return found[0] if layer is not None and info.model.layers == "scan" else found
 
-    return cfg, collect(cfg, load, lambda *place: np.dtype(np.float32)), meta
+    return info.model, collect(info.model, load, lambda *place: np.dtype(np.float32)), info.meta
+
+
+def _stored(cfg: GPT2Config) -> Iterator[tuple[str, str, tuple[int, ...], dict[int | None, tuple[int, int]]]]:
+    """Each array that parameters are kept in: tensor, its own name, its shape, and where in it each layer's rows begin and end.
+
+    The layer is None outside the blocks; the vocabulary's pad rows, which come last, are nobody's.
+    """
+    for name, shape in param_shapes(cfg)._asdict().items():
+        if name not in Block._fields:
+            yield name, f"params.{name}", shape, {None: (0, cfg.vocab_size if name == "wte" else shape[0])}
+        elif cfg.layers == "scan":
+            yield name, f"params.{name}", shape, {layer: (layer, layer + 1) for layer in range(cfg.num_layers)}
+        else:
+            for layer in range(cfg.num_layers):
+                yield name, f"params.{name}.{layer}", shape[1:], {layer: (0, shape[1])}
 
 
 def _reader() -> ocp.Checkpointer:
@@ -274,20 +292,17 @@ def _open_array(path: Path, key: str) -> Any:
     return tensorstore.open({"driver": "zarr", "kvstore": store}, open=True, read=True).result()
 
 
-def _row_by_row(array: Any) -> Iterator[tuple[int, np.ndarray]]:
-    """A stored array in parts of about `CHUNK_BYTES`, each with the number of its first row."""
-    rows = max(1, CHUNK_BYTES // (4 * math.prod(array.shape[1:])))
-    for start in range(0, array.shape[0], rows):
-        yield start, array[start : min(start + rows, array.shape[0])].read().result()
-
-
-def _checksum_of(array: Any) -> int:
-    """What `_checksums` says of a stored array."""
-    total = done = 0
-    for _, part in _row_by_row(array):
+def _read(array: Any, start: int, stop: int, into: np.ndarray | None = None) -> int:
+    """Read rows of a stored array in parts of about `CHUNK_BYTES`; what `_checksums` says of them, where they stand in it."""
+    width, total = math.prod(array.shape[1:]), 0
+    rows = max(1, CHUNK_BYTES // (4 * width))
+    for first in range(start, stop, rows):
+        part = array[first : min(first + rows, stop)].read().result()
+        if into is not None:
+            into[first - start : first - start + len(part)] = part
         words = np.ascontiguousarray(part).view(np.uint32).ravel()
-        total += int(_mixed(words, np.arange(done, done + words.size, dtype=np.uint32)).sum(dtype=np.uint32))
-        done += words.size
+        place = np.arange(words.size, dtype=np.uint32) + np.uint32(first * width % 2**32)
+        total += int(_mixed(words, place).sum(dtype=np.uint32))
     return total % 2**32
 
 
