@@ -235,6 +235,20 @@ def test_a_run_that_trains_meanwhile_is_followed(saved, monkeypatch, dropped):
     assert not list(folder.glob("damaged-*"))
 
 
+def test_one_that_another_command_sets_aside_meanwhile(saved, monkeypatch):
+    """It has warned of it already."""
+    folder, _ = saved
+    real = checkpoint._open
+
+    def and_another(path, step):
+        if step == 5:
+            checkpoint.set_aside(path)
+        return real(path, step)
+
+    monkeypatch.setattr(checkpoint, "_open", and_another)
+    assert open_newest(folder)[2] == {"position": 3}
+
+
 @pytest.mark.parametrize("layers", ["unroll", "scan"])
 def test_one_that_is_dropped_after_it_was_opened(tmp_path, layers):
     """Its storage reads zeros where a file is gone."""
