@@ -1,19 +1,21 @@
 """Checkpoints of a run: atomic, asynchronous, verified when read.
 
-Orbax writes each to a temporary folder and renames it, so one cut off by a crash never counts. Each carries a checksum
-of every array, taken on the device when it was saved: what is restored is what was saved, or it is not used.
+Orbax writes each to a temporary folder and renames it, so one cut off by a crash never counts. Each carries a JSON document
+with a checksum of every array, taken on the device when it was saved, and the document's own SHA-256: what is restored is what
+was saved, or it is not used. No other file in it is believed: one that is damaged leads to other arrays, or to an error.
 """
 
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import json
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +29,7 @@ from jaxtyping import Array
 from gptjax import distributed
 from gptjax import mesh as meshes
 from gptjax.durable import set_aside
-from gptjax.errors import CheckpointError, GptjaxError
+from gptjax.errors import CheckpointError, ConfigError, GptjaxError
 from gptjax.formats.lazy import collect
 from gptjax.lost import tells_of_a_lost_process
 from gptjax.models.config import DIMENSIONS, GPT2Config
@@ -38,6 +40,7 @@ from gptjax.steps import TrainState, init_state
 PREFIX = "step"
 CHUNK_BYTES = 1 << 22  # of an array: what is written, and read to verify it, at a time
 NOT_DAMAGE = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", os.strerror(errno.EACCES), os.strerror(errno.EMFILE))
+T = TypeVar("T")
 
 
 class Restored(NamedTuple):
@@ -55,7 +58,11 @@ class CheckpointWriter:
         """Make the folder; leftovers of a crash in it are removed."""
         self.folder = folder
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, step_prefix=PREFIX, step_format_fixed_length=8, cleanup_tmp_directories=True
+            max_to_keep=keep,
+            step_prefix=PREFIX,
+            step_format_fixed_length=8,
+            cleanup_tmp_directories=True,
+            lightweight_initialize=True,  # reads no metadata of older checkpoints: a damaged one keeps nobody from saving
         )
         with _write_errors(folder):
             self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
@@ -73,12 +80,18 @@ class CheckpointWriter:
             CheckpointError: this save, or an earlier one in the background, could not be written.
 
         """
-        sums = [int(x) for x in jax.tree.leaves(_checksums(state))]
-        content = {"model": dataclasses.asdict(cfg), "mu_dtype": state.mu_dtype, "checksums": sums, "meta": meta}
+        content = {
+            "step": step,
+            "model": dataclasses.asdict(cfg),
+            "mu_dtype": state.mu_dtype,
+            "arrays": _sums(state),
+            "meta": meta,
+        }
+        info = {"sha256": _digest(content), "content": content}
         with _write_errors(self.folder):
             in_chunks = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
             arrays = ocp.args.StandardSave(state, jax.tree.map(lambda _: in_chunks, state))
-            self._manager.save(step, args=ocp.args.Composite(state=arrays, info=ocp.args.JsonSave(content)))
+            self._manager.save(step, args=ocp.args.Composite(state=arrays, info=ocp.args.JsonSave(info)))
 
     def check(self) -> None:
         """Raise the `CheckpointError` of a save that failed in the background, if one did."""
@@ -107,69 +120,162 @@ def restore_newest(folder: Path, cfg: GPT2Config, optimizer: Optimizer, mesh: Me
         GptjaxError: the model's dimensions differ, or there are checkpoints but all are damaged.
 
     """
+    return _newest_whole(folder, lambda path, step: _restore(path, step, cfg, optimizer, mesh), distributed.agreed)
+
+
+def open_newest(folder: Path) -> tuple[GPT2Config, Params, dict[str, Any]]:
+    """The model of the newest whole checkpoint in ``folder``, its parameters, verified now, read when used, and its ``meta``.
+
+    A damaged one is renamed to ``damaged-...`` with a warning, and the one before it is tried. The run may be training
+    meanwhile: what it is still writing is left alone.
+
+    Raises:
+        CheckpointError: there is none, or all are damaged.
+
+    """
+    found = _newest_whole(folder, _open, lambda name, decide: decide())
+    if not found:
+        raise CheckpointError(f"{folder} holds no checkpoint")
+    return found
+
+
+def _newest_whole(folder: Path, read: Callable[[Path, int], T], agreed: Callable[[str, Callable[[], str]], str]) -> T | None:
+    """What ``read(path, step)`` makes of the newest checkpoint that it can read; None if there is no checkpoint at all.
+
+    ``read`` raises `GptjaxError` for what is no damage, anything else for what is. ``agreed`` is `distributed.agreed` if all
+    processes read the same checkpoint.
+    """
     names = ocp.path.step.standard_name_format(step_prefix=PREFIX, step_format_fixed_length=8)
+    tried: set[int] = set()
 
-    def listed() -> str:
-        found = names.find_all(folder.absolute()) if folder.is_dir() else []
-        return json.dumps([sorted((metadata.step for metadata in found), reverse=True), bool(list(folder.glob("damaged-*")))])
+    def steps() -> set[int]:  # finished ones only: what is being written has another name
+        return {found.step for found in names.find_all(folder.absolute())} - tried if folder.is_dir() else set()
 
-    steps, some_were_damaged = json.loads(distributed.agreed("checkpoints", listed))
-    for step in steps:
+    def newest() -> str:
+        return json.dumps([max(steps(), default=None), bool(list(folder.glob("damaged-*")))])
+
+    def put_aside() -> str:
+        if not path.exists() or max(steps(), default=-1) > step:
+            return ""  # the run is training: it has a newer one, and drops its older ones
+        try:
+            set_aside(path)
+            return "was set aside"
+        except OSError as failure:  # a folder that is read-only, say
+            return f"is left out (it cannot be renamed: {failure.strerror})"
+
+    while True:
+        step, some_were_damaged = json.loads(agreed(f"checkpoint {len(tried)}", newest))
+        if step is None:
+            break
         path = folder.absolute() / names.build_name(step)
         try:
-            return _restore(path, step, cfg, optimizer, mesh)
+            return read(path, step)
         except GptjaxError:
             raise
         except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
             if tells_of_a_lost_process(error):
                 raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            distributed.agreed(f"{path.name} set aside", lambda: str(set_aside(path)))  # noqa: B023
-            if distributed.is_first():
-                warnings.warn(f"checkpoint {path} is damaged and was set aside: {reason[:200]}", stacklevel=2)
-    if steps or some_were_damaged:
-        raise CheckpointError(f"no checkpoint in {folder} can be read; start afresh without --resume")
+            tried.add(step)
+            done = agreed(f"{path.name} set aside", put_aside)
+            if done and distributed.is_first():
+                warnings.warn(f"checkpoint {path} is damaged and {done}: {reason[:200]}", stacklevel=3)
+    if tried or some_were_damaged:
+        raise CheckpointError(f"no checkpoint in {folder} can be read: all are damaged, so start afresh without --resume")
     return None
 
 
-def open_newest(folder: Path) -> tuple[GPT2Config, Params]:
-    """The model of the newest checkpoint in ``folder``, and its parameters: verified now, read when they are used.
+class _Info(NamedTuple):
+    """What a checkpoint says of itself, once its own checksum was found to be right."""
 
-    Nothing is renamed, nothing is skipped: this is to look at, or to convert.
+    model: GPT2Config
+    mu_dtype: str | None
+    sums: dict[str, int]
+    meta: dict[str, Any]
+
+
+def _digest(content: Any) -> str:
+    """SHA-256 of JSON in its canonical form."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _read_info(path: Path, step: int) -> _Info:
+    """Read what a checkpoint says of itself, and believe it only if its checksum is right.
 
     Raises:
-        CheckpointError: there is none, or it is not as it was saved.
+        CheckpointError: it is whole, but another version of gptjax wrote it.
+        Exception: it is damaged.
 
     """
-    names = ocp.path.step.standard_name_format(step_prefix=PREFIX, step_format_fixed_length=8)
-    found = sorted(metadata.step for metadata in names.find_all(folder.absolute())) if folder.is_dir() else []
-    if not found:
-        raise CheckpointError(f"{folder} holds no checkpoint")
-    path = folder.absolute() / names.build_name(found[-1])
-    with _read_errors(path):
-        info = _reader().restore(path, args=ocp.args.Composite(info=ocp.args.JsonRestore())).info
-        cfg = GPT2Config(**info["model"])
-        unrolled = cfg.layers == "unroll"
-        arrays = {}
-        for name, shape in param_shapes(cfg)._asdict().items():
-            layered = name in Block._fields
-            for layer in range(cfg.num_layers) if layered and unrolled else [None]:
-                arrays[name, layer] = array = _open_array(path, name, layer)
-                if array.shape != (shape[1:] if layered and unrolled else shape):
-                    raise ValueError(f"its {name} has the shape {array.shape}")
-        for array, checksum in zip(arrays.values(), info["checksums"], strict=False):  # a state begins with its parameters
-            if _checksum_of(array) != checksum:
-                raise ValueError("its checksums do not match")
+    found = _reader().restore(path, args=ocp.args.Composite(info=ocp.args.JsonRestore())).info
+    of_another_version = CheckpointError(
+        f"checkpoint {path} is of another version of gptjax: use that version, or train afresh"
+    )
+    if "checksums" in found:
+        raise of_another_version
+    content = found["content"]
+    if _digest(content) != found["sha256"]:
+        raise ValueError("what it says of itself does not match its checksum")
+    try:
+        of_step = content["step"]
+        info = _Info(GPT2Config(**content["model"]), content["mu_dtype"], content["arrays"], content["meta"])
+    except (ConfigError, KeyError, TypeError) as error:
+        raise of_another_version from error
+    if of_step != step:
+        raise ValueError(f"it is that of step {of_step}")
+    return info
+
+
+def _open(path: Path, step: int) -> tuple[GPT2Config, Params, dict[str, Any]]:
+    """What `open_newest` returns, of one checkpoint."""
+    places: dict[
+        tuple[str, int | None], tuple[Any, int, int, int]
+    ] = {}  # of each tensor: array, rows from, to, and their checksum
+    with _not_damage(path):
+        info = _read_info(path, step)
+        sums = {}
+        for name, key, shape, rows in _stored(info.model):
+            array, read = _open_array(path, key), 0
+            if array.shape != shape or array.dtype.numpy_dtype != np.float32:
+                raise ValueError(f"its {key} is {array.dtype.name} of the shape {array.shape}")
+            sums[key] = 0
+            for layer, (start, stop) in rows.items():
+                places[name, layer] = array, start, stop, (checksum := _read(array, start, stop))
+                sums[key], read = sums[key] + checksum, stop
+            sums[key] = (sums[key] + _read(array, read, shape[0])) % 2**32
+        if sums != {key: value for key, value in info.sums.items() if key.startswith("params.")}:
+            raise ValueError("its checksums do not match")
 
     def load(name: str, layer: int | None) -> np.ndarray:
-        with _read_errors(path):
-            array = arrays[name, layer] if (name, layer) in arrays else arrays[name, None][layer]
-            found = np.empty((cfg.vocab_size, cfg.channels) if name == "wte" else array.shape, np.float32)
-            for start, part in _row_by_row(array[: len(found)]):
-                found[start : start + len(part)] = part
-            return found
+        array, start, stop, checksum = places[name, layer]
+        found = np.empty((stop - start, *array.shape[1:]), np.float32)
+        try:
+            if _read(array, start, stop, found) != checksum:  # a file that is gone reads as zeros
+                raise ValueError("its checksums do not match any more")
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(
+                f"checkpoint {path} changed while it was read ({reason[:200]}): if its run is training and has dropped it "
+                "for a newer one, try again"
+            ) from error
+        return found[0] if layer is not None and info.model.layers == "scan" else found
 
-    return cfg, collect(cfg, load, lambda *place: np.dtype(np.float32))
+    return info.model, collect(info.model, load, lambda *place: np.dtype(np.float32)), info.meta
+
+
+def _stored(cfg: GPT2Config) -> Iterator[tuple[str, str, tuple[int, ...], dict[int | None, tuple[int, int]]]]:
+    """Each array that parameters are kept in: tensor, its own name, its shape, and where in it each layer's rows begin and end.
+
+    The layer is None outside the blocks; the vocabulary's pad rows, which come last, are nobody's.
+    """
+    for name, shape in param_shapes(cfg)._asdict().items():
+        if name not in Block._fields:
+            yield name, f"params.{name}", shape, {None: (0, cfg.vocab_size if name == "wte" else shape[0])}
+        elif cfg.layers == "scan":
+            yield name, f"params.{name}", shape, {layer: (layer, layer + 1) for layer in range(cfg.num_layers)}
+        else:
+            for layer in range(cfg.num_layers):
+                yield name, f"params.{name}.{layer}", shape[1:], {layer: (0, shape[1])}
 
 
 def _reader() -> ocp.Checkpointer:
@@ -180,39 +286,24 @@ def _reader() -> ocp.Checkpointer:
     return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
-def _open_array(path: Path, name: str, layer: int | None) -> Any:
-    """One parameter of a checkpoint where Orbax keeps it: as zarr, in a database of the checkpoint's arrays."""
-    key = f"params.{name}/" if layer is None else f"params.{name}.{layer}/"
-    store = {"driver": "ocdbt", "base": f"file://{path / 'state'}/", "path": key}
+def _open_array(path: Path, key: str) -> Any:
+    """One array of a checkpoint where Orbax keeps it: as zarr, in a database of the checkpoint's arrays."""
+    store = {"driver": "ocdbt", "base": f"file://{path / 'state'}/", "path": f"{key}/"}
     return tensorstore.open({"driver": "zarr", "kvstore": store}, open=True, read=True).result()
 
 
-def _row_by_row(array: Any) -> Iterator[tuple[int, np.ndarray]]:
-    """A stored array in parts of about `CHUNK_BYTES`, each with the number of its first row."""
-    rows = max(1, CHUNK_BYTES // (4 * math.prod(array.shape[1:])))
-    for start in range(0, array.shape[0], rows):
-        yield start, array[start : min(start + rows, array.shape[0])].read().result()
-
-
-def _checksum_of(array: Any) -> int:
-    """What `_checksums` says of a stored array."""
-    total = done = 0
-    for _, part in _row_by_row(array):
-        words = part.view(np.uint32).ravel()
-        odd = 2 * np.arange(done, done + words.size, dtype=np.uint32) + 1
-        total += int((words * odd).sum(dtype=np.uint32))
-        done += words.size
+def _read(array: Any, start: int, stop: int, into: np.ndarray | None = None) -> int:
+    """Read rows of a stored array in parts of about `CHUNK_BYTES`; what `_checksums` says of them, where they stand in it."""
+    width, total = math.prod(array.shape[1:]), 0
+    rows = max(1, CHUNK_BYTES // (4 * width))
+    for first in range(start, stop, rows):
+        part = array[first : min(first + rows, stop)].read().result()
+        if into is not None:
+            into[first - start : first - start + len(part)] = part
+        words = np.ascontiguousarray(part).view(np.uint32).ravel()
+        place = np.arange(words.size, dtype=np.uint32) + np.uint32(first * width % 2**32)
+        total += int(_mixed(words, place).sum(dtype=np.uint32))
     return total % 2**32
-
-
-@contextlib.contextmanager
-def _read_errors(path: Path) -> Iterator[None]:
-    """Turn whatever Orbax and TensorStore raise for a damaged file into `CheckpointError`."""
-    try:
-        yield
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"checkpoint {path} cannot be read: {reason[:200]}") from error
 
 
 def _on_device(tree: Any) -> Any:
@@ -222,32 +313,31 @@ def _on_device(tree: Any) -> Any:
 
 def _restore(path: Path, step: int, cfg: GPT2Config, optimizer: Optimizer, mesh: Mesh | None) -> Restored:
     """One checkpoint; if any process cannot read its part of it, none has it."""
-    checkpointer = _reader()
 
-    def read() -> tuple[TrainState, Any, Any]:
-        if not path.is_dir():
+    def read() -> tuple[TrainState, Any, _Info]:
+        if not path.is_dir() and not distributed.is_first():
             raise CheckpointError(f"there is no {path} here: --runs must be a folder that all processes share")
-        info = checkpointer.restore(path, args=ocp.args.Composite(info=ocp.args.JsonRestore())).info
-        as_saved = dataclasses.replace(cfg, layers=info["model"]["layers"])
+        info = _read_info(path, step)
+        as_saved = dataclasses.replace(cfg, layers=info.model.layers)
         shapes = jax.eval_shape(lambda key: init_state(key, as_saved, optimizer), jax.random.key(0))
-        saved = {f"model.{name}": info["model"][name] for name in DIMENSIONS} | {"optim.mu_dtype": info.get("mu_dtype")}
+        saved = {f"model.{name}": getattr(info.model, name) for name in DIMENSIONS} | {"optim.mu_dtype": info.mu_dtype}
         now = {f"model.{name}": getattr(cfg, name) for name in DIMENSIONS} | {"optim.mu_dtype": shapes.mu_dtype}
         for name, value in saved.items():
             if value != now[name]:
                 raise CheckpointError(f"{path} was trained with {name} {value}, not {now[name]}: give it that value")
         arrays = ocp.args.StandardRestore(meshes.abstract(mesh, as_saved, shapes) if mesh else _on_device(shapes))
-        return checkpointer.restore(path, args=ocp.args.Composite(state=arrays)).state, shapes, info
+        return _reader().restore(path, args=ocp.args.Composite(state=arrays)).state, shapes, info
 
     def check() -> None:
-        if [int(x) for x in jax.tree.leaves(_checksums(state))] != info["checksums"]:
+        if _sums(state) != info.sums:
             raise ValueError("its checksums do not match")
 
     state, shapes, info = distributed.together(f"{path.name} read", _not_damage(path)(read))
     _not_damage(path)(check)()  # with the others; the sums are the same in all
-    if info["model"]["layers"] != cfg.layers:
+    if info.model.layers != cfg.layers:
         convert = lambda s: _each_params(stack if cfg.layers == "scan" else unstack, s)  # noqa: E731
         state = jax.jit(convert, out_shardings=meshes.shardings(mesh, cfg, shapes) if mesh else None)(state)
-    return Restored(state, step, info["meta"])
+    return Restored(state, step, info.meta)
 
 
 @contextlib.contextmanager
@@ -256,7 +346,7 @@ def _not_damage(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if any(sign in str(error) for sign in NOT_DAMAGE):
+        if isinstance(error, MemoryError) or any(sign in str(error) for sign in NOT_DAMAGE):
             raise CheckpointError(f"checkpoint {path} cannot be read: {str(error)[:200]}") from error
         raise
 
@@ -266,18 +356,35 @@ def _each_params(f: Any, tree: Any) -> Any:
     return jax.tree.map(lambda x: f(x) if is_params(x) else x, tree, is_leaf=is_params)
 
 
+def _sums(tree: Any) -> dict[str, int]:
+    """The checksum of each array under its name, as in ``params.fcw.0``."""
+    found = jax.tree_util.tree_leaves_with_path(_checksums(tree))
+    return {jax.tree_util.keystr(path, simple=True, separator="."): int(x) for path, x in found}
+
+
 @jax.jit
 def _checksums(tree: Any) -> Any:
-    """A 32-bit sum of each array's words, each times an odd number that depends on its place: no flipped bit escapes."""
+    """A 32-bit checksum of each array."""
 
     def checksum(x: Array) -> Array:
         words = lax.bitcast_convert_type(x, jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint32).astype(jnp.uint32)
         place = jnp.zeros(words.shape, jnp.uint32)  # in the flat array, which would bring a cut one together
         for axis, size in enumerate(words.shape):
             place = place * size + lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-        return (words * (2 * place + 1)).sum(dtype=jnp.uint32)
+        return _mixed(words, place).sum(dtype=jnp.uint32)
 
     return jax.tree.map(checksum, tree)
+
+
+def _mixed(words: Any, place: Any) -> Any:
+    """Words hashed with their places (Wellons' lowbias32), to be added up: any changed word or pair of swapped ones shows.
+
+    One changed word always does, since the hash is one-to-one; of other changes 1 in 2^32 escapes.
+    """
+    x = words ^ (place * np.uint32(0x9E3779B9))
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
+    return x ^ (x >> np.uint32(16))
 
 
 @contextlib.contextmanager
