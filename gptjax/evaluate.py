@@ -8,6 +8,7 @@ or a ``.jsonl`` like the original's): acc and acc_norm as llm.c computes them. S
 import dataclasses
 import json
 import math
+import os
 import sys
 import tempfile
 import time
@@ -15,10 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import yaml
 
 from gptjax import cli, datasets, hellaswag, tokenizers
 from gptjax.xla.cache import keep_compiled_programs
+from gptjax.config import Config, DataConfig
 from gptjax.data import Windows, in_order
 from gptjax.datasets import Corpus
 from gptjax.errors import ConfigError, DataError, naming
@@ -138,7 +139,7 @@ def evaluate_corpus(cfg: EvaluateConfig, source: Source, model: GPT2Config, toke
         raise ConfigError("examples is of HellaSwag's questions: a corpus is limited with tokens")
     seq_len = cfg.seq_len or model.max_seq_len
     model = model.resolve(platform_name(), seq_len)
-    corpus = open_corpus(cfg, tokenizer)
+    corpus = open_corpus(cfg, tokenizer, source.note)
     corpus = datasets.fitted(common_tokenizer(corpus, tokenizer), model.vocab_size)
     windows = Windows(corpus.val if cfg.split == "val" else corpus.train, seq_len, 1, model.vocab_size)
     if not len(windows):
@@ -169,20 +170,24 @@ def evaluate_corpus(cfg: EvaluateConfig, source: Source, model: GPT2Config, toke
     }
 
 
-def open_corpus(cfg: EvaluateConfig, tokenizer: Tokenizer | None) -> Corpus:
+def open_corpus(cfg: EvaluateConfig, tokenizer: Tokenizer | None, note: str) -> Corpus:
     """The corpus; text and named ones are tokenized with the model's tokenizer, where that is known.
 
-    What a run was trained on is taken as the run had it, so that it is not made twice.
+    What a run was trained on is taken as the run had it, so that it is not made twice. ``note`` says why the model's own
+    tokenizer, where one would be expected, cannot be had.
 
     Raises:
-        GptjaxError: as `gptjax.datasets.find_corpus`.
+        GptjaxError: as `gptjax.datasets.find_corpus` and `data_of_run`; or text cannot be tokenized as the model's was.
 
     """
     trained = data_of_run(Path(cfg.checkpoint))
-    if trained.get("dataset") == cfg.dataset and not cfg.tokenizer and cfg.column in (None, trained.get("column")):
-        return datasets.find_corpus(cfg.dataset, cfg.root, *(trained.get(name) for name in ("tokenizer", "column", "tokens")))
+    if trained and trained.dataset == cfg.dataset and not cfg.tokenizer and cfg.column in (None, trained.column):
+        return datasets.find_corpus(cfg.dataset, cfg.root, trained.tokenizer, trained.column, trained.tokens)
     wanted = cfg.wanted if cfg.split == "train" else 1  # of a corpus in parts, no more than is looked at
-    if tokenizer is None or datasets.holds_shards(Path(cfg.dataset)):
+    are_ids = datasets.holds_shards(Path(cfg.dataset))
+    if note and not tokenizer and not are_ids:
+        raise ConfigError(f"{cfg.checkpoint} comes without a tokenizer ({note}): name it, as in --tokenizer gpt2")
+    if tokenizer is None or are_ids:
         return datasets.find_corpus(cfg.dataset, cfg.root, None, cfg.column, wanted)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / tokenizers.FILE
@@ -191,13 +196,20 @@ def open_corpus(cfg: EvaluateConfig, tokenizer: Tokenizer | None) -> Corpus:
         return datasets.find_corpus(cfg.dataset, cfg.root, which, cfg.column, wanted)
 
 
-def data_of_run(folder: Path) -> dict[str, Any]:
-    """The section ``data`` of the run's ``config.yaml``; empty where there is none that can be read."""
+def data_of_run(folder: Path) -> DataConfig | None:
+    """The section ``data`` of a run's ``config.yaml``; None if this is no run, or one without that file.
+
+    Raises:
+        ConfigError: the file is not the configuration of a run.
+
+    """
+    file = folder / "config.yaml"
+    if not (folder / "checkpoints").is_dir() or not os.path.lexists(file):
+        return None
     try:
-        data = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))["data"]
-        return data if isinstance(data, dict) else {}
-    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError):
-        return {}
+        return cli.parse(Config, PROG, "", ["--config", str(file)])[0].data
+    except ConfigError as error:
+        raise ConfigError(f"{file} cannot be used ({error}): correct it, or remove it to evaluate without it") from error
 
 
 def common_tokenizer(corpus: Corpus, tokenizer: Tokenizer | None) -> Corpus:

@@ -154,8 +154,9 @@ def restore(run: Run) -> Restored | None:
 
 
 def checkpoint_meta(run: Run) -> dict[str, Any]:
-    """What a checkpoint keeps beside the arrays: which batches the run reads, and where it is in them."""
-    return {"identity": _identity(run), "position": run.batches.position()}
+    """What a checkpoint keeps beside the arrays: which batches the run reads, where it is in them, and with what tokenizer."""
+    tokenizer = run.corpus.tokenizer.sha256 if run.corpus.tokenizer else None
+    return {"identity": _identity(run), "position": run.batches.position(), "tokenizer": tokenizer}
 
 
 def _identity(run: Run) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def open_weights(where: str) -> Source:
             unless the hub's cache has it.
 
     Raises:
-        CheckpointError: there is nothing there, or a run without checkpoints.
+        CheckpointError: there is nothing there, or a run without whole checkpoints.
         FormatError: it is damaged, or in a format that is not read.
 
     """
@@ -64,9 +64,7 @@ def open_weights(where: str) -> Source:
     if path.is_dir() and (path / hf.CONFIG_FILE).exists():
         return _with_tokenizer(Source(hf.KIND, *hf.read_model(path), None), lambda: hf_tokenizer.read(path))
     if path.is_dir():
-        folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-        kept = folder.parent / tokenizers.FILE
-        return _with_tokenizer(Source("gptjax run", *open_newest(folder), None), lambda: tokenizers.load(kept))
+        return _open_run(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
     if llmc.is_model(path):
         return Source(llmc.MODEL, *llmc.read_model(path), None)
     if safetensors.is_model(path):
@@ -82,6 +80,20 @@ def _why_not(path: Path) -> str:
     if path.suffix in PICKLED:
         return ": a PyTorch pickle, maybe, which can run any code and is not read; save it as safetensors"
     return ": a run's folder, a Hugging Face folder, an llm.c model .bin or safetensors is expected"
+
+
+def _open_run(folder: Path) -> Source:
+    """The model in a run's ``checkpoints``, with the tokenizer beside them if it is the one that the run was trained with."""
+    cfg, params, meta = open_newest(folder)
+
+    def tokenizer() -> Tokenizer:
+        kept = folder.parent / tokenizers.FILE
+        found = tokenizers.load(kept)
+        if meta.get("tokenizer", found.sha256) != found.sha256:
+            raise FormatError(f"{kept} is not the one that the run was trained with")
+        return found
+
+    return _with_tokenizer(Source("gptjax run", cfg, params, None), tokenizer)
 
 
 def _with_tokenizer(source: Source, read: Callable[[], Tokenizer]) -> Source:

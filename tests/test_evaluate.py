@@ -1,6 +1,8 @@
 """The command as a person runs it, on a tiny model."""
 
+import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -40,7 +42,7 @@ def place(tmp_path_factory):
         writer.save(3, make_state(jax.random.key(0), CFG, make_optimizer(OptimConfig(), 10)), CFG, {})
     writer.close()
     corpus.tokenizer.save(folder / "tiny" / "tokenizer.json")
-    (folder / "tiny" / "config.yaml").write_text(yaml.safe_dump({"data": data}))
+    (folder / "tiny" / "config.yaml").write_text(yaml.safe_dump({"model": dataclasses.asdict(CFG), "data": data}))
     assert convert.main([str(folder / "tiny"), str(folder / "hf")]) == 0
     llmc.write_model(folder / "m.bin", OTHER_PARAMS, OTHER)
     return folder
@@ -179,6 +181,45 @@ def test_bad_input_ends_in_one_sentence(place, tmp_path, checkpoint, dataset, ar
     with jax.enable_x64(False):
         expect_error(main, ["--checkpoint", str(place / checkpoint), "--dataset", dataset, *args], message, capsys)
     assert not (tmp_path / "data").exists() or dataset == "text.txt"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("data: {dataset: 3}", "data.dataset: Expected a str"),
+        ("model: {preset: 124m}\ndata: {batch_size: 0}", "data.batch_size must be at least 1, not 0"),
+        ("data: [1, 2]", ""),
+        ("model: {preset: 124m}\nseeed: 1", "unknown option seeed: did you mean seed?"),
+        ("[", ""),
+        ("", ""),
+        (b"\xff\xfe", ""),
+        (None, ""),
+    ],
+)
+def test_the_configuration_of_a_run_is_checked_as_any_other(place, tmp_path, content, message, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(place / "tiny", run)
+    file = run / "config.yaml"
+    if content is None:
+        file.unlink()
+        file.symlink_to(tmp_path / "none")
+    else:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    arguments = ["--checkpoint", str(run), "--dataset", str(place / "text.txt"), "--root", str(place / "data")]
+    with jax.enable_x64(False):
+        expect_error(main, arguments, f"error: {file} cannot be used ({message}", capsys)
+
+
+def test_text_is_not_tokenized_as_the_model_was_not(place, tmp_path, capsys):
+    """Where the run's own tokenizer is damaged, no other is assumed; ids need none."""
+    run = tmp_path / "run"
+    shutil.copytree(place / "tiny", run)
+    (run / "config.yaml").unlink()
+    (run / "tokenizer.json").write_text("{}")
+    arguments = ["--checkpoint", str(run), "--seq_len", "4", "--root", str(place / "data"), "--dataset"]
+    with jax.enable_x64(False):
+        expect_error(main, [*arguments, str(place / "text.txt")], "comes without a tokenizer", capsys)
+        assert main([*arguments, str(shards(tmp_path / "ids", tokenizer=tokenizers.byte()))]) == 0
 
 
 def test_a_checkpoint_that_diverged(tmp_path, capsys):

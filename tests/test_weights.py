@@ -12,6 +12,7 @@ from gptjax.formats import llmc
 from gptjax.models.params import stack
 from gptjax.optim import OptimConfig, make_optimizer
 from gptjax.steps import init_state
+from gptjax.tokenizers import Characters
 from gptjax.weights import load_weights, open_weights, write_weights
 from tests.models import tiny
 from tests.server import serving
@@ -49,14 +50,32 @@ def test_the_newest_checkpoint_of_a_run(run):
     assert_same(found, params)
 
 
-def test_a_damaged_checkpoint_is_refused_and_left_alone(run):
-    folder, _ = run
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before_it(run):
+    folder, params = run
     for file in (folder / "checkpoints").glob("step_00000002/state/d/*"):
         file.write_bytes(bytes(len(file.read_bytes())))
-    before = sorted(p.name for p in (folder / "checkpoints").iterdir())
-    with pytest.raises(CheckpointError, match="step_00000002 cannot be read"):
-        load_weights(str(folder))
-    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == before
+    with pytest.warns(UserWarning, match="step_00000002 is damaged and was set aside"):
+        _, found = load_weights(str(folder))
+    before = init_state(jax.random.key(1), CFG, make_optimizer(OptimConfig(), 10)).params
+    assert_same(found, before)
+    assert not np.array_equal(found.wte, params.wte)
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["damaged-step_00000002", "step_00000001"]
+
+
+def test_a_run_has_the_tokenizer_that_it_was_trained_with_or_none(run):
+    """A vocabulary that is valid, and is another, would decode and encode to nonsense."""
+    folder, _ = run
+    own, other = Characters("abc"), Characters("abd")
+    writer = CheckpointWriter(folder / "checkpoints", keep=1)
+    state = init_state(jax.random.key(1), CFG, make_optimizer(OptimConfig(), 10))
+    writer.save(3, state, CFG, {"tokenizer": own.sha256})
+    writer.close()
+    own.save(folder / "tokenizer.json")
+    assert open_weights(str(folder)).tokenizer == own
+    other.save(folder / "tokenizer.json")
+    source = open_weights(str(folder))
+    assert source.tokenizer is None
+    assert source.note == f"{folder / 'tokenizer.json'} is not the one that the run was trained with"
 
 
 def test_an_llm_c_model(tmp_path):

@@ -1,6 +1,7 @@
 """What the rest of the project knows of a tokenizer."""
 
 import abc
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -67,3 +68,8 @@ class Tokenizer(abc.ABC):
         """Write it as one JSON file, for `gptjax.tokenizers.load`, durably: the whole file appears, or nothing does."""
         with write_whole(Path(path)) as file:
             file.write(json.dumps({"kind": self.kind, "name": self.name} | self.content()).encode())
+
+    @property
+    def sha256(self) -> str:
+        """Hash of all but the name, by which a run knows its own tokenizer."""
+        return hashlib.sha256(json.dumps({"kind": self.kind} | self.content(), sort_keys=True).encode()).hexdigest()

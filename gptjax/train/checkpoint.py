@@ -1,0 +1,416 @@
+"""Checkpoints of a run: atomic, asynchronous, verified when read.
+
+Orbax writes each to a temporary folder and renames it, so one cut off by a crash never counts. Each carries a JSON document
+with a checksum of every array, taken on the device when it was saved, and the document's own SHA-256: what is restored is what
+was saved, or it is not used. No other file in it is believed: one that is damaged leads to other arrays, or to an error.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+from jax import lax
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from gptjax import distributed
+from gptjax.durable import set_aside
+from gptjax.errors import CheckpointError, ConfigError, GptjaxError
+from gptjax.formats.lazy import collect
+from gptjax.lost import tells_of_a_lost_process
+from gptjax.models.config import DIMENSIONS, ModelConfig
+from gptjax.models.params import param_axes, rows, stack, unstack
+from gptjax.parallel import mesh as meshes
+from gptjax.train.optimizer import Optimizer
+from gptjax.train.step import TrainState, init_state
+
+PREFIX = "step"
+CHUNK_BYTES = 1 << 22  # of an array: what is written, and read to verify it, at a time
+NOT_DAMAGE = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", os.strerror(errno.EACCES), os.strerror(errno.EMFILE))
+T = TypeVar("T")
+
+
+class Restored(NamedTuple):
+    """A checkpoint read back."""
+
+    state: TrainState
+    step: int
+    meta: dict[str, Any]
+
+
+class CheckpointWriter:
+    """Saves into one folder in the background and keeps the newest few."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        """Make the folder; leftovers of a crash in it are removed."""
+        self.folder = folder
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            step_prefix=PREFIX,
+            step_format_fixed_length=8,
+            cleanup_tmp_directories=True,
+            lightweight_initialize=True,  # reads no metadata of older checkpoints: a damaged one keeps nobody from saving
+        )
+        with _write_errors(folder):
+            self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def save(self, step: int, state: TrainState, cfg: ModelConfig, optimizer: Optimizer, meta: dict[str, Any]) -> None:
+        """Start saving the state after ``step`` steps; returns as soon as the state may change again.
+
+        Args:
+            step: steps done.
+            state: parameters and optimizer state.
+            cfg: the model, whose dimensions and layout are kept with it.
+            optimizer: whose state it is.
+            meta: anything JSON that resuming needs.
+
+        Raises:
+            CheckpointError: this save, or an earlier one in the background, could not be written.
+
+        """
+        content = {
+            "step": step,
+            "model": dataclasses.asdict(cfg),
+            "optimizer": _kind(optimizer),
+            "arrays": _sums(state),
+            "meta": meta,
+        }
+        info = {"sha256": _digest(content), "content": content}
+        with _write_errors(self.folder):
+            in_chunks = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
+            arrays = ocp.args.StandardSave(state, jax.tree.map(lambda _: in_chunks, state))
+            self._manager.save(step, args=ocp.args.Composite(state=arrays, info=ocp.args.JsonSave(info)))
+
+    def check(self) -> None:
+        """Raise the `CheckpointError` of a save that failed in the background, if one did."""
+        with _write_errors(self.folder):
+            self._manager.check_for_errors()
+
+    def close(self) -> None:
+        """Wait until everything is on disk.
+
+        Raises:
+            CheckpointError: it could not be written.
+
+        """
+        with _write_errors(self.folder):
+            self._manager.wait_until_finished()
+            self._manager.close()
+
+
+def restore_newest(folder: Path, cfg: ModelConfig, optimizer: Optimizer, mesh: Mesh | None = None) -> Restored | None:
+    """The newest checkpoint in ``folder`` that reads back as it was saved, in the layout of ``cfg``; None if there is none.
+
+    Whatever mesh it was saved from, it is read to lie over ``mesh``. A damaged one is renamed to ``damaged-...`` with a
+    warning, and the one before it is tried: by all processes, if any of them finds it damaged.
+
+    Raises:
+        GptjaxError: the model's dimensions differ, or there are checkpoints but all are damaged.
+
+    """
+    return _newest_whole(folder, lambda path, step: _restore(path, step, cfg, optimizer, mesh), distributed.agreed)
+
+
+def open_newest(folder: Path) -> tuple[ModelConfig, Any, dict[str, Any]]:
+    """The model of the newest whole checkpoint in ``folder``, its parameters, verified now, read when used, and its ``meta``.
+
+    A damaged one is renamed to ``damaged-...`` with a warning, and the one before it is tried. The run may be training
+    meanwhile: what it is still writing is left alone.
+
+    Raises:
+        CheckpointError: there is none, or all are damaged.
+
+    """
+    found = _newest_whole(folder, _open, lambda name, decide: decide())
+    if not found:
+        raise CheckpointError(f"{folder} holds no checkpoint")
+    return found
+
+
+def _newest_whole(folder: Path, read: Callable[[Path, int], T], agreed: Callable[[str, Callable[[], str]], str]) -> T | None:
+    """What ``read(path, step)`` makes of the newest checkpoint that it can read; None if there is no checkpoint at all.
+
+    ``read`` raises `GptjaxError` for what is no damage, anything else for what is. ``agreed`` is `distributed.agreed` if all
+    processes read the same checkpoint.
+    """
+    names = ocp.path.step.standard_name_format(step_prefix=PREFIX, step_format_fixed_length=8)
+    tried: set[int] = set()
+
+    def steps() -> set[int]:  # finished ones only: what is being written has another name
+        return {found.step for found in names.find_all(folder.absolute())} - tried if folder.is_dir() else set()
+
+    def newest() -> str:
+        return json.dumps([max(steps(), default=None), bool(list(folder.glob("damaged-*")))])
+
+    def put_aside() -> str:
+        if not path.exists() or max(steps(), default=-1) > step:
+            return ""  # the run is training: it has a newer one, and drops its older ones
+        try:
+            set_aside(path)
+            return "was set aside"
+        except OSError as failure:  # a folder that is read-only, say
+            return f"is left out (it cannot be renamed: {failure.strerror})"
+
+    while True:
+        step, some_were_damaged = json.loads(agreed(f"checkpoint {len(tried)}", newest))
+        if step is None:
+            break
+        path = folder.absolute() / names.build_name(step)
+        try:
+            return read(path, step)
+        except GptjaxError:
+            raise
+        except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
+            if tells_of_a_lost_process(error):
+                raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            tried.add(step)
+            done = agreed(f"{path.name} set aside", put_aside)
+            if done and distributed.is_first():
+                warnings.warn(f"checkpoint {path} is damaged and {done}: {reason[:200]}", stacklevel=3)
+    if tried or some_were_damaged:
+        raise CheckpointError(f"no checkpoint in {folder} can be read: all are damaged, so start afresh without --resume")
+    return None
+
+
+class _Info(NamedTuple):
+    """What a checkpoint says of itself, once its own checksum was found to be right."""
+
+    model: ModelConfig
+    optimizer: dict[str, str | None]
+    sums: dict[str, int]
+    meta: dict[str, Any]
+
+
+def _digest(content: Any) -> str:
+    """SHA-256 of JSON in its canonical form."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _read_info(path: Path, step: int) -> _Info:
+    """Read what a checkpoint says of itself, and believe it only if its checksum is right.
+
+    Raises:
+        CheckpointError: it is whole, but another version of gptjax wrote it.
+        Exception: it is damaged.
+
+    """
+    found = _reader().restore(path, args=ocp.args.Composite(info=ocp.args.JsonRestore())).info
+    of_another_version = CheckpointError(
+        f"checkpoint {path} is of another version of gptjax: use that version, or train afresh"
+    )
+    if "checksums" in found:
+        raise of_another_version
+    content = found["content"]
+    if _digest(content) != found["sha256"]:
+        raise ValueError("what it says of itself does not match its checksum")
+    try:
+        of_step = content["step"]
+        info = _Info(ModelConfig(**content["model"]), content["optimizer"], content["arrays"], content["meta"])
+    except (ConfigError, KeyError, TypeError) as error:
+        raise of_another_version from error
+    if of_step != step:
+        raise ValueError(f"it is that of step {of_step}")
+    return info
+
+
+def _open(path: Path, step: int) -> tuple[ModelConfig, Any, dict[str, Any]]:
+    """What `open_newest` returns, of one checkpoint."""
+    places: dict[
+        tuple[str, int | None], tuple[Any, int, int, int]
+    ] = {}  # of each tensor: array, rows from, to, and their checksum
+    with _not_damage(path):
+        info = _read_info(path, step)
+        sums = {}
+        for name, key, shape, rows in _stored(info.model):
+            array, read = _open_array(path, key), 0
+            if array.shape != shape or array.dtype.numpy_dtype != np.float32:
+                raise ValueError(f"its {key} is {array.dtype.name} of the shape {array.shape}")
+            sums[key] = 0
+            for layer, (start, stop) in rows.items():
+                places[name, layer] = array, start, stop, (checksum := _read(array, start, stop))
+                sums[key], read = sums[key] + checksum, stop
+            sums[key] = (sums[key] + _read(array, read, shape[0])) % 2**32
+        if sums != {key: value for key, value in info.sums.items() if key.startswith("params.")}:
+            raise ValueError("its checksums do not match")
+
+    def load(name: str, layer: int | None) -> np.ndarray:
+        array, start, stop, checksum = places[name, layer]
+        found = np.empty((stop - start, *array.shape[1:]), np.float32)
+        try:
+            if _read(array, start, stop, found) != checksum:  # a file that is gone reads as zeros
+                raise ValueError("its checksums do not match any more")
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(
+                f"checkpoint {path} changed while it was read ({reason[:200]}): if its run is training and has dropped it "
+                "for a newer one, try again"
+            ) from error
+        return found[0] if layer is not None and info.model.layers == "scan" else found
+
+    return info.model, collect(info.model, load, lambda *place: np.dtype(np.float32)), info.meta
+
+
+def _stored(cfg: ModelConfig) -> Iterator[tuple[str, str, tuple[int, ...], dict[int | None, tuple[int, int]]]]:
+    """Each array that parameters are kept in: tensor, its own name, its shape, and where in it each layer's rows begin and end.
+
+    The layer is None outside the blocks; the vocabulary's pad rows, which come last, are nobody's.
+    """
+    for name, layered, weight, shape in rows(cfg):
+        if not layered:
+            yield name, f"params.{name}", shape, {None: (0, cfg.vocab_size if weight.axes[0] == "Vp" else shape[0])}
+        elif cfg.layers == "scan":
+            stacked = (cfg.num_layers, *shape)
+            yield name, f"params.blocks.{name}", stacked, {layer: (layer, layer + 1) for layer in range(cfg.num_layers)}
+        else:
+            for layer in range(cfg.num_layers):
+                yield name, f"params.blocks.{layer}.{name}", shape, {layer: (0, shape[0])}
+
+
+def _reader() -> ocp.Checkpointer:
+    """What reads a checkpoint without waiting for other processes, which may be doing something else, or fail to read it."""
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+    handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=alone))
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
+
+
+def _open_array(path: Path, key: str) -> Any:
+    """One array of a checkpoint where Orbax keeps it: as zarr, in a database of the checkpoint's arrays."""
+    store = {"driver": "ocdbt", "base": f"file://{path / 'state'}/", "path": f"{key}/"}
+    return tensorstore.open({"driver": "zarr", "kvstore": store}, open=True, read=True).result()
+
+
+def _read(array: Any, start: int, stop: int, into: np.ndarray | None = None) -> int:
+    """Read rows of a stored array in parts of about `CHUNK_BYTES`; what `_checksums` says of them, where they stand in it."""
+    width, total = math.prod(array.shape[1:]), 0
+    rows = max(1, CHUNK_BYTES // (4 * width))
+    for first in range(start, stop, rows):
+        part = array[first : min(first + rows, stop)].read().result()
+        if into is not None:
+            into[first - start : first - start + len(part)] = part
+        words = np.ascontiguousarray(part).view(np.uint32).ravel()
+        place = np.arange(words.size, dtype=np.uint32) + np.uint32(first * width % 2**32)
+        total += int(_mixed(words, place).sum(dtype=np.uint32))
+    return total % 2**32
+
+
+def _on_device(tree: Any) -> Any:
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)
+
+
+def _restore(path: Path, step: int, cfg: ModelConfig, optimizer: Optimizer, mesh: Mesh | None) -> Restored:
+    """One checkpoint; if any process cannot read its part of it, none has it."""
+
+    def read() -> tuple[TrainState, Any, _Info]:
+        if not path.is_dir() and not distributed.is_first():
+            raise CheckpointError(f"there is no {path} here: --runs must be a folder that all processes share")
+        info = _read_info(path, step)
+        as_saved = dataclasses.replace(cfg, layers=info.model.layers)
+        shapes = jax.eval_shape(lambda key: init_state(key, as_saved, optimizer), jax.random.key(0))
+        saved = {f"model.{name}": getattr(info.model, name) for name in DIMENSIONS} | info.optimizer
+        now = {f"model.{name}": getattr(cfg, name) for name in DIMENSIONS} | _kind(optimizer)
+        for name, value in saved.items():
+            if value != now.get(name):
+                raise CheckpointError(f"{path} was trained with {name} {value}, not {now.get(name)}: give it that value")
+        arrays = ocp.args.StandardRestore(meshes.abstract(mesh, param_axes(as_saved), shapes) if mesh else _on_device(shapes))
+        return _reader().restore(path, args=ocp.args.Composite(state=arrays)).state, shapes, info
+
+    def check() -> None:
+        if _sums(state) != info.sums:
+            raise ValueError("its checksums do not match")
+
+    state, shapes, info = distributed.together(f"{path.name} read", _not_damage(path)(read))
+    _not_damage(path)(check)()  # with the others; the sums are the same in all
+    if info.model.layers != cfg.layers:
+        if optimizer.cfg.name == "adafactor":  # its factors of stacked layers are not those of single ones
+            raise CheckpointError(f"{path} was trained with model.layers {info.model.layers}: give it that value")
+        convert = lambda s: _each_params(stack if cfg.layers == "scan" else unstack, s)  # noqa: E731
+        as_now = jax.eval_shape(convert, shapes)
+        state = jax.jit(convert, out_shardings=meshes.shardings(mesh, param_axes(cfg), as_now) if mesh else None)(state)
+    return Restored(state, step, info.meta)
+
+
+@contextlib.contextmanager
+def _not_damage(path: Path) -> Iterator[None]:
+    """Turn what is the fault of this machine, or of its memory, into `CheckpointError`."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, MemoryError) or any(sign in str(error) for sign in NOT_DAMAGE):
+            raise CheckpointError(f"checkpoint {path} cannot be read: {str(error)[:200]}") from error
+        raise
+
+
+def _kind(optimizer: Optimizer) -> dict[str, str | None]:
+    """The options that decide what the optimizer's state is."""
+    return {"optim.name": optimizer.cfg.name, "optim.mu_dtype": optimizer.cfg.mu_dtype}
+
+
+def _each_params(f: Any, tree: Any) -> Any:
+    is_params = lambda x: hasattr(x, "blocks")  # noqa: E731
+    return jax.tree.map(lambda x: f(x) if is_params(x) else x, tree, is_leaf=is_params)
+
+
+def _sums(tree: Any) -> dict[str, int]:
+    """The checksum of each array under its name, as in ``params.fcw.0``."""
+    found = jax.tree_util.tree_leaves_with_path(_checksums(tree))
+    return {jax.tree_util.keystr(path, simple=True, separator="."): int(x) for path, x in found}
+
+
+@jax.jit
+def _checksums(tree: Any) -> Any:
+    """A 32-bit checksum of each array."""
+
+    def checksum(x: Array) -> Array:
+        words = lax.bitcast_convert_type(x, jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint32).astype(jnp.uint32)
+        place = jnp.zeros(words.shape, jnp.uint32)  # in the flat array, which would bring a cut one together
+        for axis, size in enumerate(words.shape):
+            place = place * size + lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        return _mixed(words, place).sum(dtype=jnp.uint32)
+
+    return jax.tree.map(checksum, tree)
+
+
+def _mixed(words: Any, place: Any) -> Any:
+    """Words hashed with their places (Wellons' lowbias32), to be added up: any changed word or pair of swapped ones shows.
+
+    One changed word always does, since the hash is one-to-one; of other changes 1 in 2^32 escapes.
+    """
+    x = words ^ (place * np.uint32(0x9E3779B9))
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
+    return x ^ (x >> np.uint32(16))
+
+
+@contextlib.contextmanager
+def _write_errors(folder: Path) -> Iterator[None]:
+    """Turn what Orbax raises while writing into `CheckpointError`; the system's own words for it are deep in its message.
+
+    A process that is lost meanwhile is no fault of the disk: that goes on to `gptjax.lost.ending_together`.
+    """
+    try:
+        yield
+    except Exception as error:
+        if tells_of_a_lost_process(error):
+            raise
+        known = (os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES))
+        reason = next((words for words in known if words in str(error)), str(error)[:300] or type(error).__name__)
+        raise CheckpointError(
+            f"the checkpoint in {folder} cannot be written ({reason}): free space or choose another --runs folder; "
+            "earlier checkpoints are untouched"
+        ) from error
