@@ -1,5 +1,6 @@
 """Weights from wherever they are kept, to wherever they should go."""
 
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -8,16 +9,17 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import Mesh
 
 from gptjax import tokenizers
-from gptjax.checkpoint import open_newest
 from gptjax.errors import CheckpointError, FormatError, GptjaxError
 from gptjax.formats import hf, hf_tokenizer, llmc, safetensors
-from gptjax.formats.lazy import tensor_of
-from gptjax.mesh import param_shardings, place
-from gptjax.models.config import DIMENSIONS, GPT2Config
-from gptjax.models.params import Block, Params
+from gptjax.formats.lazy import LazyTensor, pad_vocab, stack_lazily
+from gptjax.models.config import DIMENSIONS, Architecture, ModelConfig
+from gptjax.models.family import Weight
+from gptjax.models.params import param_axes, per_tensor
+from gptjax.parallel.mesh import param_shardings, place
 from gptjax.tokenizers import BytePairEncoding, Tokenizer
 
 Format = Literal["hf", "llmc", "safetensors"]
@@ -31,10 +33,11 @@ class Source(NamedTuple):
 
     format: str
     """What it is, in words."""
-    cfg: GPT2Config
-    params: Params
+    cfg: ModelConfig
+    """A run's own; of a file, the model computed by default."""
+    params: Any
     """`gptjax.formats.lazy.LazyTensor`s in the unrolled layout."""
-    tokenizer: Tokenizer | None
+    tokenizer: Tokenizer | None = None
     note: str = ""
     """Why there is no tokenizer, where one would be expected."""
 
@@ -53,23 +56,34 @@ def open_weights(where: str) -> Source:
 
     """
     if where.startswith(HUB):
-        return open_weights(str(_from_hub(where.removeprefix(HUB))))._replace(format=f"{hf.KIND} {where}")
+        source = open_weights(str(_from_hub(where.removeprefix(HUB))))
+        return source._replace(format=f"{source.format} {where}")
     path = Path(where)
     if not path.exists():
         raise CheckpointError(
             f"{where} does not exist: name a run, a Hugging Face folder, an llm.c model .bin, a .safetensors, or {HUB}NAME"
         )
     if path.is_dir() and (path / hf.CONFIG_FILE).exists():
-        return _with_tokenizer(Source(hf.KIND, *hf.read_model(path), None), lambda: hf_tokenizer.read(path))
+        cfg, params = hf.read_model(path)
+        return _with_tokenizer(Source(hf.title(cfg), _by_default(cfg), params), lambda: hf_tokenizer.read(path))
     if path.is_dir():
+        from gptjax.checkpoint import open_newest  # with Orbax, which takes long to import
+
         folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
         kept = folder.parent / tokenizers.FILE
-        return _with_tokenizer(Source("gptjax run", *open_newest(folder), None), lambda: tokenizers.load(kept))
+        return _with_tokenizer(Source("gptjax run", *open_newest(folder)), lambda: tokenizers.load(kept))
     if llmc.is_model(path):
-        return Source(llmc.MODEL, *llmc.read_model(path), None)
+        cfg, params = llmc.read_model(path)
+        return Source(llmc.MODEL, _by_default(cfg), params)
     if safetensors.is_model(path):
-        return Source("gptjax safetensors", *safetensors.read_model(path), None)
+        cfg, params = safetensors.read_model(path)
+        return Source("gptjax safetensors", _by_default(cfg), params)
     raise FormatError(f"{path} is in no format that is known here" + _why_not(path))
+
+
+def _by_default(cfg: Architecture) -> ModelConfig:
+    """A file's model, computed by default."""
+    return ModelConfig(**dataclasses.asdict(cfg))
 
 
 def _why_not(path: Path) -> str:
@@ -102,7 +116,7 @@ def _from_hub(name: str) -> Path:
         ) from error
 
 
-def load_weights(where: str, cfg: GPT2Config | None = None, mesh: Mesh | None = None) -> tuple[GPT2Config, Params]:
+def load_weights(where: str, cfg: ModelConfig | None = None, mesh: Mesh | None = None) -> tuple[ModelConfig, Any]:
     """Parameters in float32, padded, in the layout of the configuration that comes with them.
 
     Args:
@@ -128,22 +142,19 @@ def load_weights(where: str, cfg: GPT2Config | None = None, mesh: Mesh | None = 
     return cfg, load_params(source, cfg, mesh)
 
 
-def load_params(source: Source, cfg: GPT2Config, mesh: Mesh | None = None) -> Params:
-    """The parameters of an opened model in float32, padded, in the layout of ``cfg``, whose dimensions are the model's."""
-    found = source.cfg
-    layout = param_shardings(mesh, cfg) if mesh else Params(*[None] * len(Params._fields))
+def load_params(source: Source, cfg: ModelConfig, mesh: Mesh | None = None) -> Any:
+    """The parameters of an opened model in float32, padded, in the layout of ``cfg``, whose dimensions are the model's.
 
-    def load(name: str, layout: Any) -> Any:
-        if name not in Block._fields:
-            array = tensor_of(source.params, name, None, found)
-            rows = found.padded_vocab_size - found.vocab_size if name == "wte" else 0
-            return place(np.pad(array, ((0, rows), (0, 0))) if rows else array, layout)
-        layers = (tensor_of(source.params, name, layer, found) for layer in range(found.num_layers))
-        if cfg.layers == "scan":
-            return place(np.stack([np.asarray(layer, np.float32) for layer in layers]), layout)
-        return tuple(place(layer, layout[0] if layout else None) for layer in layers)
+    They are read, and laid out over the mesh, one after the other.
+    """
+    params = source.params if cfg.layers == "unroll" else stack_lazily(source.params)
+    weights = per_tensor(lambda weight: weight, params, cfg)
+    layouts = param_shardings(mesh, param_axes(cfg)) if mesh else jax.tree.map(lambda _: None, params)
 
-    return Params(*map(load, Params._fields, layout))
+    def load(tensor: LazyTensor, weight: Weight, layout: Any) -> Array:
+        return place(pad_vocab(np.asarray(tensor), weight, cfg), layout)
+
+    return jax.tree.map(load, params, weights, layouts)
 
 
 def write_weights(source: Source, path: Path, to: Format, dtype: np.dtype) -> None:
@@ -154,6 +165,9 @@ def write_weights(source: Source, path: Path, to: Format, dtype: np.dtype) -> No
         path: a folder for ``hf``, else a file.
         to: ``hf``: a folder for ``transformers``; ``llmc``: version 3 in float32, 5 in bfloat16; ``safetensors``: our names.
         dtype: float32 or bfloat16.
+
+    Raises:
+        ConfigError: the format holds no such model; the sentence says why.
 
     """
     if to == "llmc":
@@ -168,7 +182,7 @@ def write_weights(source: Source, path: Path, to: Format, dtype: np.dtype) -> No
             if isinstance(known, BytePairEncoding):
                 hf_tokenizer.write(into, known)
 
-        hf.write_model(path, source.params, source.cfg, dtype, end, extra)
+        hf.write_model(path, source.params, source.cfg, dtype, end, extra, source.cfg.dropout)
 
 
 def dtype_of(source: Source) -> np.dtype:
