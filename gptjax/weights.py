@@ -46,7 +46,7 @@ def open_weights(where: str) -> Source:
     """Find out what something is, and open it; no tensor is read yet.
 
     Args:
-        where: the folder of a run or of its checkpoints, of which the newest counts; a Hugging Face GPT-2 folder; an llm.c
+        where: the folder of a run or of its checkpoints, of which the newest counts; a Hugging Face folder; an llm.c
             model ``.bin``; safetensors in our own names; or ``hf:NAME``, a model on the Hugging Face hub, which is fetched
             unless the hub's cache has it.
 

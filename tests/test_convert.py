@@ -15,6 +15,7 @@ from gptjax.convert import main
 from gptjax.formats import llmc, llmc_tokenizer
 from gptjax.formats.lazy import collect, tensor_names
 from gptjax.formats.token_shards import write_shard
+from gptjax.models.params import stack
 from gptjax.optim import OptimConfig, make_optimizer
 from gptjax.steps import init_state
 from gptjax.weights import load_weights
@@ -37,7 +38,7 @@ def model(tmp_path):
 def run(tmp_path, request):
     """The folder of a run, with its tokenizer."""
     cfg = tiny.config(dtype="float32", layers=request.param, vocab_size=262)
-    optimizer = make_optimizer(OptimConfig(), 10)
+    optimizer = make_optimizer(OptimConfig(), 10, cfg)
     writer = CheckpointWriter(tmp_path / "run" / "checkpoints", keep=1)
     writer.save(3, init_state(jax.random.key(3), cfg, optimizer), cfg, {})
     writer.close()
@@ -70,9 +71,7 @@ def test_a_run_goes_to_every_format_and_starts_another(run, tmp_path, capsys):
     for name in ("hf", "m.safetensors", "m.bin"):
         convert(run, tmp_path / name)
         _, found = load_weights(str(tmp_path / name))
-        for ours, theirs in zip(jax.tree.leaves(params.wte), jax.tree.leaves(found.wte), strict=True):
-            np.testing.assert_array_equal(ours, theirs)
-        np.testing.assert_array_equal(jnp.stack(params.fcw), jnp.stack(found.fcw))
+        jax.tree.map(np.testing.assert_array_equal, stack(found), stack(params))
     assert "format     gptjax run" in capsys.readouterr().out
     from tokenizers import Tokenizer
 
@@ -86,7 +85,7 @@ def test_what_is_printed(model, tmp_path, capsys):
     convert(model, tmp_path / "m.safetensors")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "format     llm.c model"
-    assert lines[2] == "tensors    28 of float32"
+    assert lines[2] == "tensors    36 of float32"
     digest = hashlib.sha256((tmp_path / "m.safetensors").read_bytes()).hexdigest()
     assert lines[-1].endswith(f"bytes, sha256 {digest}")
 
@@ -183,9 +182,9 @@ def test_one_tensor_at_a_time_is_in_memory(model, tmp_path, way):
     small = model
     if way[0] == "run":
         small = tmp_path / "small"
-        for folder, size in ((small, dataclasses.replace(cfg, num_layers=1, channels=8)), (tmp_path / "run", cfg)):
+        for folder, size in ((small, dataclasses.replace(cfg, num_layers=1, channels=8, hidden=32)), (tmp_path / "run", cfg)):
             writer = CheckpointWriter(folder / "checkpoints", keep=1)
-            writer.save(1, init_state(jax.random.key(0), size, make_optimizer(OptimConfig(), 1)), size, {})
+            writer.save(1, init_state(jax.random.key(0), size, make_optimizer(OptimConfig(), 1, size)), size, {})
             writer.close()
     args = [str(small), str(tmp_path / "small.safetensors"), str(tmp_path / way[0]), str(tmp_path / way[1])]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -202,7 +201,7 @@ def test_only_a_model_of_sixteen_bits_throughout_is_written_in_them(model, tmp_p
     save_file(mixed, file)
     capsys.readouterr()
     convert(tmp_path / "hf", tmp_path / "back.safetensors")
-    assert "tensors    28 of bfloat16 and float32" in capsys.readouterr().out
+    assert "tensors    36 of bfloat16 and float32" in capsys.readouterr().out
     assert (load_file(tmp_path / "back.safetensors")["fcb.0"] == exact).all()
 
 

@@ -47,6 +47,8 @@ class Convention(NamedTuple):
     tensors: Table
     prefix: str
     """Of the names in `tensors`; the hub's older files lack it."""
+    transposed: bool
+    """Whether matrices are (out, in), as `torch.nn.Linear` has them."""
     ignored: re.Pattern[str]
     """Tensors that are no parameters."""
 
@@ -93,6 +95,7 @@ CONVENTIONS = {
             "ln_f.bias": "lnfb",
         },
         prefix="transformer.",
+        transposed=False,
         ignored=re.compile(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias"),
     )
 }
@@ -151,9 +154,9 @@ def read_model(folder: Path) -> tuple[Architecture, Any]:
     shapes = {name: tensor.shape for name, tensor, _ in each_layer(tensors, cfg)}
     head = next(tensor.name for tensor in tensors if family_of(cfg).HEAD in [part.param for part in tensor.parts])
     tied = HEAD in files and HEAD not in shapes
-    safetensors.check_names(folder, {n for n in files if not theirs.ignored.fullmatch(n) and not (tied and n == HEAD)}, shapes)
     if tied:
         shapes[HEAD] = shapes[head]
+    safetensors.check_names(folder, {name for name in files if not theirs.ignored.fullmatch(name)}, shapes)
     dtypes: dict[str, np.dtype] = {}
     for path in set(files.values()):
         with safetensors.opened(path) as file:
@@ -165,7 +168,7 @@ def read_model(folder: Path) -> tuple[Architecture, Any]:
 
     def read(tensor: FileTensor, layer: int | None, part: Part) -> np.ndarray:
         name = tensor.name.format(layer)
-        return safetensors.read_slice(files[name], name, part.index)
+        return safetensors.read_slice(files[name], name, part.place)
 
     if tied and not _equal(files, HEAD, head, cfg.vocab_size):
         raise FormatError(f"{files[HEAD]}: {HEAD} differs from the token embedding, but this {theirs.title} uses one for both")
@@ -176,8 +179,9 @@ def _tensors(cfg: Architecture, prefixed: bool) -> list[FileTensor]:
     """The tensors of a model's files."""
     tables = {family: theirs.tensors for family, theirs in CONVENTIONS.items()}
     table = table_of(tables, cfg, KIND)
-    prefix = CONVENTIONS[cfg.family].prefix if prefixed else ""
-    return file_tensors({prefix + name: params for name, params in table.items()}, cfg)
+    theirs = CONVENTIONS[cfg.family]
+    prefix = theirs.prefix if prefixed else ""
+    return file_tensors({prefix + name: params for name, params in table.items()}, cfg, transposed=theirs.transposed)
 
 
 def _equal(files: dict[str, Path], a: str, b: str, rows: int) -> bool:
@@ -234,7 +238,8 @@ def write_model(
     """
     tensors = _tensors(cfg, prefixed=True)
     theirs = CONVENTIONS[cfg.family]
-    default = dataclasses.replace(cfg, **dict.fromkeys(theirs.implied, 0))
+    zeros: dict[str, Any] = dict.fromkeys(theirs.implied, 0)
+    default = dataclasses.replace(cfg, **zeros)
     sizes = {ours: getattr(cfg, ours) for ours in theirs.sizes}
     sizes |= {ours: None for ours in theirs.implied if sizes[ours] == getattr(default, ours)}
     fields = {

@@ -102,6 +102,7 @@ def read_model(path: str | os.PathLike[str]) -> tuple[Architecture, Any]:
         raise FormatError(f"{path} is no {MODEL}: its header holds the sizes {', '.join(map(str, (*fields, padded)))}")
     try:
         cfg = Architecture(
+            family="gpt2",
             num_layers=num_layers,
             num_heads=num_heads,
             channels=channels,
@@ -125,7 +126,7 @@ def read_model(path: str | os.PathLike[str]) -> tuple[Architecture, Any]:
 
     def read(tensor: FileTensor, layer: int | None, part: Part) -> np.ndarray:
         array = arrays[tensor.name]
-        return (array if layer is None else array[layer])[part.index]
+        return (array if layer is None else array[layer])[part.place]
 
     return cfg, open_params(tensors, cfg, read, dtype_of)
 
@@ -227,10 +228,10 @@ def _stacked(tensor: FileTensor, cfg: Architecture) -> tuple[int, ...]:
     return (cfg.num_layers, *tensor.shape) if tensor.layered else tensor.shape
 
 
-def _grads(tensors: list[FileTensor], arrays: list[np.ndarray], cfg: Architecture) -> Any:
+def _grads(tensors: list[FileTensor], arrays: list[Any], cfg: Architecture) -> Any:
     """Gradients in our shapes, stacked: views of the file's, but for the vocabulary's pad rows, which become zeros."""
     ours = {
-        part.param: part.from_file(array[..., *part.index])
+        part.param: part.from_file(array[..., *part.place])
         for tensor, array in zip(tensors, arrays, strict=True)
         for part in tensor.parts
     }

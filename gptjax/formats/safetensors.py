@@ -119,7 +119,7 @@ def read_model(path: Path) -> tuple[Architecture, Any]:
         dtypes = {name: check_tensor(path, file, name, tensor.shape) for name, tensor, _ in each_layer(tensors, cfg)}
 
     def read(tensor: FileTensor, layer: int | None, part: Part) -> np.ndarray:
-        return read_slice(path, tensor.name.format(layer), part.index)
+        return read_slice(path, tensor.name.format(layer), part.place)
 
     return cfg, open_params(tensors, cfg, read, lambda tensor, layer: dtypes[tensor.name.format(layer)])
 

@@ -26,7 +26,7 @@ class Part(NamedTuple):
     """A parameter's place in a tensor of a file."""
 
     param: str
-    index: tuple[slice, ...]
+    place: tuple[slice, ...]
     """Where the tensor holds it."""
     shape: tuple[int, ...]
     """The parameter's own, without pad rows."""
@@ -40,7 +40,7 @@ class Part(NamedTuple):
         return array.T if self.transposed else array
 
     def from_file(self, array: np.ndarray) -> np.ndarray:
-        """The parameter from what the file has at `index`; leading axes, as of stacked layers, stay."""
+        """The parameter from what the file has at `place`; leading axes, as of stacked layers, stay."""
         array = array.swapaxes(-1, -2) if self.transposed else array
         return array.reshape(*array.shape[: array.ndim - len(self.flat)], *self.shape)
 
@@ -125,7 +125,7 @@ def open_params(
     Args:
         tensors: the file's.
         cfg: the model.
-        read: ``read(tensor, layer, part)`` gives what the file has at ``part.index`` of a tensor.
+        read: ``read(tensor, layer, part)`` gives what the file has at ``part.place`` of a tensor.
         dtype_of: ``dtype_of(tensor, layer)`` is a tensor's dtype.
 
     """
@@ -161,5 +161,5 @@ def join(tensor: FileTensor, layer: int | None, params: Any, cfg: Architecture, 
         return next(arrays).astype(dtype, copy=False)
     joined = np.empty(tensor.shape, dtype)
     for part, array in zip(tensor.parts, arrays, strict=True):
-        joined[part.index] = array
+        joined[part.place] = array
     return joined
