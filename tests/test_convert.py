@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import os
 import subprocess
 import sys
@@ -50,6 +51,28 @@ def convert(*args):
     assert main([str(arg) for arg in args]) == 0
 
 
+FILES = {  # SHA-256 of a model of fixed numbers in each format: what others have written stays what is written
+    ("m.bin", "float32"): "d75a8a94593779e6ef7c484218109f7b8c3aeb39e0be5bbb2e6434deba5b2634",
+    ("m.bin", "bfloat16"): "c8eca45c1fd348ceb45f4d2ac61996c982ddb999a29f667f6f07e526b407fd3a",
+    ("m.safetensors", "float32"): "3f427ed6617ee502a27aab5c61e1d52ae8c95bc1572c838986e042d2e1ae113c",
+    ("m.safetensors", "bfloat16"): "a46b6650fe4402091e5179226731bc49a30f1d5dbd6aeb29f883617c87cd872e",
+    ("hf/model.safetensors", "float32"): "a443e670a64daabc023941c878ffc784350a702914f4f320f74e181c0ca61695",
+    ("hf/model.safetensors", "bfloat16"): "476898871b2db648bad59678bcf5b0c6dc088908aa5da00689b0f4bccdf4dd1f",
+    ("hf/config.json", "float32"): "561c8172f6e00e70a015697b45b3e71fe12c6191d929dd603d795170b06304bd",
+}
+
+
+@pytest.mark.parametrize(("name", "dtype"), FILES)
+def test_the_bytes_of_a_format_do_not_change(tmp_path, name, dtype):
+    header = np.zeros(256, "<i4")
+    header[:8] = 20240326, 1, 12, 11, 2, 2, 8, 0  # version 1, whose vocabulary has no pad rows
+    numbers = np.arange(11 * 8 + 12 * 8 + 2 * (12 * 8 * 8 + 13 * 8) + 2 * 8) % 251 / 64 - 2  # exact in 16 bits
+    source = tmp_path / "source.bin"
+    source.write_bytes(header.tobytes() + numbers.astype("<f4").tobytes())
+    convert(source, tmp_path / name.split("/")[0], "--dtype", dtype)
+    assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == FILES[name, dtype]
+
+
 @pytest.mark.parametrize("through", ["hf", "m.safetensors"])
 def test_round_trips_give_the_same_bytes(model, tmp_path, through):
     convert(model, tmp_path / through)
@@ -80,8 +103,6 @@ def test_a_run_goes_to_every_format_and_starts_another(run, tmp_path, capsys):
 
 
 def test_what_is_printed(model, tmp_path, capsys):
-    import hashlib
-
     convert(model, tmp_path / "m.safetensors")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "format     llm.c model"
