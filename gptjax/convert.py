@@ -1,6 +1,6 @@
 """Convert a model: ``python -m gptjax.convert SRC DST``, or say what a file is: ``python -m gptjax.convert SRC --inspect``.
 
-SRC is a run (its newest checkpoint), a Hugging Face GPT-2 folder, an llm.c model ``.bin``, safetensors in our names, or
+SRC is a run (its newest checkpoint), a Hugging Face folder, an llm.c model ``.bin``, safetensors in our names, or
 ``hf:NAME`` on the hub. DST becomes an llm.c model if it ends in ``.bin``, safetensors in our names if it ends in
 ``.safetensors``, else a Hugging Face folder. ``--inspect`` also knows token shards, debug states and tokenizers.
 """
