@@ -133,7 +133,7 @@ def _shard(path: Path) -> str:
 def _debug_state(path: Path) -> str:
     (_, version, B, T, *_), size = read_header(path, llmc.STATE)
     if version not in (1, 2) or B < 1 or T < 1 or size < HEADER_BYTES + 8 * B * T:
-        raise FormatError(f"{path} is an {llmc.STATE} that cannot be: version {version}, {B} x {T} tokens in {size} bytes")
+        raise FormatError(f"{path} is an invalid {llmc.STATE}: version {version}, {B} x {T} tokens in {size} bytes")
     return f"{'format':<10} {llmc.STATE}, version {version}\n{'batch':<10} {B} x {T} tokens\n{'size':<10} {size:,} bytes"
 
 

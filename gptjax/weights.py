@@ -82,7 +82,7 @@ def open_weights(where: str) -> Source:
 
 
 def _by_default(cfg: Architecture) -> ModelConfig:
-    """A file's model, computed by default."""
+    """A file's architecture with the default computation."""
     return ModelConfig(**dataclasses.asdict(cfg))
 
 
@@ -143,9 +143,10 @@ def load_weights(where: str, cfg: ModelConfig | None = None, mesh: Mesh | None =
 
 
 def load_params(source: Source, cfg: ModelConfig, mesh: Mesh | None = None) -> Any:
-    """The parameters of an opened model in float32, padded, in the layout of ``cfg``, whose dimensions are the model's.
+    """The parameters of an opened model, in float32 and padded, in the layout of ``cfg``.
 
-    They are read, and laid out over the mesh, one after the other.
+    They are read, and laid out over the mesh, one after the other. ``cfg`` must have the model's
+    architecture.
     """
     params = source.params if cfg.layers == "unroll" else stack_lazily(source.params)
     weights = per_tensor(lambda weight: weight, params, cfg)

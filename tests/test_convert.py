@@ -1,5 +1,6 @@
 import dataclasses
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -38,7 +39,7 @@ def model(tmp_path):
 @pytest.fixture(params=["unroll", "scan"])
 def run(tmp_path, request):
     """The folder of a run, with its tokenizer."""
-    cfg = tiny.config(dtype="float32", layers=request.param, vocab_size=262)
+    cfg = tiny.config(dtype="float32", layers=request.param, vocab_size=262, dropout=0.1)
     optimizer = make_optimizer(OptimConfig(), 10, cfg)
     writer = CheckpointWriter(tmp_path / "run" / "checkpoints", keep=1)
     writer.save(3, init_state(jax.random.key(3), cfg, optimizer), cfg, {})
@@ -96,6 +97,7 @@ def test_a_run_goes_to_every_format_and_starts_another(run, tmp_path, capsys):
         _, found = load_weights(str(tmp_path / name))
         jax.tree.map(np.testing.assert_array_equal, stack(found), stack(params))
     assert "format     gptjax run" in capsys.readouterr().out
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["resid_pdrop"] == 0.1
     from tokenizers import Tokenizer
 
     theirs = Tokenizer.from_file(str(tmp_path / "hf" / "tokenizer.json"))
@@ -250,4 +252,4 @@ def test_inspect_of_hugging_faces_tokenizer_and_of_a_state_that_cannot_be(run, t
     np.array([llmc.STATE_MAGIC, 99, -5, 7, *[0] * 252], "<i4").tofile(tmp_path / "s.bin")
     with pytest.raises(SystemExit):
         main([str(tmp_path / "s.bin"), "--inspect"])
-    assert "that cannot be: version 99, -5 x 7 tokens in 1024 bytes" in capsys.readouterr().err
+    assert "is an invalid llm.c debug state: version 99, -5 x 7 tokens in 1024 bytes" in capsys.readouterr().err

@@ -1,7 +1,7 @@
-"""Hugging Face's models: a folder of ``config.json`` and safetensors, maybe in several files (``transformers``).
+"""Hugging Face's models: a folder with ``config.json`` and one or several safetensors files.
 
-GPT-2's linear weights are (in, out), as ours. Names may begin with ``transformer.``; the causal masks that older files carry
-are left out; ``lm_head.weight`` is the token embedding once more.
+`CONVENTIONS` says how ``transformers`` keeps each family. Where ``lm_head.weight`` is not a parameter
+of its own, it must repeat the token embedding.
 """
 
 import dataclasses
@@ -110,7 +110,7 @@ def read_config(path: Path) -> Architecture:
     """The model that ``config.json`` describes.
 
     Raises:
-        FormatError: it is missing, no JSON, or of a model that is not computed here; the field is named.
+        FormatError: it is missing, not JSON, or describes another model; the field is named.
 
     """
     fields = read_object(path)
@@ -133,14 +133,15 @@ def read_config(path: Path) -> Architecture:
     try:
         return Architecture(family=family, **found)
     except ConfigError as error:
-        raise FormatError(f"{path} is of a model that cannot be: {error}") from error
+        raise FormatError(f"{path} describes an invalid model: {error}") from error
 
 
 def read_model(folder: Path) -> tuple[Architecture, Any]:
-    """The model in a folder, and its parameters as `LazyTensor`s, which stay in their files until they are used.
+    """The model in a folder, and its parameters as `LazyTensor`s.
 
     Raises:
-        FormatError: a file is missing or damaged, or a tensor is missing, unknown, or of another shape; it is named.
+        FormatError: a file is missing or damaged, or a tensor is missing, unknown, or has the wrong
+            shape; it is named.
 
     """
     cfg = read_config(folder / CONFIG_FILE)
@@ -185,7 +186,7 @@ def _tensors(cfg: Architecture, prefixed: bool) -> list[FileTensor]:
 
 
 def _equal(files: dict[str, Path], a: str, b: str, rows: int) -> bool:
-    """Whether two tensors are, compared a few rows at a time."""
+    """Compare two tensors a few rows at a time."""
     with safetensors.opened(files[a]) as file_a, safetensors.opened(files[b]) as file_b:
         x, y = file_a.get_slice(a), file_b.get_slice(b)
         return all(

@@ -1,4 +1,4 @@
-"""Tensors that stay in their file until they are used: what every model file is read into, and written from."""
+"""Tensors that stay in their file until they are used: what models are read into and written from."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -24,12 +24,12 @@ class LazyTensor:
     """Reads it, of `shape`."""
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """Numpy's protocol."""
+        """NumPy's protocol."""
         return np.asarray(self.load(), dtype)
 
 
 def tensor_names(cfg: Architecture) -> Iterator[tuple[str, int | None, tuple[int, ...]]]:
-    """Name, layer (None outside the blocks) and shape of each parameter, without the vocabulary's pad rows."""
+    """Name, layer (None outside the blocks) and shape, without pad rows, of each parameter."""
     for name, layered, weight, shape in rows(cfg):
         shape = unpadded_shape(weight, shape, cfg)
         yield from ((name, layer, shape) for layer in (range(cfg.num_layers) if layered else [None]))
@@ -61,7 +61,7 @@ def collect(
 
 
 def stack_lazily(params: Any) -> Any:
-    """`LazyTensor`s of unrolled layers as those of stacked ones, (L, ...), read layer by layer into one array."""
+    """Turn unrolled `LazyTensor`s into stacked ones, (L, ...), which are read layer by layer."""
 
     def stacked(*layers: LazyTensor) -> LazyTensor:
         shape, dtype = (len(layers), *layers[0].shape), np.result_type(*(layer.dtype for layer in layers))
@@ -78,7 +78,7 @@ def stack_lazily(params: Any) -> Any:
 
 
 def tensor_of(params: Any, name: str, layer: int | None, cfg: Architecture) -> np.ndarray:
-    """One parameter, read, in the shape of `tensor_names`: pad rows, which parameters in use have, are left out.
+    """Read one parameter in the shape of `tensor_names`, without pad rows.
 
     Args:
         params: in either layout, of arrays or `LazyTensor`s.
@@ -98,7 +98,7 @@ def tensor_of(params: Any, name: str, layer: int | None, cfg: Architecture) -> n
 
 
 def pad_vocab(array: np.ndarray, weight: Weight, cfg: Architecture) -> np.ndarray:
-    """A parameter with rows of zeros up to the padded vocabulary, where it has a row an id."""
+    """Pad a parameter that has a row for each id with zeros, up to the padded vocabulary."""
     if weight.axes[0] != "Vp":
         return array
     return np.pad(array, [(0, cfg.padded_vocab_size - len(array)), *[(0, 0)] * (array.ndim - 1)])

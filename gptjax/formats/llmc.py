@@ -10,10 +10,11 @@ Both begin with 256 int32. A model's are ``[20240326, version, maxT, V, L, heads
 5   bfloat16                                   read and written
 ==  =========================================  ===========================
 
-A debug state's are ``[20240327, version, B, T]``, version 1 for an unpadded and 2 for a padded vocabulary; then inputs and
-targets (B, T) int32, logits (B, T, V), the loss, and the gradients in the order of the model's tensors, float32.
-Tensors are in the order of `TABLES`, stacked over the layers; matrices are (out, in), the transpose of ours. Nothing says
-what the model is: it is GPT-2 with an MLP of four times the channels.
+A debug state's are ``[20240327, version, B, T]``, version 1 for an unpadded and 2 for a padded
+vocabulary; then inputs and targets (B, T) int32, logits (B, T, V), the loss, and the gradients in the
+order of the model's tensors, float32. Tensors are in the order of `TABLES`, stacked over the layers;
+matrices are (out, in), the transpose of ours. The header has no family and no hidden width: the model is
+GPT-2, its MLP four times as wide as the channels.
 """
 
 import math
@@ -71,7 +72,7 @@ class DebugState(NamedTuple):
     """(B, T, V) float32."""
     loss: float
     grads: Any
-    """Parameters' gradients, float32; from a file in NumPy's arrays, padded, stacked over the layers."""
+    """Gradients, float32; when read, NumPy arrays, padded, stacked over the layers."""
 
 
 def is_model(path: Path) -> bool:
@@ -81,7 +82,7 @@ def is_model(path: Path) -> bool:
 
 
 def read_model(path: str | os.PathLike[str]) -> tuple[Architecture, Any]:
-    """The model, and its parameters as `LazyTensor`s, which stay in the file until they are used.
+    """The model, and its parameters as `LazyTensor`s.
 
     Raises:
         FormatError: not such a file: wrong magic, version, a field out of range, or another size than they imply.
@@ -99,7 +100,7 @@ def read_model(path: str | os.PathLike[str]) -> tuple[Architecture, Any]:
     padded = vocab_size if version == 1 else padded
     fields = (max_seq_len, vocab_size, num_layers, num_heads, channels)
     if not all(1 <= field <= LARGEST for field in (*fields, padded)) or padded < vocab_size:
-        raise FormatError(f"{path} is no {MODEL}: its header holds the sizes {', '.join(map(str, (*fields, padded)))}")
+        raise FormatError(f"{path} is not an {MODEL}: its header holds the sizes {', '.join(map(str, (*fields, padded)))}")
     try:
         cfg = Architecture(
             family="gpt2",
@@ -110,7 +111,7 @@ def read_model(path: str | os.PathLike[str]) -> tuple[Architecture, Any]:
             max_seq_len=max_seq_len,
         )
     except ConfigError as error:
-        raise FormatError(f"{path} holds a model that cannot be: {error}") from error
+        raise FormatError(f"{path} holds an invalid model: {error}") from error
     tensors = _tensors(cfg, padded)
 
     def dtype_of(tensor: FileTensor, layer: int | None = None) -> np.dtype:
@@ -153,8 +154,8 @@ def write_model(path: str | os.PathLike[str], params: Any, cfg: Architecture, ve
     tensors = _tensors(cfg, cfg.padded_vocab_size)
     if cfg.hidden != 4 * cfg.channels:
         raise ConfigError(
-            f"an {MODEL} has model.hidden {4 * cfg.channels}, four times the channels, not {cfg.hidden}: "
-            "write safetensors instead"
+            f"an {MODEL} has four hidden units for each channel, but this model has "
+            f"model.hidden {cfg.hidden} and model.channels {cfg.channels}: write safetensors instead"
         )
     write_file(path, [MODEL_MAGIC, version, *sizes], _arrays(tensors, params, dtype, cfg))
 
@@ -229,7 +230,7 @@ def _stacked(tensor: FileTensor, cfg: Architecture) -> tuple[int, ...]:
 
 
 def _grads(tensors: list[FileTensor], arrays: list[Any], cfg: Architecture) -> Any:
-    """Gradients in our shapes, stacked: views of the file's, but for the vocabulary's pad rows, which become zeros."""
+    """Gradients in our shapes: views of the file, but for the pad rows, which become zeros."""
     ours = {
         part.param: part.from_file(array[..., *part.place])
         for tensor, array in zip(tensors, arrays, strict=True)

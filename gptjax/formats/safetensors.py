@@ -1,7 +1,8 @@
-"""Safetensors: read through the library of that name, written tensor by tensor; and models in it under our own names.
+"""Safetensors, read by the library and written tensor by tensor, and models in it under our own names.
 
-A file is a 64-bit length, a JSON header of that length with each tensor's dtype, shape and place, and the numbers
-(https://github.com/huggingface/safetensors). The library writes only what is in memory as a whole.
+A file is a 64-bit length, a JSON header of that length with each tensor's dtype, shape and place, and
+the numbers (https://github.com/huggingface/safetensors). The library can only write a file whose
+tensors are all in memory.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ from gptjax.models.config import Architecture
 from gptjax.models.family import family_of
 from gptjax.models.params import rows
 
-# Families whose files do not simply hold each parameter under its own name.
+# Only for families whose files differ from the default, which is each parameter under its own name.
 TABLES: dict[str, Table] = {
     "gpt2": {
         "wte": "wte",
@@ -106,10 +107,11 @@ def is_model(path: Path) -> bool:
 
 
 def read_model(path: Path) -> tuple[Architecture, Any]:
-    """A model in our own names, ``wte`` or ``fcw.3``, as `LazyTensor`s, which stay in the file until they are used.
+    """A model under our own names, ``wte`` or ``fcw.3``, and its parameters as `LazyTensor`s.
 
     Raises:
-        FormatError: not such a file, or a tensor is missing, unknown, or of another shape; it is named.
+        FormatError: not such a file, or a tensor is missing, unknown, or has the wrong shape; it is
+            named.
 
     """
     with opened(path) as file:
@@ -125,14 +127,14 @@ def read_model(path: Path) -> tuple[Architecture, Any]:
 
 
 def read_slice(path: Path, name: str, index: tuple[slice, ...]) -> np.ndarray:
-    """Part of a tensor; nothing else of it is brought into memory."""
+    """Read part of a tensor; the rest of it stays in the file."""
     with opened(path) as file:
         array: np.ndarray = file.get_slice(name)[index]
         return array
 
 
 def _architecture(path: Path, metadata: dict[str, str]) -> Architecture:
-    """The model that a file's metadata names; what they leave out has its default."""
+    """The model that a file's metadata describe; a field that is left out has its default."""
     found: dict[str, Any] = {}
     for field in dataclasses.fields(Architecture):
         text = metadata.get(field.name)
@@ -151,12 +153,12 @@ def _architecture(path: Path, metadata: dict[str, str]) -> Architecture:
         cfg = Architecture(**found)
         family_of(cfg)
     except ConfigError as error:
-        raise FormatError(f"{path} holds a model that cannot be: {error}") from error
+        raise FormatError(f"{path} holds an invalid model: {error}") from error
     return cfg
 
 
 def _metadata(cfg: Architecture) -> dict[str, str]:
-    """What `_architecture` reads: the required dimensions, and others that do not have their default."""
+    """What `_architecture` reads: the required fields, and others that differ from their default."""
     default = Architecture(**{name: getattr(cfg, name) for name in REQUIRED})
     names = [*REQUIRED, *(f.name for f in dataclasses.fields(Architecture) if f.name not in REQUIRED)]
     chosen = [name for name in names if name in REQUIRED or getattr(cfg, name) != getattr(default, name)]
@@ -190,6 +192,6 @@ def write_model(path: Path, params: Any, cfg: Architecture, dtype: np.dtype) -> 
 
 
 def _tensors(cfg: Architecture) -> list[FileTensor]:
-    """The file's tensors: those of the family's table, else its parameters, each under its own name."""
+    """The file's tensors: by the family's table, or else each parameter under its own name."""
     own = {f"{name}.{{}}" if layered else name: name for name, layered, _, _ in rows(cfg)}
     return file_tensors(TABLES.get(cfg.family, own), cfg)

@@ -1,8 +1,9 @@
 """How the tensors of a file hold the parameters of a model.
 
-A format has one `Table` a family: the file's names, and which parameters each holds. In a file a matrix is (in, out), the
-axes of its heads merged, or (out, in) throughout; a tensor that holds several parameters has them side by side along their
-outputs, as GPT-2's ``c_attn`` has queries, keys and values. Everything else follows from the family's weight table.
+A format has one `Table` for each family: the file's names, and the parameters that each holds. Matrices
+in a file are (in, out) or (out, in), with the axes of heads merged. A tensor that holds several
+parameters, as GPT-2's ``c_attn`` holds queries, keys and values, has them side by side along their
+outputs. Everything else follows from the family's weight table.
 """
 
 import math
@@ -19,7 +20,10 @@ from gptjax.models.family import Weight
 from gptjax.models.params import rows
 
 Table = Mapping[str, str]
-"""A tensor's name, in which ``{}`` is the layer -> its parameters' names: ``{"h.{}.attn.c_attn.weight": "qw kw vw"}``."""
+"""A tensor's name, in which ``{}`` is the layer -> the names of its parameters.
+
+For example ``{"h.{}.attn.c_attn.weight": "qw kw vw"}``.
+"""
 
 
 class Part(NamedTuple):
@@ -40,7 +44,7 @@ class Part(NamedTuple):
         return array.T if self.transposed else array
 
     def from_file(self, array: np.ndarray) -> np.ndarray:
-        """The parameter from what the file has at `place`; leading axes, as of stacked layers, stay."""
+        """The parameter, from the file's numbers at `place`; leading axes, of stacked layers, stay."""
         array = array.swapaxes(-1, -2) if self.transposed else array
         return array.reshape(*array.shape[: array.ndim - len(self.flat)], *self.shape)
 
@@ -77,7 +81,7 @@ def file_tensors(
         table: the format's, for the model's family.
         cfg: the model.
         transposed: matrices are (out, in).
-        vocab_rows: rows of a tensor with one an id, pad rows included; by default one an id.
+        vocab_rows: rows of a table with one row for each id, padding included; by default there is no padding.
 
     """
     by_name = {row[0]: row for row in rows(cfg)}
@@ -102,7 +106,7 @@ def file_tensors(
 
 
 def merged(weight: Weight, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A parameter's shape in a file: (in, out) of a matrix, (rows, width) of a table, (width,) of a vector."""
+    """Shape in a file: (in, out) for a matrix, (rows, width) for a table, (width,) for a vector."""
     inputs = {"matrix": weight.inputs, "table": 1, "vector": 0}[weight.kind]
     return tuple(math.prod(axes) for axes in (shape[:inputs], shape[inputs:]) if axes)
 
@@ -139,7 +143,7 @@ def open_params(
 
 
 def file_contents(tensors: list[FileTensor], params: Any, cfg: Architecture, dtype: np.dtype) -> dict[str, LazyTensor]:
-    """All that a file holds, by name and in order; each tensor is made from its parameters when it is read.
+    """All tensors of a file by name, in order; each is made from its parameters when it is read.
 
     Args:
         tensors: the file's.

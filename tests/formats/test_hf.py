@@ -139,7 +139,7 @@ def test_an_index_that_lies(tmp_path, change, message):
         ({"scale_attn_by_inverse_layer_idx": True}, "has scale_attn_by_inverse_layer_idx True"),
         ({"n_inner": 99}, r"h\.\d\.mlp\.c_(fc|proj)\.(weight|bias) has the shape \[.*32.*\], but \[.*99.*\] is expected"),
         ({"n_inner": "wide"}, "has no usable n_inner: 'wide'"),
-        ({"n_head": 3}, "is of a model that cannot be"),
+        ({"n_head": 3}, "describes an invalid model"),
         ({"n_layer": "two"}, "has no usable n_layer: 'two'"),
         ({"n_embd": 2**40}, "has no usable n_embd"),
         ({"n_layer": 3}, r"lacks the tensor transformer\.h\.2\.ln_1\.weight"),

@@ -1,6 +1,7 @@
-"""GPT-2's tensors as other programs hold them, by hand: the tests' own statement of what the format tables say.
+"""GPT-2's tensors as other programs hold them: written by hand, independent of the format tables.
 
-16 arrays under llm.c's names, stacked over the layers, (in, out): queries, keys and values are one (L, C, 3C), heads merged.
+16 arrays under llm.c's names, stacked over the layers, (in, out). Queries, keys and values are one
+array (L, C, 3C), their heads merged.
 """
 
 from typing import Any
