@@ -1,6 +1,6 @@
 """Convert a model: ``python -m gptjax.convert SRC DST``, or say what a file is: ``python -m gptjax.convert SRC --inspect``.
 
-SRC is a run (its newest checkpoint), a Hugging Face GPT-2 folder, an llm.c model ``.bin``, safetensors in our names, or
+SRC is a run (its newest checkpoint), a Hugging Face folder, an llm.c model ``.bin``, safetensors in our names, or
 ``hf:NAME`` on the hub. DST becomes an llm.c model if it ends in ``.bin``, safetensors in our names if it ends in
 ``.safetensors``, else a Hugging Face folder. ``--inspect`` also knows token shards, debug states and tokenizers, and names
 what is not read here: llama2.c's files, SentencePiece, GGUF, ONNX, pickles, NumPy's, TensorFlow's, archives.
@@ -138,7 +138,7 @@ def _shard(path: Path) -> str:
 def _debug_state(path: Path) -> str:
     (_, version, B, T, *_), size = read_header(path, llmc.STATE)
     if version not in (1, 2) or B < 1 or T < 1 or size < HEADER_BYTES + 8 * B * T:
-        raise FormatError(f"{path} is an {llmc.STATE} that cannot be: version {version}, {B} x {T} tokens in {size} bytes")
+        raise FormatError(f"{path} is an invalid {llmc.STATE}: version {version}, {B} x {T} tokens in {size} bytes")
     return f"{'format':<10} {llmc.STATE}, version {version}\n{'batch':<10} {B} x {T} tokens\n{'size':<10} {size:,} bytes"
 
 

@@ -1,5 +1,6 @@
 """Weights from wherever they are kept, to wherever they should go."""
 
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -8,17 +9,18 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import Mesh
 
 from gptjax import tokenizers
-from gptjax.checkpoint import open_newest
 from gptjax.errors import CheckpointError, FormatError, GptjaxError
 from gptjax.formats import hf, hf_tokenizer, llmc, safetensors
-from gptjax.formats.lazy import tensor_of
+from gptjax.formats.lazy import LazyTensor, pad_vocab, stack_lazily
 from gptjax.formats.recognise import recognise
-from gptjax.mesh import param_shardings, place
-from gptjax.models.config import DIMENSIONS, GPT2Config
-from gptjax.models.params import Block, Params
+from gptjax.models.config import DIMENSIONS, Architecture, ModelConfig
+from gptjax.models.family import Weight
+from gptjax.models.params import param_axes, per_tensor
+from gptjax.parallel.mesh import param_shardings, place
 from gptjax.tokenizers import Tokenizer
 
 Format = Literal["hf", "llmc", "safetensors"]
@@ -33,10 +35,11 @@ class Source(NamedTuple):
 
     format: str
     """What it is, in words."""
-    cfg: GPT2Config
-    params: Params
+    cfg: ModelConfig
+    """A run's own; of a file, the model computed by default."""
+    params: Any
     """`gptjax.formats.lazy.LazyTensor`s in the unrolled layout."""
-    tokenizer: Tokenizer | None
+    tokenizer: Tokenizer | None = None
     note: str = ""
     """Why there is no tokenizer, where one would be expected."""
 
@@ -45,7 +48,7 @@ def open_weights(where: str) -> Source:
     """Find out what something is, and open it; no tensor is read yet.
 
     Args:
-        where: the folder of a run or of its checkpoints, of which the newest counts; a Hugging Face GPT-2 folder; an llm.c
+        where: the folder of a run or of its checkpoints, of which the newest counts; a Hugging Face folder; an llm.c
             model ``.bin``; safetensors in our own names; or ``hf:NAME``, a model on the Hugging Face hub, which is fetched
             unless the hub's cache has it.
 
@@ -55,23 +58,32 @@ def open_weights(where: str) -> Source:
 
     """
     if where.startswith(HUB):
-        return open_weights(str(_from_hub(where.removeprefix(HUB))))._replace(format=f"{hf.KIND} {where}")
+        source = open_weights(str(_from_hub(where.removeprefix(HUB))))
+        return source._replace(format=f"{source.format} {where}")
     path = Path(where)
     if not path.exists():
         raise CheckpointError(
             f"{where} does not exist: name a run, a Hugging Face folder, an llm.c model .bin, a .safetensors, or {HUB}NAME"
         )
     if path.is_dir() and (path / hf.CONFIG_FILE).exists():
-        return _with_tokenizer(Source(hf.KIND, *hf.read_model(path), None), lambda: hf_tokenizer.read(path))
+        cfg, params = hf.read_model(path)
+        return _with_tokenizer(Source(hf.title(cfg), _by_default(cfg), params), lambda: hf_tokenizer.read(path))
     if path.is_dir():
         return _open_run(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
     if llmc.is_model(path):
-        return Source(llmc.MODEL, *llmc.read_model(path), None)
+        cfg, params = llmc.read_model(path)
+        return Source(llmc.MODEL, _by_default(cfg), params)
     if safetensors.is_model(path):
-        return Source("gptjax safetensors", *safetensors.read_model(path), None)
+        cfg, params = safetensors.read_model(path)
+        return Source("gptjax safetensors", _by_default(cfg), params)
     if found := recognise(path):
         raise FormatError(f"{path} is {found}, not weights that are read here")
     raise FormatError(f"{path} is in no format that is known here" + _why_not(path))
+
+
+def _by_default(cfg: Architecture) -> ModelConfig:
+    """A file's architecture with the default computation."""
+    return ModelConfig(**dataclasses.asdict(cfg))
 
 
 def _why_not(path: Path) -> str:
@@ -118,7 +130,7 @@ def _from_hub(name: str) -> Path:
         ) from error
 
 
-def load_weights(where: str, cfg: GPT2Config | None = None, mesh: Mesh | None = None) -> tuple[GPT2Config, Params]:
+def load_weights(where: str, cfg: ModelConfig | None = None, mesh: Mesh | None = None) -> tuple[ModelConfig, Any]:
     """Parameters in float32, padded, in the layout of the configuration that comes with them.
 
     Args:
@@ -144,22 +156,20 @@ def load_weights(where: str, cfg: GPT2Config | None = None, mesh: Mesh | None = 
     return cfg, load_params(source, cfg, mesh)
 
 
-def load_params(source: Source, cfg: GPT2Config, mesh: Mesh | None = None) -> Params:
-    """The parameters of an opened model in float32, padded, in the layout of ``cfg``, whose dimensions are the model's."""
-    found = source.cfg
-    layout = param_shardings(mesh, cfg) if mesh else Params(*[None] * len(Params._fields))
+def load_params(source: Source, cfg: ModelConfig, mesh: Mesh | None = None) -> Any:
+    """The parameters of an opened model, in float32 and padded, in the layout of ``cfg``.
 
-    def load(name: str, layout: Any) -> Any:
-        if name not in Block._fields:
-            array = tensor_of(source.params, name, None, found)
-            rows = found.padded_vocab_size - found.vocab_size if name == "wte" else 0
-            return place(np.pad(array, ((0, rows), (0, 0))) if rows else array, layout)
-        layers = (tensor_of(source.params, name, layer, found) for layer in range(found.num_layers))
-        if cfg.layers == "scan":
-            return place(np.stack([np.asarray(layer, np.float32) for layer in layers]), layout)
-        return tuple(place(layer, layout[0] if layout else None) for layer in layers)
+    They are read, and laid out over the mesh, one after the other. ``cfg`` must have the model's
+    architecture.
+    """
+    params = source.params if cfg.layers == "unroll" else stack_lazily(source.params)
+    weights = per_tensor(lambda weight: weight, params, cfg)
+    layouts = param_shardings(mesh, param_axes(cfg)) if mesh else jax.tree.map(lambda _: None, params)
 
-    return Params(*map(load, Params._fields, layout))
+    def load(tensor: LazyTensor, weight: Weight, layout: Any) -> Array:
+        return place(pad_vocab(np.asarray(tensor), weight, cfg), layout)
+
+    return jax.tree.map(load, params, weights, layouts)
 
 
 def write_weights(source: Source, path: Path, to: Format, dtype: np.dtype) -> None:
@@ -170,6 +180,9 @@ def write_weights(source: Source, path: Path, to: Format, dtype: np.dtype) -> No
         path: a folder for ``hf``, else a file.
         to: ``hf``: a folder for ``transformers``; ``llmc``: version 3 in float32, 5 in bfloat16; ``safetensors``: our names.
         dtype: float32 or bfloat16.
+
+    Raises:
+        ConfigError: the format holds no such model; the sentence says why.
 
     """
     if to == "llmc":
@@ -184,7 +197,7 @@ def write_weights(source: Source, path: Path, to: Format, dtype: np.dtype) -> No
             if known and hf_tokenizer.can_write(known):
                 hf_tokenizer.write(into, known)
 
-        hf.write_model(path, source.params, source.cfg, dtype, end, extra)
+        hf.write_model(path, source.params, source.cfg, dtype, end, extra, source.cfg.dropout)
 
 
 def dtype_of(source: Source) -> np.dtype:

@@ -1,4 +1,7 @@
-"""GPT-2's forward in plain NumPy, float64, one sequence at a time: an independent statement of what the model computes."""
+"""GPT-2's forward in plain NumPy, float64, one sequence at a time.
+
+An independent statement of what the model computes.
+"""
 
 import math
 from typing import Any

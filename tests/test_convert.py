@@ -1,4 +1,6 @@
 import dataclasses
+import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from gptjax.convert import main
 from gptjax.formats import llmc, llmc_tokenizer
 from gptjax.formats.lazy import collect, tensor_names
 from gptjax.formats.token_shards import write_shard
+from gptjax.models.params import stack
 from gptjax.optim import OptimConfig, make_optimizer
 from gptjax.steps import init_state
 from gptjax.weights import load_weights
@@ -36,8 +39,8 @@ def model(tmp_path):
 @pytest.fixture(params=["unroll", "scan"])
 def run(tmp_path, request):
     """The folder of a run, with its tokenizer."""
-    cfg = tiny.config(dtype="float32", layers=request.param, vocab_size=262)
-    optimizer = make_optimizer(OptimConfig(), 10)
+    cfg = tiny.config(dtype="float32", layers=request.param, vocab_size=262, dropout=0.1)
+    optimizer = make_optimizer(OptimConfig(), 10, cfg)
     writer = CheckpointWriter(tmp_path / "run" / "checkpoints", keep=1)
     writer.save(3, init_state(jax.random.key(3), cfg, optimizer), cfg, {})
     writer.close()
@@ -47,6 +50,28 @@ def run(tmp_path, request):
 
 def convert(*args):
     assert main([str(arg) for arg in args]) == 0
+
+
+FILES = {  # SHA-256 of a model of fixed numbers in each format: what others have written stays what is written
+    ("m.bin", "float32"): "d75a8a94593779e6ef7c484218109f7b8c3aeb39e0be5bbb2e6434deba5b2634",
+    ("m.bin", "bfloat16"): "c8eca45c1fd348ceb45f4d2ac61996c982ddb999a29f667f6f07e526b407fd3a",
+    ("m.safetensors", "float32"): "3f427ed6617ee502a27aab5c61e1d52ae8c95bc1572c838986e042d2e1ae113c",
+    ("m.safetensors", "bfloat16"): "a46b6650fe4402091e5179226731bc49a30f1d5dbd6aeb29f883617c87cd872e",
+    ("hf/model.safetensors", "float32"): "a443e670a64daabc023941c878ffc784350a702914f4f320f74e181c0ca61695",
+    ("hf/model.safetensors", "bfloat16"): "476898871b2db648bad59678bcf5b0c6dc088908aa5da00689b0f4bccdf4dd1f",
+    ("hf/config.json", "float32"): "561c8172f6e00e70a015697b45b3e71fe12c6191d929dd603d795170b06304bd",
+}
+
+
+@pytest.mark.parametrize(("name", "dtype"), FILES)
+def test_the_bytes_of_a_format_do_not_change(tmp_path, name, dtype):
+    header = np.zeros(256, "<i4")
+    header[:8] = 20240326, 1, 12, 11, 2, 2, 8, 0  # version 1, whose vocabulary has no pad rows
+    numbers = np.arange(11 * 8 + 12 * 8 + 2 * (12 * 8 * 8 + 13 * 8) + 2 * 8) % 251 / 64 - 2  # exact in 16 bits
+    source = tmp_path / "source.bin"
+    source.write_bytes(header.tobytes() + numbers.astype("<f4").tobytes())
+    convert(source, tmp_path / name.split("/")[0], "--dtype", dtype)
+    assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == FILES[name, dtype]
 
 
 @pytest.mark.parametrize("through", ["hf", "m.safetensors"])
@@ -70,10 +95,9 @@ def test_a_run_goes_to_every_format_and_starts_another(run, tmp_path, capsys):
     for name in ("hf", "m.safetensors", "m.bin"):
         convert(run, tmp_path / name)
         _, found = load_weights(str(tmp_path / name))
-        for ours, theirs in zip(jax.tree.leaves(params.wte), jax.tree.leaves(found.wte), strict=True):
-            np.testing.assert_array_equal(ours, theirs)
-        np.testing.assert_array_equal(jnp.stack(params.fcw), jnp.stack(found.fcw))
+        jax.tree.map(np.testing.assert_array_equal, stack(found), stack(params))
     assert "format     gptjax run" in capsys.readouterr().out
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["resid_pdrop"] == 0.1
     from tokenizers import Tokenizer
 
     theirs = Tokenizer.from_file(str(tmp_path / "hf" / "tokenizer.json"))
@@ -81,12 +105,10 @@ def test_a_run_goes_to_every_format_and_starts_another(run, tmp_path, capsys):
 
 
 def test_what_is_printed(model, tmp_path, capsys):
-    import hashlib
-
     convert(model, tmp_path / "m.safetensors")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "format     llm.c model"
-    assert lines[2] == "tensors    28 of float32"
+    assert lines[2] == "tensors    36 of float32"
     digest = hashlib.sha256((tmp_path / "m.safetensors").read_bytes()).hexdigest()
     assert lines[-1].endswith(f"bytes, sha256 {digest}")
 
@@ -183,9 +205,9 @@ def test_one_tensor_at_a_time_is_in_memory(model, tmp_path, way):
     small = model
     if way[0] == "run":
         small = tmp_path / "small"
-        for folder, size in ((small, dataclasses.replace(cfg, num_layers=1, channels=8)), (tmp_path / "run", cfg)):
+        for folder, size in ((small, dataclasses.replace(cfg, num_layers=1, channels=8, hidden=32)), (tmp_path / "run", cfg)):
             writer = CheckpointWriter(folder / "checkpoints", keep=1)
-            writer.save(1, init_state(jax.random.key(0), size, make_optimizer(OptimConfig(), 1)), size, {})
+            writer.save(1, init_state(jax.random.key(0), size, make_optimizer(OptimConfig(), 1, size)), size, {})
             writer.close()
     args = [str(small), str(tmp_path / "small.safetensors"), str(tmp_path / way[0]), str(tmp_path / way[1])]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -202,7 +224,7 @@ def test_only_a_model_of_sixteen_bits_throughout_is_written_in_them(model, tmp_p
     save_file(mixed, file)
     capsys.readouterr()
     convert(tmp_path / "hf", tmp_path / "back.safetensors")
-    assert "tensors    28 of bfloat16 and float32" in capsys.readouterr().out
+    assert "tensors    36 of bfloat16 and float32" in capsys.readouterr().out
     assert (load_file(tmp_path / "back.safetensors")["fcb.0"] == exact).all()
 
 
@@ -230,4 +252,4 @@ def test_inspect_of_hugging_faces_tokenizer_and_of_a_state_that_cannot_be(run, t
     np.array([llmc.STATE_MAGIC, 99, -5, 7, *[0] * 252], "<i4").tofile(tmp_path / "s.bin")
     with pytest.raises(SystemExit):
         main([str(tmp_path / "s.bin"), "--inspect"])
-    assert "that cannot be: version 99, -5 x 7 tokens in 1024 bytes" in capsys.readouterr().err
+    assert "is an invalid llm.c debug state: version 99, -5 x 7 tokens in 1024 bytes" in capsys.readouterr().err

@@ -12,15 +12,15 @@ import pytest
 
 from gptjax import steps, tokenizers
 from gptjax.formats import llmc
-from gptjax.models import gpt2
-from gptjax.models.gpt2 import Batch
-from gptjax.models.params import Params, stack
+from gptjax.models import transformer
+from gptjax.models.transformer import Batch
 from gptjax.optim import OptimConfig, init_opt_state, make_optimizer
 from gptjax.steps import TrainState
 from gptjax.weights import load_weights, open_weights, write_weights
 from tests.compare import relative_l2
 from tests.golden import torch_gpt2
 from tests.models import tiny
+from tests.models.fused import fuse
 
 V = torch_gpt2.SIZES["vocab_size"]
 SIZES = {"num_layers": 2, "num_heads": 4, "channels": 32, "vocab_size": V, "max_seq_len": 24}
@@ -56,18 +56,21 @@ def ours(theirs):
     return cfg, jax.tree.map(jnp.asarray, padded), Batch(jnp.asarray(found["ids"][:, :-1]), jnp.asarray(found["ids"][:, 1:]))
 
 
-def assert_close(mine: Params, expected: Params, tolerance: float):
-    mine = stack(mine)._replace(wte=mine.wte[:V])
-    for name, a, b in zip(Params._fields, mine, expected, strict=True):
-        assert a.dtype == b.dtype, name
-        assert relative_l2(a, b) <= tolerance, name
+def assert_close(mine, expected, tolerance: float):
+    """Tensor by tensor as PyTorch has them: the gradient of the keys' bias alone is rounding, in both."""
+    mine, expected = fuse(mine), fuse(expected)
+    mine["wte"] = mine["wte"][:V]
+    for name, theirs in expected.items():
+        assert mine[name].dtype == theirs.dtype, name
+        assert mine[name].shape == theirs.shape, name
+        assert relative_l2(mine[name], theirs) <= tolerance, name
 
 
 def test_logits_loss_and_all_gradients(theirs):
     found, dtype = theirs
     cfg, params, batch = ours(theirs)
-    assert relative_l2(gpt2.logits(params, batch.inputs, cfg), found["logits"]) <= TOLERANCE[dtype]
-    loss, grads = gpt2.loss_and_grad(params, batch, cfg)
+    assert relative_l2(transformer.logits(params, batch.inputs, cfg), found["logits"]) <= TOLERANCE[dtype]
+    loss, grads = transformer.loss_and_grad(params, batch, cfg)
     assert float(loss) == pytest.approx(found["losses"][0], rel=TOLERANCE[dtype])
     assert_close(grads, found["grads"], TOLERANCE[dtype])
 
@@ -80,7 +83,7 @@ def test_ten_adamw_steps(theirs):
         learning_rate=torch_gpt2.ADAMW["lr"], schedule="constant", weight_decay=torch_gpt2.WEIGHT_DECAY,
         beta1=beta1, beta2=beta2, eps=torch_gpt2.ADAMW["eps"], grad_clip=0,
     )  # fmt: skip
-    optimizer = make_optimizer(config, torch_gpt2.STEPS)
+    optimizer = make_optimizer(config, torch_gpt2.STEPS, cfg)
     state = TrainState(params, init_opt_state(optimizer, params))
     batches = jax.tree.map(lambda x: x[None], batch)
     compiled = steps.compile_step(cfg, optimizer, "manual", state, batches, jax.random.key(0))
@@ -114,7 +117,7 @@ def their_logits(model, ids):
 def our_logits(where, ids):
     cfg, params = load_weights(str(where))
     cfg = dataclasses.replace(cfg, dtype="float32").resolve("cpu", ids.shape[1])
-    return gpt2.logits(params, jnp.asarray(ids), cfg)
+    return transformer.logits(params, jnp.asarray(ids), cfg)
 
 
 @pytest.mark.parity

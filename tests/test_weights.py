@@ -9,8 +9,9 @@ import pytest
 from gptjax.checkpoint import CheckpointWriter
 from gptjax.errors import CheckpointError, FormatError
 from gptjax.formats import llmc
-from gptjax.models.params import stack
+from gptjax.models.params import param_axes, stack
 from gptjax.optim import OptimConfig, make_optimizer
+from gptjax.parallel.mesh import MeshConfig, make_mesh, param_shardings
 from gptjax.steps import init_state
 from gptjax.tokenizers import Characters
 from gptjax.weights import load_weights, open_weights, write_weights
@@ -30,7 +31,7 @@ def assert_same(a, b):
 def run(tmp_path):
     """The folder of a run with checkpoints after 1 and 2 steps, and the parameters of the second."""
     writer = CheckpointWriter(tmp_path / "checkpoints", keep=2)
-    optimizer = make_optimizer(OptimConfig(), 10)
+    optimizer = make_optimizer(OptimConfig(), 10, CFG)
     for step in (1, 2):
         state = init_state(jax.random.key(step), CFG, optimizer)
         writer.save(step, state, CFG, {})
@@ -46,7 +47,7 @@ def test_the_newest_checkpoint_of_a_run(run):
         assert_same(found, params)
     scanned, found = load_weights(str(folder), dataclasses.replace(CFG, layers="scan"))
     assert scanned.layers == "scan"
-    assert found.fcw.shape == (2, 8, 32)
+    assert found.blocks.fcw.shape == (2, 8, 32)
     assert_same(found, params)
 
 
@@ -83,11 +84,25 @@ def test_an_llm_c_model(tmp_path):
     llmc.write_model(tmp_path / "m.bin", params, CFG)
     cfg, found = load_weights(str(tmp_path / "m.bin"), CFG)
     assert cfg == CFG
-    assert isinstance(found.fcw, tuple)
+    assert isinstance(found.blocks, tuple)
     assert_same(found, params)
     alone, found = load_weights(str(tmp_path / "m.bin"))
     assert (alone.num_layers, alone.vocab_size, alone.layers) == (2, 11, "unroll")
     assert_same(found, params)
+
+
+@pytest.mark.parametrize("layers", ["unroll", "scan"])
+def test_over_a_mesh(tmp_path, layers):
+    """Each tensor is cut as the rules say, and holds the same numbers."""
+    cfg = dataclasses.replace(CFG, layers=layers)
+    params = tiny.params(cfg, jnp.float32)
+    llmc.write_model(tmp_path / "m.bin", params, cfg)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), cfg.axis_sizes, 8)
+    _, found = load_weights(str(tmp_path / "m.bin"), cfg, mesh)
+    jax.tree.map(np.testing.assert_array_equal, found, params)
+    layouts = param_shardings(mesh, param_axes(cfg))
+    assert all(jax.tree.leaves(jax.tree.map(lambda x, layout: x.sharding.is_equivalent_to(layout, x.ndim), found, layouts)))
+    assert found.wte.addressable_shards[0].data.shape == (64, 4)
 
 
 def test_other_dimensions(tmp_path):

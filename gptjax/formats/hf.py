@@ -1,14 +1,15 @@
-"""Hugging Face's GPT-2: a folder of ``config.json`` and safetensors, maybe in several files (``transformers``).
+"""Hugging Face's models: a folder with ``config.json`` and one or several safetensors files.
 
-Its linear weights are (in, out), as ours. Names may begin with ``transformer.``; the causal masks that older files carry
-are left out; ``lm_head.weight`` is the token embedding once more.
+`CONVENTIONS` says how ``transformers`` keeps each family. Where ``lm_head.weight`` is not a parameter
+of its own, it must repeat the token embedding.
 """
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,77 +17,131 @@ from gptjax.durable import write_folder
 from gptjax.errors import ConfigError, FormatError
 from gptjax.formats import safetensors
 from gptjax.formats.json_files import read_object
-from gptjax.formats.lazy import collect, tensor_names, tensor_of
-from gptjax.models.config import GPT2Config
-from gptjax.models.params import Params
+from gptjax.formats.tables import FileTensor, Part, Table, each_layer, file_contents, file_tensors, open_params, table_of
+from gptjax.models.config import Architecture
+from gptjax.models.family import family_of
+from gptjax.models.params import INIT_STD
 
-KIND = "Hugging Face GPT-2"
+KIND = "a Hugging Face folder"
 CONFIG_FILE, MODEL_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
-PREFIX = "transformer."
-PARTS = {
-    "ln1": "ln_1",
-    "qkv": "attn.c_attn",
-    "attproj": "attn.c_proj",
-    "ln2": "ln_2",
-    "fc": "mlp.c_fc",
-    "fcproj": "mlp.c_proj",
-}
-OUTSIDE = {"wte": "wte.weight", "wpe": "wpe.weight", "lnfw": "ln_f.weight", "lnfb": "ln_f.bias"}
-MASK = re.compile(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias")
 HEAD = "lm_head.weight"
 HEAD_ROWS = 4096  # compared at a time
-EPS = 1e-5
-# A field of config.json: the values with which the model is the one that is computed here.
-EXPECTED: dict[str, tuple[Any, ...]] = {
-    "model_type": ("gpt2",),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-    "layer_norm_epsilon": (EPS,),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
-    "tie_word_embeddings": (True,),
-}
+LARGEST = 2**24  # of any size in config.json
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
-def their_name(name: str, layer: int | None) -> str:
-    """The name without its prefix: ``h.3.mlp.c_fc.weight`` for (``fcw``, 3)."""
-    if layer is None:
-        return OUTSIDE[name]
-    return f"h.{layer}.{PARTS[name[:-1]]}.{'weight' if name.endswith('w') else 'bias'}"
+class Convention(NamedTuple):
+    """How ``transformers`` keeps a family."""
+
+    title: str
+    architecture: str
+    """The class in ``transformers``."""
+    expected: dict[str, tuple[Any, ...]]
+    """Fields of config.json, with the values for which the model is ours; the first is written."""
+    sizes: dict[str, tuple[str, ...]]
+    """Fields that hold a dimension of ours: all are written, the first that is there is read."""
+    implied: tuple[str, ...]
+    """Dimensions that are null in config.json where they have our default."""
+    dropout: tuple[str, ...]
+    """Fields that hold the dropout rate; they are written only."""
+    tensors: Table
+    prefix: str
+    """Of the names in `tensors`; the hub's older files lack it."""
+    transposed: bool
+    """Whether matrices are (out, in), as `torch.nn.Linear` has them."""
+    ignored: re.Pattern[str]
+    """Tensors that are no parameters."""
 
 
-def read_config(path: Path) -> GPT2Config:
-    """The model's dimensions from ``config.json``.
+CONVENTIONS = {
+    "gpt2": Convention(
+        title="GPT-2",
+        architecture="GPT2LMHeadModel",
+        expected={
+            "model_type": ("gpt2",),
+            "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+            "layer_norm_epsilon": (1e-5,),
+            "scale_attn_weights": (True,),
+            "scale_attn_by_inverse_layer_idx": (False,),
+            "add_cross_attention": (False,),
+            "tie_word_embeddings": (True,),
+        },
+        sizes={
+            "num_layers": ("n_layer",),
+            "num_heads": ("n_head",),
+            "channels": ("n_embd",),
+            "max_seq_len": ("n_positions", "n_ctx"),
+            "hidden": ("n_inner",),
+            "vocab_size": ("vocab_size",),
+        },
+        implied=("hidden",),
+        dropout=("embd_pdrop", "attn_pdrop", "resid_pdrop"),
+        tensors={
+            "wte.weight": "wte",
+            "wpe.weight": "wpe",
+            "h.{}.ln_1.weight": "ln1w",
+            "h.{}.ln_1.bias": "ln1b",
+            "h.{}.attn.c_attn.weight": "qw kw vw",
+            "h.{}.attn.c_attn.bias": "qb kb vb",
+            "h.{}.attn.c_proj.weight": "attprojw",
+            "h.{}.attn.c_proj.bias": "attprojb",
+            "h.{}.ln_2.weight": "ln2w",
+            "h.{}.ln_2.bias": "ln2b",
+            "h.{}.mlp.c_fc.weight": "fcw",
+            "h.{}.mlp.c_fc.bias": "fcb",
+            "h.{}.mlp.c_proj.weight": "fcprojw",
+            "h.{}.mlp.c_proj.bias": "fcprojb",
+            "ln_f.weight": "lnfw",
+            "ln_f.bias": "lnfb",
+        },
+        prefix="transformer.",
+        transposed=False,
+        ignored=re.compile(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias"),
+    )
+}
+
+
+def title(cfg: Architecture) -> str:
+    """What a folder of such a model is, in words."""
+    return f"Hugging Face {CONVENTIONS[cfg.family].title}"
+
+
+def read_config(path: Path) -> Architecture:
+    """The model that ``config.json`` describes.
 
     Raises:
-        FormatError: it is missing, no JSON, or of a model that is not GPT-2 as it is computed here; the field is named.
+        FormatError: it is missing, not JSON, or describes another model; the field is named.
 
     """
     fields = read_object(path)
-    for name, values in EXPECTED.items():
+    family = fields.get("model_type", "gpt2")
+    if not isinstance(family, str) or family not in CONVENTIONS:
+        raise FormatError(f"{path} has model_type {family!r}, but {KIND} of {', '.join(CONVENTIONS)} is expected")
+    theirs = CONVENTIONS[family]
+    for name, values in theirs.expected.items():
         if fields.get(name, values[0]) not in values:
-            raise FormatError(f"{path} has {name} {fields[name]!r}, but this GPT-2 has {values[0]!r}")
-    sizes = {"num_layers": "n_layer", "num_heads": "n_head", "channels": "n_embd", "vocab_size": "vocab_size"}
-    found: dict[str, Any] = {ours: fields.get(theirs) for ours, theirs in sizes.items()}
-    found["max_seq_len"] = fields.get("n_positions", fields.get("n_ctx"))
-    for ours, value in found.items():
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 2**24:
-            raise FormatError(f"{path} has no usable {sizes.get(ours, 'n_positions')}: {value!r}")
-    inner = fields.get("n_inner")
-    if inner not in (None, 4 * found["channels"]):
-        raise FormatError(f"{path} has n_inner {inner}, but this GPT-2 has 4 n_embd, {4 * found['channels']}")
+            raise FormatError(f"{path} has {name} {fields[name]!r}, but this {theirs.title} has {values[0]!r}")
+    found: dict[str, Any] = {}
+    for ours, names in theirs.sizes.items():
+        name = next((name for name in names if name in fields), names[0])
+        value = fields.get(name)
+        if value is None and ours in theirs.implied:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST:
+            raise FormatError(f"{path} has no usable {name}: {value!r}")
+        found[ours] = value
     try:
-        return GPT2Config(**found)
+        return Architecture(family=family, **found)
     except ConfigError as error:
-        raise FormatError(f"{path} is of a model that cannot be: {error}") from error
+        raise FormatError(f"{path} describes an invalid model: {error}") from error
 
 
-def read_model(folder: Path) -> tuple[GPT2Config, Params]:
-    """The model in a folder; tensors stay in their files until they are used.
+def read_model(folder: Path) -> tuple[Architecture, Any]:
+    """The model in a folder, and its parameters as `LazyTensor`s.
 
     Raises:
-        FormatError: a file is missing or damaged, or a tensor is missing, unknown, or of another shape; it is named.
+        FormatError: a file is missing or damaged, or a tensor is missing, unknown, or has the wrong
+            shape; it is named.
 
     """
     cfg = read_config(folder / CONFIG_FILE)
@@ -95,13 +150,14 @@ def read_model(folder: Path) -> tuple[GPT2Config, Params]:
         raise FormatError(
             f"{folder / CONFIG_FILE} announces {cfg.num_layers} layers, but there are {len(files)} tensors in all"
         )
-    prefix = PREFIX if any(name.startswith(PREFIX) for name in files) else ""
-    names = {(name, layer): prefix + their_name(name, layer) for name, layer, _ in tensor_names(cfg)}
-    needed = {name for name in files if not MASK.fullmatch(name) and name != HEAD}
-    safetensors.check_names(folder, needed, names.values())
-    shapes = {names[name, layer]: shape for name, layer, shape in tensor_names(cfg)}
-    if HEAD in files:
-        shapes[HEAD] = shapes[names["wte", None]]
+    theirs = CONVENTIONS[cfg.family]
+    tensors = _tensors(cfg, any(name.startswith(theirs.prefix) for name in files))
+    shapes = {name: tensor.shape for name, tensor, _ in each_layer(tensors, cfg)}
+    head = next(tensor.name for tensor in tensors if family_of(cfg).HEAD in [part.param for part in tensor.parts])
+    tied = HEAD in files and HEAD not in shapes
+    if tied:
+        shapes[HEAD] = shapes[head]
+    safetensors.check_names(folder, {name for name in files if not theirs.ignored.fullmatch(name)}, shapes)
     dtypes: dict[str, np.dtype] = {}
     for path in set(files.values()):
         with safetensors.opened(path) as file:
@@ -111,27 +167,31 @@ def read_model(folder: Path) -> tuple[GPT2Config, Params]:
                     raise FormatError(f"{path} lacks the tensor {name}, which {INDEX_FILE} says is in it")
                 dtypes[name] = safetensors.check_tensor(path, file, name, shapes[name])
 
-    def load(name: str, layer: int | None) -> np.ndarray:
-        return _load(files, names[name, layer])
+    def read(tensor: FileTensor, layer: int | None, part: Part) -> np.ndarray:
+        name = tensor.name.format(layer)
+        return safetensors.read_slice(files[name], name, part.place)
 
-    if HEAD in files and not _equal(files, HEAD, names["wte", None], cfg.vocab_size):
-        raise FormatError(f"{files[HEAD]}: {HEAD} differs from the token embedding, but this GPT-2 uses one for both")
-    return cfg, collect(cfg, load, lambda *place: dtypes[names[place]])
+    if tied and not _equal(files, HEAD, head, cfg.vocab_size):
+        raise FormatError(f"{files[HEAD]}: {HEAD} differs from the token embedding, but this {theirs.title} uses one for both")
+    return cfg, open_params(tensors, cfg, read, lambda tensor, layer: dtypes[tensor.name.format(layer)])
+
+
+def _tensors(cfg: Architecture, prefixed: bool) -> list[FileTensor]:
+    """The tensors of a model's files."""
+    tables = {family: theirs.tensors for family, theirs in CONVENTIONS.items()}
+    table = table_of(tables, cfg, KIND)
+    theirs = CONVENTIONS[cfg.family]
+    prefix = theirs.prefix if prefixed else ""
+    return file_tensors({prefix + name: params for name, params in table.items()}, cfg, transposed=theirs.transposed)
 
 
 def _equal(files: dict[str, Path], a: str, b: str, rows: int) -> bool:
-    """Whether two tensors are, compared a few rows at a time."""
+    """Compare two tensors a few rows at a time."""
     with safetensors.opened(files[a]) as file_a, safetensors.opened(files[b]) as file_b:
         x, y = file_a.get_slice(a), file_b.get_slice(b)
         return all(
             np.array_equal(x[i : min(i + HEAD_ROWS, rows)], y[i : min(i + HEAD_ROWS, rows)]) for i in range(0, rows, HEAD_ROWS)
         )
-
-
-def _load(files: dict[str, Path], name: str) -> np.ndarray:
-    with safetensors.opened(files[name]) as file:
-        array: np.ndarray = file.get_tensor(name)
-        return array
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -154,44 +214,50 @@ def _files(folder: Path) -> dict[str, Path]:
 
 
 def write_model(
-    folder: Path, params: Params, cfg: GPT2Config, dtype: np.dtype, end_of_text: int | None, extra: Callable[[Path], None]
+    folder: Path,
+    params: Any,
+    cfg: Architecture,
+    dtype: np.dtype,
+    end_of_text: int | None,
+    extra: Callable[[Path], None],
+    dropout: float = 0.0,
 ) -> None:
     """Write a folder that ``transformers`` loads; it appears once everything is in it.
 
     Args:
         folder: must not exist.
         params: in either layout, with or without pad rows.
-        cfg: their dimensions.
+        cfg: the model.
         dtype: one of `gptjax.formats.safetensors.DTYPES`.
         end_of_text: id that begins and ends a text, if there is one.
         extra: writes further files, of a tokenizer, into the folder.
+        dropout: the rate with which the model is trained.
+
+    Raises:
+        ConfigError: the format holds no model of that family.
 
     """
+    tensors = _tensors(cfg, prefixed=True)
+    theirs = CONVENTIONS[cfg.family]
+    zeros: dict[str, Any] = dict.fromkeys(theirs.implied, 0)
+    default = dataclasses.replace(cfg, **zeros)
+    sizes = {ours: getattr(cfg, ours) for ours in theirs.sizes}
+    sizes |= {ours: None for ours in theirs.implied if sizes[ours] == getattr(default, ours)}
     fields = {
-        "architectures": ["GPT2LMHeadModel"],
-        **{name: values[0] for name, values in EXPECTED.items()},
-        "n_layer": cfg.num_layers,
-        "n_head": cfg.num_heads,
-        "n_embd": cfg.channels,
-        "n_positions": cfg.max_seq_len,
-        "n_ctx": cfg.max_seq_len,
-        "n_inner": None,
-        "vocab_size": cfg.vocab_size,
-        **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), cfg.dropout),
-        "initializer_range": 0.02,
+        "architectures": [theirs.architecture],
+        **{name: values[0] for name, values in theirs.expected.items()},
+        **{name: sizes[ours] for ours, names in theirs.sizes.items() for name in names},
+        **dict.fromkeys(theirs.dropout, dropout),
+        "initializer_range": INIT_STD,
         "bos_token_id": end_of_text,
         "eos_token_id": end_of_text,
         "torch_dtype": {2: "bfloat16", 4: "float32"}[dtype.itemsize],
     }
-    places = {PREFIX + their_name(name, layer): (name, layer, shape) for name, layer, shape in tensor_names(cfg)}
-
-    def load(key: str) -> np.ndarray:
-        return tensor_of(params, *places[key][:2], cfg)
 
     def fill(into: Path) -> None:
         (into / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n")
-        shapes = ((key, shape) for key, (_, _, shape) in places.items())
-        safetensors.write(into / MODEL_FILE, shapes, dtype, load, {"format": "pt"})  # transformers refuses other formats
+        found = file_contents(tensors, params, cfg, dtype)
+        safetensors.write(into / MODEL_FILE, found, {"format": "pt"})  # transformers refuses other formats
         extra(into)
 
     write_folder(folder, fill)

@@ -1,14 +1,16 @@
-"""Tensors that stay in their file until they are used: what every model file is read into, and written from."""
+"""Tensors that stay in their file until they are used: what models are read into and written from."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
+import jax
 import numpy as np
 
-from gptjax.models.config import GPT2Config
-from gptjax.models.params import Block, Params, param_shapes
+from gptjax.models.config import Architecture
+from gptjax.models.family import Weight, family_of
+from gptjax.models.params import is_stacked, rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,40 +24,81 @@ class LazyTensor:
     """Reads it, of `shape`."""
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """Numpy's protocol."""
+        """NumPy's protocol."""
         return np.asarray(self.load(), dtype)
 
 
-def tensor_names(cfg: GPT2Config) -> Iterator[tuple[str, int | None, tuple[int, ...]]]:
-    """Name, layer (None outside the blocks) and shape of each tensor of a model, without the vocabulary's pad rows."""
-    for name, shape in param_shapes(cfg)._asdict().items():
-        if name in Block._fields:
-            yield from ((name, layer, shape[1:]) for layer in range(cfg.num_layers))
-        else:
-            yield name, None, (cfg.vocab_size, cfg.channels) if name == "wte" else shape
+def tensor_names(cfg: Architecture) -> Iterator[tuple[str, int | None, tuple[int, ...]]]:
+    """Name, layer (None outside the blocks) and shape, without pad rows, of each parameter."""
+    for name, layered, weight, shape in rows(cfg):
+        shape = unpadded_shape(weight, shape, cfg)
+        yield from ((name, layer, shape) for layer in (range(cfg.num_layers) if layered else [None]))
+
+
+def unpadded_shape(weight: Weight, shape: tuple[int, ...], cfg: Architecture) -> tuple[int, ...]:
+    """A parameter's shape without the vocabulary's pad rows."""
+    return (cfg.vocab_size, *shape[1:]) if weight.axes[0] == "Vp" else shape
 
 
 def collect(
-    cfg: GPT2Config, load: Callable[[str, int | None], np.ndarray], dtype_of: Callable[[str, int | None], np.dtype]
-) -> Params:
-    """`LazyTensor`s in the unrolled layout, read by ``load(name, layer)``."""
-    found: dict[str, Any] = {name: [] for name in Block._fields}
+    cfg: Architecture, load: Callable[[str, int | None], np.ndarray], dtype_of: Callable[[str, int | None], np.dtype]
+) -> Any:
+    """The family's parameters as `LazyTensor`s, unrolled.
+
+    Args:
+        cfg: the model.
+        load: ``load(name, layer)`` reads a parameter in the shape of `tensor_names`.
+        dtype_of: ``dtype_of(name, layer)`` is its dtype in the file.
+
+    """
+    outside: dict[str, LazyTensor] = {}
+    layers: list[dict[str, LazyTensor]] = [{} for _ in range(cfg.num_layers)]
     for name, layer, shape in tensor_names(cfg):
-        tensor = LazyTensor(shape, dtype_of(name, layer), lambda name=name, layer=layer: load(name, layer))  # type: ignore[misc]
-        if layer is None:
-            found[name] = tensor
-        else:
-            found[name].append(tensor)
-    return Params(**{name: tuple(tensor) if isinstance(tensor, list) else tensor for name, tensor in found.items()})
+        found = outside if layer is None else layers[layer]
+        found[name] = LazyTensor(shape, dtype_of(name, layer), partial(load, name, layer))
+    family = family_of(cfg)
+    return family.Params(**outside, blocks=tuple(family.Block(**layer) for layer in layers))
 
 
-def tensor_of(params: Params, name: str, layer: int | None, cfg: GPT2Config) -> np.ndarray:
-    """One tensor, read; the vocabulary's pad rows, which parameters in use have, left out."""
-    tensor = getattr(params, name)
-    array = np.asarray(tensor if layer is None else tensor[layer])
-    return array[: cfg.vocab_size] if name == "wte" else array
+def stack_lazily(params: Any) -> Any:
+    """Turn unrolled `LazyTensor`s into stacked ones, (L, ...), which are read layer by layer."""
+
+    def stacked(*layers: LazyTensor) -> LazyTensor:
+        shape, dtype = (len(layers), *layers[0].shape), np.result_type(*(layer.dtype for layer in layers))
+
+        def load() -> np.ndarray:
+            array = np.empty(shape, dtype)
+            for i, layer in enumerate(layers):
+                array[i] = layer
+            return array
+
+        return LazyTensor(shape, dtype, load)
+
+    return params._replace(blocks=jax.tree.map(stacked, *params.blocks))
 
 
-def num_bytes(cfg: GPT2Config, itemsize: int) -> int:
-    """Of all tensors, without padding."""
-    return itemsize * sum(math.prod(shape) for _, _, shape in tensor_names(cfg))
+def tensor_of(params: Any, name: str, layer: int | None, cfg: Architecture) -> np.ndarray:
+    """Read one parameter in the shape of `tensor_names`, without pad rows.
+
+    Args:
+        params: in either layout, of arrays or `LazyTensor`s.
+        name: the parameter's.
+        layer: its layer; None outside the blocks.
+        cfg: the model.
+
+    """
+    if layer is None:
+        array = np.asarray(getattr(params, name))
+    elif is_stacked(params.blocks):
+        array = np.asarray(getattr(params.blocks, name)[layer])
+    else:
+        array = np.asarray(getattr(params.blocks[layer], name))
+    padded = layer is None and any(row == name and weight.axes[0] == "Vp" for row, _, weight, _ in rows(cfg))
+    return array[: cfg.vocab_size] if padded else array
+
+
+def pad_vocab(array: np.ndarray, weight: Weight, cfg: Architecture) -> np.ndarray:
+    """Pad a parameter that has a row for each id with zeros, up to the padded vocabulary."""
+    if weight.axes[0] != "Vp":
+        return array
+    return np.pad(array, [(0, cfg.padded_vocab_size - len(array)), *[(0, 0)] * (array.ndim - 1)])

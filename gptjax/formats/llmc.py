@@ -10,9 +10,11 @@ Both begin with 256 int32. A model's are ``[20240326, version, maxT, V, L, heads
 5   bfloat16                                   read and written
 ==  =========================================  ===========================
 
-A debug state's are ``[20240327, version, B, T]``, version 1 for an unpadded and 2 for a padded vocabulary; then inputs and
-targets (B, T) int32, logits (B, T, V), the loss, and the gradients in the order of the model's tensors, float32.
-Tensors are in llm.c's order, which is `Params`', stacked over the layers, and matrices are (out, in), the transpose of ours.
+A debug state's are ``[20240327, version, B, T]``, version 1 for an unpadded and 2 for a padded
+vocabulary; then inputs and targets (B, T) int32, logits (B, T, V), the loss, and the gradients in the
+order of the model's tensors, float32. Tensors are in the order of `TABLES`, stacked over the layers;
+matrices are (out, in), the transpose of ours. The header has no family and no hidden width: the model is
+GPT-2, its MLP four times as wide as the channels.
 """
 
 import math
@@ -26,15 +28,36 @@ import numpy as np
 
 from gptjax.errors import ConfigError, FormatError
 from gptjax.formats.binary import HEADER_BYTES, check_size, read_header, write_file
-from gptjax.formats.lazy import collect, tensor_names, tensor_of
-from gptjax.models.config import GPT2Config
-from gptjax.models.params import Params, param_shapes
+from gptjax.formats.lazy import pad_vocab
+from gptjax.formats.tables import FileTensor, Part, Table, each_layer, file_tensors, join, open_params, table_of
+from gptjax.models.config import Architecture
+from gptjax.models.family import family_of
+from gptjax.models.params import rows
 
 MODEL_MAGIC, STATE_MAGIC = 20240326, 20240327
 MODEL, STATE = "llm.c model", "llm.c debug state"
 BFLOAT16 = np.dtype(jnp.bfloat16)
 FLOAT32 = np.dtype("<f4")
-TRANSPOSED = ("qkvw", "attprojw", "fcw", "fcprojw")
+TABLES: dict[str, Table] = {
+    "gpt2": {
+        "wte": "wte",
+        "wpe": "wpe",
+        "ln1w": "ln1w",
+        "ln1b": "ln1b",
+        "qkvw": "qw kw vw",
+        "qkvb": "qb kb vb",
+        "attprojw": "attprojw",
+        "attprojb": "attprojb",
+        "ln2w": "ln2w",
+        "ln2b": "ln2b",
+        "fcw": "fcw",
+        "fcb": "fcb",
+        "fcprojw": "fcprojw",
+        "fcprojb": "fcprojb",
+        "lnfw": "lnfw",
+        "lnfb": "lnfb",
+    }
+}
 LARGEST = 2**24  # of any field of a header: beyond what GPT-2 could be
 
 
@@ -48,8 +71,8 @@ class DebugState(NamedTuple):
     logits: np.ndarray
     """(B, T, V) float32."""
     loss: float
-    grads: Params
-    """float32, stacked over the layers, (in, out)."""
+    grads: Any
+    """Gradients, float32; when read, NumPy arrays, padded, stacked over the layers."""
 
 
 def is_model(path: Path) -> bool:
@@ -58,8 +81,8 @@ def is_model(path: Path) -> bool:
         return file.read(4) == MODEL_MAGIC.to_bytes(4, "little")
 
 
-def read_model(path: str | os.PathLike[str]) -> tuple[GPT2Config, Params]:
-    """The model's dimensions, and its tensors, which stay in the file until they are used.
+def read_model(path: str | os.PathLike[str]) -> tuple[Architecture, Any]:
+    """The model, and its parameters as `LazyTensor`s.
 
     Raises:
         FormatError: not such a file: wrong magic, version, a field out of range, or another size than they imply.
@@ -77,40 +100,49 @@ def read_model(path: str | os.PathLike[str]) -> tuple[GPT2Config, Params]:
     padded = vocab_size if version == 1 else padded
     fields = (max_seq_len, vocab_size, num_layers, num_heads, channels)
     if not all(1 <= field <= LARGEST for field in (*fields, padded)) or padded < vocab_size:
-        raise FormatError(f"{path} is no {MODEL}: its header holds the sizes {', '.join(map(str, (*fields, padded)))}")
+        raise FormatError(f"{path} is not an {MODEL}: its header holds the sizes {', '.join(map(str, (*fields, padded)))}")
     try:
-        cfg = GPT2Config(None, num_layers, num_heads, channels, vocab_size, max_seq_len)
+        cfg = Architecture(
+            family="gpt2",
+            num_layers=num_layers,
+            num_heads=num_heads,
+            channels=channels,
+            vocab_size=vocab_size,
+            max_seq_len=max_seq_len,
+        )
     except ConfigError as error:
-        raise FormatError(f"{path} holds a model that cannot be: {error}") from error
-    dtypes = Params(
-        *(FLOAT32 if version in (1, 3) or (version == 4 and n.startswith("ln")) else BFLOAT16 for n in Params._fields)
-    )
-    shapes = _shapes(cfg, padded)
-    sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True)]
+        raise FormatError(f"{path} holds an invalid model: {error}") from error
+    tensors = _tensors(cfg, padded)
+
+    def dtype_of(tensor: FileTensor, layer: int | None = None) -> np.dtype:
+        return FLOAT32 if version in (1, 3) or (version == 4 and tensor.name.startswith("ln")) else BFLOAT16
+
+    sizes = [math.prod(_stacked(tensor, cfg)) * dtype_of(tensor).itemsize for tensor in tensors]
     check_size(path, MODEL, size, HEADER_BYTES + sum(sizes), f"{num_layers} layers of {channels} channels in version {version}")
-    tensors: dict[str, np.ndarray] = {}
+    arrays: dict[str, np.ndarray] = {}
     offset = HEADER_BYTES
-    for name, shape, dtype, nbytes in zip(Params._fields, shapes, dtypes, sizes, strict=True):
-        tensors[name] = np.memmap(path, dtype, "r", offset, shape)
+    for tensor, nbytes in zip(tensors, sizes, strict=True):
+        arrays[tensor.name] = np.memmap(path, dtype_of(tensor), "r", offset, _stacked(tensor, cfg))
         offset += nbytes
 
-    def load(name: str, layer: int | None) -> np.ndarray:
-        array = tensors[name] if layer is None else tensors[name][layer]
-        return array.T if name in TRANSPOSED else array[:vocab_size] if name == "wte" else array
+    def read(tensor: FileTensor, layer: int | None, part: Part) -> np.ndarray:
+        array = arrays[tensor.name]
+        return (array if layer is None else array[layer])[part.place]
 
-    return cfg, collect(cfg, load, lambda name, _: tensors[name].dtype)
+    return cfg, open_params(tensors, cfg, read, dtype_of)
 
 
-def write_model(path: str | os.PathLike[str], params: Params, cfg: GPT2Config, version: int = 3) -> None:
+def write_model(path: str | os.PathLike[str], params: Any, cfg: Architecture, version: int = 3) -> None:
     """Write a model as version 3 (float32) or 5 (bfloat16), tensor by tensor.
 
     Args:
         path: the file; it appears whole or not at all.
         params: in either layout, with or without pad rows.
-        cfg: their dimensions.
+        cfg: the model.
         version: 3 or 5.
 
     Raises:
+        ConfigError: the format cannot say what the model is.
         ValueError: another version.
         OSError: it cannot be written.
 
@@ -119,13 +151,20 @@ def write_model(path: str | os.PathLike[str], params: Params, cfg: GPT2Config, v
         raise ValueError(f"version 3 or 5 can be written, not {version}")
     sizes = cfg.max_seq_len, cfg.vocab_size, cfg.num_layers, cfg.num_heads, cfg.channels, cfg.padded_vocab_size
     dtype = FLOAT32 if version == 3 else BFLOAT16
-    write_file(path, [MODEL_MAGIC, version, *sizes], _to_file(params, dtype, cfg.padded_vocab_size, cfg))
+    tensors = _tensors(cfg, cfg.padded_vocab_size)
+    if cfg.hidden != 4 * cfg.channels:
+        raise ConfigError(
+            f"an {MODEL} has four hidden units for each channel, but this model has "
+            f"model.hidden {cfg.hidden} and model.channels {cfg.channels}: write safetensors instead"
+        )
+    write_file(path, [MODEL_MAGIC, version, *sizes], _arrays(tensors, params, dtype, cfg))
 
 
-def read_debug_state(path: str | os.PathLike[str], cfg: GPT2Config) -> DebugState:
-    """A debug state of the model of dimensions ``cfg``, which the file itself does not tell.
+def read_debug_state(path: str | os.PathLike[str], cfg: Architecture) -> DebugState:
+    """A debug state of the model ``cfg``, which the file itself does not tell.
 
     Raises:
+        ConfigError: the format holds no model of that family.
         FormatError: not such a file: wrong magic, version or size, or a token id that the vocabulary lacks.
 
     """
@@ -135,7 +174,8 @@ def read_debug_state(path: str | os.PathLike[str], cfg: GPT2Config) -> DebugStat
         raise FormatError(f"{path} is not an {STATE}: it begins {magic}, {version} where {STATE_MAGIC}, 1 or 2 is expected")
     if not (1 <= B <= LARGEST and 1 <= T <= cfg.max_seq_len):
         raise FormatError(f"{path} announces {B} sequences of {T} tokens, but the model takes 1 to {cfg.max_seq_len} tokens")
-    shapes = _shapes(cfg, cfg.vocab_size if version == 1 else cfg.padded_vocab_size)
+    tensors = _tensors(cfg, cfg.vocab_size if version == 1 else cfg.padded_vocab_size)
+    shapes = [_stacked(tensor, cfg) for tensor in tensors]
     counts = [B * T, B * T, B * T * cfg.vocab_size, 1, *map(math.prod, shapes)]
     announced = f"{B} sequences of {T} tokens for this model"
     check_size(path, STATE, size, HEADER_BYTES + 4 * sum(counts), announced)
@@ -146,55 +186,66 @@ def read_debug_state(path: str | os.PathLike[str], cfg: GPT2Config) -> DebugStat
             raise FormatError(
                 f"{path} holds the token ids {ids.min()}..{ids.max()}, but the model knows 0..{cfg.vocab_size - 1}"
             )
-    tensors = [g.view(FLOAT32).reshape(shape) for g, shape in zip(grads, shapes, strict=True)]
+    arrays = [g.view(FLOAT32).reshape(shape) for g, shape in zip(grads, shapes, strict=True)]
     return DebugState(
         inputs.reshape(B, T),
         targets.reshape(B, T),
         logits.view(FLOAT32).reshape(B, T, cfg.vocab_size),
         float(loss.view(FLOAT32)[0]),
-        _from_file(tensors, cfg),
+        _grads(tensors, arrays, cfg),
     )
 
 
-def write_debug_state(path: str | os.PathLike[str], state: DebugState, cfg: GPT2Config, version: int = 2) -> None:
+def write_debug_state(path: str | os.PathLike[str], state: DebugState, cfg: Architecture, version: int = 2) -> None:
     """Write a debug state; version 2 is what llm.c's C test reads.
 
     Raises:
+        ConfigError: the format holds no model of that family.
         ValueError: a version other than 1 and 2.
         OSError: it cannot be written.
 
     """
     if version not in (1, 2):
         raise ValueError(f"version 1 or 2 can be written, not {version}")
+    tensors = _tensors(cfg, cfg.vocab_size if version == 1 else cfg.padded_vocab_size)
 
     def arrays() -> Iterator[np.ndarray]:
         yield np.asarray(state.inputs, "<i4")
         yield np.asarray(state.targets, "<i4")
         yield np.asarray(state.logits, FLOAT32)
         yield np.asarray([state.loss], FLOAT32)
-        yield from _to_file(state.grads, FLOAT32, cfg.vocab_size if version == 1 else cfg.padded_vocab_size, cfg)
+        yield from _arrays(tensors, state.grads, FLOAT32, cfg)
 
     write_file(path, [STATE_MAGIC, version, *state.inputs.shape], arrays())
 
 
-def _shapes(cfg: GPT2Config, rows: int) -> Params:
-    """Shapes in the file, where the token embedding has ``rows`` rows."""
-    ours = param_shapes(cfg)
-    turned = Params(*((s[0], s[2], s[1]) if n in TRANSPOSED else s for n, s in zip(Params._fields, ours, strict=True)))
-    return turned._replace(wte=(rows, cfg.channels))
+def _tensors(cfg: Architecture, vocab_rows: int) -> list[FileTensor]:
+    """The file's tensors; its token embedding has so many rows."""
+    return file_tensors(table_of(TABLES, cfg, f"an {MODEL}"), cfg, transposed=True, vocab_rows=vocab_rows)
 
 
-def _from_file(tensors: list[np.ndarray], cfg: GPT2Config) -> Params:
-    """Our order of axes, and our padding of the vocabulary, with zeros."""
-    params = Params(*(t.swapaxes(1, 2) if n in TRANSPOSED else t for n, t in zip(Params._fields, tensors, strict=True)))
-    rows = params.wte[: cfg.vocab_size]
-    return params._replace(wte=np.pad(rows, ((0, cfg.padded_vocab_size - cfg.vocab_size), (0, 0))))
+def _stacked(tensor: FileTensor, cfg: Architecture) -> tuple[int, ...]:
+    """The shape of a tensor in the file, where layers are stacked."""
+    return (cfg.num_layers, *tensor.shape) if tensor.layered else tensor.shape
 
 
-def _to_file(params: Params, dtype: Any, rows: int, cfg: GPT2Config) -> Iterator[np.ndarray]:
-    """Each tensor, layer by layer where it has layers, as the file has it; its token embedding has ``rows`` rows."""
-    for name, layer, _ in tensor_names(cfg):
-        tensor = tensor_of(params, name, layer, cfg).astype(dtype, copy=False)
-        yield tensor.T if name in TRANSPOSED else tensor
-        if name == "wte":
-            yield np.zeros((rows - cfg.vocab_size, cfg.channels), dtype)
+def _grads(tensors: list[FileTensor], arrays: list[Any], cfg: Architecture) -> Any:
+    """Gradients in our shapes: views of the file, but for the pad rows, which become zeros."""
+    ours = {
+        part.param: part.from_file(array[..., *part.place])
+        for tensor, array in zip(tensors, arrays, strict=True)
+        for part in tensor.parts
+    }
+    padded = {name: pad_vocab(ours[name], weight, cfg) for name, _, weight, _ in rows(cfg)}
+    family = family_of(cfg)
+    blocks = family.Block(*(padded.pop(name) for name in family.Block._fields))
+    return family.Params(**padded, blocks=blocks)
+
+
+def _arrays(tensors: list[FileTensor], params: Any, dtype: np.dtype, cfg: Architecture) -> Iterator[np.ndarray]:
+    """Each tensor as the file has it, layer by layer where it has layers, then its pad rows."""
+    for _, tensor, layer in each_layer(tensors, cfg):
+        array = join(tensor, layer, params, cfg, dtype)
+        yield array
+        if missing := tensor.shape[0] - len(array):
+            yield np.zeros((missing, *tensor.shape[1:]), dtype)

@@ -1,13 +1,15 @@
-"""Safetensors: read through the library of that name, written tensor by tensor; and models in it under our own names.
+"""Safetensors, read by the library and written tensor by tensor, and models in it under our own names.
 
-A file is a 64-bit length, a JSON header of that length with each tensor's dtype, shape and place, and the numbers
-(https://github.com/huggingface/safetensors). The library writes only what is in memory as a whole.
+A file is a 64-bit length, a JSON header of that length with each tensor's dtype, shape and place, and
+the numbers (https://github.com/huggingface/safetensors). The library can only write a file whose
+tensors are all in memory.
 """
 
+import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,34 @@ from safetensors import SafetensorError, safe_open
 
 from gptjax.durable import write_whole
 from gptjax.errors import ConfigError, FormatError
-from gptjax.formats.lazy import collect, tensor_names, tensor_of
-from gptjax.models.config import DIMENSIONS, GPT2Config
-from gptjax.models.params import Params
+from gptjax.formats.lazy import LazyTensor
+from gptjax.formats.tables import FileTensor, Part, Table, each_layer, file_contents, file_tensors, open_params
+from gptjax.models.config import Architecture
+from gptjax.models.family import family_of
+from gptjax.models.params import rows
 
+# Only for families whose files differ from the default, which is each parameter under its own name.
+TABLES: dict[str, Table] = {
+    "gpt2": {
+        "wte": "wte",
+        "wpe": "wpe",
+        "ln1w.{}": "ln1w",
+        "ln1b.{}": "ln1b",
+        "qkvw.{}": "qw kw vw",
+        "qkvb.{}": "qb kb vb",
+        "attprojw.{}": "attprojw",
+        "attprojb.{}": "attprojb",
+        "ln2w.{}": "ln2w",
+        "ln2b.{}": "ln2b",
+        "fcw.{}": "fcw",
+        "fcb.{}": "fcb",
+        "fcprojw.{}": "fcprojw",
+        "fcprojb.{}": "fcprojb",
+        "lnfw": "lnfw",
+        "lnfb": "lnfb",
+    }
+}
+REQUIRED = ("num_layers", "num_heads", "channels", "vocab_size", "max_seq_len")  # in the metadata of every model
 DTYPES = {"F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(jnp.bfloat16)}
 
 
@@ -50,37 +76,27 @@ def check_tensor(path: Path, file: Any, name: str, shape: tuple[int, ...]) -> np
     return DTYPES[found.get_dtype()]
 
 
-def write(
-    path: Path,
-    tensors: Iterable[tuple[str, tuple[int, ...]]],
-    dtype: np.dtype,
-    load: Callable[[str], np.ndarray],
-    metadata: dict[str, str],
-) -> None:
+def write(path: Path, tensors: Mapping[str, LazyTensor], metadata: dict[str, str]) -> None:
     """Write tensors one by one, durably: either the whole file appears under its name, or nothing does.
 
     Args:
         path: the file.
-        tensors: names and shapes, in the order in which they are written.
-        dtype: one of `DTYPES`, of all of them.
-        load: gives a tensor by its name.
+        tensors: by name, in the order in which they are written; each is read when its turn comes.
         metadata: text, for the header.
 
     """
-    label = next(name for name, known in DTYPES.items() if known == dtype)
+    labels = {dtype: label for label, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
-    for name, shape in tensors:
-        begin, end = end, end + dtype.itemsize * math.prod(shape)
-        header[name] = {"dtype": label, "shape": list(shape), "data_offsets": [begin, end]}
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.dtype.itemsize * math.prod(tensor.shape)
+        header[name] = {"dtype": labels[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # so that the numbers are aligned
     with write_whole(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name in header:
-            if name != "__metadata__":
-                array = np.ascontiguousarray(load(name).astype(dtype, copy=False))
-                file.write(array.reshape(-1).view(np.uint8).data)
+        for tensor in tensors.values():
+            file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
 
 
 def is_model(path: Path) -> bool:
@@ -90,36 +106,63 @@ def is_model(path: Path) -> bool:
     return len(start) == 9 and int.from_bytes(start[:8], "little") < 100_000_000 and start[8:] == b"{"
 
 
-def read_model(path: Path) -> tuple[GPT2Config, Params]:
-    """A model in our own names, ``wte`` or ``fcw.3``; tensors stay in the file until they are used.
+def read_model(path: Path) -> tuple[Architecture, Any]:
+    """A model under our own names, ``wte`` or ``fcw.3``, and its parameters as `LazyTensor`s.
 
     Raises:
-        FormatError: not such a file, or a tensor is missing, unknown, or of another shape; it is named.
+        FormatError: not such a file, or a tensor is missing, unknown, or has the wrong shape; it is
+            named.
 
     """
     with opened(path) as file:
-        metadata = file.metadata() or {}
-        if not all(re.fullmatch("[0-9]{1,9}", metadata.get(name, "")) for name in DIMENSIONS):
+        cfg = _architecture(path, file.metadata() or {})
+        tensors = _tensors(cfg)
+        check_names(path, set(file.keys()), (name for name, _, _ in each_layer(tensors, cfg)))
+        dtypes = {name: check_tensor(path, file, name, tensor.shape) for name, tensor, _ in each_layer(tensors, cfg)}
+
+    def read(tensor: FileTensor, layer: int | None, part: Part) -> np.ndarray:
+        return read_slice(path, tensor.name.format(layer), part.place)
+
+    return cfg, open_params(tensors, cfg, read, lambda tensor, layer: dtypes[tensor.name.format(layer)])
+
+
+def read_slice(path: Path, name: str, index: tuple[slice, ...]) -> np.ndarray:
+    """Read part of a tensor; the rest of it stays in the file."""
+    with opened(path) as file:
+        array: np.ndarray = file.get_slice(name)[index]
+        return array
+
+
+def _architecture(path: Path, metadata: dict[str, str]) -> Architecture:
+    """The model that a file's metadata describe; a field that is left out has its default."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(Architecture):
+        text = metadata.get(field.name)
+        if text is None and field.name not in REQUIRED:
+            continue
+        if isinstance(field.default, str):
+            found[field.name] = text
+        elif re.fullmatch("[0-9]{1,9}", text or ""):
+            found[field.name] = int(text or "")
+        else:
             raise FormatError(
-                f"{path} does not say the model's {', '.join(DIMENSIONS)} in its metadata: it is not one of gptjax's; "
+                f"{path} does not say the model's {', '.join(REQUIRED)} in its metadata: it is not one of gptjax's; "
                 "of a Hugging Face model name the folder, with its config.json"
             )
-        try:
-            sizes: dict[str, Any] = {name: int(metadata[name]) for name in DIMENSIONS}
-            cfg = GPT2Config(**sizes)
-        except ConfigError as error:
-            raise FormatError(f"{path} holds a model that cannot be: {error}") from error
-        check_names(path, set(file.keys()), (_name(name, layer) for name, layer, _ in tensor_names(cfg)))
-        dtypes = {
-            (name, layer): check_tensor(path, file, _name(name, layer), shape) for name, layer, shape in tensor_names(cfg)
-        }
+    try:
+        cfg = Architecture(**found)
+        family_of(cfg)
+    except ConfigError as error:
+        raise FormatError(f"{path} holds an invalid model: {error}") from error
+    return cfg
 
-    def load(name: str, layer: int | None) -> np.ndarray:
-        with opened(path) as file:
-            array: np.ndarray = file.get_tensor(_name(name, layer))
-            return array
 
-    return cfg, collect(cfg, load, lambda *place: dtypes[place])
+def _metadata(cfg: Architecture) -> dict[str, str]:
+    """What `_architecture` reads: the required fields, and others that differ from their default."""
+    default = Architecture(**{name: getattr(cfg, name) for name in REQUIRED})
+    names = [*REQUIRED, *(f.name for f in dataclasses.fields(Architecture) if f.name not in REQUIRED)]
+    chosen = [name for name in names if name in REQUIRED or getattr(cfg, name) != getattr(default, name)]
+    return {"format": "gptjax", **{name: str(getattr(cfg, name)) for name in chosen}}
 
 
 def check_names(path: Path, found: set[str], expected: Iterable[str]) -> None:
@@ -135,21 +178,20 @@ def check_names(path: Path, found: set[str], expected: Iterable[str]) -> None:
         raise FormatError(f"{path} holds tensors that this model does not have: {', '.join(odd[:5])}{more}")
 
 
-def write_model(path: Path, params: Params, cfg: GPT2Config, dtype: np.dtype) -> None:
+def write_model(path: Path, params: Any, cfg: Architecture, dtype: np.dtype) -> None:
     """Write a model in our own names, tensor by tensor.
 
     Args:
         path: the file.
         params: in either layout, with or without pad rows.
-        cfg: their dimensions.
+        cfg: the model.
         dtype: one of `DTYPES`.
 
     """
-    places = {_name(name, layer): (name, layer, shape) for name, layer, shape in tensor_names(cfg)}
-    metadata = {"format": "gptjax", **{name: str(getattr(cfg, name)) for name in DIMENSIONS}}
-    shapes = ((key, shape) for key, (_, _, shape) in places.items())
-    write(path, shapes, dtype, lambda key: tensor_of(params, *places[key][:2], cfg), metadata)
+    write(path, file_contents(_tensors(cfg), params, cfg, dtype), _metadata(cfg))
 
 
-def _name(name: str, layer: int | None) -> str:
-    return name if layer is None else f"{name}.{layer}"
+def _tensors(cfg: Architecture) -> list[FileTensor]:
+    """The file's tensors: by the family's table, or else each parameter under its own name."""
+    own = {f"{name}.{{}}" if layered else name: name for name, layered, _, _ in rows(cfg)}
+    return file_tensors(TABLES.get(cfg.family, own), cfg)

@@ -7,6 +7,7 @@ network and its gradient (`gptjax.models.transformer`), decoding, initialisation
 
 from typing import Any, Literal, NamedTuple, Protocol
 
+from gptjax.errors import ConfigError
 from gptjax.models.config import Architecture, ModelConfig
 
 
@@ -77,7 +78,14 @@ RECOMPUTED = "recomputed"
 
 
 def family_of(cfg: Architecture) -> Any:
-    """The module of a configuration's family."""
+    """The module of a configuration's family.
+
+    Raises:
+        ConfigError: there is none of that name.
+
+    """
     from gptjax.models import FAMILIES
 
+    if cfg.family not in FAMILIES:
+        raise ConfigError(f"model.family {cfg.family!r} is not known: choose one of {', '.join(FAMILIES)}")
     return FAMILIES[cfg.family]

@@ -11,6 +11,7 @@ from gptjax.errors import FormatError
 from gptjax.formats import hf
 from gptjax.formats.lazy import tensor_names, tensor_of
 from tests.models import tiny
+from tests.models.fused import fuse
 
 CFG = tiny.config(dtype="float32")
 PARAMS = tiny.params(CFG, jnp.float32)
@@ -45,10 +46,32 @@ def test_what_is_written_is_read_back(tmp_path):
 def test_names_are_transformers(tmp_path):
     tensors = safetensors.numpy.load_file(write(tmp_path / "m") / hf.MODEL_FILE)
     assert len(tensors) == 12 * 2 + 4
-    np.testing.assert_array_equal(tensors["transformer.h.1.mlp.c_fc.weight"], PARAMS.fcw[1])  # (in, out), as ours
-    np.testing.assert_array_equal(tensors["transformer.h.0.attn.c_attn.bias"], PARAMS.qkvb[0])
-    np.testing.assert_array_equal(tensors["transformer.ln_f.weight"], PARAMS.lnfw)
-    np.testing.assert_array_equal(tensors["transformer.wte.weight"], PARAMS.wte[:11])
+    expected = fuse(PARAMS)
+    np.testing.assert_array_equal(tensors["transformer.ln_f.weight"], expected["lnfw"])
+    np.testing.assert_array_equal(tensors["transformer.ln_f.bias"], expected["lnfb"])
+    np.testing.assert_array_equal(tensors["transformer.wte.weight"], expected["wte"][:11])
+    np.testing.assert_array_equal(tensors["transformer.wpe.weight"], expected["wpe"])
+    layered = {
+        "ln1": "ln_1",
+        "qkv": "attn.c_attn",
+        "attproj": "attn.c_proj",
+        "ln2": "ln_2",
+        "fc": "mlp.c_fc",
+        "fcproj": "mlp.c_proj",
+    }
+    for layer in range(2):
+        for ours, theirs in layered.items():
+            np.testing.assert_array_equal(tensors[f"transformer.h.{layer}.{theirs}.weight"], expected[f"{ours}w"][layer])
+            np.testing.assert_array_equal(tensors[f"transformer.h.{layer}.{theirs}.bias"], expected[f"{ours}b"][layer])
+
+
+def test_hidden_units_are_null_where_they_are_four_times_the_channels(tmp_path):
+    narrow = tiny.config(hidden=24, dtype="float32")
+    for cfg, n_inner in ((CFG, None), (narrow, 24)):
+        folder = tmp_path / str(n_inner)
+        hf.write_model(folder, tiny.params(cfg, jnp.float32), cfg, FLOAT32, None, lambda into: None)
+        assert json.loads((folder / hf.CONFIG_FILE).read_text())["n_inner"] == n_inner
+        assert hf.read_model(folder)[0] == cfg.architecture
 
 
 def test_the_hubs_own_files(tmp_path):
@@ -57,7 +80,7 @@ def test_the_hubs_own_files(tmp_path):
 
     def change(tensors):
         for name in list(tensors):
-            tensors[name.removeprefix(hf.PREFIX)] = tensors.pop(name)
+            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
         for layer in range(2):
             tensors[f"h.{layer}.attn.bias"] = np.tril(np.ones((1, 1, 12, 12), np.float32))
             tensors[f"h.{layer}.attn.masked_bias"] = np.float32([-1e4])
@@ -109,12 +132,14 @@ def test_an_index_that_lies(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "llama"}, "has model_type 'llama', but this GPT-2 has 'gpt2'"),
+        ({"model_type": "bert"}, "has model_type 'bert', but a Hugging Face folder of gpt2 is expected"),
+        ({"model_type": ["gpt2"]}, r"has model_type \['gpt2'\], but"),
         ({"activation_function": "gelu"}, "has activation_function 'gelu'"),
         ({"layer_norm_epsilon": 1e-6}, "has layer_norm_epsilon 1e-06"),
         ({"scale_attn_by_inverse_layer_idx": True}, "has scale_attn_by_inverse_layer_idx True"),
-        ({"n_inner": 99}, "has n_inner 99, but this GPT-2 has 4 n_embd, 32"),
-        ({"n_head": 3}, "is of a model that cannot be"),
+        ({"n_inner": 99}, r"h\.\d\.mlp\.c_(fc|proj)\.(weight|bias) has the shape \[.*32.*\], but \[.*99.*\] is expected"),
+        ({"n_inner": "wide"}, "has no usable n_inner: 'wide'"),
+        ({"n_head": 3}, "describes an invalid model"),
         ({"n_layer": "two"}, "has no usable n_layer: 'two'"),
         ({"n_embd": 2**40}, "has no usable n_embd"),
         ({"n_layer": 3}, r"lacks the tensor transformer\.h\.2\.ln_1\.weight"),

@@ -5,7 +5,6 @@
 
 import gzip
 import json
-import math
 import os
 import re
 import time
@@ -27,10 +26,10 @@ from gptjax.datasets.text import pieces
 from gptjax.errors import GptjaxError
 from gptjax.formats import hf, hf_tokenizer, llmc, llmc_eval, llmc_tokenizer, safetensors
 from gptjax.formats.token_shards import open_shard, write_shard
-from gptjax.models.params import Params, param_shapes
 from gptjax.weights import open_weights
 from tests.formats.test_llmc_eval import EXAMPLE, evaluation_file
 from tests.models import tiny
+from tests.models.fused import fuse
 
 CASES = int(os.environ.get("GPTJAX_FUZZ", "40"))
 MOST_BYTES = 32 << 20  # the files have a few thousand
@@ -65,8 +64,8 @@ def write_version_4(path):
     """Version 5 with the LayerNorms in float32."""
     llmc.write_model(path, PARAMS, CFG, 5)
     content, wide, offset = path.read_bytes(), [], 1024
-    for name, shape in zip(Params._fields, param_shapes(CFG), strict=True):
-        count = math.prod(shape)
+    for name, tensor in fuse(PARAMS).items():
+        count = tensor.size
         part = content[offset : offset + 2 * count]
         wide.append(np.frombuffer(part, jnp.bfloat16).astype("<f4").tobytes() if name.startswith("ln") else part)
         offset += 2 * count

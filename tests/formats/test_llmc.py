@@ -10,19 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptjax.errors import FormatError
+from gptjax.errors import ConfigError, FormatError
 from gptjax.formats import llmc
-from gptjax.models.params import Params, init_params, param_shapes, stack
+from gptjax.models.params import init_params, num_padded_params, stack, unstack
 from tests.models import tiny
+from tests.models.fused import MATRICES, fuse
 
 CFG = tiny.config(num_layers=2, channels=8, vocab_size=11, max_seq_len=12)  # 11 ids, padded to 128
-# fmt: off
-ORDER = ["wte", "wpe", "ln1w", "ln1b", "qkvw", "qkvb", "attprojw", "attprojb",
-         "ln2w", "ln2b", "fcw", "fcb", "fcprojw", "fcprojb", "lnfw", "lnfb"]
-# fmt: on
 
 
 def make_params():
+    """Stacked, in NumPy's arrays."""
     return jax.tree.map(np.asarray, tiny.params(dataclasses.replace(CFG, layers="scan"), jnp.float32))
 
 
@@ -32,31 +30,27 @@ def make_state(params=None):
     return llmc.DebugState(ids, ids[::-1].copy(), logits, 2.5, params or make_params())
 
 
-def loaded(params: Params) -> Params:
+def loaded(params):
     """Tensors of a file, read, stacked, and padded as those in use are."""
     found = stack(jax.tree.map(np.asarray, params))
     return found._replace(wte=np.pad(found.wte, ((0, 128 - len(found.wte)), (0, 0))))
 
 
-def assert_same(ours: Params, theirs: Params):
-    for name, a, b in zip(Params._fields, ours, theirs, strict=True):
-        np.testing.assert_array_equal(a, b, err_msg=name)
+def assert_same(ours, theirs):
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
 @pytest.mark.parametrize("unrolled", [False, True])
 def test_model_bytes_are_llm_cs(tmp_path, unrolled):
     """Header, then the 16 tensors in llm.c's order, matrices (out, in), padded vocabulary, nothing after them."""
     params = make_params()
-    matrices = {name: tuple(tensor) for name, tensor in params._asdict().items() if tensor.ndim == 3}
-    given_params = params._replace(**matrices) if unrolled else params
-    llmc.write_model(tmp_path / "m.bin", given_params, CFG)
+    llmc.write_model(tmp_path / "m.bin", unstack(params) if unrolled else params, CFG)
     content = (tmp_path / "m.bin").read_bytes()
     assert struct.unpack("<8i", content[:32]) == (20240326, 3, 12, 11, 2, 2, 8, 128)
     assert content[32:1024] == bytes(992)
     offset = 1024
-    for name in ORDER:
-        tensor = getattr(params, name)
-        expected = tensor.swapaxes(1, 2) if name in ("qkvw", "attprojw", "fcw", "fcprojw") else tensor
+    for name, tensor in fuse(params).items():
+        expected = tensor.swapaxes(1, 2) if name in MATRICES else tensor
         found = np.frombuffer(content, "<f4", expected.size, offset)
         np.testing.assert_array_equal(found, expected.ravel(), err_msg=name)
         offset += 4 * expected.size
@@ -65,7 +59,7 @@ def test_model_bytes_are_llm_cs(tmp_path, unrolled):
 
 def test_the_size_of_124m_is_llm_cs():
     cfg = tiny.config(num_layers=12, num_heads=12, channels=768, vocab_size=50257, max_seq_len=1024)
-    count = sum(int(np.prod(shape)) for shape in param_shapes(cfg))
+    count = num_padded_params(cfg)
     assert 1024 + 4 * count == 497_904_640
     assert 1024 + 4 * (2 * 4 * 64 + 4 * 64 * 50257 + 1 + count) == 549_369_860
 
@@ -90,10 +84,9 @@ def as_version(version: int) -> bytes:
     params = make_params()
     header = struct.pack("<8i", 20240326, version, 12, 11, 2, 2, 8, 0 if version == 1 else 128)
     parts = [header.ljust(1024, b"\0")]
-    for name in ORDER:
-        tensor = getattr(params, name)
+    for name, tensor in fuse(params).items():
         tensor = tensor[:11] if name == "wte" and version == 1 else tensor
-        tensor = tensor.swapaxes(1, 2) if tensor.ndim == 3 else tensor
+        tensor = tensor.swapaxes(1, 2) if name in MATRICES else tensor
         wide = version == 1 or name.startswith("ln")
         parts.append(np.ascontiguousarray(tensor, "<f4" if wide else jnp.bfloat16).tobytes())
     return b"".join(parts)
@@ -105,8 +98,10 @@ def test_versions_that_are_only_read(tmp_path, version):
     _, params = llmc.read_model(tmp_path / "m.bin")
     assert params.wte.shape == (11, 8)
     params = loaded(params)
-    np.testing.assert_array_equal(params.ln1w, make_params().ln1w)
-    np.testing.assert_allclose(np.asarray(params.fcw, np.float32), make_params().fcw, rtol=0 if version == 1 else 2**-8)
+    expected = make_params()
+    np.testing.assert_array_equal(params.blocks.ln1w, expected.blocks.ln1w)
+    for ours, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(np.asarray(ours, np.float32), theirs, rtol=0 if version == 1 else 2**-8)
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -116,7 +111,7 @@ def test_debug_state_there_and_back(tmp_path, version):
     content = (tmp_path / "s.bin").read_bytes()
     assert struct.unpack("<4i", content[:16]) == (20240327, version, 2, 5)
     rows = 11 if version == 1 else 128
-    assert len(content) == 1024 + 4 * (10 + 10 + 110 + 1 + sum(map(np.size, make_params())) - (128 - rows) * 8)
+    assert len(content) == 1024 + 4 * (10 + 10 + 110 + 1 + num_padded_params(CFG) - (128 - rows) * 8)
     assert struct.unpack("<10i", content[1024:1064]) == tuple(range(10))
     assert struct.unpack("<f", content[1024 + 4 * 130 : 1024 + 4 * 131]) == (2.5,)
     found = llmc.read_debug_state(tmp_path / "s.bin", CFG)
@@ -180,6 +175,13 @@ def test_missing_and_short_files(tmp_path):
     (tmp_path / "short.bin").write_bytes(b"abc")
     with pytest.raises(FormatError, match="3 bytes, but its header alone takes 1024"):
         llmc.read_debug_state(tmp_path / "short.bin", CFG)
+
+
+def test_hidden_units_that_the_header_cannot_say(tmp_path):
+    cfg = tiny.config(hidden=24)
+    with pytest.raises(ConfigError, match=r"this model has model.hidden 24 and model.channels 8: write safetensors"):
+        llmc.write_model(tmp_path / "m.bin", tiny.params(cfg), cfg)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_versions_that_cannot_be_written(tmp_path):

@@ -5,8 +5,9 @@ import safetensors.numpy
 
 from gptjax.errors import FormatError
 from gptjax.formats import safetensors as ours
-from gptjax.formats.lazy import tensor_names, tensor_of
+from gptjax.formats.lazy import LazyTensor, tensor_names, tensor_of
 from tests.models import tiny
+from tests.models.fused import fuse
 
 CFG = tiny.config(dtype="float32")
 FLOAT32, BFLOAT16 = ours.DTYPES["F32"], ours.DTYPES["BF16"]
@@ -35,10 +36,23 @@ def test_the_library_reads_what_is_written(tmp_path):
     path = tmp_path / "m.safetensors"
     ours.write_model(path, PARAMS, CFG, FLOAT32)
     theirs = safetensors.numpy.load_file(path)
-    assert set(theirs) == {name if layer is None else f"{name}.{layer}" for name, layer, _ in tensor_names(CFG)}
-    np.testing.assert_array_equal(theirs["fcw.1"], PARAMS.fcw[1])
-    np.testing.assert_array_equal(theirs["wte"], PARAMS.wte[:11])
+    expected = fuse(PARAMS)
+    outside = {"wte": expected.pop("wte")[:11], **{name: expected.pop(name) for name in ("wpe", "lnfw", "lnfb")}}
+    expected = outside | {f"{name}.{layer}": tensor[layer] for name, tensor in expected.items() for layer in range(2)}
+    assert set(theirs) == set(expected)
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(theirs[name], tensor, err_msg=name)
     assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
+
+
+def test_hidden_units_are_kept_where_they_are_not_the_default(tmp_path):
+    cfg = tiny.config(hidden=24, dtype="float32")
+    for name, model in (("narrow", cfg), ("plain", CFG)):
+        ours.write_model(tmp_path / name, tiny.params(model, jnp.float32), model, FLOAT32)
+        assert ours.read_model(tmp_path / name)[0] == model.architecture
+        with safetensors.safe_open(tmp_path / name, "numpy") as file:
+            assert ("hidden" in file.metadata()) == (name == "narrow")
+            assert "family" not in file.metadata()
 
 
 def changed(path, change):
@@ -57,8 +71,11 @@ def changed(path, change):
         (lambda t, m: t.update(lnfw=np.zeros(8, np.int32)), "the tensor lnfw holds I32, but one of F64, F32, F16, BF16"),
         (lambda t, m: m.pop("channels"), "does not say the model's"),
         (lambda t, m: m.update(channels="-8"), "does not say the model's"),
-        (lambda t, m: m.update(num_heads="3"), "a model that cannot be"),
+        (lambda t, m: m.update(num_heads="3"), "holds an invalid model"),
         (lambda t, m: m.update(num_layers="999999999"), "lacks the tensor ln1w.2"),
+        (lambda t, m: m.update(hidden="31"), r"the tensor fcw.0 has the shape \[8, 32\], but \[8, 31\] is expected"),
+        (lambda t, m: m.update(hidden="wide"), "does not say the model's"),
+        (lambda t, m: m.update(family="none"), "model.family 'none' is not known: choose one of gpt2"),
     ],
 )
 def test_a_tensor_that_does_not_fit_is_named(tmp_path, change, message):
@@ -90,9 +107,9 @@ def test_damaged_files(tmp_path, damage):
 
 
 def test_writing_that_fails_leaves_nothing(tmp_path):
-    def fail(key):
+    def fail():
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
-        ours.write(tmp_path / "m.safetensors", [("a", (3,))], FLOAT32, fail, {})
+        ours.write(tmp_path / "m.safetensors", {"a": LazyTensor((3,), FLOAT32, fail)}, {})
     assert not list(tmp_path.iterdir())

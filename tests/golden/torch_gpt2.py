@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.models.params import Params
+from gptjax.models.gpt2 import Params
+from tests.models.fused import ORDER, fuse, split
 
 FILE = Path(__file__).with_suffix(".npz")
 SIZES = {"n_layer": 2, "n_head": 4, "n_embd": 32, "vocab_size": 97, "n_positions": 24}
 # The key bias has a gradient of zero but for rounding (a softmax does not see it), which AdamW scales up to whole steps
-# unless eps is above that rounding: at 1e-8, qkvb ends 3e-4 apart in float32 for that reason alone.
+# unless eps is above that rounding: at 1e-8, kb ends 3e-4 apart in float32 for that reason alone.
 ADAMW = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-6}
 WEIGHT_DECAY = 0.1
 STEPS = 10
@@ -29,7 +30,7 @@ NAMES = {  # ours -> Hugging Face's, per layer
 
 
 def compute(dtype: str) -> dict[str, Any]:
-    """Everything, by PyTorch, in ``dtype``; parameters and gradients as our tensors, stacked, the vocabulary unpadded."""
+    """Everything, by PyTorch, in ``dtype``; parameters and gradients as ours, stacked, the vocabulary unpadded."""
     import torch
     import transformers
 
@@ -62,21 +63,21 @@ def compute(dtype: str) -> dict[str, Any]:
 
 
 def tensors(model: Any, kind: Any) -> Params:
-    """Their parameters, or what ``kind`` makes of each, under our names and stacked over the layers."""
+    """Their parameters, or what ``kind`` makes of each, as ours: stacked over the layers, without pad rows."""
     named = {name: kind(p) for name, p in model.transformer.named_parameters()}
     found = {"wte": named["wte.weight"], "wpe": named["wpe.weight"], "lnfw": named["ln_f.weight"], "lnfb": named["ln_f.bias"]}
     for ours, theirs in NAMES.items():
         for suffix, kind_name in (("w", "weight"), ("b", "bias")):
             layers = [named[f"h.{i}.{theirs}.{kind_name}"] for i in range(model.config.n_layer)]
             found[ours + suffix] = np.stack(layers)
-    return Params(**found)
+    return split(found, SIZES["n_head"])
 
 
 def save() -> None:
-    """Write the file, in float32."""
+    """Write the file, in float32, with the tensors as PyTorch has them."""
     arrays: dict[str, Any] = {}
     for name, value in compute("float32").items():
-        arrays |= {f"{name}.{n}": t for n, t in value._asdict().items()} if isinstance(value, Params) else {name: value}
+        arrays |= {f"{name}.{n}": t for n, t in fuse(value).items()} if isinstance(value, Params) else {name: value}
     np.savez_compressed(FILE, **arrays)
 
 
@@ -85,7 +86,8 @@ def load() -> dict[str, Any]:
     with np.load(FILE, allow_pickle=False) as file:
         arrays = dict(file)
     found = {name: arrays[name] for name in ("ids", "logits", "losses")}
-    return found | {k: Params(*(arrays[f"{k}.{n}"] for n in Params._fields)) for k in ("params", "grads", "trained")}
+    trees = {k: split({n: arrays[f"{k}.{n}"] for n in ORDER}, SIZES["n_head"]) for k in ("params", "grads", "trained")}
+    return found | trees
 
 
 if __name__ == "__main__":

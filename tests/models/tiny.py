@@ -28,7 +28,7 @@ def config(**changes: Any) -> ModelConfig:
 
 
 def params(cfg: ModelConfig, dtype: Any = jnp.float64) -> Any:
-    """Noise on every parameter but the vocabulary's pad rows, gains around 1, so that no gradient vanishes by symmetry.
+    """Noise on every parameter but the pad rows, gains around 1: no gradient vanishes by symmetry.
 
     It is NumPy's: `jax.random` compiles a program for every shape.
     """
@@ -51,9 +51,9 @@ def batch(cfg: ModelConfig, B: int = 2, T: int = 7, seed: int = 0) -> Batch:
 
 
 def unigram(cfg: ModelConfig, probabilities: Any) -> Any:
-    """GPT-2's parameters under which each id has its probability wherever it stands: the last LayerNorm gives a constant.
+    """GPT-2's parameters under which each id has its probability everywhere.
 
-    An id that is left out has next to none.
+    The last LayerNorm gives a constant. An id that is left out has next to no probability.
     """
     logits = np.full(cfg.padded_vocab_size, -1e4, np.float32)
     logits[: len(probabilities)] = np.log(probabilities)

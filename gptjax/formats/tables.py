@@ -1,0 +1,169 @@
+"""How the tensors of a file hold the parameters of a model.
+
+A format has one `Table` for each family: the file's names, and the parameters that each holds. Matrices
+in a file are (in, out) or (out, in), with the axes of heads merged. A tensor that holds several
+parameters, as GPT-2's ``c_attn`` holds queries, keys and values, has them side by side along their
+outputs. Everything else follows from the family's weight table.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gptjax.errors import ConfigError
+from gptjax.formats.lazy import LazyTensor, collect, tensor_of, unpadded_shape
+from gptjax.models.config import Architecture
+from gptjax.models.family import Weight
+from gptjax.models.params import rows
+
+Table = Mapping[str, str]
+"""A tensor's name, in which ``{}`` is the layer -> the names of its parameters.
+
+For example ``{"h.{}.attn.c_attn.weight": "qw kw vw"}``.
+"""
+
+
+class Part(NamedTuple):
+    """A parameter's place in a tensor of a file."""
+
+    param: str
+    place: tuple[slice, ...]
+    """Where the tensor holds it."""
+    shape: tuple[int, ...]
+    """The parameter's own, without pad rows."""
+    flat: tuple[int, ...]
+    """The same with merged axes, (in, out)."""
+    transposed: bool
+
+    def to_file(self, array: np.ndarray) -> np.ndarray:
+        """The parameter as the file has it."""
+        array = array.reshape(self.flat)
+        return array.T if self.transposed else array
+
+    def from_file(self, array: np.ndarray) -> np.ndarray:
+        """The parameter, from the file's numbers at `place`; leading axes, of stacked layers, stay."""
+        array = array.swapaxes(-1, -2) if self.transposed else array
+        return array.reshape(*array.shape[: array.ndim - len(self.flat)], *self.shape)
+
+
+class FileTensor(NamedTuple):
+    """One tensor of a file, or one a layer."""
+
+    name: str
+    """In the file; ``{}`` is the layer."""
+    layered: bool
+    shape: tuple[int, ...]
+    """In the file, one layer's."""
+    parts: tuple[Part, ...]
+
+
+def table_of(tables: Mapping[str, Table], cfg: Architecture, kind: str) -> Table:
+    """The table of a model's family.
+
+    Raises:
+        ConfigError: the format, ``kind`` in words, has none.
+
+    """
+    if cfg.family not in tables:
+        raise ConfigError(f"{kind} holds a model of {' or '.join(tables)}, not of {cfg.family}: write safetensors instead")
+    return tables[cfg.family]
+
+
+def file_tensors(
+    table: Table, cfg: Architecture, *, transposed: bool = False, vocab_rows: int | None = None
+) -> list[FileTensor]:
+    """The tensors of a file for one model, in the table's order.
+
+    Args:
+        table: the format's, for the model's family.
+        cfg: the model.
+        transposed: matrices are (out, in).
+        vocab_rows: rows of a table with one row for each id, padding included; by default there is no padding.
+
+    """
+    by_name = {row[0]: row for row in rows(cfg)}
+    found = []
+    for name, params in table.items():
+        held = [by_name[param] for param in params.split()]
+        _, layered, first, _ = held[0]
+        turned = transposed and first.kind == "matrix"
+        parts: list[Part] = []
+        outputs = 0
+        for param, _, weight, shape in held:
+            shape = unpadded_shape(weight, shape, cfg)
+            flat = merged(weight, shape)
+            index = [*map(slice, flat[:-1]), slice(outputs, outputs + flat[-1])]
+            parts.append(Part(param, tuple(index[::-1] if turned else index), shape, flat, turned))
+            outputs += flat[-1]
+        sizes = [*flat[:-1], outputs]
+        if first.axes[0] == "Vp" and vocab_rows:
+            sizes[0] = vocab_rows
+        found.append(FileTensor(name, layered, tuple(sizes[::-1] if turned else sizes), tuple(parts)))
+    return found
+
+
+def merged(weight: Weight, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape in a file: (in, out) for a matrix, (rows, width) for a table, (width,) for a vector."""
+    inputs = {"matrix": weight.inputs, "table": 1, "vector": 0}[weight.kind]
+    return tuple(math.prod(axes) for axes in (shape[:inputs], shape[inputs:]) if axes)
+
+
+def each_layer(tensors: list[FileTensor], cfg: Architecture) -> Iterator[tuple[str, FileTensor, int | None]]:
+    """Name, tensor and layer (None outside the blocks) of all that a file holds, in order."""
+    for tensor in tensors:
+        for layer in range(cfg.num_layers) if tensor.layered else [None]:
+            yield tensor.name.format(layer), tensor, layer
+
+
+def open_params(
+    tensors: list[FileTensor],
+    cfg: Architecture,
+    read: Callable[[FileTensor, int | None, Part], np.ndarray],
+    dtype_of: Callable[[FileTensor, int | None], np.dtype],
+) -> Any:
+    """A model's parameters, which stay in the file until they are used: `LazyTensor`s, unrolled.
+
+    Args:
+        tensors: the file's.
+        cfg: the model.
+        read: ``read(tensor, layer, part)`` gives what the file has at ``part.place`` of a tensor.
+        dtype_of: ``dtype_of(tensor, layer)`` is a tensor's dtype.
+
+    """
+    places = {part.param: (tensor, part) for tensor in tensors for part in tensor.parts}
+
+    def load(name: str, layer: int | None) -> np.ndarray:
+        tensor, part = places[name]
+        return part.from_file(read(tensor, layer, part))
+
+    return collect(cfg, load, lambda name, layer: dtype_of(places[name][0], layer))
+
+
+def file_contents(tensors: list[FileTensor], params: Any, cfg: Architecture, dtype: np.dtype) -> dict[str, LazyTensor]:
+    """All tensors of a file by name, in order; each is made from its parameters when it is read.
+
+    Args:
+        tensors: the file's.
+        params: as `tensor_of` takes them.
+        cfg: the model.
+        dtype: of all that is written.
+
+    """
+    return {
+        name: LazyTensor(tensor.shape, dtype, partial(join, tensor, layer, params, cfg, dtype))
+        for name, tensor, layer in each_layer(tensors, cfg)
+    }
+
+
+def join(tensor: FileTensor, layer: int | None, params: Any, cfg: Architecture, dtype: np.dtype) -> np.ndarray:
+    """One tensor of a file from its parameters, in ``dtype``, without pad rows."""
+    arrays = (part.to_file(tensor_of(params, part.param, layer, cfg)) for part in tensor.parts)
+    if len(tensor.parts) == 1:
+        return next(arrays).astype(dtype, copy=False)
+    joined = np.empty(tensor.shape, dtype)
+    for part, array in zip(tensor.parts, arrays, strict=True):
+        joined[part.place] = array
+    return joined
