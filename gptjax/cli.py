@@ -108,7 +108,10 @@ def require_sensible(key: str, number: Any) -> None:
         return
     most = LARGEST_FLOAT if isinstance(number, float) else LARGEST_OF.get(key.rpartition(".")[2], LARGEST)
     if not abs(number) <= most:  # which NaN is not either
-        raise ConfigError(f"{key} must be a number of at most {most:g}, not {number:g}")
+        if isinstance(number, float):
+            raise ConfigError(f"{key} must be a finite number of at most {most:.3g}, not {number:g}")
+        shown = f"{number:,}" if abs(number) < 10**30 else "one of more than 30 digits"
+        raise ConfigError(f"{key} must be a number of at most {most:,}, not {shown}")
 
 
 @contextlib.contextmanager
