@@ -72,15 +72,18 @@ def owned(runs: Path, name: str, resume: str | None) -> Iterator[Path]:
 
 
 def _newest(runs: Path, name: str) -> tuple[Path, TextIO]:
-    for number in _numbers(runs, name):
-        folder = _numbered(runs, name, number)
-        with contextlib.suppress(FileNotFoundError):  # the process that made it failed
-            if is_run(folder) or _is_unused(folder):
-                lock = _lock(folder)
-                if is_run(folder):
-                    return folder, lock
-                lock.close()
-    return _new(runs, name, resume=True)
+    with contextlib.ExitStack() as kept:
+        unused: tuple[Path, TextIO] | None = None
+        for number in _numbers(runs, name):
+            folder = _numbered(runs, name, number)
+            with contextlib.suppress(FileNotFoundError):  # the process that made it failed
+                if is_run(folder) or (_is_unused(folder) and not unused):
+                    lock = _lock(folder)
+                    if is_run(folder):
+                        return folder, lock
+                    unused = folder, kept.enter_context(lock)  # or two that look at once would each find it locked
+        kept.pop_all()
+    return unused or _new(runs, name, resume=True)
 
 
 def _new(runs: Path, name: str, resume: bool = False) -> tuple[Path, TextIO]:

@@ -70,6 +70,17 @@ def test_auto_waits_for_no_run_that_is_only_starting(tmp_path):
     assert starting == tmp_path / "a-2"
 
 
+def test_auto_refuses_an_older_run_that_is_being_trained(tmp_path):
+    (tmp_path / "a-2").mkdir()  # what a kill left
+    (tmp_path / "a" / "checkpoints").mkdir(parents=True)
+    with (
+        owned(tmp_path, "a", str(tmp_path / "a")),
+        pytest.raises(RunInUseError, match="a is being trained"),
+        owned(tmp_path, "a", "auto"),
+    ):
+        pass
+
+
 def test_a_start_that_fails_leaves_nothing_behind(tmp_path):
     with pytest.raises(ZeroDivisionError), owned(tmp_path / "runs", "a", None):
         raise ZeroDivisionError

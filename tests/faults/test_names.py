@@ -51,7 +51,7 @@ def test_every_number_of_every_configuration_is_bounded(tally, tmp_path, given):
     """One value of each, another one in a file; ``GPTJAX_FAULTS=6`` tries them all."""
     classes = {
         Config: MODEL,
-        EvaluateConfig: ["--checkpoint", "nowhere"],
+        EvaluateConfig: ["--checkpoint", "nowhere", "--dataset", "nowhere"],
         PlanConfig: MODEL,
         VerifyConfig: MODEL,
         BenchConfig: MODEL,
