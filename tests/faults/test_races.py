@@ -93,7 +93,7 @@ def test_two_starts_and_two_resumes_of_the_command(command, tmp_path, tally):  #
     while refused is None:
         refused = next((process for process in both.values() if process.poll() is not None), None)
     trained = next(process for process in both.values() if process is not refused)
-    output, error = refused.communicate()
+    error = refused.communicate()[1]
     named = re.search(r"error: \S+/tiny-2 is being trained by process (\d+) on ", error)
     trained.kill()
     trained.communicate()
