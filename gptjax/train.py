@@ -1,7 +1,8 @@
 """Train GPT-2: ``python -m gptjax.train --config configs/124m.yaml``.
 
 Every option of the config file is also an option here, as in ``--optim.learning_rate 1e-3``; the command line wins.
-A run is kept in ``runs/NAME``: ``config.yaml`` as resolved, ``metrics.jsonl``, ``tokenizer.json``, ``checkpoints/``;
+A run is kept in ``runs/NAME``: ``config.yaml`` as resolved, ``metrics.jsonl``, ``tokenizer.json``, ``checkpoints/``,
+and a ``lock`` that the training process holds;
 ``python -m gptjax.plot runs/NAME`` draws it, and ``--log.tensorboard true`` or ``--log.wandb PROJECT`` log it there, too.
 Ctrl-C, SIGTERM or SIGHUP saves a checkpoint and ends; ``--resume auto`` goes on from the newest one as if never interrupted.
 """

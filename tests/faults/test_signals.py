@@ -121,8 +121,8 @@ def test_a_second_ctrl_c_ends_cleanly_whatever_is_being_saved(endless, tmp_path,
         assert window.read_until("tok/s"), window.shown
         time.sleep(rng.uniform(0, 1))
         window.type(CTRL_C)
-        if trial:
-            time.sleep(rng.uniform(0, 0.2))
+        assert window.read_until("stopping after"), window.shown
+        time.sleep(rng.uniform(0, 0.1) if trial else 0)
         window.type(CTRL_C)
         status = window.end()
         assert "damaged" not in window.shown
