@@ -76,14 +76,10 @@ class CheckpointWriter:
         sums = [int(x) for x in jax.tree.leaves(_checksums(state))]
         content = {"model": dataclasses.asdict(cfg), "mu_dtype": state.mu_dtype, "checksums": sums, "meta": meta}
         with _write_errors(self.folder):
-            in_chunks = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
-            arrays = ocp.args.StandardSave(state, jax.tree.map(lambda _: in_chunks, state))
+            arrays = ocp.args.StandardSave(state, jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), state))
             saving = self._manager.save(step, args=ocp.args.Composite(state=arrays, info=ocp.args.JsonSave(content)))
         if not saving:
-            raise CheckpointError(
-                f"the checkpoint of step {step} was not saved: {self.folder} holds one of that step or a later one; "
-                "train under another --name"
-            )
+            raise CheckpointError(f"step {step} was not saved: {self.folder} holds a later checkpoint; choose another --name")
 
     def check(self) -> None:
         """Raise the `CheckpointError` of a save that failed in the background, if one did."""
