@@ -19,12 +19,16 @@ from typing import Any, NoReturn, TypeVar, cast
 
 import jax
 import jsonargparse
+import numpy as np
 
 from gptjax.errors import ConfigError, GptjaxError
 
 BAD_INPUT = 2  # exit status
 INTERRUPTED = 130
 BROKEN_PIPE = 141
+LARGEST = 2**31 - 1  # number that an option may be: JAX counts and indexes in 32 bits
+LARGEST_OF = {"seed": 2**32 - 1, "tokens": 2**53}
+LARGEST_FLOAT = float(np.finfo(np.float32).max)
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 T = TypeVar("T")
@@ -36,6 +40,14 @@ class Parser(jsonargparse.ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise the message as `ConfigError`, which `reported_errors` prints."""
         raise ConfigError(self._one_sentence(message)) from ex
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """Parse as jsonargparse does; numbers must also be finite and of a sensible size."""
+        parsed = super().parse_args(*args, **kwargs)
+        for key, value in parsed.items():
+            for number in value if isinstance(value, list | tuple) else [value]:
+                require_sensible(key, number)
+        return parsed
 
     def _one_sentence(self, message: str) -> str:
         keys = [action.dest for action in self._actions]
@@ -82,6 +94,23 @@ def parse(config_class: type[T], prog: str, description: str, argv: list[str] | 
         raise ConfigError(f"a config file is not UTF-8 text: {error.reason} at byte {error.start}") from error
     files = values.pop("config") or []
     return config_class(**values), Path(str(files[-1])) if files else None
+
+
+def require_sensible(key: str, number: Any) -> None:
+    """Check that the value of an option, if it is a number, is one that can be computed with.
+
+    Raises:
+        ConfigError: it is infinite, no number, or beyond all use.
+
+    """
+    if not isinstance(number, int | float):
+        return
+    most = LARGEST_FLOAT if isinstance(number, float) else LARGEST_OF.get(key.rpartition(".")[2], LARGEST)
+    if not abs(number) <= most:  # which NaN is not either
+        if isinstance(number, float):
+            raise ConfigError(f"{key} must be a finite number of at most {most:.3g}, not {number:g}")
+        shown = f"{number:,}" if abs(number) < 10**30 else "one of more than 30 digits"
+        raise ConfigError(f"{key} must be a number of at most {most:,}, not {shown}")
 
 
 @contextlib.contextmanager

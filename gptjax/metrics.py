@@ -3,10 +3,12 @@
 import contextlib
 import json
 import math
+import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import jax
 from rich.console import Console
@@ -129,13 +131,49 @@ class Meter:
         return record
 
 
+class Output:
+    """Standard output that a run outlives: once nobody reads it any more, what is written goes nowhere."""
+
+    def __init__(self) -> None:
+        """Where it is closed, nothing is ever shown."""
+        self._stream = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+
+    def write(self, text: str) -> int:
+        """Write what can be written."""
+        with self._outlived():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Show what was written."""
+        with self._outlived():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @contextlib.contextmanager
+    def _outlived(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            told = f"the output can no longer be written ({error.strerror}); training goes on\n"
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            try:
+                os.write(2, told.encode())
+            except OSError:
+                os.dup2(nowhere, 2)
+            os.close(nowhere)
+
+
 class Display:
     """A progress bar at the foot of a terminal, or plain lines when the output is piped."""
 
     def __init__(self, steps: int, quiet: bool = False) -> None:
         """Nothing is drawn before `running`, nor anything where it is to be ``quiet``."""
         self.steps = steps
-        self.console = Console(highlight=False, soft_wrap=True, emoji=False, quiet=quiet)
+        self.console = Console(file=cast(IO[str], Output()), highlight=False, soft_wrap=True, emoji=False, quiet=quiet)
         columns = TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}")
         times = TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
         bar = Progress(*columns, *times, console=self.console, transient=True)
@@ -150,6 +188,11 @@ class Display:
         self.task = self.bar.add_task("", total=self.steps, completed=done)
         with self.bar:
             yield
+
+    def close(self) -> None:
+        """Take the bar away, and give the terminal back."""
+        if self.bar:
+            self.bar.stop()
 
     def print(self, text: str) -> None:
         """Lines that stay; control characters, which a model may well produce, are replaced."""

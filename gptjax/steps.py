@@ -200,9 +200,11 @@ def compile_step(
     functions = step_functions(cfg, optimizer, backward, mesh, native)
     number = meshes.abstract(mesh, cfg, jax.ShapeDtypeStruct((), jnp.int32))
     g = meshes.abstract(mesh, cfg, jax.eval_shape(lambda params: params, state.params))
-    scalar = meshes.abstract(mesh, cfg, jax.ShapeDtypeStruct((), loss_dtype(cfg)))
-    gradient = compile_for_memory(functions.gradient.lower(state.params, batch, key, number, g), mesh)
-    arguments = state.params, state.opt_state, g, scalar, scalar
+    lowered = functions.gradient.lower(state.params, batch, key, number, g)
+    loss, _, norm = lowered.out_info
+    loss, norm = meshes.abstract(mesh, cfg, tuple(jax.ShapeDtypeStruct((), x.dtype) for x in (loss, norm)))
+    gradient = compile_for_memory(lowered, mesh)
+    arguments = state.params, state.opt_state, g, loss, norm
     updates: tuple[Any, ...] = ()
     if native or platform_of(mesh) != "cpu":
         updates = (functions.update.lower(*arguments).compile(),)

@@ -30,6 +30,7 @@ from gptjax.tokenizers import Tokenizer
 from gptjax.weights import load_params, open_weights
 
 PROG = "python -m gptjax.generate"
+MOST_SAMPLES = 1_000_000
 RESET, END = "/reset", "/end"  # what an interactive session understands
 
 
@@ -50,6 +51,8 @@ def main(argv: list[str] | None = None) -> int:
         if not 0 <= args.seed < 2**32:
             raise ConfigError(f"seed must be from 0 to {2**32 - 1}, not {args.seed}")
         prompts = read_prompts(args)
+        if args.num_samples * len(prompts) > MOST_SAMPLES:
+            raise ConfigError(f"num_samples {args.num_samples} is too many: at most {MOST_SAMPLES:,} can be made at once")
         cli.keep_freed_memory()
         keep_compiled_programs()
         cli.quiet_libraries()
