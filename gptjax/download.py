@@ -11,6 +11,7 @@ from pathlib import Path
 import requests
 
 from gptjax.errors import DataError, naming
+from gptjax.files import open_file
 from gptjax.progress import progress
 
 try:
@@ -136,7 +137,7 @@ def _announced(response: requests.Response) -> str | None:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.errors import FormatError
-from gptjax.formats.json_files import read_object
+from gptjax.files import read_text
+from gptjax.formats.json_files import LARGEST, read_object
 from gptjax.tokenizers import END_OF_TEXT, BytePairEncoding
 from gptjax.tokenizers.bpe import PRINTABLE, printable
 
@@ -49,7 +50,7 @@ def read(folder: Path) -> BytePairEncoding:
         path = folder / "vocab.json"
         vocabulary = read_object(path)
         try:
-            lines = (folder / "merges.txt").read_text("utf-8").splitlines()
+            lines = read_text(folder / "merges.txt", LARGEST).splitlines()
         except (OSError, ValueError) as error:
             raise FormatError(f"{folder / 'merges.txt'} cannot be read: {error}") from error
         pairs = [line for line in lines if line and not line.startswith("#version")]
