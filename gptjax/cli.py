@@ -19,20 +19,89 @@ from typing import Any, NoReturn, TypeVar, cast
 
 import jax
 import jsonargparse
+import yaml
 
 from gptjax.cache import compiled_folder
 from gptjax.errors import ConfigError, GptjaxError
+from gptjax.files import read_text
+from gptjax.formats import yaml_files
 
 BAD_INPUT = 2  # exit status
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 
+LONGEST = 500  # characters of a message about options
+YAML = "gptjax yaml"  # a mode of jsonargparse
+jsonargparse.set_loader(YAML, yaml_files.load, (yaml.YAMLError,))
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 T = TypeVar("T")
 
 
 class Parser(jsonargparse.ArgumentParser):
     """jsonargparse's parser with errors in one sentence: the key, what is wrong, and the nearest key there is."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As jsonargparse's, but for `gptjax.formats.yaml_files`' YAML."""
+        super().__init__(*args, parser_mode=YAML, **kwargs)
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """As jsonargparse's, which lets numbers of too many digits, say, end in other errors."""
+        try:
+            return super().parse_args(*args, **kwargs)
+        except (ValueError, RecursionError) as error:
+            self.error(str(error), error)
+
+    def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Read a config file: UTF-8, `yaml_files.LARGEST` bytes at most.
+
+        Raises:
+            GptjaxError: it cannot be read, or holds something else than options.
+
+        """
+        try:
+            content = read_text(path, yaml_files.LARGEST)
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"config {path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+        return self.parse_string(content, path, *args, **kwargs)
+
+    def parse_string(self, content: str, path: Any = "", *args: Any, **kwargs: Any) -> Any:
+        """Parse a configuration in YAML, of which the shape is checked first.
+
+        Raises:
+            ConfigError: it is not YAML, not options with their values, or has a section that is not one.
+
+        """
+        named = f"config {path}" if path else "config"
+        try:
+            self._check_section(named, yaml_files.load(content))
+        except yaml.YAMLError as error:
+            self.error(f"{named} cannot be read: {error}", error)
+        return super().parse_string(content, path, *args, **kwargs)
+
+    def sections(self) -> set[str]:
+        """The names that have options below them: ``train``, of ``train.steps``."""
+        parts = (action.dest.split(".")[:-1] for action in self._actions)
+        return {".".join(above[:n]) for above in parts for n in range(1, len(above) + 1)}
+
+    def _check_section(self, named: str, values: Any, section: str = "") -> None:
+        """Raise a ConfigError unless the values are options, and sections hold options in turn."""
+        if not isinstance(values, dict):
+            raise ConfigError(f"{named}{section and f': the section {section}'} must hold options, as in KEY: VALUE")
+        for key, value in values.items():
+            if not isinstance(key, str):
+                raise ConfigError(f"{named}: the key {key!r} is not text")
+            name = f"{section}.{key}" if section else key
+            if name == "config":
+                raise ConfigError(f"{named} names another config: give both on the command line")
+            if name in self.sections():
+                self._check_section(named, value, name)
+            if isinstance(value, str):  # which jsonargparse takes for YAML once more, unless the option is text
+                try:
+                    yaml_files.load(value)
+                except yaml_files.AliasError:
+                    raise
+                except yaml.YAMLError:
+                    pass
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise the message as `ConfigError`, which `reported_errors` prints."""
@@ -51,7 +120,9 @@ class Parser(jsonargparse.ArgumentParser):
             return f"unknown option {key}" + (f": did you mean {near[0]}?" if near else "; --help lists them all")
         line = " ".join(message.split())
         line = re.sub(r'^Parser key "([^"]+)": ?', r"\1: ", line)
-        return re.sub(r"<class '(\w+)'>", r"\1", line)
+        line = re.sub(r"<class '(\w+)'>", r"\1", line)
+        line = re.sub(r"Exceeds the limit \(\d+ digits\).*", "the number has too many digits", line)
+        return line if len(line) <= LONGEST else f"{line[:LONGEST]}..."
 
 
 def parse(config_class: type[T], prog: str, description: str, argv: list[str] | None) -> tuple[T, Path | None]:
@@ -77,10 +148,11 @@ def parse(config_class: type[T], prog: str, description: str, argv: list[str] | 
         f"{arg}=true" if arg in switches and following not in ("true", "false") else arg
         for arg, following in itertools.pairwise([*given, ""])
     ]
-    try:
-        values = vars(parser.instantiate(parser.parse_args(argv)))
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"a config file is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    for arg in argv:
+        section = arg.partition("=")[0].removeprefix("--")
+        if arg.startswith("--") and section in parser.sections():
+            raise ConfigError(f"{section} is a section: give its options, as in --{section}.KEY VALUE, or --config FILE")
+    values = vars(parser.instantiate(parser.parse_args(argv)))
     files = values.pop("config") or []
     return config_class(**values), Path(str(files[-1])) if files else None
 

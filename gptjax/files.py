@@ -6,11 +6,10 @@ A device or a named pipe can be endless, or hang whoever opens it, and a folder 
 import io
 import os
 import stat
-from pathlib import Path
-from typing import cast
 
-from gptjax.errors import FormatError
+from gptjax.errors import FormatError, naming
 
+PIECE = 1 << 20  # bytes read at a time
 KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFCHR: "a device",
@@ -35,7 +34,7 @@ def open_file(path: str | os.PathLike[str]) -> io.BufferedReader:
     except BaseException:
         file.close()
         raise
-    return cast(io.BufferedReader, file)
+    return file
 
 
 def check_file(path: str | os.PathLike[str]) -> None:
@@ -51,11 +50,15 @@ def read_small(path: str | os.PathLike[str], largest: int) -> bytes:
         OSError: it cannot be read.
 
     """
-    with open_file(path) as file:
-        content = file.read(largest + 1)  # a size can be wrong: files grow, and those of /proc say 0
-    if len(content) > largest:
-        raise FormatError(f"{path} has more than the {largest} bytes that are read of such a file")
-    return content
+    parts, left = [], largest + 1  # a size can be wrong: files grow, and those of /proc have 0
+    with naming(path), open_file(path) as file:
+        if os.fstat(file.fileno()).st_size <= largest:
+            while left and (part := file.read(min(left, PIECE))):
+                parts.append(part)
+                left -= len(part)
+            if left:
+                return b"".join(parts)
+    raise FormatError(f"{path} has more than the {largest} bytes that are read of such a file")
 
 
 def read_text(path: str | os.PathLike[str], largest: int) -> str:
@@ -70,4 +73,4 @@ def read_text(path: str | os.PathLike[str], largest: int) -> str:
 
 def _check_mode(path: str | os.PathLike[str], mode: int) -> None:
     if not stat.S_ISREG(mode):
-        raise FormatError(f"{Path(path)} is {KINDS.get(stat.S_IFMT(mode), 'of an odd kind')}: a file is expected")
+        raise FormatError(f"{path} cannot be read: it is {KINDS.get(stat.S_IFMT(mode), 'something odd')}, not a file")

@@ -10,15 +10,15 @@ from gptjax.files import read_small
 LARGEST = 1 << 26  # bytes: GPT-2's tokenizer.json has 3.6 million
 
 
-def read_object(path: str | os.PathLike[str], largest: int = LARGEST) -> dict[str, Any]:
+def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The JSON object that a file holds.
 
     Raises:
-        FormatError: it cannot be read, is no regular file, has more than ``largest`` bytes, or holds something else.
+        FormatError: it cannot be read, is no regular file, is larger than `LARGEST`, or holds something else.
 
     """
     try:
-        content = json.loads(read_small(path, largest))
+        content = json.loads(read_small(path, LARGEST))
     except OSError as error:
         raise FormatError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
