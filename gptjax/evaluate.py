@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import yaml
 
 from gptjax import cli, datasets, hellaswag, tokenizers
 from gptjax.data import Windows, in_order
 from gptjax.datasets import Corpus
-from gptjax.errors import ConfigError, DataError, naming
+from gptjax.errors import ConfigError, DataError, FormatError, naming
 from gptjax.estimate import Estimate
+from gptjax.formats.yaml_files import read_mapping
 from gptjax.models.config import GPT2Config
 from gptjax.models.params import num_params
 from gptjax.perplexity import score_corpus
@@ -193,9 +193,9 @@ def open_corpus(cfg: EvaluateConfig, tokenizer: Tokenizer | None) -> Corpus:
 def data_of_run(folder: Path) -> dict[str, Any]:
     """The section ``data`` of the run's ``config.yaml``; empty where there is none that can be read."""
     try:
-        data = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))["data"]
+        data = read_mapping(folder / "config.yaml")["data"]
         return data if isinstance(data, dict) else {}
-    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError):
+    except (OSError, FormatError, KeyError):
         return {}
 
 

@@ -6,6 +6,7 @@ A device or a named pipe can be endless, or hang whoever opens it, and a folder 
 import io
 import os
 import stat
+from typing import BinaryIO
 
 from gptjax.errors import FormatError, naming
 
@@ -50,15 +51,31 @@ def read_small(path: str | os.PathLike[str], largest: int) -> bytes:
         OSError: it cannot be read.
 
     """
-    parts, left = [], largest + 1  # a size can be wrong: files grow, and those of /proc have 0
     with naming(path), open_file(path) as file:
-        if os.fstat(file.fileno()).st_size <= largest:
-            while left and (part := file.read(min(left, PIECE))):
-                parts.append(part)
-                left -= len(part)
-            if left:
-                return b"".join(parts)
-    raise FormatError(f"{path} has more than the {largest} bytes that are read of such a file")
+        if os.fstat(file.fileno()).st_size > largest:  # it can be wrong: files grow, and those of /proc have 0
+            raise too_large(path, largest)
+        return read_stream(file, path, largest)
+
+
+def read_stream(file: BinaryIO, name: str | os.PathLike[str], largest: int) -> bytes:
+    """All that comes, of at most ``largest`` bytes; ``name`` is for the message.
+
+    Raises:
+        FormatError: it is more.
+
+    """
+    parts, left = [], largest + 1
+    while left and (part := file.read(min(left, PIECE))):
+        parts.append(part)
+        left -= len(part)
+    if not left:
+        raise too_large(name, largest)
+    return b"".join(parts)
+
+
+def too_large(name: str | os.PathLike[str], largest: int) -> FormatError:
+    """The error of `read_small` and `read_stream`."""
+    return FormatError(f"{name} has more than the {largest} bytes that are read of it")
 
 
 def read_text(path: str | os.PathLike[str], largest: int) -> str:

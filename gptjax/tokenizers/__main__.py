@@ -23,6 +23,7 @@ from gptjax.formats.token_shards import open_shard, write_shard
 
 PROG = "python -m gptjax.tokenizers"
 CHUNK = 1 << 16  # ids decoded at a time
+MOST_BYTES = 1 << 28  # of standard input, which is held in memory
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -139,7 +140,7 @@ def export(args: Any) -> None:
 
 def _standard_input() -> str:
     try:
-        return sys.stdin.buffer.read().decode()
+        return cli.standard_input(MOST_BYTES).decode()
     except UnicodeDecodeError as error:
         raise DataError(f"standard input is not UTF-8 text: {error.reason} at byte {error.start}") from error
 
