@@ -184,4 +184,4 @@ def test_bad_input_ends_in_one_sentence(place, tmp_path, checkpoint, dataset, ar
 def test_a_checkpoint_that_diverged(tmp_path, capsys):
     llmc.write_model(tmp_path / "nan.bin", OTHER_PARAMS._replace(lnfb=OTHER_PARAMS.lnfb * np.nan), OTHER)
     arguments = ["--checkpoint", str(tmp_path / "nan.bin"), "--dataset", str(shards(tmp_path / "a")), "--seq_len", "4"]
-    expect_error(main, arguments, "the model gives losses that are not finite", capsys)
+    expect_error(main, arguments, "that are not finite: it is damaged, or its training diverged", capsys)
