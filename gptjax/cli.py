@@ -125,6 +125,7 @@ class Parser(jsonargparse.ArgumentParser):
         line = " ".join(message.split())
         line = re.sub(r'^Parser key "([^"]+)": ?', r"\1: ", line)
         line = re.sub(r"<class '(\w+)'>", r"\1", line)
+        line = re.sub(r'in "<\w+ string>", ', "at ", line)
         line = re.sub(r"Exceeds the limit \(\d+ digits\).*", "the number has too many digits", line)
         return line if len(line) <= LONGEST else f"{line[:LONGEST]}..."
 
