@@ -109,7 +109,8 @@ class Parser(jsonargparse.ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise the message as `ConfigError`, which `reported_errors` prints."""
-        raise ConfigError(self._one_sentence(message)) from ex
+        line = self._one_sentence(message)
+        raise ConfigError(line if len(line) <= LONGEST else f"{line[:LONGEST]}...") from ex
 
     def _one_sentence(self, message: str) -> str:
         keys = [action.dest for action in self._actions]
@@ -126,8 +127,7 @@ class Parser(jsonargparse.ArgumentParser):
         line = re.sub(r'^Parser key "([^"]+)": ?', r"\1: ", line)
         line = re.sub(r"<class '(\w+)'>", r"\1", line)
         line = re.sub(r'in "<\w+ string>", ', "at ", line)
-        line = re.sub(r"Exceeds the limit \(\d+ digits\).*", "the number has too many digits", line)
-        return line if len(line) <= LONGEST else f"{line[:LONGEST]}..."
+        return re.sub(r"Exceeds the limit \(\d+ digits\).*", "the number has too many digits", line)
 
 
 def parse(config_class: type[T], prog: str, description: str, argv: list[str] | None) -> tuple[T, Path | None]:
