@@ -120,7 +120,7 @@ class Parser(jsonargparse.ArgumentParser):
             or re.search(r"Group '(\S+)' does not accept option '(\S+)'", message)
         )
         if unknown:
-            key = ".".join(unknown.groups())
+            key = ".".join(unknown.groups())[:LONGEST]
             near = difflib.get_close_matches(key, keys, 1, 0.5)
             return f"unknown option {key}" + (f": did you mean {near[0]}?" if near else "; --help lists them all")
         line = " ".join(message.split())

@@ -4,6 +4,7 @@ Each ends with status 2 and one sentence, within `SECONDS` and `BYTES` more memo
 """
 
 import contextlib
+import io
 import json
 import os
 import resource
@@ -12,10 +13,15 @@ import socket
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 
+from gptjax.formats import safetensors
+from gptjax.generate.__main__ import as_json
 from tests.conftest import ROOT
 from tests.faults import forked
+from tests.models import tiny
 
 SECONDS = 60
 BYTES = 1 << 29
@@ -240,6 +246,39 @@ def test_metrics_of_no_step_are_refused(tmp_path, capsys, tally):
 def test_an_absurd_number_of_continuations_is_refused(option, value, capsys, tally):
     error = refused("generate", ["--checkpoint", "none", f"--{option}", value], capsys)
     tally("absurd numbers of continuations", 1, bool(error and option in error))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("number", [np.nan, np.inf, 1e39])
+def test_weights_that_are_not_finite_are_refused(dtype, number, tmp_path, capsys, tally):
+    """However they are to be kept: in 8 bits they would look like numbers. Of 1e39, float32 makes an infinity."""
+    tried = ("wte", "wpe", "qkvw", "fcprojb", "lnfw")
+    held = 0
+    for name in tried:
+        cfg = tiny.config(vocab_size=257, max_seq_len=8)
+        path = tmp_path / f"{name}.safetensors"
+        damaged = np.array(getattr(tiny.params(cfg, np.float64), name), np.float64)
+        damaged.flat[3] = number
+        params = tiny.params(cfg, np.float64)._replace(**{name: damaged})
+        safetensors.write_model(path, params, cfg, np.dtype(np.float64))
+        arguments = ["--checkpoint", str(path), *GENERATE, *(["--int8"] if dtype == "int8" else [])]
+        with jax.enable_x64(False):
+            error = refused("generate", arguments, capsys)
+        held += bool(error and f"numbers in {name}" in error and "not finite" in error)
+    tally("weights that are not finite", len(tried), held)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "line"),
+    [
+        ("utf-8", '{"text": "Zoë, 東"}'),
+        ("latin-1", r'{"text": "Zo\u00eb, \u6771"}'),
+        ("ascii", r'{"text": "Zo\u00eb, \u6771"}'),
+    ],
+)
+def test_json_is_whole_in_every_encoding(encoding, line, monkeypatch, tally):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+    tally("encodings of JSON", 1, as_json({"text": "Zoë, 東"}) == line)
 
 
 # --- Streams and folders ---
