@@ -22,9 +22,10 @@ import jsonargparse
 import yaml
 
 from gptjax.cache import compiled_folder
-from gptjax.errors import ConfigError, DataError, GptjaxError
-from gptjax.files import read_stream, read_text
+from gptjax.errors import ConfigError, GptjaxError
+from gptjax.files import read_text
 from gptjax.formats import yaml_files
+from gptjax.streams import drop_output, whole_output
 
 BAD_INPUT = 2  # exit status
 INTERRUPTED = 130
@@ -179,7 +180,7 @@ def reported_errors(
 
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with _whole_output():
+        with whole_output():
             yield
     except GptjaxError as error:
         fail(str(error))
@@ -187,7 +188,7 @@ def reported_errors(
         print(f"{prog}: error: interrupted", file=sys.stderr, flush=True)
         raise SystemExit(INTERRUPTED) from None
     except BrokenPipeError:  # whoever read the output has seen enough
-        _drop_output()
+        drop_output()
         raise SystemExit(BROKEN_PIPE) from None
     except OSError as error:
         if error.filename is None and _is_in_removed_folder():
@@ -195,7 +196,7 @@ def reported_errors(
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
             raise
         if error.filename is None:
-            _drop_output()
+            drop_output()
         fail(f"{error.filename or 'output'} cannot be used: {error.strerror}; free space or name another folder")
     except MemoryError:
         fail(f"out of memory: {less} or choose a smaller model")
@@ -207,58 +208,12 @@ def reported_errors(
         signal.signal(signal.SIGTERM, previous)
 
 
-@contextlib.contextmanager
-def _whole_output() -> Iterator[None]:
-    """Write what is printed before the command ends, and let no file take the place of a standard stream.
-
-    A closed stdin is not read, and of a closed stderr nothing is seen.
-
-    Raises:
-        ConfigError: stdout is closed.
-
-    """
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:  # the next file opened would be taken for the stream by what writes to its number
-            os.open(os.devnull, os.O_RDWR)
-    if sys.stderr is None:
-        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
-    if sys.stdout is None:
-        raise ConfigError("standard output is closed: send it somewhere, to /dev/null say")
-    try:
-        yield
-    except SystemExit:  # --help
-        sys.stdout.flush()
-        raise
-    sys.stdout.flush()
-
-
-def _drop_output() -> None:
-    """Send what is left of stdout nowhere, so that Python does not fail on it once more as it ends."""
-    with contextlib.suppress(OSError):  # of a stdout that is no file
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def _is_in_removed_folder() -> bool:
     try:
         os.getcwd()
     except FileNotFoundError:
         return True
     return False
-
-
-def standard_input(largest: int) -> bytes:
-    """All of stdin.
-
-    Raises:
-        DataError: it is closed.
-        FormatError: it is longer than ``largest`` bytes.
-
-    """
-    if sys.stdin is None:
-        raise DataError("standard input is closed")
-    return read_stream(sys.stdin.buffer, "standard input", largest)
 
 
 GIVEN_UP = "Event loop is closed", "Encountered error while reading array"  # of what waits for writes, and for reads

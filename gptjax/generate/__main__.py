@@ -26,6 +26,7 @@ from gptjax.models.config import GPT2Config
 from gptjax.models.decode import store_for_decoding
 from gptjax.models.params import Params
 from gptjax.run import platform_name, prompt_ids, start_jax
+from gptjax.streams import standard_input
 from gptjax.tokenizers import Tokenizer
 from gptjax.weights import load_params, open_weights
 
@@ -117,7 +118,7 @@ def read_prompts(args: Any) -> list[str]:
         return args.prompt or [""]
     try:
         if args.prompts == "-":
-            data = cli.standard_input(MOST_BYTES)
+            data = standard_input(MOST_BYTES)
         else:
             with Path(args.prompts).open("rb") as file:  # also a named pipe: a shell makes one of <(command)
                 data = read_stream(file, f"prompts {args.prompts}", MOST_BYTES)
