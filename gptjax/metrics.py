@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -16,7 +17,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from gptjax.devices import device_of
 from gptjax.errors import FormatError, naming
+from gptjax.files import open_file
 from gptjax.optim import StepMetrics
+
+LONGEST_LINE = 1 << 16  # bytes; a record has a few hundred
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
@@ -33,10 +37,9 @@ class MetricsFile:
     def __init__(self, path: Path, last_step: int) -> None:
         """Open for appending; records of steps after ``last_step``, left by a run that was cut off, are dropped."""
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= last_step]
             partial = path.with_name(path.name + ".partial")
-            with naming(path):
-                partial.write_text("".join(line + "\n" for line in kept))
+            with naming(path), open_file(path) as file, partial.open("wb") as kept:
+                kept.writelines(line.rstrip(b"\r\n") + b"\n" for line in _lines(file) if _step_of(line) <= last_step)
             partial.replace(path)
         self.path = path
         self._file = path.open("a")
@@ -68,10 +71,15 @@ class NoMetrics:
         """Do nothing."""
 
 
-def _step_of(line: str) -> float:
+def _lines(file: BufferedReader) -> Iterator[bytes]:
+    """The lines of a file; one that no step's record could fill comes in parts, so that it does not fill memory."""
+    return iter(lambda: file.readline(LONGEST_LINE), b"")
+
+
+def _step_of(line: bytes) -> float:
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return float("inf")  # a line cut off in the middle goes too
 
 
@@ -86,14 +94,14 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
     """
     records = {}
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+    with open_file(path) as file:
+        for number, line in enumerate(_lines(file), 1):
             try:
                 record = json.loads(line)
                 if not all(value is None or isinstance(value, int | float) for value in record.values()):
                     raise TypeError
                 records[int(record["step"])] = record
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
                 if (records or line[:1] == b"{") and not line.endswith(b"\n"):
                     break
                 raise FormatError(

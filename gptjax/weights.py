@@ -145,21 +145,38 @@ def load_weights(where: str, cfg: GPT2Config | None = None, mesh: Mesh | None = 
 
 
 def load_params(source: Source, cfg: GPT2Config, mesh: Mesh | None = None) -> Params:
-    """The parameters of an opened model in float32, padded, in the layout of ``cfg``, whose dimensions are the model's."""
+    """The parameters of an opened model in float32, padded, in the layout of ``cfg``, whose dimensions are the model's.
+
+    Raises:
+        CheckpointError: a number is not finite, in float32; its tensor is named.
+
+    """
     found = source.cfg
     layout = param_shardings(mesh, cfg) if mesh else Params(*[None] * len(Params._fields))
 
     def load(name: str, layout: Any) -> Any:
         if name not in Block._fields:
-            array = tensor_of(source.params, name, None, found)
+            array = _finite_tensor(source, name, None)
             rows = found.padded_vocab_size - found.vocab_size if name == "wte" else 0
             return place(np.pad(array, ((0, rows), (0, 0))) if rows else array, layout)
-        layers = (tensor_of(source.params, name, layer, found) for layer in range(found.num_layers))
+        layers = (_finite_tensor(source, name, layer) for layer in range(found.num_layers))
         if cfg.layers == "scan":
             return place(np.stack([np.asarray(layer, np.float32) for layer in layers]), layout)
         return tuple(place(layer, layout[0] if layout else None) for layer in layers)
 
     return Params(*map(load, Params._fields, layout))
+
+
+def _finite_tensor(source: Source, name: str, layer: int | None) -> np.ndarray:
+    array = tensor_of(source.params, name, layer, source.cfg)
+    with np.errstate(over="ignore"):  # of float64 that float32 does not hold
+        finite = np.isfinite(array if array.itemsize <= 4 else array.astype(np.float32)).all()
+    if finite:
+        return array
+    tensor = name if layer is None else f"{name}[{layer}]"
+    raise CheckpointError(
+        f"the {source.format} has numbers in {tensor} that are not finite: it is damaged, or its training diverged"
+    )
 
 
 def write_weights(source: Source, path: Path, to: Format, dtype: np.dtype) -> None:

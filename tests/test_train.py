@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 import yaml
 
-from gptjax import cli, convert, native, steps, train
+from gptjax import convert, native, steps, train
 from gptjax.cache import keep_compiled_programs
 from gptjax.datasets import find_corpus
 from gptjax.formats.token_shards import write_shard

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.errors import ConfigError, FormatError
+from gptjax.files import open_file
 from gptjax.formats.binary import HEADER_BYTES, check_size, read_header, write_file
 from gptjax.formats.lazy import collect, tensor_names, tensor_of
 from gptjax.models.config import GPT2Config
@@ -54,7 +55,7 @@ class DebugState(NamedTuple):
 
 def is_model(path: Path) -> bool:
     """Whether the file begins as a model of llm.c does."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return file.read(4) == MODEL_MAGIC.to_bytes(4, "little")
 
 
