@@ -57,12 +57,6 @@ def test_no_cycles():
         visit(module, [])
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_files_stay_short(path):
-    limit = 150 if path.parent.name == "ops" else 300
-    assert len(path.read_text().splitlines()) <= limit
-
-
 def test_what_draws_and_logs_is_imported_where_it_is_used():
     """A run pays for the extras' imports only if it asks for them; `gptjax.show` is the notebooks', and nothing imports it."""
     assert not any("gptjax.show" in imports_of(path) for path in MODULES)
