@@ -5,6 +5,7 @@ import dataclasses
 from gptjax.data import Order
 from gptjax.distributed import DistributedConfig
 from gptjax.errors import ConfigError
+from gptjax.folders import check_name
 from gptjax.generate.sampling import Sampler
 from gptjax.mesh import MeshConfig
 from gptjax.models.config import GPT2Config
@@ -129,14 +130,18 @@ class Config:
     """auto continues the newest run of this name from its last checkpoint, or starts it; a folder continues that run."""
 
     def __post_init__(self) -> None:
-        """Check the seed.
+        """Check the seed, the name, and what to resume.
 
         Raises:
-            ConfigError: it does not fit 32 bits.
+            ConfigError: the seed does not fit 32 bits, the name is not that of a folder, or nothing is named to resume.
 
         """
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed must be from 0 to {2**32 - 1}, not {self.seed}")
+        if self.name is not None:
+            check_name(self.name)
+        if self.resume == "":
+            raise ConfigError("resume is empty: name the folder of a run, or auto")
 
 
 def _at_least(section: str, cfg: object, least: int, *names: str) -> None:

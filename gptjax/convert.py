@@ -17,6 +17,7 @@ import numpy as np
 
 from gptjax import cli, tokenizers
 from gptjax.errors import ConfigError, FormatError
+from gptjax.files import open_file
 from gptjax.formats import hf_tokenizer, llmc, llmc_tokenizer
 from gptjax.formats.binary import HEADER_BYTES, read_header
 from gptjax.formats.lazy import tensor_names
@@ -72,7 +73,7 @@ def convert(where: str, destination: Path, to: Format | None, dtype: str | None)
     if source.tokenizer and not (hf_tokenizer.can_write(source.tokenizer) and chosen_format == "hf"):
         print(f"{'note':<10} {chosen_format} keeps no {source.tokenizer.kind} tokenizer: it was left out")
     for path in sorted(destination.iterdir()) if destination.is_dir() else [destination]:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         print(f"{'wrote':<10} {path}, {path.stat().st_size:,} bytes, sha256 {digest}")
 
@@ -102,7 +103,7 @@ def inspect(where: str) -> str:
     """
     path = Path(where)
     if path.is_file():
-        with path.open("rb") as file:
+        with open_file(path) as file:
             magic = int.from_bytes(file.read(4), "little")
         known: dict[int, Callable[[Path], str]] = {
             llmc.STATE_MAGIC: _debug_state,

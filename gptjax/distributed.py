@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import re
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -19,6 +20,7 @@ from orbax.checkpoint import multihost
 from gptjax import cluster
 from gptjax.errors import ConfigError, GptjaxError
 
+LONGEST_TIMEOUT = 86_400
 PREPARING_HOURS = 12  # that process 0 may take to download and tokenize a corpus
 FIRST_FAILED = "process 0 failed: "
 T = TypeVar("T")
@@ -50,8 +52,8 @@ class DistributedConfig:
             raise ConfigError(f"distributed.coordinator must be HOST:PORT, not {self.coordinator}")
         if self.process is not None and not (re.fullmatch(r"\d+/\d+", self.process) and self.index_of < self.count_of):
             raise ConfigError(f"distributed.process must be N/M, with N from 0 to M - 1, not {self.process}")
-        if self.timeout < 1:
-            raise ConfigError(f"distributed.timeout must be at least 1 second, not {self.timeout}")
+        if not 1 <= self.timeout <= LONGEST_TIMEOUT:
+            raise ConfigError(f"distributed.timeout must be from 1 to {LONGEST_TIMEOUT} seconds, not {self.timeout}")
 
     @property
     def index_of(self) -> int:
@@ -197,17 +199,32 @@ class Stop:
     one has joined in it, so whoever asks once it has that loss is told in time.
     """
 
-    def __init__(self, received: list[str]) -> None:
-        """``received``: the names of the signals that have arrived here."""
-        self.received = received
+    def __init__(self, done: int = 0, steps: int = 2**31) -> None:
+        """``done`` steps were done before, of ``steps`` in all."""
+        self.received: list[str] = []
+        """The names of the signals that have arrived here."""
         self.name = ""
         """The signal that stopped the run."""
         self._said = False
         self._many = are_many()
+        self._steps = steps
+        self._last = done + 1 + self._many
+        self._deciding = threading.Lock()
+
+    def receive(self, name: str) -> int:
+        """Take a signal. Returns the step after which training will stop, unless another process was asked before."""
+        with self._deciding:
+            self.received.append(name)
+            return min(self._last, self._steps)
 
     def say(self, step: int) -> None:
         """Before ``step`` is started: tell the others of a signal."""
-        if self._many and self.received and not self._said:
+        if not self._many:
+            return
+        with self._deciding:
+            asked = bool(self.received)
+            self._last = step + (1 if asked else 2)
+        if asked and not self._said:
             self._said = True
             with contextlib.suppress(Exception):  # another process was first
                 store().key_value_set("gptjax/stop", f"{step + 1} {self.received[0]}")
@@ -215,8 +232,10 @@ class Stop:
     def now(self, step: int) -> bool:
         """With the results of the step before ``step`` known: whether this one is the last."""
         if not self._many:
-            self.name = self.received[0] if self.received else ""
-            return bool(self.received)
+            with self._deciding:
+                self._last = step + 1
+                self.name = self.received[0] if self.received else ""
+            return bool(self.name)
         try:
             last, self.name = store().key_value_try_get("gptjax/stop").split()
         except Exception as error:

@@ -9,6 +9,7 @@ import requests
 
 from gptjax.durable import alone
 from gptjax.errors import DataError, naming
+from gptjax.files import open_file
 from gptjax.progress import progress
 
 TIMEOUT_S = 30
@@ -109,7 +110,7 @@ def _announced(response: requests.Response) -> str | None:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from gptjax.download import fetch
 from gptjax.errors import DataError, FormatError
 from gptjax.estimate import Estimate, ratio
+from gptjax.files import open_file
 from gptjax.formats.llmc_eval import ENDINGS, Question, is_questions, read_questions
 from gptjax.models.config import GPT2Config
 from gptjax.models.gpt2 import Batch
@@ -52,7 +53,7 @@ def find_questions(dataset: str, root: Path) -> Path | None:
 
 
 def _begins_with_endings(path: Path) -> bool:
-    with path.open("rb") as file:
+    with open_file(path) as file:
         try:
             first = next((line for line in iter(partial(file.readline, LONGEST_LINE), b"") if line.strip()), b"")
             return "endings" in json.loads(first)
@@ -71,7 +72,7 @@ def read_jsonl(path: Path, tokenizer: Tokenizer) -> list[Question]:
 
     """
     questions = []
-    with path.open("rb") as file:
+    with open_file(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
             if not line.strip():
                 continue

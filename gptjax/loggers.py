@@ -20,6 +20,7 @@ import yaml
 
 from gptjax.config import LogConfig
 from gptjax.errors import ConfigError
+from gptjax.files import read_text
 
 # The chart of each number: both programs group charts by what stands before the slash.
 CHARTS = {"val_loss": "val/loss", "ms": "speed/ms", "tokens_per_s": "speed/tokens_per_s", "mfu": "speed/mfu"}
@@ -110,7 +111,7 @@ class WeightsAndBiases:
         import wandb
 
         kept = folder / ID_FILE
-        run_id = kept.read_text().strip() if done and kept.exists() else None
+        run_id = read_text(kept, 1 << 10).strip() if done and kept.exists() else None
         entity, _, name = project.rpartition("/")
         folder.mkdir(parents=True, exist_ok=True)
         try:

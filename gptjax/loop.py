@@ -39,10 +39,14 @@ def fit(
     writer: CheckpointWriter,
     display: Display,
     stop: distributed.Stop,
-) -> tuple[TrainState, int]:
-    """The loop, from ``done`` steps on; it ends early once ``stop`` says so. Returns the state, and the steps done.
+) -> tuple[TrainState, int, int]:
+    """The loop, from ``done`` steps on; it ends early once ``stop`` says so.
+
+    Returns:
+        The state, the steps done, and those after which the newest checkpoint was saved, 0 for none.
 
     A step's numbers are fetched after the next step was dispatched, so that the device never waits for the host.
+
     """
     cfg = run.cfg.train
     eval_loss = steps.make_eval_loss(run.model, run.mesh)
@@ -105,9 +109,9 @@ def fit(
             display.print(f"--- sample after step {step} ---\n{text}\n---")
             loggers.text("sample", text, step)
         if stopping:
-            return state, step
+            return state, step, saved
         meter.restart()
-    return state, cfg.steps
+    return state, cfg.steps, saved
 
 
 def verify(run: Run, compiled: CompiledStep, state: TrainState, batch: Batch, step: int) -> dict[str, float]:

@@ -3,10 +3,13 @@
 import contextlib
 import json
 import math
+import os
+import sys
 import time
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import jax
 from rich.console import Console
@@ -14,7 +17,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from gptjax.devices import device_of
 from gptjax.errors import FormatError, naming
+from gptjax.files import open_file
 from gptjax.optim import StepMetrics
+
+LONGEST_LINE = 1 << 16  # bytes; a record has a few hundred
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
@@ -31,10 +37,9 @@ class MetricsFile:
     def __init__(self, path: Path, last_step: int) -> None:
         """Open for appending; records of steps after ``last_step``, left by a run that was cut off, are dropped."""
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= last_step]
             partial = path.with_name(path.name + ".partial")
-            with naming(path):
-                partial.write_text("".join(line + "\n" for line in kept))
+            with naming(path), open_file(path) as file, partial.open("wb") as kept:
+                kept.writelines(line.rstrip(b"\r\n") + b"\n" for line in _lines(file) if _step_of(line) <= last_step)
             partial.replace(path)
         self.path = path
         self._file = path.open("a")
@@ -66,10 +71,15 @@ class NoMetrics:
         """Do nothing."""
 
 
-def _step_of(line: str) -> float:
+def _lines(file: BufferedReader) -> Iterator[bytes]:
+    """The lines of a file; one that no step's record could fill comes in parts, so that it does not fill memory."""
+    return iter(lambda: file.readline(LONGEST_LINE), b"")
+
+
+def _step_of(line: bytes) -> float:
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return float("inf")  # a line cut off in the middle goes too
 
 
@@ -84,14 +94,14 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
     """
     records = {}
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+    with open_file(path) as file:
+        for number, line in enumerate(_lines(file), 1):
             try:
                 record = json.loads(line)
                 if not all(value is None or isinstance(value, int | float) for value in record.values()):
                     raise TypeError
                 records[int(record["step"])] = record
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
                 if (records or line[:1] == b"{") and not line.endswith(b"\n"):
                     break
                 raise FormatError(
@@ -129,13 +139,49 @@ class Meter:
         return record
 
 
+class Output:
+    """Standard output that a run outlives: once nobody reads it any more, what is written goes nowhere."""
+
+    def __init__(self) -> None:
+        """Where it is closed, nothing is ever shown."""
+        self._stream = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+
+    def write(self, text: str) -> int:
+        """Write what can be written."""
+        with self._outlived():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Show what was written."""
+        with self._outlived():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @contextlib.contextmanager
+    def _outlived(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            told = f"the output can no longer be written ({error.strerror}); training goes on\n"
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            try:
+                os.write(2, told.encode())
+            except OSError:
+                os.dup2(nowhere, 2)
+            os.close(nowhere)
+
+
 class Display:
     """A progress bar at the foot of a terminal, or plain lines when the output is piped."""
 
     def __init__(self, steps: int, quiet: bool = False) -> None:
         """Nothing is drawn before `running`, nor anything where it is to be ``quiet``."""
         self.steps = steps
-        self.console = Console(highlight=False, soft_wrap=True, emoji=False, quiet=quiet)
+        self.console = Console(file=cast(IO[str], Output()), highlight=False, soft_wrap=True, emoji=False, quiet=quiet)
         columns = TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}")
         times = TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
         bar = Progress(*columns, *times, console=self.console, transient=True)
@@ -150,6 +196,11 @@ class Display:
         self.task = self.bar.add_task("", total=self.steps, completed=done)
         with self.bar:
             yield
+
+    def close(self) -> None:
+        """Take the bar away, and give the terminal back."""
+        if self.bar:
+            self.bar.stop()
 
     def print(self, text: str) -> None:
         """Lines that stay; control characters, which a model may well produce, are replaced."""

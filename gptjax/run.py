@@ -1,8 +1,8 @@
-"""A training run before its first step: everything checked, every ``auto`` decided, its folder chosen."""
+"""A training run before its first step: everything checked, every ``auto`` decided, its folder its own."""
 
+import contextlib
 import dataclasses
-import glob
-import re
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,13 +13,14 @@ import numpy as np
 import yaml
 from jax.sharding import Mesh
 
-from gptjax import datasets, distributed
+from gptjax import datasets, distributed, folders
 from gptjax.checkpoint import Restored, restore_newest
 from gptjax.config import Config
 from gptjax.data import BatchShape, TrainingBatches, validation_batches
 from gptjax.datasets import TOKENIZER_FILE, Corpus
 from gptjax.distributed import DistributedConfig
-from gptjax.errors import CheckpointError, ConfigError, DataError, naming
+from gptjax.durable import write_whole
+from gptjax.errors import CheckpointError, ConfigError, DataError
 from gptjax.generate import Sampler, sample
 from gptjax.loggers import check_installed
 from gptjax.mesh import describe_mesh, make_mesh, place_rows, row_share, whole
@@ -46,9 +47,10 @@ class Run(NamedTuple):
     val: list[Batch]
     optimizer: Optimizer
     key: Any
-    folder: Path
     mesh: Mesh | None
     share: tuple[int, int]
+    folder: Path = Path()
+    """Where it is kept: the one that it has `owned`."""
 
     def next_batch(self) -> Batch:
         """The next step's, laid out over the mesh: of this process's rows, and the others'."""
@@ -56,10 +58,10 @@ class Run(NamedTuple):
 
 
 def set_up(cfg: Config) -> Run:
-    """Open the corpus, decide every ``auto`` and choose the run's folder; nothing is computed or written yet.
+    """Open the corpus and decide every ``auto``; nothing is computed or written yet.
 
     Raises:
-        GptjaxError: anything about the configuration, the corpus or the folder that a person can mend.
+        GptjaxError: anything about the configuration or the corpus that a person can mend.
 
     """
     check_installed(cfg.log)
@@ -82,7 +84,6 @@ def set_up(cfg: Config) -> Run:
         val=validation_batches(corpus.val, cfg.train.eval_tokens, shape.batch_size, shape.seq_len, model.vocab_size),
         optimizer=make_optimizer(cfg.optim, cfg.train.steps),
         key=whole(mesh, jax.random.key(cfg.seed)),
-        folder=Path(distributed.agreed("folder", lambda: str(run_folder(Path(cfg.runs), cfg.name or "run", cfg.resume)))),
         mesh=mesh,
         share=share,
     )
@@ -113,21 +114,18 @@ def platform_name() -> str:
     return "rocm" if "rocm" in backend.platform_version.lower() else "cuda"
 
 
-def run_folder(runs: Path, name: str, resume: str | None) -> Path:
-    """The folder of a run: the one to resume, or a new one, ``NAME``, then ``NAME-2``, ``NAME-3``...
+@contextlib.contextmanager
+def owned(run: Run) -> Iterator[Run]:
+    """The run with its folder, which until the block ends no other run can have; the first process sees to that.
 
     Raises:
-        CheckpointError: a folder to resume is named but is not a run's.
+        CheckpointError: the folder to resume is not a run's, or a run that is being trained owns it.
 
     """
-    if resume and resume != "auto":
-        if not (Path(resume) / "checkpoints").is_dir():
-            raise CheckpointError(f"--resume {resume} is not the folder of a run: it has no checkpoints/ in it")
-        return Path(resume)
-    matches = (re.fullmatch(re.escape(name) + r"(?:-(\d+))?", path.name) for path in runs.glob(f"{glob.escape(name)}*"))
-    newest = max((int(match[1] or 1) for match in matches if match), default=0)
-    number = newest if resume and newest else newest + 1
-    return runs / (name if number == 1 else f"{name}-{number}")
+    cfg = run.cfg
+    with contextlib.ExitStack() as until_the_end:
+        own = lambda: str(until_the_end.enter_context(folders.owned(Path(cfg.runs), cfg.name or "run", cfg.resume)))  # noqa: E731
+        yield run._replace(folder=Path(distributed.agreed("folder", own)))
 
 
 def restore(run: Run) -> Restored | None:
@@ -171,16 +169,14 @@ def resolved(run: Run) -> dict[str, Any]:
     return dataclasses.asdict(dataclasses.replace(run.cfg, model=run.model, resume=None, distributed=DistributedConfig()))
 
 
-def make_folder(run: Run) -> None:
-    """Make the run's folder, with the configuration as resolved and the tokenizer in it: in the first process."""
+def fill_folder(run: Run) -> None:
+    """Write the configuration as resolved, and the tokenizer, into the run's folder: in the first process."""
     if not distributed.is_first():
         return
-    run.folder.mkdir(parents=True, exist_ok=True)
-    path = run.folder / "config.yaml"
-    with naming(path):
-        path.write_text(yaml.safe_dump(resolved(run), sort_keys=False))
     if run.corpus.tokenizer:
         run.corpus.tokenizer.save(run.folder / TOKENIZER_FILE)
+    with write_whole(run.folder / "config.yaml") as file:  # with which the folder is that of a run
+        file.write(yaml.safe_dump(resolved(run), sort_keys=False).encode())
 
 
 def sample_text(run: Run, params: Params, step: int) -> str:

@@ -19,7 +19,7 @@ from gptjax.formats.lazy import LazyTensor, pad_vocab, stack_lazily
 from gptjax.formats.recognise import recognise
 from gptjax.models.config import DIMENSIONS, Architecture, ModelConfig
 from gptjax.models.family import Weight
-from gptjax.models.params import param_axes, per_tensor
+from gptjax.models.params import param_axes, per_tensor, tensor_at
 from gptjax.parallel.mesh import param_shardings, place
 from gptjax.tokenizers import Tokenizer
 
@@ -159,17 +159,32 @@ def load_weights(where: str, cfg: ModelConfig | None = None, mesh: Mesh | None =
 def load_params(source: Source, cfg: ModelConfig, mesh: Mesh | None = None) -> Any:
     """The parameters of an opened model, in float32 and padded, in the layout of ``cfg``.
 
-    They are read, and laid out over the mesh, one after the other. ``cfg`` must have the model's
-    architecture.
+    They are read, and laid out over the mesh, one after the other. ``cfg`` must have the model's architecture.
+
+    Raises:
+        CheckpointError: a number is not finite, in float32; its tensor is named.
+
     """
     params = source.params if cfg.layers == "unroll" else stack_lazily(source.params)
     weights = per_tensor(lambda weight: weight, params, cfg)
     layouts = param_shardings(mesh, param_axes(cfg)) if mesh else jax.tree.map(lambda _: None, params)
 
-    def load(tensor: LazyTensor, weight: Weight, layout: Any) -> Array:
-        return place(pad_vocab(np.asarray(tensor), weight, cfg), layout)
+    def load(path: Any, tensor: LazyTensor, weight: Weight, layout: Any) -> Array:
+        array = np.asarray(tensor)
+        check_finite(source.format, path, array)
+        return place(pad_vocab(array, weight, cfg), layout)
 
-    return jax.tree.map(load, params, weights, layouts)
+    return jax.tree_util.tree_map_with_path(load, params, weights, layouts)
+
+
+def check_finite(what: str, path: Any, array: np.ndarray) -> None:
+    """Raise a `CheckpointError` that names the tensor at ``path`` of a tree, unless all its numbers are finite in float32."""
+    with np.errstate(over="ignore"):  # of float64 that float32 does not hold
+        finite = np.isfinite(array if array.itemsize <= 4 else array.astype(np.float32)).all()
+    if not finite:
+        name, layer = tensor_at(path)
+        tensor = name if layer is None else f"{name}[{layer}]"
+        raise CheckpointError(f"the {what} has numbers in {tensor} that are not finite: it is damaged, or its training diverged")
 
 
 def write_weights(source: Source, path: Path, to: Format, dtype: np.dtype) -> None:

@@ -52,14 +52,13 @@ def store(monkeypatch):
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
 def test_all_stop_at_the_same_step_whoever_gets_the_signal_and_however_far_the_others_are(store, order):
     """Whoever has the results of step n has them because all have started it: one may be a step ahead of another."""
-    signals = [[], [], []]
-    stops = [Stop(received) for received in signals]
+    stops = [Stop() for _ in range(3)]
     last = [0, 0, 0]
     for step in range(1, 10):
         if step == 4:
-            signals[1].append("SIGTERM")
+            assert stops[1].receive("SIGTERM") == 5
         if step == 5:
-            signals[2].append("SIGINT")  # too late to matter
+            stops[2].receive("SIGINT")  # too late to matter
         for process in order:  # all start the step,
             if not last[process]:
                 stops[process].say(step)
@@ -71,12 +70,11 @@ def test_all_stop_at_the_same_step_whoever_gets_the_signal_and_however_far_the_o
 
 
 def test_one_process_stops_at_once():
-    received = []
-    stop = Stop(received)
+    stop = Stop(steps=3)
     stop.say(1)
     assert not stop.now(1)
-    received.append("SIGINT")
-    assert stop.now(1)
+    assert stop.receive("SIGINT") == 2
+    assert stop.now(2)
     assert stop.name == "SIGINT"
 
 
@@ -111,7 +109,7 @@ def test_all_have_to_be_given_the_same_options(store, monkeypatch):
         ({"coordinator": "a", "process": "0/2"}, "must be HOST:PORT, not a"),
         ({"coordinator": "a:1", "process": "2/2"}, "N/M, with N from 0 to M - 1, not 2/2"),
         ({"coordinator": "a:1", "process": "one"}, "not one"),
-        ({"timeout": 0}, "at least 1 second"),
+        ({"timeout": 0}, "from 1 to 86400 seconds"),
     ],
 )
 def test_options_are_checked(options, message):

@@ -225,4 +225,4 @@ def test_text_is_not_tokenized_as_the_model_was_not(place, tmp_path, capsys):
 def test_a_checkpoint_that_diverged(tmp_path, capsys):
     llmc.write_model(tmp_path / "nan.bin", OTHER_PARAMS._replace(lnfb=OTHER_PARAMS.lnfb * np.nan), OTHER)
     arguments = ["--checkpoint", str(tmp_path / "nan.bin"), "--dataset", str(shards(tmp_path / "a")), "--seq_len", "4"]
-    expect_error(main, arguments, "the model gives losses that are not finite", capsys)
+    expect_error(main, arguments, "that are not finite: it is damaged, or its training diverged", capsys)

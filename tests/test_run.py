@@ -1,28 +1,9 @@
 import pytest
 
 from gptjax import tokenizers
-from gptjax.errors import CheckpointError, ConfigError, DataError
-from gptjax.run import prompt_ids, run_folder, start_jax
+from gptjax.errors import ConfigError, DataError
+from gptjax.run import prompt_ids, start_jax
 from tests.models import tiny
-
-
-def test_a_new_run_never_takes_an_old_ones_folder(tmp_path):
-    for expected in ("a", "a-2", "a-3"):
-        folder = run_folder(tmp_path, "a", None)
-        assert folder == tmp_path / expected
-        folder.mkdir()
-    assert run_folder(tmp_path, "a", "auto") == tmp_path / "a-3"
-    assert run_folder(tmp_path, "b", "auto") == tmp_path / "b"
-    (tmp_path / "a").rmdir()
-    assert run_folder(tmp_path, "a", "auto") == tmp_path / "a-3"
-    assert run_folder(tmp_path, "a", None) == tmp_path / "a-4"
-
-
-def test_a_named_folder_must_be_a_runs(tmp_path):
-    with pytest.raises(CheckpointError, match="is not the folder of a run"):
-        run_folder(tmp_path, "a", str(tmp_path))
-    (tmp_path / "checkpoints").mkdir()
-    assert run_folder(tmp_path, "a", str(tmp_path)) == tmp_path
 
 
 @pytest.mark.parametrize("error", [AssertionError(), RuntimeError("no such device")])

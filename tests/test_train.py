@@ -18,6 +18,8 @@ import pytest
 import yaml
 
 from gptjax import convert, train
+from gptjax.train import step as steps
+from gptjax.xla import native
 from gptjax.xla.cache import keep_compiled_programs
 from gptjax.datasets import find_corpus
 from gptjax.formats.token_shards import write_shard
@@ -111,7 +113,7 @@ def test_a_run_from_start_to_end(command, tmp_path, capsys):
     resolved = yaml.safe_load((folder / "config.yaml").read_text())
     assert (resolved["model"]["dtype"], resolved["model"]["attention"]) == ("float32", "materialised")
     assert resolved["train"]["steps"] == 20
-    assert {p.name for p in folder.iterdir()} == {"config.yaml", "metrics.jsonl", "tokenizer.json", "checkpoints"}
+    assert {p.name for p in folder.iterdir()} == {"config.yaml", "metrics.jsonl", "tokenizer.json", "checkpoints", "lock"}
     assert run(*command, "--train.steps", "1") == 0
     assert {p.name for p in (tmp_path / "runs").iterdir()} == {"tiny", "tiny-2"}  # the first run is left alone
     assert metrics(folder) == records
@@ -241,6 +243,44 @@ def test_divergence_leaves_the_last_good_checkpoint(command, tmp_path, capsys):
     assert all(r["loss"] is not None for r in metrics(folder))
 
 
+def test_what_has_no_checkpoint_is_not_called_saved(command, capsys, monkeypatch):
+    """Where the parameters are no good in the end; a checkpoint from before is named."""
+    evaluate = steps.evaluate
+    monkeypatch.setattr(steps, "evaluate", lambda loss, params, batches: float("nan"))
+    assert run(*command, "--train.steps", "3") == 0
+    *_, last = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"ended after step 3 without a checkpoint of it; in \S+/tiny there is no checkpoint", last)
+    monkeypatch.setattr(steps, "evaluate", evaluate)
+    assert run(*command, "--train.steps", "3", "--resume", "auto") == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("saved in ")
+    monkeypatch.setattr(steps, "evaluate", lambda loss, params, batches: float("nan"))
+    assert run(*command, "--train.steps", "5", "--resume", "auto") == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("/tiny the newest checkpoint is after step 3")
+
+
+def test_a_checkpoint_that_is_declined_is_an_error(command, capsys, monkeypatch):
+    monkeypatch.setattr(ocp.CheckpointManager, "save", lambda self, step, **kwargs: False)
+    assert_refused([*command, "--train.steps", "2"], "step 2 was not saved", capsys)
+    assert "saved in" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("in_cpp", [True, False])
+def test_float64_trains_and_resumes(command, tmp_path, capsys, monkeypatch, in_cpp):
+    """Wherever the update is made; what is kept is float32, so the run goes on in float32, too."""
+    if in_cpp and not native.available():
+        pytest.skip("there is no C++ compiler")
+    monkeypatch.setattr(native, "available", lambda: in_cpp)
+    wide = [*command, "--model.dtype", "float64", "--optim.schedule", "constant", "--train.eval_every", "0"]
+    with jax.enable_x64(True):
+        assert train.main([*wide, "--name", "straight", "--train.steps", "6"]) == 0
+        assert ("AdamW in C++" in capsys.readouterr().out) == in_cpp
+        assert train.main([*wide, "--name", "resumed", "--train.steps", "3"]) == 0
+        assert train.main([*wide, "--name", "resumed", "--train.steps", "6", "--resume", "auto"]) == 0
+    assert_same_run(tmp_path / "runs" / "straight", tmp_path / "runs" / "resumed", 6)
+    narrow = ["float32" if option == "float64" else option for option in wide]
+    assert run(*narrow, "--name", "resumed", "--train.steps", "8", "--resume", "auto") == 0
+
+
 # Other places to log to
 
 
@@ -338,6 +378,8 @@ def assert_refused(args: list[str], message: str, capsys) -> None:
         (["--model.vocab_size", "256"], "has 4096 ids, but model.vocab_size is 256"),
         (["--model.attention", "cudnn"], "model.attention cudnn needs an NVIDIA GPU"),
         (["--train.steps", "0"], "train.steps must be at least 1"),
+        (["--name", "a/b"], "name must be that of one folder"),
+        (["--resume", ""], "resume is empty"),
         (["--seed", "-1"], "seed must be from 0 to 4294967295"),
         (["--optim.eps", "0"], "optim.eps must be above 0"),
         (["--resume", "nowhere"], "--resume nowhere is not the folder of a run"),

@@ -17,7 +17,7 @@ from gptjax.config import Config, TrainConfig
 from gptjax.loggers import Loggers
 from gptjax.loop import fit
 from gptjax.metrics import Display, MetricsFile
-from gptjax.run import make_folder, set_up
+from gptjax.run import fill_folder, owned, set_up
 
 
 def length(cfg: Config) -> int:
@@ -40,8 +40,8 @@ def contenders(cfg: Config) -> Iterator[list[Contender]]:
     with contextlib.ExitStack() as cleanup:
         folder = cleanup.enter_context(tempfile.TemporaryDirectory())
         nowhere = cleanup.enter_context(Path(os.devnull).open("w"))
-        run = set_up(dataclasses.replace(cfg, runs=folder, resume=None))
-        make_folder(run)
+        run = cleanup.enter_context(owned(set_up(dataclasses.replace(cfg, runs=folder, resume=None))))
+        fill_folder(run)
         shapes = steps.step_arguments(run.model, run.optimizer, run.shape, run.mesh)
         compiled = steps.compile_step(run.model, run.optimizer, cfg.train.backward, *shapes, run.mesh)
         state = steps.make_state(run.key, run.model, run.optimizer, run.mesh)
@@ -60,8 +60,8 @@ def contenders(cfg: Config) -> Iterator[list[Contender]]:
             nonlocal state, done
             goal = run._replace(cfg=dataclasses.replace(run.cfg, train=dataclasses.replace(train, steps=done + count)))
             with contextlib.redirect_stdout(nowhere):
-                display, stop = Display(done + count), distributed.Stop([])
-                state, done = fit(goal, compiled, state, done, records, Loggers([], print), writer, display, stop)
+                display, stop = Display(done + count), distributed.Stop()
+                state, done, _ = fit(goal, compiled, state, done, records, Loggers([], print), writer, display, stop)
 
         yield [
             Contender("steps alone", bare, {}),

@@ -24,6 +24,8 @@ from gptjax.datasets.text import Piece, import_arrow, pieces
 from gptjax.download import fetch
 from gptjax.durable import write_folder
 from gptjax.errors import DataError
+from gptjax.files import read_small, read_text
+from gptjax.formats.json_files import LARGEST
 from gptjax.formats.token_shards import open_shard, write_shard
 from gptjax.tokenizers import Tokenizer
 
@@ -105,7 +107,7 @@ def tinyshakespeare(wanted: Wanted) -> Path:
     folder = wanted.root / f"tinyshakespeare-{folder_name(which)}"
     if folder.exists():
         return folder
-    *begun, last = _tinyshakespeare_text(wanted.root).read_text("utf-8").split("\n\n")
+    *begun, last = read_text(_tinyshakespeare_text(wanted.root), LARGEST).split("\n\n")
     documents = [Piece(i, text) for i, text in enumerate([*(f"{part}\n\n" for part in begun), last])]
     held_out = len(documents) // 10  # about what the first 32,768 tokens take: not to be trained on
     tokenizer = make_tokenizer(which, lambda: (piece.text for piece in documents[held_out:]), lambda: documents)
@@ -226,7 +228,7 @@ def _listed(listing: str, kept: Path) -> list[str]:
     """The addresses of a dataset's Parquet files, which the hub tells; asked once, then kept."""
     fetch(f"{_hub()}/api/datasets/{listing}", kept)
     try:
-        addresses = json.loads(kept.read_text("utf-8"))
+        addresses = json.loads(read_small(kept, LARGEST))
         if not addresses or not isinstance(addresses, list) or not all(isinstance(x, str) for x in addresses):
             raise ValueError("it is empty, or of something else")
     except (ValueError, RecursionError) as error:

@@ -17,6 +17,7 @@ from gptjax import tokenizers
 from gptjax.datasets.text import Piece, kind_of, pieces
 from gptjax.durable import write_folder
 from gptjax.errors import DataError
+from gptjax.files import open_file
 from gptjax.formats.token_shards import write_shard
 from gptjax.progress import progress
 from gptjax.tokenizers import Tokenizer
@@ -241,7 +242,7 @@ def _counted(text: Iterable[Piece], advance: Callable[[int], None]) -> Iterator[
 def _content_hash(files: list[Path], column: str | None, advance: Callable[[int], None]) -> str:
     digest = hashlib.sha256(f"{column}\0".encode())
     for path in files:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             digest.update(f"{kind_of(path)} {path.suffix} {path.stat().st_size}\0".encode())
             while chunk := file.read(1 << 20):
                 digest.update(chunk)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptjax.errors import DataError, FormatError
+from gptjax.files import check_file, open_file
 from gptjax.formats.recognise import recognise
 from gptjax.tokenizers import END_OF_TEXT
 
@@ -97,11 +98,12 @@ def _text(path: Path) -> Iterator[io.TextIOWrapper]:
     """The file, decompressed and decoded; line ends stay as they are."""
     with contextlib.ExitStack() as stack:
         if path.suffix == ".gz":
-            binary: Any = stack.enter_context(gzip.open(path))
+            binary: Any = stack.enter_context(gzip.open(stack.enter_context(open_file(path))))
         elif path.suffix == ".zst":
+            check_file(path)
             binary = stack.enter_context(io.BufferedReader(import_arrow(path).input_stream(str(path), compression="zstd")))
         else:
-            binary = stack.enter_context(path.open("rb"))
+            binary = stack.enter_context(open_file(path))
         try:
             yield stack.enter_context(io.TextIOWrapper(binary, "utf-8", newline=""))
         except OSError as error:
@@ -174,6 +176,7 @@ def _parquet(path: Path, column: str | None) -> Iterator[tuple[int, str]]:
     arrow = import_arrow(path)
     from pyarrow import parquet
 
+    check_file(path)
     try:
         with parquet.ParquetFile(path) as file:
             schema = file.schema_arrow

@@ -8,6 +8,7 @@ import numpy as np
 
 from gptjax.durable import write_whole
 from gptjax.errors import FormatError
+from gptjax.files import open_file
 
 HEADER_BYTES = 1024
 
@@ -24,8 +25,8 @@ def read_header(path: Path, kind: str) -> tuple[list[int], int]:
 
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
             start = file.read(HEADER_BYTES)
     except OSError as error:
         raise FormatError(f"{kind} {path} cannot be read: {error.strerror or error}") from error

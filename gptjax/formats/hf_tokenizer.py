@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.errors import DataError, FormatError
-from gptjax.formats.json_files import read_object
+from gptjax.files import read_text
+from gptjax.formats.json_files import LARGEST, read_object
 from gptjax.tokenizers.bpe import BytePairEncoding, printable
 from gptjax.tokenizers.hugging_face import HuggingFace, canonical
 from gptjax.tokenizers.interface import END_OF_TEXT, Tokenizer
@@ -89,7 +90,7 @@ def _of_two_files(folder: Path) -> dict[str, Any]:
 
     vocabulary = read_object(folder / "vocab.json")
     try:
-        lines = (folder / "merges.txt").read_text("utf-8").split("\n")
+        lines = read_text(folder / "merges.txt", LARGEST).split("\n")
         pairs: Any = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     except (OSError, ValueError) as error:
         raise FormatError(f"{folder / 'merges.txt'} cannot be read: {error}") from error

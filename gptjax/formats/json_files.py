@@ -1,26 +1,24 @@
 """JSON files that come from elsewhere."""
 
 import json
-from pathlib import Path
+import os
 from typing import Any
 
 from gptjax.errors import FormatError
+from gptjax.files import read_small
 
 LARGEST = 1 << 26  # bytes: GPT-2's tokenizer.json has 3.6 million
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The JSON object that a file holds.
 
     Raises:
-        FormatError: it cannot be read, is larger than `LARGEST`, or holds something else.
+        FormatError: it cannot be read, is no regular file, is larger than `LARGEST`, or holds something else.
 
     """
     try:
-        size = path.stat().st_size
-        if size > LARGEST:
-            raise FormatError(f"{path} has {size} bytes, more than the {LARGEST} that are read as JSON")
-        content = json.loads(path.read_text("utf-8"))
+        content = json.loads(read_small(path, LARGEST))
     except OSError as error:
         raise FormatError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:

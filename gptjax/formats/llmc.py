@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.errors import ConfigError, FormatError
+from gptjax.files import open_file
 from gptjax.formats.binary import HEADER_BYTES, check_size, read_header, write_file
 from gptjax.formats.lazy import pad_vocab
 from gptjax.formats.tables import FileTensor, Part, Table, each_layer, file_tensors, join, open_params, table_of
@@ -77,7 +78,7 @@ class DebugState(NamedTuple):
 
 def is_model(path: Path) -> bool:
     """Whether the file begins as a model of llm.c does."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return file.read(4) == MODEL_MAGIC.to_bytes(4, "little")
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gptjax.errors import FormatError
+from gptjax.files import open_file
 from gptjax.formats.binary import HEADER_BYTES, read_header
 
 MAGIC, VERSION, KIND = 20240522, 1, "llm.c evaluation file"
@@ -33,7 +34,7 @@ class Question(NamedTuple):
 
 def is_questions(path: Path) -> bool:
     """Whether the file begins as an evaluation file of llm.c does."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return file.read(4) == MAGIC.to_bytes(4, "little")
 
 
@@ -53,7 +54,8 @@ def read_questions(path: str | os.PathLike[str]) -> list[Question]:
         raise FormatError(
             f"{KIND} {path} is truncated or malformed: {count} examples of at most {longest} bytes do not fit its {size} bytes"
         )
-    numbers = np.fromfile(path, "<u2", body // 2, offset=HEADER_BYTES).tolist()
+    with open_file(path) as file:
+        numbers = np.fromfile(file, "<u2", body // 2, offset=HEADER_BYTES).tolist()
     questions: list[Question] = []
     at = 0
     while len(questions) < count:

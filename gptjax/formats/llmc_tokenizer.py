@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from gptjax.errors import FormatError
+from gptjax.files import open_file, read_small
 from gptjax.formats.binary import HEADER_BYTES, read_header, write_file
 
 MAGIC, KIND = 20240328, "llm.c tokenizer"
@@ -21,7 +22,7 @@ LARGEST = 1 << 20  # tokens: beyond any vocabulary
 
 def is_tokenizer(path: Path) -> bool:
     """Whether the file begins as a tokenizer of llm.c does."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return file.read(4) == MAGIC.to_bytes(4, "little")
 
 
@@ -42,7 +43,7 @@ def read_tokenizer(path: str | os.PathLike[str]) -> tuple[list[bytes], int]:
         raise FormatError(
             f"{KIND} {path} is malformed: {count} tokens with end-of-text {end_of_text} do not fit its {size} bytes"
         )
-    content = path.read_bytes()
+    content = read_small(path, size)
     tokens: list[bytes] = []
     at = HEADER_BYTES
     while len(tokens) < count and at < len(content) and content[at]:

@@ -14,6 +14,8 @@ import zipfile
 import zlib
 from pathlib import Path
 
+from gptjax.files import open_file
+
 LOOKED_AT = 1024  # bytes
 LLMC = {
     20240326: "an llm.c model",
@@ -46,7 +48,7 @@ def recognise(path: Path) -> str | None:
 
     """
     size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_file(path) as file:
         start = file.read(LOOKED_AT)
         file.seek(max(0, size - 8))
         end = file.read(8)
@@ -143,7 +145,7 @@ def _tokenizer(path: Path) -> str | None:
     """llama2.c's ``tokenizer.bin``: the longest token's length, then each one's score, length and bytes, up to the end."""
     if not 16 <= path.stat().st_size <= LARGEST_VOCABULARY:
         return None
-    with path.open("rb") as file:
+    with open_file(path) as file:
         announced, longest = int.from_bytes(file.read(4), "little"), 0
         while 1 <= announced <= LONGEST_TOKEN and (entry := file.read(8)):
             if len(entry) < 8:

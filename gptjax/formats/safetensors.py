@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from gptjax.durable import write_whole
 from gptjax.errors import ConfigError, FormatError
+from gptjax.files import check_file, open_file
 from gptjax.formats.lazy import LazyTensor
 from gptjax.formats.tables import FileTensor, Part, Table, each_layer, file_contents, file_tensors, open_params
 from gptjax.models.config import Architecture
@@ -60,6 +61,7 @@ def opened(path: Path) -> Iterator[Any]:
 
     """
     try:
+        check_file(path)
         with safe_open(path, "numpy") as file:
             yield file
     except (SafetensorError, OSError, ValueError) as error:
@@ -101,7 +103,7 @@ def write(path: Path, tensors: Mapping[str, LazyTensor], metadata: dict[str, str
 
 def is_model(path: Path) -> bool:
     """Whether the file looks like safetensors: a length below 100 MB, and a JSON object."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         start = file.read(9)
     return len(start) == 9 and int.from_bytes(start[:8], "little") < 100_000_000 and start[8:] == b"{"
 

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from gptjax.durable import write_whole
 from gptjax.errors import DataError, FormatError
+from gptjax.files import open_file
 from gptjax.formats.binary import HEADER_BYTES, check_size, read_header
 from gptjax.formats.recognise import recognise
 
@@ -61,8 +62,8 @@ def open_shard(path: str | os.PathLike[str]) -> Shard:
     """
     path = Path(path)
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
             start = file.read(HEADER_BYTES)
     except OSError as error:
         raise FormatError(f"token shard {path} cannot be read: {error.strerror or error}") from error

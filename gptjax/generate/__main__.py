@@ -19,6 +19,7 @@ import jax
 from gptjax import cli, tokenizers
 from gptjax.xla.cache import keep_compiled_programs
 from gptjax.errors import ConfigError, DataError
+from gptjax.files import read_stream
 from gptjax.generate.engine import CHUNK, Rules
 from gptjax.generate.samples import Sample, continued
 from gptjax.generate.sampling import Sampler
@@ -26,10 +27,15 @@ from gptjax.models.config import GPT2Config
 from gptjax.models.decode import store_for_decoding
 from gptjax.models.params import Params
 from gptjax.run import platform_name, prompt_ids, start_jax
+from gptjax.streams import standard_input
 from gptjax.tokenizers import Tokenizer
 from gptjax.weights import load_params, open_weights
 
 PROG = "python -m gptjax.generate"
+MOST_TOKENS = 1 << 24  # of one continuation, which is held in memory
+MOST_SAMPLES = (1 << 31) - 1  # continuations, of all prompts: each has a random stream of its own, by its number
+MOST_AT_ONCE = 1 << 16  # continuations
+MOST_BYTES = 1 << 24  # of a file of prompts
 RESET, END = "/reset", "/end"  # what an interactive session understands
 
 
@@ -45,11 +51,14 @@ def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status 0; bad input raises SystemExit(2)."""
     with cli.reported_errors(PROG, "lower batch_size"):
         args: Any = _parser().parse_args(argv)
-        if min(args.max_new_tokens, args.num_samples, args.batch_size) < 1:
-            raise ConfigError("max_new_tokens, num_samples and batch_size must be at least 1")
+        for name, most in {"max_new_tokens": MOST_TOKENS, "num_samples": MOST_SAMPLES, "batch_size": MOST_AT_ONCE}.items():
+            if not 1 <= args[name] <= most:
+                raise ConfigError(f"{name} must be from 1 to {most}, not {args[name]}")
         if not 0 <= args.seed < 2**32:
             raise ConfigError(f"seed must be from 0 to {2**32 - 1}, not {args.seed}")
         prompts = read_prompts(args)
+        if args.num_samples * len(prompts) > MOST_SAMPLES:
+            raise ConfigError(f"num_samples {args.num_samples} is too many: at most {MOST_SAMPLES:,} can be made at once")
         cli.keep_freed_memory()
         keep_compiled_programs()
         cli.quiet_libraries()
@@ -98,6 +107,7 @@ def read_prompts(args: Any) -> list[str]:
     Raises:
         ConfigError: prompts are given in two ways.
         DataError: the file cannot be read, is not UTF-8, or is empty.
+        FormatError: it is longer than `MOST_BYTES`.
 
     """
     if sum([bool(args.prompt), args.prompts is not None, args.interactive]) > 1:
@@ -109,10 +119,12 @@ def read_prompts(args: Any) -> list[str]:
             raise DataError("prompt and stop must be UTF-8 text")
     if args.prompts is None:
         return args.prompt or [""]
-    if args.prompts == "-" and sys.stdin is None:
-        raise DataError("standard input is closed")
     try:
-        data = sys.stdin.buffer.read() if args.prompts == "-" else Path(args.prompts).read_bytes()
+        if args.prompts == "-":
+            data = standard_input(MOST_BYTES)
+        else:
+            with Path(args.prompts).open("rb") as file:  # also a named pipe: a shell makes one of <(command)
+                data = read_stream(file, f"prompts {args.prompts}", MOST_BYTES)
         text = io.StringIO(data.decode("utf-8-sig"), newline=None).read()
     except OSError as error:
         raise DataError(f"prompts {args.prompts} cannot be read: {error.strerror or error}") from error
@@ -150,33 +162,53 @@ def load(args: Any) -> Model:
 
 
 def write(model: Model, prompts: list[str], args: Any) -> None:
-    """Continue each prompt ``num_samples`` times, and print what comes of it."""
+    """Continue each prompt ``num_samples`` times, ``batch_size`` at a time, and print each batch once it is done.
+
+    Raises:
+        ConfigError: there would be more than `MOST_SAMPLES`.
+
+    """
+    total = len(prompts) * args.num_samples
+    if total > MOST_SAMPLES:
+        raise ConfigError(
+            f"{len(prompts)} prompts x {args.num_samples} num_samples are more than {MOST_SAMPLES}: ask for fewer"
+        )
     ids = [prompt_ids(model.tokenizer, prompt) for prompt in prompts]
-    samples = [Sample(model.tokenizer, ids[i], args.stop) for i in range(len(ids)) for _ in range(args.num_samples)]
     plain = not (args.json or args.show_tokens or args.logprobs)
-    streaming = plain and len(samples) == 1
+    streaming = plain and total == 1
     if streaming:
         show(prompts[0])
-    began = time.perf_counter()
+    began, made = time.perf_counter(), 0
     chunk = 1 if streaming and sys.stdout.isatty() else CHUNK
-    for first in range(0, len(samples), args.batch_size):
-        some = samples[first : first + args.batch_size]
-        key = jax.random.key(args.seed)
-        for texts in continued(model.params, some, model.rules, key, args.max_new_tokens, chunk, first):
+    key = jax.random.key(args.seed)
+    for first in range(0, total, args.batch_size):
+        numbers = range(first, min(first + args.batch_size, total))
+        samples = [Sample(model.tokenizer, ids[i // args.num_samples], args.stop) for i in numbers]
+        for texts in continued(model.params, samples, model.rules, key, args.max_new_tokens, chunk, first):
             if streaming:
                 show(texts[0])
-    seconds, made = time.perf_counter() - began, sum(len(sample.ids) for sample in samples)
+        made += sum(len(sample.ids) for sample in samples)
+        for i, sample in zip(numbers, samples if not streaming else [], strict=False):
+            prompt = prompts[i // args.num_samples]
+            if args.json:
+                print(as_json({"prompt": prompt} | sample.record(args.logprobs)))
+                continue
+            if total > 1:
+                print(f"--- {i + 1} of {total} ---")
+            show((prompt + sample.stream.text if plain else sample.listing(args.logprobs)) + "\n")
     if streaming:
         show("\n")
-    for i, sample in enumerate(samples if not streaming else []):
-        prompt = prompts[i // args.num_samples]
-        if args.json:
-            print(json.dumps({"prompt": prompt} | sample.record(args.logprobs), ensure_ascii=False, allow_nan=False))
-            continue
-        if len(samples) > 1:
-            print(f"--- {i + 1} of {len(samples)} ---")
-        show((prompt + sample.stream.text if plain else sample.listing(args.logprobs)) + "\n")
-    print(f"{made} tokens in {seconds:.1f} s, compiling included", file=sys.stderr)
+    print(f"{made} tokens in {time.perf_counter() - began:.1f} s, compiling included", file=sys.stderr)
+
+
+def as_json(record: dict[str, Any]) -> str:
+    r"""It in a line, in ASCII (``\u00e9``) where stdout's encoding lacks one of its characters."""
+    line = json.dumps(record, ensure_ascii=False, allow_nan=False)
+    try:
+        line.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(record, allow_nan=False)
+    return line
 
 
 def converse(model: Model, args: Any) -> None:
@@ -184,6 +216,8 @@ def converse(model: Model, args: Any) -> None:
     with contextlib.suppress(ImportError):  # not on Windows
         import readline  # noqa: F401  # gives input() its history
     said: list[int] = []
+    if sys.stdin is None:
+        raise DataError("standard input is closed")
     for turn in range(2**31):
         try:
             line = input("> ")

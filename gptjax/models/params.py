@@ -128,6 +128,13 @@ def head_of(params: Any, cfg: Architecture) -> Any:
     return getattr(params, family_of(cfg).HEAD)
 
 
+def tensor_at(path: Any) -> tuple[str, int | None]:
+    """(name, layer) of the tensor at a path of `jax.tree_util`; the layer is None outside the blocks and where stacked."""
+    names = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
+    layers = [key.idx for key in path if isinstance(key, jax.tree_util.SequenceKey)]
+    return names[-1], layers[-1] if layers else None
+
+
 def is_stacked(blocks: Any) -> bool:
     """Whether the layers are stacked in the arrays of one block."""
     return hasattr(blocks, "_fields")

@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 from gptjax.errors import DataError, FormatError
+from gptjax.files import read_small
 from gptjax.formats import hf_tokenizer, llmc_tokenizer
 from gptjax.formats.recognise import recognise
 from gptjax.tokenizers.bpe import GPT2_IDS, GPT2_PATTERN, BytePairEncoding, byte, gpt2, printable, train_bpe
@@ -79,10 +80,7 @@ def load(path: str | os.PathLike[str]) -> Tokenizer:
 
     """
     try:
-        size = Path(path).stat().st_size
-        if size > LARGEST_FILE:
-            raise ValueError(f"{size} bytes are more than the {LARGEST_FILE} that a vocabulary takes")
-        content = json.loads(Path(path).read_bytes())
+        content = json.loads(read_small(path, LARGEST_FILE))
         if "model" in content and "kind" not in content:
             return hf_tokenizer.read(Path(path))
         kind = content.get("kind") or ("char" if "characters" in content else "bpe")

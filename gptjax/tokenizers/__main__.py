@@ -20,9 +20,11 @@ from gptjax.datasets.text import Piece, find_files, pieces
 from gptjax.errors import ConfigError, DataError
 from gptjax.formats import llmc_tokenizer
 from gptjax.formats.token_shards import open_shard, write_shard
+from gptjax.streams import standard_input
 
 PROG = "python -m gptjax.tokenizers"
 CHUNK = 1 << 16  # ids decoded at a time
+MOST_BYTES = 1 << 28  # of standard input, which is held in memory
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -141,7 +143,7 @@ def export(args: Any) -> None:
 
 def _standard_input() -> str:
     try:
-        return sys.stdin.buffer.read().decode()
+        return standard_input(MOST_BYTES).decode()
     except UnicodeDecodeError as error:
         raise DataError(f"standard input is not UTF-8 text: {error.reason} at byte {error.start}") from error
 

@@ -78,7 +78,7 @@ class CheckpointWriter:
             meta: anything JSON that resuming needs.
 
         Raises:
-            CheckpointError: this save, or an earlier one in the background, could not be written.
+            CheckpointError: this save was declined, or it, or an earlier one in the background, could not be written.
 
         """
         content = {
@@ -92,7 +92,9 @@ class CheckpointWriter:
         with _write_errors(self.folder):
             in_chunks = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
             arrays = ocp.args.StandardSave(state, jax.tree.map(lambda _: in_chunks, state))
-            self._manager.save(step, args=ocp.args.Composite(state=arrays, info=ocp.args.JsonSave(info)))
+            saving = self._manager.save(step, args=ocp.args.Composite(state=arrays, info=ocp.args.JsonSave(info)))
+        if not saving:
+            raise CheckpointError(f"step {step} was not saved: {self.folder} holds a later checkpoint; choose another --name")
 
     def check(self) -> None:
         """Raise the `CheckpointError` of a save that failed in the background, if one did."""

@@ -193,9 +193,11 @@ def compile_step(
     functions = step_functions(cfg, optimizer, backward, mesh, native_code)
     number = meshes.abstract(mesh, param_axes(cfg), jax.ShapeDtypeStruct((), jnp.int32))
     g = meshes.abstract(mesh, param_axes(cfg), jax.eval_shape(lambda params: params, state.params))
-    scalar = meshes.abstract(mesh, param_axes(cfg), jax.ShapeDtypeStruct((), loss_dtype(cfg)))
-    gradient = compile_for_memory(functions.gradient.lower(state.params, batch, key, number, g), mesh)
-    arguments = state.params, state.opt_state, g, scalar, scalar, number
+    lowered = functions.gradient.lower(state.params, batch, key, number, g)
+    loss, _, norm = lowered.out_info
+    scalars = tuple(jax.ShapeDtypeStruct((), x.dtype) for x in (loss, norm))
+    gradient = compile_for_memory(lowered, mesh)
+    arguments = state.params, state.opt_state, g, *meshes.abstract(mesh, param_axes(cfg), scalars), number
     updates: tuple[Any, ...] = ()
     if native_code or platform_of(mesh) != "cpu":
         updates = (functions.update.lower(*arguments).compile(),)

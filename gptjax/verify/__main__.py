@@ -22,16 +22,14 @@ import numpy as np
 
 from gptjax import cli
 from gptjax.config import Config
-from gptjax.errors import CheckpointError, ConfigError
+from gptjax.errors import ConfigError
 from gptjax.formats import llmc
 from gptjax.metrics import human_bytes
-from gptjax.models.config import GPT2Config
 from gptjax.models.gpt2 import Batch
-from gptjax.models.params import Params, num_params, stack
+from gptjax.models.params import num_params, stack
 from gptjax.ops import IGNORE_INDEX
 from gptjax.run import platform_name, set_up, start_jax
 from gptjax.verify import model, references
-from gptjax.verify.comparison import leaf_names
 from gptjax.verify.explain import explain
 from gptjax.verify.files import environment, write_report
 from gptjax.verify.model import Subject
@@ -171,7 +169,7 @@ def make_subject(cfg: VerifyConfig) -> tuple[Subject, llmc.DebugState | None, di
     resolved = settings.resolve(platform_name(), seq_len)
     key = jax.random.key(cfg.seed)
     if cfg.checkpoint is not None:
-        params = finite_params(cfg.checkpoint, resolved)
+        _, params = load_weights(cfg.checkpoint, resolved)
     else:
         params = jax.jit(lambda: model.noisy_params(key, resolved))()
     if state:
@@ -188,21 +186,6 @@ def make_subject(cfg: VerifyConfig) -> tuple[Subject, llmc.DebugState | None, di
         tokens = f"random, seed {cfg.seed}, {np.count_nonzero(targets != IGNORE_INDEX)} of them to be predicted"
     subject = Subject(resolved, params, batch, key if resolved.dropout else None)
     return subject, state, describe(cfg, subject, tokens)
-
-
-def finite_params(checkpoint: str, cfg: GPT2Config) -> Params:
-    """`load_weights`, of numbers that a gradient can be taken at.
-
-    Raises:
-        CheckpointError: as `load_weights`, or a tensor has numbers that are not finite.
-
-    """
-    _, params = load_weights(checkpoint, cfg)
-    for (tensor, layer), x in zip(leaf_names(params), jax.tree.leaves(params), strict=True):
-        if not jnp.isfinite(x).all():
-            name = tensor if layer is None else f"{tensor}[{layer}]"
-            raise CheckpointError(f"{checkpoint} has numbers in {name} that are not finite: there is no gradient to check")
-    return params
 
 
 def describe(cfg: VerifyConfig, subject: Subject, tokens: str) -> dict[str, str]:

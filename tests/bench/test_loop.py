@@ -28,7 +28,7 @@ def test_each_contender_takes_as_many_steps_and_only_the_last_does_all_else(data
     monkeypatch.setattr(training, "sample_text", sample_text)
     monkeypatch.setattr(training.steps, "evaluate", counted)
     folders = []
-    monkeypatch.setattr(loop, "make_folder", lambda run: folders.append(run.folder) or run.folder.mkdir(parents=True))
+    monkeypatch.setattr(loop, "fill_folder", lambda run: folders.append(run.folder))
     model = GPT2Config(num_layers=1, num_heads=1, channels=8, vocab_size=4096, max_seq_len=8)
     train = TrainConfig(steps=99, eval_every=3, eval_tokens=64, sample_tokens=4)
     cfg = Config(model, DataConfig(root=str(data_root), batch_size=2, seq_len=8), train=train)

@@ -35,5 +35,5 @@ def test_sizes(tmp_path, size, word):
 
 
 def test_a_folder_is_no_file(tmp_path):
-    with pytest.raises(FormatError, match=r"cannot be read: Is a directory"):
+    with pytest.raises(FormatError, match="cannot be read: it is a folder"):
         read_header(tmp_path, "file")

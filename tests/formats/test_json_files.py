@@ -17,7 +17,7 @@ def test_an_object_is_read(tmp_path):
         (b"[1]", "is not a JSON object"),
         (b"\xff{}", "is not JSON"),
         (b"[" * 200_000, "is not JSON"),
-        (b'{"a": "' + b"x" * 100 + b'"}', "more than the 99 that are read as JSON"),
+        (b'{"a": "' + b"x" * 100 + b'"}', "more than the 99 bytes that are read"),
         (None, "cannot be read: No such file"),
     ],
 )

@@ -165,7 +165,7 @@ def test_a_session_ends_with_its_input(model, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--tokenizer", "byte", "--max_new_tokens", "0"], "max_new_tokens, num_samples and batch_size must be at least 1"),
+        (["--tokenizer", "byte", "--max_new_tokens", "0"], "must be from 1 to"),
         (["--tokenizer", "byte", "--seed", "-1"], "seed must be from 0 to 4294967295, not -1"),
         (["--tokenizer", "byte", "--top_p", "2"], "top_p must be from 1e-06 to 1, not 2"),
         (["--tokenizer", "byte", "--temprature", "1"], "unknown option temprature: did you mean temperature?"),

@@ -115,7 +115,7 @@ def test_parameters_that_are_not_finite_are_named(capsys, tmp_path):
     expect_error(
         command.main,
         [*TINY, "--checkpoint", str(tmp_path / "m.bin")],
-        "m.bin has numbers in fcb[0] that are not finite",
+        "the llm.c model has numbers in fcb[0] that are not finite",
         capsys,
     )
 

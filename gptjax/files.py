@@ -1,0 +1,93 @@
+"""Files opened for reading: regular ones alone, and small ones only as far as they are small.
+
+A device or a named pipe can be endless, or hang whoever opens it, and a folder of a model or a run may come from anywhere.
+"""
+
+import io
+import os
+import stat
+from typing import BinaryIO
+
+from gptjax.errors import FormatError, naming
+
+PIECE = 1 << 20  # bytes read at a time
+KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+def open_file(path: str | os.PathLike[str]) -> io.BufferedReader:
+    """Open a regular file for reading bytes; links are followed.
+
+    Raises:
+        FormatError: it is a folder, a device, a named pipe or a socket, none of which is opened.
+        OSError: it is missing, or may not be read.
+
+    """
+    check_file(path)  # before opening, since that alone can hang, or set a device going
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    try:
+        _check_mode(path, os.fstat(file.fileno()).st_mode)  # it may have been replaced in between
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def check_file(path: str | os.PathLike[str]) -> None:
+    """Raise as `open_file` does unless there is a regular file: for libraries that open it themselves."""
+    _check_mode(path, os.stat(path).st_mode)
+
+
+def read_small(path: str | os.PathLike[str], largest: int) -> bytes:
+    """The content of a regular file of at most ``largest`` bytes.
+
+    Raises:
+        FormatError: it is larger, or no regular file.
+        OSError: it cannot be read.
+
+    """
+    with naming(path), open_file(path) as file:
+        if os.fstat(file.fileno()).st_size > largest:  # it can be wrong: files grow, and those of /proc have 0
+            raise too_large(path, largest)
+        return read_stream(file, path, largest)
+
+
+def read_stream(file: BinaryIO, name: str | os.PathLike[str], largest: int) -> bytes:
+    """All that comes, of at most ``largest`` bytes; ``name`` is for the message.
+
+    Raises:
+        FormatError: it is more.
+
+    """
+    parts, left = [], largest + 1
+    while left and (part := file.read(min(left, PIECE))):
+        parts.append(part)
+        left -= len(part)
+    if not left:
+        raise too_large(name, largest)
+    return b"".join(parts)
+
+
+def too_large(name: str | os.PathLike[str], largest: int) -> FormatError:
+    """The error of `read_small` and `read_stream`."""
+    return FormatError(f"{name} has more than the {largest} bytes that are read of it")
+
+
+def read_text(path: str | os.PathLike[str], largest: int) -> str:
+    """`read_small`, decoded, with every line end as a newline.
+
+    Raises:
+        UnicodeDecodeError: it is not UTF-8.
+
+    """
+    return read_small(path, largest).decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _check_mode(path: str | os.PathLike[str], mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        raise FormatError(f"{path} cannot be read: it is {KINDS.get(stat.S_IFMT(mode), 'something odd')}, not a file")

@@ -1,0 +1,169 @@
+"""The folder of a run: its name, and the one process that may write into it."""
+
+import contextlib
+import errno
+import fcntl
+import glob
+import itertools
+import os
+import re
+import socket
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+from gptjax.errors import CheckpointError, ConfigError, naming
+
+LOCK_FILE = "lock"
+LONGEST_NAME = 200  # bytes: file systems take 255, of which a number needs some
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
+
+
+class RunInUseError(CheckpointError):
+    """Another process is training this run."""
+
+
+def check_name(name: str) -> None:
+    """Check that a run can have this name.
+
+    Raises:
+        ConfigError: it is not one component of a path, or cannot be shown.
+
+    """
+    if not name.strip() or name in (".", "..") or "/" in name or not name.isprintable():
+        raise ConfigError(f"name must be that of one folder, without / or control characters, not {name!r}")
+    if len(os.fsencode(name)) > LONGEST_NAME:
+        raise ConfigError(f"name must have at most {LONGEST_NAME} bytes, not {len(os.fsencode(name))}")
+
+
+@contextlib.contextmanager
+def owned(runs: Path, name: str, resume: str | None) -> Iterator[Path]:
+    """The folder of a run, which is this process's alone until the block ends, however it ends.
+
+    A new run gets a new folder, ``NAME``, ``NAME-2``, ``NAME-3``... One that never got as far as to have its configuration
+    written is no run: the block leaves none behind, and what a kill leaves is used again.
+
+    Args:
+        runs: where runs are kept.
+        name: the run's.
+        resume: ``auto`` for the newest run of that name, or else a new one; the folder of a run; None for a new one.
+
+    Raises:
+        CheckpointError: the folder to resume is not a run's, or another process is training it.
+
+    """
+    if resume is not None and resume != "auto":
+        folder = Path(resume)
+        if not (folder / "checkpoints").is_dir():
+            raise CheckpointError(f"--resume {resume} is not the folder of a run: it has no checkpoints/ in it")
+        lock = _lock(folder)
+    else:
+        folder, lock = _newest(runs, name) if resume else _new(runs, name)
+    try:
+        yield folder
+    finally:
+        if _is_unused(folder):
+            with contextlib.suppress(OSError):
+                (folder / LOCK_FILE).unlink()
+                folder.rmdir()
+        lock.close()
+
+
+def _newest(runs: Path, name: str) -> tuple[Path, TextIO]:
+    with contextlib.ExitStack() as kept:
+        unused: tuple[Path, TextIO] | None = None
+        for number in _numbers(runs, name):
+            folder = _numbered(runs, name, number)
+            with contextlib.suppress(FileNotFoundError):  # the process that made it failed
+                if is_run(folder) or (_is_unused(folder) and not unused):
+                    lock = _lock(folder)
+                    if is_run(folder):
+                        return folder, lock
+                    unused = folder, kept.enter_context(lock)  # or two that look at once would each find it locked
+        kept.pop_all()
+    return unused or _new(runs, name, resume=True)
+
+
+def _new(runs: Path, name: str, resume: bool = False) -> tuple[Path, TextIO]:
+    runs.mkdir(parents=True, exist_ok=True)
+    taken = itertools.dropwhile(lambda number: _is_unused(_numbered(runs, name, number)), _numbers(runs, name))
+    for number in itertools.count(next(taken, 0) + 1):
+        folder = _numbered(runs, name, number)
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            if not _is_unused(folder):
+                continue
+        try:
+            lock = _lock(folder)
+        except FileNotFoundError:
+            continue
+        except RunInUseError:  # another process was faster
+            if resume:
+                raise
+            continue
+        if not is_run(folder):
+            break
+        lock.close()
+    return folder, lock
+
+
+def is_run(folder: Path) -> bool:
+    """Whether training has begun in this folder."""
+    return (folder / "config.yaml").exists() or (folder / "checkpoints").exists()
+
+
+def _is_unused(folder: Path) -> bool:
+    """Whether nothing is in the folder, or only the lock of a process that ended before it trained."""
+    with contextlib.suppress(OSError):
+        return set(os.listdir(folder)) <= {LOCK_FILE}
+    return False
+
+
+def _numbers(runs: Path, name: str) -> list[int]:
+    """Those of the folders of this name, the newest first."""
+    matches = (re.fullmatch(re.escape(name) + r"(?:-([1-9]\d*))?", path.name) for path in runs.glob(f"{glob.escape(name)}*"))
+    return sorted({int(match[1] or 1) for match in matches if match}, reverse=True)
+
+
+def _numbered(runs: Path, name: str, number: int) -> Path:
+    return runs / (name if number == 1 else f"{name}-{number}")
+
+
+def _lock(folder: Path) -> TextIO:
+    """Lock a run's folder until what this returns is closed, or the process ends; its file says which one it is.
+
+    Raises:
+        RunInUseError: another process has the lock.
+        FileNotFoundError: the folder was removed meanwhile.
+
+    """
+    path = folder / LOCK_FILE
+    file = open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+")  # noqa: SIM115
+    try:
+        _flock(file, folder)
+        if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        with naming(path):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _flock(file: TextIO, folder: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        time.sleep(0.1)  # in which the other writes its name
+        owner = file.read(300).strip() or "another process"
+        raise RunInUseError(f"{folder} is being trained by {owner}: wait until it ends, or stop it") from error
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        warnings.warn(f"{folder} cannot be locked on this file system: start no second process on it", stacklevel=2)
