@@ -60,7 +60,7 @@ def owned(runs: Path, name: str, resume: str | None) -> Iterator[Path]:
             raise CheckpointError(f"--resume {resume} is not the folder of a run: it has no checkpoints/ in it")
         lock = _lock(folder)
     else:
-        folder, lock = _newest(runs, name) if resume else _new(runs, name)
+        folder, lock = _newest(runs, name) if resume else _new(runs, name, _numbers(runs, name))
     try:
         yield folder
     finally:
@@ -74,7 +74,8 @@ def owned(runs: Path, name: str, resume: str | None) -> Iterator[Path]:
 def _newest(runs: Path, name: str) -> tuple[Path, TextIO]:
     with contextlib.ExitStack() as kept:
         unused: tuple[Path, TextIO] | None = None
-        for number in _numbers(runs, name):
+        numbers = _numbers(runs, name)
+        for number in numbers:
             folder = _numbered(runs, name, number)
             with contextlib.suppress(FileNotFoundError):  # the process that made it failed
                 if is_run(folder) or (_is_unused(folder) and not unused):
@@ -83,18 +84,18 @@ def _newest(runs: Path, name: str) -> tuple[Path, TextIO]:
                         return folder, lock
                     unused = folder, kept.enter_context(lock)  # or two that look at once would each find it locked
         kept.pop_all()
-    return unused or _new(runs, name, resume=True)
+    return unused or _new(runs, name, numbers, resume=True)
 
 
-def _new(runs: Path, name: str, resume: bool = False) -> tuple[Path, TextIO]:
+def _new(runs: Path, name: str, numbers: list[int], resume: bool = False) -> tuple[Path, TextIO]:
     runs.mkdir(parents=True, exist_ok=True)
-    taken = itertools.dropwhile(lambda number: _is_unused(_numbered(runs, name, number)), _numbers(runs, name))
+    taken = itertools.dropwhile(lambda number: _is_unused(_numbered(runs, name, number)), numbers)
     for number in itertools.count(next(taken, 0) + 1):
         folder = _numbered(runs, name, number)
         try:
             folder.mkdir()
         except FileExistsError:
-            if not _is_unused(folder):
+            if not resume and not _is_unused(folder):
                 continue
         try:
             lock = _lock(folder)
@@ -104,7 +105,7 @@ def _new(runs: Path, name: str, resume: bool = False) -> tuple[Path, TextIO]:
             if resume:
                 raise
             continue
-        if not is_run(folder):
+        if resume or not is_run(folder):  # to resume is to take what another process has just begun, or to be refused
             break
         lock.close()
     return folder, lock
