@@ -20,7 +20,7 @@ from .models.params import num_params as num_params
 from .models.params import param_shapes as param_shapes
 from .models.params import split_layers as split_layers
 from .ops.attention import materialised_bwd as materialised_bwd
-from .optim import OptimConfig as OptimConfig
+from .train.optimizer import OptimConfig as OptimConfig
 from .verify import check as check
 from .verify import compare as compare
 from .weights import load_weights as load_weights

@@ -2,15 +2,15 @@
 
 import dataclasses
 
-from gptjax.data import Order
-from gptjax.distributed import DistributedConfig
+from gptjax.datasets.batches import Order
+from gptjax.parallel.processes import DistributedConfig
 from gptjax.errors import ConfigError
-from gptjax.folders import check_name
+from gptjax.train.folders import check_name
 from gptjax.generate.sampling import Sampler
-from gptjax.mesh import MeshConfig
-from gptjax.models.config import GPT2Config
-from gptjax.optim import OptimConfig
-from gptjax.steps import Backward
+from gptjax.parallel.mesh import MeshConfig
+from gptjax.models.config import ModelConfig
+from gptjax.train.optimizer import OptimConfig
+from gptjax.train.step import Backward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +104,7 @@ class LogConfig:
 class Config:
     """Everything that defines a training run."""
 
-    model: GPT2Config
+    model: ModelConfig
     """The model."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     """The corpus and its batches."""

@@ -184,7 +184,9 @@ def check_finite(what: str, path: Any, array: np.ndarray) -> None:
     if not finite:
         name, layer = tensor_at(path)
         tensor = name if layer is None else f"{name}[{layer}]"
-        raise CheckpointError(f"the {what} has numbers in {tensor} that are not finite: it is damaged, or its training diverged")
+        raise CheckpointError(
+            f"the {what} has numbers in {tensor} that are not finite: it is damaged, or its training diverged"
+        )
 
 
 def write_weights(source: Source, path: Path, to: Format, dtype: np.dtype) -> None:

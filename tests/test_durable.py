@@ -1,6 +1,6 @@
 import pytest
 
-from gptjax.durable import set_aside, write_folder, write_whole
+from gptjax.files import set_aside, write_folder, write_whole
 
 
 def test_a_file_appears_once_it_is_whole(tmp_path):

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import steps, tokenizers
+from gptjax import tokenizers
+from gptjax.train import step as steps
 from gptjax.formats import llmc
 from gptjax.models import transformer
 from gptjax.models.transformer import Batch
-from gptjax.optim import OptimConfig, init_opt_state, make_optimizer
-from gptjax.steps import TrainState
+from gptjax.train.optimizer import OptimConfig, init_opt_state, make_optimizer
+from gptjax.train.step import TrainState
 from gptjax.weights import load_weights, open_weights, write_weights
 from tests.compare import relative_l2
 from tests.golden import torch_gpt2
@@ -144,7 +145,7 @@ def test_transformers_loads_what_we_write(transformers, tmp_path):
 def test_we_load_what_transformers_writes(transformers, tmp_path, how):
     """In one file, in several, and without the language model's head, as the hub's own gpt2 has it."""
     sizes = {"n_layer": 2, "n_head": 4, "n_embd": 32, "vocab_size": V, "n_positions": 24}
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+    model = transformers.GPT2LMHeadModel(transformers.ModelConfig(**sizes))
     how = dict(how)
     (model.transformer if how.pop("inner", False) else model).save_pretrained(tmp_path, **how)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1 or "max_shard_size" not in how

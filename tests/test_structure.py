@@ -58,8 +58,8 @@ def test_no_cycles():
 
 
 def test_what_draws_and_logs_is_imported_where_it_is_used():
-    """A run pays for the extras' imports only if it asks for them; `gptjax.show` is the notebooks', and nothing imports it."""
-    assert not any("gptjax.show" in imports_of(path) for path in MODULES)
+    """A run pays for the extras' imports only if it asks for them; `gptjax.plot.figures` is the notebooks', and nothing imports it."""
+    assert not any("gptjax.plot.figures" in imports_of(path) for path in MODULES)
     for path in set(MODULES) - {PACKAGE / "show.py"}:
         for node in ast.parse(path.read_text()).body:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", "")]
@@ -110,8 +110,8 @@ def test_the_jupyter_example_runs(capsys):
 # What reads by itself: the system's and this package's own files, what JAX has just written, and prompts from named pipes.
 READS_ITSELF = {
     "gptjax.files",
-    "gptjax.cache",
-    "gptjax.native",
+    "gptjax.xla.cache",
+    "gptjax.xla.native",
     "gptjax.bench.data",
     "gptjax.bench.profile",
     "gptjax.generate.__main__",

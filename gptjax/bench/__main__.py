@@ -23,12 +23,12 @@ from gptjax.bench import ceiling, data, loop, program, steps, torch_peer
 from gptjax.bench.profile import OpTime, profile
 from gptjax.bench.timing import Timing, in_turns
 from gptjax.config import Config
-from gptjax.data import BatchShape
+from gptjax.datasets.batches import BatchShape
 from gptjax.datasets import find_corpus
 from gptjax.errors import ConfigError, naming
-from gptjax.metrics import human_bytes, peak_flops
+from gptjax.train.metrics import human_bytes, peak_flops
 from gptjax.models.params import flops_per_token
-from gptjax.run import platform_name, start_jax
+from gptjax.train.setup import platform_name, start_jax
 
 PROG = "python -m gptjax.bench"
 OPS = 12  # lines of a profile

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gptjax.models.config import GPT2Config
+from gptjax.models.config import ModelConfig
 from gptjax.models.params import flops_per_token, num_params
 from gptjax.ops import contract
 
@@ -28,7 +28,7 @@ class Ceiling(NamedTuple):
     """Bytes a second of an array that is only read."""
 
 
-def measure(cfg: GPT2Config, tokens: int) -> Ceiling:
+def measure(cfg: ModelConfig, tokens: int) -> Ceiling:
     """Time the product of (tokens, C) and (C, 4 C) in the compute dtype, and passes over memory."""
     C = cfg.channels
     x, w = jnp.ones((tokens, C), cfg.compute_dtype), jnp.ones((C, 4 * C), cfg.compute_dtype)
@@ -61,11 +61,11 @@ def _median_seconds(run: Callable[[], Any]) -> float:
     return statistics.median(seconds)
 
 
-def step_floor(cfg: GPT2Config, tokens: int, seq_len: int, ceiling: Ceiling) -> float:
+def step_floor(cfg: ModelConfig, tokens: int, seq_len: int, ceiling: Ceiling) -> float:
     """Seconds of a training step that only multiplies matrices and makes one pass of AdamW over memory."""
     return tokens * flops_per_token(cfg, seq_len) / ceiling.flops + ADAMW_PASSES * 4 * num_params(cfg) / ceiling.bandwidth
 
 
-def decode_floor(cfg: GPT2Config, ceiling: Ceiling) -> float:
+def decode_floor(cfg: ModelConfig, ceiling: Ceiling) -> float:
     """Seconds of a token that only reads every weight once."""
     return num_params(cfg) * cfg.compute_dtype.itemsize / ceiling.reading

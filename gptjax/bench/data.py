@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.data import BatchShape, Order, TrainingBatches
+from gptjax.datasets.batches import BatchShape, Order, TrainingBatches
 from gptjax.datasets.prepare import encode
 from gptjax.datasets.text import Piece
 from gptjax.formats.token_shards import Shard

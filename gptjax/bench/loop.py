@@ -10,14 +10,15 @@ from pathlib import Path
 
 import jax
 
-from gptjax import distributed, steps
+from gptjax.parallel import processes
+from gptjax.train import step as steps
 from gptjax.bench.timing import Contender
-from gptjax.checkpoint import CheckpointWriter
+from gptjax.train.checkpoint import CheckpointWriter
 from gptjax.config import Config, TrainConfig
-from gptjax.loggers import Loggers
-from gptjax.loop import fit
-from gptjax.metrics import Display, MetricsFile
-from gptjax.run import fill_folder, owned, set_up
+from gptjax.train.loggers import Loggers
+from gptjax.train.trainer import fit
+from gptjax.train.metrics import Display, MetricsFile
+from gptjax.train.setup import fill_folder, owned, set_up
 
 
 def length(cfg: Config) -> int:
@@ -60,7 +61,7 @@ def contenders(cfg: Config) -> Iterator[list[Contender]]:
             nonlocal state, done
             goal = run._replace(cfg=dataclasses.replace(run.cfg, train=dataclasses.replace(train, steps=done + count)))
             with contextlib.redirect_stdout(nowhere):
-                display, stop = Display(done + count), distributed.Stop()
+                display, stop = Display(done + count), processes.Stop()
                 state, done, _ = fit(goal, compiled, state, done, records, Loggers([], print), writer, display, stop)
 
         yield [

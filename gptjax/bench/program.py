@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 import jax
 
-from gptjax import steps
+from gptjax.train import step as steps
 from gptjax.config import Config
-from gptjax.data import BatchShape
-from gptjax.models.config import GPT2Config
-from gptjax.optim import make_optimizer
+from gptjax.datasets.batches import BatchShape
+from gptjax.models.config import ModelConfig
+from gptjax.train.optimizer import make_optimizer
 
 
 class Operations(NamedTuple):
@@ -22,7 +22,7 @@ class Operations(NamedTuple):
     """Bytes of its results, summed over them: what it would write if nothing were fused."""
 
 
-def lowered_step(cfg: Config, model: GPT2Config, backward: steps.Backward, platform: str) -> Operations:
+def lowered_step(cfg: Config, model: ModelConfig, backward: steps.Backward, platform: str) -> Operations:
     """Operations of a training step: of its gradient and of its update, whole.
 
     Args:

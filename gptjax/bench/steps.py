@@ -9,18 +9,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptjax import steps
+from gptjax.train import step as steps
 from gptjax.bench.timing import Contender
 from gptjax.config import Config
 from gptjax.errors import ConfigError
 from gptjax.generate import Sampler, sample
-from gptjax.models.config import GPT2Config
+from gptjax.models.config import ModelConfig
 from gptjax.models.decode import store_for_decoding
-from gptjax.models.gpt2 import Batch
+from gptjax.models.batch import Batch
 from gptjax.models.params import init_params
 from gptjax.ops import ATTENTION_IMPLEMENTATIONS
-from gptjax.optim import make_optimizer
-from gptjax.run import platform_name
+from gptjax.train.optimizer import make_optimizer
+from gptjax.train.setup import platform_name
 
 PROMPT, NEW = 16, 256  # tokens of a decoding
 GREEDY, COMMON = Sampler(temperature=0), Sampler(0.8, top_k=50, top_p=0.95)
@@ -33,7 +33,7 @@ def random_batch(cfg: Config) -> Batch:
     return Batch(ids[..., :-1], ids[..., 1:])
 
 
-def variants(model: GPT2Config, backward: Any) -> list[tuple[str, GPT2Config, Any]]:
+def variants(model: ModelConfig, backward: Any) -> list[tuple[str, ModelConfig, Any]]:
     """Name, configuration and backward: first what is configured, then each choice that can be made otherwise."""
     other = "autodiff" if backward == "manual" else "manual"
     layers = "scan" if model.layers == "unroll" else "unroll"

@@ -13,8 +13,8 @@ from gptjax import tokenizers
 from gptjax.datasets.named import CORPORA, Wanted
 from gptjax.datasets.prepare import TOKENIZER_FILE, prepare_text
 from gptjax.datasets.text import find_files
-from gptjax.durable import alone
 from gptjax.errors import DataError
+from gptjax.files import alone
 from gptjax.formats.token_shards import Shard, open_shard
 from gptjax.tokenizers import Tokenizer
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gptjax import tokenizers
+from gptjax.datasets.download import fetch
 from gptjax.datasets.prepare import (
     TOKENIZER_FILE,
     Split,
@@ -21,10 +22,8 @@ from gptjax.datasets.prepare import (
     write_corpus,
 )
 from gptjax.datasets.text import Piece, import_arrow, pieces
-from gptjax.download import fetch
-from gptjax.durable import write_folder
 from gptjax.errors import DataError
-from gptjax.files import read_small, read_text
+from gptjax.files import read_small, read_text, write_folder
 from gptjax.formats.json_files import LARGEST
 from gptjax.formats.token_shards import open_shard, write_shard
 from gptjax.tokenizers import Tokenizer

@@ -14,12 +14,11 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from gptjax import tokenizers
+from gptjax.cli.progress import progress
 from gptjax.datasets.text import Piece, kind_of, pieces
-from gptjax.durable import write_folder
 from gptjax.errors import DataError
-from gptjax.files import open_file
+from gptjax.files import open_file, write_folder
 from gptjax.formats.token_shards import write_shard
-from gptjax.progress import progress
 from gptjax.tokenizers import Tokenizer
 
 Split = Literal["train", "val"]

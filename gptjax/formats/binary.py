@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gptjax.durable import write_whole
+from gptjax.files import write_whole
 from gptjax.errors import FormatError
 from gptjax.files import open_file
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gptjax.durable import write_folder
+from gptjax.files import write_folder
 from gptjax.errors import ConfigError, FormatError
 from gptjax.formats import safetensors
 from gptjax.formats.json_files import read_object

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from gptjax.durable import write_whole
+from gptjax.files import write_whole
 from gptjax.errors import ConfigError, FormatError
 from gptjax.files import check_file, open_file
 from gptjax.formats.lazy import LazyTensor

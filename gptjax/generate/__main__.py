@@ -17,19 +17,18 @@ from typing import Any, NamedTuple
 import jax
 
 from gptjax import cli, tokenizers
-from gptjax.xla.cache import keep_compiled_programs
+from gptjax.cli.streams import standard_input
 from gptjax.errors import ConfigError, DataError
 from gptjax.files import read_stream
 from gptjax.generate.engine import CHUNK, Rules
 from gptjax.generate.samples import Sample, continued
 from gptjax.generate.sampling import Sampler
-from gptjax.models.config import GPT2Config
+from gptjax.models.config import ModelConfig
 from gptjax.models.decode import store_for_decoding
-from gptjax.models.params import Params
-from gptjax.run import platform_name, prompt_ids, start_jax
-from gptjax.streams import standard_input
 from gptjax.tokenizers import Tokenizer
+from gptjax.train.setup import platform_name, prompt_ids, start_jax
 from gptjax.weights import load_params, open_weights
+from gptjax.xla.cache import keep_compiled_programs
 
 PROG = "python -m gptjax.generate"
 MOST_TOKENS = 1 << 24  # of one continuation, which is held in memory
@@ -42,7 +41,7 @@ RESET, END = "/reset", "/end"  # what an interactive session understands
 class Model(NamedTuple):
     """A model that is ready to generate."""
 
-    params: Params
+    params: Any
     tokenizer: Tokenizer
     rules: Rules
 
@@ -155,7 +154,7 @@ def load(args: Any) -> Model:
         )
     wanted = dataclasses.replace(source.cfg, dtype=args.dtype, layers="unroll", attention="auto", dropout=0.0)
     start_jax(wanted)
-    cfg: GPT2Config = wanted.resolve(platform_name(), 1)
+    cfg: ModelConfig = wanted.resolve(platform_name(), 1)
     params = load_params(source, cfg)
     end = None if args.ignore_end else tokenizer.end_of_text
     return Model(store_for_decoding(params, cfg, args.int8), tokenizer, Rules(cfg, sampler, tokenizer.vocab_size, end))

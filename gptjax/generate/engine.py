@@ -15,10 +15,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from gptjax.errors import CheckpointError
 from gptjax.generate.sampling import Sampler, choose
-from gptjax.models.config import GPT2Config
+from gptjax.models.config import ModelConfig
 from gptjax.models.decode import decode, prefill
-from gptjax.models.params import Params
-from gptjax.ops.precision import accumulation_dtype
+from gptjax.xla.products import accumulation_dtype
 
 CHUNK = 32  # tokens between looks at what was drawn, unless told otherwise
 LEAST_PREFILL = 16  # prompts are padded to this times a power of two, so that few programs are compiled
@@ -29,7 +28,7 @@ SLOTS = 64  # the cache's length is a multiple of this, for the same reason
 class Rules(NamedTuple):
     """What stays the same throughout: static, so that each has a program of its own."""
 
-    cfg: GPT2Config
+    cfg: ModelConfig
     """Resolved."""
     sampler: Sampler
     allowed: int
@@ -71,7 +70,7 @@ def window_start(length: int, context: int) -> int:
 
 
 def generate(
-    params: Params,
+    params: Any,
     prompts: Sequence[Sequence[int]],
     rules: Rules,
     key: Key[Array, ""],
@@ -126,11 +125,11 @@ def generate(
 
 
 def sample(
-    params: Params,
+    params: Any,
     prompts: Sequence[Sequence[int]],
     key: Key[Array, ""],
     *,
-    cfg: GPT2Config,
+    cfg: ModelConfig,
     new_tokens: int,
     sampler: Sampler = DEFAULT,
     allowed: int | None = None,
@@ -155,7 +154,7 @@ def _padded(windows: list[list[int]], rules: Rules, new_tokens: int) -> tuple[np
 
 @partial(jax.jit, static_argnames=("slots", "rules"))
 def _start(
-    params: Params, ids: Array, padding: Array, slots: int, rules: Rules, keys: Any, drawn: Any, done: Any
+    params: Any, ids: Array, padding: Array, slots: int, rules: Rules, keys: Any, drawn: Any, done: Any
 ) -> tuple[Decoding, Array, Array]:
     """Read the prompts and draw one token a row."""
     logits, cache = prefill(params, ids, padding, slots, rules.cfg)
@@ -165,7 +164,7 @@ def _start(
 
 
 @partial(jax.jit, static_argnames="rules", donate_argnames="state")
-def _advance(params: Params, state: Decoding, rules: Rules, count: Any) -> tuple[Decoding, Array, Array]:
+def _advance(params: Any, state: Decoding, rules: Rules, count: Any) -> tuple[Decoding, Array, Array]:
     """``count`` times: read the newest token of each row, and draw the next; it stops when all rows are done."""
     B = state.token.shape[0]
     room = jnp.full((B, CHUNK), 0 if rules.end is None else rules.end, jnp.int32), jnp.zeros((B, CHUNK), jnp.float32)

@@ -5,7 +5,6 @@ from typing import Any, Literal
 
 from gptjax.generate.engine import CHUNK, Rules, generate
 from gptjax.generate.text import TextStream
-from gptjax.models.params import Params
 from gptjax.tokenizers import Tokenizer, printable
 
 
@@ -61,7 +60,7 @@ class Sample:
 
 
 def continued(
-    params: Params, samples: Sequence[Sample], rules: Rules, key: Any, new_tokens: int, chunk: int = CHUNK, first: int = 0
+    params: Any, samples: Sequence[Sample], rules: Rules, key: Any, new_tokens: int, chunk: int = CHUNK, first: int = 0
 ) -> Iterator[list[str]]:
     """Let all samples grow until each is finished, yielding what each has gained in text; see `generate`."""
     left = new_tokens

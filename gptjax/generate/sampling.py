@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from gptjax.errors import ConfigError
-from gptjax.ops.precision import accumulation_dtype
+from gptjax.xla.products import accumulation_dtype
 
 SMALLEST = 1e-6  # that a temperature or a top_p may be: what is smaller, float32 no longer tells from 0
 BLOCK = 128  # ids that are drawn from together

@@ -1,4 +1,4 @@
-"""The devices that a run computes on, and arrays laid out over them: what the rules of `gptjax.parallel.sharding` mean for a model."""
+"""The devices that a run computes on, and arrays laid out over them by the rules of `gptjax.parallel.sharding`."""
 
 import dataclasses
 import itertools

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from gptjax.durable import write_whole
+from gptjax.files import write_whole
 
 END_OF_TEXT = "<|endoftext|>"
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()

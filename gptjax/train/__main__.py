@@ -1,9 +1,9 @@
-"""Train GPT-2: ``python -m gptjax.train --config configs/124m.yaml``.
+"""Train a model: ``python -m gptjax.train --config configs/124m.yaml``.
 
 Every option of the config file is also an option here, as in ``--optim.learning_rate 1e-3``; the command line wins.
 A run is kept in ``runs/NAME``: ``config.yaml`` as resolved, ``metrics.jsonl``, ``tokenizer.json``, ``checkpoints/``,
-and a ``lock`` that the training process holds;
-``python -m gptjax.plot runs/NAME`` draws it, and ``--log.tensorboard true`` or ``--log.wandb PROJECT`` log it there, too.
+and a ``lock`` that the training process holds.
+``python -m gptjax.plot runs/NAME`` draws it; ``--log.tensorboard`` or ``--log.wandb PROJECT`` log it there, too.
 Ctrl-C, SIGTERM or SIGHUP saves a checkpoint and ends; ``--resume auto`` goes on from the newest one as if never interrupted.
 """
 
@@ -11,41 +11,47 @@ import contextlib
 import dataclasses
 import sys
 import time
+from typing import Any
 
 import jax
 
-from gptjax import cli, distributed, lost, steps
-from gptjax.xla.cache import keep_compiled_programs
-from gptjax.train.checkpoint import CheckpointWriter, Restored
+from gptjax import cli
 from gptjax.config import Config
-from gptjax.loggers import open_loggers
-from gptjax.loop import DivergedError, WrongGradientError, fit
-from gptjax.metrics import Display, MetricsFile, NoMetrics
-from gptjax.run import Run, describe, describe_memory, fill_folder, owned, resolved, restore, set_up, start_jax
-from gptjax.signals import stopping
-from gptjax.steps import TrainState
+from gptjax.parallel import heartbeat, processes
+from gptjax.train import step as steps
+from gptjax.train.checkpoint import CheckpointWriter, Restored
+from gptjax.train.loggers import Loggers, open_loggers
+from gptjax.train.metrics import Display, MetricsFile, NoMetrics
+from gptjax.train.report import describe, describe_memory
+from gptjax.train.samples import prompt_ids, sample_text
+from gptjax.train.setup import Run, checkpoint_meta, fill_folder, owned, resolved, restore, set_up, start_jax
+from gptjax.train.signals import stopping
+from gptjax.train.trainer import DivergedError, Record, Trainer
+from gptjax.verify.live import LiveCheck, WrongGradientError
 from gptjax.weights import load_weights
+from gptjax.xla.cache import keep_compiled_programs
 
 PROG = "python -m gptjax.train"
 FAILED = 1  # exit status
+NOTABLE = {"val_loss", "skipped", "gradient_error"}  # a step with one of them gets its line whatever log_every says
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Returns the exit status: 0 done or stopped by a signal, 1 failed; bad input raises SystemExit(2)."""
+    """Run the command. Returns the exit status: 0 done or stopped by a signal, 1 failed; bad input raises SystemExit(2)."""
     less = "lower data.batch_size, set model.recompute block"
-    with lost.ending_together(PROG), cli.reported_errors(PROG, less, lost.speaks):
+    with heartbeat.ending_together(PROG), cli.reported_errors(PROG, less, heartbeat.speaks):
         cfg, file = cli.parse(Config, PROG, __doc__ or "", argv)
         cli.keep_freed_memory()
         keep_compiled_programs()
         cli.quiet_libraries()
         cli.replace_unprintable()
-        distributed.start(cfg.distributed)
+        processes.start(cfg.distributed)
         start_jax(cfg.model)
-        with lost.watched(PROG, cfg.distributed.timeout):
+        with heartbeat.watched(PROG, cfg.distributed.timeout):
             try:
                 train(dataclasses.replace(cfg, name=cfg.name or (file.stem if file else "run")))
             except (DivergedError, WrongGradientError) as error:  # in all processes, so none of them is lost
-                if distributed.is_first():
+                if processes.is_first():
                     print(f"{PROG}: error: {error}", file=sys.stderr)
                 return FAILED
     return 0
@@ -60,8 +66,10 @@ def train(cfg: Config) -> None:
         WrongGradientError: a check that ``train.verify_every`` asks for failed.
 
     """
-    display = Display(cfg.train.steps, quiet=not distributed.is_first())
-    with owned(set_up(cfg)) as run:
+    display = Display(cfg.train.steps, quiet=not processes.is_first())
+    new = set_up(cfg)
+    prompt_ids(new.corpus.tokenizer, cfg.train.sample_prompt)  # better an error now than after the last step
+    with owned(new) as run:
         display.print(describe(run))
         restored = restore(run) if cfg.resume else None
         if restored:
@@ -74,11 +82,9 @@ def train(cfg: Config) -> None:
 
 
 def _train(run: Run, restored: Restored | None, display: Display) -> str:
-    """Train a run that has its folder, from the beginning or from a checkpoint. Returns the last words."""
-    cfg = run.cfg
-    state, done = (restored.state, restored.step) if restored else (None, 0)
-    if not state and cfg.init:
-        state = loaded_state(run)
+    """Train a run that has its folder, from the beginning or from a checkpoint. Returns the last line to print."""
+    cfg, done = run.cfg, restored.step if restored else 0
+    state = restored.state if restored else initial_state(run)
     loggers = open_loggers(cfg.log, run.folder, done, resolved(run), display.print)  # what they lack is told before compiling
     began = time.perf_counter()
     shapes = steps.step_arguments(run.model, run.optimizer, run.shape, run.mesh)
@@ -86,37 +92,85 @@ def _train(run: Run, restored: Restored | None, display: Display) -> str:
     display.print(describe_memory(compiled, time.perf_counter() - began))
     state = state or steps.make_state(run.key, run.model, run.optimizer, run.mesh)
     fill_folder(run)
+    trainer = Trainer(run, compiled, jax.block_until_ready(state), done)
     if cfg.init and not done and cfg.train.eval_every:
-        loss = steps.evaluate(steps.make_eval_loss(run.model, run.mesh), state.params, run.val)
-        display.print(f"{'init':<10} {cfg.init}, val loss {loss:.4f}")
+        display.print(f"{'init':<10} {cfg.init}, val loss {trainer.validation_loss():.4f}")
+    stop = processes.Stop(done, cfg.train.steps)
     with contextlib.ExitStack() as cleanup:
-        stop = distributed.Stop(done, cfg.train.steps)
         cleanup.enter_context(stopping(PROG, stop, display))  # first in, so last out: until all is on disk
         cleanup.enter_context(loggers)
-        records = MetricsFile(run.folder / "metrics.jsonl", done) if distributed.is_first() else NoMetrics()
-        metrics_file = cleanup.enter_context(contextlib.closing(records))
-        writer = cleanup.enter_context(
-            contextlib.closing(CheckpointWriter(run.folder / "checkpoints", cfg.train.keep_checkpoints))
-        )
+        records = MetricsFile(run.folder / "metrics.jsonl", done) if processes.is_first() else NoMetrics()
+        cleanup.enter_context(contextlib.closing(records))
+        writer = CheckpointWriter(run.folder / "checkpoints", cfg.train.keep_checkpoints)
+        cleanup.enter_context(contextlib.closing(writer))
         cleanup.enter_context(display.running(done))
-        _, done, saved = fit(run, compiled, jax.block_until_ready(state), done, metrics_file, loggers, writer, display, stop)
-    if saved < done:
-        newest = f"the newest checkpoint is after step {saved}" if saved else "there is no checkpoint"
-        return f"ended after step {done} without a checkpoint of it; in {run.folder} {newest}"
-    if stop.name and done < cfg.train.steps:
-        display.print(f"stopped by {stop.name} after step {done}; go on with --resume auto")
+        add_hooks(trainer, records, loggers, writer, display)
+        trainer.fit(stop)
+    if trainer.saved < trainer.done:
+        newest = f"the newest checkpoint is after step {trainer.saved}" if trainer.saved else "there is no checkpoint"
+        return f"ended after step {trainer.done} without a checkpoint of it; in {run.folder} {newest}"
+    if stop.name and trainer.done < cfg.train.steps:
+        display.print(f"stopped by {stop.name} after step {trainer.done}; go on with --resume auto")
     return f"saved in {run.folder}"
 
 
-def loaded_state(run: Run) -> TrainState:
-    """The parameters that ``init`` names, and a fresh optimizer.
+def initial_state(run: Run) -> steps.TrainState | None:
+    """The parameters that ``init`` names and a fresh optimizer; None where parameters are to be drawn.
 
     Raises:
         GptjaxError: the weights cannot be had, or are of other dimensions.
 
     """
-    _, params = distributed.first_then_others("init", lambda: load_weights(str(run.cfg.init), run.model, run.mesh))
+    if not run.cfg.init:
+        return None
+    load = lambda: load_weights(str(run.cfg.init), run.model, run.mesh)  # noqa: E731
+    _, params = processes.first_then_others("init", load)
     return steps.add_optimizer(params, run.model, run.optimizer, run.mesh)
+
+
+def add_hooks(
+    trainer: Trainer, records: MetricsFile | NoMetrics, loggers: Loggers, writer: CheckpointWriter, display: Display
+) -> None:
+    """Add what a run does between its steps, as configured."""
+    run, cfg = trainer.run, trainer.run.cfg.train
+    check = LiveCheck(trainer)
+
+    def save() -> None:
+        writer.save(trainer.done, trainer.state, run.model, run.optimizer, checkpoint_meta(run))
+
+    def log(record: Record) -> None:
+        records.write(record)
+        loggers.write(record)
+        step = record["step"]
+        display.step(record, line=step % cfg.log_every == 0 or step == cfg.steps or not NOTABLE.isdisjoint(record))
+        writer.check()
+
+    def checkpoint() -> None:
+        if trainer.is_finite():
+            save()
+            trainer.saved = trainer.done
+        else:
+            display.print(f"{display.of(trainer.done)} | no checkpoint: the parameters give a loss that is not finite")
+
+    def print_sample() -> None:
+        text = sample_text(run, trainer.state.params, trainer.done)
+        display.print(f"--- sample after step {trainer.done} ---\n{text}\n---")
+        loggers.text("sample", text, trainer.done)
+
+    def verify(batch: Any) -> Record:
+        try:
+            return check(batch)
+        except WrongGradientError:
+            if trainer.saved < trainer.done:  # the parameters in question, for `gptjax.verify --checkpoint`
+                save()
+            raise
+
+    trainer.listen(log)
+    trainer.before_step(verify, cfg.verify_every)
+    trainer.measure(lambda: {"val_loss": trainer.validation_loss()}, cfg.eval_every, at_end=cfg.eval_every > 0)
+    trainer.after_step(checkpoint, cfg.checkpoint_every, when_stopped=True)
+    if cfg.sample_tokens:
+        trainer.after_step(print_sample, cfg.sample_every)
 
 
 if __name__ == "__main__":

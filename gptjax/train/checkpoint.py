@@ -26,14 +26,14 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from gptjax import distributed
-from gptjax.durable import set_aside
 from gptjax.errors import CheckpointError, ConfigError, GptjaxError
+from gptjax.files import set_aside
 from gptjax.formats.lazy import collect
-from gptjax.lost import tells_of_a_lost_process
 from gptjax.models.config import DIMENSIONS, ModelConfig
 from gptjax.models.params import param_axes, rows, stack, unstack
 from gptjax.parallel import mesh as meshes
+from gptjax.parallel import processes
+from gptjax.parallel.heartbeat import tells_of_a_lost_process
 from gptjax.train.optimizer import Optimizer
 from gptjax.train.step import TrainState, init_state
 
@@ -123,7 +123,7 @@ def restore_newest(folder: Path, cfg: ModelConfig, optimizer: Optimizer, mesh: M
         GptjaxError: the model's dimensions differ, or there are checkpoints but all are damaged.
 
     """
-    return _newest_whole(folder, lambda path, step: _restore(path, step, cfg, optimizer, mesh), distributed.agreed)
+    return _newest_whole(folder, lambda path, step: _restore(path, step, cfg, optimizer, mesh), processes.agreed)
 
 
 def open_newest(folder: Path) -> tuple[ModelConfig, Any, dict[str, Any]]:
@@ -145,7 +145,7 @@ def open_newest(folder: Path) -> tuple[ModelConfig, Any, dict[str, Any]]:
 def _newest_whole(folder: Path, read: Callable[[Path, int], T], agreed: Callable[[str, Callable[[], str]], str]) -> T | None:
     """What ``read(path, step)`` makes of the newest checkpoint that it can read; None if there is no checkpoint at all.
 
-    ``read`` raises `GptjaxError` for what is no damage, anything else for what is. ``agreed`` is `distributed.agreed` if all
+    ``read`` raises `GptjaxError` for what is no damage, anything else for what is. ``agreed`` is `processes.agreed` if all
     processes read the same checkpoint.
     """
     names = ocp.path.step.standard_name_format(step_prefix=PREFIX, step_format_fixed_length=8)
@@ -181,7 +181,7 @@ def _newest_whole(folder: Path, read: Callable[[Path, int], T], agreed: Callable
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             tried.add(step)
             done = agreed(f"{path.name} set aside", put_aside)
-            if done and distributed.is_first():
+            if done and processes.is_first():
                 warnings.warn(f"checkpoint {path} is damaged and {done}: {reason[:200]}", stacklevel=3)
     if tried or some_were_damaged:
         raise CheckpointError(f"no checkpoint in {folder} can be read: all are damaged, so start afresh without --resume")
@@ -319,7 +319,7 @@ def _restore(path: Path, step: int, cfg: ModelConfig, optimizer: Optimizer, mesh
     """One checkpoint; if any process cannot read its part of it, none has it."""
 
     def read() -> tuple[TrainState, Any, _Info]:
-        if not path.is_dir() and not distributed.is_first():
+        if not path.is_dir() and not processes.is_first():
             raise CheckpointError(f"there is no {path} here: --runs must be a folder that all processes share")
         info = _read_info(path, step)
         as_saved = dataclasses.replace(cfg, layers=info.model.layers)
@@ -336,7 +336,7 @@ def _restore(path: Path, step: int, cfg: ModelConfig, optimizer: Optimizer, mesh
         if _sums(state) != info.sums:
             raise ValueError("its checksums do not match")
 
-    state, shapes, info = distributed.together(f"{path.name} read", _not_damage(path)(read))
+    state, shapes, info = processes.together(f"{path.name} read", _not_damage(path)(read))
     _not_damage(path)(check)()  # with the others; the sums are the same in all
     if info.model.layers != cfg.layers:
         if optimizer.cfg.name == "adafactor":  # its factors of stacked layers are not those of single ones
@@ -403,7 +403,7 @@ def _mixed(words: Any, place: Any) -> Any:
 def _write_errors(folder: Path) -> Iterator[None]:
     """Turn what Orbax raises while writing into `CheckpointError`; the system's own words for it are deep in its message.
 
-    A process that is lost meanwhile is no fault of the disk: that goes on to `gptjax.lost.ending_together`.
+    A process that is lost meanwhile is no fault of the disk: that goes on to `gptjax.parallel.heartbeat.ending_together`.
     """
     try:
         yield

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from gptjax.distributed import Stop
 from gptjax.models.params import flops_per_token
 from gptjax.models.transformer import Batch
+from gptjax.parallel.processes import Stop
 from gptjax.train.metrics import Meter, peak_flops
 from gptjax.train.optimizer import StepMetrics
 from gptjax.train.setup import Run
@@ -106,8 +106,6 @@ class Trainer:
 
     def _between(self, found: Record, last: bool, stopping: bool) -> None:
         """Everything that is due after a step."""
-
-
         def due(hook: Hook) -> bool:
             return hook.when_stopped if stopping else hook.due(self.done) or (last and hook.at_end)
 
@@ -129,11 +127,16 @@ class Trainer:
         for listen in self._listeners:
             listen(record)
         if self.meter.nonfinite >= self.run.cfg.train.max_nonfinite:
-            left = f"the checkpoint after step {self.saved} is the last good one" if self.saved else "there is no checkpoint yet"
+            good = f"the checkpoint after step {self.saved} is the last good one"
+            left = good if self.saved else "there is no checkpoint yet"
             raise DivergedError(
                 f"{self.meter.nonfinite} losses or gradients in a row were not finite, up to step {record['step']}: "
                 f"stopped; {left}; lower optim.learning_rate or raise optim.warmup_steps"
             )
+
+    def validation_loss(self) -> float:
+        """Mean loss over the validation batches, in nats."""
+        return evaluate(make_eval_loss(self.run.model, self.run.mesh), self.state.params, self.run.val)
 
     def is_finite(self) -> bool:
         """Whether the parameters give a finite loss: a finite step can still leave some that are not fit to go on from."""

@@ -8,7 +8,7 @@ import pytest
 
 from gptjax import tokenizers
 from gptjax.bench import data
-from gptjax.data import BatchShape
+from gptjax.datasets.batches import BatchShape
 from gptjax.formats.token_shards import open_shard, write_shard
 
 

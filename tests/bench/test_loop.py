@@ -4,10 +4,10 @@ from pathlib import Path
 
 import yaml
 
-from gptjax import loop as training
+from gptjax.train import trainer as training
 from gptjax.bench import loop
 from gptjax.config import Config, DataConfig, TrainConfig
-from gptjax.models.config import GPT2Config
+from gptjax.models.config import ModelConfig
 from tests.test_train import data_root  # noqa: F401
 
 
@@ -29,7 +29,7 @@ def test_each_contender_takes_as_many_steps_and_only_the_last_does_all_else(data
     monkeypatch.setattr(training.steps, "evaluate", counted)
     folders = []
     monkeypatch.setattr(loop, "fill_folder", lambda run: folders.append(run.folder))
-    model = GPT2Config(num_layers=1, num_heads=1, channels=8, vocab_size=4096, max_seq_len=8)
+    model = ModelConfig(num_layers=1, num_heads=1, channels=8, vocab_size=4096, max_seq_len=8)
     train = TrainConfig(steps=99, eval_every=3, eval_tokens=64, sample_tokens=4)
     cfg = Config(model, DataConfig(root=str(data_root), batch_size=2, seq_len=8), train=train)
     with loop.contenders(cfg) as (bare, logging, everything):
@@ -65,6 +65,6 @@ def test_the_command(data_root, tmp_path, capsys, monkeypatch):  # noqa: F811
 
 
 def test_a_round_without_validations_is_the_whole_run():
-    cfg = Config(GPT2Config(preset="124m"), train=TrainConfig(steps=7, eval_every=0))
+    cfg = Config(ModelConfig(preset="124m"), train=TrainConfig(steps=7, eval_every=0))
     assert loop.length(cfg) == 7
     assert loop.length(dataclasses.replace(cfg, train=TrainConfig(eval_every=5))) == 5

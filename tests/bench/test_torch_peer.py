@@ -6,11 +6,11 @@ import pytest
 from gptjax.bench import torch_peer
 from gptjax.bench.steps import random_batch
 from gptjax.config import Config, DataConfig
-from gptjax.models.config import GPT2Config
+from gptjax.models.config import ModelConfig
 from gptjax.models.params import param_shapes
-from gptjax.optim import OptimConfig
+from gptjax.train.optimizer import OptimConfig
 
-MODEL = GPT2Config(num_layers=2, num_heads=2, channels=8, vocab_size=11, max_seq_len=12)
+MODEL = ModelConfig(num_layers=2, num_heads=2, channels=8, vocab_size=11, max_seq_len=12)
 CFG = Config(
     model=MODEL,
     data=DataConfig(batch_size=2, seq_len=8),

@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from gptjax import datasets, download, tokenizers
+from gptjax import datasets, tokenizers
+from gptjax.datasets import download
 from gptjax.datasets import named
 from gptjax.errors import DataError, FormatError
 from gptjax.formats.token_shards import write_shard

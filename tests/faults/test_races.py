@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from gptjax.folders import owned
+from gptjax.train.folders import owned
 from tests.conftest import ROOT
 from tests.faults.tally import trials
 from tests.test_train import command, data_root, metrics, start  # noqa: F401
@@ -18,7 +18,7 @@ RACER = """
 import contextlib, json, sys
 from pathlib import Path
 from gptjax.errors import CheckpointError
-from gptjax.folders import owned
+from gptjax.train.folders import owned
 for line in sys.stdin:
     runs, resume = json.loads(line)
     try:

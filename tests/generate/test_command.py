@@ -8,7 +8,7 @@ from gptjax import tokenizers
 from gptjax.formats import llmc
 from gptjax.generate import Sampler
 from gptjax.generate import __main__ as command
-from gptjax.ops.stored import OutIn, Quantized
+from gptjax.ops.quantized import OutIn, Quantized
 from tests.commands import expect_error
 from tests.models import tiny
 

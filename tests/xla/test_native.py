@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from gptjax.xla import native
-from gptjax.optim import init_opt_state, make_optimizer
+from gptjax.train.optimizer import init_opt_state, make_optimizer
 from tests.models import tiny
 from tests.test_optim import SETTINGS, assert_equals_optax, compiled, gradients_like
 

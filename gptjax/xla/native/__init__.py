@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from gptjax.xla.cache import compiled_folder, processor, read_private
-from gptjax.durable import write_whole
+from gptjax.files import write_whole
 from gptjax.errors import GptjaxError
 
 SOURCE = Path(__file__).parent / "adamw.cc"
@@ -173,10 +173,10 @@ def run(command: Sequence[str]) -> None:
 def adamw(
     scalars: Float[Array, " S"], tensors: Sequence[Sequence[Array]], weight_decay: Sequence[float], eps: float
 ) -> tuple[list[Array], list[Array], list[Array]]:
-    """(parameters, first moments, second moments) after one step of AdamW; see `gptjax.optim.update`.
+    """(parameters, first moments, second moments) after one step of AdamW; see `gptjax.train.optimizer.update`.
 
     Args:
-        scalars: those of `gptjax.optim.Scalars`, in their order.
+        scalars: those of `gptjax.train.optimizer.Scalars`, in their order.
         tensors: float32: the parameters, their first moments, their second moments, their gradients.
         weight_decay: of each parameter.
         eps: added to the root of the second moment.

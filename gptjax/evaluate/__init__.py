@@ -1,0 +1,1 @@
+"""How good a model is: loss and bits per byte of a corpus or a text, HellaSwag."""

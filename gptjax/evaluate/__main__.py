@@ -1,0 +1,313 @@
+"""Evaluate a model: ``python -m gptjax.evaluate --checkpoint runs/124m --dataset tinyshakespeare``.
+
+On a corpus: loss, perplexity and bits per byte over the first ``--tokens`` of a split, in windows of ``--seq_len`` that follow
+each other; a token sees what its window holds before it. On HellaSwag (``--dataset hellaswag``, llm.c's ``hellaswag_val.bin``
+or a ``.jsonl`` like the original's): acc and acc_norm as llm.c computes them. Standard errors are over windows or questions.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from gptjax import cli, datasets, tokenizers
+from gptjax.cli.progress import counting
+from gptjax.config import Config, DataConfig
+from gptjax.datasets import Corpus
+from gptjax.datasets.batches import Windows, in_order
+from gptjax.errors import ConfigError, DataError, naming
+from gptjax.evaluate import hellaswag
+from gptjax.evaluate.corpus import score_corpus
+from gptjax.evaluate.estimate import Estimate
+from gptjax.models.config import ModelConfig
+from gptjax.models.params import num_params
+from gptjax.tokenizers import Tokenizer, is_gpt2
+from gptjax.train.setup import platform_name, start_jax
+from gptjax.weights import Source, load_params, open_weights
+from gptjax.xla.cache import keep_compiled_programs
+
+PROG = "python -m gptjax.evaluate"
+TOKENS = 1 << 17
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """What to evaluate, and on what."""
+
+    checkpoint: str
+    """A run, a Hugging Face folder, an llm.c model .bin, a .safetensors of gptjax, or hf:NAME on the hub."""
+    dataset: str
+    """As --data.dataset of training: a named corpus, a folder of token shards, or text, tokenized with the checkpoint's
+    tokenizer. Or hellaswag, llm.c's hellaswag_val.bin, or a .jsonl of questions."""
+    split: Literal["val", "train"] = "val"
+    """Of a corpus."""
+    tokens: int | None = None
+    """Of a corpus, rounded up to whole windows; the same ones each time. By default 131072; 0 for all of the split."""
+    examples: int | None = None
+    """Of HellaSwag, the first so many; by default all."""
+    seq_len: int | None = None
+    """Tokens in a window of a corpus; by default the longest sequence that the model takes."""
+    batch_size: int = 8
+    """Sequences at a time; the figures do not depend on it."""
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """Compute dtype; auto is bfloat16 on GPU and TPU, float32 on CPU."""
+    tokenizer: str | None = None
+    """For a checkpoint that comes without one: gpt2, byte, a tokenizer.json, a folder with one, or llm.c's file."""
+    column: str | None = None
+    """Of a corpus of .jsonl or .parquet, the column that holds the text."""
+    root: str = "data"
+    """Folder in which downloads and prepared corpora are kept."""
+    json: str | None = None
+    """File to write all figures to."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ConfigError: a number is out of its range, or the file to write could not be.
+
+        """
+        least = {"tokens": 0, "examples": 1, "seq_len": 1, "batch_size": 1}
+        for name, value in least.items():
+            given = getattr(self, name)
+            if given is not None and given < value:
+                raise ConfigError(f"{name} must be at least {value}, not {given}")
+        if self.json and not Path(self.json).absolute().parent.is_dir():
+            raise ConfigError(f"{self.json} cannot be written: there is no folder {Path(self.json).absolute().parent}")
+        if self.json and Path(self.json).is_dir():
+            raise ConfigError(f"{self.json} cannot be written: it is a folder")
+
+    @property
+    def wanted(self) -> int | None:
+        """Tokens of a corpus that are asked for; None for all."""
+        return TOKENS if self.tokens is None else self.tokens or None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Returns the exit status 0; bad input raises SystemExit(2)."""
+    began = time.perf_counter()
+    with cli.reported_errors(PROG, "lower batch_size"):
+        cfg, _ = cli.parse(EvaluateConfig, PROG, __doc__ or "", argv)
+        cli.keep_freed_memory()
+        keep_compiled_programs()
+        cli.quiet_libraries()
+        cli.replace_unprintable()
+        source = open_weights(cfg.checkpoint)
+        tokenizer = tokenizer_of(cfg, source)
+        how: dict[str, Any] = {"attention": "auto", "dropout": 0.0, "layers": "unroll", "recompute": "none"}
+        model = dataclasses.replace(source.cfg, dtype=cfg.dtype, **how)
+        start_jax(model)
+        show("device", f"{platform_name()} ({jax.devices()[0].device_kind}), jax {jax.__version__}")
+        show("model", f"{cfg.checkpoint}, {source.format}, {num_params(model):,} parameters")
+        file = hellaswag.find_questions(cfg.dataset, Path(cfg.root))
+        if file:
+            figures = evaluate_questions(cfg, source, model, tokenizer, file)
+        else:
+            figures = evaluate_corpus(cfg, source, model, tokenizer)
+        seconds = time.perf_counter() - began
+        show("took", f"{seconds:.1f} s")
+        if cfg.json:
+            settings = {"checkpoint": cfg.checkpoint, "dataset": cfg.dataset, "dtype": model.resolve(platform_name(), 1).dtype}
+            with naming(cfg.json):
+                Path(cfg.json).write_text(json.dumps(settings | figures | {"seconds": seconds}, indent=1) + "\n")
+            show("wrote", cfg.json)
+    return 0
+
+
+def show(name: str, value: str) -> None:
+    """A line of the report, at once."""
+    print(f"{name:<10} {value}", flush=True)
+
+
+# --- A corpus ---
+
+
+def evaluate_corpus(cfg: EvaluateConfig, source: Source, model: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Print the figures of a corpus, and return them.
+
+    Raises:
+        GptjaxError: the corpus cannot be had, is too short, or was tokenized with another tokenizer than the model's.
+
+    """
+    if cfg.examples is not None:
+        raise ConfigError("examples is of HellaSwag's questions: a corpus is limited with tokens")
+    seq_len = cfg.seq_len or model.max_seq_len
+    model = model.resolve(platform_name(), seq_len)
+    corpus = open_corpus(cfg, tokenizer, source.note)
+    corpus = datasets.fitted(common_tokenizer(corpus, tokenizer), model.vocab_size)
+    windows = Windows(corpus.val if cfg.split == "val" else corpus.train, seq_len, 1, model.vocab_size)
+    if not len(windows):
+        raise DataError(
+            f"no {cfg.split} shard of {corpus.folder} holds the {seq_len + 1} tokens of one window: lower seq_len, "
+            "or bring more text"
+        )
+    count = min(len(windows), -(-cfg.wanted // seq_len)) if cfg.wanted else len(windows)
+    show("corpus", f"{corpus.folder}, {cfg.split}, sha256 {corpus.sha256[:16]}")
+    show("tokenizer", describe_tokenizer(corpus, tokenizer, source.note))
+    params = load_params(source, model)
+    with counting("scoring", count) as advance:
+        found = score_corpus(params, in_order(windows, count, cfg.batch_size), model, corpus.tokenizer, advance)
+    size = f", {found.bytes:,} bytes" if found.bytes is not None else ""
+    show("scored", f"{found.tokens:,} tokens{size}, {found.sequences:,} windows of {seq_len}, {model.dtype}")
+    show("loss", f"{plus_minus(found.loss)} nats a token")
+    show("perplexity", plus_minus(found.perplexity, 3))
+    if found.bits_per_byte:
+        show("bits/byte", plus_minus(found.bits_per_byte))
+    else:
+        show("bits/byte", "not known: that takes the tokenizer that made the ids; give --tokenizer")
+    counts = {"split": cfg.split, "sha256": corpus.sha256, "seq_len": seq_len, "tokens": found.tokens, "bytes": found.bytes}
+    return counts | {
+        "windows": found.sequences,
+        **as_json("loss", found.loss),
+        **as_json("perplexity", found.perplexity),
+        **as_json("bits_per_byte", found.bits_per_byte),
+    }
+
+
+def open_corpus(cfg: EvaluateConfig, tokenizer: Tokenizer | None, note: str) -> Corpus:
+    """The corpus; text and named ones are tokenized with the model's tokenizer, where that is known.
+
+    What a run was trained on is taken as the run had it, so that it is not made twice. ``note`` says why the model's own
+    tokenizer, where one would be expected, cannot be had.
+
+    Raises:
+        GptjaxError: as `gptjax.datasets.find_corpus` and `data_of_run`; or text cannot be tokenized as the model's was.
+
+    """
+    trained = data_of_run(Path(cfg.checkpoint))
+    if trained and trained.dataset == cfg.dataset and not cfg.tokenizer and cfg.column in (None, trained.column):
+        return datasets.find_corpus(cfg.dataset, cfg.root, trained.tokenizer, trained.column, trained.tokens)
+    wanted = cfg.wanted if cfg.split == "train" else 1  # of a corpus in parts, no more than is looked at
+    are_ids = datasets.holds_shards(Path(cfg.dataset))
+    if note and not tokenizer and not are_ids:
+        raise ConfigError(f"{cfg.checkpoint} comes without a tokenizer ({note}): name it, as in --tokenizer gpt2")
+    if tokenizer is None or are_ids:
+        return datasets.find_corpus(cfg.dataset, cfg.root, None, cfg.column, wanted)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / tokenizers.FILE
+        tokenizer.save(path)
+        which = "gpt2" if is_gpt2(tokenizer) else str(path)
+        return datasets.find_corpus(cfg.dataset, cfg.root, which, cfg.column, wanted)
+
+
+def data_of_run(folder: Path) -> DataConfig | None:
+    """The section ``data`` of a run's ``config.yaml``; None if this is no run, or one without that file.
+
+    Raises:
+        ConfigError: the file is not the configuration of a run.
+
+    """
+    file = folder / "config.yaml"
+    if not (folder / "checkpoints").is_dir() or not os.path.lexists(file):
+        return None
+    try:
+        return cli.parse(Config, PROG, "", ["--config", str(file)])[0].data
+    except ConfigError as error:
+        raise ConfigError(f"{file} cannot be used ({error}): correct it, or remove it to evaluate without it") from error
+
+
+def common_tokenizer(corpus: Corpus, tokenizer: Tokenizer | None) -> Corpus:
+    """The corpus with the model's tokenizer, where that is known: shards that do not name theirs are taken to be made with it.
+
+    Raises:
+        DataError: they do, and it is another.
+
+    """
+    if tokenizer is None:
+        return corpus
+    known = corpus.tokenizer
+    if corpus.tokenizer_is_kept and known and not known.same_as(tokenizer):
+        raise DataError(
+            f"{corpus.folder} was tokenized with {known.name} of {known.vocab_size} ids, but the model's tokenizer is "
+            f"{tokenizer.name} of {tokenizer.vocab_size}: name the text itself, or shards made with that tokenizer"
+        )
+    return corpus._replace(tokenizer=tokenizer)
+
+
+def describe_tokenizer(corpus: Corpus, of_model: Tokenizer | None, note: str) -> str:
+    """Which tokenizer the corpus is read with, and how that is known; ``note`` says why the checkpoint has none."""
+    if not corpus.tokenizer:
+        return "not known" + f" ({note})" * bool(note)
+    named = f"{corpus.tokenizer.name}, {corpus.tokenizer.vocab_size} ids"
+    if corpus.tokenizer_is_kept:
+        return named
+    return f"{named}, {'taken from the model' if of_model else 'assumed'}: the shards do not name theirs"
+
+
+# --- HellaSwag ---
+
+
+def evaluate_questions(
+    cfg: EvaluateConfig, source: Source, model: ModelConfig, tokenizer: Tokenizer | None, file: Path
+) -> dict[str, Any]:
+    """Print the accuracies, and return them.
+
+    Raises:
+        GptjaxError: the questions are damaged, or not of this model's tokenizer.
+
+    """
+    if (cfg.tokens, cfg.seq_len, cfg.split, cfg.column) != (None, None, "val", None):
+        raise ConfigError("tokens, seq_len, split and column are of a corpus: HellaSwag is limited with examples")
+    questions = hellaswag.load_questions(file, tokenizer)[: cfg.examples]
+    rows = hellaswag.make_rows(questions, model.max_seq_len, model.vocab_size)
+    model = model.resolve(platform_name(), rows.scored.shape[1])
+    show("questions", f"{len(questions):,} of {file}, at most {rows.scored.shape[1] + 1} tokens")
+    if rows.cut:
+        show("cut", f"{rows.cut:,} contexts at their start, to fit the {model.max_seq_len} positions of the model")
+    params = load_params(source, model)
+    with counting("scoring", len(rows.ids)) as advance:
+        found = hellaswag.score_questions(params, rows, model, cfg.batch_size, advance)
+    show("acc", plus_minus(found.acc))
+    show("acc_norm", plus_minus(found.acc_norm))
+    figures = {"questions": found.questions, "cut": rows.cut}
+    return figures | as_json("acc", found.acc) | as_json("acc_norm", found.acc_norm)
+
+
+# --- Both ---
+
+
+def tokenizer_of(cfg: EvaluateConfig, source: Source) -> Tokenizer | None:
+    """The model's tokenizer: the checkpoint's own, or the one that is named for it.
+
+    Raises:
+        ConfigError: both are there and differ.
+        GptjaxError: the one that is named cannot be had.
+
+    """
+    given = tokenizers.find(cfg.tokenizer) if cfg.tokenizer else None
+    if given and source.tokenizer and not given.same_as(source.tokenizer):
+        raise ConfigError(
+            f"{cfg.checkpoint} comes with the tokenizer {source.tokenizer.name} of {source.tokenizer.vocab_size} ids, "
+            f"and {cfg.tokenizer} is another: leave --tokenizer out"
+        )
+    found = source.tokenizer or given
+    if found and found.vocab_size > source.cfg.vocab_size:
+        raise ConfigError(
+            f"the tokenizer {found.name} has {found.vocab_size} ids, but {cfg.checkpoint} knows {source.cfg.vocab_size}: "
+            "name the tokenizer that belongs to it"
+        )
+    return found
+
+
+def plus_minus(estimate: Estimate, digits: int = 4) -> str:
+    """``1.2345 ± 0.0067``."""
+    error = f" ± {estimate.error:.{digits}f}" if estimate.error is not None else ""
+    return f"{estimate.value:.{digits}f}{error}"
+
+
+def as_json(name: str, estimate: Estimate | None) -> dict[str, float | None]:
+    """Value and standard error under their names; null for what is not known or not finite."""
+    value, error = estimate or (None, None)
+    found = {name: value, f"{name}_stderr": error}
+    return {key: x if x is not None and math.isfinite(x) else None for key, x in found.items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Pictures: the curves of runs, and figures for notebooks."""

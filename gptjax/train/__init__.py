@@ -1,0 +1,1 @@
+"""Training: setup, step, optimizer, trainer, checkpoints, metrics, loggers."""

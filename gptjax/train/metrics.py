@@ -1,0 +1,250 @@
+"""What a run reports: one JSON object a step in a file, and a line or a progress bar for the person watching."""
+
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from io import BufferedReader
+from pathlib import Path
+from typing import IO, Any, cast
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from gptjax.errors import FormatError, naming
+from gptjax.files import open_file
+from gptjax.parallel.devices import device_of
+from gptjax.train.optimizer import StepMetrics
+
+LONGEST_LINE = 1 << 16  # bytes; a record has a few hundred
+
+
+def peak_flops(device_kind: str, dtype: str) -> float | None:
+    """The device's peak FLOP/s for model FLOPs utilisation, or None where it is not known."""
+    if dtype != "bfloat16":
+        return None
+    device = device_of(device_kind)
+    return device.flops if device else None
+
+
+class MetricsFile:
+    """``metrics.jsonl``: one JSON object a step, each on disk as soon as it is known."""
+
+    def __init__(self, path: Path, last_step: int) -> None:
+        """Open for appending; records of steps after ``last_step``, left by a run that was cut off, are dropped."""
+        if path.exists():
+            partial = path.with_name(path.name + ".partial")
+            with naming(path), open_file(path) as file, partial.open("wb") as kept:
+                kept.writelines(line.rstrip(b"\r\n") + b"\n" for line in _lines(file) if _step_of(line) <= last_step)
+            partial.replace(path)
+        self.path = path
+        self._file = path.open("a")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one record; a number that is not finite becomes null.
+
+        Raises:
+            OSError: the disk is full, with the file's name in it.
+
+        """
+        with naming(self.path):
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+            self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class NoMetrics:
+    """In place of a `MetricsFile` in all processes but the first."""
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+def _lines(file: BufferedReader) -> Iterator[bytes]:
+    """The lines of a file; one that no step's record could fill comes in parts, so that it does not fill memory."""
+    return iter(lambda: file.readline(LONGEST_LINE), b"")
+
+
+def _step_of(line: bytes) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return float("inf")  # a line cut off in the middle goes too
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a ``metrics.jsonl``, in the order of their steps, the last one of each step.
+
+    A last line that is cut off is left out: a run may be writing it.
+
+    Raises:
+        FormatError: another line is not the record of a step.
+        OSError: the file cannot be read.
+
+    """
+    records = {}
+    with open_file(path) as file:
+        for number, line in enumerate(_lines(file), 1):
+            try:
+                record = json.loads(line)
+                if not all(value is None or isinstance(value, int | float) for value in record.values()):
+                    raise TypeError
+                records[int(record["step"])] = record
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+                if (records or line[:1] == b"{") and not line.endswith(b"\n"):
+                    break
+                raise FormatError(
+                    f"{path} is damaged: line {number} is not the record of a step, as in "
+                    '{"step": 1, "loss": 10.8}; remove that line'
+                ) from error
+    return [records[step] for step in sorted(records)]
+
+
+class Meter:
+    """Turns a step's device scalars into its record; fetching them waits until the step is done."""
+
+    def __init__(self, tokens: int, flops: float, peak: float | None) -> None:
+        """Tokens and FLOPs of one step, and the device's peak FLOP/s if known."""
+        self.tokens, self.flops, self.peak = tokens, flops, peak
+        self.nonfinite = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Start timing the next step now, after a pause that is not its own."""
+        self._clock = time.perf_counter()
+
+    def record(self, step: int, metrics: StepMetrics) -> dict[str, Any]:
+        """The record of a step; `nonfinite` counts the steps in a row, up to this one, whose update was skipped."""
+        loss, norm, learning_rate, finite = (x.item() for x in jax.device_get(metrics))
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        record = {"step": step, "loss": loss, "grad_norm": norm, "lr": learning_rate}
+        record |= {"ms": seconds * 1e3, "tokens_per_s": self.tokens / seconds}
+        if self.peak:
+            record["mfu"] = self.flops / seconds / self.peak
+        if not finite:
+            record["skipped"] = True
+        self.nonfinite = 0 if finite else self.nonfinite + 1
+        return record
+
+
+class Output:
+    """Standard output that a run outlives: once nobody reads it any more, what is written goes nowhere."""
+
+    def __init__(self) -> None:
+        """Where it is closed, nothing is ever shown."""
+        self._stream = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+
+    def write(self, text: str) -> int:
+        """Write what can be written."""
+        with self._outlived():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Show what was written."""
+        with self._outlived():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @contextlib.contextmanager
+    def _outlived(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            told = f"the output can no longer be written ({error.strerror}); training goes on\n"
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            try:
+                os.write(2, told.encode())
+            except OSError:
+                os.dup2(nowhere, 2)
+            os.close(nowhere)
+
+
+class Display:
+    """A progress bar at the foot of a terminal, or plain lines when the output is piped."""
+
+    def __init__(self, steps: int, quiet: bool = False) -> None:
+        """Nothing is drawn before `running`, nor anything where it is to be ``quiet``."""
+        self.steps = steps
+        self.console = Console(file=cast(IO[str], Output()), highlight=False, soft_wrap=True, emoji=False, quiet=quiet)
+        columns = TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}")
+        times = TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
+        bar = Progress(*columns, *times, console=self.console, transient=True)
+        self.bar = bar if self.console.is_terminal else None
+
+    @contextlib.contextmanager
+    def running(self, done: int) -> Iterator[None]:
+        """Show the bar, if there is one, at ``done`` steps, until the block ends."""
+        if not self.bar:
+            yield
+            return
+        self.task = self.bar.add_task("", total=self.steps, completed=done)
+        with self.bar:
+            yield
+
+    def close(self) -> None:
+        """Take the bar away, and give the terminal back."""
+        if self.bar:
+            self.bar.stop()
+
+    def print(self, text: str) -> None:
+        """Lines that stay; control characters, which a model may well produce, are replaced."""
+        safe = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+        self.console.print(safe, markup=False)
+        self.console.file.flush()
+
+    def step(self, record: dict[str, Any], line: bool) -> None:
+        """Report one step: move the bar, and print a line if asked to."""
+        text = format_step(record)
+        if self.bar:
+            self.bar.update(self.task, completed=record["step"], description=text)
+        if line:
+            self.print(f"{self.of(record['step'])} | {text}")
+
+    def of(self, step: int) -> str:
+        """``step   7/100``."""
+        return f"step {step:{len(str(self.steps))}}/{self.steps}"
+
+
+def format_step(record: dict[str, Any]) -> str:
+    """``loss 4.1234 | norm 1.02 | lr 6.00e-04 | 612.3 ms | 418 tok/s``, with MFU and validation loss where measured."""
+    parts = [
+        f"loss {record['loss']:.4f}",
+        f"norm {record['grad_norm']:.2f}",
+        f"lr {record['lr']:.2e}",
+        f"{record['ms']:.1f} ms",
+        f"{record['tokens_per_s']:,.0f} tok/s",
+    ]
+    if "mfu" in record:
+        parts.append(f"MFU {record['mfu']:.1%}")
+    if "val_loss" in record:
+        parts.append(f"val loss {record['val_loss']:.4f}")
+    if "gradient_error" in record:
+        parts.append(f"gradient error {record['gradient_error']:.1e}")
+    if "skipped" in record:
+        parts.append("not finite: update skipped")
+    return " | ".join(parts)
+
+
+def human_bytes(n: float) -> str:
+    """1536 -> ``1.536 KB``, in powers of 1000."""
+    for unit in ("B", "KB", "MB"):
+        if n < 1000:
+            return f"{n:.4g} {unit}"
+        n /= 1000
+    return f"{n:.4g} GB"

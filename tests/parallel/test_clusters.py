@@ -1,0 +1,82 @@
+"""What is made of the environment in which a launcher starts processes, with JAX's own detection reading it."""
+
+import jax
+import pytest
+
+from gptjax.parallel import processes
+from gptjax.parallel.clusters import is_alone
+from gptjax.parallel.processes import DistributedConfig
+from gptjax.errors import ConfigError
+
+POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
+BATCH_SCRIPT = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_NTASKS": "8",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_JOB_NODELIST": "n[1-8]",
+}
+TASK = BATCH_SCRIPT | {"SLURM_STEP_NODELIST": "n[1-8]", "SLURM_STEP_NUM_TASKS": "8"}
+MPI_5 = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "1"}  # 4 had OMPI_MCA_orte_hnp_uri, too, which JAX looks for
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Start as a process with these variables does, in which JAX's backend has not started; joined to whom, if to anyone."""
+    joined = []
+
+    class State:
+        client = None
+
+        def initialize(self, coordinator_address, num_processes, process_id, local_device_ids, *args, **kwargs):
+            address, count, index, _ = jax._src.clusters.ClusterEnv.auto_detect_unset_distributed_params(
+                coordinator_address, num_processes, process_id, local_device_ids, None, 1
+            )
+            if address is None:
+                raise ValueError("coordinator_address should be defined.")
+            joined.append((address.split(":")[0], count, index))
+
+    def start(env, **options):
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        processes.start(DistributedConfig(**options))
+        return joined
+
+    monkeypatch.setattr(jax._src.distributed, "global_state", State())
+    monkeypatch.setattr(jax._src.xla_bridge, "backends_are_initialized", lambda: False)
+    monkeypatch.setitem(__import__("sys").modules, "kubernetes", None)  # not installed
+    return start
+
+
+@pytest.mark.parametrize("env", [{}, POD, BATCH_SCRIPT, MPI_5 | {"OMPI_COMM_WORLD_SIZE": "1"}, {"PMI_SIZE": "1"}])
+def test_one_process_is_alone_wherever_it_runs(launched, env):
+    assert launched(env) == []
+
+
+def test_a_shell_in_an_allocation_does_not_wait_for_the_tasks_that_nobody_started(launched):
+    shell = TASK | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NODELIST": "n1"}
+    assert launched(shell) == []
+    assert not is_alone(shell | MPI_5)
+    assert not is_alone(shell | {"PMI_SIZE": "4"})
+
+
+def test_what_jax_detects_is_joined(launched):
+    assert launched(TASK) == [("n1", 8, 0)]
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        (
+            POD | {"JOB_COMPLETION_INDEX": "0"},
+            r"indexed job .* for want of the package kubernetes: pip install 'gptjax\[kubernetes\]'",
+        ),
+        (MPI_5, r"Open MPI has started 4 processes, .* --processes.process \$OMPI_COMM_WORLD_RANK/4"),
+        ({"PMI_SIZE": "2", "PMI_RANK": "0"}, r"MPICH has started 2 processes"),
+        ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "3"}, r"Slurm has started 8 processes, .* \$SLURM_PROCID/8"),
+    ],
+)
+def test_one_of_many_that_jax_does_not_see_is_not_trained_alone(launched, env, message):
+    with pytest.raises(ConfigError, match=message):
+        launched(env)
+    assert launched(env, detect=False) == []  # as asked

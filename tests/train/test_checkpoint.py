@@ -1,0 +1,299 @@
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from gptjax.train import checkpoint
+from gptjax.train import step as steps
+from gptjax.train.checkpoint import CheckpointWriter, open_newest, restore_newest
+from gptjax.errors import CheckpointError
+from gptjax.train.optimizer import OptimConfig, make_optimizer
+from tests.models import tiny
+
+OPTIMIZER = make_optimizer(OptimConfig(), 10)
+CFG = tiny.config(dtype="float32")
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with the checkpoints of steps 3 and 5, whose parameters differ."""
+    states = {n: steps.init_state(jax.random.key(n), CFG, OPTIMIZER) for n in (3, 5)}
+    writer = CheckpointWriter(tmp_path / "c", keep=2)
+    for n, state in states.items():
+        writer.save(n, state, CFG, {"position": n})
+    writer.close()
+    return tmp_path / "c", states
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_the_newest_comes_back_as_it_was(saved):
+    folder, states = saved
+    restored = restore_newest(folder, CFG, OPTIMIZER)
+    assert (restored.step, restored.meta) == (5, {"position": 5})
+    assert_equal(restored.state, states[5])
+
+
+def test_it_comes_back_in_the_layout_asked_for(saved):
+    folder, states = saved
+    restored = restore_newest(folder, tiny.config(dtype="float32", layers="scan"), OPTIMIZER)
+    np.testing.assert_array_equal(restored.state.params.fcw[1], states[5].params.fcw[1])
+    np.testing.assert_array_equal(restored.state.opt_state.moments[1].mu.fcw, 0)
+
+
+def test_a_first_moment_in_bfloat16_comes_back_and_is_not_taken_for_another(saved, tmp_path):
+    """Nor is a checkpoint that has the other kind taken for a damaged one."""
+    folder, _ = saved
+    rounded = make_optimizer(OptimConfig(mu_dtype="bfloat16"), 10)
+    state = steps.init_state(jax.random.key(3), CFG, rounded)
+    clip, adam = state.opt_state.moments
+    moments = clip, adam._replace(mu=jax.tree.map(lambda p: p.astype("bfloat16"), state.params))
+    state = state._replace(opt_state=state.opt_state._replace(moments=moments))
+    writer = CheckpointWriter(tmp_path / "rounded", keep=1)
+    writer.save(1, state, CFG, {})
+    writer.close()
+    assert_equal(restore_newest(tmp_path / "rounded", CFG, rounded).state, state)
+    with pytest.raises(CheckpointError, match="optim.mu_dtype bfloat16, not None"):
+        restore_newest(tmp_path / "rounded", CFG, OPTIMIZER)
+    with pytest.raises(CheckpointError, match="optim.mu_dtype None, not bfloat16"):
+        restore_newest(folder, CFG, rounded)
+    assert not list(folder.glob("damaged-*"))
+
+
+def test_what_was_saved_is_what_counts_even_if_the_storage_reads_without_complaint(saved, monkeypatch):
+    """The storage returns other numbers for step 5: the checksums notice."""
+    folder, states = saved
+    real = checkpoint._checksums
+    calls = []
+
+    def checksums(tree):
+        calls.append(1)
+        if len(calls) == 1:
+            one_bit_more = np.nextafter(np.float32(1), np.float32(2))
+            params = tree.params._replace(lnfw=tree.params.lnfw.at[3].set(one_bit_more))
+            tree = tree._replace(params=params)
+        return real(tree)
+
+    monkeypatch.setattr(checkpoint, "_checksums", checksums)
+    with pytest.warns(UserWarning, match="step_00000005 is damaged and was set aside: its checksums do not match"):
+        restored = restore_newest(folder, CFG, OPTIMIZER)
+    assert restored.step == 3
+    assert_equal(restored.state, states[3])
+
+
+def checksum(words, places):
+    """The checksum as its definition says, one word at a time, in Python's integers."""
+    total = 0
+    for word, place in zip(words.tolist(), places, strict=True):
+        x = word ^ (place * 0x9E3779B9 % 2**32)
+        x = (x ^ (x >> 16)) * 0x7FEB352D % 2**32
+        x = (x ^ (x >> 15)) * 0x846CA68B % 2**32
+        total += x ^ (x >> 16)
+    return total % 2**32
+
+
+def test_checksums_are_the_same_on_the_device_and_from_the_file(saved, monkeypatch):
+    """Also where the file is read in many parts, and where numbers have two bytes."""
+    folder, states = saved
+    wte = np.asarray(states[5].params.wte)
+    expected = checksum(wte.view(np.uint32).ravel(), range(wte.size))
+    assert checkpoint._sums(states[5])["params.wte"] == expected
+    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 1000)
+    stored = checkpoint._open_array(folder / "step_00000005", "params.wte")
+    assert checkpoint._read(stored, 0, len(wte)) == expected
+    assert (checkpoint._read(stored, 0, 50) + checkpoint._read(stored, 50, len(wte))) % 2**32 == expected
+    short = wte.astype("bfloat16")
+    assert checkpoint._checksums(short) == checksum(short.view(np.uint16).ravel(), range(short.size))
+
+
+def test_no_simple_change_of_an_array_keeps_its_checksum():
+    """Sums of words, even with weights, miss some of these."""
+    x = np.random.default_rng(0).standard_normal((64, 4)).astype(np.float32)
+    others = [-x, np.zeros_like(x), x[::-1], np.roll(x, 1), x.T.reshape(x.shape), np.concatenate([x[32:], x[:32]])]
+    assert len({int(checkpoint._checksums(y)) for y in [x, *others]}) == 1 + len(others)
+
+
+# What a checkpoint says of itself
+
+
+def change(folder, edit, *, sign=False):
+    """Edit the JSON of step 5; with ``sign``, so that its checksum is right again."""
+    file = folder / "step_00000005" / "info" / "metadata"
+    info = json.loads(file.read_text())
+    edit(info)
+    if sign:
+        info["sha256"] = checkpoint._digest(info["content"])
+    file.write_text(json.dumps(info))
+
+
+@pytest.mark.filterwarnings("ignore:checkpoint .* is damaged and was set aside")
+@pytest.mark.parametrize(
+    ("edit", "sign", "model_of"),
+    [
+        (lambda info: info["content"]["model"].update(num_heads=4), False, 3),
+        (lambda info: info["content"]["meta"].update(position=6), False, 3),
+        (lambda info: info["content"].update(arrays={}), False, 3),
+        (lambda info: info["content"].update(arrays={}), True, 3),
+        (lambda info: info["content"]["arrays"].pop("params.lnfb"), True, 3),
+        (lambda info: info["content"]["arrays"].update({"params.lnfc": 0}), True, 3),
+        (lambda info: info["content"]["arrays"].pop("opt_state.moments.1.mu.lnfb"), True, 5),  # which a model does without
+        (lambda info: info["content"].update(step=3), True, 3),
+        (lambda info: info.pop("sha256"), False, 3),
+        (lambda info: info.clear(), False, 3),
+    ],
+)
+def test_what_it_says_of_itself_is_believed_only_with_its_checksum(saved, edit, sign, model_of):
+    """Of the arrays' checksums, the names and their number count as well."""
+    folder, states = saved
+    change(folder, edit, sign=sign)
+    shutil.copytree(folder, folder.parent / "again")
+    restored = restore_newest(folder, CFG, OPTIMIZER)
+    assert (restored.step, restored.meta) == (3, {"position": 3})
+    assert_equal(restored.state, states[3])
+    cfg, _, meta = open_newest(folder.parent / "again")
+    assert (cfg, meta) == (CFG, {"position": model_of})
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda info: info["content"]["model"].update(rope=True),
+        lambda info: info["content"].pop("mu_dtype"),
+        lambda info: info["content"]["model"].update(channels=7),
+    ],
+)
+@pytest.mark.parametrize("read", [open_newest, lambda folder: restore_newest(folder, CFG, OPTIMIZER)])
+def test_one_of_another_version_is_whole_so_it_stays_and_is_refused(saved, edit, read):
+    folder, _ = saved
+    change(folder, edit, sign=True)
+    with pytest.raises(CheckpointError, match="step_00000005 is of another version of gptjax: use that version"):
+        read(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["step_00000003", "step_00000005"]
+
+
+def test_one_of_the_layout_before_is_refused_in_the_same_words(saved):
+    folder, _ = saved
+    content = {"model": {}, "mu_dtype": None, "checksums": [1, 2], "meta": {}}
+    (folder / "step_00000005" / "info" / "metadata").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="step_00000005 is of another version of gptjax"):
+        restore_newest(folder, CFG, OPTIMIZER)
+    assert not list(folder.glob("damaged-*"))
+
+
+# Which one is read
+
+
+def break_newest(folder):
+    (folder / "step_00000005" / "state" / "manifest.ocdbt").write_bytes(b"")
+
+
+def test_one_that_cannot_be_renamed_is_left_out(saved, monkeypatch):
+    folder, states = saved
+    break_newest(folder)
+
+    def read_only(path):
+        raise OSError(30, "Read-only file system", str(path))
+
+    monkeypatch.setattr(checkpoint, "set_aside", read_only)
+    for read in (lambda: restore_newest(folder, CFG, OPTIMIZER).state.params, lambda: open_newest(folder)[1]):
+        with pytest.warns(UserWarning, match="is damaged and is left out .it cannot be renamed: Read-only file system"):
+            params = read()
+        np.testing.assert_array_equal(params.fcw[1], states[3].params.fcw[1])
+    assert (folder / "step_00000005").exists()
+
+
+def test_one_that_is_being_written_is_left_alone(saved):
+    folder, _ = saved
+    unfinished = folder / "step_00000007.orbax-checkpoint-tmp"
+    shutil.copytree(folder / "step_00000005" / "info", unfinished / "info")
+    break_newest(folder)
+    with pytest.warns(UserWarning, match="step_00000005 is damaged"):
+        open_newest(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["damaged-step_00000005", "step_00000003", unfinished.name]
+
+
+@pytest.mark.parametrize("dropped", ["whole", "half"])
+def test_a_run_that_trains_meanwhile_is_followed(saved, monkeypatch, dropped):
+    """While step 5 is read it is dropped for step 7: that is no damage, and nothing in the run's way is renamed."""
+    folder, states = saved
+    real = checkpoint._open
+
+    def train_on(path, step):
+        if step == 5:
+            (folder / "step_00000003").rename(folder.parent / "older")
+            writer = CheckpointWriter(folder, keep=2)
+            writer.save(7, states[5], CFG, {"position": 7})
+            writer.close()
+            shutil.rmtree(path if dropped == "whole" else path / "state")
+        return real(path, step)
+
+    monkeypatch.setattr(checkpoint, "_open", train_on)
+    assert open_newest(folder)[2] == {"position": 7}
+    assert not list(folder.glob("damaged-*"))
+
+
+def test_one_that_another_command_sets_aside_meanwhile(saved, monkeypatch):
+    """It has warned of it already."""
+    folder, _ = saved
+    real = checkpoint._open
+
+    def and_another(path, step):
+        if step == 5:
+            checkpoint.set_aside(path)
+        return real(path, step)
+
+    monkeypatch.setattr(checkpoint, "_open", and_another)
+    assert open_newest(folder)[2] == {"position": 3}
+
+
+@pytest.mark.parametrize("layers", ["unroll", "scan"])
+def test_one_that_is_dropped_after_it_was_opened(tmp_path, layers):
+    """Its storage reads zeros where a file is gone."""
+    cfg = tiny.config(dtype="float32", vocab_size=4000, channels=64, layers=layers)  # too large to be read along with others
+    writer = CheckpointWriter(tmp_path, keep=1)
+    writer.save(1, steps.init_state(jax.random.key(1), cfg, OPTIMIZER), cfg, {})
+    writer.close()
+    _, params, _ = open_newest(tmp_path)
+    shutil.rmtree(tmp_path / "step_00000001")
+    for tensor in (params.wte, params.fcw[1]):
+        with pytest.raises(CheckpointError, match="step_00000001 changed while it was read .*: if its run is training"):
+            np.asarray(tensor)
+
+
+def test_nothing_to_restore(tmp_path):
+    assert restore_newest(tmp_path / "none", CFG, OPTIMIZER) is None
+
+
+@pytest.mark.filterwarnings("ignore:checkpoint")
+def test_all_damaged_is_an_error_not_a_fresh_start(saved):
+    folder, _ = saved
+    for path in folder.glob("step_*/state/manifest.ocdbt"):
+        path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="no checkpoint in .* can be read"):
+        restore_newest(folder, CFG, OPTIMIZER)
+    assert len(list(folder.glob("damaged-*"))) == 2
+    with pytest.raises(CheckpointError, match="no checkpoint in .* can be read"):  # nor at the second try
+        restore_newest(folder, CFG, OPTIMIZER)
+
+
+def test_running_out_of_memory_is_no_damage(saved, monkeypatch):
+    folder, _ = saved
+
+    def fail(tree):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(checkpoint, "_checksums", fail)
+    with pytest.raises(CheckpointError, match="cannot be read: RESOURCE_EXHAUSTED"):
+        restore_newest(folder, CFG, OPTIMIZER)
+    assert not list(folder.glob("damaged-*"))
+
+
+def test_another_model_is_refused_and_nothing_is_set_aside(saved):
+    folder, _ = saved
+    with pytest.raises(CheckpointError, match=r"was trained with model\.num_heads 2, not 4"):
+        restore_newest(folder, tiny.config(dtype="float32", num_heads=4), OPTIMIZER)
+    assert not list(folder.glob("damaged-*"))
