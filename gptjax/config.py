@@ -6,10 +6,10 @@ from gptjax.data import Order
 from gptjax.distributed import DistributedConfig
 from gptjax.errors import ConfigError
 from gptjax.generate.sampling import Sampler
-from gptjax.mesh import MeshConfig
-from gptjax.models.config import GPT2Config
-from gptjax.optim import OptimConfig
-from gptjax.steps import Backward
+from gptjax.parallel.mesh import MeshConfig
+from gptjax.models.config import ModelConfig
+from gptjax.train.optimizer import OptimConfig
+from gptjax.train.step import Backward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,7 @@ class LogConfig:
 class Config:
     """Everything that defines a training run."""
 
-    model: GPT2Config
+    model: ModelConfig
     """The model."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     """The corpus and its batches."""

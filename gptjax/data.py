@@ -9,7 +9,7 @@ import numpy as np
 
 from gptjax.errors import ConfigError, DataError
 from gptjax.formats.token_shards import Shard
-from gptjax.models.gpt2 import Batch
+from gptjax.models.transformer import Batch
 
 Order = Literal["shuffle", "sequential"]
 PREFETCH_BATCHES = 4

@@ -59,25 +59,11 @@ def gelu_again(dx: Array, x: Array) -> Array:
 
 
 def embedding_fwd(ids: Int[Array, "..."], table: Any) -> Float[Array, "..."]:
-    """`ops.embedding_fwd`; on a mesh a batch of ids goes to where the table's columns are, and the table stays.
-
-    Decoding brings a table that is stored in another way.
-    """
-    if isinstance(table, OutIn | Quantized):
-        return table_rows(table, ids)
-    if ids.ndim < 2 or num_shards() == 1:
-        return ops.embedding_fwd(ids, table)
-    y = ops.embedding_fwd(param_layout(ids, "B", None), table)
-    return compute_layout(param_layout(y, "B", None, "C"), "B", None, None)
+    """`ops.embedding_fwd`; decoding brings a table that is stored in another way."""
+    return table_rows(table, ids) if isinstance(table, OutIn | Quantized) else ops.embedding_fwd(ids, table)
 
 
 def embedding_bwd(
     ids: Int[Array, "..."], dtable: Float[Array, "N C"], dy: Float[Array, "..."]
 ) -> Float[Array, "N C"]:
-    """`ops.embedding_bwd`; on a mesh each device adds its rows to zeros, so that only their sum is sent, once."""
-    if num_shards() == 1:
-        return ops.embedding_bwd(ids, dtable, dy)
-    if ids.ndim > 1:
-        ids, dy = param_layout(ids, "B", None), param_layout(dy, "B", None, "C")
-        return dtable + ops.embedding_bwd(ids, jnp.zeros_like(dtable), dy)
-    return dtable + param_layout(ops.embedding_bwd(ids, jnp.zeros_like(dtable), dy), None, "C")
+    return ops.embedding_bwd(ids, dtable, dy)

@@ -136,6 +136,19 @@ def split_key(key: Key[Array, ""] | None, cfg: ModelConfig) -> tuple[Any, Any]:
     return key, jax.random.split(block_key, cfg.num_layers)
 
 
+def embed_fwd(params: Any, inputs: Int[Array, "B T"], positions: Int[Array, " T"], cfg: ModelConfig) -> Array:
+    """The family's embedding; on a mesh each device looks its channels up, and the stream is put together."""
+    x = family_of(cfg).embed_fwd(params, param_layout(inputs, "B", None), positions, cfg)
+    return compute_layout(param_layout(x, "B", None, "C"), "B", None, None)
+
+
+def embed_bwd(
+    params: Any, inputs: Int[Array, "B T"], positions: Int[Array, " T"], dhead: Array, dx: Float[Array, "B T C"], cfg: ModelConfig
+) -> dict[str, Array]:
+    """Gradients of the family's tables by name; on a mesh dx goes to where the tables' channels are."""
+    return family_of(cfg).embed_bwd(params, inputs, positions, dhead, param_layout(dx, "B", None, "C"))
+
+
 def positions_of(inputs: Int[Array, "B T"]) -> Int[Array, " T"]:
     """0, 1, 2...: where each token stands."""
     return jnp.arange(inputs.shape[1], dtype=jnp.int32)
@@ -145,7 +158,7 @@ def hidden(params: Any, inputs: Int[Array, "B T"], cfg: ModelConfig, key: Key[Ar
     """(B, T) ids -> (B, T, C), the final norm's output: the plain forward up to the classifier."""
     family, positions = family_of(cfg), positions_of(inputs)
     key, keys = split_key(key, cfg)
-    x = family.embed_fwd(params, inputs, positions, cfg)
+    x = embed_fwd(params, inputs, positions, cfg)
     x, _ = dropout_fwd(x, cfg.dropout, key)
 
     def body(x: Array, w_key: tuple[Any, Any]) -> tuple[Array, None]:
@@ -198,7 +211,7 @@ def loss_and_grad(
     family, positions = family_of(cfg), positions_of(batch.inputs)
     key, keys = split_key(key, cfg)
 
-    x = family.embed_fwd(params, batch.inputs, positions, cfg)
+    x = embed_fwd(params, batch.inputs, positions, cfg)
     x, drop = dropout_fwd(x, cfg.dropout, key)
     x, saved = blocks_fwd(params.blocks, x, positions, cfg, keys)
     h, norm = family.norm_fwd(params, x)
@@ -208,7 +221,7 @@ def loss_and_grad(
     dx, dnorm = family.norm_bwd(params, norm, dh)
     dx, dblocks = blocks_bwd(params.blocks, saved, dx, positions, cfg, keys)
     dx = dropout_bwd(drop, cfg.dropout, dx)
-    dembed = family.embed_bwd(params, batch.inputs, positions, dhead, dx)
+    dembed = embed_bwd(params, batch.inputs, positions, dhead, dx, cfg)
     grads = family.Params(**dembed, **dnorm, blocks=dblocks)
     return value, jax.tree.map(lambda g, w: g.astype(w.dtype), grads, params)
 
