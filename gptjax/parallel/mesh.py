@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -174,9 +175,25 @@ def param_shardings(mesh: Mesh, axes: Any) -> Any:
 
 
 def shardings(mesh: Mesh, axes: Any, tree: Any) -> Any:
-    """How a tree is laid out: whatever is shaped like the parameters as they are, the rest whole on every device."""
-    params, is_params = param_shardings(mesh, axes), lambda x: isinstance(x, type(axes))
-    return jax.tree.map(lambda x: params if is_params(x) else replicated(mesh), tree, is_leaf=is_params)
+    """The layout of a tree: arrays shaped like a parameter as it is, all others whole on every device.
+
+    Optimizers keep trees of the parameters' structure, in which some leaves are missing or, as in Adafactor, smaller.
+    """
+
+    def layout(axes: tuple[str, ...], x: Any) -> NamedSharding:
+        sizes = [math.prod(mesh.shape[name] for name in RULES[axis].param) for axis in axes]
+        cut = len(axes) == x.ndim and not any(n % size for n, size in zip(x.shape, sizes, strict=True))
+        return NamedSharding(mesh, param_spec(axes)) if cut else replicated(mesh)
+
+    def layouts(x: Any) -> Any:
+        if not is_params(x):
+            return replicated(mesh)
+        return jax.tree.map(lambda axes, leaf: jax.tree.map(partial(layout, axes), leaf), axes, x, is_leaf=_is_axes)
+
+    def is_params(x: Any) -> bool:
+        return isinstance(x, type(axes))
+
+    return jax.tree.map(layouts, tree, is_leaf=is_params)
 
 
 def _is_axes(x: Any) -> bool:
