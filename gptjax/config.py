@@ -6,8 +6,8 @@ from gptjax.data import Order
 from gptjax.distributed import DistributedConfig
 from gptjax.errors import ConfigError
 from gptjax.generate.sampling import Sampler
-from gptjax.parallel.mesh import MeshConfig
 from gptjax.models.config import ModelConfig
+from gptjax.parallel.mesh import MeshConfig
 from gptjax.train.optimizer import OptimConfig
 from gptjax.train.step import Backward
 

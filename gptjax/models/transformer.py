@@ -157,7 +157,12 @@ def embed_fwd(params: Any, inputs: Int[Array, "B T"], positions: Int[Array, " T"
 
 
 def embed_bwd(
-    params: Any, inputs: Int[Array, "B T"], positions: Int[Array, " T"], dhead: Array, dx: Float[Array, "B T C"], cfg: ModelConfig
+    params: Any,
+    inputs: Int[Array, "B T"],
+    positions: Int[Array, " T"],
+    dhead: Array,
+    dx: Float[Array, "B T C"],
+    cfg: ModelConfig,
 ) -> dict[str, Array]:
     """Gradients of the family's tables by name; `embed_fwd`'s layouts in reverse."""
     dx = param_layout(compute_layout(dx, "B", None, None), "B", None, "C")

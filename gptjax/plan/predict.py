@@ -16,8 +16,7 @@ from jax.sharding import AbstractMesh, AxisType
 from gptjax.data import BatchShape
 from gptjax.models.config import ModelConfig
 from gptjax.models.family import Weight, family_of
-from gptjax.models.params import num_block_params, num_matrix_params, rows, weight_table
-from gptjax.models.params import is_weight as is_leaf
+from gptjax.models.params import is_weight, num_block_params, num_matrix_params, rows, weight_table
 from gptjax.models.transformer import training_block
 from gptjax.ops import attention_fwd
 from gptjax.parallel.sharding import MESH_AXES, RULES
@@ -114,7 +113,7 @@ def _norm_bytes(work: Work) -> int:
 def _weights(work: Work) -> Any:
     """Shapes of the weights on one device where they are computed with; ``blocks`` is one layer's."""
     table: Any = weight_table(work.model, layered=False)
-    return jax.tree.map(lambda w: jax.ShapeDtypeStruct(work.local_shape(w.axes), jnp.float32), table, is_leaf=is_leaf)
+    return jax.tree.map(lambda w: jax.ShapeDtypeStruct(work.local_shape(w.axes), jnp.float32), table, is_leaf=is_weight)
 
 
 def _stream(work: Work) -> jax.ShapeDtypeStruct:

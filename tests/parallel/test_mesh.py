@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from gptjax.errors import ConfigError
-from gptjax.models.params import param_axes
 from gptjax.parallel import mesh as meshes
 from gptjax.parallel.mesh import MeshConfig, make_mesh
 from gptjax.parallel.sharding import MESH_AXES

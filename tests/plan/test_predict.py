@@ -20,6 +20,7 @@ from gptjax.plan.compiled import TooLarge, _too_large, compile_work
 from gptjax.plan.predict import Work, saved_bytes, state_bytes, step_collectives, step_flops, step_traffic, working_bytes
 from gptjax.train.optimizer import OptimConfig, make_optimizer
 from tests.conftest import ROOT
+from tests.models import mlp_family
 from tests.plan.conftest import needs_libtpu
 
 CFG = ModelConfig(num_layers=2, num_heads=8, channels=256, vocab_size=1024, max_seq_len=128, dtype="float32")
@@ -80,6 +81,24 @@ def test_memory_and_collectives_are_about_what_is_compiled(name):
     compiled = {(c.kind, c.group): c.sent for c in found.collectives}
     for key in expected | compiled:
         assert compiled.get(key, 0) == pytest.approx(expected[key], rel=0.002, abs=vectors), key
+
+
+def test_a_family_that_the_package_does_not_know_is_planned_from_its_weight_table():
+    """It has no attention, one projection into the residual stream a layer, and a classifier of its own."""
+    with mlp_family.registered() as family, jax.enable_x64(False):
+        planned = work((2, 2, 2), family=family)
+        optimizer = make_optimizer(OptimConfig(), 10, planned.model)
+        found = compile_work(planned, optimizer, "manual", jax.devices())
+        predicted, state = saved_bytes(planned) + working_bytes(planned), state_bytes(planned, optimizer)
+        expected = step_collectives(planned)
+        streams = next(c for c in step_collectives(planned._replace(mesh=(1, 1, 2))) if c.kind == "all-reduce")
+    assert {part: found.memory[part] for part in state} == state
+    assert predicted == pytest.approx(found.memory["temporaries"], rel=0.25)
+    assert streams.times == 2 * CFG.num_layers + 2
+    compiled = {(c.kind, c.group): c.sent for c in found.collectives}
+    for c in expected:
+        if c.kind in ("all-gather", "all-to-all"):
+            assert compiled[c.kind, c.group] == pytest.approx(c.sent, rel=0.02)
 
 
 TPU_MESHES = ["2 4 1", "2 2 2", "1 8 1"]
