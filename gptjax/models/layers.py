@@ -1,18 +1,16 @@
-"""The ops as the models' blocks call them: with what XLA and the mesh have to be told.
+"""The ops as the models' blocks call them: with the barriers that XLA needs, and on weights in any storage.
 
-Each is the op of `gptjax.ops` by the same name, computing the same numbers. On one device the additions are barriers, which
-decide what the backward stores and what it computes again; on a mesh the embedding also says where its rows are summed.
+Each is the op of `gptjax.ops` by the same name, computing the same numbers. Barriers decide what the backward stores and what
+it computes again. Nothing here knows of a mesh: `gptjax.models.transformer` lays out a block's weights and gradients.
 """
 
 from typing import Any
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gptjax import ops
-from gptjax.ops import dropout_bwd, dropout_fwd, gelu_fwd, layernorm_fwd
+from gptjax.ops import dropout_bwd, dropout_fwd, embedding_bwd, gelu_fwd, layernorm_fwd
 from gptjax.ops.quantized import OutIn, Quantized, quantized_linear, table_rows
-from gptjax.parallel.sharding import compute_layout, num_shards, param_layout
 from gptjax.xla.barrier import barrier, cpu_barrier
 
 __all__ = [
@@ -59,25 +57,5 @@ def gelu_again(dx: Array, x: Array) -> Array:
 
 
 def embedding_fwd(ids: Int[Array, "..."], table: Any) -> Float[Array, "..."]:
-    """`ops.embedding_fwd`; on a mesh a batch of ids goes to where the table's columns are, and the table stays.
-
-    Decoding brings a table that is stored in another way.
-    """
-    if isinstance(table, OutIn | Quantized):
-        return table_rows(table, ids)
-    if ids.ndim < 2 or num_shards() == 1:
-        return ops.embedding_fwd(ids, table)
-    y = ops.embedding_fwd(param_layout(ids, "B", None), table)
-    return compute_layout(param_layout(y, "B", None, "C"), "B", None, None)
-
-
-def embedding_bwd(
-    ids: Int[Array, "..."], dtable: Float[Array, "N C"], dy: Float[Array, "..."]
-) -> Float[Array, "N C"]:
-    """`ops.embedding_bwd`; on a mesh each device adds its rows to zeros, so that only their sum is sent, once."""
-    if num_shards() == 1:
-        return ops.embedding_bwd(ids, dtable, dy)
-    if ids.ndim > 1:
-        ids, dy = param_layout(ids, "B", None), param_layout(dy, "B", None, "C")
-        return dtable + ops.embedding_bwd(ids, jnp.zeros_like(dtable), dy)
-    return dtable + param_layout(ops.embedding_bwd(ids, jnp.zeros_like(dtable), dy), None, "C")
+    """`ops.embedding_fwd`; decoding brings a table that is stored in another way."""
+    return table_rows(table, ids) if isinstance(table, OutIn | Quantized) else ops.embedding_fwd(ids, table)

@@ -1,9 +1,10 @@
-"""The devices that a run computes on, and arrays laid out over them by the rules of `gptjax.parallel.sharding`."""
+"""The mesh of devices that a run computes on, and arrays laid out over it by the rules of `gptjax.parallel.sharding`."""
 
 import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,25 +15,25 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from gptjax.errors import ConfigError
 from gptjax.parallel.sharding import MESH_AXES, RULES, param_spec
 
-OPTIONS = {  # that set the size of an axis which a mesh cuts
+OPTIONS = {  # the option that sets the size of an axis that a mesh cuts
     "B": "data.batch_size",
     "C": "model.channels",
     "H": "model.num_heads",
     "F": "model.hidden",
     "Vp": "model.vocab_size, padded to",
 }
-LISTED = 4  # of the meshes that can be, where one cannot
+LISTED = 4  # valid meshes that the error about an invalid one names
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How many devices share what; -1, for one of them, takes the devices that the others leave. 1, 1 and 1 is one device."""
+    """The mesh's shape. One axis may be -1, which takes the devices that the others leave; all 1 is one device."""
 
     data: int = 1
     """Copies of the model, each with its share of every batch's rows."""
     fsdp: int = 1
-    """Devices that share out the rows and, along one axis, every weight with its gradient and moments: fully sharded data
-    parallel. A layer's weights are gathered where it is computed."""
+    """Fully sharded data parallelism: devices that share out the rows and, along its channels, each weight with its gradient
+    and moments. A layer's weights are gathered when it is computed."""
     tensor: int = 1
     """Devices that share out the heads, the MLP's hidden units and the vocabulary: it must divide model.num_heads."""
 
@@ -62,7 +63,7 @@ def make_mesh(cfg: MeshConfig, sizes: dict[str, int], batch_size: int, devices: 
         cfg: its shape.
         sizes: of the model's logical axes, which have to be cut evenly.
         batch_size: rows of a micro-batch, on all devices together.
-        devices: what there is; by default all of JAX's. In one process some may stay idle.
+        devices: those there are; by default all of JAX's. In one process some may stay idle.
 
     Raises:
         ConfigError: there are fewer devices, or something cannot be cut evenly; it lists what would work.
@@ -82,7 +83,7 @@ def make_mesh(cfg: MeshConfig, sizes: dict[str, int], batch_size: int, devices: 
 
 
 def mesh_shape(cfg: MeshConfig, sizes: dict[str, int], batch_size: int, devices: int, processes: int = 1) -> tuple[int, ...]:
-    """(data, fsdp, tensor) of the mesh that `make_mesh` makes of so many devices; Raises as it does."""
+    """(data, fsdp, tensor) of the mesh that `make_mesh` makes of so many devices; raises as it does."""
     shape = _resolve(cfg.shape, devices)
     obstacle = _miscounted(cfg.shape, shape, devices, processes) or _uneven(shape, sizes, batch_size)
     if obstacle:
@@ -102,7 +103,7 @@ def _resolve(shape: tuple[int, ...], devices: int) -> tuple[int, ...]:
 
 
 def _miscounted(asked: tuple[int, ...], shape: tuple[int, ...], devices: int, processes: int) -> str | None:
-    """Why the mesh does not take the devices that there are."""
+    """Why the mesh does not fit the number of devices; None if it does."""
     named = "the mesh " + " x ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, asked, strict=True))
     there_are = f"there {'is 1 device' if devices == 1 else f'are {devices} devices'}"
     count = math.prod(shape)
@@ -116,7 +117,7 @@ def _miscounted(asked: tuple[int, ...], shape: tuple[int, ...], devices: int, pr
 
 
 def _uneven(shape: tuple[int, ...], sizes: dict[str, int], batch_size: int) -> str | None:
-    """Which axis that `RULES` cut does not divide by its parts."""
+    """Which axis does not divide by the mesh axes that cut it; None if each does."""
     mesh = dict(zip(MESH_AXES, shape, strict=True))
     for axis, rule in RULES.items():
         for cut in rule:
@@ -130,7 +131,7 @@ def _uneven(shape: tuple[int, ...], sizes: dict[str, int], batch_size: int) -> s
 
 
 def _alternatives(asked: tuple[int, ...], sizes: dict[str, int], batch_size: int, devices: int, processes: int) -> str:
-    """Meshes of all the devices that can be, those most like what was asked for first, in words."""
+    """The valid meshes of all devices in words, those most like the requested one first."""
     each = devices // processes  # that hold whole rows, or parts of the same: see `row_share`
 
     def of(rows: int) -> list[tuple[int, ...]]:
@@ -163,20 +164,36 @@ def _divisors(n: int) -> list[int]:
 
 
 def param_shardings(mesh: Mesh, axes: Any) -> Any:
-    """How each parameter is laid out.
+    """The layout of each parameter.
 
     Args:
         mesh: the mesh.
-        axes: a tree with the logical axes of each, see `gptjax.models.params.param_axes`.
+        axes: the tree of their logical axes, of `gptjax.models.params.param_axes`.
 
     """
     return jax.tree.map(lambda axes: NamedSharding(mesh, param_spec(axes)), axes, is_leaf=_is_axes)
 
 
 def shardings(mesh: Mesh, axes: Any, tree: Any) -> Any:
-    """How a tree is laid out: whatever is shaped like the parameters as they are, the rest whole on every device."""
-    params, is_params = param_shardings(mesh, axes), lambda x: isinstance(x, type(axes))
-    return jax.tree.map(lambda x: params if is_params(x) else replicated(mesh), tree, is_leaf=is_params)
+    """The layout of a tree: arrays shaped like a parameter as it is, all others whole on every device.
+
+    Optimizers keep trees of the parameters' structure, in which some leaves are missing or, as in Adafactor, smaller.
+    """
+
+    def layout(axes: tuple[str, ...], x: Any) -> NamedSharding:
+        sizes = [math.prod(mesh.shape[name] for name in RULES[axis].param) for axis in axes]
+        cut = len(axes) == x.ndim and not any(n % size for n, size in zip(x.shape, sizes, strict=True))
+        return NamedSharding(mesh, param_spec(axes)) if cut else replicated(mesh)
+
+    def layouts(x: Any) -> Any:
+        if not is_params(x):
+            return replicated(mesh)
+        return jax.tree.map(lambda axes, leaf: jax.tree.map(partial(layout, axes), leaf), axes, x, is_leaf=_is_axes)
+
+    def is_params(x: Any) -> bool:
+        return isinstance(x, type(axes))
+
+    return jax.tree.map(layouts, tree, is_leaf=is_params)
 
 
 def _is_axes(x: Any) -> bool:
@@ -194,7 +211,7 @@ def row_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
 
 
 def abstract(mesh: Mesh | None, axes: Any, tree: Any) -> Any:
-    """Shapes of a tree with the layout of `shardings`, of the kind that a function is lowered for; nothing is allocated."""
+    """Shapes of a tree with the layout of `shardings`, for lowering a function; nothing is allocated."""
     if mesh is None:
         return tree
     layout = shardings(mesh, axes, tree)
@@ -202,7 +219,7 @@ def abstract(mesh: Mesh | None, axes: Any, tree: Any) -> Any:
 
 
 def row_share(mesh: Mesh | None, batch_size: int) -> tuple[int, int]:
-    """Which of how many equal shares of a batch's rows this process reads; processes that hold the same rows read the same.
+    """(i, n): this process reads the i-th of n equal shares of a batch's rows; processes that hold the same rows read the same.
 
     Raises:
         ConfigError: the devices lie so that processes hold unequal or overlapping rows.

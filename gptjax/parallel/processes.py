@@ -81,10 +81,10 @@ def start(cfg: DistributedConfig) -> None:
         told["cluster_detection_method"] = "deactivate"
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
     try:
-        with cluster.without_advice():
+        with clusters.without_advice():
             jax.distributed.initialize(
                 **told,
-                heartbeat_timeout_seconds=2 * cfg.timeout,  # twice the time that `gptjax.parallel.heartbeat` takes, which speaks clearer
+                heartbeat_timeout_seconds=2 * cfg.timeout,  # `gptjax.parallel.heartbeat` comes first, and says it better
                 initialization_timeout=max(cfg.timeout, 60),
                 shutdown_timeout_seconds=max(cfg.timeout, 300),  # JAX's own: process 0 may be closing its loggers
             )

@@ -1,7 +1,7 @@
-"""The mesh of devices, and which of its axes cuts which axis of an array: the one table of that is `RULES`.
+"""The one table of which mesh axis cuts which axis of an array, `RULES`, and the layouts that follow from it.
 
 The mesh has three axes. ``data`` copies the model and shares out the batch's rows. ``fsdp`` shares out the rows too, and cuts
-every matrix, with its gradient and moments, along one axis: a layer's are gathered when it needs them, and no longer.
+each parameter that has channels, with its gradient and moments, along them: a layer's are gathered while it is computed.
 ``tensor`` cuts the work on one token: the heads, the MLP's hidden units and the vocabulary.
 
 The functions of the model stay as they are: `on_mesh` traces one for a mesh, and XLA splits it by the layouts of its
@@ -33,7 +33,7 @@ class Rule(NamedTuple):
 
 RULES: dict[str | None, Rule] = {
     None: Rule((), ()),
-    "B": Rule(("data", "fsdp"), ("data",)),  # param: beside channels that fsdp cuts, in the embedding
+    "B": Rule(("data", "fsdp"), ("data",)),  # param: in the embedding, whose channels fsdp cuts
     "C": Rule((), ("fsdp",)),
     "H": Rule(("tensor",), ("tensor",)),
     "D": Rule((), ()),

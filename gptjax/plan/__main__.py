@@ -23,15 +23,15 @@ from gptjax import cli
 from gptjax.config import Config
 from gptjax.data import BatchShape
 from gptjax.errors import ConfigError, naming
-from gptjax.mesh import MeshConfig, mesh_shape
-from gptjax.models.config import GPT2Config
-from gptjax.optim import make_optimizer
+from gptjax.models.config import ModelConfig
+from gptjax.parallel.mesh import MeshConfig, mesh_shape
 from gptjax.plan.predict import Work
 from gptjax.plan.report import comparison, describe
 from gptjax.plan.search import Plan, make_plan
 from gptjax.plan.topology import Topology, open_devices, parse_topology, start
 from gptjax.plan.training import train_command
 from gptjax.run import start_jax
+from gptjax.train.optimizer import make_optimizer
 
 PROG = "python -m gptjax.plan"
 CHANNELS = 16  # that each device keeps of a weight at least, where the plan chooses the mesh
@@ -97,7 +97,7 @@ def plan(cfg: PlanConfig, file: Path | None, topology: Topology) -> dict[str, An
     cfg, chosen = settle(cfg, model, topology)
     work = Work(model, BatchShape(cfg.optim.accumulate, cfg.data.batch_size, cfg.data.seq_len), cfg.mesh.shape)
     devices = None if cfg.predict or topology.platform == "cuda" else open_devices(topology)
-    optimizer = make_optimizer(cfg.optim, cfg.train.steps)
+    optimizer = make_optimizer(cfg.optim, cfg.train.steps, model)
     tokens = cfg.tokens or work.shape.tokens * cfg.train.steps
 
     def made(work: Work, largest: bool) -> Plan:
@@ -115,7 +115,7 @@ def plan(cfg: PlanConfig, file: Path | None, topology: Topology) -> dict[str, An
     return {"topology": topology.name, "tokens": tokens, "train": command, "plans": records}
 
 
-def settle(cfg: PlanConfig, model: GPT2Config, topology: Topology) -> tuple[PlanConfig, list[str]]:
+def settle(cfg: PlanConfig, model: ModelConfig, topology: Topology) -> tuple[PlanConfig, list[str]]:
     """The configuration with a mesh in numbers, whole rows on every device and the steps of a token budget.
 
     Returns:
@@ -131,7 +131,7 @@ def settle(cfg: PlanConfig, model: GPT2Config, topology: Topology) -> tuple[Plan
         fits = [f for f in range(1, n + 1) if n % f == 0 and model.channels % f == 0 and model.channels // f >= CHANNELS]
         mesh = MeshConfig(fsdp=fits[-1] if fits else 1, data=-1)
         chosen.append("chosen, as none is configured")
-    shape = mesh_shape(mesh, model, n * batch, n, topology.hosts)  # so many rows divide anyhow
+    shape = mesh_shape(mesh, model.axis_sizes, n * batch, n, topology.hosts)  # so many rows divide anyhow
     if math.prod(shape) < n:
         chosen.append(f"so {n - math.prod(shape)} devices stay idle: --mesh.data -1 takes all")
     shares = shape[0] * shape[1]
@@ -145,7 +145,7 @@ def settle(cfg: PlanConfig, model: GPT2Config, topology: Topology) -> tuple[Plan
     return dataclasses.replace(cfg, mesh=MeshConfig(*shape), data=data, train=train), chosen
 
 
-def others(model: GPT2Config, topology: Topology, seq_len: int, chosen: GPT2Config) -> list[GPT2Config]:
+def others(model: ModelConfig, topology: Topology, seq_len: int, chosen: ModelConfig) -> list[ModelConfig]:
     """The model with every other attention that runs there."""
     found = []
     for attention in ("splash", "cudnn", "blockwise", "materialised"):

@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, read off its HLO text."""
+"""The collectives of a compiled program, read off its HLO text."""
 
 import math
 import re
@@ -59,11 +59,11 @@ def summed(collectives: Iterable[Collective]) -> list[Collective]:
     return sorted(found, key=lambda c: -c.sent)
 
 
-def sent(kind: str, whole: float, group: int) -> float:
-    """Bytes that each of ``group`` devices sends, where ``whole`` bytes are gathered, scattered, summed or exchanged."""
+def bytes_sent(kind: str, nbytes: float, group: int) -> float:
+    """Bytes that each of ``group`` devices sends to gather, scatter, sum or exchange ``nbytes`` by a ring."""
     if kind == "collective-permute":
-        return whole
-    return (2 if kind == "all-reduce" else 1) * whole * (group - 1) / group
+        return nbytes
+    return (2 if kind == "all-reduce" else 1) * nbytes * (group - 1) / group
 
 
 def _parse(text: str) -> tuple[dict[str, list[str]], str]:
@@ -122,14 +122,15 @@ def _collective(line: str, computation: str) -> Collective | None:
     if not call:
         return None
     shapes, kind, start = call.groups()
-    sizes = [_nbytes(*shape) for shape in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shapes)]
-    if start:  # (operands, results, ...): what is gathered is the larger, what is scattered too
-        sizes = [max(sizes)] if kind in ("all-gather", "reduce-scatter", "collective-permute") else sizes
+    sizes = [_nbytes(*shape) for shape in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shapes) if shape != ("u32", "")]
+    if start and kind in ("all-gather", "reduce-scatter", "collective-permute"):
+        half = len(sizes) // 2  # operands, then as many results: the larger are whole
+        sizes = [max(sum(sizes[:half]), sum(sizes[half:]))]
     group = 2 if kind == "collective-permute" else _group(line)
-    whole = sum(sizes) * (group if kind == "reduce-scatter" and not start else 1)
+    nbytes = sum(sizes) * (group if kind == "reduce-scatter" and not start else 1)
     if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):  # what XLA calls it on TPU
         kind = "reduce-scatter"
-    return Collective(kind, group, 1, sent(kind, whole, group))
+    return Collective(kind, group, 1, bytes_sent(kind, nbytes, group))
 
 
 def _nbytes(dtype: str, dimensions: str) -> float:

@@ -1,4 +1,4 @@
-"""What the compiler says of a step: of simulated CPUs, or ahead of time of TPUs that are not here."""
+"""Memory, collectives and FLOPs of a compiled step, for simulated CPUs or, ahead of time, for TPUs."""
 
 import re
 import time
@@ -8,23 +8,22 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from gptjax import steps
-from gptjax.mesh import MeshConfig, make_mesh
-from gptjax.models.config import GPT2Config
-from gptjax.optim import Optimizer
+from gptjax.parallel.mesh import MeshConfig, make_mesh
+from gptjax.parallel.sharding import MESH_AXES
 from gptjax.plan.collectives import Collective, collectives, summed
 from gptjax.plan.predict import Work
-from gptjax.sharding import MESH_AXES
+from gptjax.train.optimizer import Optimizer
+from gptjax.train.step import Backward, compile_step, step_arguments
 
 
 class Compiled(NamedTuple):
     """One compilation of a step."""
 
     memory: dict[str, int]
-    """Bytes on each device, as training reports them, and the program's own."""
+    """Bytes on each device: what training reports, and the program's code."""
     collectives: list[Collective]
     flops: float
-    """What XLA counts on one device, loops' bodies once, and nothing in kernels that are not its own."""
+    """XLA's count on one device: loop bodies once, and nothing in kernels that are not its own."""
     seconds: float
 
 
@@ -33,20 +32,20 @@ class TooLarge(NamedTuple):
 
     message: str
     used: int | None
-    """Bytes on each device that it says it needs."""
+    """Bytes on each device that the step needs, where the compiler says so."""
 
 
-def compile_work(work: Work, optimizer: Optimizer, backward: steps.Backward, devices: list[Any]) -> Compiled | TooLarge:
-    """Compile a step, of arguments that exist as shapes alone."""
-    mesh = mesh_of(work.model, work, devices)
+def compile_work(work: Work, optimizer: Optimizer, backward: Backward, devices: list[Any]) -> Compiled | TooLarge:
+    """Compile a step for arguments of which only the shapes exist."""
+    mesh = mesh_of(work, devices)
     began = time.perf_counter()
-    arguments = steps.step_arguments(work.model, optimizer, work.shape, mesh)
+    arguments = step_arguments(work.model, optimizer, work.shape, mesh)
     try:
-        step = steps.compile_step(work.model, optimizer, backward, *arguments, mesh)
+        step = compile_step(work.model, optimizer, backward, *arguments, mesh)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return _refused(str(error))
+        return _too_large(str(error))
     programs: list[Any] = [step.gradient, *step.updates]
     code = sum(program.memory_analysis().generated_code_size_in_bytes for program in programs)
     return Compiled(
@@ -57,15 +56,15 @@ def compile_work(work: Work, optimizer: Optimizer, backward: steps.Backward, dev
     )
 
 
-def mesh_of(model: GPT2Config, work: Work, devices: list[Any]) -> Mesh:
-    """The mesh of all devices; of one too, whose program is that of no mesh, so that it says what to compile for."""
-    mesh = make_mesh(MeshConfig(*work.mesh), model, work.shape.batch_size, devices)
+def mesh_of(work: Work, devices: list[Any]) -> Mesh:
+    """The mesh of the devices to compile for, even where it is a single one: its program is then that of no mesh."""
+    mesh = make_mesh(MeshConfig(*work.mesh), work.model.axis_sizes, work.shape.batch_size, devices)
     grid = np.array(devices[:1], dtype=object).reshape(1, 1, 1)
     return mesh or Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def _refused(message: str) -> TooLarge:
+def _too_large(message: str) -> TooLarge:
     units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
     used = re.search(r"[Uu]sed ([\d.]+)([KMG]?) of ([\d.]+[KMG]?)", message)
-    said = f"it uses {used[1]}{used[2]} of {used[3]}" if used else " ".join(message.split())[:200]
-    return TooLarge(said, int(float(used[1]) * units[used[2]]) if used else None)
+    reason = f"it uses {used[1]}{used[2]} of {used[3]}" if used else " ".join(message.split())[:200]
+    return TooLarge(reason, int(float(used[1]) * units[used[2]]) if used else None)

@@ -1,35 +1,36 @@
-"""What a step needs and does on each device, from shapes and the rules of the mesh alone: nothing is compiled.
+"""Memory, FLOPs and collectives of a step on each device, from shapes and the sharding rules alone: nothing is compiled.
 
-It knows what the hand-written backward saves, because the forward says so, and what has to be sent, because `RULES` do. What
-a compiler adds or saves it does not know.
+The forward says what the hand-written backward saves, and `RULES` say what has to be sent. What a compiler adds or saves is not
+known here.
 """
 
 import dataclasses
 import math
-from functools import partial
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
-from gptjax import steps
 from gptjax.data import BatchShape
-from gptjax.models.config import GPT2Config
-from gptjax.models.gpt2 import training_block
-from gptjax.models.params import MATRICES, Block, num_matrix_params, param_shapes
+from gptjax.models.config import ModelConfig
+from gptjax.models.family import Weight, family_of
+from gptjax.models.params import is_weight, num_block_params, num_matrix_params, rows, weight_table
+from gptjax.models.transformer import training_block
 from gptjax.ops import attention_fwd
-from gptjax.optim import Optimizer
-from gptjax.plan.collectives import Collective, sent, summed
-from gptjax.sharding import MESH_AXES
+from gptjax.parallel.sharding import MESH_AXES, RULES
+from gptjax.plan.collectives import Collective, bytes_sent, summed
+from gptjax.train.optimizer import Optimizer
+from gptjax.train.step import bytes_per_device, step_arguments
 
-CUT_BY_HEADS = ("att", "attproj", "gelu", "fcproj")  # of `BlockSaved`: tensor cuts their heads or hidden units
+HEAD = ("Vp", "C")  # the classifier's axes
 
 
 class Work(NamedTuple):
     """A step to plan: everything that decides what it needs."""
 
-    model: GPT2Config
+    model: ModelConfig
     """Resolved."""
     shape: BatchShape
     """On all devices together."""
@@ -39,79 +40,144 @@ class Work(NamedTuple):
     @property
     def rows(self) -> int:
         """Sequences of a micro-batch on one device."""
-        return self.shape.batch_size // (self.mesh[0] * self.mesh[1])
+        return self.shape.batch_size // self.num_shards("B")
 
     def with_rows(self, rows: int) -> "Work":
-        """The same with so many."""
-        return self._replace(shape=self.shape._replace(batch_size=rows * self.mesh[0] * self.mesh[1]))
+        """The same work with so many sequences of a micro-batch on each device."""
+        return self._replace(shape=self.shape._replace(batch_size=rows * self.num_shards("B")))
+
+    def num_shards(self, axis: str, place: str = "compute") -> int:
+        """How many parts the mesh cuts a logical axis into; ``place`` is a field of `Rule`."""
+        sizes = dict(zip(MESH_AXES, self.mesh, strict=True))
+        return math.prod(sizes[cut] for cut in getattr(RULES[axis], place))
+
+    def local_shape(self, axes: tuple[str, ...], place: str = "compute") -> tuple[int, ...]:
+        """The shape on one device of an array with these logical axes."""
+        return tuple(self.model.axis_sizes[axis] // self.num_shards(axis, place) for axis in axes)
+
+    def local_elements(self, axes: tuple[str, ...], place: str = "compute") -> int:
+        """Elements on one device of an array with these logical axes."""
+        return math.prod(self.local_shape(axes, place))
+
+    @property
+    def block_matrices(self) -> list[Weight]:
+        """The matrices of one layer, as rows of the weight table."""
+        return [weight for _, layered, weight, _ in rows(self.model) if layered and weight.kind == "matrix"]
+
+    def local_matrices(self, place: str = "compute") -> int:
+        """Elements on one device of all layers' matrices."""
+        return self.model.num_layers * sum(self.local_elements(weight.axes, place) for weight in self.block_matrices)
+
+    @property
+    def stream(self) -> int:
+        """Elements of the residual stream, (B, T, C), on one device."""
+        return self.rows * self.shape.seq_len * self.model.channels
 
 
 def state_bytes(work: Work, optimizer: Optimizer) -> dict[str, int]:
-    """Bytes on each device that last: exact."""
+    """Bytes on each device of parameters, optimizer state and gradients: exact."""
     mesh: Any = AbstractMesh(work.mesh, MESH_AXES, axis_types=(AxisType.Auto,) * 3) if math.prod(work.mesh) > 1 else None
-    state = steps.step_arguments(work.model, optimizer, work.shape, mesh)[0]
-    params = steps.bytes_per_device(state.params)
-    return {"parameters": params, "optimizer": steps.bytes_per_device(state.opt_state), "gradients": params}
+    state = step_arguments(work.model, optimizer, work.shape, mesh)[0]
+    params = bytes_per_device(state.params)
+    return {"parameters": params, "optimizer": bytes_per_device(state.opt_state), "gradients": params}
 
 
 def saved_bytes(work: Work) -> int:
-    """Bytes on each device that the hand-written backward keeps of the forward of a micro-batch, all layers and the end."""
-    model, B, T, C = work.model, work.rows, work.shape.seq_len, work.model.channels
-    stream = B * T * C * model.compute_dtype.itemsize
-    end = 2 * stream + 2 * B * T * 4 + stream * bool(model.dropout)  # the last LayerNorm's input, statistics and output
-    kept = stream if model.recompute == "block" else _block_bytes(work, model.recompute)
-    return model.num_layers * kept + end
+    """Bytes on each device that the hand-written backward saves of a micro-batch's forward: all layers and the final norm."""
+    model = work.model
+    dropout = work.stream if model.dropout else 0  # a byte for each element of the embedding
+    layer = _nbytes(_stream(work)) if model.recompute == "block" else _block_bytes(work, discard=model.recompute == "gelu")
+    return model.num_layers * layer + _norm_bytes(work) + dropout
 
 
-def _block_bytes(work: Work, recompute: str) -> int:
-    """Of one block. cuDNN's and splash attention save what the blockwise one does: q, k, v, o and each row's lse."""
+def _block_bytes(work: Work, discard: bool) -> int:
+    """Bytes that one block saves. cuDNN's and splash attention save what the blockwise one does: q, k, v, o, a row's lse."""
     attention: Any = "materialised" if work.model.attention == "materialised" else "blockwise"
     cfg: Any = dataclasses.replace(work.model, attention=attention)
-    weights = Block(*(jax.ShapeDtypeStruct(s[1:], jnp.float32) for s in _block_shapes(cfg)))
-    x = jax.ShapeDtypeStruct((work.rows, work.shape.seq_len, cfg.channels), cfg.compute_dtype)
-    key = jax.eval_shape(lambda: jax.random.key(0)) if cfg.dropout else None
-    _, saved = jax.eval_shape(partial(training_block, attention_fwd, cfg=cfg), weights, x, key=key)
-    if attention == "blockwise":
-        saved = saved._replace(attproj=None)  # it is o
-    if recompute == "gelu":
-        saved = saved._replace(fcproj=None)
-    tensor = work.mesh[2]
-    parts = {name: steps.bytes_per_device(part) for name, part in saved._asdict().items()}
-    return sum(size // tensor if name in CUT_BY_HEADS else size for name, size in parts.items())
+    family = family_of(cfg)
+    positions = jax.ShapeDtypeStruct((work.shape.seq_len,), jnp.int32)
+    key = jax.eval_shape(lambda: jax.random.key(0)) if cfg.dropout or cfg.dropout_mlp else None
+
+    def saved(w: Any, x: Any, positions: Any, key: Any) -> Any:
+        _, saved = training_block(attention_fwd, w, x, positions, cfg, key)
+        return family.discard(saved) if discard else saved
+
+    return _distinct_bytes(saved, _weights(work).blocks, _stream(work), positions, key)
+
+
+def _norm_bytes(work: Work) -> int:
+    """Bytes that the final norm saves, and its output, which the classifier reads."""
+    return _distinct_bytes(family_of(work.model).norm_fwd, _weights(work), _stream(work))
+
+
+def _weights(work: Work) -> Any:
+    """Shapes of the weights on one device where they are computed with; ``blocks`` is one layer's."""
+    table: Any = weight_table(work.model, layered=False)
+    return jax.tree.map(lambda w: jax.ShapeDtypeStruct(work.local_shape(w.axes), jnp.float32), table, is_leaf=is_weight)
+
+
+def _stream(work: Work) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((work.rows, work.shape.seq_len, work.model.channels), work.model.compute_dtype)
+
+
+def _distinct_bytes(f: Callable[..., Any], *args: Any) -> int:
+    """Bytes of the arrays that f returns, one that it returns twice counted once."""
+    jaxpr = jax.make_jaxpr(f)(*args).jaxpr
+    distinct = {_origin(jaxpr, var): var.aval for var in jaxpr.outvars}
+    return sum(_nbytes(x) for x in distinct.values() if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key))
+
+
+def _origin(jaxpr: Any, var: Any) -> tuple[int, ...]:
+    """Where ``var`` is computed: the calls of jitted functions that lead there, and the innermost one's variable."""
+    for eqn in jaxpr.eqns:
+        if "jaxpr" in eqn.params and var in eqn.outvars:
+            inner = eqn.params["jaxpr"].jaxpr
+            found = inner.outvars[eqn.outvars.index(var)]
+            if found in inner.invars:  # an argument that the function returns
+                return _origin(jaxpr, eqn.invars[inner.invars.index(found)])
+            return (id(eqn), *_origin(inner, found))
+    return (id(var),)
+
+
+def _nbytes(x: Any) -> int:
+    return math.prod(x.shape) * x.dtype.itemsize
 
 
 def working_bytes(work: Work) -> int:
     """Bytes on each device beside what is saved, at the largest of two moments: the classifier, and one block's backward."""
     model, (_, fsdp, tensor) = work.model, work.mesh
-    item, T, C = model.compute_dtype.itemsize, work.shape.seq_len, model.channels
-    stream = work.rows * T * C
-    vocabulary = model.padded_vocab_size * C // tensor
-    scores = 2 * work.rows * T * model.padded_vocab_size // tensor // model.loss_chunks  # and their gradient
+    item, tokens = model.compute_dtype.itemsize, work.rows * work.shape.seq_len
+    head = work.local_elements(HEAD)
+    scores = 2 * tokens * model.padded_vocab_size // tensor // model.loss_chunks  # and their gradient
     gathered = item + 4 if fsdp > 1 else 0  # bytes of a weight, and of its gradient before it is scattered
-    classifier = item * (scores + stream) + vocabulary * gathered
-    layer = sum(math.prod(s[1:]) for s in _block_shapes(model)) // tensor
-    backward = item * (8 * stream // tensor + 4 * stream) + layer * gathered
+    classifier = item * (scores + work.stream) + head * gathered
+    outputs = sum(work.local_elements(weight.axes[weight.inputs :]) for weight in work.block_matrices)
+    two_largest = sum(sorted(work.local_elements(weight.axes) for weight in work.block_matrices)[-2:])  # at a time
+    backward = item * (tokens * outputs + 3 * work.stream) + two_largest * gathered
     if model.recompute == "block":
-        backward += _block_bytes(work, "none")
-    narrow = item * num_matrix_params(model) // (fsdp * tensor) if item < 4 else 0  # the weights in the compute dtype
+        backward += _block_bytes(work, discard=False)
+    kept_in_compute_dtype = item * num_matrix_params(model) // (fsdp * tensor) if item < 4 else 0
     summed_gradients = state_elements(work) * 4 if work.shape.accumulate > 1 else 0
-    return max(classifier, backward) + narrow + summed_gradients + (_kept_gathered(work) if fsdp > 1 else 0)
+    return max(classifier, backward) + kept_in_compute_dtype + summed_gradients + (_stays_gathered(work) if fsdp > 1 else 0)
 
 
-def _kept_gathered(work: Work) -> int:
-    """Bytes of the weights that stay gathered.
+def _stays_gathered(work: Work) -> int:
+    """Bytes of the weights that stay gathered over fsdp.
 
-    XLA gathers them for the forwards of all micro-batches at once, before the loop over them; and for a block's recomputation
-    it takes those of its forward. Only for the backward are they gathered anew. In a loop over layers it gathers a layer's.
+    XLA gathers them for the forwards of all micro-batches at once, before the loop over them; and a block's recomputation
+    reuses those of its forward. Only for the backward are they gathered again. Scanned layers are gathered one at a time.
     """
     model = work.model
-    again = model.layers == "unroll" and (work.shape.accumulate > 1 or model.recompute == "block")
-    return model.compute_dtype.itemsize * num_matrix_params(model) // work.mesh[2] if again else 0
+    stays = model.layers == "unroll" and (work.shape.accumulate > 1 or model.recompute == "block")
+    return model.compute_dtype.itemsize * (work.local_matrices() + work.local_elements(HEAD)) if stays else 0
 
 
 def state_elements(work: Work) -> int:
     """Parameters on one device."""
-    return sum(map(math.prod, param_shapes(work.model))) // (work.mesh[1] * work.mesh[2])
+    return sum(
+        work.local_elements(weight.axes, "param") * (work.model.num_layers if layered else 1)
+        for _, layered, weight, _ in rows(work.model)
+    )
 
 
 def step_flops(work: Work) -> float:
@@ -120,58 +186,50 @@ def step_flops(work: Work) -> float:
     Attention is counted as if no block above the diagonal were skipped, as `flops_per_token` does.
     """
     model, T = work.model, work.shape.seq_len
-    blocks = num_matrix_params(model) - model.padded_vocab_size * model.channels
-    again = 2 * blocks + 4 * model.num_layers * model.channels * T if model.recompute == "block" else 0
-    token = 6 * num_matrix_params(model) + 12 * model.num_layers * model.channels * T + again
+    recomputed = 2 * num_block_params(model) + 4 * model.num_layers * model.channels * T if model.recompute == "block" else 0
+    token = 6 * num_matrix_params(model) + 12 * model.num_layers * model.channels * T + recomputed
     return token * work.shape.tokens / math.prod(work.mesh)
 
 
 def step_traffic(work: Work) -> tuple[float, float]:
     """Bytes that a device's memory must move at least in a step: (forward and backward, update).
 
-    What is saved is written and read once, weights are read for each pass over them and scores moved three times. The update
-    reads and writes parameters and float32 moments once. Gradients are written once and read twice, first for their norm.
+    Activations that are saved are written and read once, weights are read for each pass over them and scores moved three
+    times. The update reads and writes parameters and float32 moments once. Gradients are written once and read twice, first
+    for their norm.
     """
     model, A, item = work.model, work.shape.accumulate, work.model.compute_dtype.itemsize
     passes = 3 if model.recompute == "block" else 2
     weights = passes * num_matrix_params(model) // work.mesh[2] * item
     scores = 3 * work.rows * work.shape.seq_len * model.padded_vocab_size // work.mesh[2] * item
-    adding = 8 * state_elements(work) if A > 1 else 0
-    return A * (2 * saved_bytes(work) + weights + scores + adding), (2 + 4 + 3) * 4 * state_elements(work)
+    sums = 8 * state_elements(work) if A > 1 else 0
+    return A * (2 * saved_bytes(work) + weights + scores + sums), (2 + 4 + 3) * 4 * state_elements(work)
 
 
 def step_collectives(work: Work) -> list[Collective]:
-    """What `RULES` make necessary in a step, weights' vectors and single numbers aside.
+    """The collectives that `RULES` make necessary in a step, those of vectors and single numbers aside.
 
-    Over fsdp each matrix is gathered for the forward and for each backward (see `_kept_gathered`), the gradient scattered, and
-    the embedding exchanged; over data the gradient is summed; over tensor the residual stream is, and the matrix that gives
-    q, k and v is exchanged, as its gradient is: a part of its columns is not the part of the heads. A recomputation does so
-    anew, and gathers it anew for that. Scanned layers gather theirs in each forward.
+    Over fsdp each matrix is gathered for the forward and for each backward (see `_stays_gathered`), its gradient is scattered,
+    and the embedding is exchanged; over data the gradient is summed. Over tensor the residual stream is summed after each
+    matrix whose inputs are cut, and its gradient as often. Scanned layers gather their weights in each forward.
     """
     model, A, (data, fsdp, tensor) = work.model, work.shape.accumulate, work.mesh
-    L, item, block = model.num_layers, model.compute_dtype.itemsize, model.recompute == "block"
-    vocabulary = model.padded_vocab_size * model.channels // tensor
-    matrices = (num_matrix_params(model) // tensor) - vocabulary
-    stream = work.rows * work.shape.seq_len * model.channels * item
-    qkv, anew = L * 3 * model.channels**2 // tensor, A * block * (tensor > 1)
-    count, streams = len(MATRICES) * L, (5 if block else 4) * L + 2
-    times = A + (A if model.layers == "scan" else 1)  # each matrix is gathered
+    L, item = model.num_layers, model.compute_dtype.itemsize
+    matrices, head, count = work.local_matrices(), work.local_elements(HEAD), L * len(work.block_matrices)
+    gathers = A + (A if model.layers == "scan" else 1)  # of each matrix
+    cut = sum(any("tensor" in RULES[axis].compute for axis in w.axes[: w.inputs]) for w in work.block_matrices)
+    again = cut - 1 if model.recompute == "block" else 0  # the block's output is not computed again
+    streams, stream = L * (2 * cut + again) + 2, work.stream * item
 
-    def one(kind: str, group: int, times: float, whole: float) -> Collective:
-        return Collective(kind, group, times, sent(kind, whole, group))
+    def collective(kind: str, group: int, times: float, nbytes: float) -> Collective:
+        return Collective(kind, group, times, bytes_sent(kind, nbytes, group))
 
     return summed(
         [
-            one("all-gather", fsdp, times * count + 1 + anew * L, (times * matrices + anew * qkv + vocabulary) * item),
-            one("reduce-scatter", fsdp, A * (count + 1), A * (matrices + vocabulary) * 4),
-            one("all-to-all", fsdp, 2 * A, 2 * A * stream),
-            one("all-reduce", data, A * (count + 1), A * (matrices + vocabulary) * 4 / fsdp),
-            one("all-reduce", tensor, A * streams, A * streams * stream),
-            one("all-to-all", tensor, (times + A + anew) * L, qkv * ((times + anew) * item + A * 4) / fsdp),
+            collective("all-gather", fsdp, gathers * count + 1, (gathers * matrices + head) * item),
+            collective("reduce-scatter", fsdp, A * (count + 1), A * (matrices + head) * 4),
+            collective("all-to-all", fsdp, 2 * A, 2 * A * stream),
+            collective("all-reduce", data, A * (count + 1), A * (matrices + head) * 4 / fsdp),
+            collective("all-reduce", tensor, A * streams, A * streams * stream),
         ]
     )
-
-
-def _block_shapes(model: GPT2Config) -> Block:
-    shapes = param_shapes(model)
-    return Block(*(getattr(shapes, name) for name in Block._fields))

@@ -3,11 +3,11 @@
 from gptjax.devices import NETWORK, Device
 from gptjax.metrics import human_bytes
 from gptjax.models.params import num_params
+from gptjax.parallel.sharding import MESH_AXES
 from gptjax.plan.collectives import Collective
 from gptjax.plan.floor import DAY, sending_rate
 from gptjax.plan.search import USABLE, Plan
 from gptjax.plan.topology import Topology
-from gptjax.sharding import MESH_AXES
 
 
 def describe(plan: Plan, topology: Topology, chosen: list[str], backward: str) -> str:

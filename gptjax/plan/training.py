@@ -10,7 +10,7 @@ from typing import Any
 from gptjax import cli
 from gptjax.config import Config
 from gptjax.errors import ConfigError
-from gptjax.models.config import GPT2Config
+from gptjax.models.config import ModelConfig
 from gptjax.plan.topology import Topology
 
 TRAIN = "python -m gptjax.train"
@@ -26,7 +26,7 @@ def train_command(cfg: Config, file: Path | None, topology: Topology) -> str:
 
     """
     given: list[str] = []
-    model_defaults: dict[str, Any] = {f"model.{field.name}": field.default for field in dataclasses.fields(GPT2Config)}
+    model_defaults: dict[str, Any] = {f"model.{field.name}": field.default for field in dataclasses.fields(ModelConfig)}
     configured = _options(Config(cfg.model)) | model_defaults
     with contextlib.suppress(ConfigError):
         if file:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from gptjax.models.params import flops_per_token
-from gptjax.models.transformer import Batch
+from gptjax.models.batch import Batch
 from gptjax.parallel.processes import Stop
 from gptjax.train.metrics import Meter, peak_flops
 from gptjax.train.optimizer import StepMetrics

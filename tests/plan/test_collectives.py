@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from gptjax.errors import FormatError
-from gptjax.plan.collectives import Collective, _group, collectives, sent
+from gptjax.plan.collectives import Collective, _group, bytes_sent, collectives
 
 N, TURNS = 8, 3
 FLOAT = 4  # bytes
@@ -54,9 +54,9 @@ def test_what_a_loop_sends_counts_for_each_turn():
 
 
 def test_a_ring_sends_all_but_ones_own_part_and_a_sum_twice_that():
-    assert sent("all-gather", 80, 8) == sent("reduce-scatter", 80, 8) == 70
-    assert sent("all-reduce", 80, 8) == 140
-    assert sent("all-reduce", 80, 1) == 0
+    assert bytes_sent("all-gather", 80, 8) == bytes_sent("reduce-scatter", 80, 8) == 70
+    assert bytes_sent("all-reduce", 80, 8) == 140
+    assert bytes_sent("all-reduce", 80, 1) == 0
 
 
 TPU = """HloModule jit_f

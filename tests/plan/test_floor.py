@@ -4,7 +4,7 @@ import pytest
 
 from gptjax.data import BatchShape
 from gptjax.devices import NETWORK, Device
-from gptjax.models.config import GPT2Config
+from gptjax.models.config import ModelConfig
 from gptjax.plan.collectives import Collective
 from gptjax.plan.floor import Floor, sending_rate, step_floor
 from gptjax.plan.predict import Work, step_flops, step_traffic
@@ -14,7 +14,7 @@ SENT = [Collective("all-gather", 4, 1, 3e6), Collective("all-reduce", 4, 1, 1e6)
 
 
 def work(mesh):
-    return Work(GPT2Config(preset="124m").resolve("cuda", 1024), BatchShape(1, 16, 1024), mesh)
+    return Work(ModelConfig(preset="124m").resolve("cuda", 1024), BatchShape(1, 16, 1024), mesh)
 
 
 def test_each_part_at_its_rate():

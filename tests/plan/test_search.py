@@ -1,15 +1,16 @@
 import pytest
 
 from gptjax.data import BatchShape
-from gptjax.models.config import GPT2Config
-from gptjax.optim import OptimConfig, make_optimizer
+from gptjax.models.config import ModelConfig
 from gptjax.plan import search
 from gptjax.plan.compiled import Compiled, TooLarge
 from gptjax.plan.predict import Work, state_bytes
 from gptjax.plan.topology import parse_topology
+from gptjax.train.optimizer import OptimConfig, make_optimizer
 
-OPTIMIZER = make_optimizer(OptimConfig(), 10)
-WORK = Work(GPT2Config(preset="124m", num_layers=2).resolve("cuda", 1024), BatchShape(1, 8, 1024), (1, 4, 1))
+MODEL = ModelConfig(preset="124m", num_layers=2).resolve("cuda", 1024)
+OPTIMIZER = make_optimizer(OptimConfig(), 10, MODEL)
+WORK = Work(MODEL, BatchShape(1, 8, 1024), (1, 4, 1))
 
 
 @pytest.mark.parametrize("most", [0, 1, 2, 3, 7, 8, 1000])

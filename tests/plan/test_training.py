@@ -8,7 +8,7 @@ import pytest
 
 from gptjax import cli
 from gptjax.config import Config
-from gptjax.mesh import MeshConfig
+from gptjax.parallel.mesh import MeshConfig
 from gptjax.plan.topology import parse_topology
 from gptjax.plan.training import TRAIN, train_command
 
