@@ -11,7 +11,7 @@ from tests.verify.subject import subject
 
 
 def test_input_embeddings_gradient_by_taking_them_as_an_argument():
-    """A position's embedding is added to that position in every sequence, so its gradient is the sum of theirs."""
+    """A position's embedding is added to each sequence's token there, so its gradient is the sum of theirs."""
     found = model.by_hand(subject())
     assert relative_l2(found.embeddings.sum(0), found.params.wpe[:7]) < 1e-14
     assert relative_l2(model.by_autodiff(subject()).embeddings, found.embeddings) < 1e-13
@@ -31,3 +31,22 @@ def test_tolerances_are_widened_only_by_what_the_reference_itself_moves():
     wide = model.widened({"a": 1e-13, "b": 1e-13}, gradient, params, jnp.float64)
     assert wide["a"] == 1e-13
     assert wide["b"] == pytest.approx(4 * 2**-52 * 1e6, rel=0.2)
+
+
+def test_noise_is_on_everything_but_the_vocabularys_pad_rows():
+    cfg = subject().cfg
+    params = model.noisy_params(jax.random.key(0), cfg)
+    assert (params.wte[cfg.vocab_size :] == 0).all()
+    assert (params.wte[: cfg.vocab_size] != 0).all()
+    assert all((x != 0).all() for x in jax.tree.leaves(params._replace(wte=None)))
+    assert jnp.std(params.blocks[0].qb) == pytest.approx(model.NOISE, rel=0.7)
+
+
+def test_the_reference_adds_up_micro_batches_to_their_mean_over_all_targets():
+    """As one batch of all rows has it."""
+    parts = subject(A=3, num_layers=1)
+    rows = jax.tree.map(lambda x: x.reshape(1, -1, x.shape[-1]), parts.batch)
+    found, expected = model.by_autodiff(parts), model.by_autodiff(parts._replace(batch=rows))
+    assert float(found.loss) == pytest.approx(float(expected.loss), rel=1e-14)
+    for ours, theirs in zip(jax.tree.leaves(found.params), jax.tree.leaves(expected.params), strict=True):
+        assert relative_l2(ours, theirs) < 1e-13
