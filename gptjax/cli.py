@@ -20,7 +20,6 @@ from typing import Any, NoReturn, TypeVar, cast
 import jax
 import jsonargparse
 
-from gptjax.cache import compiled_folder
 from gptjax.errors import ConfigError, GptjaxError
 
 BAD_INPUT = 2  # exit status
@@ -163,19 +162,3 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_ARENA_MAX, 1)
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)
-
-
-def keep_compiled_programs() -> None:
-    """Keep what JAX compiles in ``~/.cache/gptjax`` (``XDG_CACHE_HOME``), so that the next start need not compile it again.
-
-    ``JAX_COMPILATION_CACHE_DIR`` names another folder, ``JAX_ENABLE_COMPILATION_CACHE=false`` keeps nothing. Each kind of
-    processor has a folder. It is not limited in size, and may be deleted at any time; where there is no place for it, nothing
-    is kept.
-    """
-    config: Any = jax.config
-    if config.jax_compilation_cache_dir:
-        return
-    with contextlib.suppress(OSError, RuntimeError):
-        config.update("jax_compilation_cache_dir", str(compiled_folder()))
-        if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-            config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

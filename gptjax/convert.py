@@ -2,7 +2,8 @@
 
 SRC is a run (its newest checkpoint), a Hugging Face GPT-2 folder, an llm.c model ``.bin``, safetensors in our names, or
 ``hf:NAME`` on the hub. DST becomes an llm.c model if it ends in ``.bin``, safetensors in our names if it ends in
-``.safetensors``, else a Hugging Face folder. ``--inspect`` also knows token shards, debug states and tokenizers.
+``.safetensors``, else a Hugging Face folder. ``--inspect`` also knows token shards, debug states and tokenizers, and names
+what is not read here: llama2.c's files, SentencePiece, GGUF, ONNX, pickles, NumPy's, TensorFlow's, archives.
 """
 
 import hashlib
@@ -18,12 +19,12 @@ from gptjax import cli, tokenizers
 from gptjax.errors import ConfigError, FormatError
 from gptjax.formats import hf_tokenizer, llmc, llmc_tokenizer
 from gptjax.formats.binary import HEADER_BYTES, read_header
-from gptjax.formats.json_files import read_object
 from gptjax.formats.lazy import tensor_names
+from gptjax.formats.recognise import LLMC, SAFETENSORS, recognise
 from gptjax.formats.safetensors import DTYPES
 from gptjax.formats.token_shards import FLAVOURS, open_shard
 from gptjax.models.params import num_params
-from gptjax.tokenizers import GPT2_IDS, BytePairEncoding
+from gptjax.tokenizers import GPT2_IDS
 from gptjax.weights import Format, Source, dtype_of, open_weights, write_weights
 
 PROG = "python -m gptjax.convert"
@@ -68,7 +69,7 @@ def convert(where: str, destination: Path, to: Format | None, dtype: str | None)
     chosen_format = to or suffixes.get(destination.suffix, "hf")
     write_weights(source, destination, chosen_format, chosen)
     print(describe(source))
-    if source.tokenizer and not (isinstance(source.tokenizer, BytePairEncoding) and chosen_format == "hf"):
+    if source.tokenizer and not (hf_tokenizer.can_write(source.tokenizer) and chosen_format == "hf"):
         print(f"{'note':<10} {chosen_format} keeps no {source.tokenizer.kind} tokenizer: it was left out")
     for path in sorted(destination.iterdir()) if destination.is_dir() else [destination]:
         with path.open("rb") as file:
@@ -93,7 +94,7 @@ def describe(source: Source) -> str:
 
 
 def inspect(where: str) -> str:
-    """What a file or folder is: a model, token shard, debug state or tokenizer.
+    """What a file or folder is: a model, token shard, debug state or tokenizer, or something that is not read here.
 
     Raises:
         GptjaxError: it is not there, damaged, or nothing that is known.
@@ -112,13 +113,17 @@ def inspect(where: str) -> str:
             return known[magic](path)
         if path.suffix == ".json":
             return _tokenizer(path)
+        found = recognise(path)
+        if found not in (None, LLMC[llmc.MODEL_MAGIC], SAFETENSORS):
+            _, name = found.split(" ", 1)
+            return f"{'format':<10} {name}\n{'size':<10} {path.stat().st_size:,} bytes"
     try:
         return describe(open_weights(where))
     except FormatError as error:
         if not path.is_file() or path.suffix != ".bin" or "in no format" not in str(error):
             raise
-        found = open_shard(path).tokens
-        if max(part.max() for part in np.array_split(found[: 1 << 20], 8) if part.size) >= GPT2_IDS:
+        ids = open_shard(path).tokens
+        if max(part.max() for part in np.array_split(ids[: 1 << 20], 8) if part.size) >= GPT2_IDS:
             raise  # any file of an even length could be ids without a header, but GPT-2 has no such ones
         return _shard(path)
 
@@ -138,8 +143,7 @@ def _debug_state(path: Path) -> str:
 
 
 def _tokenizer(path: Path) -> str:
-    known = path.suffix == ".json" and "model" in read_object(path)
-    found = hf_tokenizer.read(path.parent) if known and path.name == "tokenizer.json" else tokenizers.find(str(path))
+    found = tokenizers.find(str(path))
     return f"{'format':<10} tokenizer\n{'vocabulary':<10} {found.vocab_size} ids, end-of-text {found.end_of_text}"
 
 

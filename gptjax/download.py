@@ -1,22 +1,15 @@
 """Files from the web: resumed, retried, verified, and under their own name only when they are whole."""
 
-import contextlib
 import hashlib
-import os
 import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import requests
 
+from gptjax.durable import alone
 from gptjax.errors import DataError, naming
 from gptjax.progress import progress
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
 
 TIMEOUT_S = 30
 CHUNK_BYTES = 1 << 16
@@ -53,7 +46,7 @@ def fetch(url: str, path: Path, sha256: str | None = None) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     reason = ""
-    with _alone(partial):
+    with alone(partial.with_name(f".{partial.name}.lock")):
         for attempt in range(ATTEMPTS):
             if path.exists():  # another process was faster
                 return path
@@ -68,26 +61,6 @@ def fetch(url: str, path: Path, sha256: str | None = None) -> Path:
             partial.replace(path)
             return path
     raise DataError(f"{url} cannot be downloaded ({reason}): go online and try again, or put the file at {path} yourself")
-
-
-@contextlib.contextmanager
-def _alone(partial: Path) -> Iterator[None]:
-    """Let one process at a time download a file; the others wait."""
-    lock = partial.with_name(f".{partial.name}.lock")
-    while True:
-        with naming(lock):
-            file = lock.open("w")
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        with contextlib.suppress(FileNotFoundError):  # who held it has removed it
-            if os.path.samestat(lock.stat(), os.fstat(file.fileno())):
-                break
-        file.close()
-    try:
-        yield
-    finally:
-        lock.unlink(missing_ok=True)
-        file.close()
 
 
 def _receive(url: str, partial: Path, sha256: str | None) -> str | None:

@@ -11,6 +11,11 @@ from typing import BinaryIO
 
 from gptjax.errors import naming
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
 
 @contextlib.contextmanager
 def write_whole(path: Path) -> Iterator[BinaryIO]:
@@ -41,6 +46,25 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+@contextlib.contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """Let one process at a time hold the file ``lock``, which is there meanwhile; the others wait. Its death lets it go."""
+    while True:
+        with naming(lock):
+            file = lock.open("w")
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):  # who held it has removed it
+            if os.path.samestat(lock.stat(), os.fstat(file.fileno())):
+                break
+        file.close()
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        file.close()
 
 
 def set_aside(path: Path) -> Path:

@@ -18,6 +18,7 @@ import jax
 import yaml
 
 from gptjax import cli, datasets, hellaswag, tokenizers
+from gptjax.xla.cache import keep_compiled_programs
 from gptjax.data import Windows, in_order
 from gptjax.datasets import Corpus
 from gptjax.errors import ConfigError, DataError, naming
@@ -93,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     with cli.reported_errors(PROG, "lower batch_size"):
         cfg, _ = cli.parse(EvaluateConfig, PROG, __doc__ or "", argv)
         cli.keep_freed_memory()
-        cli.keep_compiled_programs()
+        keep_compiled_programs()
         cli.quiet_libraries()
         cli.replace_unprintable()
         source = open_weights(cfg.checkpoint)
@@ -209,7 +210,7 @@ def common_tokenizer(corpus: Corpus, tokenizer: Tokenizer | None) -> Corpus:
     if tokenizer is None:
         return corpus
     known = corpus.tokenizer
-    if corpus.tokenizer_is_kept and known and known.pieces != tokenizer.pieces:
+    if corpus.tokenizer_is_kept and known and not known.same_as(tokenizer):
         raise DataError(
             f"{corpus.folder} was tokenized with {known.name} of {known.vocab_size} ids, but the model's tokenizer is "
             f"{tokenizer.name} of {tokenizer.vocab_size}: name the text itself, or shards made with that tokenizer"
@@ -268,7 +269,7 @@ def tokenizer_of(cfg: EvaluateConfig, source: Source) -> Tokenizer | None:
 
     """
     given = tokenizers.find(cfg.tokenizer) if cfg.tokenizer else None
-    if given and source.tokenizer and given.pieces != source.tokenizer.pieces:
+    if given and source.tokenizer and not given.same_as(source.tokenizer):
         raise ConfigError(
             f"{cfg.checkpoint} comes with the tokenizer {source.tokenizer.name} of {source.tokenizer.vocab_size} ids, "
             f"and {cfg.tokenizer} is another: leave --tokenizer out"

@@ -15,14 +15,16 @@ from gptjax.checkpoint import open_newest
 from gptjax.errors import CheckpointError, FormatError, GptjaxError
 from gptjax.formats import hf, hf_tokenizer, llmc, safetensors
 from gptjax.formats.lazy import tensor_of
+from gptjax.formats.recognise import recognise
 from gptjax.mesh import param_shardings, place
 from gptjax.models.config import DIMENSIONS, GPT2Config
 from gptjax.models.params import Block, Params
-from gptjax.tokenizers import BytePairEncoding, Tokenizer
+from gptjax.tokenizers import Tokenizer
 
 Format = Literal["hf", "llmc", "safetensors"]
 HUB = "hf:"
-HUB_FILES = ["config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer.json", "vocab.json", "merges.txt"]
+HUB_FILES = ["config.json", "*.safetensors", "model.safetensors.index.json"]
+HUB_FILES += ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"]
 TENSORFLOW, PICKLED = (".index", ".meta", ".ckpt"), (".pt", ".pth", ".pkl", ".ckpt", ".bin")
 
 
@@ -69,6 +71,8 @@ def open_weights(where: str) -> Source:
         return Source(llmc.MODEL, *llmc.read_model(path), None)
     if safetensors.is_model(path):
         return Source("gptjax safetensors", *safetensors.read_model(path), None)
+    if found := recognise(path):
+        raise FormatError(f"{path} is {found}, not weights that are read here")
     raise FormatError(f"{path} is in no format that is known here" + _why_not(path))
 
 
@@ -165,7 +169,7 @@ def write_weights(source: Source, path: Path, to: Format, dtype: np.dtype) -> No
         end = known.end_of_text if known else None
 
         def extra(into: Path) -> None:
-            if isinstance(known, BytePairEncoding):
+            if known and hf_tokenizer.can_write(known):
                 hf_tokenizer.write(into, known)
 
         hf.write_model(path, source.params, source.cfg, dtype, end, extra)

@@ -17,6 +17,19 @@ def relative_l2(ours: Any, reference: Any) -> float:
     return float(np.linalg.norm(ours - reference)) / (norm if norm > 1e-10 else 1.0)
 
 
+def assert_same_sums(ours: Any, reference: Any, terms: Any) -> None:
+    """Both are sums of ``terms`` over the last axis, added in any order, with or without fused multiply-adds.
+
+    A sum of n rounded terms lies within n eps / 2 of sum |terms| of the exact one (Higham 2002, section 3.1), so two lie
+    within n eps. Relative to the sum itself there is no bound, because terms cancel.
+    """
+    terms = np.asarray(terms)
+    bound = terms.shape[-1] * np.finfo(terms.dtype).eps * np.abs(terms).sum(-1)
+    ours, reference = np.asarray(ours), np.asarray(reference)
+    assert ours.shape == reference.shape == bound.shape
+    assert (np.abs(ours - reference) <= bound).all()
+
+
 def assert_same_gradients(ours: Any, reference: Any, like: Any, tolerance: float = FLOAT64_TOLERANCE) -> None:
     """Every leaf has the shape and dtype of ``like``'s (the parameter) and lies within ``tolerance`` of the reference."""
     assert jax.tree.structure(ours) == jax.tree.structure(reference) == jax.tree.structure(like)

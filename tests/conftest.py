@@ -21,7 +21,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="gptjax-tests-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.02"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-    # JAX writes an entry in place: a process that reads it half written warns, compiles by itself, and loses nothing.
+    # JAX writes an entry in place: one that reads it half written warns, compiles by itself, and loses nothing. Commands and
+    # these tests' own processes check the entries (see below); what a test runs with JAX alone does not.
     HALF_WRITTEN = "ignore:Error reading persistent compilation cache entry:UserWarning"
     os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), HALF_WRITTEN]))
 
@@ -36,6 +37,9 @@ import jax
 import pytest
 from hypothesis import Phase
 
+from gptjax.xla.cache import replace_damaged_programs
+
+replace_damaged_programs()  # before anything is compiled
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_num_cpu_devices", 8)  # simulated, for tests/test_mesh.py; everything else uses the first
 

@@ -6,21 +6,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptjax.models.gpt2 import Block, Params
+from gptjax.models.params import unstack
 
 
-def logits(params: Params, tokens: np.ndarray, num_heads: int, vocab_size: int) -> np.ndarray:
-    """(T,) ids -> (T, V), from stacked float64 parameters."""
-    wte, wpe, blocks, lnfw, lnfb = params
-    x = np.float64(wte)[tokens] + np.float64(wpe)[: len(tokens)]
-    for i in range(len(blocks.ln1w)):
-        w = Block(*(np.float64(tensor[i]) for tensor in blocks))
-        C = len(x[0])
-        qkvw = np.concatenate([weight.reshape(C, C) for weight in (w.qw, w.kw, w.vw)], axis=1)
-        qkvb = np.concatenate([bias.reshape(C) for bias in (w.qb, w.kb, w.vb)])
-        x = x + attention(layernorm(x, w.ln1w, w.ln1b) @ qkvw + qkvb, num_heads) @ w.attprojw.reshape(C, C) + w.attprojb
+def logits(params: Any, tokens: np.ndarray, vocab_size: int) -> np.ndarray:
+    """(T,) ids -> (T, V), from parameters in either layout."""
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), unstack(params))
+    x = p.wte[tokens] + p.wpe[: len(tokens)]
+    for w in p.blocks:
+        x = x + attention(layernorm(x, w.ln1w, w.ln1b), w)
         x = x + gelu(layernorm(x, w.ln2w, w.ln2b) @ w.fcw + w.fcb) @ w.fcprojw + w.fcprojb
-    return layernorm(x, np.float64(lnfw), np.float64(lnfb)) @ np.float64(wte)[:vocab_size].T
+    return layernorm(x, p.lnfw, p.lnfb) @ p.wte[:vocab_size].T
 
 
 def loss(params: Any, inputs: np.ndarray, targets: np.ndarray, vocab_size: int) -> float:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from gptjax import download
-from gptjax.download import _alone, fetch
+from gptjax.download import fetch
+from gptjax.durable import alone
 from gptjax.errors import DataError
 from tests.server import Status, serving
 
@@ -126,7 +127,7 @@ def test_the_lock_is_held_by_one_though_its_file_comes_and_goes(tmp_path):
 
     def hold(thread):
         for _ in range(100):
-            with _alone(tmp_path / "a.bin.partial"):
+            with alone(tmp_path / "a.lock"):
                 inside.append(thread)
                 assert inside == [thread]
                 inside.pop()

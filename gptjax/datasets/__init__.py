@@ -1,9 +1,11 @@
 """Corpora: a name, a folder of token shards, or your own text -> shards of train and val, and the tokenizer that made them."""
 
+import contextlib
 import difflib
 import hashlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +13,7 @@ from gptjax import tokenizers
 from gptjax.datasets.named import CORPORA, Wanted
 from gptjax.datasets.prepare import TOKENIZER_FILE, prepare_text
 from gptjax.datasets.text import find_files
+from gptjax.durable import alone
 from gptjax.errors import DataError
 from gptjax.formats.token_shards import Shard, open_shard
 from gptjax.tokenizers import Tokenizer
@@ -63,7 +66,9 @@ def find_corpus(
         raise DataError(f"{tokens} training tokens are asked for: give at least 1, or nothing for all")
     path, root = Path(dataset), Path(root)
     if dataset in CORPORA:
-        return _open(CORPORA[dataset](Wanted(root, tokenizer, tokens)), tokens)
+        with _alone(root, dataset, tokenizer):
+            made = CORPORA[dataset](Wanted(root, tokenizer, tokens))
+        return _open(made, tokens)
     if holds_shards(path):
         found = _open(path, tokens)
         return found._replace(tokenizer=tokenizers.find(tokenizer)) if tokenizer else found
@@ -74,7 +79,21 @@ def find_corpus(
             + (f": did you mean {near[0]}?" if near else "")
         )
     name = re.sub(r"\W+", "-", path.name.split(".")[0]).strip("-") or "text"
-    return _open(prepare_text(find_files(dataset), root, name, tokenizer or "gpt2", column), tokens)
+    files = find_files(dataset)
+    with _alone(root, *map(str, files), tokenizer, column):
+        made = prepare_text(files, root, name, tokenizer or "gpt2", column)
+    return _open(made, tokens)
+
+
+@contextlib.contextmanager
+def _alone(root: Path, *what: str | None) -> Iterator[None]:
+    """Let one process at a time prepare a corpus. Where nothing can be written, all there is to do is to look."""
+    if root.is_dir() and not os.access(root, os.W_OK):
+        yield
+        return
+    root.mkdir(parents=True, exist_ok=True)
+    with alone(root / f".{hashlib.sha256(repr(what).encode()).hexdigest()[:12]}.lock"):
+        yield
 
 
 def holds_shards(path: Path) -> bool:

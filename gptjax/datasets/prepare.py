@@ -75,7 +75,7 @@ def prepare_text(files: list[Path], root: Path, name: str, tokenizer: str, colum
 
 
 def folder_name(tokenizer: str) -> str:
-    """The tokenizer's part of a corpus folder's name; of a file, with a hash of its vocabulary.
+    """The tokenizer's part of a corpus folder's name; of a file, with a hash of what it holds.
 
     Raises:
         DataError: there is no such file.
@@ -84,7 +84,7 @@ def folder_name(tokenizer: str) -> str:
     if tokenizer in ("gpt2", "byte", "char") or tokenizer.startswith("bpe:"):
         return tokenizer.replace(":", "-")
     found = tokenizers.find(tokenizer)
-    digest = hashlib.sha256(repr(found.pieces).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(found.content(), sort_keys=True).encode()).hexdigest()
     return f"{re.sub(r'[^A-Za-z0-9]+', '-', found.name)}-{digest[:8]}"
 
 

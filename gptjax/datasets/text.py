@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptjax.errors import DataError, FormatError
+from gptjax.formats.recognise import recognise
 from gptjax.tokenizers import END_OF_TEXT
 
 PIECE = 1 << 20  # characters, about
@@ -70,6 +71,9 @@ def pieces(files: list[Path], column: str | None = None) -> Iterator[Piece]:
     for path in files:
         read = {".jsonl": _json_lines, ".ndjson": _json_lines, ".parquet": _parquet}.get(kind_of(path), _plain)
         before = -1
+        found = None if path.suffix in COMPRESSED else recognise(path)
+        if found and not (read == _parquet and found == "a Parquet file"):
+            raise FormatError(f"{path} is {found}, not {'a Parquet file' if read == _parquet else 'text'}")
         try:
             for number, text in read(path, column):
                 if text:

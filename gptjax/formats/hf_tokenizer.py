@@ -1,80 +1,136 @@
-"""Hugging Face's ``tokenizer.json``, for byte-level BPEs whose ids are the ranks of their merges, as GPT-2's are."""
+"""Hugging Face's ``tokenizer.json``, and the ``vocab.json`` and ``merges.txt`` before it: byte-level BPEs, as GPT-2's.
+
+One whose ids are the ranks of its merges becomes a `BytePairEncoding`, if each token is what its own merge makes of those
+before it: then the lowest rank first gives the same ids, whichever pairs the file lists. Any other is encoded by the library
+that wrote it, see `HuggingFace`.
+"""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from gptjax.errors import FormatError
+from gptjax.errors import DataError, FormatError
 from gptjax.formats.json_files import read_object
-from gptjax.tokenizers import END_OF_TEXT, BytePairEncoding
-from gptjax.tokenizers.bpe import PRINTABLE, printable
+from gptjax.tokenizers.bpe import BytePairEncoding, printable
+from gptjax.tokenizers.hugging_face import HuggingFace, canonical
+from gptjax.tokenizers.interface import END_OF_TEXT, Tokenizer
+
+FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
+BAD = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError)
 
 
-def write(folder: Path, tokenizer: BytePairEncoding) -> None:
-    """Write ``tokenizer.json`` and ``tokenizer_config.json``, for ``transformers``' GPT-2 tokenizer.
+def can_write(tokenizer: Tokenizer | None) -> bool:
+    """Whether `write` knows this kind."""
+    return isinstance(tokenizer, BytePairEncoding | HuggingFace)
+
+
+def write(folder: Path, tokenizer: Tokenizer) -> None:
+    """Write ``tokenizer.json`` and ``tokenizer_config.json``, for ``transformers``.
 
     Raises:
         DataError: a token is not the merge of two earlier ones.
+        TypeError: a kind that `can_write` does not know.
 
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    if isinstance(tokenizer, HuggingFace):
+        (folder / FILE).write_text(json.dumps(json.loads(tokenizer.source), indent=2, ensure_ascii=False), "utf-8")
+        end = tokenizer.end_of_text
+        ends = {} if end is None else {"eos_token": tokenizer.library.id_to_token(end)}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **ends}
+    elif isinstance(tokenizer, BytePairEncoding):
+        _library_of(tokenizer).save(str(folder / FILE))
+        ends = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+        config = {"tokenizer_class": "GPT2TokenizerFast", **ends}
+    else:
+        raise TypeError(f"a {tokenizer.kind} tokenizer has no {FILE} of Hugging Face's")
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2))
+
+
+def _library_of(tokenizer: BytePairEncoding) -> Any:
+    from tokenizers import AddedToken, Tokenizer, models
 
     vocabulary = {printable(token): i for i, token in enumerate(tokenizer.tokens)}
     merges = [(printable(left), printable(right)) for left, right in tokenizer.merges()]
-    theirs = Tokenizer(models.BPE(vocabulary, merges))
+    theirs = _byte_level(Tokenizer(models.BPE(vocabulary, merges)))
+    theirs.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
+    return theirs
+
+
+def _byte_level(theirs: Any) -> Any:
+    from tokenizers import decoders, pre_tokenizers
+
     theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     theirs.decoder = decoders.ByteLevel()
-    theirs.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
-    theirs.save(str(folder / "tokenizer.json"))
-    ends = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2TokenizerFast", **ends}, indent=2))
+    return theirs
 
 
-def read(folder: Path) -> BytePairEncoding:
-    """The tokenizer in a folder's ``tokenizer.json``, or in its ``vocab.json`` and ``merges.txt``.
+def read(path: Path) -> Tokenizer:
+    """The tokenizer in a ``tokenizer.json``, or in a folder that holds one, or ``vocab.json`` and ``merges.txt``.
+
+    End-of-text is what ``tokenizer_config.json`` beside it calls ``eos_token``, else ``<|endoftext|>``, if it has that.
 
     Raises:
-        FormatError: there is none, it is damaged, or it would not encode as this one does: no byte-level BPE whose ids are
-            the ranks of its merges, with end-of-text as the last.
+        FormatError: there is none, it is damaged, or it would not encode as the library does.
 
     """
-    path = folder / "tokenizer.json"
+    folder, path = (path, path / FILE) if path.is_dir() else (path.parent, path)
     if path.exists():
         content = read_object(path)
-        try:
-            vocabulary, pairs = _of_json(content)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise FormatError(f"{path} holds no byte-level BPE that is known here: {error}") from error
     else:
-        path = folder / "vocab.json"
-        vocabulary = read_object(path)
-        try:
-            lines = (folder / "merges.txt").read_text("utf-8").splitlines()
-        except (OSError, ValueError) as error:
-            raise FormatError(f"{folder / 'merges.txt'} cannot be read: {error}") from error
-        pairs = [line for line in lines if line and not line.startswith("#version")]
+        content, path = _of_two_files(folder), folder / "vocab.json"
     try:
-        return _checked(folder.name, vocabulary, pairs)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        return _checked(folder.name, content, _named_end(folder))
+    except BAD as error:
         raise FormatError(f"{path} holds no byte-level BPE that is known here: {error}") from error
 
 
-def _of_json(content: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
-    if content.get("normalizer"):
-        raise ValueError("it changes the text before it is encoded (a normalizer)")
-    before = content.get("pre_tokenizer") or {}
-    if before.get("type") != "ByteLevel" or before.get("add_prefix_space") or not before.get("use_regex", True):
-        raise ValueError("it cuts text otherwise than GPT-2 does (its pre_tokenizer)")
-    added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
-    return {**content["model"]["vocab"], **added}, content["model"]["merges"]
+def _of_two_files(folder: Path) -> dict[str, Any]:
+    from tokenizers import Tokenizer, models
+
+    vocabulary = read_object(folder / "vocab.json")
+    try:
+        lines = (folder / "merges.txt").read_text("utf-8").split("\n")
+        pairs: Any = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{folder / 'merges.txt'} cannot be read: {error}") from error
+    try:
+        content: dict[str, Any] = json.loads(_byte_level(Tokenizer(models.BPE(vocabulary, pairs))).to_str())
+    except Exception as error:  # the library knows no narrower one
+        raise FormatError(f"{folder / 'vocab.json'} holds no byte-level BPE that is known here: {error}") from error
+    return content
 
 
-def _checked(name: str, vocabulary: dict[str, Any], pairs: list[Any]) -> BytePairEncoding:
-    by_id = sorted(vocabulary, key=vocabulary.__getitem__)
-    if [vocabulary[token] for token in by_id] != list(range(len(by_id))) or by_id[-1] != END_OF_TEXT:
-        raise ValueError(f"its ids have gaps, or {END_OF_TEXT} is not the last")
-    byte = {character: b for b, character in PRINTABLE.items()}
-    joined = ["".join(pair.split(" ") if isinstance(pair, str) else pair) for pair in pairs]
-    if joined != [token for token in by_id[:-1] if len(token) > 1]:
-        raise ValueError("its merges do not come in the order of its ids")
-    return BytePairEncoding(name, tuple(bytes(byte[c] for c in token) for token in by_id[:-1]))
+def _named_end(folder: Path) -> str | None:
+    """The end-of-text that the folder names; None where it names none."""
+    config = read_object(folder / CONFIG_FILE) if (folder / CONFIG_FILE).exists() else {}
+    named = config.get("eos_token")
+    end = named.get("content") if isinstance(named, dict) else named
+    if end is not None and not isinstance(end, str):
+        raise ValueError(f"{CONFIG_FILE} names no text as eos_token")
+    return end
+
+
+def _checked(name: str, content: dict[str, Any], end: str | None) -> Tokenizer:
+    added = {token["content"] for token in content.get("added_tokens") or []}
+    if end is None and END_OF_TEXT in added | set(content["model"]["vocab"]):
+        end = END_OF_TEXT
+    found = HuggingFace(name, *canonical(content, end))
+    return _as_ranks(found) or found
+
+
+def _as_ranks(found: HuggingFace) -> BytePairEncoding | None:
+    """The same tokenizer as ranks of merges; None if it is not the same.
+
+    Where all of a token's bytes are left as two parts once every merge of a lower rank is made, and these two are its listed
+    pair, no other pair can ever join to it.
+    """
+    content = json.loads(found.source)
+    added = [token["content"] for token in content["added_tokens"]]
+    if added != [END_OF_TEXT] or found.end_of_text != found.vocab_size - 1:
+        return None
+    try:
+        ranks = BytePairEncoding(found.name, found.pieces[:-1])
+        same = [(printable(a), printable(b)) for a, b in ranks.merges()] == [tuple(p) for p in content["model"]["merges"]]
+    except (ValueError, DataError):
+        return None
+    return ranks if same else None

@@ -24,6 +24,7 @@ import numpy.typing as npt
 from gptjax.durable import write_whole
 from gptjax.errors import DataError, FormatError
 from gptjax.formats.binary import HEADER_BYTES, check_size, read_header
+from gptjax.formats.recognise import recognise
 
 
 class Flavour(NamedTuple):
@@ -67,6 +68,8 @@ def open_shard(path: str | os.PathLike[str]) -> Shard:
         raise FormatError(f"token shard {path} cannot be read: {error.strerror or error}") from error
     magic = int.from_bytes(start[:4], "little")
     if magic not in FLAVOURS:
+        if found := recognise(path):
+            raise FormatError(f"{path} is {found}, not a token shard")
         if magic in DATES or (len(start) == HEADER_BYTES and not any(start[12:])):  # no text has 500 ids 0 in a row
             known = " or ".join(map(str, FLAVOURS))
             raise FormatError(f"{path} is not a token shard: it has a header that begins {magic} where {known} is expected")

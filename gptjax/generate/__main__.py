@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 
 from gptjax import cli, tokenizers
+from gptjax.xla.cache import keep_compiled_programs
 from gptjax.errors import ConfigError, DataError
 from gptjax.generate.engine import CHUNK, Rules
 from gptjax.generate.samples import Sample, continued
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ConfigError(f"seed must be from 0 to {2**32 - 1}, not {args.seed}")
         prompts = read_prompts(args)
         cli.keep_freed_memory()
-        cli.keep_compiled_programs()
+        keep_compiled_programs()
         cli.quiet_libraries()
         cli.replace_unprintable()
         model = load(args)

@@ -5,13 +5,14 @@
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
+from gptjax.models.batch import Batch, Ids, checked_batch, checked_ids
 from gptjax.models.chunks import join_chunks, row_chunks, sum_of_shares, total
 from gptjax.models.config import ModelConfig
 from gptjax.models.family import RECOMPUTED, family_of
@@ -28,17 +29,6 @@ from gptjax.ops import (
 from gptjax.parallel.sharding import compute_layout, num_shards, param_layout
 from gptjax.xla.barrier import barrier, cpu_barrier
 from gptjax.xla.products import contract
-
-
-class Batch(NamedTuple):
-    """Token ids and, at each position, the id that comes next: arrays of JAX or NumPy, (B, T) int32.
-
-    A target of `IGNORE_INDEX` does not count; ``mask``, if given, (B, T) float, weighs each target (0 leaves it out).
-    """
-
-    inputs: Any
-    targets: Any
-    mask: Any = None
 
 
 # --- One block, and the stack of blocks with what each recompute setting keeps ---
@@ -141,8 +131,9 @@ def positions_of(inputs: Int[Array, "B T"]) -> Int[Array, " T"]:
     return jnp.arange(inputs.shape[1], dtype=jnp.int32)
 
 
-def hidden(params: Any, inputs: Int[Array, "B T"], cfg: ModelConfig, key: Key[Array, ""] | None = None) -> Array:
+def hidden(params: Any, inputs: Ids, cfg: ModelConfig, key: Key[Array, ""] | None = None) -> Array:
     """(B, T) ids -> (B, T, C), the final norm's output: the plain forward up to the classifier."""
+    inputs = checked_ids("inputs", inputs, cfg)
     family, positions = family_of(cfg), positions_of(inputs)
     key, keys = split_key(key, cfg)
     x = family.embed_fwd(params, inputs, positions, cfg)
@@ -159,7 +150,7 @@ def hidden(params: Any, inputs: Int[Array, "B T"], cfg: ModelConfig, key: Key[Ar
     return family.norm_fwd(params, x)[0]
 
 
-def logits(params: Any, inputs: Int[Array, "B T"], cfg: ModelConfig) -> Float[Array, "B T V"]:
+def logits(params: Any, inputs: Ids, cfg: ModelConfig) -> Float[Array, "B T V"]:
     """(B, T) ids -> (B, T, V) scores of the next token, without dropout."""
     head = head_of(params, cfg)
     return hidden(params, inputs, cfg) @ head[: cfg.vocab_size].T.astype(cfg.compute_dtype)
@@ -177,7 +168,11 @@ def loss(
         key: turns dropout on.
         count: divides the summed loss in place of this batch's own count of targets; see `gptjax.ops.target_weights`.
 
+    Raises:
+        ValueError: a sequence is too long, or a NumPy array holds an id outside the vocabulary; see `checked_batch`.
+
     """
+    batch = checked_batch(batch, cfg)
     x = hidden(params, batch.inputs, cfg, key)
     w = compute_layout(head_of(params, cfg).astype(x.dtype), "Vp", "C")
 
@@ -195,6 +190,7 @@ def loss_and_grad(
     params: Any, batch: Batch, cfg: ModelConfig, key: Key[Array, ""] | None = None, count: Float[Array, ""] | None = None
 ) -> tuple[Float[Array, ""], Any]:
     """`loss` and its gradient with respect to every parameter, by the backward derived by hand. Arguments as in `loss`."""
+    batch = checked_batch(batch, cfg)
     family, positions = family_of(cfg), positions_of(batch.inputs)
     key, keys = split_key(key, cfg)
 
@@ -242,6 +238,7 @@ def token_losses(params: Any, batch: Batch, cfg: ModelConfig) -> Float[Array, "B
 
     The mask has no part in it. One sequence's scores of the whole vocabulary are in memory at a time. Arguments as in `loss`.
     """
+    batch = checked_batch(batch, cfg)
     x = hidden(params, batch.inputs, cfg)
     head = head_of(params, cfg).astype(x.dtype)
 
@@ -253,7 +250,7 @@ def token_losses(params: Any, batch: Batch, cfg: ModelConfig) -> Float[Array, "B
         losses = jax.vmap(one_token)(contract("tc,vc->tv", x, head), targets)
         return jnp.where(targets == IGNORE_INDEX, jnp.zeros((), losses.dtype), losses)
 
-    return lax.map(one_sequence, (x, jnp.asarray(batch.targets)))
+    return lax.map(one_sequence, (x, batch.targets))
 
 
 # --- The binding ---

@@ -1,7 +1,8 @@
 """Tokenizers: text <-> token ids, behind one small interface.
 
 `gpt2`, `byte`, `train_bpe` and llm.c's files give a `BytePairEncoding`, which tiktoken runs; `train_characters` gives
-`Characters`. Each is saved as one JSON file beside what was made with it, so that ids can be decoded wherever they turn up.
+`Characters`; a ``tokenizer.json`` of Hugging Face's that is no such encoding a `HuggingFace`, which its own library runs. Each
+is saved as one JSON file beside what was made with it, so that ids can be decoded wherever they turn up.
 """
 
 import base64
@@ -10,9 +11,11 @@ import os
 from pathlib import Path
 
 from gptjax.errors import DataError, FormatError
-from gptjax.formats import llmc_tokenizer
+from gptjax.formats import hf_tokenizer, llmc_tokenizer
+from gptjax.formats.recognise import recognise
 from gptjax.tokenizers.bpe import GPT2_IDS, GPT2_PATTERN, BytePairEncoding, byte, gpt2, printable, train_bpe
 from gptjax.tokenizers.characters import Characters, train_characters
+from gptjax.tokenizers.hugging_face import HuggingFace
 from gptjax.tokenizers.interface import END_OF_TEXT, Tokenizer
 
 FILE = "tokenizer.json"  # a tokenizer's name in the folder of a run or a corpus
@@ -25,6 +28,7 @@ __all__ = [
     "GPT2_PATTERN",
     "BytePairEncoding",
     "Characters",
+    "HuggingFace",
     "Tokenizer",
     "byte",
     "find",
@@ -42,8 +46,8 @@ def find(which: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer that a word or a path stands for.
 
     Args:
-        which: ``gpt2``; ``byte``; a file that `Tokenizer.save` wrote; llm.c's ``gpt2_tokenizer.bin``; or the folder of a
-            run or a corpus, which holds a ``tokenizer.json``.
+        which: ``gpt2``; ``byte``; a file that `Tokenizer.save` wrote; a ``tokenizer.json`` of Hugging Face's; llm.c's
+            ``gpt2_tokenizer.bin``; or a folder that holds a ``tokenizer.json``, of a run, a corpus or a model.
 
     Raises:
         DataError: there is no such tokenizer, or GPT-2's cannot be had (see `gpt2`).
@@ -61,13 +65,13 @@ def find(which: str | os.PathLike[str]) -> Tokenizer:
 def is_gpt2(tokenizer: Tokenizer) -> bool:
     """Whether its ids are GPT-2's; judged by their number alone where GPT-2's vocabulary cannot be had (see `gpt2`)."""
     try:
-        return tokenizer.vocab_size == GPT2_IDS and tokenizer.pieces == gpt2().pieces
+        return tokenizer.vocab_size == GPT2_IDS and tokenizer.same_as(gpt2())
     except DataError:
         return True
 
 
 def load(path: str | os.PathLike[str]) -> Tokenizer:
-    """Read what `Tokenizer.save` wrote, also before it wrote the kind.
+    """Read what `Tokenizer.save` wrote, also before it wrote the kind; or a ``tokenizer.json`` of Hugging Face's.
 
     Raises:
         FormatError: missing, or not such a file.
@@ -79,18 +83,24 @@ def load(path: str | os.PathLike[str]) -> Tokenizer:
         if size > LARGEST_FILE:
             raise ValueError(f"{size} bytes are more than the {LARGEST_FILE} that a vocabulary takes")
         content = json.loads(Path(path).read_bytes())
+        if "model" in content and "kind" not in content:
+            return hf_tokenizer.read(Path(path))
         kind = content.get("kind") or ("char" if "characters" in content else "bpe")
         name = content["name"]
-        if not isinstance(name, str) or kind not in ("bpe", "char"):
+        if not isinstance(name, str) or kind not in ("bpe", "char", "hf"):
             raise ValueError(f"its kind is {str(kind)[:20]!r}, its name {str(name)[:20]!r}")
         if kind == "char":
             return Characters(content["characters"], name)
+        if kind == "hf":
+            return HuggingFace(name, json.dumps(content["tokenizer"]), content["end_of_text"])
         if name == "gpt2" and "tokens" not in content:
             return gpt2()
         return BytePairEncoding(name, tuple(base64.b64decode(token, validate=True) for token in content["tokens"]))
     except OSError as error:
         raise FormatError(f"tokenizer {path} cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if found := recognise(Path(path)):
+            raise FormatError(f"{path} is {found}, not a tokenizer that is read here") from error
         raise FormatError(
             f"{path} is not a gptjax tokenizer file ({str(error)[:200]}): "
             "make one with python -m gptjax.tokenizers train, or remove this one to have it made again"
@@ -111,6 +121,8 @@ def from_llmc(path: str | os.PathLike[str]) -> BytePairEncoding:
             f"{END_OF_TEXT} is expected to be the last"
         )
     try:
-        return BytePairEncoding(Path(path).stem, tuple(tokens[:-1]))
-    except ValueError as error:
+        found = BytePairEncoding(Path(path).stem, tuple(tokens[:-1]))
+        found.merges()  # ids of another order than the merges' would be encoded otherwise than by what made them
+        return found
+    except (ValueError, DataError) as error:
         raise FormatError(f"{path} holds no byte-level BPE: {error}") from error

@@ -130,6 +130,8 @@ def export(args: Any) -> None:
     tokenizer = tokenizers.find(args.tokenizer)
     if tokenizer.end_of_text is None:
         raise ConfigError(f"{args.tokenizer} has no end-of-text id, which llm.c's file needs")
+    if not isinstance(tokenizer, tokenizers.BytePairEncoding):
+        raise ConfigError(f"{args.tokenizer} has ids that are not the ranks of its merges, as llm.c's file has them")
     try:
         llmc_tokenizer.write_tokenizer(args.output, tokenizer.pieces, tokenizer.end_of_text, args.version)
     except ValueError as error:

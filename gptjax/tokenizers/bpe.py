@@ -5,7 +5,8 @@ import dataclasses
 import functools
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 
 import tiktoken
 
@@ -16,6 +17,7 @@ GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|
 GPT2_IDS = 50257
 LARGEST = 1 << 20  # ids
 LONGEST_RUN = 1 << 19  # of blanks; tiktoken's regular expression panics from about 2 ** 20 on
+LONGEST_WORD = 1 << 10  # bytes, in training
 BLANKS = re.compile(r"\s+")
 
 
@@ -136,25 +138,55 @@ def byte() -> BytePairEncoding:
 def train_bpe(texts: Iterable[str], vocab_size: int, name: str) -> BytePairEncoding:
     """A byte-level BPE trained on ``texts`` with GPT-2's splitting pattern: 256 bytes, the merges, then end-of-text.
 
+    A word of more than `LONGEST_WORD` bytes is trained on in parts of that length: the trainer's time grows with the square of
+    it. Ctrl-C ends the call at once; what the trainer then still counts is thrown away.
+
     Raises:
         ValueError: the texts are too short for that many merges, or fewer than 257 ids are asked for.
 
     """
-    from tokenizers import Tokenizer as HuggingFaceTokenizer  # only training needs it
-    from tokenizers import models, pre_tokenizers, trainers
+    from tokenizers import Regex, models, pre_tokenizers, trainers  # only training needs them
+    from tokenizers import Tokenizer as HuggingFaceTokenizer
 
     if not 257 <= vocab_size <= LARGEST:
         raise ValueError(f"a byte-level vocabulary has from 257 to {LARGEST} ids, not {vocab_size}")
     bpe = HuggingFaceTokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    parts = pre_tokenizers.Split(Regex(f".{{{LONGEST_WORD}}}"), "isolated")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([words, parts])
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator(texts, trainer)
+    _interruptible(lambda texts: bpe.train_from_iterator(texts, trainer), texts)
     by_id = sorted(bpe.get_vocab().items(), key=lambda item: item[1])
     if len(by_id) != vocab_size - 1:
         raise ValueError(f"the text is too short for a vocabulary of {vocab_size}: it gives {len(by_id) + 1} ids")
     to_byte = {character: byte for byte, character in PRINTABLE.items()}
     return BytePairEncoding(name, tuple(bytes(to_byte[c] for c in token) for token, _ in by_id))
+
+
+def _interruptible(work: Callable[[Iterable[str]], None], texts: Iterable[str]) -> None:
+    """Call ``work(texts)`` in a thread, since signals wait for native code in the main one. Its errors are raised here."""
+    errors: list[BaseException] = []
+    stopped = threading.Event()
+
+    def until_stopped() -> Iterator[str]:
+        return itertools.takewhile(lambda text: not stopped.is_set(), texts)
+
+    def run() -> None:
+        try:
+            work(until_stopped())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    try:
+        thread.start()
+        while thread.is_alive():
+            thread.join(0.1)
+    finally:
+        stopped.set()
+    if errors:
+        raise errors[0]
 
 
 def _printable() -> dict[int, str]:

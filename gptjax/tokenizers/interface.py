@@ -50,6 +50,10 @@ class Tokenizer(abc.ABC):
         """Ids are below this number; the end-of-text id included."""
         return len(self.pieces)
 
+    def same_as(self, other: "Tokenizer") -> bool:
+        """Whether both give the same ids for any text, and the same text for any ids, whatever their names."""
+        return self.kind == other.kind and self.content() == other.content()
+
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """The bytes of some ids; for an id outside the vocabulary, those of U+FFFD."""
         pieces = self.pieces

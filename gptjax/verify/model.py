@@ -24,7 +24,7 @@ from gptjax.models.transformer import Batch
 from gptjax.ops import IGNORE_INDEX
 from gptjax.parallel.mesh import param_shardings, place_rows, replicated, whole
 from gptjax.parallel.sharding import on_mesh
-from gptjax.steps import Backward, mean_loss_and_grad
+from gptjax.train.step import Backward, mean_loss_and_grad
 from gptjax.verify import trace
 from gptjax.verify.comparison import compare
 from gptjax.verify.tolerance import LAMBDA, gradient_variances, tolerance, unit_roundoff

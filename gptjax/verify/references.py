@@ -15,7 +15,7 @@ from gptjax.models import transformer
 from gptjax.models.config import ModelConfig
 from gptjax.models.params import init_params, stack, unstack
 from gptjax.models.transformer import Batch
-from gptjax.steps import Backward, mean_loss_and_grad, step_key
+from gptjax.train.step import Backward, mean_loss_and_grad, step_key
 from gptjax.verify import finite_difference
 from gptjax.verify.comparison import compare
 from gptjax.verify.model import (

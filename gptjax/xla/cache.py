@@ -1,13 +1,25 @@
-"""Where what is compiled for this machine's processor is kept, so that the next start need not compile it again."""
+"""What is compiled for this machine's processor, kept so that the next start need not compile it again.
 
+Compiled code runs with this user's rights. So it is read only from where nobody else can put it, and only whole.
+"""
+
+import contextlib
 import hashlib
+import logging
 import os
 import platform
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
 import jax
+
+LARGEST = 2**26  # bytes of a file that `read_private` reads
+
+
+class NotPrivateError(OSError):
+    """A file or folder that others than this user and root can change."""
 
 
 def processor() -> str:
@@ -21,6 +33,7 @@ def compiled_folder() -> Path:
     """The folder that JAX keeps its programs in, made; if it keeps none, or far away, ``~/.cache/gptjax/compiled-PROCESSOR``.
 
     Raises:
+        NotPrivateError: others can put programs there.
         OSError: it cannot be made.
         RuntimeError: there is no home.
 
@@ -31,5 +44,118 @@ def compiled_folder() -> Path:
         folder = Path(configured)
     else:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptjax" / f"compiled-{processor()}"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _assert_private(folder.stat(), folder)
     return folder
+
+
+def read_private(path: Path) -> bytes:
+    """The content of a regular file that only this user or root can have written, read through one descriptor.
+
+    Raises:
+        NotPrivateError: it or its folder is someone else's, or others may write to it.
+        OSError: it cannot be read, or is a link, no regular file, or larger than `LARGEST`.
+
+    """
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        _assert_private(os.fstat(folder), path.parent)
+        # Without O_NONBLOCK, opening a pipe would wait for a writer.
+        descriptor = os.open(path.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+    finally:
+        os.close(folder)
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        _assert_private(status, path)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST:
+            raise OSError(f"{path} is no regular file of at most {LARGEST} bytes")
+        return file.read(LARGEST)
+
+
+def _assert_private(status: os.stat_result, path: Path) -> None:
+    if status.st_uid not in (os.geteuid(), 0):
+        raise NotPrivateError(f"{path} belongs to another user (uid {status.st_uid}), who could put programs there")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise NotPrivateError(f"others may write to {path} and so put programs there")
+
+
+def keep_compiled_programs() -> None:
+    """Keep what JAX compiles in ``~/.cache/gptjax`` (``XDG_CACHE_HOME``), so that the next start need not compile it again.
+
+    ``JAX_COMPILATION_CACHE_DIR`` names another folder, ``JAX_ENABLE_COMPILATION_CACHE=false`` keeps nothing. Each kind of
+    processor has a folder. It is not limited in size, and may be deleted at any time. Where there is no place for it, nothing
+    is kept; nor where others could put programs of theirs, which is logged.
+    """
+    config: Any = jax.config
+    replace_damaged_programs()
+    try:
+        folder = compiled_folder()
+    except NotPrivateError as error:
+        logging.getLogger(__name__).warning(
+            "nothing compiled is kept or used: %s; delete the folder, or name one of your own in JAX_COMPILATION_CACHE_DIR",
+            error,
+        )
+        config.update("jax_enable_compilation_cache", False)
+    except (OSError, RuntimeError):
+        pass
+    else:
+        if not config.jax_compilation_cache_dir:
+            config.update("jax_compilation_cache_dir", str(folder))
+            if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+                config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+class CheckedPrograms:
+    """JAX's store of compiled programs, each with a checksum: a damaged one is removed, so that JAX stores it anew.
+
+    JAX itself warns of one at every start and never replaces it, because it stores only what is absent, and where its
+    compression has no checksum of its own it runs what it reads. The names differ from JAX's, whose entries have no checksum.
+    """
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+        self._path = store._path  # which JAX logs
+
+    def get(self, key: str) -> bytes | None:
+        """The program stored as ``key``, or None: there is none, or a damaged one."""
+        found = self._store.get(_checked(key))
+        if found is None:
+            return None
+        checksum, program = found[:32], found[32:]
+        if hashlib.sha256(program).digest() == checksum:
+            return program
+        for path in (self._path / f"{_checked(key)}-{suffix}" for suffix in ("cache", "atime")):
+            with contextlib.suppress(OSError):
+                path.unlink()
+        return None
+
+    def put(self, key: str, value: bytes) -> None:
+        """Store a program, unless there is one under that key."""
+        self._store.put(_checked(key), hashlib.sha256(value).digest() + value)
+
+
+def _checked(key: str) -> str:
+    return f"{key}-sha256"
+
+
+def replace_damaged_programs() -> None:
+    """Let JAX store its programs in `CheckedPrograms`. Call before it compiles.
+
+    JAX has no public way to do so; where a later one lacks what this relies on, it works as it does by itself.
+    """
+    try:
+        from jax._src import compilation_cache as jaxs
+
+        make = jaxs.get_file_cache
+    except (ImportError, AttributeError):
+        logging.getLogger(__name__).info("this version of JAX warns of damaged programs and does not replace them")
+        return
+    if getattr(make, "checked", False):
+        return
+
+    def checked(path: str) -> Any:
+        made = make(path)
+        return made and (CheckedPrograms(made[0]), made[1])
+
+    checked.checked = True  # type: ignore[attr-defined]
+    jaxs.get_file_cache = checked

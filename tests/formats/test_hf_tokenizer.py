@@ -5,8 +5,11 @@ import pytest
 from gptjax import tokenizers
 from gptjax.errors import FormatError
 from gptjax.formats import hf_tokenizer
+from tests.tokenizers.test_hugging_face import library
 
 TEXT = ["the cat sat on the mat", "the dog sat on the log", "über die Straße, 12 345!"] * 20
+PADDING = {"direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "!"}
+ADDED = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
 BPE = tokenizers.train_bpe(TEXT, 290, "cats")
 
 
@@ -23,9 +26,79 @@ def test_the_library_encodes_what_is_written_as_we_do(tmp_path):
 
 def test_what_is_written_is_read_back(tmp_path):
     hf_tokenizer.write(tmp_path, BPE)
-    again = hf_tokenizer.read(tmp_path)
-    assert again.tokens == BPE.tokens
-    assert again.end_of_text == BPE.end_of_text
+    for where in (tmp_path, tmp_path / "tokenizer.json"):
+        again = hf_tokenizer.read(where)
+        assert again.tokens == BPE.tokens
+        assert again.end_of_text == BPE.end_of_text
+
+
+def test_what_ranks_of_merges_do_not_express_is_the_librarys_to_encode(tmp_path):
+    """By their ranks alone ``th`` and ``e`` would make "the", for that is a token: the file lists ``t he``."""
+    theirs = library([*tokenizers.byte().tokens, b"th", b"he", b"the"], [("t", "h"), ("h", "e"), ("t", "he")])
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    found = hf_tokenizer.read(tmp_path)
+    assert (found.kind, found.vocab_size, found.end_of_text) == ("hf", 260, 259)
+    assert found.encode("the he") == theirs.encode("the he").ids == [256, 101, 32, 257]
+
+
+def test_what_the_library_encodes_is_written_and_read_back(tmp_path):
+    (tmp_path / "again").mkdir()
+    hf_tokenizer.write(tmp_path, BPE)
+    change_file(tmp_path / "tokenizer.json", lambda c: c["model"]["merges"].reverse())
+    found = hf_tokenizer.read(tmp_path)
+    hf_tokenizer.write(tmp_path / "again", found)
+    assert hf_tokenizer.read(tmp_path / "again").same_as(found)
+    assert json.loads((tmp_path / "again" / "tokenizer_config.json").read_text())["eos_token"] == "<|endoftext|>"
+
+
+def test_characters_are_not_written(tmp_path):
+    letters = tokenizers.train_characters(["the cat"])
+    assert hf_tokenizer.can_write(BPE)
+    assert not hf_tokenizer.can_write(letters)
+    with pytest.raises(TypeError, match="a char tokenizer"):
+        hf_tokenizer.write(tmp_path, letters)
+
+
+@pytest.mark.parametrize(
+    ("named", "end"), [("</s>", 291), ({"content": "</s>"}, 291), (None, 289), ("<|endoftext|>", 289), ("the", None), (3, None)]
+)
+def test_end_of_text_is_what_the_config_names(tmp_path, named, end):
+    """A word that text may hold cannot be it."""
+    hf_tokenizer.write(tmp_path, BPE)
+    more = [{"id": 290, "content": "<pad>"}, {"id": 291, "content": "</s>"}]
+    change_file(
+        tmp_path / "tokenizer.json",
+        lambda c: c["added_tokens"].extend(c["added_tokens"][0] | token for token in more),
+    )
+    change_file(tmp_path / "tokenizer_config.json", lambda c: c.update(eos_token=named))
+    if end is None:
+        with pytest.raises(FormatError, match="end-of-text, 'the', is no special token|names no text"):
+            hf_tokenizer.read(tmp_path)
+        return
+    found = hf_tokenizer.read(tmp_path)
+    assert (found.end_of_text, found.vocab_size) == (end, 292)
+    assert not {289, 290, 291} & set(found.encode("a</s><pad><|endoftext|>"))
+    assert found.decode([end, 290]) == {289: "<|endoftext|>", 291: "</s>"}[end] + "<pad>"
+
+
+def test_end_of_text_is_made_special(tmp_path):
+    """As ``transformers`` does."""
+    hf_tokenizer.write(tmp_path, BPE)
+    change_file(tmp_path / "tokenizer.json", lambda c: c["added_tokens"][0].update(special=False))
+    assert hf_tokenizer.read(tmp_path).same_as(BPE)
+
+
+def test_an_end_of_text_that_is_no_token(tmp_path):
+    hf_tokenizer.write(tmp_path, BPE)
+    change_file(tmp_path / "tokenizer_config.json", lambda c: c.update(eos_token="</s>"))
+    with pytest.raises(FormatError, match="end-of-text '</s>' is not in its vocabulary"):
+        hf_tokenizer.read(tmp_path)
+
+
+def change_file(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize(
@@ -38,15 +111,27 @@ def test_what_is_written_is_read_back(tmp_path):
         lambda c: c.update(model=[]),
         lambda c: c.update(normalizer={"type": "Lowercase"}),
         lambda c: c.update(pre_tokenizer={"type": "Whitespace"}),
-        lambda c: c["model"]["merges"].reverse(),
+        lambda c: c["added_tokens"][0].update(id=7),
+        lambda c: c["added_tokens"].append(ADDED | {"id": 165, "content": "é"}),
+        lambda c: c["added_tokens"].append(ADDED | {"id": 290, "content": "two words"}),
+        lambda c: c["added_tokens"].append(ADDED | {"id": 290, "content": "<x>", "rstrip": True}),
+        lambda c: c["pre_tokenizer"].update(add_prefix_space=True),
+        lambda c: c["pre_tokenizer"].update(use_regex=False),
+        lambda c: c.update(decoder=None),
+        lambda c: c.update(truncation={"max_length": 5, "stride": 0, "strategy": "LongestFirst", "direction": "Right"}),
+        lambda c: c.update(padding={**PADDING, "strategy": {"Fixed": 4}}),
+        lambda c: c.update(post_processor={"type": "BertProcessing", "sep": ["a", 64], "cls": ["b", 65]}),
+        lambda c: c["model"].update(dropout=0.5),
+        lambda c: c["model"].update(continuing_subword_prefix="###"),
+        lambda c: c["model"].update(end_of_word_suffix="x"),
+        lambda c: c["model"].update(byte_fallback=True),
+        lambda c: c.update(model={"type": "WordLevel", "vocab": c["model"]["vocab"], "unk_token": "a"}),
+        lambda c: c.update(model={"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": 0}),
     ],
 )
 def test_other_files_are_refused(tmp_path, change):
     hf_tokenizer.write(tmp_path, BPE)
-    path = tmp_path / "tokenizer.json"
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
+    change_file(tmp_path / "tokenizer.json", change)
     with pytest.raises(FormatError, match="no byte-level BPE that is known here"):
         hf_tokenizer.read(tmp_path)
 

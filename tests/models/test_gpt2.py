@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptjax.models import gpt2, transformer
-from gptjax.models.params import rows, stack
+from gptjax.models.params import rows
 from tests import reference
 from tests.compare import assert_same_gradients
 from tests.models import tiny
@@ -24,10 +24,10 @@ def test_forward_against_numpy(layers):
     params, batch = tiny.params(cfg), tiny.batch(cfg)
     ours = transformer.logits(params, batch.inputs, cfg)
     for row, scores in zip(batch.inputs, ours, strict=True):
-        expected = reference.logits(stack(params), np.asarray(row), cfg.num_heads, cfg.vocab_size)
+        expected = reference.logits(params, np.asarray(row), cfg.vocab_size)
         np.testing.assert_allclose(scores, expected, rtol=1e-12, atol=1e-13)
     inputs, targets = (np.asarray(x) for x in batch[:2])
-    expected = reference.loss(stack(params), inputs, targets, cfg.num_heads, cfg.vocab_size)
+    expected = reference.loss(params, inputs, targets, cfg.vocab_size)
     assert transformer.loss(params, batch, cfg) == pytest.approx(float(expected), rel=1e-13)
 
 
@@ -41,11 +41,10 @@ def test_forward_against_numpy(layers):
 def test_queries_keys_and_values_cut_along_heads_are_numpys_joint_product_of_any_shape(
     num_heads, head_dim, hidden, T, vocab_size
 ):
-    """In NumPy one (C, 3C) product is split into three, each into heads: here each weight is its own, (C, H, D)."""
     sizes = {"num_heads": num_heads, "channels": num_heads * head_dim, "hidden": hidden, "vocab_size": vocab_size}
     cfg = tiny.config(**sizes)
     params, batch = tiny.params(cfg), tiny.batch(cfg, B=1, T=T)
-    expected = reference.logits(stack(params), np.asarray(batch.inputs[0]), num_heads, vocab_size)
+    expected = reference.logits(params, np.asarray(batch.inputs[0]), vocab_size)
     ours = jax.jit(transformer.logits, static_argnums=2)(params, batch.inputs, cfg)[0]
     np.testing.assert_allclose(ours, expected, rtol=1e-10, atol=1e-12)
 

@@ -6,14 +6,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gptjax.ops import linear_bwd, linear_fwd
-from tests.compare import assert_same_gradients, normal, vjp_of
+from tests.compare import assert_same_gradients, assert_same_sums, normal, vjp_of
 
 size = st.integers(1, 5)
 
 
 def test_forward_is_numpy_matmul():
-    x, w, b = normal(0, 2, 3, 4), normal(1, 4, 5), normal(2, 5)
-    np.testing.assert_allclose(linear_fwd(x, w, b)[0], np.asarray(x) @ np.asarray(w) + np.asarray(b), rtol=1e-14)
+    x, w, b = (np.asarray(a) for a in (normal(0, 2, 3, 4), normal(1, 4, 5), normal(2, 5)))
+    terms = np.concatenate([x[:, :, None] * w.T, np.broadcast_to(b[:, None], (2, 3, 5, 1))], -1)
+    assert_same_sums(linear_fwd(*map(jnp.asarray, (x, w, b)))[0], x @ w + b, terms)
 
 
 @given(B=size, T=size, I=size, O=size)

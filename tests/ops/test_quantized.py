@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 
 from gptjax.ops.linear import linear_fwd
 from gptjax.ops.quantized import OutIn, Quantized, _dequantized_product, product, quantize, quantized_linear, table_rows
-from tests.compare import normal
+from tests.compare import assert_same_sums, normal
 
 X = jax.random.normal(jax.random.key(0), (3, 17))
 W = jax.random.normal(jax.random.key(1), (5, 17))
+TERMS = X[:, None] * W[None]  # of X @ W.T
 
 
 def dequantized(w: Quantized) -> np.ndarray:
@@ -38,8 +39,8 @@ def test_a_row_of_zeros_stays_one():
 
 
 def test_products_of_whole_weights_are_exact():
-    np.testing.assert_allclose(product(X, OutIn(W)), X @ W.T, rtol=1e-14)
-    np.testing.assert_allclose(product(X, W), X @ W.T, rtol=1e-14)
+    assert_same_sums(product(X, OutIn(W)), X @ W.T, TERMS)
+    assert_same_sums(product(X, W), X @ W.T, TERMS)
 
 
 def test_the_product_of_eight_bit_weights_adds_no_error_to_theirs():
@@ -63,7 +64,8 @@ def test_dtypes_stay(dtype, store):
 def test_a_linear_layer_is_the_same_however_its_weight_is_kept():
     x, b = X.reshape(3, 1, 17), jnp.arange(5.0)
     y, _ = linear_fwd(x, W.T, b)
-    np.testing.assert_allclose(quantized_linear(x, OutIn(W), b)[0], y, rtol=1e-14)
+    terms = jnp.concatenate([TERMS, jnp.broadcast_to(b[None, :, None], (3, 5, 1))], -1)[:, None]
+    assert_same_sums(quantized_linear(x, OutIn(W), b)[0], y, terms)
     assert relative(quantized_linear(x, quantize(W), b)[0], y) < 1e-2
 
 
@@ -72,7 +74,7 @@ def test_several_axes_count_as_one():
     w = normal(0, 5, 3, 4)
     x = normal(1, 2, 6, 3, 4)
     y, _ = linear_fwd(x, jnp.moveaxis(w, 0, -1))
-    np.testing.assert_allclose(quantized_linear(x, OutIn(w))[0], y, rtol=1e-12)
+    assert_same_sums(quantized_linear(x, OutIn(w))[0], y, (x[:, :, None] * w).reshape(2, 6, 5, 12))
     assert quantize(w, inputs=2).scale.shape == (5,)
     assert relative(quantized_linear(x, quantize(w, inputs=2))[0], y) < 1e-2
 

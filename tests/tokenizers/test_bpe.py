@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from gptjax import tokenizers
 from gptjax.errors import DataError
-from gptjax.tokenizers.bpe import LONGEST_RUN, BytePairEncoding
+from gptjax.tokenizers.bpe import LONGEST_RUN, LONGEST_WORD, BytePairEncoding
 
 TEXT = ["the cat sat on the mat", "the dog sat on the log", "über die Straße"] * 20
 BPE = tokenizers.train_bpe(TEXT, 280, "cats")
@@ -78,6 +78,22 @@ def test_vocabularies_that_cannot_be(tokens):
 def test_impossible_vocabulary_sizes(size, message):
     with pytest.raises(ValueError, match=message):
         tokenizers.train_bpe(TEXT, size, "x")
+
+
+def test_training_on_long_words_cuts_them():
+    """A run of one character gives merges up to the length at which words are cut."""
+    trained = tokenizers.train_bpe(["a" * 300_000 + " cat" * 9], 269, "run")
+    assert max(map(len, trained.tokens)) == LONGEST_WORD
+    assert trained.encode("a" * LONGEST_WORD) == [trained.tokens.index(b"a" * LONGEST_WORD)]
+
+
+def test_an_error_of_what_gives_the_text_ends_training():
+    def texts():
+        yield "the cat"
+        raise DataError("no more text")
+
+    with pytest.raises(DataError, match="no more text"):
+        tokenizers.train_bpe(texts(), 257, "x")
 
 
 @pytest.mark.parametrize("blanks", [" ", "\n \t"])

@@ -1,5 +1,6 @@
 """What holds for every tokenizer."""
 
+import dataclasses
 import pickle
 
 import pytest
@@ -7,15 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptjax import tokenizers
+from tests.tokenizers.test_hugging_face import hugging_face
 
 TEXT = ["the cat sat on the mat", "the dog sat on the log", "über die Straße"] * 20
+BPE = tokenizers.train_bpe(TEXT, 280, "cats")
 KINDS = {
-    "bpe": tokenizers.train_bpe(TEXT, 280, "cats"),
+    "bpe": BPE,
+    "hf": hugging_face(BPE.tokens, [tuple(map(tokenizers.printable, pair)) for pair in reversed(BPE.merges())]),
     "byte": tokenizers.byte(),
     "char": tokenizers.train_characters(TEXT, "letters"),
 }
 every = pytest.mark.parametrize("tokenizer", KINDS.values(), ids=KINDS)
-any_text = pytest.mark.parametrize("tokenizer", [KINDS["bpe"], KINDS["byte"]], ids=["bpe", "byte"])
+any_text = pytest.mark.parametrize("tokenizer", [KINDS["bpe"], KINDS["hf"], KINDS["byte"]], ids=["bpe", "hf", "byte"])
 
 
 @any_text
@@ -63,7 +67,7 @@ def test_half_a_surrogate_pair_is_replaced(tokenizer):
 
 @every
 def test_a_cut_character_becomes_the_replacement_character(tokenizer):
-    if tokenizer.kind == "bpe":
+    if tokenizer.kind != "char":
         cut = [tokenizer.pieces.index(b"\xc3"), *tokenizer.encode("a")]
         assert tokenizer.decode(cut) == "\ufffda"
         assert tokenizer.decode_bytes(cut) == b"\xc3a"
@@ -77,6 +81,12 @@ def test_saved_and_loaded(tokenizer, tmp_path):
     assert (again.name, again.vocab_size, again.end_of_text) == (tokenizer.name, tokenizer.vocab_size, tokenizer.end_of_text)
     assert again.encode(TEXT[2]) == tokenizer.encode(TEXT[2])
     assert [p.name for p in tmp_path.iterdir()] == ["tokenizer.json"]
+
+
+@every
+def test_the_same_whatever_it_is_called(tokenizer):
+    assert all(tokenizer.same_as(other) == (other is tokenizer) for other in KINDS.values())
+    assert dataclasses.replace(tokenizer, name="another").same_as(tokenizer)
 
 
 @every

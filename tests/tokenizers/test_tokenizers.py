@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from gptjax import tokenizers
 from gptjax.errors import DataError, FormatError
-from gptjax.formats import llmc_tokenizer
+from gptjax.formats import hf_tokenizer, llmc_tokenizer
 from tests.mutations import mutated
+from tests.tokenizers.test_hugging_face import hugging_face
 
 BPE = tokenizers.train_bpe(["the cat sat on the mat", "the dog sat on the log"] * 20, 265, "cats")
 BYTES = [bytes([b]) for b in range(256)]
@@ -32,6 +33,24 @@ def test_llm_cs_file_is_found_by_its_magic(tmp_path):
     found = tokenizers.find(tmp_path / "any.name")
     assert (found.tokens, found.end_of_text) == (BPE.tokens, BPE.end_of_text)
     assert found.encode("the cat") == BPE.encode("the cat")
+
+
+def test_hugging_faces_file_is_found(tmp_path):
+    hf_tokenizer.write(tmp_path, BPE)
+    for which in (tmp_path, tmp_path / "tokenizer.json"):
+        assert tokenizers.find(which).same_as(BPE)
+    (tmp_path / "other.json").write_text('{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}')
+    with pytest.raises(FormatError, match="no byte-level BPE that is known here"):
+        tokenizers.find(tmp_path / "other.json")
+
+
+@pytest.mark.parametrize("end", [-1, 257, 2**70, "x"])
+def test_an_end_of_text_that_no_token_has(tmp_path, end):
+    hugging_face(BYTES, []).save(tmp_path / "t.json")
+    content = json.loads((tmp_path / "t.json").read_text())
+    (tmp_path / "t.json").write_text(json.dumps(content | {"end_of_text": end}))
+    with pytest.raises(FormatError, match="not a gptjax tokenizer file"):
+        tokenizers.load(tmp_path / "t.json")
 
 
 def test_gpt2_is_found(monkeypatch):
@@ -85,6 +104,7 @@ def test_files_from_before_the_kind_was_written(tmp_path, monkeypatch):
         ([*BYTES, b"ab", b"<|endoftext|>"], 0, "end-of-text at 0 of 258 tokens"),
         ([*BYTES, b"ab", b"<|end|>"], 257, r"last b'<\|end\|>'"),
         ([*BYTES[1:], b"ab", b"<|endoftext|>"], 256, "no byte-level BPE"),
+        ([*BYTES, b"abc", b"<|endoftext|>"], 257, "b'abc', is not the merge of two tokens before it"),
     ],
 )
 def test_llm_cs_file_must_hold_a_byte_level_bpe(tmp_path, tokens, end_of_text, message):
@@ -113,7 +133,9 @@ def test_llm_cs_file_must_hold_a_byte_level_bpe(tmp_path, tokens, end_of_text, m
         '{"name": "char", "characters": 3}',
         '{"name": "char", "characters": ["a", "b"]}',
         r'{"name": "char", "characters": "\ud800"}',
-        '{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}',  # Hugging Face's file of the same name
+        '{"kind": "hf", "name": "x"}',
+        '{"kind": "hf", "name": "x", "tokenizer": 3, "end_of_text": 0}',
+        '{"kind": "hf", "name": "x", "tokenizer": {"model": {"type": "BPE", "vocab": {}, "merges": []}}, "end_of_text": 0}',
     ],
 )
 def test_damaged_files(tmp_path, content):

@@ -10,7 +10,9 @@ from gptjax.models import gpt2, transformer
 from gptjax.models.params import stack
 from gptjax.parallel.mesh import MeshConfig
 from gptjax.parallel.sharding import num_shards
+from gptjax.train import step as train_step
 from gptjax.verify import model, references
+from tests.compare import FLOAT64_TOLERANCE
 from tests.models import tiny
 from tests.verify.subject import subject
 
@@ -41,7 +43,7 @@ def test_against_autodiff(layers, dtype):
     assert report.gradient.tensors[-1].tensor == "input_embeddings"
     assert [row.tensor for row in report.forward.rows] == ["loss", "logits"]
     worst = report.gradient.worst.relative_l2
-    assert worst < 1e-14 if dtype == "float64" else 1e-8 < worst < 1e-5
+    assert worst < FLOAT64_TOLERANCE if dtype == "float64" else 1e-8 < worst < 1e-5
 
 
 def test_a_planted_gelu_error_is_named_with_its_layer_and_found_in_the_curvature_too(monkeypatch):
@@ -163,9 +165,7 @@ def test_an_error_in_the_meshs_branch_alone_is_found_and_blamed_on_the_mesh(monk
 
 def test_an_error_in_the_accumulation_alone_is_found_and_blamed_on_it(monkeypatch, gradient_only):
     """Each micro-batch divided by its own number of targets, as if they were as many in each."""
-    from gptjax import steps
-
-    monkeypatch.setattr(steps, "target_count", lambda batch: 1.1 * jnp.asarray(batch.targets.size, jnp.float32))
+    monkeypatch.setattr(train_step, "target_count", lambda batch: 1.1 * jnp.asarray(batch.targets.size, jnp.float32))
     report = references.against_autodiff(subject(A=2, num_layers=1))
     assert not report
     assert report.parting.place == "the accumulated program"

@@ -8,8 +8,11 @@ import itertools
 import logging
 import os
 import shlex
+import signal
 import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ import jaxlib
 import numpy as np
 from jaxtyping import Array, Float
 
-from gptjax.xla.cache import compiled_folder, processor
+from gptjax.xla.cache import compiled_folder, processor, read_private
 from gptjax.durable import write_whole
 from gptjax.errors import GptjaxError
 
@@ -27,6 +30,8 @@ SOURCE = Path(__file__).parent / "adamw.cc"
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fPIC", "-shared")
 TARGET = "gptjax_adamw"
 PATIENCE = 60  # seconds for the compiler
+LEFT_ALONE = 24 * 60 * 60  # seconds for which a compiler that took longer is not asked again
+LOADS = "import ctypes, sys; ctypes.CDLL(sys.argv[1]).adamw"
 
 
 @functools.cache
@@ -49,36 +54,120 @@ def available() -> bool:
 def library() -> ctypes.CDLL:
     """The compiled code: what is kept, or made anew and then kept in `compiled_folder`, if there is such a place.
 
-    With ``JAX_ENABLE_COMPILATION_CACHE=false`` nothing is kept.
+    What is kept is loaded only if it has the SHA-256 recorded beside it, and nobody else can have written either
+    (`gptjax.xla.cache.read_private`). With ``JAX_ENABLE_COMPILATION_CACHE=false`` nothing is kept.
 
     Raises:
         OSError: there is no compiler, or no place for what it makes.
         ValueError: ``CXX`` cannot be split into words.
-        subprocess.SubprocessError: the compiler cannot compile it, or takes too long.
+        subprocess.SubprocessError: the compiler cannot compile it, or takes too long, now or less than a day ago.
 
     """
-    compiler = [*shlex.split(os.environ.get("CXX") or "c++"), *FLAGS, "-isystem", jax.ffi.include_dir()]
-    made_of = (SOURCE.read_text(), jaxlib.__version__, processor(), *compiler)
+    made_of = (SOURCE.read_text(), jaxlib.__version__, processor(), *compiler())
     name = f"gptjax-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}.so"
     config: Any = jax.config
     kept: Path | None = None
     if config.jax_enable_compilation_cache:
         with contextlib.suppress(OSError, RuntimeError):
             kept = compiled_folder() / name
-    if kept and kept.exists():
+    if kept:
         with contextlib.suppress(OSError, AttributeError):
-            found = ctypes.CDLL(str(kept))
-            _ = found.adamw  # in one that is not damaged
-            return found
-    with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / name
-        command = [*compiler, str(SOURCE), "-o", str(made)]
-        subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=PATIENCE)
-        found = ctypes.CDLL(str(made))  # which stays loaded
-        if kept:
-            with contextlib.suppress(OSError, GptjaxError), write_whole(kept) as file:
-                file.write(made.read_bytes())
+            return load(read_kept(kept))
+    code = compiled(compiler(), kept and kept.with_suffix(".slow"))
+    found = load(code)
+    if kept:
+        with contextlib.suppress(OSError, GptjaxError):
+            for path, content in ((kept, code), (recorded(kept), sha256(code).encode())):
+                with write_whole(path) as file:
+                    os.fchmod(file.fileno(), 0o600)  # whatever the umask: `read_private` takes nothing that others can write
+                    file.write(content)
     return found
+
+
+def read_kept(path: Path) -> bytes:
+    """The compiled code kept as ``path``.
+
+    Raises:
+        OSError: there is none, or it is not to be trusted.
+
+    """
+    code = read_private(path)
+    if read_private(recorded(path)).decode(errors="replace") != sha256(code):
+        raise OSError(f"{path} does not have the SHA-256 recorded beside it")
+    return code
+
+
+def recorded(path: Path) -> Path:
+    """Where the SHA-256 of ``path`` is recorded."""
+    return path.with_name(f"{path.name}.sha256")
+
+
+def sha256(code: bytes) -> str:
+    """In hexadecimal digits."""
+    return hashlib.sha256(code).hexdigest()
+
+
+def load(code: bytes) -> ctypes.CDLL:
+    """Load compiled code from a copy that no one else can see, so that nothing changes what was checked or is running."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "adamw.so"
+        path.write_bytes(code)
+        found = ctypes.CDLL(str(path))  # which stays loaded
+    _ = found.adamw
+    return found
+
+
+def compiler() -> list[str]:
+    """The compiler's command and options."""
+    return [*shlex.split(os.environ.get("CXX") or "c++"), *FLAGS, "-isystem", jax.ffi.include_dir()]
+
+
+def compiled(command: Sequence[str], slow: Path | None) -> bytes:
+    """What the compiler makes of the source. That it can be loaded is tried in another process, which it may crash.
+
+    Args:
+        command: `compiler`'s.
+        slow: a file that says when the compiler took too long; it is then not asked again for a day.
+
+    """
+    with contextlib.suppress(OSError):
+        if slow and 0 <= time.time() - slow.stat().st_mtime < LEFT_ALONE:
+            raise subprocess.SubprocessError(
+                f"{command[0]} took too long less than a day ago: delete {slow}, or name another compiler in CXX, to try again"
+            )
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / "adamw.so"
+        try:
+            run([*command, str(SOURCE), "-o", str(made)])
+        except subprocess.TimeoutExpired:
+            if slow:
+                with contextlib.suppress(OSError, GptjaxError), write_whole(slow) as file:
+                    file.write(f"{command[0]} took more than {PATIENCE} s. Delete this file to have it asked again.\n".encode())
+            raise
+        run([sys.executable, "-I", "-c", LOADS, str(made)])
+        return made.read_bytes()
+
+
+def run(command: Sequence[str]) -> None:
+    """Run a command for at most `PATIENCE` seconds, then end what is left of it and of all that it started.
+
+    Raises:
+        OSError: it cannot be started.
+        subprocess.SubprocessError: it failed, or took too long.
+
+    """
+    null = subprocess.DEVNULL
+    with tempfile.TemporaryFile() as said:  # a pipe would stay open as long as any child of the command
+        process = subprocess.Popen(command, stdin=null, stdout=null, stderr=said, start_new_session=True)
+        try:
+            status = process.wait(PATIENCE)
+        finally:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        if status:
+            said.seek(0)
+            raise subprocess.CalledProcessError(status, command, stderr=said.read(10_000))
 
 
 def adamw(

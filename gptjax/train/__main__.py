@@ -17,6 +17,7 @@ from typing import Any
 import jax
 
 from gptjax import cli, distributed, lost, steps
+from gptjax.xla.cache import keep_compiled_programs
 from gptjax.checkpoint import CheckpointWriter
 from gptjax.config import Config
 from gptjax.loggers import open_loggers
@@ -36,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     with lost.ending_together(PROG), cli.reported_errors(PROG, less, lost.speaks):
         cfg, file = cli.parse(Config, PROG, __doc__ or "", argv)
         cli.keep_freed_memory()
-        cli.keep_compiled_programs()
+        keep_compiled_programs()
         cli.quiet_libraries()
         cli.replace_unprintable()
         distributed.start(cfg.distributed)

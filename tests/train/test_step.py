@@ -7,13 +7,13 @@ import numpy as np
 import optax
 import pytest
 
-import gptjax.native
-from gptjax import steps
-from gptjax.models import gpt2
-from gptjax.models.gpt2 import Batch
+from gptjax.models import transformer
 from gptjax.models.params import init_params
+from gptjax.models.transformer import Batch
 from gptjax.ops import IGNORE_INDEX
-from gptjax.optim import OptimConfig, init_opt_state, make_optimizer
+from gptjax.train import step as steps
+from gptjax.train.optimizer import OptimConfig, make_optimizer
+from gptjax.xla import native
 from tests.compare import assert_same_gradients
 from tests.models import tiny
 
@@ -26,7 +26,7 @@ def test_accumulation_equals_the_large_batch(backward):
     cfg = tiny.CONFIG
     params, batch = tiny.params(cfg), tiny.batch(cfg, B=6)
     batch = batch._replace(targets=batch.targets.at[0].set(IGNORE_INDEX).at[1, :3].set(IGNORE_INDEX))
-    loss, grads = gpt2.loss_and_grad(params, batch, cfg)
+    loss, grads = transformer.loss_and_grad(params, batch, cfg)
     for A in (1, 2, 3, 6):
         pieces = jax.tree.map(lambda x, A=A: x.reshape(A, 6 // A, -1), batch)
         loss2, grads2 = steps.mean_loss_and_grad(params, pieces, None, cfg, backward)
@@ -35,7 +35,7 @@ def test_accumulation_equals_the_large_batch(backward):
 
 
 def compiled(cfg, backward="manual", learning_rate=0.01, **optim):
-    optimizer = make_optimizer(OptimConfig(learning_rate=learning_rate, schedule="constant", **optim), 100)
+    optimizer = make_optimizer(OptimConfig(learning_rate=learning_rate, schedule="constant", **optim), 100, cfg)
     with jax.enable_x64(False):
         state = jax.jit(lambda key: steps.init_state(key, cfg, optimizer))(KEY)
         batch = tiny.batch(cfg, B=2, T=12)
@@ -50,43 +50,45 @@ def test_training_learns_a_batch_by_heart(backward, dtype):
     step, state, batch = compiled(cfg, backward)
     losses = []
     with jax.enable_x64(False):
-        for n in range(60):
-            state, metrics = steps.run_step(step, state, batch, KEY, n)
+        buffer = steps.gradient_buffer(state.params)
+        for n in range(1, 61):
+            state, buffer, metrics = steps.run_step(step, state, buffer, batch, KEY, n)
             losses.append(metrics.loss.item())
     assert losses[0] == pytest.approx(np.log(11), rel=0.05)
     assert losses[-1] < 0.2
     assert {x.dtype.name for x in jax.tree.leaves(state)} == {"float32", "int32"}
 
 
-@pytest.mark.parametrize("native", [True, False])
-def test_the_update_needs_no_temporaries_and_overwrites_everything(native, monkeypatch):
+@pytest.mark.parametrize("native_code", [True, False])
+def test_the_update_needs_no_temporaries_and_overwrites_everything(native_code, monkeypatch):
     """In C++ or in two parts by XLA; both are the same step."""
-    if native and not gptjax.native.available():
+    if native_code and not native.available():
         pytest.skip("there is no C++ compiler")
-    monkeypatch.setattr("gptjax.native.available", lambda: native)
+    monkeypatch.setattr(native, "available", lambda: native_code)
     step, state, batch = compiled(tiny.config(dtype="float32", channels=64))
-    assert len(step.updates) == (1 if native else 2)
+    assert len(step.updates) == (1 if native_code else 2)
     memory = [program.memory_analysis() for program in step.updates]
     assert max(m.temp_size_in_bytes for m in memory) < 4096
     assert sum(m.alias_size_in_bytes for m in memory) >= 3 * step.memory["parameters"]
     with jax.enable_x64(False):
-        _, grads, _ = step.loss_and_grad(state.params, batch, KEY, 0)
+        _, grads, _ = step.gradient(state.params, batch, KEY, np.int32(1), steps.gradient_buffer(state.params))
         expected = state.params.wte[0, 0] - 0.01 * jnp.sign(grads.wte[0, 0]) - 0.01 * 0.1 * state.params.wte[0, 0]
-        after, metrics = steps.run_step(step, state, batch, KEY, 0)
+        after, _, metrics = steps.run_step(step, state, grads, batch, KEY, 1)
     assert float(after.params.wte[0, 0]) == pytest.approx(float(expected), rel=1e-5)
-    assert after.opt_state.moments[1].count == 1
+    assert after.opt_state[1][0].count == 1
     assert all(x.is_deleted() for x in jax.tree.leaves(state.params))
     assert metrics.finite
 
 
 def test_in_float64_xla_updates():
-    cfg, optimizer = tiny.CONFIG, make_optimizer(OptimConfig(), 9)
+    cfg = tiny.CONFIG
+    optimizer = make_optimizer(OptimConfig(), 9, cfg)
     params = tiny.params(cfg)
-    state = steps.TrainState(params, init_opt_state(optimizer, params))
+    state = steps.TrainState(params, optimizer.transform.init(params))
     batch = jax.tree.map(lambda x: x[None], tiny.batch(cfg))
     step = steps.compile_step(cfg, optimizer, "manual", state, batch, KEY)
-    assert not step.native
-    state, _ = steps.run_step(step, state, batch, KEY, 0)
+    assert not step.native_code
+    state, _, _ = steps.run_step(step, state, steps.gradient_buffer(params), batch, KEY, 1)
     assert state.params.wte.dtype == jnp.float64
 
 
@@ -94,20 +96,24 @@ def test_a_gradient_is_written_over_the_one_before_it_and_does_not_depend_on_it(
     step, state, batch = compiled(tiny.config(dtype="float32"))
     assert step.gradient.memory_analysis().alias_size_in_bytes >= step.memory["gradients"]
     with jax.enable_x64(False):
-        _, fresh, _ = step.loss_and_grad(state.params, batch, KEY, 0)
-        step.room.append(jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), state.params))
-        _, over, norm = step.loss_and_grad(state.params, batch, KEY, 0)
-        assert not step.room
+        arguments = state.params, batch, KEY, np.int32(1)
+        _, fresh, _ = step.gradient(*arguments, steps.gradient_buffer(state.params))
+        used = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), state.params)
+        _, over, norm = step.gradient(*arguments, used)
+        assert all(x.is_deleted() for x in jax.tree.leaves(used))
         assert_same_gradients(over, fresh, state.params, 0)
         assert norm == pytest.approx(float(optax.tree.norm(fresh)), rel=1e-6)
-        steps.run_step(step, state, batch, KEY, 0)
-        assert len(step.room) == 1
+        _, buffer, _ = steps.run_step(step, state, fresh, batch, KEY, 1)
+        assert_same_gradients(buffer, over, state.params, 0)
 
 
 def test_dropout_draws_anew_each_step_and_repeats_for_the_same_step():
     step, state, batch = compiled(tiny.config(dtype="float32", dropout=0.5))
     with jax.enable_x64(False):
-        first, again, other = (float(step.loss_and_grad(state.params, batch, KEY, n)[0]) for n in (1, 1, 2))
+        first, again, other = (
+            float(step.gradient(state.params, batch, KEY, np.int32(n), steps.gradient_buffer(state.params))[0])
+            for n in (1, 1, 2)
+        )
     assert first == again != other
 
 
@@ -117,7 +123,7 @@ def test_evaluation_is_the_mean_over_targets_not_over_batches():
     mask = jnp.ones(whole.targets.shape).at[3].set(0.0)
     whole = whole._replace(mask=mask)
     parts = [jax.tree.map(lambda x, i=i: x[i : i + 2], whole) for i in (0, 2)]
-    expected = float(gpt2.loss(params, whole, cfg))
+    expected = float(transformer.loss(params, whole, cfg))
     assert steps.evaluate(steps.make_eval_loss(cfg), params, parts) == pytest.approx(expected, rel=1e-12)
 
 
@@ -128,7 +134,7 @@ def test_the_step_lowers_for_every_platform(platform, layers, backward, monkeypa
     """`jax.export` for hardware that need not be here, with what `resolve` picks there; on CUDA with cuDNN's attention."""
     monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
     cfg = tiny.config(dtype="auto", attention="auto", layers=layers, channels=16, max_seq_len=64).resolve(platform, 64)
-    optimizer = make_optimizer(OptimConfig(), 10)
+    optimizer = make_optimizer(OptimConfig(), 10, cfg)
     state = jax.eval_shape(functools.partial(steps.init_state, cfg=cfg, optimizer=optimizer), KEY)
     ids = jax.ShapeDtypeStruct((2, 2, 64), jnp.int32)
     functions = steps.step_functions(cfg, optimizer, backward)
@@ -140,7 +146,7 @@ def test_the_step_lowers_for_every_platform(platform, layers, backward, monkeypa
     assert all((call in text) == (platform == "cuda") for call in calls)
     loss, g, norm = jax.eval_shape(functions.gradient, *args)
     for update in (functions.update, functions.update_params, functions.update_rest):
-        assert export(update)(state.params, state.opt_state, g, loss, norm).platforms == (platform,)
+        assert export(update)(state.params, state.opt_state, g, loss, norm, args[3]).platforms == (platform,)
 
 
 def memory_of_gradients(compile_, **changes):
@@ -150,7 +156,7 @@ def memory_of_gradients(compile_, **changes):
 
     def of(T: int) -> int:
         batch = jax.eval_shape(lambda: tiny.batch(cfg, B=2, T=T))
-        lowered = jax.jit(functools.partial(gpt2.loss_and_grad, cfg=cfg)).lower(params, batch)
+        lowered = jax.jit(functools.partial(transformer.loss_and_grad, cfg=cfg)).lower(params, batch)
         return compile_(lowered).memory_analysis().temp_size_in_bytes
 
     return of
@@ -174,7 +180,7 @@ def test_memory_is_linear_in_the_length_and_more_pieces_of_the_classifier_make_u
 def test_the_fresh_parameters_are_drawn_in_turns():
     """So that they need less memory than a step."""
     cfg = tiny.config(num_layers=8, channels=64)
-    optimizer = make_optimizer(OptimConfig(), 10)
+    optimizer = make_optimizer(OptimConfig(), 10, cfg)
     made, expected = steps.make_state(KEY, cfg, optimizer), steps.init_state(KEY, cfg, optimizer)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), made, expected)
     draw = jax.jit(lambda key: init_params(key, cfg)).lower(KEY)

@@ -1,4 +1,4 @@
-"""One training step and one evaluation step as compiled functions: the engine that the commands drive."""
+"""One training step and one evaluation step as compiled functions."""
 
 import functools
 import math
@@ -16,10 +16,10 @@ from gptjax.models.config import ModelConfig
 from gptjax.models.params import init_params, param_axes
 from gptjax.models.transformer import Batch
 from gptjax.ops import IGNORE_INDEX
-from gptjax.optim import Optimizer, OptState, StepMetrics, init_opt_state, update
 from gptjax.parallel import mesh as meshes
 from gptjax.parallel.sharding import on_mesh
-from gptjax.xla import native as native_code
+from gptjax.train.optimizer import Optimizer, StepMetrics, fused_update, update
+from gptjax.xla import native
 
 Backward = Literal["manual", "autodiff"]
 COPIED = 1 / 8  # of the parameters: an update that needs more room beside them copies what it is to overwrite
@@ -30,19 +30,14 @@ class TrainState(NamedTuple):
     """Everything a step changes, on the device."""
 
     params: Any
-    opt_state: OptState
-
-    @property
-    def mu_dtype(self) -> str | None:
-        """What the first moment is kept in; None: what the parameters are."""
-        mu = self.opt_state.moments[1].mu
-        return mu.wte.dtype.name if mu.wte.dtype != self.params.wte.dtype else None
+    opt_state: Any
+    """Of ``optimizer.transform``."""
 
 
 def init_state(key: Key[Array, ""], cfg: ModelConfig, optimizer: Optimizer) -> TrainState:
     """Fresh parameters and optimizer state; pure, to be traced for its shapes: `make_state` makes them."""
     params = init_params(key, cfg)
-    return TrainState(params, init_opt_state(optimizer, params))
+    return TrainState(params, optimizer.transform.init(params))
 
 
 def make_state(key: Key[Array, ""], cfg: ModelConfig, optimizer: Optimizer, mesh: Mesh | None = None) -> TrainState:
@@ -50,14 +45,16 @@ def make_state(key: Key[Array, ""], cfg: ModelConfig, optimizer: Optimizer, mesh
 
     On a mesh each device draws its own part; the values are the same.
     """
-    draw = jax.jit(lambda key: init_params(key, cfg), out_shardings=meshes.param_shardings(mesh, param_axes(cfg)) if mesh else None)
+    draw = jax.jit(
+        lambda key: init_params(key, cfg), out_shardings=meshes.param_shardings(mesh, param_axes(cfg)) if mesh else None
+    )
     return add_optimizer(compile_for_memory(draw.lower(key))(key), cfg, optimizer, mesh)
 
 
 def add_optimizer(params: Any, cfg: ModelConfig, optimizer: Optimizer, mesh: Mesh | None = None) -> TrainState:
     """The parameters and a fresh optimizer's state, laid out as they are."""
     params = jax.block_until_ready(params)
-    init = lambda params: init_opt_state(optimizer, params)  # noqa: E731
+    init = lambda params: optimizer.transform.init(params)  # noqa: E731
     layout = meshes.shardings(mesh, param_axes(cfg), jax.eval_shape(init, params)) if mesh else None
     return TrainState(params, jax.jit(init, out_shardings=layout)(params))
 
@@ -132,31 +129,26 @@ class CompiledStep(NamedTuple):
     """The executables of a training step, and what they hold at most."""
 
     gradient: jax.stages.Compiled
+    """See `StepFunctions`, as of the next."""
     updates: tuple[jax.stages.Compiled, ...]
-    """One that updates all, or one of the parameters and one of the rest (see `step_functions`)."""
-    native: bool
-    """Whether the update is `gptjax.native`'s."""
+    """``(update,)``, or ``(update_params, update_rest)``."""
+    native_code: bool
+    """Whether the update is `gptjax.xla.native`'s."""
     memory: dict[str, int]
-    room: list[Any]
-    """At most one gradient that has been used: the next is written over it.
-
-    Were each to be allocated anew, the arrays of glibc's allocator would lie as close as they must only for some steps: it
-    took 1.6 times the predicted memory for gradients of 774M.
-    """
-
-    def loss_and_grad(self, params: Any, batch: Batch, key: Any, step: int) -> tuple[Array, Any, Array]:
-        """Loss and gradient of one step, and the gradient's norm; dispatched, with arrays still being computed."""
-        room = self.room.pop() if self.room else _zeros(params)
-        return self.gradient(params, batch, key, np.int32(step), room)
+    """Bytes on each device: parameters, optimizer, gradients, temporaries."""
 
 
 class StepFunctions(NamedTuple):
-    """The training step as jitted functions, to be lowered; their buffers are donated."""
+    """The training step as jitted functions, to be lowered; their buffers are donated.
+
+    Gradient and update are separate, because in one program XLA copies what is donated. So it does in ``update`` where it
+    does not merge the outputs, as on CPU. The two parts then need no copy, but read more.
+    """
 
     gradient: Any
-    """(params, batch, key, step, room) -> (loss, gradient, its norm). What ``room`` holds does not matter."""
+    """(params, batch, key, step, buffer) -> (loss, gradient, its norm). The gradient is written over ``buffer``."""
     update: Any
-    """(params, opt_state, gradient, loss, norm) -> (params, opt_state, metrics)."""
+    """(params, opt_state, gradient, loss, norm, step) -> (params, opt_state, metrics)."""
     update_params: Any
     """The same to params alone."""
     update_rest: Any
@@ -164,28 +156,29 @@ class StepFunctions(NamedTuple):
 
 
 def step_functions(
-    cfg: ModelConfig, optimizer: Optimizer, backward: Backward, mesh: Mesh | None = None, native: bool = False
+    cfg: ModelConfig, optimizer: Optimizer, backward: Backward, mesh: Mesh | None = None, native_code: bool = False
 ) -> StepFunctions:
-    """The training step: a gradient, then an update, whole (``native`` if `optim.update` is to be) or in two parts.
+    """The training step: a gradient, then an update, whole or in two parts; ``native_code`` is `fused_update`'s."""
 
-    Gradient and update are separate, because in one program XLA copies what is donated. So it does in ``update`` where it does
-    not merge the outputs, as on CPU. The two parts then need no copy, but read more.
-    """
-
-    def gradient(params: Any, batch: Batch, key: Any, step: Array, room: Any) -> tuple[Array, Any, Array]:
+    def gradient(params: Any, batch: Batch, key: Any, step: Array, buffer: Any) -> tuple[Array, Any, Array]:
         loss, grads = mean_loss_and_grad(params, batch, step_key(key, step, cfg), cfg, backward)
         return loss, grads, optax.tree.norm(grads)
 
-    whole = functools.partial(update, optimizer)
+    def whole(params: Any, opt_state: Any, grads: Any, loss: Array, norm: Array, step: Array) -> Any:
+        if optimizer.fused:
+            return fused_update(optimizer, params, opt_state, grads, loss, norm, native_code)
+        return update(optimizer, params, opt_state, grads, loss, norm, step - 1)
+
     parts = lambda *args: whole(*args)[0], lambda *args: whole(*args)[1:]
     layouts: list[Any] = [None] * 4
     if mesh:
-        ps, opt = meshes.shardings(mesh, param_axes(cfg), step_arguments(cfg, optimizer, (1, 1, 1))[0])
+        state = step_arguments(cfg, optimizer, (1, 1, 1))[0]
+        params, opt_state = meshes.shardings(mesh, param_axes(cfg), state)
         everywhere = meshes.replicated(mesh)
-        layouts = [(everywhere, ps, everywhere), (ps, opt, everywhere), ps, (opt, everywhere)]
+        layouts = [(everywhere, params, everywhere), (params, opt_state, everywhere), params, (opt_state, everywhere)]
     return StepFunctions(
         gradient=jax.jit(on_mesh(mesh, gradient), donate_argnums=4, keep_unused=True, out_shardings=layouts[0]),
-        update=jax.jit(functools.partial(whole, native=native), donate_argnums=(0, 1), out_shardings=layouts[1]),
+        update=jax.jit(whole, donate_argnums=(0, 1), out_shardings=layouts[1]),
         update_params=jax.jit(parts[0], donate_argnums=0, out_shardings=layouts[2]),
         update_rest=jax.jit(parts[1], donate_argnums=1, out_shardings=layouts[3]),
     )
@@ -196,17 +189,17 @@ def compile_step(
 ) -> CompiledStep:
     """Compile the training step for arguments of these shapes: arrays or `jax.ShapeDtypeStruct`s, laid out over the mesh."""
     all_float32 = all(x.dtype in (jnp.float32, jnp.int32) for x in jax.tree.leaves(state))
-    native = mesh is None and all_float32 and native_code.available()
-    functions = step_functions(cfg, optimizer, backward, mesh, native)
+    native_code = mesh is None and optimizer.fused and all_float32 and native.available()
+    functions = step_functions(cfg, optimizer, backward, mesh, native_code)
     number = meshes.abstract(mesh, param_axes(cfg), jax.ShapeDtypeStruct((), jnp.int32))
     g = meshes.abstract(mesh, param_axes(cfg), jax.eval_shape(lambda params: params, state.params))
     scalar = meshes.abstract(mesh, param_axes(cfg), jax.ShapeDtypeStruct((), loss_dtype(cfg)))
     gradient = compile_for_memory(functions.gradient.lower(state.params, batch, key, number, g), mesh)
-    arguments = state.params, state.opt_state, g, scalar, scalar
+    arguments = state.params, state.opt_state, g, scalar, scalar, number
     updates: tuple[Any, ...] = ()
-    if native or platform_of(mesh) != "cpu":
+    if native_code or platform_of(mesh) != "cpu":
         updates = (functions.update.lower(*arguments).compile(),)
-    if not native and (not updates or temporary_bytes(*updates) > bytes_per_device(g) * COPIED):
+    if not native_code and (not updates or temporary_bytes(*updates) > bytes_per_device(g) * COPIED):
         updates = tuple(f.lower(*arguments).compile() for f in (functions.update_params, functions.update_rest))
     memory = {
         "parameters": bytes_per_device(state.params),
@@ -214,7 +207,44 @@ def compile_step(
         "gradients": bytes_per_device(g),
         "temporaries": temporary_bytes(gradient, *updates),
     }
-    return CompiledStep(gradient, updates, native, memory, room=[])
+    return CompiledStep(gradient, updates, native_code, memory)
+
+
+def gradient_buffer(params: Any) -> Any:
+    """Zeros like the parameters, for the first step's gradient to be written over.
+
+    Were each gradient to be allocated anew, the arrays of glibc's allocator would lie as close as they must only for some
+    steps: it took 1.6 times the predicted memory for gradients of 774M.
+    """
+    zeros = lambda params: jax.tree.map(jnp.zeros_like, params)  # noqa: E731
+    return jax.jit(zeros, out_shardings=jax.tree.map(lambda x: x.sharding, params))(params)
+
+
+def run_step(
+    compiled: CompiledStep, state: TrainState, buffer: Any, batch: Batch, key: Any, step: int
+) -> tuple[TrainState, Any, StepMetrics]:
+    """Dispatch one step; returns at once, with arrays still being computed. ``state`` and ``buffer`` are consumed.
+
+    Args:
+        compiled: of `compile_step`.
+        state: what the step changes.
+        buffer: of `gradient_buffer`, or of the step before.
+        batch: (A, B, T) arrays.
+        key: the run's.
+        step: its number, from 1.
+
+    Returns:
+        The state, the buffer for the next step, and the metrics.
+
+    """
+    number = np.int32(step)
+    loss, grads, norm = compiled.gradient(state.params, batch, key, number, buffer)
+    if len(compiled.updates) == 1:
+        params, opt_state, metrics = compiled.updates[0](*state, grads, loss, norm, number)
+    else:
+        params = compiled.updates[0](*state, grads, loss, norm, number)
+        opt_state, metrics = compiled.updates[1](params, state.opt_state, grads, loss, norm, number)
+    return TrainState(params, opt_state), grads, metrics
 
 
 def platform_of(mesh: Mesh | None) -> str:
@@ -236,26 +266,6 @@ def compile_for_memory(lowered: jax.stages.Lowered, mesh: Mesh | None = None) ->
             if "compile option" not in str(error):
                 raise
     return lowered.compile()
-
-
-def run_step(compiled: CompiledStep, state: TrainState, batch: Batch, key: Any, step: int) -> tuple[TrainState, StepMetrics]:
-    """Dispatch one step; returns at once, with arrays still being computed. ``state`` is consumed."""
-    loss, grads, norm = compiled.loss_and_grad(state.params, batch, key, step)
-    if len(compiled.updates) == 1:
-        params, opt_state, metrics = compiled.updates[0](*state, grads, loss, norm)
-    else:
-        params = compiled.updates[0](*state, grads, loss, norm)
-        opt_state, metrics = compiled.updates[1](params, state.opt_state, grads, loss, norm)
-    compiled.room.append(grads)
-    return TrainState(params, opt_state), metrics
-
-
-def _zeros(params: Any) -> Any:
-    return jax.jit(_zeros_like, out_shardings=jax.tree.map(lambda x: x.sharding, params))(params)
-
-
-def _zeros_like(params: Any) -> Any:
-    return jax.tree.map(jnp.zeros_like, params)
 
 
 @functools.cache

@@ -1,24 +1,32 @@
-"""AdamW, its schedules, and the step in one pass over memory."""
+"""The optimizer: optax's, by name, and a fast path for AdamW in one pass over memory."""
 
 import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from jaxtyping import Array, Bool, Float
 
 from gptjax.errors import ConfigError
-from gptjax.models.params import decay_mask
-from gptjax.xla.native import adamw
+from gptjax.models.config import Architecture
+from gptjax.models.family import Weight
+from gptjax.models.params import decay_mask, per_tensor
+from gptjax.xla import native
+
+MUON_RMS = 0.2  # root mean square of an AdamW update, which Muon's is scaled to (Liu et al. 2025, arXiv:2502.16982)
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) with clipping, warm-up and a schedule."""
+    """An optimizer of optax's with clipping, warm-up and a schedule."""
 
+    name: Literal["adamw", "muon", "lion", "adafactor", "sgd"] = "adamw"
+    """adamw; muon, for the blocks' matrices, with AdamW for the rest; lion; adafactor; or sgd with momentum."""
     learning_rate: float = 6e-4
     """Peak learning rate, reached at the end of the warm-up."""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
@@ -31,16 +39,18 @@ class OptimConfig:
     decay_fraction: float = 0.2
     """Part of all steps over which wsd decays."""
     weight_decay: float = 0.1
-    """Decoupled weight decay on 2-D tensors, embeddings included; none on biases and LayerNorms."""
+    """Decoupled weight decay on matrices and embeddings; none on biases and norms."""
     beta1: float = 0.9
-    """Decay of the first moment."""
+    """Decay of the first moment, of adamw, lion and muon's AdamW."""
     beta2: float = 0.95
-    """Decay of the second moment."""
+    """Decay of the second moment, of adamw and muon's AdamW; of the momentum, of lion."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
+    momentum: float = 0.95
+    """Decay of the momentum, of muon and sgd."""
     mu_dtype: Literal["bfloat16"] | None = None
-    """What the first moment is kept in: bfloat16 takes half of its memory, and on CPU the update is then XLA's, not in C++; by
-    default, what the parameters are kept in."""
+    """Dtype of the first moment, or the momentum: bfloat16 halves its memory, and on CPU the update is then XLA's, not C++;
+    by default the parameters'."""
     grad_clip: float = 1.0
     """Largest global gradient norm, after averaging over micro-batches; 0 turns clipping off."""
     accumulate: int = 1
@@ -58,7 +68,9 @@ class OptimConfig:
         for name in ("learning_rate", "weight_decay", "grad_clip"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"optim.{name} must not be negative, not {getattr(self, name)}")
-        for name in ("beta1", "beta2"):
+        if self.name == "adafactor" and self.mu_dtype:
+            raise ConfigError("optim.mu_dtype has no effect on adafactor, which keeps no first moment: leave it out")
+        for name in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"optim.{name} must be in [0, 1), not {getattr(self, name)}")
         for name in ("final_fraction", "decay_fraction"):
@@ -88,22 +100,19 @@ def make_schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:
 
 
 class Optimizer(NamedTuple):
-    """Of the chain ``clip -> Adam -> weight decay -> learning rate``, what `update` needs; the chain itself, in two parts, is
-    optax's and makes the state, no more.
-    """
+    """An optimizer of optax's, after clipping, and what the fast path needs to know of it."""
 
-    moments: optax.GradientTransformation
-    step: optax.GradientTransformation
+    transform: optax.GradientTransformation
+    """``optax.chain(clipping, optimizer)``: its state is the run's, whichever path computes the update."""
     schedule: optax.Schedule
     cfg: OptimConfig
-    decays: Any
+    decays: Callable[[Any], Any]
+    """Parameters -> a tree of booleans: the tensors that weight decay applies to."""
 
-
-class OptState(NamedTuple):
-    """States of the two parts."""
-
-    moments: Any
-    step: Any
+    @property
+    def fused(self) -> bool:
+        """Whether `fused_update` computes the same as `update`."""
+        return self.cfg.name == "adamw"
 
 
 class StepMetrics(NamedTuple):
@@ -116,22 +125,82 @@ class StepMetrics(NamedTuple):
     finite: Bool[Array, ""]
 
 
-def make_optimizer(cfg: OptimConfig, steps: int, model: Any) -> Optimizer:
-    """The optimizer of a run of ``steps`` steps."""
-    decays = lambda params: decay_mask(params, model)  # noqa: E731
+def make_optimizer(cfg: OptimConfig, steps: int, model: Architecture) -> Optimizer:
+    """The optimizer of a run.
+
+    Args:
+        cfg: which one, and its settings.
+        steps: of the whole run, for the schedule.
+        model: whose weight table says what decays, and what Muon orthogonalises.
+
+    """
     schedule = make_schedule(cfg, steps)
+    decays = partial(decay_mask, cfg=model)
     clip = optax.clip_by_global_norm(cfg.grad_clip) if cfg.grad_clip else optax.identity()
-    moments = optax.chain(clip, optax.scale_by_adam(cfg.beta1, cfg.beta2, cfg.eps, mu_dtype=cfg.mu_dtype))
-    step = optax.chain(
-        optax.add_decayed_weights(cfg.weight_decay, mask=decays),
-        optax.scale_by_learning_rate(schedule),
-    )
-    return Optimizer(moments, step, schedule, cfg, decays)
+    adamw = partial(optax.adamw, schedule, cfg.beta1, cfg.beta2, cfg.eps, mu_dtype=cfg.mu_dtype)
+    decay, rate = optax.add_decayed_weights(cfg.weight_decay, decays), optax.scale_by_learning_rate(schedule)
+
+    def muon() -> optax.GradientTransformation:
+        """Muon for matrices, AdamW for the rest; in either, what the other has is an `optax.MaskedNode`."""
+        absent = optax.MaskedNode()
+        matrices = optax.contrib.muon(
+            schedule,
+            beta=cfg.momentum,
+            weight_decay=cfg.weight_decay,
+            mu_dtype=cfg.mu_dtype,
+            muon_weight_dimension_numbers=lambda params: per_tensor(lambda w: _muon_axes(w) or absent, params, model),
+            consistent_rms=MUON_RMS,
+        )
+        others = adamw(
+            weight_decay=cfg.weight_decay,
+            mask=lambda params: per_tensor(lambda w: absent if w.kind == "matrix" else w.kind == "table", params, model),
+        )
+        kinds = lambda params: per_tensor(lambda w: "muon" if w.kind == "matrix" else "adamw", params, model)  # noqa: E731
+        return optax.partition({"muon": matrices, "adamw": others}, kinds)
+
+    def adafactor() -> optax.GradientTransformation:
+        """Its own decay is not scaled by the learning rate; this one is, as every other optimizer's here."""
+        decay = optax.add_decayed_weights(-cfg.weight_decay, decays)  # the direction is already negative
+        return optax.chain(optax.adafactor(None), decay, optax.scale_by_learning_rate(schedule, flip_sign=False))
+
+    made = {
+        "adamw": lambda: adamw(weight_decay=cfg.weight_decay, mask=decays),
+        "muon": muon,
+        "lion": lambda: optax.lion(schedule, cfg.beta1, cfg.beta2, cfg.mu_dtype, cfg.weight_decay, decays),
+        "adafactor": adafactor,
+        "sgd": lambda: optax.chain(optax.trace(cfg.momentum, accumulator_dtype=cfg.mu_dtype), decay, rate),
+    }[cfg.name]()
+    return Optimizer(optax.chain(clip, made), schedule, cfg, decays)
 
 
-def init_opt_state(optimizer: Optimizer, params: Any) -> OptState:
-    """Moments of zero and counters at zero."""
-    return OptState(optimizer.moments.init(params), optimizer.step.init(params))
+def _muon_axes(weight: Weight) -> optax.contrib.MuonDimensionNumbers | None:
+    """A matrix's input and output axes, counted from the last, so that stacked layers are left apart."""
+    if weight.kind != "matrix":
+        return None
+    n = len(weight.axes)
+    return optax.contrib.MuonDimensionNumbers(tuple(range(-n, weight.inputs - n)), tuple(range(weight.inputs - n, 0)))
+
+
+def update(
+    optimizer: Optimizer, params: Any, state: Any, grads: Any, loss: Float[Array, ""], norm: Float[Array, ""], step: Array
+) -> tuple[Any, Any, StepMetrics]:
+    """One step: (parameters, state, metrics), all unchanged, counters included, where loss or norm are not finite.
+
+    Args:
+        optimizer: any.
+        params: the parameters.
+        state: of ``optimizer.transform``.
+        grads: of the loss.
+        loss: to be reported.
+        norm: the global norm of ``grads``.
+        step: steps done, of which the schedule makes the reported learning rate.
+
+    """
+    finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+    changes, new_state = optimizer.transform.update(grads, state, params)
+    new = optax.apply_updates(params, changes), new_state
+    params, state = jax.tree.map(partial(jnp.where, finite), new, (params, state))
+    return params, state, StepMetrics(loss, norm, jnp.asarray(optimizer.schedule(step), jnp.float32), finite)
 
 
 class Scalars(NamedTuple):
@@ -151,16 +220,16 @@ class Scalars(NamedTuple):
     """Whether anything is to change."""
 
 
-def update(
+def fused_update(
     optimizer: Optimizer,
     params: Any,
-    state: OptState,
+    state: Any,
     grads: Any,
     loss: Float[Array, ""],
     norm: Float[Array, ""],
-    native: bool = False,
-) -> tuple[Any, OptState, StepMetrics]:
-    """One step of AdamW: (parameters, state, metrics), all unchanged, counters included, where loss or norm are not finite.
+    native_code: bool = False,
+) -> tuple[Any, Any, StepMetrics]:
+    """`update` of AdamW, on optax's own state, in one pass over memory.
 
     Gradients are scaled down to a global norm of at most ``grad_clip`` (Pascanu et al. 2013, arXiv:1211.5063). Then, for each
     parameter p with its gradient g, at the n-th step (Loshchilov and Hutter 2019, arXiv:1711.05101, as in optax)::
@@ -170,16 +239,17 @@ def update(
         p = p - learning_rate (m / (1 - beta1^n) / (sqrt(v / (1 - beta2^n)) + eps) + weight_decay p)
 
     Args:
-        optimizer: whose configuration it is.
+        optimizer: one that is ``fused``.
         params: the parameters.
-        state: of `init_opt_state`, or of the step before.
+        state: of ``optimizer.transform``.
         grads: of the loss.
         loss: to be reported.
         norm: the global norm of ``grads``.
-        native: by `gptjax.native.adamw`, where it is available and all is float32.
+        native_code: by `gptjax.xla.native.adamw`, where it is available and all is float32.
 
     """
-    cfg, (clip_state, adam) = optimizer.cfg, state.moments
+    cfg = optimizer.cfg
+    adam: optax.ScaleByAdamState = state[1][0]
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
     count = adam.count + 1
     learning_rate = optimizer.schedule(adam.count)
@@ -196,13 +266,15 @@ def update(
     )
     tensors = [jax.tree.leaves(tree) for tree in (params, adam.mu, adam.nu, grads)]
     decays = [cfg.weight_decay if decays else 0.0 for decays in jax.tree.leaves(optimizer.decays(params))]
-    if native:
-        updated: Any = adamw(jnp.stack([jnp.asarray(x, jnp.float32) for x in scalars]), tensors, decays, cfg.eps)
+    if native_code:
+        updated: Any = native.adamw(jnp.stack([jnp.asarray(x, jnp.float32) for x in scalars]), tensors, decays, cfg.eps)
     else:
         updated = zip(*(_adamw(scalars, *tensor, cfg.eps) for tensor in zip(*tensors, decays, strict=True)), strict=True)
     params, mu, nu = (jax.tree.unflatten(jax.tree.structure(params), leaves) for leaves in updated)
-    counted = lambda n: jnp.where(finite, n + 1, n)  # noqa: E731
-    new = OptState((clip_state, adam._replace(count=counted(adam.count), mu=mu, nu=nu)), jax.tree.map(counted, state.step))
+    counted = lambda tree: jax.tree.map(lambda n: jnp.where(finite, n + 1, n), tree)  # noqa: E731
+    clip_state, (_, *rest) = state
+    new_adam = optax.ScaleByAdamState(counted(adam.count), mu, nu)
+    new = clip_state, (new_adam, *counted(tuple(rest)))
     return params, new, StepMetrics(loss, norm, jnp.asarray(learning_rate, jnp.float32), finite)
 
 

@@ -1,0 +1,141 @@
+"""The training loop: steps, and hooks that are called between them."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from gptjax.distributed import Stop
+from gptjax.models.params import flops_per_token
+from gptjax.models.transformer import Batch
+from gptjax.train.metrics import Meter, peak_flops
+from gptjax.train.optimizer import StepMetrics
+from gptjax.train.setup import Run
+from gptjax.train.step import CompiledStep, TrainState, evaluate, gradient_buffer, make_eval_loss, run_step
+
+Record = dict[str, Any]
+"""What is known of one step: its number, loss, gradient norm, learning rate, times, and what hooks measure."""
+
+
+class DivergedError(Exception):
+    """Too many steps in a row were not finite; the message says what is left to go on from."""
+
+
+class Hook(NamedTuple):
+    """A callback of the loop."""
+
+    every: int
+    """Steps between calls; 0 for never, but for ``at_end``."""
+    at_end: bool
+    """Whether it is also called after the last step."""
+    when_stopped: bool
+    """Whether it is called after the step at which a signal stopped the run, and else not at all there."""
+    call: Any
+
+    def due(self, step: int) -> bool:
+        """Whether it is called at this step."""
+        return self.every > 0 and step % self.every == 0
+
+
+class Trainer:
+    """A run in progress: the state that steps change, and the hooks between them."""
+
+    def __init__(self, run: Run, compiled: CompiledStep, state: TrainState, done: int = 0) -> None:
+        """Begin after ``done`` steps, with their state."""
+        self.run, self.compiled, self.state = run, compiled, state
+        self.buffer = gradient_buffer(state.params)
+        self.done = self.saved = done
+        """Steps done, and those after which the newest checkpoint was saved."""
+        self.steps = run.cfg.train.steps
+        flops = flops_per_token(run.model, run.shape.seq_len) * run.shape.tokens
+        peak = peak_flops(jax.devices()[0].device_kind, run.model.dtype)
+        self.meter = Meter(run.shape.tokens, flops, peak * (run.mesh.size if run.mesh else 1) if peak else None)
+        self._before: list[Hook] = []
+        self._measures: list[Hook] = []
+        self._after: list[Hook] = []
+        self._listeners: list[Callable[[Record], None]] = []
+        self._pending: tuple[int, StepMetrics] | None = None
+
+    # What a hook is told of: the batch to come, nothing, or the step's record.
+
+    def before_step(self, call: Callable[[Batch], Record], every: int) -> None:
+        """Add a hook that is called with the batch of a step to come; what it returns joins that step's record."""
+        self._before.append(Hook(every, False, False, call))
+
+    def measure(self, call: Callable[[], Record], every: int, at_end: bool = True) -> None:
+        """Add a hook whose numbers, of the state after a step, join that step's record."""
+        self._measures.append(Hook(every, at_end, False, call))
+
+    def after_step(
+        self, call: Callable[[], None], every: int, at_end: bool = True, when_stopped: bool = False
+    ) -> None:
+        """Add a hook that is called once a step's record is out."""
+        self._after.append(Hook(every, at_end, when_stopped, call))
+
+    def listen(self, call: Callable[[Record], None]) -> None:
+        """Add a callback that gets every step's record, in turn."""
+        self._listeners.append(call)
+
+    def fit(self, stop: Stop | None = None) -> None:
+        """Train to the last step, or to the one at which ``stop`` says so.
+
+        A step's numbers are fetched after the next step was dispatched, so that the device never waits for the host.
+
+        Raises:
+            DivergedError: ``train.max_nonfinite`` steps in a row were not finite.
+
+        """
+        stop = stop or Stop(self.done, self.steps)
+        while self.done < self.steps and not stop.name:
+            step = self.done + 1
+            batch = self.run.next_batch()
+            found: Record = {}
+            for hook in self._before:
+                if hook.due(step):
+                    self._flush()
+                    found |= hook.call(batch)
+                    self.meter.restart()
+            stop.say(step)
+            self.state, self.buffer, metrics = run_step(
+                self.compiled, self.state, self.buffer, batch, self.run.key, step
+            )
+            self._flush()
+            self._pending, self.done = (step, metrics), step
+            self._between(found, last=step == self.steps, stopping=stop.now(step))
+
+    def _between(self, found: Record, last: bool, stopping: bool) -> None:
+        """Everything that is due after a step."""
+
+
+        def due(hook: Hook) -> bool:
+            return hook.when_stopped if stopping else hook.due(self.done) or (last and hook.at_end)
+
+        measures, after = ([hook for hook in hooks if due(hook)] for hooks in (self._measures, self._after))
+        if measures or after or found or last or stopping:
+            self._flush(found, measures)
+            for hook in after:
+                hook.call()
+            self.meter.restart()
+
+    def _flush(self, found: Record | None = None, measures: list[Hook] | None = None) -> None:
+        """Fetch the numbers of the step that was dispatched last, and pass them on."""
+        if not self._pending:
+            return
+        record = self.meter.record(*self._pending) | (found or {})
+        self._pending = None
+        for hook in measures or []:
+            record |= hook.call()
+        for listen in self._listeners:
+            listen(record)
+        if self.meter.nonfinite >= self.run.cfg.train.max_nonfinite:
+            left = f"the checkpoint after step {self.saved} is the last good one" if self.saved else "there is no checkpoint yet"
+            raise DivergedError(
+                f"{self.meter.nonfinite} losses or gradients in a row were not finite, up to step {record['step']}: "
+                f"stopped; {left}; lower optim.learning_rate or raise optim.warmup_steps"
+            )
+
+    def is_finite(self) -> bool:
+        """Whether the parameters give a finite loss: a finite step can still leave some that are not fit to go on from."""
+        eval_loss = make_eval_loss(self.run.model, self.run.mesh)
+        return math.isfinite(evaluate(eval_loss, self.state.params, self.run.val[:1]))

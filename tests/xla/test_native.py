@@ -1,0 +1,223 @@
+"""The C++ kernels, held to what XLA computes; and what happens where they cannot be compiled."""
+
+import _ctypes
+import dataclasses
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax.xla import native
+from gptjax.optim import init_opt_state, make_optimizer
+from tests.models import tiny
+from tests.test_optim import SETTINGS, assert_equals_optax, compiled, gradients_like
+
+
+@pytest.fixture
+def compiler():
+    if not native.available():
+        pytest.skip("there is no C++ compiler that works, or JAX computes elsewhere")
+
+
+def params(**changes):
+    return tiny.params(tiny.config(dtype="float32", **changes), jnp.float32)
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize(("changes", "channels"), [({}, 160), ({"grad_clip": 0.0}, 8), ({"weight_decay": 0.0}, 8)])
+def test_adamw_equals_optaxs(changes, channels):
+    """Of tensors smaller than what a thread takes at a time, and of larger ones that are no multiple of it."""
+    with jax.enable_x64(False):
+        large = params(channels=channels, num_heads=4)
+        assert (max(x.size for x in large.fcw) > 2 * 2**15) == (channels == 160)
+        assert_equals_optax(dataclasses.replace(SETTINGS, **changes), large, 2e-6, native=True)
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_nothing_changes_where_loss_or_gradient_are_not_finite(bad):
+    with jax.enable_x64(False):
+        before = params()
+        optimizer = make_optimizer(SETTINGS, 10)
+        (good,) = gradients_like(before, 1)
+        step = compiled(optimizer, native=True)
+        *state, _ = step((before, init_opt_state(optimizer, before)), good)
+        for loss, grads in ((bad, good), (1.0, good._replace(wpe=good.wpe.at[0, 0].set(bad)))):
+            *after, metrics = step(tuple(state), grads, loss)
+            assert not metrics.finite
+            jax.tree.map(np.testing.assert_array_equal, tuple(after), tuple(state))
+
+
+@pytest.mark.usefixtures("compiler")
+def test_what_is_not_donated_is_left_as_it_was():
+    """XLA then has the kernel overwrite copies."""
+    with jax.enable_x64(False):
+        before = params()
+        kept = jax.tree.map(np.array, before)
+        optimizer = make_optimizer(SETTINGS, 10)
+        (grads,) = gradients_like(before, 1)
+        after, _, _ = compiled(optimizer, native=True)((before, init_opt_state(optimizer, before)), grads)
+        jax.tree.map(np.testing.assert_array_equal, before, kept)
+        assert jnp.abs(after.wte - before.wte).max() > 1e-3
+
+
+@pytest.fixture
+def kept(monkeypatch, tmp_path):
+    """A folder of its own to keep what is compiled, nothing in it yet."""
+    monkeypatch.setattr("gptjax.xla.native.compiled_folder", lambda: tmp_path)
+    monkeypatch.setattr(native, "FLAGS", [flag for flag in native.FLAGS if flag != "-O3"])  # quicker
+    return tmp_path
+
+
+def script(path, *lines):
+    """A program of ``path``'s, for ``CXX``."""
+    path.write_text("\n".join(["#!/bin/sh", *lines]) + "\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+GARBAGE = 'for last; do :; done; printf "\\177ELF and nothing that follows" > "$last"'  # the last argument is the output
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "true", '"unclosed', GARBAGE])
+def test_without_a_compiler_that_works_it_is_not_available(kept, monkeypatch, caplog, tmp_path_factory, compiler):
+    if compiler == GARBAGE:
+        compiler = script(tmp_path_factory.mktemp("bin") / "c++", GARBAGE)
+    monkeypatch.setenv("CXX", compiler)
+    with caplog.at_level("INFO", "gptjax.xla.native"):
+        assert not native.available.__wrapped__()
+    assert "AdamW is XLA's" in caplog.text
+    assert not list(kept.iterdir())
+
+
+@pytest.mark.usefixtures("compiler")
+def test_a_library_that_crashes_who_loads_it_crashes_another_process(kept, monkeypatch, caplog, tmp_path_factory):
+    """The first half of a library: the dynamic linker reads behind its end."""
+    folder = tmp_path_factory.mktemp("bin")
+    half = folder / "half.so"
+    code = native.compiled(native.compiler(), None)
+    half.write_bytes(code[: len(code) // 2])
+    monkeypatch.setenv("CXX", script(folder / "c++", f'for last; do :; done; cp {half} "$last"'))
+    with caplog.at_level("INFO", "gptjax.xla.native"):
+        assert not native.available.__wrapped__()
+    assert "AdamW is XLA's" in caplog.text
+    assert not list(kept.iterdir())
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
+@pytest.mark.parametrize("leader", ["hangs", "exits"])
+def test_all_that_a_compiler_started_ends_with_it(kept, monkeypatch, tmp_path_factory, leader):
+    folder = tmp_path_factory.mktemp("bin")
+    lines = f"sleep 600 & echo $! > {folder}/child", "wait" if leader == "hangs" else "exit 1"
+    monkeypatch.setenv("CXX", script(folder / "c++", *lines))
+    monkeypatch.setattr(native, "PATIENCE", 2.0 if leader == "hangs" else 60.0)
+    before = time.monotonic()
+    assert not native.available.__wrapped__()
+    assert time.monotonic() - before < 60
+    child, end = int((folder / "child").read_text()), time.monotonic() + 30
+    while alive(child) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not alive(child)
+
+
+def test_a_compiler_that_hangs_is_not_asked_again_for_a_day(kept, monkeypatch, caplog, tmp_path_factory):
+    """Until the file that says so is deleted, or CXX names another."""
+    slow = script(tmp_path_factory.mktemp("bin") / "c++", "sleep 600")
+    monkeypatch.setenv("CXX", slow)
+    monkeypatch.setattr(native, "PATIENCE", 0.2)
+    calls = compilers_calls(monkeypatch)
+    assert not native.available.__wrapped__()
+    assert len(calls) == 1
+    (marker,) = kept.iterdir()
+    with caplog.at_level("INFO", "gptjax.xla.native"):
+        assert not native.available.__wrapped__()
+    assert len(calls) == 1
+    assert f"delete {marker}, or name another compiler in CXX" in caplog.text
+    yesterday = time.time() - native.LEFT_ALONE - 1
+    os.utime(marker, (yesterday, yesterday))
+    assert not native.available.__wrapped__()
+    assert len(calls) == 2
+    assert time.time() - marker.stat().st_mtime < native.LEFT_ALONE
+    monkeypatch.setenv("CXX", f"{slow} -O0")
+    assert not native.available.__wrapped__()
+    assert len(calls) == 3
+
+
+def compilers_calls(monkeypatch):
+    """A list that grows with each call of the compiler."""
+    calls, run = [], native.run
+
+    def counted(command):
+        if str(native.SOURCE) in command:
+            calls.append(command)
+        run(command)
+
+    monkeypatch.setattr(native, "run", counted)
+    return calls
+
+
+@pytest.mark.usefixtures("compiler")
+def test_it_is_compiled_once_for_each_processor(kept, monkeypatch):
+    """Whatever the umask."""
+    calls = compilers_calls(monkeypatch)
+    before = os.umask(0)
+    try:
+        assert native.library().adamw
+    finally:
+        os.umask(before)
+    assert native.library().adamw
+    assert (len(calls), len(list(kept.glob("*.so")))) == (1, 1)
+    monkeypatch.setattr("gptjax.xla.native.processor", lambda: "another")
+    native.library()
+    assert (len(calls), len(list(kept.glob("*.so")))) == (2, 2)
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("content", ["nothing", "half", "another library", "another library with its hash"])
+def test_a_damaged_one_is_made_anew(kept, monkeypatch, content):
+    native.library()
+    (path,) = kept.glob("*.so")
+    whole = path.read_bytes()
+    damaged = {"nothing": b"", "half": whole[: len(whole) // 2]}.get(content, Path(_ctypes.__file__).read_bytes())
+    path.write_bytes(damaged)
+    if content.endswith("hash"):
+        native.recorded(path).write_text(native.sha256(damaged))
+    calls = compilers_calls(monkeypatch)
+    assert native.library().adamw
+    assert len(calls) == 1
+    assert path.read_bytes() == whole
+    assert native.library().adamw
+    assert len(calls) == 1
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("place", ["not a folder", "not wanted"])
+def test_without_a_place_to_keep_it_it_is_compiled_anew_and_nothing_is_left(kept, monkeypatch, tmp_path, place):
+    def folder():
+        return Path("/dev/null") if place == "not a folder" else kept
+
+    monkeypatch.setattr("gptjax.xla.native.compiled_folder", folder)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    calls, enabled = compilers_calls(monkeypatch), jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", place != "not wanted")
+    try:
+        assert native.library().adamw
+        assert native.library().adamw
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+    assert len(calls) == 2
+    assert [path.name for path in tmp_path.rglob("*")] == ["temporary"]
