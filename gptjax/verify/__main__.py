@@ -1,9 +1,11 @@
 """Check the hand-written backward: ``python -m gptjax.verify --config configs/124m.yaml``.
 
-Compares the gradient that a training step of this configuration computes, of all its micro-batches and on its mesh, tensor by
-tensor, with JAX's gradient of the plain forward on one device (autodiff), with differences of that forward (finite-difference),
-or with another program's (an llm.c debug state file), then loss and logits, Hessian-vector products, and each op by itself. Reads the same configuration as training. Where something is wrong, the first
-op, walking the backward from the loss, that gives another gradient than JAX's is named.
+Compares the gradient that a training step of this configuration computes, from all its micro-batches and on its mesh, tensor
+by tensor, with JAX's gradient of the plain forward on one device (autodiff), with differences of that forward
+(finite-difference), or with another program's gradient (an llm.c debug state file), then loss and logits, Hessian-vector
+products, and each op by itself. Reads the same configuration as training. Where something is wrong, the first op, walking the
+backward from the loss, that gives another gradient than JAX's is named, or the program that alone differs: the one on the
+mesh, or the accumulated one.
 
 Exit status 0 when everything holds, 1 when something is wrong, 2 for bad input.
 """

@@ -80,7 +80,7 @@ class Derivatives(NamedTuple):
 
 @functools.cache
 def _gradient_class(fields: tuple[str, ...]) -> Any:
-    return namedtuple("_Gradient", [*fields, "input_embeddings"])  # type: ignore[misc]
+    return namedtuple("_Gradient", [*fields, "input_embeddings"])
 
 
 def noisy_params(key: Any, cfg: ModelConfig) -> Any:
@@ -125,8 +125,8 @@ def run_program(subject: Subject, backward: Backward = "manual") -> tuple[Array,
         params = jax.device_put(params, layout[1])
         batch = place_rows(mesh, jax.tree.map(np.asarray, batch))
         key = None if key is None else whole(mesh, key)
-    f = on_mesh(mesh, lambda *args: mean_loss_and_grad(*args, subject.cfg, backward))
-    found = jax.jit(f, out_shardings=layout)(params, batch, key)
+    f = partial(mean_loss_and_grad, cfg=subject.cfg, backward=backward)
+    found = jax.jit(on_mesh(mesh, f), out_shardings=layout)(params, batch, key)
     return found if mesh is None else jax.tree.map(jnp.asarray, jax.device_get(found))
 
 

@@ -261,13 +261,9 @@ def _locate(subject: Subject) -> Parting | None:
     plain = subject._replace(cfg=cfg, params=unstack(subject.params))
     widest: Any = "float64" if jax.dtypes.canonicalize_dtype("float64") == "float64" else "float32"
     for of in (exact(plain, widest), plain) if cfg.compute_dtype.itemsize < 4 else (plain,):
-
         batch, key = micro_batches(of)[0]
-
-        def with_key(f: Any, cfg: ModelConfig = of.cfg, key: Any = key) -> Any:
-            return lambda params, batch: f(params, batch, cfg, key)
-
-        parting = locate(with_key(transformer.loss), with_key(transformer.loss_and_grad), parameters(of), batch)
+        loss, loss_and_grad = (partial(f, cfg=of.cfg, key=key) for f in (transformer.loss, transformer.loss_and_grad))
+        parting = locate(loss, loss_and_grad, parameters(of), batch)
         if parting:
             return parting
     return None

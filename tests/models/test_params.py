@@ -97,7 +97,14 @@ def test_weight_decay_is_on_matrices_and_embeddings_alone(layers):
     mask = decay_mask(params, cfg)
     assert jax.tree.structure(mask) == jax.tree.structure(params)
     for block in [mask.blocks] if layers == "scan" else mask.blocks:
-        assert {name for name, decayed in block._asdict().items() if decayed} == {"qw", "kw", "vw", "attprojw", "fcw", "fcprojw"}
+        assert {name for name, decayed in block._asdict().items() if decayed} == {
+            "qw",
+            "kw",
+            "vw",
+            "attprojw",
+            "fcw",
+            "fcprojw",
+        }
     assert [mask.wte, mask.wpe, mask.lnfw, mask.lnfb] == [True, True, False, False]
 
 

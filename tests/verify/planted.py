@@ -188,7 +188,12 @@ IN_MODEL = [
         ("sign of a batch's rows on a mesh", "dtable + ops.embedding", "dtable - ops.embedding", "mesh"),
         ("sign of the positions' rows on a mesh", "dtable + param_layout", "dtable - param_layout", "mesh"),
         ("the table's gradient is lost on a mesh", "return dtable + ops", "return ops", "mesh"),
-        ("time runs backwards on a mesh", 'param_layout(dy, "B", None, "C")', 'param_layout(dy[:, ::-1], "B", None, "C")', "mesh"),
+        (
+            "time runs backwards on a mesh",
+            'param_layout(dy, "B", None, "C")',
+            'param_layout(dy[:, ::-1], "B", None, "C")',
+            "mesh",
+        ),
     ),
     *in_function(
         transformer.loss_and_grad,
@@ -208,7 +213,11 @@ IN_MODEL = [
     ),
     *in_function(
         transformer.classifier_and_grad,
-        ("the classifier is not the embedding", "compute_layout(head.astype(h.dtype)", "compute_layout(head[::-1].astype(h.dtype)"),
+        (
+            "the classifier is not the embedding",
+            "compute_layout(head.astype(h.dtype)",
+            "compute_layout(head[::-1].astype(h.dtype)",
+        ),
         ("scores of other rows", "if dh else x, w)", "if dh else x[::-1], w)"),
         ("targets of other rows", "cross_entropy_fwd(scores, targets,", "cross_entropy_fwd(scores, targets[::-1],"),
         ("sign of the scores' gradient", "dscores = cross", "dscores = -cross"),
@@ -247,7 +256,12 @@ IN_MODEL = [
     *in_function(
         chunks.total,
         ("half of it", "terms if _shares", "terms / 2 if _shares"),
-        ("shares are not all summed on a mesh", "sum_to_param_layout(terms,", "sum_to_param_layout(terms.at[0].set(0),", "mesh"),
+        (
+            "shares are not all summed on a mesh",
+            "sum_to_param_layout(terms,",
+            "sum_to_param_layout(terms.at[0].set(0),",
+            "mesh",
+        ),
     ),
     *in_function(
         sharding.sum_to_param_layout,

@@ -56,7 +56,7 @@ def test_entries_of_different_shapes_are_no_layers():
     assert [(row.tensor, row.layer) for row in compare(pair, pair).rows] == [("0", None), ("1", None)]
 
 
-class Block(NamedTuple):
+class Block(NamedTuple):  # noqa: D101
     w: jax.Array
     b: jax.Array
 
@@ -64,7 +64,10 @@ class Block(NamedTuple):
 def test_a_layers_tensors_are_named_by_the_way_from_the_layer_on():
     """Where that tells them from all others: here w is also outside the layers."""
     blocks = tuple(Block(jnp.ones(2), jnp.ones(3)) for _ in range(2))
-    names = [(row.tensor, row.layer) for row in compare({"blocks": blocks, "w": jnp.ones(2)}, {"blocks": blocks, "w": jnp.ones(2)}).rows]
+    names = [
+        (row.tensor, row.layer)
+        for row in compare({"blocks": blocks, "w": jnp.ones(2)}, {"blocks": blocks, "w": jnp.ones(2)}).rows
+    ]
     assert names == [("blocks.w", 0), ("b", 0), ("blocks.w", 1), ("b", 1), ("w", None)]
 
 
@@ -76,7 +79,9 @@ def test_a_gradient_that_is_zero_but_for_rounding_is_judged_by_the_whole(size):
     found = compare(ours, reference, 1e-14)
     assert found
     row = next(row for row in found.rows if row.tensor == "b")
-    assert row.relative_l2 == pytest.approx(4 * float(jnp.linalg.norm(noise) / jnp.linalg.norm(jnp.concatenate([whole, noise]))))
+    assert row.relative_l2 == pytest.approx(
+        4 * float(jnp.linalg.norm(noise) / jnp.linalg.norm(jnp.concatenate([whole, noise])))
+    )
     assert (row.cosine, row.ulps) == (None, None)
     assert not compare(ours | {"b": 1e-13 * whole[:5]}, reference, 1e-14)
     assert compare(ours, reference, 1e-14, {"w": whole * 1.01, "b": noise}).rows[0].ratio is None  # b's, of noise to noise

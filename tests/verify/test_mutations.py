@@ -10,7 +10,6 @@ import inspect
 import textwrap
 from collections import Counter
 
-import jax
 import pytest
 
 from gptjax import ops as package
@@ -20,6 +19,7 @@ from gptjax.verify import compare, ops
 from gptjax.verify.model import by_autodiff, run_program
 from tests.verify.planted import IN_MODEL, IN_OPS, plant
 from tests.verify.subject import subject
+
 
 @pytest.fixture(autouse=True)
 def traced_afresh():

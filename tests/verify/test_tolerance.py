@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
 
-from gptjax.xla.barrier import barrier, cpu_barrier
 from gptjax.verify.tolerance import LAMBDA, gradient_variances, tolerance, unit_roundoff
+from gptjax.xla.barrier import barrier, cpu_barrier
 from tests.compare import normal, relative_l2
 
 U = unit_roundoff(jnp.float32)

@@ -18,7 +18,7 @@ from tests.models import tiny
 from tests.verify.planted import planted
 
 CFG = tiny.config(dropout=0.1, dropout_mlp=0.2)
-USERS = {name: transformer for name in ("attention_bwd", "cross_entropy_bwd")}
+USERS = dict.fromkeys(("attention_bwd", "cross_entropy_bwd"), transformer)
 
 
 def part(*args):
@@ -148,9 +148,16 @@ def test_a_weight_is_followed_through_casts_reshapes_layouts_and_barriers():
         for weight in (cast, shaped, laid_out, w["scaled"] * 2):
             ops.linear_fwd(x, weight)
 
-    weights = {"cast": jnp.ones((4, 3), jnp.float32), "shaped": jnp.ones(12), "laid_out": jnp.ones((3, 4)), "scaled": jnp.ones((4, 3))}
+    weights = {
+        "cast": jnp.ones((4, 3), jnp.float32),
+        "shaped": jnp.ones(12),
+        "laid_out": jnp.ones((3, 4)),
+        "scaled": jnp.ones((4, 3)),
+    }
     places = []
-    jax.jit(lambda w, x: trace.run(f, w, x, on_call=lambda call: places.append(call.place) or call.outs))(weights, jnp.ones((1, 2, 4)))
+    jax.jit(lambda w, x: trace.run(f, w, x, on_call=lambda call: places.append(call.place) or call.outs))(
+        weights, jnp.ones((1, 2, 4))
+    )
     assert places == ["linear (cast)", "linear (shaped)", "linear (laid_out)", "linear (after laid_out)"]
 
 
