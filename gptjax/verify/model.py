@@ -130,9 +130,10 @@ def run_program(subject: Subject, backward: Backward = "manual") -> tuple[Array,
     return found if mesh is None else jax.tree.map(jnp.asarray, jax.device_get(found))
 
 
-def by_autodiff(subject: Subject) -> Derivatives:
-    """JAX's, of the plain forward."""
-    cfg = dataclasses.replace(subject.cfg, loss_chunks=1)
+@functools.cache
+def _autodiff_of_one(cfg: ModelConfig) -> Any:
+    """``(params, batch, key) -> Derivatives`` of one micro-batch, compiled once."""
+    cfg = dataclasses.replace(cfg, loss_chunks=1)
 
     def loss(params: Any, tap: Any, batch: Batch, key: Any) -> tuple[Array, Array]:
         scores, taps = [], [tap]
@@ -153,6 +154,12 @@ def by_autodiff(subject: Subject) -> Derivatives:
         (value, logits), (grads, embeddings) = jax.value_and_grad(loss, (0, 1), has_aux=True)(params, tap, batch, key)
         return Derivatives(value, logits, unstack(grads), embeddings)
 
+    return run
+
+
+def by_autodiff(subject: Subject) -> Derivatives:
+    """JAX's, of the plain forward."""
+    run = _autodiff_of_one(subject.cfg)
     params, pieces = parameters(subject), micro_batches(subject)
     first = run(params, *pieces[0])
     if len(pieces) == 1:
@@ -225,7 +232,7 @@ def widened(allowed: Any, gradient: Callable[[Any], Any], params: Any, dtype: An
     random, and of what then moves, `LAMBDA` times counts as rounding, where that is more than ``allowed``.
 
     Args:
-        allowed: a tree of tolerances.
+        allowed: a tuple of trees of tolerances, of a value or a gradient each.
         gradient: JAX's: parameters to a tree of the same structure.
         params: where.
         dtype: whose units in the last place.
@@ -237,10 +244,10 @@ def widened(allowed: Any, gradient: Callable[[Any], Any], params: Any, dtype: An
     def move(x: Array, key: Any) -> Array:
         return x * (1 + float(jnp.finfo(dtype).eps) * jax.random.rademacher(key, x.shape, x.dtype))
 
-    leaves: list[Any] = jax.tree.leaves(params)
-    moved = [move(x, jax.random.fold_in(key, i)) for i, x in enumerate(leaves)]
     tree: Any = jax.tree.structure(params)
-    rows = compare(gradient(tree.unflatten(moved)), gradient(params), 1.0).rows
+    moved = tree.unflatten([move(x, jax.random.fold_in(key, i)) for i, x in enumerate(jax.tree.leaves(params))])
+    parts = zip(gradient(moved), gradient(params), strict=True)
+    rows = [row for ours, reference in parts for row in compare(ours, reference, 1.0).rows]
     limits: Any = jax.tree.structure(allowed)
     return limits.unflatten(
         [max(limit, LAMBDA * row.relative_l2) for limit, row in zip(jax.tree.leaves(allowed), rows, strict=True)]

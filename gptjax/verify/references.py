@@ -255,7 +255,8 @@ def _program(found: Comparison, subject: Subject) -> Parting | None:
 def _locate(subject: Subject) -> Parting | None:
     """Where the gradient leaves JAX's: of the first micro-batch, on one device, with unrolled layers and nothing recomputed.
 
-    So every op shows by itself. A 16-bit gradient is followed in a wider precision first, where an error stands out from the rounding.
+    So every op shows by itself. A 16-bit gradient is followed in a wider precision first, where an error stands out from the
+    rounding.
     """
     cfg = dataclasses.replace(subject.cfg, layers="unroll", recompute="none", loss_chunks=1)
     plain = subject._replace(cfg=cfg, params=unstack(subject.params))

@@ -82,7 +82,7 @@ IN_OPS = {  # the cases of `gptjax.verify.ops` that run them, by the beginning o
     "embedding": in_function(
         embedding_bwd,
         ("of an id that comes twice, the last counts", ".add(dy", ".set(dy"),
-        ("rows of the id before", "dtable.at[ids]", "dtable.at[jnp.roll(ids, 1, 1)]"),
+        ("rows of the ids in reverse", "dtable.at[ids]", "dtable.at[ids[:, ::-1]]"),
         ("sign", ".add(dy", ".add(-dy"),
         ("what the table's gradient was is lost", "dtable.at", "(0 * dtable).at"),
     ),
@@ -197,6 +197,7 @@ IN_MODEL = [
     ),
     *in_function(
         transformer.loss_and_grad,
+        ("inputs and targets are exchanged", "checked_batch(batch, cfg)", "checked_batch(Batch(*batch[1::-1]), cfg)"),
         ("positions run backwards", "positions_of(batch.inputs)", "positions_of(batch.inputs)[::-1]"),
         ("dropout by another key", "split_key(key, cfg)", "split_key(jax.random.fold_in(key, 1), cfg)"),
         ("targets are embedded", "embed_fwd(params, batch.inputs", "embed_fwd(params, batch.targets"),
