@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gptjax.models.chunks import join_chunks, row_chunks, sum_of_shares, total
-from gptjax.parallel.mesh import MeshConfig, make_mesh
+from gptjax.parallel.mesh import MeshConfig, make_mesh, whole
 from gptjax.parallel.sharding import on_mesh
 from tests.compare import normal
 
@@ -32,7 +32,7 @@ def test_chunks_hold_each_row_once_with_its_target_and_come_back(mesh, chunks):
 
 @pytest.mark.parametrize("mesh", MESHES, ids=["one device", "data 2 x fsdp 2 x tensor 2", "fsdp 4"])
 def test_a_sum_over_rows_is_the_sum_of_its_shares(mesh):
-    x, y = normal(1, 24, 8), normal(2, 24, 4)
+    x, y = (whole(mesh, rows) for rows in (normal(1, 24, 8), normal(2, 24, 4)))
     product = lambda x, y: jnp.einsum("nv,nc->vc", x, y)  # noqa: E731
     ours = jax.jit(on_mesh(mesh, lambda x, y: total(sum_of_shares(product, x, y))))(x, y)
     np.testing.assert_allclose(ours, np.asarray(x).T @ np.asarray(y), rtol=1e-12, atol=1e-13)

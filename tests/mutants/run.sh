@@ -12,7 +12,7 @@ export PYTHONPATH=$work GPTJAX_SHARED=/nonexistent
 for module in "$@"; do
   path=gptjax/ops/$module.py tests="tests/ops/test_names.py tests/ops/test_$module.py"
   case $module in
-    blockwise) tests="tests/ops/test_names.py tests/ops/test_attention.py" ;;
+    blockwise) tests+=" tests/ops/test_attention.py" ;;
     products | barrier) path=gptjax/xla/$module.py tests="tests/xla/test_$module.py tests/ops/test_linear.py" ;;
     gpt2 | transformer | layers)
       path=gptjax/models/$module.py

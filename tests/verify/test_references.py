@@ -13,7 +13,7 @@ from gptjax.parallel.sharding import num_shards
 from gptjax.train import step as train_step
 from gptjax.verify import model, references
 from tests.compare import FLOAT64_TOLERANCE
-from tests.models import tiny
+from tests.models import mlp_family, tiny
 from tests.verify.subject import subject
 
 
@@ -145,6 +145,20 @@ def test_the_program_that_the_configuration_runs_is_right(gradient_only, program
     report = references.against_autodiff(subject(**program))
     assert report
     assert not report.widened
+
+
+@pytest.mark.parametrize("program", [{}, {**ALL_AXES, "A": 2, "layers": "scan"}], ids=["one device", "mesh and micro-batches"])
+def test_a_family_that_the_package_does_not_know_is_verified(monkeypatch, program):
+    """One without attention, with a classifier of its own; a tensor that has its name in the layers and outside is told apart."""
+    with mlp_family.registered() as name:
+        report = references.against_autodiff(subject(family=name, dropout_mlp=0.2, **program))
+        assert report
+        assert {"embed", "upw", "head", "blocks.normw", "normw"} <= {row.tensor for row in report.gradient.tensors}
+        right = mlp_family.gelu_bwd
+        monkeypatch.setattr(mlp_family, "gelu_bwd", lambda x, dy: 1.1 * right(x, dy))
+        report = references.against_autodiff(subject(family=name, num_layers=1, **program))
+        assert not report
+        assert report.parting.place == "layer 0, linear (upw)"  # 1.1 times what GELU's backward gave
 
 
 def shard_only(monkeypatch, module, name, wrong):
