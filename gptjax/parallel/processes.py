@@ -18,7 +18,7 @@ import jax
 from orbax.checkpoint import multihost
 
 from gptjax.errors import ConfigError, GptjaxError
-from gptjax.parallel import clusters as cluster
+from gptjax.parallel import clusters
 
 LONGEST_TIMEOUT = 86_400
 PREPARING_HOURS = 12  # that process 0 may take to download and tokenize a corpus
@@ -73,7 +73,7 @@ def start(cfg: DistributedConfig) -> None:
         ConfigError: they cannot be reached, or there are some that JAX does not see.
 
     """
-    if jax.distributed.is_initialized() or not (cfg.process or (cfg.detect and not cluster.is_alone(os.environ))):
+    if jax.distributed.is_initialized() or not (cfg.process or (cfg.detect and not clusters.is_alone(os.environ))):
         return
     told: dict[str, Any] = {}
     if cfg.process:
@@ -92,7 +92,7 @@ def start(cfg: DistributedConfig) -> None:
         if not cfg.process and "must be called before" in str(error):
             return  # whoever started JAX decided to be alone
         if not cfg.process and "should be defined" in str(error):
-            cluster.require_none(os.environ)
+            clusters.require_none(os.environ)
             return
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(

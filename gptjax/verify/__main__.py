@@ -1,9 +1,11 @@
 """Check the hand-written backward: ``python -m gptjax.verify --config configs/124m.yaml``.
 
-Compares the gradient of a model on a batch, tensor by tensor, with JAX's gradient of the plain forward (autodiff), with
-differences of the forward (finite-difference), or with another program's (an llm.c debug state file), then loss and logits,
-Hessian-vector products, and each op by itself. Reads the same configuration as training. Where something is wrong, the first
-op, walking the backward from the loss, that gives another gradient than JAX's is named.
+Compares the gradient that a training step of this configuration computes, from all its micro-batches and on its mesh, tensor
+by tensor, with JAX's gradient of the plain forward on one device (autodiff), with differences of that forward
+(finite-difference), or with another program's gradient (an llm.c debug state file), then loss and logits, Hessian-vector
+products, and each op by itself. Reads the same configuration as training. Where something is wrong, the first op, walking the
+backward from the loss, that gives another gradient than JAX's is named, or the program that alone differs: the one on the
+mesh, or the accumulated one.
 
 Exit status 0 when everything holds, 1 when something is wrong, 2 for bad input.
 """
@@ -25,9 +27,11 @@ from gptjax.config import Config
 from gptjax.errors import ConfigError
 from gptjax.formats import llmc
 from gptjax.metrics import human_bytes
-from gptjax.models.gpt2 import Batch
-from gptjax.models.params import num_params, stack
+from gptjax.models.config import ModelConfig
+from gptjax.models.params import num_params, stack, unstack
+from gptjax.models.transformer import Batch
 from gptjax.ops import IGNORE_INDEX
+from gptjax.parallel.mesh import describe_mesh, make_mesh
 from gptjax.run import platform_name, set_up, start_jax
 from gptjax.verify import model, references
 from gptjax.verify.explain import explain
@@ -64,7 +68,7 @@ class VerifyConfig(Config):
     """File to write the report to, as a web page."""
     export: str | None = None
     """Folder to write the model and its gradients to, once they hold, as the two files that llm.c's C test reads. Turns off
-    what llm.c does not have: dropout, and targets that do not count."""
+    what llm.c does not have: dropout, targets that do not count, and accumulation."""
 
     def __post_init__(self) -> None:
         """Check what goes together.
@@ -159,7 +163,7 @@ def make_subject(cfg: VerifyConfig) -> tuple[Subject, llmc.DebugState | None, di
     settings = dataclasses.replace(cfg.model, dtype=cfg.dtype)
     from_file = cfg.reference not in ("autodiff", "finite-difference")
     if from_file or cfg.export:
-        settings = dataclasses.replace(settings, dropout=0.0)
+        settings = dataclasses.replace(settings, dropout=0.0, dropout_mlp=0.0)
     if from_file and not Path(cfg.reference).is_file():
         raise ConfigError(f"reference must be autodiff, finite-difference or a file: there is no file {cfg.reference}")
     if from_file and cfg.checkpoint is None:
@@ -173,35 +177,40 @@ def make_subject(cfg: VerifyConfig) -> tuple[Subject, llmc.DebugState | None, di
     else:
         params = jax.jit(lambda: model.noisy_params(key, resolved))()
     if state:
-        batch, tokens = Batch(jnp.asarray(state.inputs), jnp.asarray(state.targets)), "of the reference"
+        batch, tokens = Batch(jnp.asarray(state.inputs)[None], jnp.asarray(state.targets)[None]), "of the reference"
     elif cfg.batch == "corpus":
-        batch, tokens = jax.tree.map(lambda x: jnp.asarray(x[0]), next(set_up(cfg).batches)), f"the first of {cfg.data.dataset}"
+        batch, tokens = jax.tree.map(jnp.asarray, next(set_up(cfg).batches)), f"the first of {cfg.data.dataset}"
     else:
-        size = (cfg.data.batch_size, cfg.data.seq_len + 1)
+        size = (1 if cfg.export else cfg.optim.accumulate, cfg.data.batch_size, cfg.data.seq_len + 1)
         generator = np.random.default_rng(cfg.seed)
         ids = generator.integers(0, resolved.vocab_size, size, np.int32)
         left_out = generator.random(size) < (0 if cfg.export else 1 / 8)
-        targets = np.where(left_out, IGNORE_INDEX, ids)[:, 1:]
-        batch = Batch(jnp.asarray(ids[:, :-1]), jnp.asarray(targets))
+        targets = np.where(left_out, IGNORE_INDEX, ids)[..., 1:]
+        batch = Batch(jnp.asarray(ids[..., :-1]), jnp.asarray(targets))
         tokens = f"random, seed {cfg.seed}, {np.count_nonzero(targets != IGNORE_INDEX)} of them to be predicted"
-    subject = Subject(resolved, params, batch, key if resolved.dropout else None)
+    mesh = make_mesh(cfg.mesh, resolved.axis_sizes, batch.inputs.shape[1])
+    subject = Subject(resolved, params, batch, key if resolved.dropout or resolved.dropout_mlp else None, mesh)
     return subject, state, describe(cfg, subject, tokens)
 
 
 def describe(cfg: VerifyConfig, subject: Subject, tokens: str) -> dict[str, str]:
     """What is checked, and on what."""
-    resolved, (B, T) = subject.cfg, subject.batch.inputs.shape
+    resolved, (A, B, T) = subject.cfg, subject.batch.inputs.shape
+    dropouts = f"dropout {resolved.dropout}"
+    if resolved.dropout_mlp:
+        dropouts += f", in the MLP {resolved.dropout_mlp}"
     parts = {
-        "model": [f"{num_params(resolved):,} parameters", f"{resolved.num_layers} layers", f"dropout {resolved.dropout}"],
+        "model": [f"{num_params(resolved):,} parameters", f"{resolved.num_layers} layers", dropouts],
         "compute": [
             resolved.dtype,
             f"attention {resolved.attention}",
             f"layers {resolved.layers}",
             f"recompute {resolved.recompute}",
             f"loss_chunks {resolved.loss_chunks}",
+            *([describe_mesh(subject.mesh)] if subject.mesh else []),
         ],
         "parameters": [cfg.checkpoint or f"initial ones with noise, seed {cfg.seed}"],
-        "batch": [f"{B} x {T} tokens, {tokens}"],
+        "batch": [f"{B} x {T} tokens, {tokens}" if A == 1 else f"{A} micro-batches of {B} x {T} tokens, {tokens}"],
         "reference": [cfg.reference],
     }
     checked = dataclasses.replace(cfg, model=resolved, layers=False, explain=False, json=None, html=None, export=None)
@@ -222,7 +231,7 @@ def make_report(cfg: VerifyConfig, subject: Subject, state: llmc.DebugState | No
 def export(folder: Path, subject: Subject) -> None:
     """Write ``gpt2_124M.bin`` and ``gpt2_124M_debug_state.bin``, which are the names that llm.c's test looks for."""
     found = model.by_hand(subject)
-    inputs, targets, logits = (np.asarray(x) for x in (*subject.batch[:2], found.logits))
+    inputs, targets, logits = (np.asarray(x) for x in (subject.batch.inputs[0], subject.batch.targets[0], found.logits))
     state = llmc.DebugState(inputs, targets, logits, float(found.loss), stack(found.params))
     llmc.write_model(folder / "gpt2_124M.bin", subject.params, subject.cfg)
     llmc.write_debug_state(folder / "gpt2_124M_debug_state.bin", state, subject.cfg)

@@ -29,7 +29,9 @@ def compare(ours: Any, reference: Any, tolerance: Any = None, autodiff: Any = No
         dtype: whose units in the last place the errors are told in; by default that of each leaf of ``ours``.
 
     Returns:
-        A row for each leaf, named by `leaf_names`.
+        A row for each leaf, named by `leaf_names`. Errors are relative to the leaf's norm. A leaf of the reference that is
+        smaller than the rounding of the whole is zero but for rounding, as is the gradient of a bias of attention's keys,
+        which moves all scores of a query alike: its error is relative to the norm of the whole.
 
     Raises:
         ValueError: the trees or the shapes differ, or a leaf is not of floating-point numbers; the message names the first
@@ -60,9 +62,10 @@ def compare(ours: Any, reference: Any, tolerance: Any = None, autodiff: Any = No
     groups: dict[str, list[_Measured]] = {}
     for leaf in measured:
         groups.setdefault(leaf.tensor, []).append(leaf)
-    rows = tuple(map(_row, measured))
+    whole = math.hypot(*(leaf.reference for leaf in measured))
+    rows = tuple(_row(leaf, whole) for leaf in measured)
     wrong = {row.tensor for row in rows if not row.ok and row.layer is not None}
-    return Comparison(rows, tuple(_row(_together(group), name not in wrong) for name, group in groups.items()))
+    return Comparison(rows, tuple(_row(_together(group), whole, name not in wrong) for name, group in groups.items()))
 
 
 def _default_tolerance(ours: Any, reference: Any) -> float:
@@ -87,6 +90,8 @@ class _Measured(NamedTuple):
     place: tuple[int, ...]
     largest: float
     """The reference's largest element."""
+    unit: float
+    """The unit roundoff of the reference."""
 
 
 class _Sums(NamedTuple):
@@ -142,6 +147,7 @@ def _measure(
         max_error=float(sums.max_error),
         place=tuple(int(i) for i in np.unravel_index(sums.at, ours.shape)),
         largest=float(sums.largest),
+        unit=unit_roundoff(reference.dtype),
     )
 
 
@@ -167,21 +173,23 @@ def _together(leaves: list[_Measured]) -> _Measured:
     )
 
 
-def _row(m: _Measured, layers_ok: bool = True) -> Row:
+def _row(m: _Measured, whole: float, layers_ok: bool = True) -> Row:
     norms = m.reference * m.ours
+    zero = m.reference <= m.unit * whole  # but for rounding
+    rival = None if zero else m.autodiff_error
     return Row(
         tensor=m.tensor,
         layer=m.layer,
         shape=m.shape,
         norm=m.reference,
-        relative_l2=quotient(m.error, m.reference),
+        relative_l2=quotient(m.error, whole if zero else m.reference),
         max_error=m.max_error,
         place=m.place,
-        cosine=m.product / norms if norms else float(m.reference == m.ours),
-        ulps=quotient(m.max_error, ulp(m.largest, m.dtype)),
+        cosine=None if zero else m.product / norms if norms else float(m.reference == m.ours),
+        ulps=None if zero else quotient(m.max_error, ulp(m.largest, m.dtype)),
         tolerance=m.tolerance,
-        ratio=None if m.autodiff_error is None else quotient(m.error, m.autodiff_error),
-        ratio_tolerance=None if m.autodiff_error is None else 1 + LAMBDA / math.sqrt(2 * (m.shape or (1,))[-1]),
+        ratio=None if rival is None else quotient(m.error, rival),
+        ratio_tolerance=None if rival is None else 1 + LAMBDA / math.sqrt(2 * (m.shape or (1,))[-1]),
         layers_ok=layers_ok,
     )
 
@@ -195,23 +203,39 @@ def ulp(x: float, dtype: Any) -> float:
 def leaf_names(tree: Any) -> list[tuple[str, int | None]]:
     """The (tensor, layer) of each leaf.
 
-    The first index into a sequence on the way to a leaf is its layer, and the rest its name, if what the names then have in
-    common is of one shape. Otherwise, and for entries of a plain tuple or list, the index belongs to the name.
+    The first index into a sequence on the way to a leaf is its layer, if what the layers have there is of one shape. The
+    tensor is then named by the way from the layer on, where that tells it from every other tensor, else by the whole way
+    but the index. Without layers, and for entries of a plain tuple or list, the index belongs to the name.
     """
     paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(tree), strict=True)
-    names = [_tensor_and_layer(path) for path in paths]
+    layers = [_layer(path) for path in paths]
     shapes: dict[str, set[Any]] = {}
-    for (tensor, _), leaf in zip(names, leaves, strict=True):
-        shapes.setdefault(tensor, set()).add(jnp.shape(leaf))
+    for path, at, leaf in zip(paths, layers, leaves, strict=True):
+        shapes.setdefault(_tensor(path, at), set()).add(jnp.shape(leaf))
+    layers = [
+        at if len(path) > 1 and len(shapes[_tensor(path, at)]) == 1 else None for path, at in zip(paths, layers, strict=True)
+    ]
+    full = [_tensor(path, at) for path, at in zip(paths, layers, strict=True)]
+    short = [
+        name if at is None or at + 1 == len(path) else _joined(path[at + 1 :])
+        for name, path, at in zip(full, paths, layers, strict=True)
+    ]
+    meant: dict[str, set[str]] = {}
+    for name, whole in zip(short, full, strict=True):
+        meant.setdefault(name, set()).add(whole)
     return [
-        name if len(shapes[name[0]]) == 1 and len(path) > 1 else (_joined(path), None)
-        for name, path in zip(names, paths, strict=True)
+        (name if len(meant[name]) == 1 else whole, None if at is None else path[at].idx)
+        for name, whole, path, at in zip(short, full, paths, layers, strict=True)
     ]
 
 
-def _tensor_and_layer(path: Any) -> tuple[str, int | None]:
-    at = next((i for i, key in enumerate(path) if isinstance(key, jax.tree_util.SequenceKey)), None)
-    return (_joined(path), None) if at is None else (_joined(path[:at] + path[at + 1 :]), path[at].idx)
+def _layer(path: Any) -> int | None:
+    """Where on the way the first index into a sequence is."""
+    return next((i for i, key in enumerate(path) if isinstance(key, jax.tree_util.SequenceKey)), None)
+
+
+def _tensor(path: Any, at: int | None) -> str:
+    return _joined(path if at is None else path[:at] + path[at + 1 :])
 
 
 def _joined(path: Any) -> str:

@@ -98,7 +98,8 @@ def check_directions(
 
     Returns:
         A row for each direction. ``norm`` is the size of the derivative; ``relative_l2`` the error relative to it, or to the
-        root mean square of derivatives along such directions where that is larger: one may be near zero by chance.
+        root mean square of derivatives along such directions where that is larger: one may be near zero by chance. A tensor
+        whose gradient is zero but for rounding is judged by the root mean square of derivatives through everything.
 
     """
     tree: Any = jax.tree.structure(x)
@@ -108,14 +109,17 @@ def check_directions(
         groups.setdefault((tensor, layer if layers else None), []).append(i)
     groups = {(f"{RANDOM} {n + 1}", None): list(range(len(leaves))) for n in range(RANDOM_DIRECTIONS)} | groups
     generator = np.random.default_rng(seed)
+    sizes = [float(jnp.sqrt(jnp.mean(jnp.square(x)))) or 1.0 for x in leaves]
+    slopes = [size * float(jnp.linalg.norm(g.ravel())) for size, g in zip(sizes, gradients, strict=True)]
+    unit = max(unit_roundoff(g.dtype) for g in gradients)
     rows = []
     for (tensor, layer), members in groups.items():
         direction: list[Any] = [None] * len(leaves)
-        typical = 0.0
         for i in members:
-            size = float(jnp.sqrt(jnp.mean(jnp.square(leaves[i])))) or 1.0
-            direction[i] = size * generator.standard_normal(leaves[i].shape)
-            typical = math.hypot(typical, size * float(jnp.linalg.norm(gradients[i].ravel())))
+            direction[i] = sizes[i] * generator.standard_normal(leaves[i].shape)
+        typical = math.hypot(*(slopes[i] for i in members))
+        if typical <= unit * math.hypot(*slopes):
+            typical = math.hypot(*slopes)
         expected = sum(float(jnp.vdot(gradients[i].astype(jnp.float64), direction[i])) for i in members)
         found, doubt = directional(f, x, tree.unflatten(direction))
         scale = max(abs(found), typical)

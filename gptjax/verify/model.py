@@ -1,6 +1,11 @@
-"""Everything that is differentiated of GPT-2, by hand and by JAX, on given parameters and tokens, in a given precision."""
+"""Everything that is differentiated of a model, by hand and by JAX, on given parameters and tokens, in a given precision.
+
+By hand it is the program that a training step runs: of all its micro-batches, on its mesh. By JAX it is the plain forward of
+one micro-batch after the other, on one device.
+"""
 
 import dataclasses
+import functools
 from collections import namedtuple
 from collections.abc import Callable
 from functools import partial
@@ -8,30 +13,43 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from gptjax.models import gpt2
-from gptjax.models.config import GPT2Config
-from gptjax.models.gpt2 import Batch
-from gptjax.models.params import Params, init_params, unstack
+from gptjax.models import transformer
+from gptjax.models.config import ModelConfig
+from gptjax.models.params import init_params, param_axes, per_tensor, unstack
+from gptjax.models.transformer import Batch
+from gptjax.ops import IGNORE_INDEX
+from gptjax.parallel.mesh import param_shardings, place_rows, replicated, whole
+from gptjax.parallel.sharding import on_mesh
+from gptjax.train.step import Backward, mean_loss_and_grad
 from gptjax.verify import trace
 from gptjax.verify.comparison import compare
 from gptjax.verify.tolerance import LAMBDA, gradient_variances, tolerance, unit_roundoff
 
-_GRADIENT: Any = namedtuple("_GRADIENT", [*Params._fields, "input_embeddings"])  # type: ignore[misc]
 NOISE = 0.02  # standard deviation of what is added to initial parameters
 
 
 class Subject(NamedTuple):
     """What the gradient is taken of."""
 
-    cfg: GPT2Config
+    cfg: ModelConfig
     """Resolved; its dtype is the one that is checked."""
-    params: Params
+    params: Any
     """float32, so that every precision starts from the same numbers."""
     batch: Batch
+    """(A, B, T) arrays: A micro-batches."""
     key: Any
-    """Of dropout, or None."""
+    """Of dropout, or None; each micro-batch gets its own."""
+    mesh: Mesh | None = None
+    """Where the hand-written gradient is computed; None for one device."""
+
+    @property
+    def num_micro_batches(self) -> int:
+        """A."""
+        return self.batch.inputs.shape[0]
 
 
 class Forward(NamedTuple):
@@ -46,97 +64,167 @@ class Derivatives(NamedTuple):
 
     loss: Float[Array, ""]
     logits: Float[Array, "B T V"]
-    params: Params
-    """Gradient with respect to the parameters, a tuple of layers each."""
+    params: Any
+    """Gradient with respect to the parameters, the layers in a tuple."""
     embeddings: Float[Array, "B T C"]
-    """Gradient with respect to the sum of token and position embeddings."""
+    """Gradient with respect to the tokens' embeddings, of the first micro-batch by itself, as are the logits."""
 
     def gradient(self) -> Any:
         """The two gradients in one tree, for `compare`."""
-        return _GRADIENT._make((*self.params, self.embeddings))
+        return _gradient_class(self.params._fields)(*self.params, self.embeddings)
 
     def forward(self) -> Forward:
         """The two values in one tree, for `compare`."""
         return Forward(self.loss, self.logits)
 
 
-def noisy_params(key: Any, cfg: GPT2Config) -> Params:
+@functools.cache
+def _gradient_class(fields: tuple[str, ...]) -> Any:
+    return namedtuple("_Gradient", [*fields, "input_embeddings"])
+
+
+def noisy_params(key: Any, cfg: ModelConfig) -> Any:
     """Initial parameters with noise on all but the vocabulary's pad rows, so that no gradient is zero by symmetry."""
     params = init_params(key, cfg)
     tree: Any = jax.tree.structure(params)
-    leaves = jax.tree.leaves(params)
-    keys = jax.random.split(jax.random.fold_in(key, 1), len(leaves))
-    noisy: Params = tree.unflatten(
-        [x + NOISE * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
-    )
-    return noisy._replace(wte=noisy.wte.at[cfg.vocab_size :].set(0))
+    keys = tree.unflatten(list(jax.random.split(jax.random.fold_in(key, 1), tree.num_leaves)))
+    noisy = jax.tree.map(lambda x, k: x + NOISE * jax.random.normal(k, x.shape, x.dtype), params, keys)
+    return padded_rows(noisy, cfg, lambda x: x.at[cfg.vocab_size :].set(0))
+
+
+def padded_rows(params: Any, cfg: ModelConfig, f: Callable[[Any], Any]) -> Any:
+    """``params`` with ``f`` applied to each tensor that has a row for each id of the padded vocabulary."""
+    table = per_tensor(lambda weight: weight, params, cfg)
+    return jax.tree.map(lambda x, weight: f(x) if weight.axes[0] == "Vp" else x, params, table)
 
 
 def by_hand(subject: Subject) -> Derivatives:
     """The hand-written backward's."""
+    batch, key = micro_batches(subject)[0]
 
     @jax.jit
-    def run(params: Params, batch: Batch, key: Any) -> Derivatives:
-        (loss, grads), calls = trace.record(partial(gpt2.loss_and_grad, cfg=subject.cfg), params, batch, key=key)
+    def run(params: Any, batch: Batch, key: Any) -> Derivatives:
+        (loss, grads), calls = trace.record(partial(transformer.loss_and_grad, cfg=subject.cfg), params, batch, key=key)
         scores = jnp.concatenate([call.ins[0] for call in calls if call.op == "cross_entropy_fwd"])
-        embeddings = next(call for call in calls if call.op == "embedding_bwd").ins[-1]
+        embeddings = [call.ins[-1] for call in calls if call.op == "embedding_bwd"][-1]
         return Derivatives(loss, _logits(scores, batch, subject.cfg), unstack(grads), embeddings)
 
-    return run(parameters(subject), subject.batch, subject.key)
+    first = run(parameters(subject), batch, key)
+    if subject.mesh is None and subject.num_micro_batches == 1:
+        return first
+    loss, grads = run_program(subject)
+    return first._replace(loss=loss, params=unstack(grads))
 
 
-def by_autodiff(subject: Subject) -> Derivatives:
-    """JAX's, of the plain forward."""
-    cfg = dataclasses.replace(subject.cfg, loss_chunks=1)
+def run_program(subject: Subject, backward: Backward = "manual") -> tuple[Array, Any]:
+    """(loss, gradient) as a training step computes them, brought to one device."""
+    mesh, params, batch, key = subject.mesh, parameters(subject), subject.batch, subject.key
+    layout = None
+    if mesh is not None:
+        layout = replicated(mesh), param_shardings(mesh, param_axes(subject.cfg))
+        params = jax.device_put(params, layout[1])
+        batch = place_rows(mesh, jax.tree.map(np.asarray, batch))
+        key = None if key is None else whole(mesh, key)
+    f = partial(mean_loss_and_grad, cfg=subject.cfg, backward=backward)
+    found = jax.jit(on_mesh(mesh, f), out_shardings=layout)(params, batch, key)
+    return found if mesh is None else jax.tree.map(jnp.asarray, jax.device_get(found))
 
-    def loss(params: Params, tap: Any, batch: Batch, key: Any) -> tuple[Array, Array]:
-        scores = []
+
+@functools.cache
+def _autodiff_of_one(cfg: ModelConfig) -> Any:
+    """``(params, batch, key) -> Derivatives`` of one micro-batch, compiled once."""
+    cfg = dataclasses.replace(cfg, loss_chunks=1)
+
+    def loss(params: Any, tap: Any, batch: Batch, key: Any) -> tuple[Array, Array]:
+        scores, taps = [], [tap]
 
         def on_call(call: trace.Call) -> list[Any]:
             if call.op == "cross_entropy_fwd":
                 scores.append(call.ins[0])
-            return [call.outs[0] + tap, *call.outs[1:]] if call.op == "embedding_fwd" else call.outs
+            if call.op == "embedding_fwd" and taps:  # the first is the tokens'
+                return [call.outs[0] + taps.pop().astype(call.outs[0].dtype), *call.outs[1:]]
+            return call.outs
 
-        value = trace.run(partial(gpt2.loss, cfg=cfg), params, batch, key=key, on_call=on_call)
+        value = trace.run(partial(transformer.loss, cfg=cfg), params, batch, key=key, on_call=on_call)
         return value, _logits(scores[0], batch, cfg)
 
     @jax.jit
-    def run(params: Params, batch: Batch, key: Any) -> Derivatives:
-        tap = jnp.zeros((*batch.inputs.shape, cfg.channels), cfg.compute_dtype)
+    def run(params: Any, batch: Batch, key: Any) -> Derivatives:
+        tap = jnp.zeros((*batch.inputs.shape, cfg.channels), jnp.result_type(*jax.tree.leaves(params)))
         (value, logits), (grads, embeddings) = jax.value_and_grad(loss, (0, 1), has_aux=True)(params, tap, batch, key)
         return Derivatives(value, logits, unstack(grads), embeddings)
 
-    return run(parameters(subject), subject.batch, subject.key)
+    return run
 
 
-def _logits(scores: Array, batch: Batch, cfg: GPT2Config) -> Array:
+def by_autodiff(subject: Subject) -> Derivatives:
+    """JAX's, of the plain forward."""
+    run = _autodiff_of_one(subject.cfg)
+    params, pieces = parameters(subject), micro_batches(subject)
+    first = run(params, *pieces[0])
+    if len(pieces) == 1:
+        return first
+    total: Any = None
+    for share, (batch, key) in zip(shares(subject.batch), pieces, strict=True):
+        found = run(params, batch, key)
+        part = jax.tree.map(lambda x, share=share: x * share, (found.loss, found.params))
+        total = part if total is None else jax.tree.map(jnp.add, total, part)
+    return first._replace(loss=total[0], params=total[1])
+
+
+def micro_batches(subject: Subject) -> list[tuple[Batch, Any]]:
+    """Each micro-batch, (B, T), with its key."""
+    A = subject.num_micro_batches
+    keys = [None] * A if subject.key is None else jax.random.split(subject.key, A)
+    return [(jax.tree.map(lambda x, i=i: x[i], subject.batch), keys[i]) for i in range(A)]
+
+
+def shares(batch: Batch) -> list[float]:
+    """Of the targets that count, the share of each micro-batch: the mean of all is the sum of their means times these."""
+    mask = np.ones(batch.targets.shape) if batch.mask is None else np.asarray(batch.mask, np.float64)
+    counts = np.where(np.asarray(batch.targets) == IGNORE_INDEX, 0.0, mask).sum((1, 2))
+    return (counts / (counts.sum() or 1.0)).tolist()
+
+
+def _logits(scores: Array, batch: Batch, cfg: ModelConfig) -> Array:
     return scores.reshape(*batch.inputs.shape, -1)[..., : cfg.vocab_size]
 
 
-def parameters(subject: Subject) -> Params:
+def parameters(subject: Subject) -> Any:
     """In the dtype that the model takes them in."""
-    wide = jnp.float64 if subject.cfg.dtype == "float64" else jnp.float32
-    return jax.tree.map(lambda x: x.astype(wide), subject.params)
+    return jax.tree.map(lambda x: x.astype(parameter_dtype(subject)), subject.params)
+
+
+def parameter_dtype(subject: Subject) -> Any:
+    """float64 where everything is, else float32."""
+    return jnp.float64 if subject.cfg.dtype == "float64" else jnp.float32
 
 
 def exact(subject: Subject, dtype: Literal["float64", "float32"] = "float64") -> Subject:
     """The same in a wider dtype, where a kernel for attention gives way to one that computes in it."""
     cfg = dataclasses.replace(subject.cfg, dtype=dtype)
     if cfg.attention in ("cudnn", "splash"):
-        cfg = dataclasses.replace(cfg, attention="auto").resolve("cpu", subject.batch.inputs.shape[1])
+        cfg = dataclasses.replace(cfg, attention="auto").resolve("cpu", subject.batch.inputs.shape[-1])
     return subject._replace(cfg=cfg)
 
 
 def tolerances(subject: Subject, reference_dtype: Any = jnp.float64) -> Derivatives:
-    """What rounding explains of each leaf, the reference's rounding included."""
-    found = gradient_variances(lambda *args: by_hand(subject._replace(params=args[0])), subject.params)
+    """What rounding explains of each leaf, the reference's rounding included.
+
+    Of one micro-batch by itself, and of the sum of all. On a mesh no sum is longer than on one device.
+    """
+    batch, key = micro_batches(subject)[0]
+    one = subject._replace(batch=jax.tree.map(lambda x: x[None], batch), key=key, mesh=None)
+    found = gradient_variances(lambda params: by_hand(one._replace(params=params)), one.params)
+    added = (subject.num_micro_batches - 1) * unit_roundoff(parameter_dtype(subject)) ** 2
+    found = found._replace(loss=found.loss + added, params=jax.tree.map(lambda v: v + added, found.params))
     mine = unit_roundoff(subject.cfg.compute_dtype)
     theirs = (unit_roundoff(reference_dtype) / mine) ** 2
     allowed: Derivatives = jax.tree.map(lambda v: tolerance(v, v * theirs), found)
     return allowed
 
 
-def widened(allowed: Any, gradient: Callable[[Any], Any], params: Params, dtype: Any) -> Any:
+def widened(allowed: Any, gradient: Callable[[Any], Any], params: Any, dtype: Any) -> Any:
     """Tolerances that take into account how far rounding moves this very gradient.
 
     Near a minimum, say, where terms cancel, the roundings on the way are magnified by more than the margin of
@@ -144,7 +232,7 @@ def widened(allowed: Any, gradient: Callable[[Any], Any], params: Params, dtype:
     random, and of what then moves, `LAMBDA` times counts as rounding, where that is more than ``allowed``.
 
     Args:
-        allowed: a tree of tolerances.
+        allowed: a tuple of trees of tolerances, of a value or a gradient each.
         gradient: JAX's: parameters to a tree of the same structure.
         params: where.
         dtype: whose units in the last place.
@@ -156,10 +244,10 @@ def widened(allowed: Any, gradient: Callable[[Any], Any], params: Params, dtype:
     def move(x: Array, key: Any) -> Array:
         return x * (1 + float(jnp.finfo(dtype).eps) * jax.random.rademacher(key, x.shape, x.dtype))
 
-    leaves: list[Any] = jax.tree.leaves(params)
-    moved = [move(x, jax.random.fold_in(key, i)) for i, x in enumerate(leaves)]
     tree: Any = jax.tree.structure(params)
-    rows = compare(gradient(tree.unflatten(moved)), gradient(params), 1.0).rows
+    moved = tree.unflatten([move(x, jax.random.fold_in(key, i)) for i, x in enumerate(jax.tree.leaves(params))])
+    parts = zip(gradient(moved), gradient(params), strict=True)
+    rows = [row for ours, reference in parts for row in compare(ours, reference, 1.0).rows]
     limits: Any = jax.tree.structure(allowed)
     return limits.unflatten(
         [max(limit, LAMBDA * row.relative_l2) for limit, row in zip(jax.tree.leaves(allowed), rows, strict=True)]

@@ -51,15 +51,20 @@ def op_cases() -> list[OpCase]:
     """Every op, at a small shape with all axes of different sizes."""
     key = jax.random.key(0)
     tokens = jax.random.randint(key, (2, 9), 0, 5, jnp.int32)
-    positions = jnp.arange(9, dtype=jnp.int32)
     targets = jax.random.randint(key, (6,), 0, 13, jnp.int32).at[0].set(ops.IGNORE_INDEX)  # its weight is 0
     weights = jnp.linspace(0.0, 0.3, 6, dtype=jnp.float32)
     weights = weights.astype(jnp.bfloat16).astype(jnp.float32)  # exact in every dtype
 
-    def embedding_bwd(wte: Any, wpe: Any, dy: Any) -> Any:
+    def embedding_bwd(table: Any, dy: Any) -> Any:
         """The backward adds to what it is given, so it is given something, which is then taken away."""
-        dwte, dwpe = ops.embedding_bwd(tokens, positions, jnp.ones_like(wte), jnp.ones_like(wpe), dy)
-        return dwte - 1, dwpe - 1
+        return (ops.embedding_bwd(tokens, jnp.ones_like(table), dy) - 1,)
+
+    def linear(name: str, x: tuple[int, ...], *weights: tuple[int, ...]) -> OpCase:
+        def backward(x: Any, w: Any, *b_dy: Any) -> Any:
+            gradients = ops.linear_bwd(ops.linear_fwd(x, w, *b_dy[:-1])[1], w, b_dy[-1])
+            return gradients[: 1 + len(weights)]  # no bias, no gradient of it
+
+        return OpCase(name, lambda *a: ops.linear_fwd(*a)[0], backward, (x, *weights))
 
     def cross_entropy(x: Any) -> Any:
         return ops.cross_entropy_fwd(x, targets, weights, 13)
@@ -73,18 +78,11 @@ def op_cases() -> list[OpCase]:
         return blockwise_fwd(q, k, v, rate, key, block_size=4)
 
     return [
-        OpCase(
-            "embedding",
-            lambda wte, wpe: ops.embedding_fwd(tokens, positions, wte, wpe, wte.dtype),
-            embedding_bwd,
-            ((5, 8), (11, 8)),
-        ),
-        OpCase(
-            "linear",
-            lambda *a: ops.linear_fwd(*a)[0],
-            lambda x, w, b, dy: ops.linear_bwd(ops.linear_fwd(x, w, b)[1], w, dy),
-            ((2, 9, 8), (8, 6), (6,)),
-        ),
+        OpCase("embedding", lambda table: ops.embedding_fwd(tokens, table), embedding_bwd, ((5, 8),)),
+        linear("linear", (3, 9, 8), (8, 2), (2,)),  # few outputs: the other form of the weight's gradient on CPU
+        linear("linear into heads", (2, 9, 8), (8, 3, 2), (3, 2)),
+        linear("linear out of heads", (2, 9, 3, 2), (3, 2, 8), (8,)),
+        linear("linear without bias", (2, 9, 8), (8, 6)),
         OpCase(
             "layernorm",
             lambda *a: ops.layernorm_fwd(*a)[0],

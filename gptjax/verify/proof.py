@@ -112,7 +112,7 @@ def check(
     Returns:
         The report. Where ops are jitted functions named ``OP_fwd`` and ``OP_bwd``, it names the first op that is wrong:
         those of which ``OP_bwd`` has the gradient of the op's result as its last argument, and returns the gradients of
-        the floating-point arguments of ``OP_fwd`` in their order, last ones that are not needed left out.
+        the floating-point arguments of ``OP_fwd`` in their order, where either may end before the other.
 
     Raises:
         ValueError: there is no such reference, the gradient is not shaped like the parameters, or they are not float64 for

@@ -1,4 +1,4 @@
-"""GPT-2's hand-written gradient on trial, against each kind of reference."""
+"""A model's hand-written gradient on trial, against each kind of reference."""
 
 import dataclasses
 import functools
@@ -11,14 +11,28 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.formats.llmc import DebugState
-from gptjax.models import gpt2
-from gptjax.models.config import GPT2Config
-from gptjax.models.gpt2 import Batch
-from gptjax.models.params import Params, init_params, stack, unstack
-from gptjax.steps import Backward, mean_loss_and_grad, step_key
+from gptjax.models import transformer
+from gptjax.models.config import ModelConfig
+from gptjax.models.params import init_params, stack, unstack
+from gptjax.models.transformer import Batch
+from gptjax.train.step import Backward, mean_loss_and_grad, step_key
 from gptjax.verify import finite_difference
 from gptjax.verify.comparison import compare
-from gptjax.verify.model import Derivatives, Forward, Subject, by_autodiff, by_hand, exact, parameters, tolerances, widened
+from gptjax.verify.model import (
+    Derivatives,
+    Forward,
+    Subject,
+    by_autodiff,
+    by_hand,
+    exact,
+    micro_batches,
+    padded_rows,
+    parameters,
+    run_program,
+    shares,
+    tolerances,
+    widened,
+)
 from gptjax.verify.proof import Report, locate
 from gptjax.verify.rows import Comparison
 from gptjax.verify.tolerance import gradient_variances, tolerance, unit_roundoff
@@ -30,7 +44,7 @@ def against_autodiff(subject: Subject) -> Report:
     dtype = subject.cfg.compute_dtype
     narrow = dtype.itemsize < 4
     mine, truth = by_hand(subject), by_autodiff(exact(subject))
-    rival = by_autodiff(subject).gradient() if narrow else None
+    rival = jaxs_own(subject).gradient() if narrow else None
 
     def judge(allowed: Derivatives) -> Report:
         return Report(
@@ -42,6 +56,15 @@ def against_autodiff(subject: Subject) -> Report:
     report = _judged(judge, tolerances(subject), subject)
     curvature = None if narrow else against_hessian(subject)
     return dataclasses.replace(report, curvature=curvature, parting=_blame(report.gradient, mine, subject))
+
+
+def jaxs_own(subject: Subject) -> Derivatives:
+    """`by_autodiff`, on a mesh of the program that runs there, whose 16-bit sums are cut as the hand-written ones are."""
+    found = by_autodiff(subject)
+    if subject.mesh is None:
+        return found
+    loss, grads = run_program(subject, "autodiff")
+    return found._replace(loss=loss, params=unstack(grads))
 
 
 def against_differences(subject: Subject, layers: bool) -> Report:
@@ -56,10 +79,12 @@ def against_differences(subject: Subject, layers: bool) -> Report:
     params = parameters(double)
     params = params if double.cfg.layers == "unroll" else unstack(params)
 
-    @jax.jit
-    def loss(params: Params) -> Any:
+    one = jax.jit(lambda params, batch, key: transformer.loss(params, batch, double.cfg, key))
+
+    def loss(params: Any) -> Any:
         params = params if double.cfg.layers == "unroll" else stack(params)
-        return gpt2.loss(params, double.batch, double.cfg, double.key)
+        losses = [one(params, *piece) for piece in micro_batches(double)]
+        return sum(share * value for share, value in zip(shares(double.batch), losses, strict=True))
 
     found = finite_difference.check_directions(loss, params, mine.params, layers)
     plain = loss(params)
@@ -81,7 +106,7 @@ def against_file(subject: Subject, state: DebugState) -> Report:
     """The gradient and forward against another program's, in float32."""
     mine, V = by_hand(subject), subject.cfg.vocab_size
     theirs = unstack(jax.tree.map(jnp.asarray, state.grads))
-    theirs, grads = (g._replace(wte=g.wte[:V]) for g in (theirs, mine.params))
+    theirs, grads = (padded_rows(g, subject.cfg, lambda x: x[:V]) for g in (theirs, mine.params))
     values = Forward(jnp.float32(state.loss), jnp.asarray(state.logits))
     dtype = jnp.float32 if subject.cfg.dtype == "float64" else subject.cfg.compute_dtype
 
@@ -99,7 +124,7 @@ def _judged(judge: Callable[[Derivatives], Report], allowed: Derivatives, subjec
     if report:
         return report
 
-    def gradient(params: Params) -> Derivatives:
+    def gradient(params: Any) -> Derivatives:
         return by_autodiff(subject._replace(params=params))
 
     report = judge(widened(allowed, gradient, parameters(subject), dtype or subject.cfg.compute_dtype))
@@ -107,7 +132,10 @@ def _judged(judge: Callable[[Derivatives], Report], allowed: Derivatives, subjec
 
 
 def against_hessian(subject: Subject) -> Comparison:
-    """The Hessian times a random vector: forward over the hand-written reverse, against forward over JAX's in float64."""
+    """The Hessian times a random vector: forward over the hand-written reverse, against forward over JAX's in float64.
+
+    Of the first micro-batch, on one device.
+    """
     double = exact(subject)
     tree: Any = jax.tree.structure(subject.params)
     leaves = jax.tree.leaves(subject.params)
@@ -118,24 +146,26 @@ def against_hessian(subject: Subject) -> Comparison:
     vector = draw(keys)
 
     def product(gradient: Any, of: Subject) -> Any:
-        def run(params: Params, vector: Params) -> Params:
-            return unstack(jax.jvp(lambda p: gradient(p, of.batch, of.cfg, of.key), (params,), (vector,))[1])
+        batch, key = micro_batches(of)[0]
+
+        def run(params: Any, vector: Any) -> Any:
+            return unstack(jax.jvp(lambda p: gradient(p, batch, of.cfg, key), (params,), (vector,))[1])
 
         return run, (parameters(of), parameters(of._replace(params=vector)))
 
-    ours, args = product(lambda *a: gpt2.loss_and_grad(*a)[1], subject)
+    ours, args = product(lambda *a: transformer.loss_and_grad(*a)[1], subject)
     mine = jax.jit(ours)(*args)
     theirs_rounding = (unit_roundoff(jnp.float64) / unit_roundoff(subject.cfg.compute_dtype)) ** 2
     allowed = jax.tree.map(lambda v: tolerance(v, v * theirs_rounding), gradient_variances(ours, *args))
-    theirs, args = product(jax.grad(gpt2.loss), double)
+    theirs, args = product(jax.grad(transformer.loss), double)
     return compare(mine, jax.jit(theirs)(*args), allowed)
 
 
-def against_live(run: Any, cfg: GPT2Config, params: Params, batch: Batch, key: Any, step: int) -> Report | None:
+def against_live(run: Any, cfg: ModelConfig, params: Any, batch: Batch, key: Any, step: int) -> Report | None:
     """The gradient of a training step, as that step computes it, against JAX's in the same precision.
 
-    In 16 bits it is judged as elsewhere, by JAX's own distance from a more precise gradient, here in float32. Both sides
-    add micro-batches by the same code.
+    In 16 bits it is judged as elsewhere, by JAX's own distance from a more precise gradient, here in float32. Both sides add
+    micro-batches by the same code.
 
     Args:
         run: the compiled ``run(params, batch, key, step) -> (loss, gradient)`` on trial; None compiles the hand-written one.
@@ -151,8 +181,8 @@ def against_live(run: Any, cfg: GPT2Config, params: Params, batch: Batch, key: A
     """
     at = jnp.int32(step)
     narrow = cfg.compute_dtype.itemsize < 4
-    first = Subject(cfg, params, jax.tree.map(lambda x: x[0], batch), step_key(key, at, cfg))
-    wide = exact(first, "float32") if narrow else first
+    subject = Subject(cfg, params, batch, step_key(key, at, cfg))
+    wide = exact(subject, "float32") if narrow else subject
     args = params, batch, key, at
     expected, reference = _step_gradient(wide.cfg, "autodiff")(*args)
     if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves((expected, reference))):
@@ -173,14 +203,14 @@ def against_live(run: Any, cfg: GPT2Config, params: Params, batch: Batch, key: A
         report = dataclasses.replace(judge(limits), widened=True)
     if report.gradient:
         return report
-    return dataclasses.replace(report, parting=_locate(first) or _in_a_setting(report.gradient))
+    return dataclasses.replace(report, parting=_locate(subject) or _in_a_setting(report.gradient))
 
 
 @functools.cache
-def _step_gradient(cfg: GPT2Config, backward: Backward) -> Any:
+def _step_gradient(cfg: ModelConfig, backward: Backward) -> Any:
     """Compiled once, however often a run checks itself."""
 
-    def gradient(params: Params, batch: Batch, key: Any, step: Any) -> Any:
+    def gradient(params: Any, batch: Batch, key: Any, step: Any) -> Any:
         loss, gradient = mean_loss_and_grad(params, batch, step_key(key, step, cfg), cfg, backward)
         return loss, unstack(gradient)
 
@@ -188,7 +218,7 @@ def _step_gradient(cfg: GPT2Config, backward: Backward) -> Any:
 
 
 @functools.cache
-def _step_tolerances(cfg: GPT2Config, batch_and_key: Any) -> Any:
+def _step_tolerances(cfg: ModelConfig, batch_and_key: Any) -> Any:
     params = jax.eval_shape(partial(init_params, cfg=cfg), jax.random.key(0))
     step = jax.ShapeDtypeStruct((), np.int32)
     found = gradient_variances(_step_gradient(cfg, "manual"), params, *batch_and_key, step)
@@ -202,24 +232,39 @@ def _blame(found: Comparison, mine: Derivatives, subject: Subject) -> Parting | 
     parting = _locate(subject)
     if parting:
         return parting
-    own = compare(mine.gradient(), by_autodiff(subject).gradient(), tolerances(subject, subject.cfg.compute_dtype).gradient())
-    return None if own else _in_a_setting(found)
+    return None if _is_jaxs_own(subject, mine) else _program(found, subject) or _in_a_setting(found)
+
+
+def _is_jaxs_own(subject: Subject, mine: Derivatives | None = None) -> bool:
+    mine = mine or by_hand(subject)
+    allowed = tolerances(subject, subject.cfg.compute_dtype)
+    return bool(compare(mine.gradient(), by_autodiff(subject).gradient(), allowed.gradient()))
+
+
+def _program(found: Comparison, subject: Subject) -> Parting | None:
+    """The mesh or the accumulation, if the gradient is right without it."""
+    error = found.worst.relative_l2
+    if subject.mesh is not None and _is_jaxs_own(subject._replace(mesh=None)):
+        return Parting("the program on the mesh", "it alone differs, and on one device the gradient is right", error)
+    one = subject._replace(batch=jax.tree.map(lambda x: x[:1], subject.batch))
+    if subject.num_micro_batches > 1 and _is_jaxs_own(one):
+        return Parting("the accumulated program", "it alone differs, and of one micro-batch the gradient is right", error)
+    return None
 
 
 def _locate(subject: Subject) -> Parting | None:
-    """Where the gradient leaves JAX's: with unrolled layers and nothing recomputed, so that every op shows.
+    """Where the gradient leaves JAX's: of the first micro-batch, on one device, with unrolled layers and nothing recomputed.
 
-    A 16-bit gradient is followed in a wider precision first, where an error stands out from the rounding.
+    So every op shows by itself. A 16-bit gradient is followed in a wider precision first, where an error stands out from the
+    rounding.
     """
     cfg = dataclasses.replace(subject.cfg, layers="unroll", recompute="none", loss_chunks=1)
-    plain = subject._replace(cfg=cfg, params=subject.params if subject.cfg.layers == "unroll" else unstack(subject.params))
+    plain = subject._replace(cfg=cfg, params=unstack(subject.params))
     widest: Any = "float64" if jax.dtypes.canonicalize_dtype("float64") == "float64" else "float32"
     for of in (exact(plain, widest), plain) if cfg.compute_dtype.itemsize < 4 else (plain,):
-
-        def with_key(f: Any, of: Subject = of) -> Any:
-            return lambda params, batch: f(params, batch, of.cfg, of.key)
-
-        parting = locate(with_key(gpt2.loss), with_key(gpt2.loss_and_grad), parameters(of), of.batch)
+        batch, key = micro_batches(of)[0]
+        loss, loss_and_grad = (partial(f, cfg=of.cfg, key=key) for f in (transformer.loss, transformer.loss_and_grad))
+        parting = locate(loss, loss_and_grad, parameters(of), batch)
         if parting:
             return parting
     return None
@@ -227,6 +272,6 @@ def _locate(subject: Subject) -> Parting | None:
 
 def _in_a_setting(found: Comparison) -> Parting:
     """For a wrong gradient that `_locate` finds right."""
-    settings = "model.layers, model.recompute, model.loss_chunks or optim.accumulate"
-    what = "with unroll, none, 1 and 1 no op is found wrong"
+    settings = "model.layers, model.recompute, model.loss_chunks, optim.accumulate or the mesh"
+    what = "with unroll, none, 1, 1 and one device no op is found wrong"
     return Parting(settings, what, found.worst.relative_l2)

@@ -17,13 +17,14 @@ class Row(NamedTuple):
     norm: float
     """The reference's L2 norm."""
     relative_l2: float
-    """|ours - reference| / |reference|, L2 norms; 0 where both are all zero."""
+    """|ours - reference| / |reference|, L2 norms; 0 where both are all zero. Where the reference is zero but for rounding, the
+    norm of the whole gradient takes its place: see `gptjax.verify.compare`."""
     max_error: float | None
     """Largest |ours - reference| of an element, None where only the whole tensor was compared, as are the next three."""
     place: tuple[int, ...] | None
     """Where that element is; in a tensor of all layers, the layer comes first."""
     cosine: float | None
-    """Cosine of the angle between the two."""
+    """Cosine of the angle between the two; None also where the reference is zero but for rounding, as are the ulps."""
     ulps: float | None
     """max_error in units in the last place of the reference's largest element, in the checked dtype."""
     tolerance: float

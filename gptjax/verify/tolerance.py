@@ -30,7 +30,7 @@ EXACT = {
     "transpose",
 }
 # fmt: on
-ORDERING = "not_before"  # the name that `gptjax.ops.not_before` has in a traced program
+BARRIER = "barrier"  # the name that `gptjax.xla.barrier.barrier` has in a traced program
 
 
 def unit_roundoff(dtype: Any) -> float:
@@ -72,7 +72,7 @@ def _equation(eqn: Any, ins: list[float]) -> list[float]:
     if name == "while":  # how often it runs is not known: once
         skip = params["cond_nconsts"]
         return _walk(params["body_jaxpr"].jaxpr, ins[skip:])
-    if params.get("name") == ORDERING and len(eqn.outvars) == 1:  # two in a derivative of it
+    if params.get("name") == BARRIER and len(eqn.outvars) == 1:  # two in a derivative of it
         return [ins[-1]]  # its last argument, plus zeros
     for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         if key in params:

@@ -17,9 +17,12 @@ from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 from jaxtyping import Array
 
 from gptjax.verify.comparison import compare, leaf_names
+from gptjax.verify.tolerance import BARRIER
 
 ADDS = ("embedding",)  # ops whose backward adds to the gradients that it is given
 PLAIN = ("attention",)  # ops that the plain forward calls without the suffix
+# What a weight may pass on its way to an op: its values stay, up to rounding.
+SAME = {"broadcast_in_dim", "convert_element_type", "copy", "reshape", "sharding_constraint", "squeeze", "transpose"}
 
 
 class Call(NamedTuple):
@@ -88,6 +91,7 @@ def run(f: Callable[..., Any], *args: Any, on_call: Callable[[Call], list[Any]],
         outs = eqn.primitive.bind(*ins, **eqn.primitive.get_bind_params(eqn.params))
         outs = list(outs) if eqn.primitive.multiple_results else [outs]
         op = str(eqn.params.get("name", "")) if eqn.primitive.name in ("jit", "pjit") else ""
+        weights.update(_passed_on(eqn, op, weights))
         if op.endswith(("_fwd", "_bwd")) or op in PLAIN:
             used = [weights[v] for v in eqn.invars if not isinstance(v, Literal) and v in weights]
             latest = used[0] if used else latest
@@ -95,6 +99,18 @@ def run(f: Callable[..., Any], *args: Any, on_call: Callable[[Call], list[Any]],
         values.update(zip(eqn.outvars, outs, strict=True))
     flat = [v.val if isinstance(v, Literal) else values[v] for v in jaxpr.outvars]
     return jax.tree.unflatten(jax.tree.structure(shape), flat)
+
+
+def _passed_on(eqn: Any, name: str, weights: dict[Any, Any]) -> dict[Any, Any]:
+    """The results that are a weight still, cast, reshaped, laid out or held back by a barrier, with the weight's name."""
+    pairs: list[tuple[Any, Any]] = []
+    if eqn.primitive.name in SAME:
+        pairs = [(eqn.outvars[0], eqn.invars[0])]
+    elif eqn.primitive.name == "optimization_barrier":
+        pairs = list(zip(eqn.outvars, eqn.invars, strict=True))
+    elif name == BARRIER:
+        pairs = [(eqn.outvars[-1], eqn.invars[-1])]
+    return {out: weights[v] for out, v in pairs if not isinstance(v, Literal) and v in weights}
 
 
 def _place(op: str, weight: str, layer: int | None, used: bool) -> str:
@@ -158,14 +174,16 @@ def _wrong_here(forward: Call, received: Any, backward: Call, largest: float) ->
         error = _error([dy], [received])
         if not error <= largest:
             return Parting(forward.place, f"{backward.op} receives a wrong gradient, though every op before it is right", error)
-    expected = _derivative(forward, dy)[: len(backward.outs)]
+    derivatives = _derivative(forward, dy)
+    count = min(len(derivatives), len(backward.outs))  # of the arguments that this call has
+    expected, found = derivatives[:count], backward.outs[:count]
     if backward.base in ADDS:
-        before = backward.ins[-1 - len(backward.outs) : -1]
+        before = backward.ins[-1 - count : -1]
         expected = [e + b for e, b in zip(expected, before, strict=True)]
-    shapes = [[x.shape for x in side] for side in (backward.outs, expected)]
+    shapes = [[x.shape for x in side] for side in (found, expected)]
     if shapes[0] != shapes[1]:
         return Parting(forward.place, f"{backward.op} returns shapes {shapes[0]}, not {shapes[1]}", 1.0)
-    error = _error(backward.outs, expected)
+    error = _error(found, expected)
     if error <= largest:
         return None
     return Parting(forward.place, f"{backward.op} gives a wrong gradient", error)

@@ -5,22 +5,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.models import gpt2
-from gptjax.models.gpt2 import Batch
-from gptjax.models.scoring import token_losses
+from gptjax.models import transformer
+from gptjax.models.batch import Batch
 from gptjax.ops import IGNORE_INDEX
 from tests.models import tiny
 
 CFG = tiny.config(num_layers=1)  # 11 ids, at most 12 of them
 PARAMS = tiny.params(CFG)
 FUNCTIONS = {
-    "loss": lambda batch: gpt2.loss(PARAMS, batch, CFG),
-    "loss_and_grad": lambda batch: gpt2.loss_and_grad(PARAMS, batch, CFG),
-    "loss_manual": lambda batch: gpt2.loss_manual(PARAMS, batch, CFG),
-    "grad of loss_manual": lambda batch: jax.grad(gpt2.loss_manual)(PARAMS, batch, CFG),
-    "token_losses": lambda batch: token_losses(PARAMS, batch, CFG),
-    "hidden": lambda batch: gpt2.hidden(PARAMS, batch.inputs, CFG),
-    "logits": lambda batch: gpt2.logits(PARAMS, batch.inputs, CFG),
+    "loss": lambda batch: transformer.loss(PARAMS, batch, CFG),
+    "loss_and_grad": lambda batch: transformer.loss_and_grad(PARAMS, batch, CFG),
+    "loss_manual": lambda batch: transformer.loss_manual(PARAMS, batch, CFG),
+    "grad of loss_manual": lambda batch: jax.grad(transformer.loss_manual)(PARAMS, batch, CFG),
+    "token_losses": lambda batch: transformer.token_losses(PARAMS, batch, CFG),
+    "hidden": lambda batch: transformer.hidden(PARAMS, batch.inputs, CFG),
+    "logits": lambda batch: transformer.logits(PARAMS, batch.inputs, CFG),
 }
 of_each = pytest.mark.parametrize("f", FUNCTIONS.values(), ids=FUNCTIONS)
 
@@ -56,7 +55,7 @@ def test_of_many_ids_the_first_are_named():
     with pytest.raises(
         ValueError, match=r"^targets must be .*, not 11 at \[0, 0\], -2 at \[0, 1\], 50 at \[1, 2\] and 3 more$"
     ):
-        gpt2.loss(PARAMS, batch, CFG)
+        transformer.loss(PARAMS, batch, CFG)
 
 
 @of_each
@@ -76,6 +75,6 @@ def test_a_batch_of_numpys_is_one_of_jaxs(f):
     ],
 )
 def test_arrays_that_are_no_batch_are_refused(changes, message):
-    for f in (gpt2.loss, functools.partial(jax.jit(gpt2.loss, static_argnums=2))):
+    for f in (transformer.loss, functools.partial(jax.jit(transformer.loss, static_argnums=2))):
         with pytest.raises(ValueError, match=message):
             f(PARAMS, numpys()._replace(**changes), CFG)

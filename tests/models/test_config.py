@@ -1,12 +1,12 @@
 import pytest
 
 from gptjax.errors import ConfigError
-from gptjax.models.config import GPT2Config
+from gptjax.models.config import Architecture, ModelConfig
 from tests.models import tiny
 
 
 def test_preset_fills_what_is_not_given():
-    cfg = GPT2Config(preset="350m", num_layers=3)
+    cfg = ModelConfig(preset="350m", num_layers=3)
     assert (cfg.num_layers, cfg.num_heads, cfg.channels) == (3, 16, 1024)
 
 
@@ -22,6 +22,8 @@ def test_vocabulary_is_padded_to_a_multiple_of_128(vocab_size, padded):
         ({"channels": 10, "num_heads": 4}, "model.channels 10 does not divide by model.num_heads 4"),
         ({"num_layers": -1}, "model.num_layers must be at least 1"),
         ({"dropout": 1.0}, r"model.dropout must be in \[0, 1\)"),
+        ({"dropout_mlp": -0.1}, r"model.dropout_mlp must be in \[0, 1\)"),
+        ({"loss_chunks": 0}, "model.loss_chunks must be at least 1"),
     ],
 )
 def test_impossible_dimensions(changes, message):
@@ -30,7 +32,7 @@ def test_impossible_dimensions(changes, message):
 
 
 def resolved(platform, seq_len=1024, **changes):
-    cfg = GPT2Config(preset="124m", max_seq_len=4096, **changes).resolve(platform, seq_len)
+    cfg = ModelConfig(preset="124m", max_seq_len=4096, **changes).resolve(platform, seq_len)
     return cfg.dtype, cfg.attention
 
 
@@ -70,3 +72,16 @@ def test_explicit_choices_stay():
 def test_sequence_longer_than_the_model():
     with pytest.raises(ConfigError, match="data.seq_len 5000 does not fit model.max_seq_len 4096"):
         resolved("cpu", 5000)
+
+
+def test_what_the_weights_are_says_nothing_of_how_they_are_computed():
+    cfg = tiny.config(dropout=0.5, dtype="bfloat16", layers="scan")
+    assert cfg.architecture == tiny.CONFIG.architecture
+    assert isinstance(cfg.architecture, Architecture)
+    assert not hasattr(cfg.architecture, "dtype")
+
+
+def test_the_sizes_of_the_axes_are_those_of_the_legend():
+    sizes = tiny.config(channels=24, num_heads=3, hidden=7).axis_sizes
+    assert sizes == {"L": 2, "C": 24, "H": 3, "D": 8, "F": 7, "Vp": 128, "T": 12}
+    assert tiny.CONFIG.hidden == 4 * tiny.CONFIG.channels

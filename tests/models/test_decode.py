@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.models import gpt2
+from gptjax.models import transformer
 from gptjax.models.decode import decode, prefill, store_for_decoding
 from tests.models import tiny
 
@@ -21,7 +21,7 @@ def test_cached_logits_equal_uncached_at_every_position(layers, stored):
     step = jax.jit(decode, static_argnames="cfg")
     for end in range(4, 12):
         for row, padding in enumerate(PADDING.tolist()):
-            alone = gpt2.logits(params, tokens[row : row + 1, padding:end], cfg)
+            alone = transformer.logits(params, tokens[row : row + 1, padding:end], cfg)
             np.testing.assert_allclose(logits[row], alone[0, -1], rtol=1e-12, atol=1e-14)
         if end < 11:
             logits, cache = step(weights, tokens[:, end], PADDING, cache, jnp.int32(end), cfg=cfg)
@@ -41,4 +41,4 @@ def test_cache_is_kept_in_the_compute_dtype():
     params = tiny.params(cfg, jnp.float32)
     _, cache = prefill(params, jnp.ones((2, 3), jnp.int32), jnp.zeros(2, jnp.int32), 5, cfg)
     assert {(x.shape, x.dtype.name) for x in jax.tree.leaves(cache)} == {((2, 2, 2, 5, 4), "bfloat16")}
-    assert {x.dtype.name for x in jax.tree.leaves(store_for_decoding(params, cfg).qkvw)} == {"bfloat16"}
+    assert {x.dtype.name for x in jax.tree.leaves(store_for_decoding(params, cfg).blocks.qw)} == {"bfloat16"}

@@ -1,4 +1,4 @@
-"""Leave only the mutants of the backward in a session of cosmic-ray: ``keep_backward.py gptjax/models/gpt2.py SESSION``."""
+"""Leave only the mutants of the backward in a session of cosmic-ray: ``keep_backward.py FILE SESSION``."""
 
 import ast
 import sqlite3
@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 FUNCTIONS = {
-    "block_bwd", "blocks_bwd", "over_layers", "loss_and_grad", "_classifier_and_grad", "loss_manual",
+    "block_bwd", "embed_bwd", "norm_bwd", "recompute",  # models/gpt2.py
+    "blocks_bwd", "over_layers", "loss_and_grad", "classifier_and_grad", "to_params", "loss_manual",  # models/transformer.py
+    "linear_bwd", "layernorm_bwd", "gelu_bwd", "gelu_again", "embedding_bwd",  # models/layers.py
 }  # fmt: skip
 
 source, session = sys.argv[1:]

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Mutate the ops, or the backward in gpt2.py, with cosmic-ray, and list the mutants that the tests let live:
-#   pip install -e '.[mutation]' && tests/mutants/run.sh norm activation loss ... gpt2
-# Works on a copy, since cosmic-ray edits the files in place. An op takes minutes, gpt2 an hour, on one core.
+# Mutate the ops, or the backward of the models, with cosmic-ray, and list the mutants that the tests let live:
+#   pip install -e '.[mutation]' && tests/mutants/run.sh norm activation loss ... gpt2 transformer layers
+# Works on a copy, since cosmic-ray edits the files in place. An op takes minutes, a model's file an hour, on one core.
 set -euo pipefail
 source_folder=$(cd "$(dirname "$0")/../.." && pwd)
 work=$(mktemp -d)
@@ -12,9 +12,13 @@ export PYTHONPATH=$work GPTJAX_SHARED=/nonexistent
 for module in "$@"; do
   path=gptjax/ops/$module.py tests="tests/ops/test_names.py tests/ops/test_$module.py"
   case $module in
-    blockwise) tests="tests/ops/test_names.py tests/ops/test_attention.py" ;;
-    precision) tests="tests/ops/test_precision.py tests/ops/test_linear.py" ;;
-    gpt2) path=gptjax/models/gpt2.py tests="tests/models/test_gpt2.py -k 'numpy or every_setting or mask or counts or chunks or binding'" ;;
+    blockwise) tests+=" tests/ops/test_attention.py" ;;
+    products | barrier) path=gptjax/xla/$module.py tests="tests/xla/test_$module.py tests/ops/test_linear.py" ;;
+    gpt2 | transformer | layers)
+      path=gptjax/models/$module.py
+      tests="tests/models/test_gpt2.py tests/models/test_transformer.py tests/models/test_layers.py"
+      tests+=" -k 'numpy or pairs or every_setting or mask or counts or chunks or binding or numbers or computed_again'"
+      ;;
   esac
   cat > "$module.toml" <<EOF
 [cosmic-ray]
@@ -31,7 +35,7 @@ EOF
   cosmic-ray init "$module.toml" "$module.sqlite"
   cosmic-ray baseline "$module.toml"
   cr-filter-operators "$module.sqlite" "$module.toml" > filtered
-  [ "$module" != gpt2 ] || python "$source_folder/tests/mutants/keep_backward.py" "$path" "$module.sqlite"
+  [[ $path != gptjax/models/* ]] || python "$source_folder/tests/mutants/keep_backward.py" "$path" "$module.sqlite"
   cosmic-ray exec "$module.toml" "$module.sqlite"
   cr-report "$module.sqlite" --surviving-only --show-diff
   python - "$module" <<'EOF'

@@ -26,6 +26,20 @@ def test_backward_equals_vjp(B, T, I, O):  # noqa: E741
     assert_same_gradients(linear_bwd(saved, w, dy), reference, (x, w, b))
 
 
+@pytest.mark.parametrize(
+    ("inputs", "outputs"), [((4,), (3, 2)), ((3, 2), (4,)), ((3, 2), (2, 5)), ((4,), (5,))], ids=["CHD", "HDC", "HDHD", "CF"]
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_several_axes_count_as_one(inputs, outputs, bias):
+    """Forward as NumPy's tensordot, backward as JAX's; a bias is left out where there is none."""
+    x, w, dy = normal(0, 2, 3, *inputs), normal(1, *inputs, *outputs), normal(3, 2, 3, *outputs)
+    weights = (w, normal(2, *outputs)) if bias else (w,)
+    y, saved = linear_fwd(x, *weights)
+    np.testing.assert_allclose(y, np.tensordot(x, w, len(inputs)) + (np.asarray(weights[1]) if bias else 0), rtol=1e-13)
+    reference = vjp_of(lambda *args: linear_fwd(*args)[0], x, *weights, dy=dy)
+    assert_same_gradients(linear_bwd(saved, w, dy)[: 1 + len(weights)], reference, (x, *weights))
+
+
 def test_bfloat16_weight_gradients_are_summed_in_float32():
     """4096 equal products: a bfloat16 running sum would stop growing at 256."""
     x, dy, w = jnp.ones((1, 4096, 1), jnp.bfloat16), jnp.ones((1, 4096, 1), jnp.bfloat16), jnp.ones((1, 1), jnp.float32)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 
-from gptjax.mesh import MeshConfig, make_mesh
 from gptjax.ops import attention, attention_bwd, attention_fwd, splash
-from gptjax.sharding import within
+from gptjax.parallel.mesh import MeshConfig, make_mesh
+from gptjax.parallel.sharding import on_mesh
 from tests.compare import assert_same_gradients, normal, relative_l2
 from tests.models import tiny
 
@@ -52,14 +52,14 @@ def test_it_is_chosen_by_name_and_differentiated_by_jax():
 
 def test_on_a_mesh_each_device_runs_it_on_its_own_rows_and_heads():
     *args, do = qkv(splash.LANES)
-    mesh = make_mesh(MeshConfig(data=2, tensor=2), tiny.config(num_heads=2), 2)
+    mesh = make_mesh(MeshConfig(data=2, tensor=2), tiny.config(num_heads=2).axis_sizes, 2)
 
     def both(q, k, v, do):
         o, saved = attention_fwd("splash", q, k, v)
         return o, attention_bwd("splash", saved, do)
 
     cut = jax.NamedSharding(mesh, jax.P("data", None, "tensor", None))
-    compiled = jax.jit(within(mesh, both), in_shardings=(cut,) * 4).lower(*args, do).compile()
+    compiled = jax.jit(on_mesh(mesh, both), in_shardings=(cut,) * 4).lower(*args, do).compile()
     assert not [kind for kind in ("all-gather", "all-reduce", "all-to-all") if kind in compiled.as_text()]
     o, grads = compiled(*args, do)
     assert len(o.sharding.device_set) == 4

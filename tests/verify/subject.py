@@ -1,14 +1,19 @@
 """A small model, on trial in the tests of this folder."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
+from gptjax.parallel.mesh import MeshConfig, make_mesh
 from gptjax.verify.model import Subject
 from tests.models import tiny
 
 
-def subject(**changes):
-    """`Subject` of a model with ``changes`` of the tiny configuration; parameters in float32."""
+def subject(A: int = 1, mesh: MeshConfig | None = None, B: int = 2, **changes: Any) -> Subject:
+    """`Subject` of A micro-batches and a model with ``changes`` of the tiny configuration; parameters in float32."""
     cfg = tiny.config(**changes)
-    key = jax.random.key(3) if cfg.dropout else None
-    return Subject(cfg, tiny.params(cfg, jnp.float32), tiny.batch(cfg), key)
+    key = jax.random.key(3) if cfg.dropout or cfg.dropout_mlp else None
+    batch = jax.tree.map(lambda *parts: jnp.stack(parts), *(tiny.batch(cfg, B, seed=a) for a in range(A)))
+    devices = make_mesh(mesh, cfg.axis_sizes, B) if mesh else None
+    return Subject(cfg, tiny.params(cfg, jnp.float32), batch, key, devices)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gptjax.models.config import GPT2Config
+from gptjax.models.config import ModelConfig
 from gptjax.verify import Report, compare
 from gptjax.verify.files import as_json, environment, write_report
 from gptjax.verify.ops import OpError
@@ -45,8 +45,8 @@ def test_files_are_written_and_a_full_disk_is_named(tmp_path):
 
 
 def test_environment_tells_configurations_apart():
-    here = environment(GPT2Config("124m"))
+    here = environment(ModelConfig(preset="124m"))
     assert here["versions"].startswith(f"jax {jax.__version__}, jaxlib ")
     assert "optimization_level" in here["XLA_FLAGS"]
-    assert here == environment(GPT2Config("124m"))
-    assert here["config"] != environment(GPT2Config("350m"))["config"]
+    assert here == environment(ModelConfig(preset="124m"))
+    assert here["config"] != environment(ModelConfig(preset="350m"))["config"]

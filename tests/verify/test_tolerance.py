@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
 
-from gptjax.ops import in_turn, not_before
 from gptjax.verify.tolerance import LAMBDA, gradient_variances, tolerance, unit_roundoff
+from gptjax.xla.barrier import barrier, cpu_barrier
 from tests.compare import normal, relative_l2
 
 U = unit_roundoff(jnp.float32)
@@ -24,7 +24,7 @@ def test_unit_roundoff(dtype, u):
     assert unit_roundoff(jnp.dtype(dtype)) == u
 
 
-@pytest.mark.parametrize("wait", [not_before, in_turn])
+@pytest.mark.parametrize("wait", [barrier, cpu_barrier])
 def test_what_only_orders_a_computation_does_not_count(wait):
     assert roundings(lambda x: wait(x.sum(), x), f32(3, 100)) == 0
     assert roundings(lambda x: wait(x, x.sum(0)), f32(3, 100)) == 3

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.ops.random import bernoulli, normal, random_bits
+from gptjax.xla.random import bernoulli, normal, random_bits
 
 KEY = jax.random.key(7)
 SHAPES = [(), (1,), (1000,), (30, 7), (2, 5, 3, 4)]

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.ops.attention import materialised_fwd
-from gptjax.ops.cached import LayerCache, cached_attention
+from gptjax.ops.kv_cache import LayerCache, cached_attention
 
 B, H, S, D = 2, 3, 8, 4
 

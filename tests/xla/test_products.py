@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.ops.precision import accumulation_dtype, contract
+from gptjax.xla.products import accumulation_dtype, contract
 from tests.compare import normal
 
 

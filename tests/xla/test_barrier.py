@@ -4,12 +4,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.ops.schedule import in_turn, not_before
+from gptjax.xla.barrier import barrier, cpu_barrier
 from tests.compare import normal
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
-@pytest.mark.parametrize("wait", [not_before, in_turn])
+@pytest.mark.parametrize("wait", [barrier, cpu_barrier])
 def test_the_value_and_its_dtype_stay(wait, dtype):
     x = normal(0, 3, 4).astype(dtype)
     first = 1e30 * normal(1, 2), (normal(2, 1, 1, 1), normal(3)), normal(4, 0, 3), jnp.zeros((2, 2))
@@ -18,7 +18,7 @@ def test_the_value_and_its_dtype_stay(wait, dtype):
     np.testing.assert_array_equal(np.asarray(y, np.float64), np.asarray(x, np.float64))
 
 
-@pytest.mark.parametrize(("again", "times"), [(lambda dy, x: x, 1), (not_before, 2)])
+@pytest.mark.parametrize(("again", "times"), [(lambda dy, x: x, 1), (barrier, 2)])
 def test_what_is_computed_again_is_not_taken_from_before(again, times):
     def twice(x, dy):
         return jnp.tanh(x).sum(), (jnp.tanh(again(dy, x)) * dy).sum()
@@ -29,5 +29,5 @@ def test_what_is_computed_again_is_not_taken_from_before(again, times):
 
 def test_elsewhere_than_on_cpu_nothing_is_said_of_the_order():
     x = normal(0, 8, 8)
-    texts = {p: jax.export.export(jax.jit(in_turn), platforms=[p])(x, x).mlir_module() for p in ("cpu", "cuda", "tpu")}
+    texts = {p: jax.export.export(jax.jit(cpu_barrier), platforms=[p])(x, x).mlir_module() for p in ("cpu", "cuda", "tpu")}
     assert {p: "stablehlo.add" in text for p, text in texts.items()} == {"cpu": True, "cuda": False, "tpu": False}

@@ -1,0 +1,38 @@
+"""Rows cut into chunks and joined again are the rows, on one device and on a mesh."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax.models.chunks import join_chunks, row_chunks, sum_of_shares, total
+from gptjax.parallel.mesh import MeshConfig, make_mesh, whole
+from gptjax.parallel.sharding import on_mesh
+from tests.compare import normal
+
+H = normal(0, 8, 3, 4)
+TARGETS = jnp.arange(24, dtype=jnp.int32).reshape(8, 3)
+MESHES = [None, make_mesh(MeshConfig(2, 2, 2), {}, 8), make_mesh(MeshConfig(fsdp=4), {}, 8)]
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=["one device", "data 2 x fsdp 2 x tensor 2", "fsdp 4"])
+@pytest.mark.parametrize("chunks", [1, 2, 4, 7])
+def test_chunks_hold_each_row_once_with_its_target_and_come_back(mesh, chunks):
+    def f(h):
+        cut = row_chunks(h, TARGETS, None, chunks, None)
+        return cut, join_chunks([rows for rows, _, _ in cut], h)
+
+    cut, joined = jax.jit(on_mesh(mesh, f))(H)
+    np.testing.assert_array_equal(joined, H)
+    rows, targets, weights = (np.concatenate(parts) for parts in zip(*cut, strict=True))
+    np.testing.assert_array_equal(rows, np.asarray(H).reshape(24, 4)[targets])
+    assert sorted(targets) == list(range(24))
+    np.testing.assert_allclose(weights, 1 / 24)
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=["one device", "data 2 x fsdp 2 x tensor 2", "fsdp 4"])
+def test_a_sum_over_rows_is_the_sum_of_its_shares(mesh):
+    x, y = (whole(mesh, rows) for rows in (normal(1, 24, 8), normal(2, 24, 4)))
+    product = lambda x, y: jnp.einsum("nv,nc->vc", x, y)  # noqa: E731
+    ours = jax.jit(on_mesh(mesh, lambda x, y: total(sum_of_shares(product, x, y))))(x, y)
+    np.testing.assert_allclose(ours, np.asarray(x).T @ np.asarray(y), rtol=1e-12, atol=1e-13)

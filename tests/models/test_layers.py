@@ -1,0 +1,71 @@
+"""The ops as blocks call them: the numbers of `gptjax.ops`, on one device and on a mesh, and where an error in one shows."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax import ops
+from gptjax.models import gpt2, layers, transformer
+from gptjax.ops.quantized import OutIn, quantize
+from gptjax.parallel.mesh import MeshConfig, make_mesh
+from gptjax.parallel.sharding import on_mesh
+from tests.compare import assert_same_gradients, normal
+from tests.models import tiny
+
+MESH = make_mesh(MeshConfig(2, 2, 2), {}, 4)
+IDS = jnp.array([[3, 0, 3], [1, 1, 1], [0, 4, 2], [4, 4, 3]], jnp.int32)
+X, W, B = normal(0, 4, 3, 8), normal(1, 8, 6), normal(2, 6)
+CALLS = {
+    "linear_fwd": (X, W, B),
+    "linear_bwd": (X, W, normal(3, 4, 3, 6)),
+    "layernorm_fwd": (X, normal(1, 8), normal(2, 8)),
+    "layernorm_bwd": (ops.layernorm_fwd(X, normal(1, 8), normal(2, 8))[1], normal(1, 8), normal(3, 4, 3, 8)),
+    "gelu_fwd": (X,),
+    "gelu_bwd": (X, normal(3, 4, 3, 8)),
+    "dropout_fwd": (X, 0.0, None),
+    "embedding_fwd": (IDS, normal(0, 8, 8)),
+    "embedding_bwd": (IDS, normal(0, 8, 8), X),
+}
+
+
+@pytest.mark.parametrize("mesh", [None, MESH], ids=["one device", "mesh"])
+@pytest.mark.parametrize("name", CALLS)
+def test_numbers_are_the_ops(name, mesh):
+    ours = jax.jit(on_mesh(mesh, lambda: getattr(layers, name)(*CALLS[name])))()
+    expected = getattr(ops, name)(*CALLS[name])
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-14), ours, expected)
+
+
+def test_positions_of_a_mesh_are_those_of_one_device():
+    """Ids with one axis, of which every device has all."""
+    table, dy = normal(0, 8, 8), normal(1, 3, 8)
+    ours = jax.jit(on_mesh(MESH, lambda: layers.embedding_bwd(IDS[0], table, dy)))()
+    np.testing.assert_allclose(ours, ops.embedding_bwd(IDS[0], table, dy), rtol=1e-14)
+
+
+def test_gelu_computed_again_is_gelu():
+    np.testing.assert_array_equal(layers.gelu_again(X, 2 * X), ops.gelu_fwd(2 * X)[0])
+
+
+def test_weights_that_are_kept_in_another_way_are_decoded():
+    np.testing.assert_allclose(layers.linear_fwd(X, OutIn(W.T), B)[0], ops.linear_fwd(X, W, B)[0], rtol=1e-12)
+    np.testing.assert_array_equal(layers.embedding_fwd(IDS, OutIn(W)), W[IDS])
+    np.testing.assert_allclose(layers.embedding_fwd(IDS, quantize(W)), W[IDS], atol=0.02)
+
+
+@pytest.mark.parametrize(
+    "op", ["linear_bwd", "layernorm_bwd", "gelu_bwd", "attention_bwd", "cross_entropy_bwd", "embedding_bwd", "dropout_bwd"]
+)
+def test_one_part_in_10_to_the_8_too_much_in_any_op_is_seen_in_the_gradient(monkeypatch, op):
+    cfg = tiny.config(dropout=0.1)
+    user = gpt2 if hasattr(gpt2, op) else transformer
+    right = getattr(user, op)
+    params, batch, key = tiny.params(cfg), tiny.batch(cfg), jax.random.key(5)
+    expected = jax.jit(jax.grad(transformer.loss), static_argnums=2)(params, batch, cfg, key)
+    monkeypatch.setattr(user, op, lambda *a, **k: jax.tree.map(lambda x: x * (1 + 1e-8), right(*a, **k)))
+    _, found = jax.jit(functools.partial(transformer.loss_and_grad, cfg=cfg))(params, batch, key=key)
+    with pytest.raises(AssertionError):
+        assert_same_gradients(found, expected, params)
