@@ -1,25 +1,26 @@
+__version__: str
+
 from . import ops as ops
-from . import run as run
-from . import show as show
-from . import steps as steps
 from . import tokenizers as tokenizers
 from .config import Config as Config
 from .config import DataConfig as DataConfig
 from .config import TrainConfig as TrainConfig
 from .generate import sample as sample
-from .models.config import GPT2Config as GPT2Config
-from .models.gpt2 import Batch as Batch
+from .models.batch import Batch as Batch
+from .models.config import ModelConfig as ModelConfig
 from .models.gpt2 import block_bwd as block_bwd
 from .models.gpt2 import block_fwd as block_fwd
-from .models.gpt2 import blocks_fwd as blocks_fwd
-from .models.gpt2 import logits as logits
-from .models.gpt2 import loss as loss
-from .models.gpt2 import loss_and_grad as loss_and_grad
 from .models.params import init_params as init_params
 from .models.params import num_params as num_params
 from .models.params import param_shapes as param_shapes
-from .models.params import split_layers as split_layers
+from .models.transformer import blocks_fwd as blocks_fwd
+from .models.transformer import logits as logits
+from .models.transformer import loss as loss
+from .models.transformer import loss_and_grad as loss_and_grad
 from .ops.attention import materialised_bwd as materialised_bwd
+from .plot import figures as figures
+from .train import setup as setup
+from .train import step as step
 from .train.optimizer import OptimConfig as OptimConfig
 from .verify import check as check
 from .verify import compare as compare

@@ -3,12 +3,12 @@
 import dataclasses
 
 from gptjax.datasets.batches import Order
-from gptjax.parallel.processes import DistributedConfig
 from gptjax.errors import ConfigError
-from gptjax.train.folders import check_name
 from gptjax.generate.sampling import Sampler
-from gptjax.parallel.mesh import MeshConfig
 from gptjax.models.config import ModelConfig
+from gptjax.parallel.mesh import MeshConfig
+from gptjax.parallel.processes import DistributedConfig
+from gptjax.train.folders import check_name
 from gptjax.train.optimizer import OptimConfig
 from gptjax.train.step import Backward
 

@@ -22,6 +22,7 @@ from gptjax.models.family import Weight
 from gptjax.models.params import param_axes, per_tensor, tensor_at
 from gptjax.parallel.mesh import param_shardings, place
 from gptjax.tokenizers import Tokenizer
+from gptjax.train.checkpoint import open_newest
 
 Format = Literal["hf", "llmc", "safetensors"]
 HUB = "hf:"

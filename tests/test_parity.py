@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from gptjax import tokenizers
-from gptjax.train import step as steps
 from gptjax.formats import llmc
 from gptjax.models import transformer
-from gptjax.models.transformer import Batch
+from gptjax.models.batch import Batch
+from gptjax.train import step as steps
 from gptjax.train.optimizer import OptimConfig, init_opt_state, make_optimizer
 from gptjax.train.step import TrainState
 from gptjax.weights import load_weights, open_weights, write_weights

@@ -23,12 +23,12 @@ from gptjax.bench import ceiling, data, loop, program, steps, torch_peer
 from gptjax.bench.profile import OpTime, profile
 from gptjax.bench.timing import Timing, in_turns
 from gptjax.config import Config
-from gptjax.datasets.batches import BatchShape
 from gptjax.datasets import find_corpus
+from gptjax.datasets.batches import BatchShape
 from gptjax.errors import ConfigError, naming
-from gptjax.train.metrics import human_bytes, peak_flops
 from gptjax.models.params import flops_per_token
-from gptjax.train.setup import platform_name, start_jax
+from gptjax.train.metrics import human_bytes, peak_flops
+from gptjax.xla.backend import platform_name, start_jax
 
 PROG = "python -m gptjax.bench"
 OPS = 12  # lines of a profile
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             if cfg.peer == "torch":
                 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave a GPU's memory to both
-            start_jax(cfg.model)
+            start_jax(cfg.model.dtype)
             record = time_model(cfg)
         if cfg.json:
             with naming(cfg.json):
@@ -209,7 +209,7 @@ def count_program(cfg: BenchConfig) -> dict[str, Any]:
         GptjaxError: the model does not fit the sequence or the platform.
 
     """
-    start_jax(cfg.model)
+    start_jax(cfg.model.dtype)
     platform = cfg.platform or platform_name()
     model = cfg.model.resolve(platform, cfg.data.seq_len)
     if model.attention == "cudnn" and platform_name() != "cuda":  # JAX asks for cuDNN's version when it traces
@@ -239,7 +239,7 @@ def time_data(cfg: BenchConfig) -> dict[str, Any]:
     parts = {"tokens to batches": data.loading(corpus.train, shape, chosen.order, cfg.model.vocab_size, cfg.rounds)}
     if corpus.tokenizer:
         parts = {"text to tokens": data.tokenizing(corpus.tokenizer, corpus.train, cfg.rounds)} | parts
-    start_jax(cfg.model)
+    start_jax(cfg.model.dtype)
     (step,) = in_turns(list(steps.step_contenders(cfg, False)), cfg.rounds)
     eaten = shape.accumulate * shape.batch_size * shape.seq_len
     parts["the training step"] = {step.contender.name: [eaten / seconds for seconds in step.seconds]}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from gptjax.models.config import ModelConfig
 from gptjax.models.params import flops_per_token, num_params
-from gptjax.ops import contract
+from gptjax.xla.products import contract
 
 ROUNDS = 7
 STREAM_BYTES = 512_000_000  # beyond any cache

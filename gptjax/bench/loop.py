@@ -10,15 +10,16 @@ from pathlib import Path
 
 import jax
 
-from gptjax.parallel import processes
-from gptjax.train import step as steps
 from gptjax.bench.timing import Contender
-from gptjax.train.checkpoint import CheckpointWriter
 from gptjax.config import Config, TrainConfig
+from gptjax.train import step as steps
+from gptjax.train.checkpoint import CheckpointWriter
+from gptjax.train.hooks import add_hooks
 from gptjax.train.loggers import Loggers
-from gptjax.train.trainer import fit
 from gptjax.train.metrics import Display, MetricsFile
 from gptjax.train.setup import fill_folder, owned, set_up
+from gptjax.train.trainer import Trainer
+from gptjax.verify.live import LiveCheck
 
 
 def length(cfg: Config) -> int:
@@ -45,27 +46,25 @@ def contenders(cfg: Config) -> Iterator[list[Contender]]:
         fill_folder(run)
         shapes = steps.step_arguments(run.model, run.optimizer, run.shape, run.mesh)
         compiled = steps.compile_step(run.model, run.optimizer, cfg.train.backward, *shapes, run.mesh)
-        state = steps.make_state(run.key, run.model, run.optimizer, run.mesh)
         writer = cleanup.enter_context(contextlib.closing(CheckpointWriter(run.folder / "checkpoints", 1)))
         records = cleanup.enter_context(contextlib.closing(MetricsFile(run.folder / "metrics.jsonl", 0)))
-        done = 0
+        trainer = Trainer(run, compiled, steps.make_state(run.key, run.model, run.optimizer, run.mesh))
 
-        def bare() -> None:
-            nonlocal state, done
-            for step in range(done + 1, done + count + 1):
-                state, metrics = steps.run_step(compiled, state, run.next_batch(), run.key, step)
-            jax.block_until_ready((state, metrics))
-            done += count
-
-        def loop(train: TrainConfig) -> None:
-            nonlocal state, done
-            goal = run._replace(cfg=dataclasses.replace(run.cfg, train=dataclasses.replace(train, steps=done + count)))
-            with contextlib.redirect_stdout(nowhere):
-                display, stop = Display(done + count), processes.Stop()
-                state, done, _ = fit(goal, compiled, state, done, records, Loggers([], print), writer, display, stop)
+        def fit(train: TrainConfig, hooks: bool) -> None:
+            nonlocal trainer
+            goal = dataclasses.replace(train, steps=trainer.done + count)
+            goal_run = run._replace(cfg=dataclasses.replace(run.cfg, train=goal))
+            trainer = Trainer(goal_run, compiled, trainer.state, trainer.done)
+            if hooks:
+                with contextlib.redirect_stdout(nowhere):
+                    add_hooks(trainer, records, Loggers([], print), writer, Display(goal.steps), LiveCheck(trainer))
+                    trainer.fit()
+            else:
+                trainer.fit()
+            jax.block_until_ready(trainer.state)
 
         yield [
-            Contender("steps alone", bare, {}),
-            Contender("the loop, logging", partial(loop, plain), {}),
-            Contender("the loop, as configured", partial(loop, cfg.train), {}),
+            Contender("steps alone", partial(fit, plain, False), {}),
+            Contender("the loop, logging", partial(fit, plain, True), {}),
+            Contender("the loop, as configured", partial(fit, cfg.train, True), {}),
         ]

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from gptjax.train import step as steps
 from gptjax.config import Config
 from gptjax.datasets.batches import BatchShape
 from gptjax.models.config import ModelConfig
+from gptjax.train import step as steps
 from gptjax.train.optimizer import make_optimizer
 
 
@@ -32,7 +32,7 @@ def lowered_step(cfg: Config, model: ModelConfig, backward: steps.Backward, plat
         platform: ``cpu``, ``cuda``, ``rocm`` or ``tpu``.
 
     """
-    optimizer = make_optimizer(cfg.optim, cfg.train.steps)
+    optimizer = make_optimizer(cfg.optim, cfg.train.steps, model)
     shape = BatchShape(cfg.optim.accumulate, cfg.data.batch_size, cfg.data.seq_len)
     state, batch, key = steps.step_arguments(model, optimizer, shape)
     functions = steps.step_functions(model, optimizer, backward)
@@ -40,7 +40,7 @@ def lowered_step(cfg: Config, model: ModelConfig, backward: steps.Backward, plat
     loss, g, norm = jax.eval_shape(functions.gradient, state.params, batch, key, number, state.params)
     calls: list[tuple[Any, tuple[Any, ...]]] = [
         (functions.gradient, (state.params, batch, key, number, g)),
-        (functions.update, (state.params, state.opt_state, g, loss, norm)),
+        (functions.update, (state.params, state.opt_state, g, loss, norm, number)),
     ]
     found = Operations(Counter(), Counter())
     for function, arguments in calls:

@@ -9,18 +9,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptjax.train import step as steps
 from gptjax.bench.timing import Contender
 from gptjax.config import Config
 from gptjax.errors import ConfigError
 from gptjax.generate import Sampler, sample
+from gptjax.models.batch import Batch
 from gptjax.models.config import ModelConfig
 from gptjax.models.decode import store_for_decoding
-from gptjax.models.batch import Batch
 from gptjax.models.params import init_params
 from gptjax.ops import ATTENTION_IMPLEMENTATIONS
+from gptjax.train import step as steps
 from gptjax.train.optimizer import make_optimizer
-from gptjax.train.setup import platform_name
+from gptjax.xla.backend import platform_name
 
 PROMPT, NEW = 16, 256  # tokens of a decoding
 GREEDY, COMMON = Sampler(temperature=0), Sampler(0.8, top_k=50, top_p=0.95)
@@ -55,8 +55,9 @@ def step_contenders(cfg: Config, compare: bool) -> Iterator[Contender]:
     platform, seq_len = platform_name(), cfg.data.seq_len
     batch = jax.device_put(random_batch(cfg))
     key = jax.random.key(cfg.seed)
-    optimizer = make_optimizer(cfg.optim, cfg.train.steps)
+    optimizer = make_optimizer(cfg.optim, cfg.train.steps, cfg.model)
     states: dict[str, steps.TrainState] = {}
+    buffers: dict[str, Any] = {}
     known = variants(cfg.model.resolve(platform, seq_len), cfg.train.backward)
     for name, choice, backward in known if compare else known[:1]:
         try:
@@ -65,6 +66,7 @@ def step_contenders(cfg: Config, compare: bool) -> Iterator[Contender]:
             continue  # a kernel where it does not run
         if model.layers not in states:
             states[model.layers] = jax.block_until_ready(steps.make_state(key, model, optimizer))
+            buffers[model.layers] = steps.gradient_buffer(states[model.layers].params)
         began = time.perf_counter()
         compiled = steps.compile_step(model, optimizer, backward, states[model.layers], batch, key)
         facts = {
@@ -74,7 +76,7 @@ def step_contenders(cfg: Config, compare: bool) -> Iterator[Contender]:
         }
 
         def run(compiled: Any = compiled, layers: str = model.layers) -> None:
-            states[layers], metrics = steps.run_step(compiled, states[layers], batch, key, 0)
+            states[layers], buffers[layers], metrics = steps.run_step(compiled, states[layers], buffers[layers], batch, key, 1)
             jax.block_until_ready((states[layers], metrics))
 
         yield Contender(name, run, facts)

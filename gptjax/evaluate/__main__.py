@@ -29,8 +29,8 @@ from gptjax.evaluate.estimate import Estimate
 from gptjax.models.config import ModelConfig
 from gptjax.models.params import num_params
 from gptjax.tokenizers import Tokenizer, is_gpt2
-from gptjax.train.setup import platform_name, start_jax
 from gptjax.weights import Source, load_params, open_weights
+from gptjax.xla.backend import platform_name, start_jax
 from gptjax.xla.cache import keep_compiled_programs
 
 PROG = "python -m gptjax.evaluate"
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
         tokenizer = tokenizer_of(cfg, source)
         how: dict[str, Any] = {"attention": "auto", "dropout": 0.0, "layers": "unroll", "recompute": "none"}
         model = dataclasses.replace(source.cfg, dtype=cfg.dtype, **how)
-        start_jax(model)
+        start_jax(model.dtype)
         show("device", f"{platform_name()} ({jax.devices()[0].device_kind}), jax {jax.__version__}")
         show("model", f"{cfg.checkpoint}, {source.format}, {num_params(model):,} parameters")
         file = hellaswag.find_questions(cfg.dataset, Path(cfg.root))

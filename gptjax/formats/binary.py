@@ -6,9 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gptjax.files import write_whole
 from gptjax.errors import FormatError
-from gptjax.files import open_file
+from gptjax.files import open_file, write_whole
 
 HEADER_BYTES = 1024
 

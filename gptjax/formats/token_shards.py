@@ -21,9 +21,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from gptjax.files import write_whole
 from gptjax.errors import DataError, FormatError
-from gptjax.files import open_file
+from gptjax.files import open_file, write_whole
 from gptjax.formats.binary import HEADER_BYTES, check_size, read_header
 from gptjax.formats.recognise import recognise
 

@@ -23,11 +23,12 @@ from gptjax.files import read_stream
 from gptjax.generate.engine import CHUNK, Rules
 from gptjax.generate.samples import Sample, continued
 from gptjax.generate.sampling import Sampler
+from gptjax.generate.text import prompt_ids
 from gptjax.models.config import ModelConfig
 from gptjax.models.decode import store_for_decoding
 from gptjax.tokenizers import Tokenizer
-from gptjax.train.setup import platform_name, prompt_ids, start_jax
 from gptjax.weights import load_params, open_weights
+from gptjax.xla.backend import platform_name, start_jax
 from gptjax.xla.cache import keep_compiled_programs
 
 PROG = "python -m gptjax.generate"
@@ -153,7 +154,7 @@ def load(args: Any) -> Model:
             f"{args.checkpoint}: it was trained with another"
         )
     wanted = dataclasses.replace(source.cfg, dtype=args.dtype, layers="unroll", attention="auto", dropout=0.0)
-    start_jax(wanted)
+    start_jax(wanted.dtype)
     cfg: ModelConfig = wanted.resolve(platform_name(), 1)
     params = load_params(source, cfg)
     end = None if args.ignore_end else tokenizer.end_of_text

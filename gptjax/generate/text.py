@@ -3,6 +3,7 @@
 import codecs
 from collections.abc import Sequence
 
+from gptjax.errors import DataError
 from gptjax.tokenizers import Tokenizer
 
 
@@ -40,3 +41,25 @@ class TextStream:
         """Length of the longest end of what is held that is the beginning of a stop string."""
         lengths = (n for stop in self.stops for n in range(1, len(stop)) if self._held.endswith(stop[:n]))
         return max(lengths, default=0)
+
+
+def prompt_ids(tokenizer: Tokenizer | None, prompt: str) -> list[int]:
+    """At least one id to start a sample from.
+
+    Those of the prompt; if it is empty, end-of-text, or a line end where there is none. Without a tokenizer, or where its
+    vocabulary has no line end, the first id.
+
+    Raises:
+        DataError: the vocabulary lacks a character of the prompt, other than a line end.
+
+    """
+    if not tokenizer:
+        return [0]
+    if not prompt and tokenizer.end_of_text is not None:
+        return [tokenizer.end_of_text]
+    try:
+        return tokenizer.encode(prompt or "\n")
+    except DataError:
+        if prompt.strip("\n"):
+            raise
+        return [0]

@@ -23,7 +23,6 @@ from gptjax.models.layers import (
     linear_fwd,
 )
 
-
 HEAD = "wte"  # the classifier is tied to the token embeddings
 
 

@@ -66,7 +66,7 @@ def init_params(key: Key[Array, ""], cfg: Any, dtype: Any = jnp.float32) -> Any:
     0; gains 1. The vocabulary's pad rows are 0. The values do not depend on the layout.
     """
     table: Any = weight_table(cfg)
-    structure = jax.tree.structure(table, is_leaf=is_weight)
+    structure: Any = jax.tree.structure(table, is_leaf=is_weight)
     weights, shapes = jax.tree.leaves(table, is_leaf=is_weight), structure.flatten_up_to(param_shapes(cfg))
 
     def draw(index: int, weight: Weight, shape: tuple[int, ...]) -> Array:

@@ -31,7 +31,6 @@ from gptjax.parallel.sharding import compute_layout, num_shards, param_layout
 from gptjax.xla.barrier import barrier, cpu_barrier
 from gptjax.xla.products import contract
 
-
 # --- One block, and the stack of blocks with what each recompute setting keeps ---
 
 

@@ -19,9 +19,7 @@ def embedding_fwd(ids: Int[Array, "*ids"], table: Float[Array, "N C"]) -> Float[
 
 
 @jax.jit
-def embedding_bwd(
-    ids: Int[Array, "*ids"], dtable: Float[Array, "N C"], dy: Float[Array, "*ids C"]
-) -> Float[Array, "N C"]:
+def embedding_bwd(ids: Int[Array, "*ids"], dtable: Float[Array, "N C"], dy: Float[Array, "*ids C"]) -> Float[Array, "N C"]:
     """``dtable``, with the gradient of `embedding_fwd` added; duplicate ids accumulate.
 
     It is added to, not made, because a tied table is also the classifier, whose gradient comes first in the backward.

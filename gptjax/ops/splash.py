@@ -34,7 +34,9 @@ def splash(q: Heads, k: Heads, v: Heads) -> Heads:
 
     if num_shards() == 1:
         return one_device(q, k, v)
-    cut = PartitionSpec(RULES["B"].compute, None, RULES["H"].compute, None)  # XLA cannot split a kernel: each device runs its own
+    cut = PartitionSpec(
+        RULES["B"].compute, None, RULES["H"].compute, None
+    )  # XLA cannot split a kernel: each device runs its own
     return jax.shard_map(one_device, in_specs=(cut, cut, cut), out_specs=cut, check_vma=False)(q, k, v)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from gptjax import cli
 from gptjax.config import Config
-from gptjax.data import BatchShape
+from gptjax.datasets.batches import BatchShape
 from gptjax.errors import ConfigError, naming
 from gptjax.models.config import ModelConfig
 from gptjax.parallel.mesh import MeshConfig, mesh_shape
@@ -30,8 +30,8 @@ from gptjax.plan.report import comparison, describe
 from gptjax.plan.search import Plan, make_plan
 from gptjax.plan.topology import Topology, open_devices, parse_topology, start
 from gptjax.plan.training import train_command
-from gptjax.run import start_jax
 from gptjax.train.optimizer import make_optimizer
+from gptjax.xla.backend import start_jax
 
 PROG = "python -m gptjax.plan"
 CHANNELS = 16  # that each device keeps of a weight at least, where the plan chooses the mesh
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ConfigError(f"{cfg.json} cannot be written: there is no folder {Path(cfg.json).absolute().parent}")
         topology = parse_topology(cfg.topology)
         start(topology)
-        start_jax(cfg.model)
+        start_jax(cfg.model.dtype)
         record = plan(cfg, file, topology)
         if cfg.json:
             with naming(cfg.json):

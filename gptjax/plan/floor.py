@@ -3,7 +3,7 @@
 import math
 from typing import NamedTuple
 
-from gptjax.devices import NETWORK, Device
+from gptjax.parallel.devices import NETWORK, Device
 from gptjax.plan.collectives import Collective
 from gptjax.plan.predict import Work, step_flops, step_traffic
 

@@ -1,13 +1,13 @@
 """A plan as lines to read."""
 
-from gptjax.devices import NETWORK, Device
-from gptjax.metrics import human_bytes
 from gptjax.models.params import num_params
+from gptjax.parallel.devices import NETWORK, Device
 from gptjax.parallel.sharding import MESH_AXES
 from gptjax.plan.collectives import Collective
 from gptjax.plan.floor import DAY, sending_rate
 from gptjax.plan.search import USABLE, Plan
 from gptjax.plan.topology import Topology
+from gptjax.train.metrics import human_bytes
 
 
 def describe(plan: Plan, topology: Topology, chosen: list[str], backward: str) -> str:

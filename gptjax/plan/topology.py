@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from gptjax.devices import DEVICES, Device
 from gptjax.errors import ConfigError
+from gptjax.parallel.devices import DEVICES, Device
 
 TPUS = {  # name: JAX's device_kind, the axes of its torus
     "v4": ("TPU v4", 3),

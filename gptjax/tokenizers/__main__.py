@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from gptjax import cli, tokenizers
+from gptjax.cli.streams import standard_input
 from gptjax.datasets.prepare import id_dtype, make_tokenizer
 from gptjax.datasets.text import Piece, find_files, pieces
 from gptjax.errors import ConfigError, DataError
 from gptjax.formats import llmc_tokenizer
 from gptjax.formats.token_shards import open_shard, write_shard
-from gptjax.cli.streams import standard_input
 
 PROG = "python -m gptjax.tokenizers"
 CHUNK = 1 << 16  # ids decoded at a time

@@ -11,29 +11,29 @@ import contextlib
 import dataclasses
 import sys
 import time
-from typing import Any
 
 import jax
 
 from gptjax import cli
 from gptjax.config import Config
+from gptjax.generate.text import prompt_ids
 from gptjax.parallel import heartbeat, processes
 from gptjax.train import step as steps
 from gptjax.train.checkpoint import CheckpointWriter, Restored
-from gptjax.train.loggers import Loggers, open_loggers
+from gptjax.train.hooks import add_hooks
+from gptjax.train.loggers import open_loggers
 from gptjax.train.metrics import Display, MetricsFile, NoMetrics
 from gptjax.train.report import describe, describe_memory
-from gptjax.train.samples import prompt_ids, sample_text
-from gptjax.train.setup import Run, checkpoint_meta, fill_folder, owned, resolved, restore, set_up, start_jax
+from gptjax.train.setup import Run, fill_folder, owned, resolved, restore, set_up
 from gptjax.train.signals import stopping
-from gptjax.train.trainer import DivergedError, Record, Trainer
-from gptjax.verify.live import LiveCheck, WrongGradientError
+from gptjax.train.trainer import DivergedError, Trainer, WrongGradientError
+from gptjax.verify.live import LiveCheck
 from gptjax.weights import load_weights
+from gptjax.xla.backend import start_jax
 from gptjax.xla.cache import keep_compiled_programs
 
 PROG = "python -m gptjax.train"
 FAILED = 1  # exit status
-NOTABLE = {"val_loss", "skipped", "gradient_error"}  # a step with one of them gets its line whatever log_every says
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         cli.quiet_libraries()
         cli.replace_unprintable()
         processes.start(cfg.distributed)
-        start_jax(cfg.model)
+        start_jax(cfg.model.dtype)
         with heartbeat.watched(PROG, cfg.distributed.timeout):
             try:
                 train(dataclasses.replace(cfg, name=cfg.name or (file.stem if file else "run")))
@@ -104,7 +104,7 @@ def _train(run: Run, restored: Restored | None, display: Display) -> str:
         writer = CheckpointWriter(run.folder / "checkpoints", cfg.train.keep_checkpoints)
         cleanup.enter_context(contextlib.closing(writer))
         cleanup.enter_context(display.running(done))
-        add_hooks(trainer, records, loggers, writer, display)
+        add_hooks(trainer, records, loggers, writer, display, LiveCheck(trainer))
         trainer.fit(stop)
     if trainer.saved < trainer.done:
         newest = f"the newest checkpoint is after step {trainer.saved}" if trainer.saved else "there is no checkpoint"
@@ -126,51 +126,6 @@ def initial_state(run: Run) -> steps.TrainState | None:
     load = lambda: load_weights(str(run.cfg.init), run.model, run.mesh)  # noqa: E731
     _, params = processes.first_then_others("init", load)
     return steps.add_optimizer(params, run.model, run.optimizer, run.mesh)
-
-
-def add_hooks(
-    trainer: Trainer, records: MetricsFile | NoMetrics, loggers: Loggers, writer: CheckpointWriter, display: Display
-) -> None:
-    """Add what a run does between its steps, as configured."""
-    run, cfg = trainer.run, trainer.run.cfg.train
-    check = LiveCheck(trainer)
-
-    def save() -> None:
-        writer.save(trainer.done, trainer.state, run.model, run.optimizer, checkpoint_meta(run))
-
-    def log(record: Record) -> None:
-        records.write(record)
-        loggers.write(record)
-        step = record["step"]
-        display.step(record, line=step % cfg.log_every == 0 or step == cfg.steps or not NOTABLE.isdisjoint(record))
-        writer.check()
-
-    def checkpoint() -> None:
-        if trainer.is_finite():
-            save()
-            trainer.saved = trainer.done
-        else:
-            display.print(f"{display.of(trainer.done)} | no checkpoint: the parameters give a loss that is not finite")
-
-    def print_sample() -> None:
-        text = sample_text(run, trainer.state.params, trainer.done)
-        display.print(f"--- sample after step {trainer.done} ---\n{text}\n---")
-        loggers.text("sample", text, trainer.done)
-
-    def verify(batch: Any) -> Record:
-        try:
-            return check(batch)
-        except WrongGradientError:
-            if trainer.saved < trainer.done:  # the parameters in question, for `gptjax.verify --checkpoint`
-                save()
-            raise
-
-    trainer.listen(log)
-    trainer.before_step(verify, cfg.verify_every)
-    trainer.measure(lambda: {"val_loss": trainer.validation_loss()}, cfg.eval_every, at_end=cfg.eval_every > 0)
-    trainer.after_step(checkpoint, cfg.checkpoint_every, when_stopped=True)
-    if cfg.sample_tokens:
-        trainer.after_step(print_sample, cfg.sample_every)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ import jax
 from gptjax.models.params import flops_per_token, num_params
 from gptjax.parallel.mesh import describe_mesh
 from gptjax.train.metrics import human_bytes
-from gptjax.train.setup import Run, platform_name
+from gptjax.train.setup import Run
 from gptjax.train.step import CompiledStep
+from gptjax.xla.backend import platform_name
 
 
 def describe(run: Run) -> str:

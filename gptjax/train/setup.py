@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.extend.backend
 import yaml
 from jax.sharding import Mesh
 
@@ -16,7 +15,7 @@ from gptjax import datasets
 from gptjax.config import Config
 from gptjax.datasets import TOKENIZER_FILE, Corpus
 from gptjax.datasets.batches import BatchShape, TrainingBatches, validation_batches
-from gptjax.errors import CheckpointError, ConfigError
+from gptjax.errors import CheckpointError
 from gptjax.files import write_whole
 from gptjax.models.batch import Batch
 from gptjax.models.config import ModelConfig
@@ -27,6 +26,7 @@ from gptjax.train import folders
 from gptjax.train.checkpoint import Restored, restore_newest
 from gptjax.train.loggers import check_installed
 from gptjax.train.optimizer import Optimizer, make_optimizer
+from gptjax.xla.backend import platform_name, start_jax
 
 # A resumed run sees the batches that it would have seen only while these stay the same.
 RESUME_KEYS = ("data.batch_size", "data.seq_len", "data.order", "optim.accumulate", "seed")
@@ -61,7 +61,7 @@ def set_up(cfg: Config) -> Run:
 
     """
     check_installed(cfg.log)
-    start_jax(cfg.model)
+    start_jax(cfg.model.dtype)
     processes.require_same(dataclasses.replace(cfg, distributed=DistributedConfig()))
     model = cfg.model.resolve(platform_name(), cfg.data.seq_len)
     mesh = make_mesh(cfg.mesh, model.axis_sizes, cfg.data.batch_size)
@@ -82,31 +82,6 @@ def set_up(cfg: Config) -> Run:
         mesh=mesh,
         share=share,
     )
-
-
-def start_jax(model: ModelConfig) -> None:
-    """Start JAX's backend, with 64-bit numbers where the model asks for them.
-
-    Raises:
-        ConfigError: the platform that JAX was told to use is not there.
-
-    """
-    if model.dtype == "float64":
-        jax.config.update("jax_enable_x64", True)
-    try:
-        jax.devices()
-    except Exception as error:  # JAX raises RuntimeError, AssertionError and others
-        raise ConfigError(
-            f"JAX cannot start: {str(error) or 'no such device'}; unset JAX_PLATFORMS to use what there is"
-        ) from error
-
-
-def platform_name() -> str:
-    """The platform that JAX computes on: cpu, cuda, rocm or tpu."""
-    backend = jax.extend.backend.get_backend()
-    if backend.platform != "gpu":
-        return backend.platform
-    return "rocm" if "rocm" in backend.platform_version.lower() else "cuda"
 
 
 @contextlib.contextmanager

@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
 from gptjax.models import transformer
+from gptjax.models.batch import Batch
 from gptjax.models.config import ModelConfig
 from gptjax.models.params import init_params, param_axes
-from gptjax.models.transformer import Batch
 from gptjax.ops import IGNORE_INDEX
 from gptjax.parallel import mesh as meshes
 from gptjax.parallel.sharding import on_mesh

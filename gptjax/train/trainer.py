@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from gptjax.models.params import flops_per_token
 from gptjax.models.batch import Batch
+from gptjax.models.params import flops_per_token
 from gptjax.parallel.processes import Stop
 from gptjax.train.metrics import Meter, peak_flops
 from gptjax.train.optimizer import StepMetrics
@@ -20,6 +20,10 @@ Record = dict[str, Any]
 
 class DivergedError(Exception):
     """Too many steps in a row were not finite; the message says what is left to go on from."""
+
+
+class WrongGradientError(Exception):
+    """The hand-written gradient is not JAX's; the message says where, and where the report is."""
 
 
 class Hook(NamedTuple):
@@ -57,8 +61,6 @@ class Trainer:
         self._listeners: list[Callable[[Record], None]] = []
         self._pending: tuple[int, StepMetrics] | None = None
 
-    # What a hook is told of: the batch to come, nothing, or the step's record.
-
     def before_step(self, call: Callable[[Batch], Record], every: int) -> None:
         """Add a hook that is called with the batch of a step to come; what it returns joins that step's record."""
         self._before.append(Hook(every, False, False, call))
@@ -67,9 +69,7 @@ class Trainer:
         """Add a hook whose numbers, of the state after a step, join that step's record."""
         self._measures.append(Hook(every, at_end, False, call))
 
-    def after_step(
-        self, call: Callable[[], None], every: int, at_end: bool = True, when_stopped: bool = False
-    ) -> None:
+    def after_step(self, call: Callable[[], None], every: int, at_end: bool = True, when_stopped: bool = False) -> None:
         """Add a hook that is called once a step's record is out."""
         self._after.append(Hook(every, at_end, when_stopped, call))
 
@@ -97,15 +97,14 @@ class Trainer:
                     found |= hook.call(batch)
                     self.meter.restart()
             stop.say(step)
-            self.state, self.buffer, metrics = run_step(
-                self.compiled, self.state, self.buffer, batch, self.run.key, step
-            )
+            self.state, self.buffer, metrics = run_step(self.compiled, self.state, self.buffer, batch, self.run.key, step)
             self._flush()
             self._pending, self.done = (step, metrics), step
             self._between(found, last=step == self.steps, stopping=stop.now(step))
 
     def _between(self, found: Record, last: bool, stopping: bool) -> None:
         """Everything that is due after a step."""
+
         def due(hook: Hook) -> bool:
             return hook.when_stopped if stopping else hook.due(self.done) or (last and hook.at_end)
 

@@ -26,13 +26,12 @@ from gptjax import cli
 from gptjax.config import Config
 from gptjax.errors import ConfigError
 from gptjax.formats import llmc
-from gptjax.metrics import human_bytes
-from gptjax.models.config import ModelConfig
-from gptjax.models.params import num_params, stack, unstack
-from gptjax.models.transformer import Batch
+from gptjax.models.batch import Batch
+from gptjax.models.params import num_params, stack
 from gptjax.ops import IGNORE_INDEX
 from gptjax.parallel.mesh import describe_mesh, make_mesh
-from gptjax.run import platform_name, set_up, start_jax
+from gptjax.train.metrics import human_bytes
+from gptjax.train.setup import set_up
 from gptjax.verify import model, references
 from gptjax.verify.explain import explain
 from gptjax.verify.files import environment, write_report
@@ -40,6 +39,7 @@ from gptjax.verify.model import Subject
 from gptjax.verify.ops import check_ops
 from gptjax.verify.proof import Report
 from gptjax.weights import load_weights
+from gptjax.xla.backend import platform_name, start_jax
 
 PROG = "python -m gptjax.verify"
 WRONG = 1  # exit status
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
         cli.quiet_libraries()
         check_writable(cfg)
         jax.config.update("jax_enable_x64", True)
-        start_jax(cfg.model)
+        start_jax(cfg.model.dtype)
         subject, state, facts = make_subject(cfg)
         if cfg.explain:
             print(explain(subject))

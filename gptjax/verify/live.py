@@ -5,13 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.train.trainer import Trainer
+from gptjax.train.trainer import Trainer, WrongGradientError
 from gptjax.verify.files import environment, write_report
 from gptjax.verify.references import against_live
-
-
-class WrongGradientError(Exception):
-    """The hand-written gradient is not JAX's; the message says where, and where the report is."""
 
 
 class LiveCheck:

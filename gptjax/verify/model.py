@@ -18,9 +18,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from gptjax.models import transformer
+from gptjax.models.batch import Batch
 from gptjax.models.config import ModelConfig
 from gptjax.models.params import init_params, param_axes, per_tensor, unstack
-from gptjax.models.transformer import Batch
 from gptjax.ops import IGNORE_INDEX
 from gptjax.parallel.mesh import param_shardings, place_rows, replicated, whole
 from gptjax.parallel.sharding import on_mesh

@@ -12,9 +12,9 @@ import numpy as np
 
 from gptjax.formats.llmc import DebugState
 from gptjax.models import transformer
+from gptjax.models.batch import Batch
 from gptjax.models.config import ModelConfig
 from gptjax.models.params import init_params, stack, unstack
-from gptjax.models.transformer import Batch
 from gptjax.train.step import Backward, mean_loss_and_grad, step_key
 from gptjax.verify import finite_difference
 from gptjax.verify.comparison import compare

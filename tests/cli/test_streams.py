@@ -3,8 +3,8 @@ import sys
 
 import pytest
 
-from gptjax.errors import ConfigError, DataError, FormatError
 from gptjax.cli.streams import standard_input, whole_output
+from gptjax.errors import ConfigError, DataError, FormatError
 
 
 def test_output_is_written_before_the_block_ends(monkeypatch):

@@ -7,8 +7,8 @@ import pytest
 
 from gptjax.datasets import download
 from gptjax.datasets.download import fetch
-from gptjax.files import alone
 from gptjax.errors import DataError
+from gptjax.files import alone
 from tests.server import Status, serving
 
 CONTENT = np.random.default_rng(0).bytes(3_000_000)

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from gptjax import datasets, tokenizers
-from gptjax.datasets import download
-from gptjax.datasets import named
+from gptjax.datasets import download, named
 from gptjax.errors import DataError, FormatError
 from gptjax.formats.token_shards import write_shard
 from tests.server import serving

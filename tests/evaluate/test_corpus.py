@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from gptjax import tokenizers
-from gptjax.evaluate import corpus as perplexity
 from gptjax.datasets.batches import Windows, in_order
-from gptjax.models import scoring
+from gptjax.evaluate import corpus as perplexity
 from gptjax.evaluate.corpus import score_corpus, token_bytes
+from gptjax.models import scoring
 from tests.models import tiny
 from tests.test_data import shard
 

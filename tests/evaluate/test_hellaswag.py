@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from gptjax import tokenizers
-from gptjax.evaluate import hellaswag
 from gptjax.errors import CheckpointError, DataError, FormatError
+from gptjax.evaluate import hellaswag
 from gptjax.evaluate.estimate import Estimate
-from gptjax.formats.llmc_eval import Question
 from gptjax.evaluate.hellaswag import accuracy, find_questions, load_questions, make_rows, read_jsonl, score_questions
+from gptjax.formats.llmc_eval import Question
 from tests.formats.test_llmc_eval import EXAMPLE, evaluation_file
 from tests.models import tiny
 from tests.server import serving

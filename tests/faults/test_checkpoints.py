@@ -12,9 +12,9 @@ import jax
 import numpy as np
 import pytest
 
+from gptjax.errors import CheckpointError
 from gptjax.train import step as steps
 from gptjax.train.checkpoint import CheckpointWriter, open_newest, restore_newest
-from gptjax.errors import CheckpointError
 from gptjax.train.optimizer import OptimConfig, make_optimizer
 from tests.faults.tally import trials
 from tests.models import tiny

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptjax.models import gpt2, transformer
+from gptjax.models.batch import Batch
 from gptjax.models.params import param_shapes
-from gptjax.models.transformer import Batch
 from gptjax.ops import IGNORE_INDEX, blockwise, cross_entropy_fwd
 from tests.compare import assert_same_gradients, relative_l2
 from tests.models import tiny

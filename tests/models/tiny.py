@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptjax.models.batch import Batch
 from gptjax.models.config import ModelConfig
 from gptjax.models.params import is_weight, param_shapes, unstack, weight_table
-from gptjax.models.transformer import Batch
 
 SETTINGS: dict[str, Any] = {
     "num_layers": 2,

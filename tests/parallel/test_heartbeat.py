@@ -12,10 +12,9 @@ import time
 import jax
 import pytest
 
-from gptjax.parallel import processes
-from gptjax.parallel import heartbeat
-from gptjax.train.checkpoint import _write_errors
 from gptjax.errors import CheckpointError
+from gptjax.parallel import heartbeat, processes
+from gptjax.train.checkpoint import _write_errors
 from tests.conftest import ROOT
 from tests.test_distributed import store  # noqa: F401
 

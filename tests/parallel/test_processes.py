@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import yaml
 
+from gptjax.errors import ConfigError, GptjaxError
 from gptjax.parallel import processes
 from gptjax.parallel.processes import DistributedConfig, Stop
-from gptjax.errors import ConfigError, GptjaxError
 from tests.conftest import ROOT
 from tests.test_train import TINY, data_root, metrics, run  # noqa: F401
 
@@ -150,7 +150,7 @@ def test_what_one_cannot_do_fails_for_all_with_its_reason(store, monkeypatch):
 
 
 @contextlib.contextmanager
-def processes(count, args, devices=1):
+def started(count, args, devices=1):
     """The command in so many processes, each with so many devices."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -203,7 +203,7 @@ def test_processes_train_as_one_and_go_on_in_another_number_when_one_is_lost_and
     folder = tmp_path / "runs" / "many"
     many = [*common, "--name", "many", "--resume", "auto", "--processes.timeout", "30"]
 
-    with processes(2, [*many, "--mesh.fsdp", "2"]) as (first, second):
+    with started(2, [*many, "--mesh.fsdp", "2"]) as (first, second):
         wait_for_checkpoint(first, folder, 4)
         second.kill()
         assert "2 processes; should one be lost, all end within 30 s" in ended_because_of_another(first)
@@ -211,7 +211,7 @@ def test_processes_train_as_one_and_go_on_in_another_number_when_one_is_lost_and
     newest = max(folder.glob("checkpoints/step_????????"))
     part = max(newest.glob("state/ocdbt.process_1/d/*"), key=lambda path: path.stat().st_size)
     os.truncate(part, 100)
-    with processes(4, [*many, "--mesh.data", "2", "--mesh.tensor", "-1"]) as four:
+    with started(4, [*many, "--mesh.data", "2", "--mesh.tensor", "-1"]) as four:
         wait_for_checkpoint(four[0], folder, int(newest.name[-8:]) + 2)
         four[0].kill()
         outputs = [four[0].communicate(timeout=60)[0], *map(ended_because_of_another, four[1:])]
@@ -243,7 +243,7 @@ def test_processes_with_devices_of_their_own_start_from_given_weights_and_evalua
     assert run(*common, "--name", "given", "--train.steps", "2", "--optim.learning_rate", "0.1") == 0
     training = [*common, "--init", str(runs / "given"), "--train.steps", "4", "--train.eval_every", "2"]
     training += ["--train.sample_every", "2", "--train.sample_tokens", "8", "--train.sample_temperature", "0"]
-    with processes(2, [*training, "--name", "many", "--mesh.fsdp", "2", "--mesh.data", "-1"], devices=2) as both:
+    with started(2, [*training, "--name", "many", "--mesh.fsdp", "2", "--mesh.data", "-1"], devices=2) as both:
         outputs = [process.communicate(timeout=300)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
     capsys.readouterr()

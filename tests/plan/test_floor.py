@@ -2,9 +2,9 @@ import math
 
 import pytest
 
-from gptjax.data import BatchShape
-from gptjax.devices import NETWORK, Device
+from gptjax.datasets.batches import BatchShape
 from gptjax.models.config import ModelConfig
+from gptjax.parallel.devices import NETWORK, Device
 from gptjax.plan.collectives import Collective
 from gptjax.plan.floor import Floor, sending_rate, step_floor
 from gptjax.plan.predict import Work, step_flops, step_traffic

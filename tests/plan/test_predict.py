@@ -12,7 +12,7 @@ import sys
 import jax
 import pytest
 
-from gptjax.data import BatchShape
+from gptjax.datasets.batches import BatchShape
 from gptjax.models.config import ModelConfig
 from gptjax.models.params import flops_per_token, num_matrix_params, num_padded_params
 from gptjax.plan.collectives import bytes_sent

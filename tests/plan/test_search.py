@@ -1,6 +1,6 @@
 import pytest
 
-from gptjax.data import BatchShape
+from gptjax.datasets.batches import BatchShape
 from gptjax.models.config import ModelConfig
 from gptjax.plan import search
 from gptjax.plan.compiled import Compiled, TooLarge

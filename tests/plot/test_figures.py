@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from gptjax import tokenizers
-from gptjax.plot import figures as show
 from gptjax.models import gpt2
 from gptjax.ops import gelu_bwd
+from gptjax.plot import figures as show
 from gptjax.verify import compare
 from tests.models import tiny
 

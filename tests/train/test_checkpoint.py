@@ -5,10 +5,10 @@ import jax
 import numpy as np
 import pytest
 
+from gptjax.errors import CheckpointError
 from gptjax.train import checkpoint
 from gptjax.train import step as steps
 from gptjax.train.checkpoint import CheckpointWriter, open_newest, restore_newest
-from gptjax.errors import CheckpointError
 from gptjax.train.optimizer import OptimConfig, make_optimizer
 from tests.models import tiny
 

@@ -18,12 +18,12 @@ import pytest
 import yaml
 
 from gptjax import convert, train
-from gptjax.train import step as steps
-from gptjax.xla import native
-from gptjax.xla.cache import keep_compiled_programs
 from gptjax.datasets import find_corpus
 from gptjax.formats.token_shards import write_shard
 from gptjax.models import gpt2
+from gptjax.train import step as steps
+from gptjax.xla import native
+from gptjax.xla.cache import keep_compiled_programs
 from tests.conftest import ROOT
 
 TINY = {

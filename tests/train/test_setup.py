@@ -2,7 +2,8 @@ import pytest
 
 from gptjax import tokenizers
 from gptjax.errors import ConfigError, DataError
-from gptjax.train.setup import prompt_ids, start_jax
+from gptjax.generate.text import prompt_ids
+from gptjax.xla.backend import start_jax
 from tests.models import tiny
 
 
@@ -13,7 +14,7 @@ def test_a_platform_that_is_not_there(monkeypatch, error):
 
     monkeypatch.setattr("jax.devices", fail)
     with pytest.raises(ConfigError, match="JAX cannot start: no such device; unset JAX_PLATFORMS"):
-        start_jax(tiny.CONFIG)
+        start_jax(tiny.CONFIG.dtype)
 
 
 def test_a_sample_always_has_an_id_to_start_from():

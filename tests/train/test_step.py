@@ -8,8 +8,8 @@ import optax
 import pytest
 
 from gptjax.models import transformer
+from gptjax.models.batch import Batch
 from gptjax.models.params import init_params
-from gptjax.models.transformer import Batch
 from gptjax.ops import IGNORE_INDEX
 from gptjax.train import step as steps
 from gptjax.train.optimizer import OptimConfig, make_optimizer

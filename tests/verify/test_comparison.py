@@ -56,7 +56,7 @@ def test_entries_of_different_shapes_are_no_layers():
     assert [(row.tensor, row.layer) for row in compare(pair, pair).rows] == [("0", None), ("1", None)]
 
 
-class Block(NamedTuple):  # noqa: D101
+class Block(NamedTuple):
     w: jax.Array
     b: jax.Array
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.xla import native
 from gptjax.train.optimizer import init_opt_state, make_optimizer
+from gptjax.xla import native
 from tests.models import tiny
 from tests.test_optim import SETTINGS, assert_equals_optax, compiled, gradients_like
 

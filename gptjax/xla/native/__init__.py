@@ -22,9 +22,9 @@ import jaxlib
 import numpy as np
 from jaxtyping import Array, Float
 
-from gptjax.xla.cache import compiled_folder, processor, read_private
-from gptjax.files import write_whole
 from gptjax.errors import GptjaxError
+from gptjax.files import write_whole
+from gptjax.xla.cache import compiled_folder, processor, read_private
 
 SOURCE = Path(__file__).parent / "adamw.cc"
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fPIC", "-shared")

@@ -1,0 +1,62 @@
+"""What a run does between its steps: logging, validation, samples, checkpoints, checks of the gradient."""
+
+from collections.abc import Callable
+
+from gptjax.models.batch import Batch
+from gptjax.train.checkpoint import CheckpointWriter
+from gptjax.train.loggers import Loggers
+from gptjax.train.metrics import Display, MetricsFile, NoMetrics
+from gptjax.train.samples import sample_text
+from gptjax.train.setup import checkpoint_meta
+from gptjax.train.trainer import Record, Trainer, WrongGradientError
+
+NOTABLE = {"val_loss", "skipped", "gradient_error"}  # a step with one of them gets its line whatever log_every says
+
+
+def add_hooks(
+    trainer: Trainer,
+    records: MetricsFile | NoMetrics,
+    loggers: Loggers,
+    writer: CheckpointWriter,
+    display: Display,
+    check: Callable[[Batch], Record],
+) -> None:
+    """Add what a run does between its steps, as configured; ``check`` checks the gradient of a batch."""
+    run, cfg = trainer.run, trainer.run.cfg.train
+
+    def save() -> None:
+        writer.save(trainer.done, trainer.state, run.model, run.optimizer, checkpoint_meta(run))
+
+    def log(record: Record) -> None:
+        records.write(record)
+        loggers.write(record)
+        step = record["step"]
+        display.step(record, line=step % cfg.log_every == 0 or step == cfg.steps or not NOTABLE.isdisjoint(record))
+        writer.check()
+
+    def checkpoint() -> None:
+        if trainer.is_finite():
+            save()
+            trainer.saved = trainer.done
+        else:
+            display.print(f"{display.of(trainer.done)} | no checkpoint: the parameters give a loss that is not finite")
+
+    def print_sample() -> None:
+        text = sample_text(run, trainer.state.params, trainer.done)
+        display.print(f"--- sample after step {trainer.done} ---\n{text}\n---")
+        loggers.text("sample", text, trainer.done)
+
+    def verify(batch: Batch) -> Record:
+        try:
+            return check(batch)
+        except WrongGradientError:
+            if trainer.saved < trainer.done:  # the parameters in question, for `gptjax.verify --checkpoint`
+                save()
+            raise
+
+    trainer.listen(log)
+    trainer.before_step(verify, cfg.verify_every)
+    trainer.measure(lambda: {"val_loss": trainer.validation_loss()}, cfg.eval_every, at_end=cfg.eval_every > 0)
+    trainer.after_step(checkpoint, cfg.checkpoint_every, when_stopped=True)
+    if cfg.sample_tokens:
+        trainer.after_step(print_sample, cfg.sample_every)
