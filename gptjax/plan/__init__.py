@@ -1,1 +1,1 @@
-"""What a configuration would need and take on devices that are not here: ``python -m gptjax.plan``."""
+"""Memory, traffic and time of a configuration on devices that need not be here: ``python -m gptjax.plan``."""

@@ -5,11 +5,10 @@ shape of their torus, ``h100:8``, ``h200:8`` or ``a100:8`` GPUs by their number 
 CPUs. Every option of training is one here too. Where the mesh is left at one device, the plan shares the model out by fsdp over
 as many devices as leave 16 channels each, and copies it over the rest; the batch is rounded up to whole rows on every device.
 
-For TPU the step is compiled ahead of time, by libtpu (``pip install 'gptjax[tpu]'``), and for CPU by XLA: memory and
-collectives are the compiler's. For GPUs, whose compiler needs one, and with ``--predict``, they are predicted
-from shapes, to which a compiler adds.
-Times are floors at the rates of makers' data sheets: what no program can beat, not what this one will reach.
-The last line is the command that trains as planned; with ``--tokens`` it trains on so many.
+For TPU the step is compiled ahead of time by libtpu (``pip install 'gptjax[tpu]'``), for CPU by XLA: memory and collectives
+are then the compiler's. For GPUs, and with ``--predict``, they are predicted from shapes; a compiler adds to that.
+Times are floors at the rates of makers' data sheets, which no program can beat and few reach.
+The last line is the command that trains as planned, on as many tokens as ``--tokens`` says.
 """
 
 import dataclasses
@@ -42,13 +41,13 @@ class PlanConfig(Config):
     """A training configuration, and the devices to plan it for."""
 
     topology: str = ""
-    """What to plan for: cpu:8, h100:8 (or a100, h100-pcie, h200, l4, cuda), v5e:4x4, v6e:4x4, v4:2x2x4, v5p:2x2x4."""
+    """Devices to plan for: cpu:8, h100:8 (or a100, h100-pcie, h200, l4, cuda), v5e:4x4, v6e:4x4, v4:2x2x4, v5p:2x2x4."""
     tokens: float | None = None
     """Tokens of the whole run, as 10e9, for the days that it takes; by default those of train.steps."""
     compare: bool = False
     """Also a line for every other implementation of attention that applies."""
     predict: bool = False
-    """From shapes alone, which takes no time, even where it could be compiled."""
+    """Predict from shapes alone, at once, even where the step could be compiled."""
     largest: bool = True
     """Also the largest batch that fits: where it is compiled, that is compiled once more, with twice the rows."""
     json: str | None = None
@@ -81,8 +80,8 @@ def main(argv: list[str] | None = None) -> int:
                 Path(cfg.json).write_text(json.dumps(record, indent=1) + "\n")
             print(f"wrote {cfg.json}")
         machines = f"on each of {topology.hosts} machines" if topology.hosts > 1 else "on one machine"
-        said = f"in one process {machines}:\n  {record['train']}" if record["train"] else "not so: it does not fit"
-        print(f"{'train':<12} {said}")
+        train = f"in one process {machines}:\n  {record['train']}" if record["train"] else "not so: it does not fit"
+        print(f"{'train':<12} {train}")
     return 0
 
 
@@ -90,7 +89,7 @@ def plan(cfg: PlanConfig, file: Path | None, topology: Topology) -> dict[str, An
     """Print the plan; returns all figures, and the command that trains so, None if it does not fit.
 
     Raises:
-        GptjaxError: the topology, the mesh or the model cannot be.
+        GptjaxError: the topology, the mesh or the model is invalid.
 
     """
     model = cfg.model.resolve(topology.platform, cfg.data.seq_len)
@@ -100,15 +99,15 @@ def plan(cfg: PlanConfig, file: Path | None, topology: Topology) -> dict[str, An
     optimizer = make_optimizer(cfg.optim, cfg.train.steps, model)
     tokens = cfg.tokens or work.shape.tokens * cfg.train.steps
 
-    def made(work: Work, largest: bool) -> Plan:
+    def plan_of(work: Work, largest: bool) -> Plan:
         return make_plan(work, topology, optimizer, cfg.train.backward, devices, tokens, largest)
 
-    found = made(work, cfg.largest)
+    found = plan_of(work, cfg.largest)
     print(describe(found, topology, chosen, cfg.train.backward), flush=True)
     plans: dict[str, Plan] = {model.attention: found}
     if cfg.compare:
         for other in others(cfg.model, topology, cfg.data.seq_len, model):
-            plans[other.attention] = made(work._replace(model=other), False)
+            plans[other.attention] = plan_of(work._replace(model=other), False)
         print(comparison(plans))
     command = train_command(cfg, file, topology) if found.total <= found.capacity else None
     records = {name: p.record() for name, p in plans.items()}
@@ -119,7 +118,7 @@ def settle(cfg: PlanConfig, model: ModelConfig, topology: Topology) -> tuple[Pla
     """The configuration with a mesh in numbers, whole rows on every device and the steps of a token budget.
 
     Returns:
-        It, and what was chosen in place of what is configured, in words.
+        The configuration, and each choice that differs from what was configured, in words.
 
     Raises:
         ConfigError: the configured mesh does not fit the devices or the model.

@@ -1,4 +1,4 @@
-"""The least time that a step can take, from what it does and what devices can do; and what follows from it."""
+"""The least time of a step: its FLOPs, bytes and collectives at the rates of data sheets."""
 
 import math
 from typing import NamedTuple

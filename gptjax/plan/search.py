@@ -1,4 +1,4 @@
-"""The plan of one step: what it needs, how long it takes at least, and how large a batch could be."""
+"""The plan of one step: its memory, its least time, and the largest batch that fits."""
 
 import os
 from collections.abc import Callable
@@ -17,15 +17,15 @@ PREDICTED = "predicted from shapes, not compiled"
 
 
 class Plan(NamedTuple):
-    """All that is known of a step on one device."""
+    """The figures of a step on one device."""
 
     work: Work
     source: str
-    """Where memory and collectives are from, in words."""
+    """Where the figures of memory and collectives come from, in words."""
     compiled: bool
     memory: dict[str, int]
     saved: int
-    """Of the temporaries, what the hand-written backward keeps of the forward, by shapes."""
+    """Bytes of the temporaries that the hand-written backward saves of the forward, by shapes."""
     predicted: int
     """The temporaries, by shapes."""
     capacity: float
@@ -37,7 +37,7 @@ class Plan(NamedTuple):
     largest: int | None
     """Rows of a micro-batch on each device that fit; 0 if not one, None if not asked for."""
     searched: str
-    """How that was found."""
+    """How the largest batch was found, in words."""
     tokens: float
     """Of the whole run."""
 
@@ -89,8 +89,8 @@ def make_plan(
     if search and isinstance(found, Compiled):
         largest, searched = _by_two(work, sum(memory.values()), capacity, optimizer, backward, devices or [])
     elif search:
-        room = capacity - sum(state.values())
-        largest, searched = largest_that(lambda rows: temporary_bytes(work.with_rows(rows)) <= room), "by shapes"
+        free = capacity - sum(state.values())
+        largest, searched = largest_that(lambda rows: temporary_bytes(work.with_rows(rows)) <= free), "by shapes"
     rated = topology.device and work.model.dtype == "bfloat16"
     return Plan(
         work=work,

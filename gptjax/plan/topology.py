@@ -1,4 +1,4 @@
-"""The devices that a plan is for, by name, whether they are here or not."""
+"""Topologies by name: the devices that a plan is for, whether they are here or not."""
 
 import math
 import os
@@ -61,10 +61,10 @@ class Topology(NamedTuple):
 
 
 def parse_topology(name: str) -> Topology:
-    """What a name such as ``v5e:4x4``, ``h100:8`` or ``cpu:8`` means.
+    """The topology of a name such as ``v5e:4x4``, ``h100:8`` or ``cpu:8``.
 
     Raises:
-        ConfigError: it means nothing; it lists what would work.
+        ConfigError: the name is unknown; the message lists those that work.
 
     """
     match = re.fullmatch(r"([\w-]+):(\d+(?:x\d+)*)", name)

@@ -25,18 +25,18 @@ def train_command(cfg: Config, file: Path | None, topology: Topology) -> str:
         topology: simulated CPUs have to be asked for.
 
     """
-    given: list[str] = []
+    options: list[str] = []
     model_defaults: dict[str, Any] = {f"model.{field.name}": field.default for field in dataclasses.fields(ModelConfig)}
     configured = _options(Config(cfg.model)) | model_defaults
     with contextlib.suppress(ConfigError):
         if file:
             configured = _options(cli.parse(Config, TRAIN, "", ["--config", str(file)])[0])
-            given = ["--config", str(file)]
+            options = ["--config", str(file)]
     for name, value in _options(cfg).items():
         if value != configured[name]:
-            given += [f"--{name}", _as_text(value)]
+            options += [f"--{name}", _as_text(value)]
     simulated = f"JAX_NUM_CPU_DEVICES={topology.size} " if topology.platform == "cpu" and topology.size > 1 else ""
-    return f"{simulated}{TRAIN} {shlex.join(given)}"
+    return f"{simulated}{TRAIN} {shlex.join(options)}"
 
 
 def _options(cfg: Config) -> dict[str, Any]:

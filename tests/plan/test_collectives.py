@@ -116,6 +116,23 @@ def test_a_tpus_program_is_read_as_it_writes_it():
     ]
 
 
+CUDA = """HloModule jit_f
+ENTRY %main (p: bf16[64,16]) -> bf16[64,32] {
+  %g = ((bf16[64,16]{1,0}, bf16[8,4]{1,0}), (bf16[64,32]{1,0}, bf16[16,4]{1,0})) all-gather-start(%p, %q), \
+replica_groups=[4,2]<=[8], dimensions={1}
+  %s = (f32[64,32]{1,0}, f32[64,16]{1,0}) reduce-scatter-start(%p), replica_groups=[4,2]<=[8], dimensions={1}
+}
+"""
+
+
+def test_gathers_that_a_gpus_program_starts_together_all_count():
+    """Operands come first, then as many results."""
+    assert collectives(CUDA) == [
+        Collective("reduce-scatter", 2, 1, 64 * 32 * 4 / 2),
+        Collective("all-gather", 2, 1, (64 * 32 + 16 * 4) * 2 / 2),
+    ]
+
+
 @pytest.mark.parametrize(
     ("groups", "devices"),
     [
