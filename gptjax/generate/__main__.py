@@ -18,13 +18,12 @@ import jax
 
 from gptjax import cli, tokenizers
 from gptjax.cli.streams import standard_input
+from gptjax.config import ModelConfig, Sampler
 from gptjax.errors import ConfigError, DataError
 from gptjax.files import read_stream
 from gptjax.generate.engine import CHUNK, Rules
 from gptjax.generate.samples import Sample, continued
-from gptjax.generate.sampling import Sampler
 from gptjax.generate.text import prompt_ids
-from gptjax.models.config import ModelConfig
 from gptjax.models.decode import store_for_decoding
 from gptjax.tokenizers import Tokenizer
 from gptjax.weights import load_params, open_weights

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from gptjax import cli
-from gptjax.config import Config
+from gptjax.config import Config, ModelConfig
 from gptjax.errors import ConfigError
-from gptjax.models.config import ModelConfig
 from gptjax.plan.topology import Topology
 
 TRAIN = "python -m gptjax.train"

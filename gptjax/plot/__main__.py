@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from gptjax import cli
+from gptjax.config import Horizontal
 from gptjax.errors import ConfigError, DataError
 from gptjax.files import write_whole
-from gptjax.plot.curves import Horizontal, Run, draw
+from gptjax.plot.curves import Run, draw
 from gptjax.train.metrics import read_records
 
 PROG = "python -m gptjax.plot"
