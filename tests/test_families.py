@@ -1,7 +1,7 @@
 """A family that the package does not know goes through every command: nothing in the package changes for it.
 
-Its sharded gradient, the figures of its plan and its proof have tests beside GPT-2's: tests/parallel/test_sharding.py, tests/plan/test_predict.py and
-tests/verify/test_references.py.
+Its gradient on a mesh, the figures of its plan, and its proof have tests beside GPT-2's: tests/parallel/test_sharding.py,
+tests/plan/test_predict.py and tests/verify/test_references.py.
 """
 
 import json
@@ -82,7 +82,7 @@ def test_it_trains_and_its_live_gradient_is_checked(folder):
     assert [record["step"] for record in found] == [1, 2, 3, 4]
     assert found[0]["loss"] == pytest.approx(np.log(257), rel=0.05)
     assert found[-1]["val_loss"] < found[0]["loss"] - 0.1
-    assert 0 < found[2]["gradient_error"] < 1e-12
+    assert found[2]["gradient_error"] < 1e-6
 
 
 def test_it_resumes_from_its_checkpoint_bit_for_bit(folder):
@@ -100,10 +100,14 @@ def test_it_trains_alike_on_eight_devices(folder):
     np.testing.assert_allclose(losses(folder / "runs" / "mesh"), losses(folder / "runs" / "mlp"), rtol=1e-5)
 
 
-def test_it_is_planned_and_verified(folder, capsys):
-    assert plan.main(["--config", str(folder / "mlp.yaml"), "--topology", "h100:1"]) == 0
+def test_it_is_planned(folder, capsys):
+    assert plan.main(["--config", str(folder / "mlp.yaml"), "--topology", "h100:8", "--mesh.fsdp", "8", "--predict"]) == 0
     assert "parameters" in capsys.readouterr().out
-    assert verify.main(["--config", str(folder / "mlp.yaml"), "--model.vocab_size", "64"]) == 0
+
+
+def test_its_checkpoint_is_verified(folder, capsys):
+    run = folder / "runs" / "mlp"
+    assert verify.main(["--config", str(folder / "mlp.yaml"), "--checkpoint", str(run), "--data.seq_len", "8"]) == 0
     assert "upw" in capsys.readouterr().out
 
 

@@ -18,7 +18,7 @@ def test_one_device_sends_nothing_and_two_do():
         two = compiled.compile_work(WORK._replace(mesh=(2, 1, 1)), OPTIMIZER, "manual", jax.devices()[:2])
     assert alone.collectives == []
     assert {c.kind for c in two.collectives} == {"all-reduce"}
-    assert {"arguments", "temporaries", "program"} <= set(alone.memory)
+    assert {"gradients", "temporaries", "program"} <= set(alone.memory)
     assert alone.flops > two.flops > 0
     assert alone.seconds > 0
 

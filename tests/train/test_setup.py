@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from gptjax.config import Config, DataConfig, ModelConfig, TrainConfig
-from gptjax.errors import CheckpointError, ConfigError
+from gptjax.errors import CheckpointError, DataError
 from gptjax.train.setup import fill_folder, owned, resolved, restore, set_up
 
 MODEL = ModelConfig(num_layers=1, num_heads=2, channels=8, vocab_size=257, max_seq_len=8)
@@ -46,5 +46,5 @@ def test_a_folder_to_resume_must_hold_a_checkpoint(cfg):
 
 
 def test_a_vocabulary_that_is_too_small_for_the_corpus_is_an_error(cfg):
-    with pytest.raises(ConfigError, match="vocab_size"):
+    with pytest.raises(DataError, match="model.vocab_size is 100"):
         set_up(dataclasses.replace(cfg, model=dataclasses.replace(MODEL, vocab_size=100)))
