@@ -1,5 +1,7 @@
 """Pictures of runs: what they show is read back from the figure's own lines."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
