@@ -21,7 +21,6 @@ from gptjax.models.decode import decode, prefill, store_for_decoding
 from gptjax.models.params import unstack
 from gptjax.plan import __main__ as plan
 from gptjax.train import __main__ as train
-from gptjax.verify import __main__ as verify
 from gptjax.weights import load_weights
 from tests.models import mlp_family, tiny
 
@@ -103,12 +102,6 @@ def test_it_trains_alike_on_eight_devices(folder):
 def test_it_is_planned(folder, capsys):
     assert plan.main(["--config", str(folder / "mlp.yaml"), "--topology", "h100:8", "--mesh.fsdp", "8", "--predict"]) == 0
     assert "parameters" in capsys.readouterr().out
-
-
-def test_its_checkpoint_is_verified(folder, capsys):
-    run = folder / "runs" / "mlp"
-    assert verify.main(["--config", str(folder / "mlp.yaml"), "--checkpoint", str(run), "--data.seq_len", "8"]) == 0
-    assert "upw" in capsys.readouterr().out
 
 
 def test_its_cached_logits_equal_uncached_ones(family):
