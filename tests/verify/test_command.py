@@ -206,7 +206,7 @@ def test_a_batch_of_the_corpus(shared, tmp_path):
         (["--html", str(ROOT)], "it is a folder"),
         (["--html", "r", "--json", "./r"], "json and html are both r: name two files"),
         (["--export", "/proc/nowhere"], "/proc/nowhere cannot be used"),
-        (["--seed", "4294967296"], "seed must be from 0 to 4294967295"),
+        (["--seed", "4294967296"], "seed must be a number of at most 4,294,967,295"),
         (["--export", str(ROOT / "README.md")], "is a file, not a folder"),
         (["--data.seq_len", "4000"], "data.seq_len 4000 does not fit"),
         (["--model.attention", "cudnn"], "needs an NVIDIA GPU"),
