@@ -4,7 +4,7 @@ import dataclasses
 import os
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 
@@ -21,6 +21,7 @@ PRESETS = {  # of each family: num_layers, num_heads, channels
     "1558m": ("gpt2", 48, 25, 1600),
 }
 VOCAB_MULTIPLE = 128
+GPT2_IDS = 50_257  # of its tokenizer, end-of-text included
 SHORT_SEQUENCE = {"cpu": 128}  # beyond, blockwise attention takes less memory and, at 256 tokens on CPU, no longer
 SHORT_SEQUENCE_ELSEWHERE = 256  # not measured
 
@@ -29,7 +30,14 @@ SPLASH_MULTIPLE = 128  # lanes of a TPU's vector unit: the splash kernel takes m
 LONGEST_NAME = 200  # bytes of a run's name: file systems take 255, of which a number needs some
 LONGEST_TIMEOUT = 86_400  # seconds
 SMALLEST = 1e-6  # that a temperature or a top_p may be: what is smaller, float32 no longer tells from 0
-EVALUATED_TOKENS = 1 << 17
+EVALUATED_TOKENS = 1 << 17  # by default
+MOST_TOKENS = 1 << 24  # of one continuation, which is held in memory
+MOST_SAMPLES = (1 << 31) - 1  # continuations, of all prompts: each has a random stream of its own, by its number
+MOST_AT_ONCE = 1 << 16  # continuations
+
+
+# How a field is given on the command line, where that is not --NAME VALUE; nargs is argparse's.
+POSITIONAL, SEVERAL = {"positional": True}, {"nargs": "+"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +54,7 @@ class Architecture:
     """Width of the residual stream (C); 0 takes the preset's."""
     hidden: int = 0
     """Hidden units of the MLP (F); 0 is four times the channels."""
-    vocab_size: int = 50257
+    vocab_size: int = GPT2_IDS
     """Token ids the model knows (V); the tables are padded to a multiple of 128."""
     max_seq_len: int = 1024
     """Longest sequence."""
@@ -61,8 +69,9 @@ class Architecture:
         if self.hidden == 0:
             object.__setattr__(self, "hidden", 4 * self.channels)
         for name in ("num_layers", "num_heads", "channels", "hidden", "vocab_size", "max_seq_len"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model.{name} must be at least 1, not {getattr(self, name)}")
+            least = 0 if name == "vocab_size" and isinstance(self, ModelConfig) else 1
+            if getattr(self, name) < least:
+                raise ConfigError(f"model.{name} must be at least {least}, not {getattr(self, name)}")
         if self.channels % self.num_heads:
             raise ConfigError(
                 f"model.channels {self.channels} does not divide by model.num_heads {self.num_heads}: "
@@ -137,7 +146,9 @@ class ModelConfig(Computation, Architecture):
     """
 
     preset: Literal["124m", "350m", "774m", "1558m"] | None = None
-    """A published size: sets num_layers, num_heads and channels, each of which may still be given."""
+    """A published size, as GPT-2's 124m: sets num_layers, num_heads and channels, each of which may still be given."""
+    vocab_size: int = 0
+    """Token ids the model knows (V); the tables are padded to a multiple of 128. 0 takes the tokenizer's."""
 
     def __post_init__(self) -> None:
         """Fill in what the preset implies and check every field.
@@ -155,6 +166,10 @@ class ModelConfig(Computation, Architecture):
                 object.__setattr__(self, name, preset[name])
         Architecture.__post_init__(self)
         Computation.__post_init__(self)
+
+    def with_vocabulary(self, size: int) -> "ModelConfig":
+        """The same config for a tokenizer of ``size`` ids, unless it says how many ids it knows."""
+        return self if self.vocab_size else dataclasses.replace(self, vocab_size=size)
 
     @property
     def architecture(self) -> Architecture:
@@ -480,6 +495,18 @@ def check_name(name: str) -> None:
 class Config:
     """Everything that defines a training run."""
 
+    READS: ClassVar[tuple[str, ...]]
+    """The sections and options that the command reads; all, where a class does not say."""
+    COMMON: ClassVar[tuple[str, ...]] = (
+        *("model.preset", "model.num_layers", "model.num_heads", "model.channels", "model.vocab_size", "model.max_seq_len"),
+        *("model.dropout", "model.dtype", "data.dataset", "data.tokenizer", "data.tokens", "data.batch_size", "data.seq_len"),
+        *("optim.name", "optim.learning_rate", "optim.schedule", "optim.warmup_steps", "optim.weight_decay"),
+        *("optim.grad_clip", "optim.accumulate", "train.steps", "train.backward", "train.log_every", "train.eval_every"),
+        *("train.sample_every", "train.sample_prompt", "train.checkpoint_every", "train.verify_every"),
+        *("log", "mesh", "name", "runs", "seed", "init", "resume"),
+    )
+    """Those of them that ``--help`` explains; ``--help_all`` explains the others, too."""
+
     model: ModelConfig
     """The model."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -524,6 +551,12 @@ class Config:
 class VerifyConfig(Config):
     """A training configuration, and what to check of it."""
 
+    READS: ClassVar = (
+        *(f"model.{field.name}" for field in dataclasses.fields(ModelConfig) if field.name != "dtype"),
+        *("data", "optim.accumulate", "mesh", "seed"),
+    )
+    COMMON: ClassVar = READS
+
     dtype: Literal["float64", "float32", "bfloat16"] = "float64"
     """Compute dtype of the gradient on trial, in place of model.dtype; bfloat16 is judged by JAX's own error in it."""
     reference: str = "autodiff"
@@ -563,6 +596,12 @@ class VerifyConfig(Config):
 class PlanConfig(Config):
     """A training configuration, and the devices to plan it for."""
 
+    READS: ClassVar = (
+        *("model", "data.batch_size", "data.seq_len", "data.tokenizer", "optim.name", "optim.mu_dtype", "optim.accumulate"),
+        *("train.steps", "train.backward", "mesh"),
+    )
+    COMMON: ClassVar = READS
+
     topology: str = ""
     """Devices to plan for: cpu:8, h100:8 (or a100, h100-pcie, h200, l4, cuda), v5e:4x4, v6e:4x4, v4:2x2x4, v5p:2x2x4."""
     tokens: float | None = None
@@ -591,6 +630,12 @@ class PlanConfig(Config):
 @dataclasses.dataclass(frozen=True)
 class BenchConfig(Config):
     """A training configuration, and what to time of it."""
+
+    READS: ClassVar = ("model", "data", "optim", "train", "log", "mesh", "seed")
+    COMMON: ClassVar = (
+        *("model", "data.dataset", "data.tokenizer", "data.batch_size", "data.seq_len", "optim.name", "optim.accumulate"),
+        *("train.steps", "train.backward", "train.eval_every", "seed"),
+    )
 
     what: Literal["step", "decode", "data", "loop", "program"] = "step"
     """step: the training step; decode: sampling with a cache, batch 1; data: tokenizing the configured corpus, and reading
@@ -676,6 +721,190 @@ class EvaluateConfig:
     def wanted(self) -> int | None:
         """Tokens of a corpus that are asked for; None for all."""
         return EVALUATED_TOKENS if self.tokens is None else self.tokens or None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateConfig(Sampler):
+    """What to continue, and how."""
+
+    checkpoint: str
+    """The model: see above."""
+    prompt: list[str] = dataclasses.field(default_factory=list, metadata=SEVERAL)
+    """Text to continue, or several."""
+    prompts: str | None = None
+    """File with a prompt on each line; - is standard input."""
+    interactive: bool = False
+    """Go on with what you type, line by line; /reset forgets it all, /end ends."""
+    num_samples: int = 1
+    """Continuations of each prompt."""
+    max_new_tokens: int = 256
+    """Tokens in a continuation, unless something ends it before."""
+    stop: list[str] = dataclasses.field(default_factory=list, metadata=SEVERAL)
+    """Text before which a continuation ends, or several."""
+    ignore_end: bool = False
+    """Go on after end-of-text, too."""
+    seed: int = 0
+    """The same seed gives the same text, on one kind of device and in one dtype."""
+    batch_size: int = 32
+    """Continuations made at a time; it changes none of them."""
+    show_tokens: bool = False
+    """List each token and its id on a line of its own, in place of the text."""
+    logprobs: bool = False
+    """Also list the log-probability that the model gave each token."""
+    json: bool = False
+    """Write each continuation as a JSON object on a line of its own."""
+    tokenizer: str | None = None
+    """For a checkpoint that comes without one: gpt2, byte, or a tokenizer file."""
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """Dtype of the computation and the weights; auto is bfloat16 on GPU and TPU, float32 on CPU."""
+    int8: bool = False
+    """Keep the weights in 8 bits: faster, a little less exact."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ConfigError: a number is out of its range.
+
+        """
+        super().__post_init__()
+        for name, most in {"max_new_tokens": MOST_TOKENS, "num_samples": MOST_SAMPLES, "batch_size": MOST_AT_ONCE}.items():
+            if not 1 <= getattr(self, name) <= most:
+                raise ConfigError(f"{name} must be from 1 to {most}, not {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed must be from 0 to {2**32 - 1}, not {self.seed}")
+
+    @property
+    def sampler(self) -> Sampler:
+        """How the next token is chosen."""
+        return Sampler(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Sampler)})
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertConfig:
+    """What to convert, and to what."""
+
+    source: str = dataclasses.field(metadata=POSITIONAL)
+    """The model to convert, or the file to inspect."""
+    destination: str | None = dataclasses.field(default=None, metadata=POSITIONAL | {"nargs": "?"})
+    """The file or folder to write; it must not exist."""
+    to: Literal["hf", "llmc", "safetensors"] | None = None
+    """Format to write: hf, llmc or safetensors; by default what the destination's name says."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Dtype to write: float32 or bfloat16; by default the source's."""
+    inspect: bool = False
+    """Say what the source is, and end."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetConfig:
+    """The corpus to prepare."""
+
+    dataset: str = dataclasses.field(metadata=POSITIONAL)
+    """A named corpus (pydoc, tinyshakespeare, shakespeare-char, tinystories, openwebtext, fineweb, fineweb-edu), or a file,
+    folder or pattern of text."""
+    root: str = "data"
+    """Folder in which prepared corpora are kept."""
+    tokenizer: str | None = None
+    """What the text is tokenized with: gpt2, byte, char, bpe:SIZE (trained on it), a file; by default a corpus's own,
+    or gpt2."""
+    column: str | None = None
+    """The column of .jsonl or .parquet that holds the text; by default text, or else the first that holds any."""
+    tokens: int | None = None
+    """Stop after this many training tokens, where a corpus comes in parts; by default take them all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainTokenizerConfig:
+    """A vocabulary to make from text."""
+
+    input: list[str] = dataclasses.field(metadata=SEVERAL)
+    """Files, folders or patterns of text, as for --data.dataset of training."""
+    column: str | None = None
+    """The column of .jsonl or .parquet that holds the text."""
+    kind: Literal["bpe", "char"] = "bpe"
+    """What to train: bpe, a byte-level BPE, or char, the text's characters."""
+    vocab_size: int = 2048
+    """Ids of a BPE: 256 bytes, the merges, and end-of-text."""
+    output: str = "tokenizer.json"
+    """File to write."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodeConfig:
+    """Text to turn into ids."""
+
+    tokenizer: str
+    """gpt2, byte, a tokenizer.json, a folder that holds one, or llm.c's gpt2_tokenizer.bin."""
+    text: list[str] = dataclasses.field(default_factory=list, metadata=POSITIONAL | {"nargs": "*"})
+    """Text, joined by spaces; without any, standard input up to its last byte."""
+    output: str | None = None
+    """Token shard to write, instead of printing the ids."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """Ids to turn into text."""
+
+    tokenizer: str
+    """gpt2, byte, a tokenizer.json, a folder that holds one, or llm.c's gpt2_tokenizer.bin."""
+    ids: list[int] = dataclasses.field(default_factory=list, metadata=POSITIONAL | {"nargs": "*"})
+    """Ids; without any, those on standard input."""
+    input: str | None = None
+    """Token shard to read the ids from."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportTokenizerConfig:
+    """A tokenizer to write as llm.c's file."""
+
+    tokenizer: str
+    """gpt2, byte, a tokenizer.json, a folder that holds one, or llm.c's gpt2_tokenizer.bin."""
+    version: Literal[1, 2] = 2
+    """Version of the file; 1 is for GPT-2's vocabulary alone."""
+    output: str = "gpt2_tokenizer.bin"
+    """File to write."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PlotConfig:
+    """The runs to draw, and how."""
+
+    runs: list[str] = dataclasses.field(metadata=POSITIONAL | SEVERAL)
+    """Folders of runs, or their metrics.jsonl."""
+    output: str | None = None
+    """File to write, .png, .svg or .pdf; by default metrics.png, see above."""
+    x: Horizontal = "steps"
+    """What runs are compared along: steps, tokens or time, which is that spent in steps."""
+    smooth: int | None = None
+    """Steps in a running mean, 1 for none; by default a 25th of the longest run."""
+
+    def __post_init__(self) -> None:
+        """Check the range.
+
+        Raises:
+            ConfigError: the mean is of no step.
+
+        """
+        if self.smooth is not None and self.smooth < 1:
+            raise ConfigError(f"--smooth must be at least 1, not {self.smooth}")
+
+
+COMMANDS: dict[str, Any] = {
+    "train": Config,
+    "generate": GenerateConfig,
+    "evaluate": EvaluateConfig,
+    "verify": VerifyConfig,
+    "plot": PlotConfig,
+    "convert": ConvertConfig,
+    "datasets": DatasetConfig,
+    "tokenizers train": TrainTokenizerConfig,
+    "tokenizers encode": EncodeConfig,
+    "tokenizers decode": DecodeConfig,
+    "tokenizers export": ExportTokenizerConfig,
+    "plan": PlanConfig,
+    "bench": BenchConfig,
+}
 
 
 def _at_least(section: str, cfg: object, least: int, *names: str) -> None:

@@ -22,6 +22,7 @@ from gptjax import cli
 from gptjax.bench import ceiling, data, loop, program, steps, torch_peer
 from gptjax.bench.profile import OpTime, profile
 from gptjax.bench.timing import Timing, in_turns
+from gptjax.cli.options import parse
 from gptjax.config import BenchConfig
 from gptjax.datasets import find_corpus
 from gptjax.datasets.batches import BatchShape
@@ -37,7 +38,7 @@ OPS = 12  # lines of a profile
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status."""
     with cli.reported_errors(PROG):
-        cfg, _ = cli.parse(BenchConfig, PROG, __doc__ or "", argv)
+        cfg, _ = parse(BenchConfig, PROG, __doc__ or "", argv)
         cfg = dataclasses.replace(cfg, what="decode") if cfg.decode else cfg
         if cfg.json and not Path(cfg.json).absolute().parent.is_dir():
             raise ConfigError(f"{cfg.json} cannot be written: there is no folder {Path(cfg.json).absolute().parent}")

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 
 from gptjax import cli, datasets, tokenizers
+from gptjax.cli.options import parse
 from gptjax.cli.progress import counting
 from gptjax.config import Config, DataConfig, EvaluateConfig, ModelConfig
 from gptjax.datasets import Corpus
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status 0; bad input raises SystemExit(2)."""
     began = time.perf_counter()
     with cli.reported_errors(PROG, "lower batch_size"):
-        cfg, _ = cli.parse(EvaluateConfig, PROG, __doc__ or "", argv)
+        cfg, _ = parse(EvaluateConfig, PROG, __doc__ or "", argv)
         cli.keep_freed_memory()
         keep_compiled_programs()
         cli.quiet_libraries()
@@ -153,7 +154,7 @@ def data_of_run(folder: Path) -> DataConfig | None:
     if not (folder / "checkpoints").is_dir() or not os.path.lexists(file):
         return None
     try:
-        return cli.parse(Config, PROG, "", ["--config", str(file)])[0].data
+        return parse(Config, PROG, "", ["--config", str(file)])[0].data
     except ConfigError as error:
         raise ConfigError(f"{file} cannot be used ({error}): correct it, or remove it to evaluate without it") from error
 

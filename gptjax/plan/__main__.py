@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from gptjax import cli
+from gptjax.cli.options import parse
 from gptjax.config import MeshConfig, ModelConfig, PlanConfig
 from gptjax.datasets.batches import BatchShape
 from gptjax.errors import ConfigError, naming
@@ -38,7 +39,7 @@ CHANNELS = 16  # that each device keeps of a weight at least, where the plan cho
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status."""
     with cli.reported_errors(PROG):
-        cfg, file = cli.parse(PlanConfig, PROG, __doc__ or "", argv)
+        cfg, file = parse(PlanConfig, PROG, __doc__ or "", argv)
         if cfg.json and not Path(cfg.json).absolute().parent.is_dir():
             raise ConfigError(f"{cfg.json} cannot be written: there is no folder {Path(cfg.json).absolute().parent}")
         topology = parse_topology(cfg.topology)

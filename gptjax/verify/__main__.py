@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax import cli
+from gptjax.cli.options import parse
 from gptjax.config import VerifyConfig
 from gptjax.errors import ConfigError
 from gptjax.formats import llmc
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status; bad input raises SystemExit(2)."""
     began = time.perf_counter()
     with cli.reported_errors(PROG):
-        cfg, _ = cli.parse(VerifyConfig, PROG, __doc__ or "", argv)
+        cfg, _ = parse(VerifyConfig, PROG, __doc__ or "", argv)
         cli.keep_freed_memory()
         cli.quiet_libraries()
         check_writable(cfg)
