@@ -4,10 +4,11 @@ from . import ops as ops
 from . import tokenizers as tokenizers
 from .config import Config as Config
 from .config import DataConfig as DataConfig
+from .config import ModelConfig as ModelConfig
+from .config import OptimConfig as OptimConfig
 from .config import TrainConfig as TrainConfig
 from .generate import sample as sample
 from .models.batch import Batch as Batch
-from .models.config import ModelConfig as ModelConfig
 from .models.gpt2 import block_bwd as block_bwd
 from .models.gpt2 import block_fwd as block_fwd
 from .models.params import init_params as init_params
@@ -21,7 +22,6 @@ from .ops.attention import materialised_bwd as materialised_bwd
 from .plot import figures as figures
 from .train import setup as setup
 from .train import step as step
-from .train.optimizer import OptimConfig as OptimConfig
 from .verify import check as check
 from .verify import compare as compare
 from .weights import load_weights as load_weights

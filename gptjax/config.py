@@ -1,16 +1,231 @@
-"""The configuration: frozen dataclasses, read from YAML and the command line."""
+"""Every option of every command, as frozen dataclasses, read from YAML and the command line by `gptjax.cli`."""
 
 import dataclasses
+import os
+import re
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
-from gptjax.datasets.batches import Order
+import jax.numpy as jnp
+
 from gptjax.errors import ConfigError
-from gptjax.generate.sampling import Sampler
-from gptjax.models.config import ModelConfig
-from gptjax.parallel.mesh import MeshConfig
-from gptjax.parallel.processes import DistributedConfig
-from gptjax.train.folders import check_name
-from gptjax.train.optimizer import OptimConfig
-from gptjax.train.step import Backward
+
+Order = Literal["shuffle", "sequential"]
+Backward = Literal["manual", "autodiff"]
+Horizontal = Literal["steps", "tokens", "time"]
+
+PRESETS = {  # of each family: num_layers, num_heads, channels
+    "124m": ("gpt2", 12, 12, 768),
+    "350m": ("gpt2", 24, 16, 1024),
+    "774m": ("gpt2", 36, 20, 1280),
+    "1558m": ("gpt2", 48, 25, 1600),
+}
+VOCAB_MULTIPLE = 128
+GPT2_IDS = 50_257  # of its tokenizer, end-of-text included
+SHORT_SEQUENCE = {"cpu": 128}  # beyond, blockwise attention takes less memory and, at 256 tokens on CPU, no longer
+SHORT_SEQUENCE_ELSEWHERE = 256  # not measured
+
+
+SPLASH_MULTIPLE = 128  # lanes of a TPU's vector unit: the splash kernel takes multiples of it alone
+LONGEST_NAME = 200  # bytes of a run's name: file systems take 255, of which a number needs some
+LONGEST_TIMEOUT = 86_400  # seconds
+SMALLEST = 1e-6  # that a temperature or a top_p may be: what is smaller, float32 no longer tells from 0
+EVALUATED_TOKENS = 1 << 17  # by default
+MOST_TOKENS = 1 << 24  # of one continuation, which is held in memory
+MOST_SAMPLES = (1 << 31) - 1  # continuations, of all prompts: each has a random stream of its own, by its number
+MOST_AT_ONCE = 1 << 16  # continuations
+
+
+# How a field is given on the command line, where that is not --NAME VALUE; nargs is argparse's.
+POSITIONAL, SEVERAL = {"positional": True}, {"nargs": "+"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """What the weights are: the family and its dimensions. A checkpoint keeps it."""
+
+    family: str = "gpt2"
+    """The network: gpt2."""
+    num_layers: int = 0
+    """Transformer blocks (L); 0 takes the preset's."""
+    num_heads: int = 0
+    """Attention heads (H), a divisor of channels; 0 takes the preset's."""
+    channels: int = 0
+    """Width of the residual stream (C); 0 takes the preset's."""
+    hidden: int = 0
+    """Hidden units of the MLP (F); 0 is four times the channels."""
+    vocab_size: int = GPT2_IDS
+    """Token ids the model knows (V); the tables are padded to a multiple of 128."""
+    max_seq_len: int = 1024
+    """Longest sequence."""
+
+    def __post_init__(self) -> None:
+        """Fill in the hidden units and check every field.
+
+        Raises:
+            ConfigError: a dimension is missing or does not divide, or a number is out of range.
+
+        """
+        if self.hidden == 0:
+            object.__setattr__(self, "hidden", 4 * self.channels)
+        for name in ("num_layers", "num_heads", "channels", "hidden", "vocab_size", "max_seq_len"):
+            least = 0 if name == "vocab_size" and isinstance(self, ModelConfig) else 1
+            if getattr(self, name) < least:
+                raise ConfigError(f"model.{name} must be at least {least}, not {getattr(self, name)}")
+        if self.channels % self.num_heads:
+            raise ConfigError(
+                f"model.channels {self.channels} does not divide by model.num_heads {self.num_heads}: "
+                f"choose a multiple, such as {self.num_heads * max(1, round(self.channels / self.num_heads))}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """D: channels of a head."""
+        return self.channels // self.num_heads
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Vp: V rounded up to a multiple of 128."""
+        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    @property
+    def axis_sizes(self) -> dict[str, int]:
+        """The size of each logical axis of a weight, by its letter in the legend of `gptjax.ops`."""
+        return {
+            "L": self.num_layers,
+            "C": self.channels,
+            "H": self.num_heads,
+            "D": self.head_dim,
+            "F": self.hidden,
+            "Vp": self.padded_vocab_size,
+            "T": self.max_seq_len,
+        }
+
+
+DIMENSIONS = tuple(field.name for field in dataclasses.fields(Architecture))
+
+
+@dataclasses.dataclass(frozen=True)
+class Computation:
+    """How a model is computed; the weights do not depend on it."""
+
+    dropout: float = 0.0
+    """Dropout rate on embeddings, attention probabilities and both residual branches."""
+    dropout_mlp: float = 0.0
+    """Dropout rate inside the MLP, on its activations."""
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """Compute dtype; auto is bfloat16 on GPU and TPU, float32 on CPU. Parameters stay float32."""
+    attention: Literal["auto", "materialised", "blockwise", "cudnn", "splash"] = "auto"
+    """Attention implementation; auto picks by platform and sequence length."""
+    layers: Literal["unroll", "scan"] = "unroll"
+    """Unrolled layers run faster; scanned ones compile faster."""
+    recompute: Literal["none", "gelu", "block"] = "none"
+    """What the backward computes again instead of storing: nothing, the MLP's activations, or each whole block."""
+    loss_chunks: int = 1
+    """Chunks of the classifier's rows: more chunks keep fewer logits in memory at once."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ConfigError: a number is out of range.
+
+        """
+        for name in ("dropout", "dropout_mlp"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"model.{name} must be in [0, 1), not {getattr(self, name)}")
+        if self.loss_chunks < 1:
+            raise ConfigError(f"model.loss_chunks must be at least 1, not {self.loss_chunks}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(Computation, Architecture):
+    """The section ``model`` of a configuration: what the model is, and how it is computed.
+
+    Immutable and hashable, so that it can be a static argument of a jitted function.
+    """
+
+    preset: Literal["124m", "350m", "774m", "1558m"] | None = None
+    """A published size, as GPT-2's 124m: sets num_layers, num_heads and channels, each of which may still be given."""
+    vocab_size: int = 0
+    """Token ids the model knows (V); the tables are padded to a multiple of 128. 0 takes the tokenizer's."""
+
+    def __post_init__(self) -> None:
+        """Fill in what the preset implies and check every field.
+
+        Raises:
+            ConfigError: a dimension is missing or does not divide, or a number is out of range.
+
+        """
+        names = "family", "num_layers", "num_heads", "channels"
+        preset = dict(zip(names, PRESETS[self.preset], strict=True)) if self.preset else {}
+        for name in names[1:]:
+            if getattr(self, name) == 0:
+                if name not in preset:
+                    raise ConfigError(f"model.{name} is missing: give it, or choose model.preset from {', '.join(PRESETS)}")
+                object.__setattr__(self, name, preset[name])
+        Architecture.__post_init__(self)
+        Computation.__post_init__(self)
+
+    def with_vocabulary(self, size: int) -> "ModelConfig":
+        """The same config for a tokenizer of ``size`` ids, unless it says how many ids it knows."""
+        return self if self.vocab_size else dataclasses.replace(self, vocab_size=size)
+
+    @property
+    def architecture(self) -> Architecture:
+        """What a checkpoint keeps."""
+        return Architecture(**{name: getattr(self, name) for name in DIMENSIONS})
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        """The dtype of activations; call on a `resolve`d config."""
+        return jnp.dtype(self.dtype)
+
+    def resolve(self, platform: str, seq_len: int) -> "ModelConfig":
+        """The same config with every ``auto`` decided for ``platform`` ("cpu", "cuda", "rocm", "tpu") and sequence length.
+
+        Raises:
+            ConfigError: the sequence is too long, or a kernel for attention is asked for where it cannot run.
+
+        """
+        if not 1 <= seq_len <= self.max_seq_len:
+            raise ConfigError(
+                f"data.seq_len {seq_len} does not fit model.max_seq_len {self.max_seq_len}: it must be between 1 and that"
+            )
+        dtype = ("float32" if platform == "cpu" else "bfloat16") if self.dtype == "auto" else self.dtype
+        obstacles: dict[Any, str | None] = {
+            "cudnn": self._cudnn_obstacle(platform, dtype),
+            "splash": self._splash_obstacle(platform, dtype, seq_len),
+        }
+        if obstacle := obstacles.get(self.attention):
+            raise ConfigError(f"model.attention {self.attention} {obstacle}: choose auto, materialised or blockwise")
+        attention, short = self.attention, SHORT_SEQUENCE.get(platform, SHORT_SEQUENCE_ELSEWHERE)
+        if attention == "auto":
+            without: Any = "materialised" if seq_len <= short else "blockwise"
+            attention = next((kernel for kernel, obstacle in obstacles.items() if not obstacle), without)
+        return dataclasses.replace(self, dtype=dtype, attention=attention)
+
+    def _cudnn_obstacle(self, platform: str, dtype: str) -> str | None:
+        if platform != "cuda":
+            return f"needs an NVIDIA GPU, not {platform}"
+        if dtype != "bfloat16":
+            return f"needs model.dtype bfloat16, not {dtype}"
+        if self.head_dim % 8 or self.head_dim > 128:
+            return f"needs heads of a multiple of 8 and at most 128 channels, not {self.head_dim}"
+        if self.dropout:
+            return "offers no dropout"
+        return None
+
+    def _splash_obstacle(self, platform: str, dtype: str, seq_len: int) -> str | None:
+        if platform != "tpu":
+            return f"needs a TPU, not {platform}"
+        if dtype == "float64":
+            return "needs model.dtype bfloat16 or float32, not float64"
+        if seq_len % SPLASH_MULTIPLE:
+            return f"needs data.seq_len to be a multiple of {SPLASH_MULTIPLE}, not {seq_len}"
+        if self.dropout:
+            return "offers no dropout"
+        return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +258,98 @@ class DataConfig:
 
         """
         _at_least("data", self, 1, "batch_size", "seq_len", *(["tokens"] if self.tokens is not None else []))
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """An optimizer of optax's with clipping, warm-up and a schedule."""
+
+    name: Literal["adamw", "muon", "lion", "adafactor", "sgd"] = "adamw"
+    """adamw; muon, for the blocks' matrices, with AdamW for the rest; lion; adafactor; or sgd with momentum."""
+    learning_rate: float = 6e-4
+    """Peak learning rate, reached at the end of the warm-up."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    """What follows the warm-up. constant; linear or cosine down to final_fraction of the peak; wsd (warm-up, stable, decay):
+    constant, then linear down over the last decay_fraction of all steps."""
+    warmup_steps: int = 0
+    """Steps over which the rate rises linearly; step n of them uses (n + 1) / warmup_steps of the peak."""
+    final_fraction: float = 0.0
+    """The last learning rate as a fraction of the peak."""
+    decay_fraction: float = 0.2
+    """Part of all steps over which wsd decays."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay on matrices and embeddings; none on biases and norms."""
+    beta1: float = 0.9
+    """Decay of the first moment, of adamw, lion and muon's AdamW."""
+    beta2: float = 0.95
+    """Decay of the second moment, of adamw and muon's AdamW; of the momentum, of lion."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    momentum: float = 0.95
+    """Decay of the momentum, of muon and sgd."""
+    mu_dtype: Literal["bfloat16"] | None = None
+    """Dtype of the first moment, or the momentum: bfloat16 halves its memory, and on CPU the update is then XLA's, not C++;
+    by default the parameters'."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm, after averaging over micro-batches; 0 turns clipping off."""
+    accumulate: int = 1
+    """Micro-batches whose mean gradient makes one step."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ConfigError: a number is out of its range.
+
+        """
+        if not self.eps > 0:
+            raise ConfigError(f"optim.eps must be above 0, not {self.eps}")
+        for name in ("learning_rate", "weight_decay", "grad_clip"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"optim.{name} must not be negative, not {getattr(self, name)}")
+        if self.name == "adafactor" and self.mu_dtype:
+            raise ConfigError("optim.mu_dtype has no effect on adafactor, which keeps no first moment: leave it out")
+        for name in ("beta1", "beta2", "momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"optim.{name} must be in [0, 1), not {getattr(self, name)}")
+        for name in ("final_fraction", "decay_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"optim.{name} must be in [0, 1], not {getattr(self, name)}")
+        if self.warmup_steps < 0:
+            raise ConfigError(f"optim.warmup_steps must not be negative, not {self.warmup_steps}")
+        if self.accumulate < 1:
+            raise ConfigError(f"optim.accumulate must be at least 1, not {self.accumulate}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """From which distribution a token is drawn. The filters apply in the order of the fields, as in Hugging Face's."""
+
+    temperature: float = 0.8
+    """Divides the logits; 0 takes the likeliest token, and no filter matters."""
+    top_k: int = 50
+    """Draw among this many likeliest tokens, and any as likely as the last of them; 0 for all."""
+    top_p: float = 1.0
+    """Draw among the likeliest tokens that together have this probability, and any as likely as the last of them (nucleus
+    sampling, Holtzman et al. 2020); 1 for all."""
+    min_p: float = 0.0
+    """Draw among the tokens that are at least this many times as likely as the likeliest (Nguyen et al. 2024); 0 for all."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ConfigError: a number is out of its range.
+
+        """
+        if not (self.temperature == 0 or SMALLEST <= self.temperature <= 1 / SMALLEST):
+            raise ConfigError(f"temperature must be 0, or from {SMALLEST:g} to {1 / SMALLEST:g}, not {self.temperature}")
+        if self.top_k < 0:
+            raise ConfigError(f"top_k must be at least 0, not {self.top_k}")
+        if not SMALLEST <= self.top_p <= 1:
+            raise ConfigError(f"top_p must be from {SMALLEST:g} to 1, not {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise ConfigError(f"min_p must be from 0 to 1, not {self.min_p}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +408,104 @@ class LogConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """The mesh's shape. One axis may be -1, which takes the devices that the others leave; all 1 is one device."""
+
+    data: int = 1
+    """Copies of the model, each with its share of every batch's rows."""
+    fsdp: int = 1
+    """Fully sharded data parallelism: devices that share out the rows and, along its channels, each weight with its gradient
+    and moments. A layer's weights are gathered when it is computed."""
+    tensor: int = 1
+    """Devices that share out the heads, the MLP's hidden units and the vocabulary: it must divide model.num_heads."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ConfigError: a size is neither -1 nor at least 1, or two are -1.
+
+        """
+        for axis, size in vars(self).items():
+            if size < 1 and size != -1:
+                raise ConfigError(f"mesh.{axis} must be at least 1, or -1 for the rest of the devices, not {size}")
+        if self.shape.count(-1) > 1:
+            raise ConfigError("only one of mesh.data, mesh.fsdp and mesh.tensor can be -1, the rest of the devices")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(data, fsdp, tensor)."""
+        return self.data, self.fsdp, self.tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    """Processes that train together. Slurm, Open MPI 4, Kubernetes and Cloud TPU are detected, elsewhere each is told."""
+
+    coordinator: str | None = None
+    """HOST:PORT at which process 0 listens and the others find it."""
+    process: str | None = None
+    """N/M: this is process N, from 0, of M."""
+    detect: bool = True
+    """Whether to look for a cluster and join it."""
+    timeout: int = 100
+    """Seconds without a sign of life after which a process counts as lost, and all end."""
+
+    def __post_init__(self) -> None:
+        """Check that what belongs together is there.
+
+        Raises:
+            ConfigError: only one of the two is given, or something is no number.
+
+        """
+        if (self.coordinator is None) != (self.process is None):
+            raise ConfigError("distributed.coordinator HOST:PORT and distributed.process N/M are given together or not at all")
+        if self.coordinator is not None and not re.fullmatch(r".+:\d+", self.coordinator):
+            raise ConfigError(f"distributed.coordinator must be HOST:PORT, not {self.coordinator}")
+        if self.process is not None and not (re.fullmatch(r"\d+/\d+", self.process) and self.index_of < self.count_of):
+            raise ConfigError(f"distributed.process must be N/M, with N from 0 to M - 1, not {self.process}")
+        if not 1 <= self.timeout <= LONGEST_TIMEOUT:
+            raise ConfigError(f"distributed.timeout must be from 1 to {LONGEST_TIMEOUT} seconds, not {self.timeout}")
+
+    @property
+    def index_of(self) -> int:
+        """N."""
+        return int(str(self.process).split("/")[0])
+
+    @property
+    def count_of(self) -> int:
+        """M."""
+        return int(str(self.process).split("/")[1])
+
+
+def check_name(name: str) -> None:
+    """Check that a run can have this name.
+
+    Raises:
+        ConfigError: it is not one component of a path, or cannot be shown.
+
+    """
+    if not name.strip() or name in (".", "..") or "/" in name or not name.isprintable():
+        raise ConfigError(f"name must be that of one folder, without / or control characters, not {name!r}")
+    if len(os.fsencode(name)) > LONGEST_NAME:
+        raise ConfigError(f"name must have at most {LONGEST_NAME} bytes, not {len(os.fsencode(name))}")
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Everything that defines a training run."""
+
+    READS: ClassVar[tuple[str, ...]]
+    """The sections and options that the command reads; all, where a class does not say."""
+    COMMON: ClassVar[tuple[str, ...]] = (
+        *("model.preset", "model.num_layers", "model.num_heads", "model.channels", "model.vocab_size", "model.max_seq_len"),
+        *("model.dropout", "model.dtype", "data.dataset", "data.tokenizer", "data.tokens", "data.batch_size", "data.seq_len"),
+        *("optim.name", "optim.learning_rate", "optim.schedule", "optim.warmup_steps", "optim.weight_decay"),
+        *("optim.grad_clip", "optim.accumulate", "train.steps", "train.backward", "train.log_every", "train.eval_every"),
+        *("train.sample_every", "train.sample_prompt", "train.checkpoint_every", "train.verify_every"),
+        *("log", "mesh", "name", "runs", "seed", "init", "resume"),
+    )
+    """Those of them that ``--help`` explains; ``--help_all`` explains the others, too."""
 
     model: ModelConfig
     """The model."""
@@ -142,6 +545,366 @@ class Config:
             check_name(self.name)
         if self.resume == "":
             raise ConfigError("resume is empty: name the folder of a run, or auto")
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifyConfig(Config):
+    """A training configuration, and what to check of it."""
+
+    READS: ClassVar = (
+        *(f"model.{field.name}" for field in dataclasses.fields(ModelConfig) if field.name != "dtype"),
+        *("data", "optim.accumulate", "mesh", "seed"),
+    )
+    COMMON: ClassVar = READS
+
+    dtype: Literal["float64", "float32", "bfloat16"] = "float64"
+    """Compute dtype of the gradient on trial, in place of model.dtype; bfloat16 is judged by JAX's own error in it."""
+    reference: str = "autodiff"
+    """autodiff; finite-difference; or an llm.c debug state file, whose tokens then are the batch (give its model as
+    checkpoint). The latter two need float64 or float32."""
+    checkpoint: str | None = None
+    """Parameters: a run, or any model that gptjax.convert reads; without it, initial ones with noise."""
+    batch: Literal["random", "corpus"] = "random"
+    """Tokens: random ones, of which one in eight is not to be predicted, or the first training batch of data.dataset."""
+    layers: bool = False
+    """A row for each tensor and layer, instead of one for each tensor."""
+    explain: bool = False
+    """Say how the tolerances of this configuration come about, and end."""
+    json: str | None = None
+    """File to write the report to, as JSON."""
+    html: str | None = None
+    """File to write the report to, as a web page."""
+    export: str | None = None
+    """Folder to write the model and its gradients to, once they hold, as the two files that llm.c's C test reads. Turns off
+    what llm.c does not have: dropout, targets that do not count, and accumulation."""
+
+    def __post_init__(self) -> None:
+        """Check what goes together.
+
+        Raises:
+            ConfigError: a reference that a 16-bit gradient cannot be held against.
+
+        """
+        super().__post_init__()
+        if self.dtype == "bfloat16" and self.reference != "autodiff":
+            raise ConfigError(
+                f"reference {self.reference} needs dtype float64 or float32: bfloat16 is judged by autodiff's own error"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanConfig(Config):
+    """A training configuration, and the devices to plan it for."""
+
+    READS: ClassVar = (
+        *("model", "data.batch_size", "data.seq_len", "data.tokenizer", "optim.name", "optim.mu_dtype", "optim.accumulate"),
+        *("train.steps", "train.backward", "mesh"),
+    )
+    COMMON: ClassVar = READS
+
+    topology: str = ""
+    """Devices to plan for: cpu:8, h100:8 (or a100, h100-pcie, h200, l4, cuda), v5e:4x4, v6e:4x4, v4:2x2x4, v5p:2x2x4."""
+    tokens: float | None = None
+    """Tokens of the whole run, as 10e9, for the days that it takes; by default those of train.steps."""
+    compare: bool = False
+    """Also a line for every other implementation of attention that applies."""
+    predict: bool = False
+    """Predict from shapes alone, at once, even where the step could be compiled."""
+    largest: bool = True
+    """Also the largest batch that fits: where it is compiled, that is compiled once more, with twice the rows."""
+    json: str | None = None
+    """File to write all figures to."""
+
+    def __post_init__(self) -> None:
+        """Check the budget.
+
+        Raises:
+            ConfigError: it is not above 0.
+
+        """
+        super().__post_init__()
+        if self.tokens is not None and self.tokens <= 0:
+            raise ConfigError(f"tokens must be above 0, not {self.tokens:g}")
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchConfig(Config):
+    """A training configuration, and what to time of it."""
+
+    READS: ClassVar = ("model", "data", "optim", "train", "log", "mesh", "seed")
+    COMMON: ClassVar = (
+        *("model", "data.dataset", "data.tokenizer", "data.batch_size", "data.seq_len", "optim.name", "optim.accumulate"),
+        *("train.steps", "train.backward", "train.eval_every", "seed"),
+    )
+
+    what: Literal["step", "decode", "data", "loop", "program"] = "step"
+    """step: the training step; decode: sampling with a cache, batch 1; data: tokenizing the configured corpus, and reading
+    batches from it; loop: the steps between two validations, alone and with all that training does beside them; program: count
+    the operations of the step and the bytes of their results, before any fusion, of both backwards."""
+    platform: Literal["cpu", "cuda", "rocm", "tpu"] | None = None
+    """Of what program; by default that which is here."""
+    decode: bool = False
+    """Short for what decode."""
+    compare: bool = False
+    """Also the step with the other backward, layout, recomputation and attention."""
+    peer: Literal["none", "torch"] = "none"
+    """torch: also transformers' GPT-2 on PyTorch, eager and compiled, in float32 and bfloat16; needs the extra parity."""
+    rounds: int = 12
+    """How often each is timed; of the model, after two rounds that do not count."""
+    profile: bool = False
+    """Also where the time of the first row goes, op by op."""
+    json: str | None = None
+    """File to write all figures to."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ConfigError: there is no round.
+
+        """
+        super().__post_init__()
+        if self.platform and self.what != "program":
+            raise ConfigError("platform is for what program; what is timed runs on the platform that is here")
+        if self.rounds < 1:
+            raise ConfigError(f"rounds must be at least 1, not {self.rounds}")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """What to evaluate, and on what."""
+
+    checkpoint: str
+    """A run, a Hugging Face folder, an llm.c model .bin, a .safetensors of gptjax, or hf:NAME on the hub."""
+    dataset: str
+    """As --data.dataset of training: a named corpus, a folder of token shards, or text, tokenized with the checkpoint's
+    tokenizer. Or hellaswag, llm.c's hellaswag_val.bin, or a .jsonl of questions."""
+    split: Literal["val", "train"] = "val"
+    """Of a corpus."""
+    tokens: int | None = None
+    """Of a corpus, rounded up to whole windows; the same ones each time. By default 131072; 0 for all of the split."""
+    examples: int | None = None
+    """Of HellaSwag, the first so many; by default all."""
+    seq_len: int | None = None
+    """Tokens in a window of a corpus; by default the longest sequence that the model takes."""
+    batch_size: int = 8
+    """Sequences at a time; the figures do not depend on it."""
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """Compute dtype; auto is bfloat16 on GPU and TPU, float32 on CPU."""
+    tokenizer: str | None = None
+    """For a checkpoint that comes without one: gpt2, byte, a tokenizer.json, a folder with one, or llm.c's file."""
+    column: str | None = None
+    """Of a corpus of .jsonl or .parquet, the column that holds the text."""
+    root: str = "data"
+    """Folder in which downloads and prepared corpora are kept."""
+    json: str | None = None
+    """File to write all figures to."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ConfigError: a number is out of its range, or the file to write could not be.
+
+        """
+        least = {"tokens": 0, "examples": 1, "seq_len": 1, "batch_size": 1}
+        for name, value in least.items():
+            given = getattr(self, name)
+            if given is not None and given < value:
+                raise ConfigError(f"{name} must be at least {value}, not {given}")
+        if self.json and not Path(self.json).absolute().parent.is_dir():
+            raise ConfigError(f"{self.json} cannot be written: there is no folder {Path(self.json).absolute().parent}")
+        if self.json and Path(self.json).is_dir():
+            raise ConfigError(f"{self.json} cannot be written: it is a folder")
+
+    @property
+    def wanted(self) -> int | None:
+        """Tokens of a corpus that are asked for; None for all."""
+        return EVALUATED_TOKENS if self.tokens is None else self.tokens or None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateConfig(Sampler):
+    """What to continue, and how."""
+
+    checkpoint: str
+    """The model: see above."""
+    prompt: list[str] = dataclasses.field(default_factory=list, metadata=SEVERAL)
+    """Text to continue, or several."""
+    prompts: str | None = None
+    """File with a prompt on each line; - is standard input."""
+    interactive: bool = False
+    """Go on with what you type, line by line; /reset forgets it all, /end ends."""
+    num_samples: int = 1
+    """Continuations of each prompt."""
+    max_new_tokens: int = 256
+    """Tokens in a continuation, unless something ends it before."""
+    stop: list[str] = dataclasses.field(default_factory=list, metadata=SEVERAL)
+    """Text before which a continuation ends, or several."""
+    ignore_end: bool = False
+    """Go on after end-of-text, too."""
+    seed: int = 0
+    """The same seed gives the same text, on one kind of device and in one dtype."""
+    batch_size: int = 32
+    """Continuations made at a time; it changes none of them."""
+    show_tokens: bool = False
+    """List each token and its id on a line of its own, in place of the text."""
+    logprobs: bool = False
+    """Also list the log-probability that the model gave each token."""
+    json: bool = False
+    """Write each continuation as a JSON object on a line of its own."""
+    tokenizer: str | None = None
+    """For a checkpoint that comes without one: gpt2, byte, or a tokenizer file."""
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """Dtype of the computation and the weights; auto is bfloat16 on GPU and TPU, float32 on CPU."""
+    int8: bool = False
+    """Keep the weights in 8 bits: faster, a little less exact."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ConfigError: a number is out of its range.
+
+        """
+        super().__post_init__()
+        for name, most in {"max_new_tokens": MOST_TOKENS, "num_samples": MOST_SAMPLES, "batch_size": MOST_AT_ONCE}.items():
+            if not 1 <= getattr(self, name) <= most:
+                raise ConfigError(f"{name} must be from 1 to {most}, not {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed must be from 0 to {2**32 - 1}, not {self.seed}")
+
+    @property
+    def sampler(self) -> Sampler:
+        """How the next token is chosen."""
+        return Sampler(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Sampler)})
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertConfig:
+    """What to convert, and to what."""
+
+    source: str = dataclasses.field(metadata=POSITIONAL)
+    """The model to convert, or the file to inspect."""
+    destination: str | None = dataclasses.field(default=None, metadata=POSITIONAL | {"nargs": "?"})
+    """The file or folder to write; it must not exist."""
+    to: Literal["hf", "llmc", "safetensors"] | None = None
+    """Format to write: hf, llmc or safetensors; by default what the destination's name says."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Dtype to write: float32 or bfloat16; by default the source's."""
+    inspect: bool = False
+    """Say what the source is, and end."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetConfig:
+    """The corpus to prepare."""
+
+    dataset: str = dataclasses.field(metadata=POSITIONAL)
+    """A named corpus (pydoc, tinyshakespeare, shakespeare-char, tinystories, openwebtext, fineweb, fineweb-edu), or a file,
+    folder or pattern of text."""
+    root: str = "data"
+    """Folder in which prepared corpora are kept."""
+    tokenizer: str | None = None
+    """What the text is tokenized with: gpt2, byte, char, bpe:SIZE (trained on it), a file; by default a corpus's own,
+    or gpt2."""
+    column: str | None = None
+    """The column of .jsonl or .parquet that holds the text; by default text, or else the first that holds any."""
+    tokens: int | None = None
+    """Stop after this many training tokens, where a corpus comes in parts; by default take them all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainTokenizerConfig:
+    """A vocabulary to make from text."""
+
+    input: list[str] = dataclasses.field(metadata=SEVERAL)
+    """Files, folders or patterns of text, as for --data.dataset of training."""
+    column: str | None = None
+    """The column of .jsonl or .parquet that holds the text."""
+    kind: Literal["bpe", "char"] = "bpe"
+    """What to train: bpe, a byte-level BPE, or char, the text's characters."""
+    vocab_size: int = 2048
+    """Ids of a BPE: 256 bytes, the merges, and end-of-text."""
+    output: str = "tokenizer.json"
+    """File to write."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodeConfig:
+    """Text to turn into ids."""
+
+    tokenizer: str
+    """gpt2, byte, a tokenizer.json, a folder that holds one, or llm.c's gpt2_tokenizer.bin."""
+    text: list[str] = dataclasses.field(default_factory=list, metadata=POSITIONAL | {"nargs": "*"})
+    """Text, joined by spaces; without any, standard input up to its last byte."""
+    output: str | None = None
+    """Token shard to write, instead of printing the ids."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """Ids to turn into text."""
+
+    tokenizer: str
+    """gpt2, byte, a tokenizer.json, a folder that holds one, or llm.c's gpt2_tokenizer.bin."""
+    ids: list[int] = dataclasses.field(default_factory=list, metadata=POSITIONAL | {"nargs": "*"})
+    """Ids; without any, those on standard input."""
+    input: str | None = None
+    """Token shard to read the ids from."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportTokenizerConfig:
+    """A tokenizer to write as llm.c's file."""
+
+    tokenizer: str
+    """gpt2, byte, a tokenizer.json, a folder that holds one, or llm.c's gpt2_tokenizer.bin."""
+    version: Literal[1, 2] = 2
+    """Version of the file; 1 is for GPT-2's vocabulary alone."""
+    output: str = "gpt2_tokenizer.bin"
+    """File to write."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PlotConfig:
+    """The runs to draw, and how."""
+
+    runs: list[str] = dataclasses.field(metadata=POSITIONAL | SEVERAL)
+    """Folders of runs, or their metrics.jsonl."""
+    output: str | None = None
+    """File to write, .png, .svg or .pdf; by default metrics.png, see above."""
+    x: Horizontal = "steps"
+    """What runs are compared along: steps, tokens or time, which is that spent in steps."""
+    smooth: int | None = None
+    """Steps in a running mean, 1 for none; by default a 25th of the longest run."""
+
+    def __post_init__(self) -> None:
+        """Check the range.
+
+        Raises:
+            ConfigError: the mean is of no step.
+
+        """
+        if self.smooth is not None and self.smooth < 1:
+            raise ConfigError(f"--smooth must be at least 1, not {self.smooth}")
+
+
+COMMANDS: dict[str, Any] = {
+    "train": Config,
+    "generate": GenerateConfig,
+    "evaluate": EvaluateConfig,
+    "verify": VerifyConfig,
+    "plot": PlotConfig,
+    "convert": ConvertConfig,
+    "datasets": DatasetConfig,
+    "tokenizers train": TrainTokenizerConfig,
+    "tokenizers encode": EncodeConfig,
+    "tokenizers decode": DecodeConfig,
+    "tokenizers export": ExportTokenizerConfig,
+    "plan": PlanConfig,
+    "bench": BenchConfig,
+}
 
 
 def _at_least(section: str, cfg: object, least: int, *names: str) -> None:

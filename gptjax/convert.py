@@ -10,12 +10,13 @@ import hashlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
 from gptjax import cli, tokenizers
+from gptjax.cli.options import parse
+from gptjax.config import ConvertConfig
 from gptjax.errors import ConfigError, FormatError
 from gptjax.files import open_file
 from gptjax.formats import hf_tokenizer, llmc, llmc_tokenizer
@@ -34,21 +35,15 @@ NAMES = {"float32": "F32", "bfloat16": "BF16"}
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status 0; bad input raises SystemExit(2)."""
-    parser = cli.Parser(prog=PROG, description=__doc__)
-    parser.add_argument("source", type=str, help="what to convert")
-    parser.add_argument("destination", type=str | None, nargs="?", help="file or folder to write; must not exist")
-    parser.add_argument("--to", choices=["hf", "llmc", "safetensors"], help="format to write, in place of what DST's name says")
-    parser.add_argument("--dtype", choices=list(NAMES), help="of what is written; by default as it is")
-    parser.add_argument("--inspect", action="store_true", help="say what SRC is, and end")
     with cli.reported_errors(PROG):
         cli.quiet_libraries()
-        args: Any = parser.parse_args(argv)
-        if args.inspect:
-            print(inspect(args.source))
+        cfg, _ = parse(ConvertConfig, PROG, __doc__ or "", argv)
+        if cfg.inspect:
+            print(inspect(cfg.source))
             return 0
-        if args.destination is None:
+        if cfg.destination is None:
             raise ConfigError("name what to write, too, or give --inspect")
-        convert(args.source, Path(args.destination), args.to, args.dtype)
+        convert(cfg.source, Path(cfg.destination), cfg.to, cfg.dtype)
     return 0
 
 

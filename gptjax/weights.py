@@ -13,11 +13,11 @@ from jax import Array
 from jax.sharding import Mesh
 
 from gptjax import tokenizers
+from gptjax.config import DIMENSIONS, Architecture, ModelConfig
 from gptjax.errors import CheckpointError, FormatError, GptjaxError
 from gptjax.formats import hf, hf_tokenizer, llmc, safetensors
 from gptjax.formats.lazy import LazyTensor, pad_vocab, stack_lazily
 from gptjax.formats.recognise import recognise
-from gptjax.models.config import DIMENSIONS, Architecture, ModelConfig
 from gptjax.models.family import Weight
 from gptjax.models.params import param_axes, per_tensor, tensor_at
 from gptjax.parallel.mesh import param_shardings, place

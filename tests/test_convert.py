@@ -12,13 +12,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from gptjax import tokenizers
+from gptjax.config import OptimConfig
 from gptjax.convert import main
 from gptjax.formats import llmc, llmc_tokenizer
 from gptjax.formats.lazy import collect, tensor_names
 from gptjax.formats.token_shards import write_shard
 from gptjax.models.params import stack
 from gptjax.train.checkpoint import CheckpointWriter
-from gptjax.train.optimizer import OptimConfig, make_optimizer
+from gptjax.train.optimizer import make_optimizer
 from gptjax.train.step import init_state
 from gptjax.weights import load_weights
 from tests.conftest import ROOT

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from gptjax import tokenizers
+from gptjax.config import OptimConfig
 from gptjax.formats import llmc
 from gptjax.models import transformer
 from gptjax.models.batch import Batch
 from gptjax.train import step as steps
-from gptjax.train.optimizer import OptimConfig, init_opt_state, make_optimizer
+from gptjax.train.optimizer import init_opt_state, make_optimizer
 from gptjax.train.step import TrainState
 from gptjax.weights import load_weights, open_weights, write_weights
 from tests.compare import relative_l2

@@ -6,13 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptjax.config import MeshConfig, OptimConfig
 from gptjax.errors import CheckpointError, FormatError
 from gptjax.formats import llmc
 from gptjax.models.params import param_axes, stack
-from gptjax.parallel.mesh import MeshConfig, make_mesh, param_shardings
+from gptjax.parallel.mesh import make_mesh, param_shardings
 from gptjax.tokenizers import Characters
 from gptjax.train.checkpoint import CheckpointWriter
-from gptjax.train.optimizer import OptimConfig, make_optimizer
+from gptjax.train.optimizer import make_optimizer
 from gptjax.train.step import init_state
 from gptjax.weights import load_weights, open_weights, write_weights
 from tests.models import tiny

@@ -14,7 +14,7 @@ import os
 import statistics
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 
@@ -22,7 +22,8 @@ from gptjax import cli
 from gptjax.bench import ceiling, data, loop, program, steps, torch_peer
 from gptjax.bench.profile import OpTime, profile
 from gptjax.bench.timing import Timing, in_turns
-from gptjax.config import Config
+from gptjax.cli.options import parse
+from gptjax.config import BenchConfig
 from gptjax.datasets import find_corpus
 from gptjax.datasets.batches import BatchShape
 from gptjax.errors import ConfigError, naming
@@ -34,47 +35,10 @@ PROG = "python -m gptjax.bench"
 OPS = 12  # lines of a profile
 
 
-@dataclasses.dataclass(frozen=True)
-class BenchConfig(Config):
-    """A training configuration, and what to time of it."""
-
-    what: Literal["step", "decode", "data", "loop", "program"] = "step"
-    """step: the training step; decode: sampling with a cache, batch 1; data: tokenizing the configured corpus, and reading
-    batches from it; loop: the steps between two validations, alone and with all that training does beside them; program: count
-    the operations of the step and the bytes of their results, before any fusion, of both backwards."""
-    platform: Literal["cpu", "cuda", "rocm", "tpu"] | None = None
-    """Of what program; by default that which is here."""
-    decode: bool = False
-    """Short for what decode."""
-    compare: bool = False
-    """Also the step with the other backward, layout, recomputation and attention."""
-    peer: Literal["none", "torch"] = "none"
-    """torch: also transformers' GPT-2 on PyTorch, eager and compiled, in float32 and bfloat16; needs the extra parity."""
-    rounds: int = 12
-    """How often each is timed; of the model, after two rounds that do not count."""
-    profile: bool = False
-    """Also where the time of the first row goes, op by op."""
-    json: str | None = None
-    """File to write all figures to."""
-
-    def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            ConfigError: there is no round.
-
-        """
-        super().__post_init__()
-        if self.platform and self.what != "program":
-            raise ConfigError("platform is for what program; what is timed runs on the platform that is here")
-        if self.rounds < 1:
-            raise ConfigError(f"rounds must be at least 1, not {self.rounds}")
-
-
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status."""
     with cli.reported_errors(PROG):
-        cfg, _ = cli.parse(BenchConfig, PROG, __doc__ or "", argv)
+        cfg, _ = parse(BenchConfig, PROG, __doc__ or "", argv)
         cfg = dataclasses.replace(cfg, what="decode") if cfg.decode else cfg
         if cfg.json and not Path(cfg.json).absolute().parent.is_dir():
             raise ConfigError(f"{cfg.json} cannot be written: there is no folder {Path(cfg.json).absolute().parent}")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gptjax.models.config import ModelConfig
+from gptjax.config import ModelConfig
 from gptjax.models.params import flops_per_token, num_params
 from gptjax.xla.products import contract
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.datasets.batches import BatchShape, Order, TrainingBatches
+from gptjax.config import Order
+from gptjax.datasets.batches import BatchShape, TrainingBatches
 from gptjax.datasets.prepare import encode
 from gptjax.datasets.text import Piece
 from gptjax.formats.token_shards import Shard

@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from gptjax.config import Config
+from gptjax.config import Backward, Config, ModelConfig
 from gptjax.datasets.batches import BatchShape
-from gptjax.models.config import ModelConfig
 from gptjax.train import step as steps
 from gptjax.train.optimizer import make_optimizer
 
@@ -22,7 +21,7 @@ class Operations(NamedTuple):
     """Bytes of its results, summed over them: what it would write if nothing were fused."""
 
 
-def lowered_step(cfg: Config, model: ModelConfig, backward: steps.Backward, platform: str) -> Operations:
+def lowered_step(cfg: Config, model: ModelConfig, backward: Backward, platform: str) -> Operations:
     """Operations of a training step: of its gradient and of its update, whole.
 
     Args:

@@ -10,11 +10,10 @@ import jax
 import numpy as np
 
 from gptjax.bench.timing import Contender
-from gptjax.config import Config
+from gptjax.config import Config, ModelConfig, Sampler
 from gptjax.errors import ConfigError
-from gptjax.generate import Sampler, sample
+from gptjax.generate import sample
 from gptjax.models.batch import Batch
-from gptjax.models.config import ModelConfig
 from gptjax.models.decode import store_for_decoding
 from gptjax.models.params import init_params
 from gptjax.ops import ATTENTION_IMPLEMENTATIONS

@@ -2,16 +2,16 @@
 
 import bisect
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 
+from gptjax.config import Order
 from gptjax.errors import ConfigError, DataError
 from gptjax.formats.token_shards import Shard
 from gptjax.models.batch import Batch
 
-Order = Literal["shuffle", "sequential"]
 PREFETCH_BATCHES = 4
 
 

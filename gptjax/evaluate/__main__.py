@@ -13,20 +13,20 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 
 from gptjax import cli, datasets, tokenizers
+from gptjax.cli.options import parse
 from gptjax.cli.progress import counting
-from gptjax.config import Config, DataConfig
+from gptjax.config import Config, DataConfig, EvaluateConfig, ModelConfig
 from gptjax.datasets import Corpus
 from gptjax.datasets.batches import Windows, in_order
 from gptjax.errors import ConfigError, DataError, naming
 from gptjax.evaluate import hellaswag
 from gptjax.evaluate.corpus import score_corpus
 from gptjax.evaluate.estimate import Estimate
-from gptjax.models.config import ModelConfig
 from gptjax.models.params import num_params
 from gptjax.tokenizers import Tokenizer, is_gpt2
 from gptjax.weights import Source, load_params, open_weights
@@ -34,67 +34,13 @@ from gptjax.xla.backend import platform_name, start_jax
 from gptjax.xla.cache import keep_compiled_programs
 
 PROG = "python -m gptjax.evaluate"
-TOKENS = 1 << 17
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluateConfig:
-    """What to evaluate, and on what."""
-
-    checkpoint: str
-    """A run, a Hugging Face folder, an llm.c model .bin, a .safetensors of gptjax, or hf:NAME on the hub."""
-    dataset: str
-    """As --data.dataset of training: a named corpus, a folder of token shards, or text, tokenized with the checkpoint's
-    tokenizer. Or hellaswag, llm.c's hellaswag_val.bin, or a .jsonl of questions."""
-    split: Literal["val", "train"] = "val"
-    """Of a corpus."""
-    tokens: int | None = None
-    """Of a corpus, rounded up to whole windows; the same ones each time. By default 131072; 0 for all of the split."""
-    examples: int | None = None
-    """Of HellaSwag, the first so many; by default all."""
-    seq_len: int | None = None
-    """Tokens in a window of a corpus; by default the longest sequence that the model takes."""
-    batch_size: int = 8
-    """Sequences at a time; the figures do not depend on it."""
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
-    """Compute dtype; auto is bfloat16 on GPU and TPU, float32 on CPU."""
-    tokenizer: str | None = None
-    """For a checkpoint that comes without one: gpt2, byte, a tokenizer.json, a folder with one, or llm.c's file."""
-    column: str | None = None
-    """Of a corpus of .jsonl or .parquet, the column that holds the text."""
-    root: str = "data"
-    """Folder in which downloads and prepared corpora are kept."""
-    json: str | None = None
-    """File to write all figures to."""
-
-    def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            ConfigError: a number is out of its range, or the file to write could not be.
-
-        """
-        least = {"tokens": 0, "examples": 1, "seq_len": 1, "batch_size": 1}
-        for name, value in least.items():
-            given = getattr(self, name)
-            if given is not None and given < value:
-                raise ConfigError(f"{name} must be at least {value}, not {given}")
-        if self.json and not Path(self.json).absolute().parent.is_dir():
-            raise ConfigError(f"{self.json} cannot be written: there is no folder {Path(self.json).absolute().parent}")
-        if self.json and Path(self.json).is_dir():
-            raise ConfigError(f"{self.json} cannot be written: it is a folder")
-
-    @property
-    def wanted(self) -> int | None:
-        """Tokens of a corpus that are asked for; None for all."""
-        return TOKENS if self.tokens is None else self.tokens or None
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status 0; bad input raises SystemExit(2)."""
     began = time.perf_counter()
     with cli.reported_errors(PROG, "lower batch_size"):
-        cfg, _ = cli.parse(EvaluateConfig, PROG, __doc__ or "", argv)
+        cfg, _ = parse(EvaluateConfig, PROG, __doc__ or "", argv)
         cli.keep_freed_memory()
         keep_compiled_programs()
         cli.quiet_libraries()
@@ -208,7 +154,7 @@ def data_of_run(folder: Path) -> DataConfig | None:
     if not (folder / "checkpoints").is_dir() or not os.path.lexists(file):
         return None
     try:
-        return cli.parse(Config, PROG, "", ["--config", str(file)])[0].data
+        return parse(Config, PROG, "", ["--config", str(file)])[0].data
     except ConfigError as error:
         raise ConfigError(f"{file} cannot be used ({error}): correct it, or remove it to evaluate without it") from error
 

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from gptjax.config import ModelConfig
 from gptjax.errors import CheckpointError
 from gptjax.evaluate.estimate import Estimate, ratio
 from gptjax.models.batch import Batch
-from gptjax.models.config import ModelConfig
 from gptjax.models.transformer import token_losses
 from gptjax.tokenizers import Tokenizer
 

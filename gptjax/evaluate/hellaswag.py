@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gptjax.config import ModelConfig
 from gptjax.datasets.download import fetch
 from gptjax.errors import DataError, FormatError
 from gptjax.evaluate.corpus import score
@@ -20,7 +21,6 @@ from gptjax.evaluate.estimate import Estimate, ratio
 from gptjax.files import open_file
 from gptjax.formats.llmc_eval import ENDINGS, Question, is_questions, read_questions
 from gptjax.models.batch import Batch
-from gptjax.models.config import ModelConfig
 from gptjax.tokenizers import Tokenizer, is_gpt2
 
 NAME = "hellaswag"

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gptjax.config import Architecture
 from gptjax.errors import ConfigError, FormatError
 from gptjax.files import write_folder
 from gptjax.formats import safetensors
 from gptjax.formats.json_files import read_object
 from gptjax.formats.tables import FileTensor, Part, Table, each_layer, file_contents, file_tensors, open_params, table_of
-from gptjax.models.config import Architecture
 from gptjax.models.family import family_of
 from gptjax.models.params import INIT_STD
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptjax.models.config import Architecture
+from gptjax.config import Architecture
 from gptjax.models.family import Weight, family_of
 from gptjax.models.params import is_stacked, rows
 

@@ -26,12 +26,12 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from gptjax.config import Architecture
 from gptjax.errors import ConfigError, FormatError
 from gptjax.files import open_file
 from gptjax.formats.binary import HEADER_BYTES, check_size, read_header, write_file
 from gptjax.formats.lazy import pad_vocab
 from gptjax.formats.tables import FileTensor, Part, Table, each_layer, file_tensors, join, open_params, table_of
-from gptjax.models.config import Architecture
 from gptjax.models.family import family_of
 from gptjax.models.params import rows
 

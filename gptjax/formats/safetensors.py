@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from gptjax.config import Architecture
 from gptjax.errors import ConfigError, FormatError
 from gptjax.files import check_file, open_file, write_whole
 from gptjax.formats.lazy import LazyTensor
 from gptjax.formats.tables import FileTensor, Part, Table, each_layer, file_contents, file_tensors, open_params
-from gptjax.models.config import Architecture
 from gptjax.models.family import family_of
 from gptjax.models.params import rows
 

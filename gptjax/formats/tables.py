@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gptjax.config import Architecture
 from gptjax.errors import ConfigError
 from gptjax.formats.lazy import LazyTensor, collect, tensor_of, unpadded_shape
-from gptjax.models.config import Architecture
 from gptjax.models.family import Weight
 from gptjax.models.params import rows
 

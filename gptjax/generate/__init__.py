@@ -1,7 +1,6 @@
 """Text from a model: sampling with a cache of keys and values."""
 
 from gptjax.generate.engine import CHUNK, Drawn, Rules, generate, sample, window_start
-from gptjax.generate.sampling import Sampler
 from gptjax.generate.text import TextStream
 
-__all__ = ["CHUNK", "Drawn", "Rules", "Sampler", "TextStream", "generate", "sample", "window_start"]
+__all__ = ["CHUNK", "Drawn", "Rules", "TextStream", "generate", "sample", "window_start"]

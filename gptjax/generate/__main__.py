@@ -17,14 +17,14 @@ from typing import Any, NamedTuple
 import jax
 
 from gptjax import cli, tokenizers
+from gptjax.cli.options import parse
 from gptjax.cli.streams import standard_input
+from gptjax.config import MOST_SAMPLES, GenerateConfig, ModelConfig
 from gptjax.errors import ConfigError, DataError
 from gptjax.files import read_stream
 from gptjax.generate.engine import CHUNK, Rules
 from gptjax.generate.samples import Sample, continued
-from gptjax.generate.sampling import Sampler
 from gptjax.generate.text import prompt_ids
-from gptjax.models.config import ModelConfig
 from gptjax.models.decode import store_for_decoding
 from gptjax.tokenizers import Tokenizer
 from gptjax.weights import load_params, open_weights
@@ -32,9 +32,6 @@ from gptjax.xla.backend import platform_name, start_jax
 from gptjax.xla.cache import keep_compiled_programs
 
 PROG = "python -m gptjax.generate"
-MOST_TOKENS = 1 << 24  # of one continuation, which is held in memory
-MOST_SAMPLES = (1 << 31) - 1  # continuations, of all prompts: each has a random stream of its own, by its number
-MOST_AT_ONCE = 1 << 16  # continuations
 MOST_BYTES = 1 << 24  # of a file of prompts
 RESET, END = "/reset", "/end"  # what an interactive session understands
 
@@ -50,12 +47,7 @@ class Model(NamedTuple):
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status 0; bad input raises SystemExit(2)."""
     with cli.reported_errors(PROG, "lower batch_size"):
-        args: Any = _parser().parse_args(argv)
-        for name, most in {"max_new_tokens": MOST_TOKENS, "num_samples": MOST_SAMPLES, "batch_size": MOST_AT_ONCE}.items():
-            if not 1 <= args[name] <= most:
-                raise ConfigError(f"{name} must be from 1 to {most}, not {args[name]}")
-        if not 0 <= args.seed < 2**32:
-            raise ConfigError(f"seed must be from 0 to {2**32 - 1}, not {args.seed}")
+        args, _ = parse(GenerateConfig, PROG, __doc__ or "", argv)
         prompts = read_prompts(args)
         if args.num_samples * len(prompts) > MOST_SAMPLES:
             raise ConfigError(f"num_samples {args.num_samples} is too many: at most {MOST_SAMPLES:,} can be made at once")
@@ -71,37 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> cli.Parser:
-    parser = cli.Parser(prog=PROG, description=__doc__)
-    add = parser.add_argument
-    add("--checkpoint", required=True, type=str, help="the model: see above")
-    add("--prompt", nargs="+", default=[], type=str, help="text to continue, or several")
-    add("--prompts", type=str | None, help="file with a prompt a line; - is standard input")
-    add("--num_samples", default=1, type=int, help="continuations of each prompt")
-    add("--max_new_tokens", default=256, type=int, help="length of a continuation, unless something ends it before")
-    parser.add_class_arguments(Sampler)
-    add("--seed", default=0, type=int, help="the same seed gives the same text, on one kind of device and in one dtype")
-    add("--batch_size", default=32, type=int, help="continuations made at a time; it changes none of them")
-    add("--stop", nargs="+", default=[], type=str, help="text before which a continuation ends, or several")
-    add("--ignore_end", action="store_true", help="go on after end-of-text, too")
-    add("--show_tokens", action="store_true", help="list id and token, a line each, in place of the text")
-    add("--logprobs", action="store_true", help="also list the log-probability that the model gave each token")
-    add("--json", action="store_true", help="write one JSON object a continuation, a line each")
-    add(
-        "--interactive", action="store_true", help=f"go on with what you type, line by line; {RESET} forgets it all, {END} ends"
-    )
-    add("--tokenizer", type=str | None, help="gpt2, byte or a tokenizer file, for a checkpoint that comes without one")
-    add(
-        "--dtype",
-        default="auto",
-        choices=["auto", "float32", "bfloat16", "float64"],
-        help="of what is computed, and of weights",
-    )
-    add("--int8", action="store_true", help="keep the weights in 8 bits: faster, a little less exact")
-    return parser
-
-
-def read_prompts(args: Any) -> list[str]:
+def read_prompts(args: GenerateConfig) -> list[str]:
     """What to continue; one empty prompt where nothing is given.
 
     Raises:
@@ -135,14 +97,13 @@ def read_prompts(args: Any) -> list[str]:
     return text.removesuffix("\n").split("\n")
 
 
-def load(args: Any) -> Model:
+def load(args: GenerateConfig) -> Model:
     """The checkpoint as `store_for_decoding` keeps it, and its tokenizer.
 
     Raises:
         GptjaxError: there is none, it is damaged, or its tokenizer is not known or not its own.
 
     """
-    sampler = Sampler(**{field.name: args[field.name] for field in dataclasses.fields(Sampler)})
     source = open_weights(args.checkpoint)
     tokenizer = tokenizers.find(args.tokenizer) if args.tokenizer else source.tokenizer
     if not tokenizer:
@@ -158,10 +119,10 @@ def load(args: Any) -> Model:
     cfg: ModelConfig = wanted.resolve(platform_name(), 1)
     params = load_params(source, cfg)
     end = None if args.ignore_end else tokenizer.end_of_text
-    return Model(store_for_decoding(params, cfg, args.int8), tokenizer, Rules(cfg, sampler, tokenizer.vocab_size, end))
+    return Model(store_for_decoding(params, cfg, args.int8), tokenizer, Rules(cfg, args.sampler, tokenizer.vocab_size, end))
 
 
-def write(model: Model, prompts: list[str], args: Any) -> None:
+def write(model: Model, prompts: list[str], args: GenerateConfig) -> None:
     """Continue each prompt ``num_samples`` times, ``batch_size`` at a time, and print each batch once it is done.
 
     Raises:
@@ -211,7 +172,7 @@ def as_json(record: dict[str, Any]) -> str:
     return line
 
 
-def converse(model: Model, args: Any) -> None:
+def converse(model: Model, args: GenerateConfig) -> None:
     """Continue what is typed, with all that was said before in view. Ctrl-C ends an answer, Ctrl-D the session."""
     with contextlib.suppress(ImportError):  # not on Windows
         import readline  # noqa: F401  # gives input() its history

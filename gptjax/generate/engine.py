@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from gptjax.config import ModelConfig, Sampler
 from gptjax.errors import CheckpointError
-from gptjax.generate.sampling import Sampler, choose
-from gptjax.models.config import ModelConfig
+from gptjax.generate.sampling import choose
 from gptjax.models.decode import decode, prefill
 from gptjax.xla.products import accumulation_dtype
 

@@ -1,6 +1,5 @@
 """How the next token is chosen."""
 
-import dataclasses
 import math
 from collections.abc import Callable
 
@@ -9,42 +8,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from gptjax.errors import ConfigError
+from gptjax.config import Sampler
 from gptjax.xla.products import accumulation_dtype
 
-SMALLEST = 1e-6  # that a temperature or a top_p may be: what is smaller, float32 no longer tells from 0
 BLOCK = 128  # ids that are drawn from together
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampler:
-    """From which distribution a token is drawn. The filters apply in the order of the fields, as in Hugging Face's."""
-
-    temperature: float = 0.8
-    """Divides the logits; 0 takes the likeliest token, and no filter matters."""
-    top_k: int = 50
-    """Draw among this many likeliest tokens, and any as likely as the last of them; 0 for all."""
-    top_p: float = 1.0
-    """Draw among the likeliest tokens that together have this probability, and any as likely as the last of them (nucleus
-    sampling, Holtzman et al. 2020); 1 for all."""
-    min_p: float = 0.0
-    """Draw among the tokens that are at least this many times as likely as the likeliest (Nguyen et al. 2024); 0 for all."""
-
-    def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            ConfigError: a number is out of its range.
-
-        """
-        if not (self.temperature == 0 or SMALLEST <= self.temperature <= 1 / SMALLEST):
-            raise ConfigError(f"temperature must be 0, or from {SMALLEST:g} to {1 / SMALLEST:g}, not {self.temperature}")
-        if self.top_k < 0:
-            raise ConfigError(f"top_k must be at least 0, not {self.top_k}")
-        if not SMALLEST <= self.top_p <= 1:
-            raise ConfigError(f"top_p must be from {SMALLEST:g} to 1, not {self.top_p}")
-        if not 0 <= self.min_p <= 1:
-            raise ConfigError(f"min_p must be from 0 to 1, not {self.min_p}")
 
 
 def choose(keys: Key[Array, " B"], logits: Float[Array, "B V"], sampler: Sampler) -> Int[Array, " B"]:

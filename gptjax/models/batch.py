@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from gptjax.models.config import ModelConfig
+from gptjax.config import ModelConfig
 from gptjax.ops import IGNORE_INDEX
 
 NAMED = 3  # ids that an error names

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from gptjax.models.config import ModelConfig
+from gptjax.config import ModelConfig
 from gptjax.models.family import family_of
 from gptjax.models.params import head_of, is_stacked, is_weight, weight_table
 from gptjax.models.transformer import over_layers

@@ -7,8 +7,8 @@ network and its gradient (`gptjax.models.transformer`), decoding, initialisation
 
 from typing import Any, Literal, NamedTuple, Protocol
 
+from gptjax.config import Architecture, ModelConfig
 from gptjax.errors import ConfigError
-from gptjax.models.config import Architecture, ModelConfig
 
 
 class Weight(NamedTuple):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from gptjax.models.config import Architecture, ModelConfig
+from gptjax.config import Architecture, ModelConfig
 from gptjax.models.family import RECOMPUTED, Weight
 from gptjax.models.layers import (
     dropout_bwd,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from gptjax.models.config import Architecture
+from gptjax.config import Architecture
 from gptjax.models.family import Weight, family_of
 from gptjax.xla.random import normal
 

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
+from gptjax.config import ModelConfig
 from gptjax.models.batch import Batch, Ids, checked_batch, checked_ids
 from gptjax.models.chunks import join_chunks, row_chunks, sum_of_shares, total
-from gptjax.models.config import ModelConfig
 from gptjax.models.family import RECOMPUTED, family_of
 from gptjax.models.layers import dropout_bwd, dropout_fwd
 from gptjax.models.params import head_of, is_weight, weight_table

@@ -7,9 +7,10 @@ import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from gptjax.config import SPLASH_MULTIPLE
 from gptjax.parallel.sharding import RULES, num_shards
 
-LANES = 128  # of a TPU's vector unit: T is a multiple of it
+LANES = SPLASH_MULTIPLE
 LARGEST_BLOCK = 512  # rows of queries, and of keys, handled at once
 
 Heads = Float[Array, "B T H D"]

@@ -1,6 +1,5 @@
 """The mesh of devices that a run computes on, and arrays laid out over it by the rules of `gptjax.parallel.sharding`."""
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from gptjax.config import MeshConfig
 from gptjax.errors import ConfigError
 from gptjax.parallel.sharding import MESH_AXES, RULES, param_spec
 
@@ -23,37 +23,6 @@ OPTIONS = {  # the option that sets the size of an axis that a mesh cuts
     "Vp": "model.vocab_size, padded to",
 }
 LISTED = 4  # valid meshes that the error about an invalid one names
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """The mesh's shape. One axis may be -1, which takes the devices that the others leave; all 1 is one device."""
-
-    data: int = 1
-    """Copies of the model, each with its share of every batch's rows."""
-    fsdp: int = 1
-    """Fully sharded data parallelism: devices that share out the rows and, along its channels, each weight with its gradient
-    and moments. A layer's weights are gathered when it is computed."""
-    tensor: int = 1
-    """Devices that share out the heads, the MLP's hidden units and the vocabulary: it must divide model.num_heads."""
-
-    def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            ConfigError: a size is neither -1 nor at least 1, or two are -1.
-
-        """
-        for axis, size in zip(MESH_AXES, self.shape, strict=True):
-            if size < 1 and size != -1:
-                raise ConfigError(f"mesh.{axis} must be at least 1, or -1 for the rest of the devices, not {size}")
-        if self.shape.count(-1) > 1:
-            raise ConfigError("only one of mesh.data, mesh.fsdp and mesh.tensor can be -1, the rest of the devices")
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(data, fsdp, tensor)."""
-        return self.data, self.fsdp, self.tensor
 
 
 def make_mesh(cfg: MeshConfig, sizes: dict[str, int], batch_size: int, devices: Sequence[Any] | None = None) -> Mesh | None:

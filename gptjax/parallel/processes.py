@@ -6,10 +6,8 @@ key-value store that JAX's coordination service, in process 0, keeps; Orbax has 
 """
 
 import contextlib
-import dataclasses
 import json
 import os
-import re
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -17,53 +15,13 @@ from typing import Any, TypeVar, cast
 import jax
 from orbax.checkpoint import multihost
 
+from gptjax.config import DistributedConfig
 from gptjax.errors import ConfigError, GptjaxError
 from gptjax.parallel import clusters
 
-LONGEST_TIMEOUT = 86_400
 PREPARING_HOURS = 12  # that process 0 may take to download and tokenize a corpus
 FIRST_FAILED = "process 0 failed: "
 T = TypeVar("T")
-
-
-@dataclasses.dataclass(frozen=True)
-class DistributedConfig:
-    """Processes that train together. Slurm, Open MPI 4, Kubernetes and Cloud TPU are detected, elsewhere each is told."""
-
-    coordinator: str | None = None
-    """HOST:PORT at which process 0 listens and the others find it."""
-    process: str | None = None
-    """N/M: this is process N, from 0, of M."""
-    detect: bool = True
-    """Whether to look for a cluster and join it."""
-    timeout: int = 100
-    """Seconds without a sign of life after which a process counts as lost, and all end."""
-
-    def __post_init__(self) -> None:
-        """Check that what belongs together is there.
-
-        Raises:
-            ConfigError: only one of the two is given, or something is no number.
-
-        """
-        if (self.coordinator is None) != (self.process is None):
-            raise ConfigError("distributed.coordinator HOST:PORT and distributed.process N/M are given together or not at all")
-        if self.coordinator is not None and not re.fullmatch(r".+:\d+", self.coordinator):
-            raise ConfigError(f"distributed.coordinator must be HOST:PORT, not {self.coordinator}")
-        if self.process is not None and not (re.fullmatch(r"\d+/\d+", self.process) and self.index_of < self.count_of):
-            raise ConfigError(f"distributed.process must be N/M, with N from 0 to M - 1, not {self.process}")
-        if not 1 <= self.timeout <= LONGEST_TIMEOUT:
-            raise ConfigError(f"distributed.timeout must be from 1 to {LONGEST_TIMEOUT} seconds, not {self.timeout}")
-
-    @property
-    def index_of(self) -> int:
-        """N."""
-        return int(str(self.process).split("/")[0])
-
-    @property
-    def count_of(self) -> int:
-        """M."""
-        return int(str(self.process).split("/")[1])
 
 
 def start(cfg: DistributedConfig) -> None:

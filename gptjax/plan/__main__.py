@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from gptjax import cli
-from gptjax.config import Config
+from gptjax.cli.options import parse
+from gptjax.config import MeshConfig, ModelConfig, PlanConfig
 from gptjax.datasets.batches import BatchShape
 from gptjax.errors import ConfigError, naming
-from gptjax.models.config import ModelConfig
-from gptjax.parallel.mesh import MeshConfig, mesh_shape
+from gptjax.parallel.mesh import mesh_shape
 from gptjax.plan.predict import Work
 from gptjax.plan.report import comparison, describe
 from gptjax.plan.search import Plan, make_plan
@@ -36,39 +36,10 @@ PROG = "python -m gptjax.plan"
 CHANNELS = 16  # that each device keeps of a weight at least, where the plan chooses the mesh
 
 
-@dataclasses.dataclass(frozen=True)
-class PlanConfig(Config):
-    """A training configuration, and the devices to plan it for."""
-
-    topology: str = ""
-    """Devices to plan for: cpu:8, h100:8 (or a100, h100-pcie, h200, l4, cuda), v5e:4x4, v6e:4x4, v4:2x2x4, v5p:2x2x4."""
-    tokens: float | None = None
-    """Tokens of the whole run, as 10e9, for the days that it takes; by default those of train.steps."""
-    compare: bool = False
-    """Also a line for every other implementation of attention that applies."""
-    predict: bool = False
-    """Predict from shapes alone, at once, even where the step could be compiled."""
-    largest: bool = True
-    """Also the largest batch that fits: where it is compiled, that is compiled once more, with twice the rows."""
-    json: str | None = None
-    """File to write all figures to."""
-
-    def __post_init__(self) -> None:
-        """Check the budget.
-
-        Raises:
-            ConfigError: it is not above 0.
-
-        """
-        super().__post_init__()
-        if self.tokens is not None and self.tokens <= 0:
-            raise ConfigError(f"tokens must be above 0, not {self.tokens:g}")
-
-
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status."""
     with cli.reported_errors(PROG):
-        cfg, file = cli.parse(PlanConfig, PROG, __doc__ or "", argv)
+        cfg, file = parse(PlanConfig, PROG, __doc__ or "", argv)
         if cfg.json and not Path(cfg.json).absolute().parent.is_dir():
             raise ConfigError(f"{cfg.json} cannot be written: there is no folder {Path(cfg.json).absolute().parent}")
         topology = parse_topology(cfg.topology)

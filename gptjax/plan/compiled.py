@@ -8,12 +8,13 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from gptjax.parallel.mesh import MeshConfig, make_mesh
+from gptjax.config import Backward, MeshConfig
+from gptjax.parallel.mesh import make_mesh
 from gptjax.parallel.sharding import MESH_AXES
 from gptjax.plan.collectives import Collective, collectives, summed
 from gptjax.plan.predict import Work
 from gptjax.train.optimizer import Optimizer
-from gptjax.train.step import Backward, compile_step, step_arguments
+from gptjax.train.step import compile_step, step_arguments
 
 
 class Compiled(NamedTuple):

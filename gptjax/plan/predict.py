@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
+from gptjax.config import ModelConfig
 from gptjax.datasets.batches import BatchShape
-from gptjax.models.config import ModelConfig
 from gptjax.models.family import Weight, family_of
 from gptjax.models.params import is_weight, num_block_params, num_matrix_params, rows, weight_table
 from gptjax.models.transformer import training_block

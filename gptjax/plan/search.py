@@ -4,13 +4,13 @@ import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from gptjax.config import Backward
 from gptjax.plan.collectives import Collective
 from gptjax.plan.compiled import Compiled, compile_work
 from gptjax.plan.floor import Floor, step_floor
 from gptjax.plan.predict import Work, saved_bytes, state_bytes, step_collectives, step_flops, working_bytes
 from gptjax.plan.topology import Topology
 from gptjax.train.optimizer import Optimizer
-from gptjax.train.step import Backward
 
 USABLE = 0.95  # of a device's memory: the runtime, libraries' workspaces and gaps take the rest
 PREDICTED = "predicted from shapes, not compiled"

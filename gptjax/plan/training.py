@@ -7,10 +7,9 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from gptjax import cli
-from gptjax.config import Config
+from gptjax.cli.options import parse
+from gptjax.config import Config, ModelConfig
 from gptjax.errors import ConfigError
-from gptjax.models.config import ModelConfig
 from gptjax.plan.topology import Topology
 
 TRAIN = "python -m gptjax.train"
@@ -30,7 +29,7 @@ def train_command(cfg: Config, file: Path | None, topology: Topology) -> str:
     configured = _options(Config(cfg.model)) | model_defaults
     with contextlib.suppress(ConfigError):
         if file:
-            configured = _options(cli.parse(Config, TRAIN, "", ["--config", str(file)])[0])
+            configured = _options(parse(Config, TRAIN, "", ["--config", str(file)])[0])
             options = ["--config", str(file)]
     for name, value in _options(cfg).items():
         if value != configured[name]:

@@ -7,16 +7,16 @@ line behind it is what was measured; a cross marks what was not finite.
 """
 
 import sys
-import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from gptjax import cli
+from gptjax.cli.options import parse
+from gptjax.config import PlotConfig
 from gptjax.errors import ConfigError, DataError
 from gptjax.files import write_whole
-from gptjax.plot.curves import Horizontal, Run, draw
+from gptjax.plot.curves import Run, draw
 from gptjax.train.metrics import read_records
 
 PROG = "python -m gptjax.plot"
@@ -24,21 +24,8 @@ PROG = "python -m gptjax.plot"
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status 0; bad input raises SystemExit(2)."""
-    parser = cli.Parser(prog=PROG, description=textwrap.dedent(__doc__ or ""))
-    parser.add_argument("runs", nargs="+", type=str, help="a run's folder or its metrics.jsonl")
-    parser.add_argument(
-        "--output", type=str | None, help="file to write, .png, .svg or .pdf; by default metrics.png, see above"
-    )
-    parser.add_argument(
-        "--x", default="steps", type=Horizontal, help="what runs are compared along; time is that spent in steps"
-    )
-    parser.add_argument(
-        "--smooth", type=int | None, help="steps in a running mean; by default a 25th of the longest run; 1 for none"
-    )
     with cli.reported_errors(PROG):
-        args: Any = parser.parse_args(argv)
-        if args.smooth is not None and args.smooth < 1:
-            raise ConfigError(f"--smooth must be at least 1, not {args.smooth}")
+        args, _ = parse(PlotConfig, PROG, __doc__ or "", argv)
         output = output_path(args.output, args.runs)
         runs = read_runs(args.runs, note=lambda text: print(f"{'note':<10} {text}"))
         with warnings.catch_warnings():

@@ -15,6 +15,7 @@ import time
 import jax
 
 from gptjax import cli
+from gptjax.cli.options import parse
 from gptjax.config import Config
 from gptjax.generate.text import prompt_ids
 from gptjax.parallel import heartbeat, processes
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command. Returns the exit status: 0 done or stopped by a signal, 1 failed; bad input raises SystemExit(2)."""
     less = "lower data.batch_size, set model.recompute block"
     with heartbeat.ending_together(PROG), cli.reported_errors(PROG, less, heartbeat.speaks):
-        cfg, file = cli.parse(Config, PROG, __doc__ or "", argv)
+        cfg, file = parse(Config, PROG, __doc__ or "", argv)
         cli.keep_freed_memory()
         keep_compiled_programs()
         cli.quiet_libraries()

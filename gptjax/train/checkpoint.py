@@ -26,10 +26,10 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array
 
+from gptjax.config import DIMENSIONS, ModelConfig
 from gptjax.errors import CheckpointError, ConfigError, GptjaxError
 from gptjax.files import set_aside
 from gptjax.formats.lazy import collect
-from gptjax.models.config import DIMENSIONS, ModelConfig
 from gptjax.models.params import param_axes, rows, stack, unstack
 from gptjax.parallel import mesh as meshes
 from gptjax.parallel import processes

@@ -14,28 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from gptjax.errors import CheckpointError, ConfigError, naming
+from gptjax.errors import CheckpointError, naming
 
 LOCK_FILE = "lock"
-LONGEST_NAME = 200  # bytes: file systems take 255, of which a number needs some
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
 class RunInUseError(CheckpointError):
     """Another process is training this run."""
-
-
-def check_name(name: str) -> None:
-    """Check that a run can have this name.
-
-    Raises:
-        ConfigError: it is not one component of a path, or cannot be shown.
-
-    """
-    if not name.strip() or name in (".", "..") or "/" in name or not name.isprintable():
-        raise ConfigError(f"name must be that of one folder, without / or control characters, not {name!r}")
-    if len(os.fsencode(name)) > LONGEST_NAME:
-        raise ConfigError(f"name must have at most {LONGEST_NAME} bytes, not {len(os.fsencode(name))}")
 
 
 @contextlib.contextmanager

@@ -1,10 +1,9 @@
 """The optimizer: optax's, by name, and a fast path for AdamW in one pass over memory."""
 
-import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,74 +11,12 @@ import optax
 import optax.contrib
 from jaxtyping import Array, Bool, Float
 
-from gptjax.errors import ConfigError
-from gptjax.models.config import Architecture
+from gptjax.config import Architecture, OptimConfig
 from gptjax.models.family import Weight
 from gptjax.models.params import decay_mask, per_tensor
 from gptjax.xla import native
 
 MUON_RMS = 0.2  # root mean square of an AdamW update, which Muon's is scaled to (Liu et al. 2025, arXiv:2502.16982)
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimConfig:
-    """An optimizer of optax's with clipping, warm-up and a schedule."""
-
-    name: Literal["adamw", "muon", "lion", "adafactor", "sgd"] = "adamw"
-    """adamw; muon, for the blocks' matrices, with AdamW for the rest; lion; adafactor; or sgd with momentum."""
-    learning_rate: float = 6e-4
-    """Peak learning rate, reached at the end of the warm-up."""
-    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
-    """What follows the warm-up. constant; linear or cosine down to final_fraction of the peak; wsd (warm-up, stable, decay):
-    constant, then linear down over the last decay_fraction of all steps."""
-    warmup_steps: int = 0
-    """Steps over which the rate rises linearly; step n of them uses (n + 1) / warmup_steps of the peak."""
-    final_fraction: float = 0.0
-    """The last learning rate as a fraction of the peak."""
-    decay_fraction: float = 0.2
-    """Part of all steps over which wsd decays."""
-    weight_decay: float = 0.1
-    """Decoupled weight decay on matrices and embeddings; none on biases and norms."""
-    beta1: float = 0.9
-    """Decay of the first moment, of adamw, lion and muon's AdamW."""
-    beta2: float = 0.95
-    """Decay of the second moment, of adamw and muon's AdamW; of the momentum, of lion."""
-    eps: float = 1e-8
-    """Added to the root of the second moment."""
-    momentum: float = 0.95
-    """Decay of the momentum, of muon and sgd."""
-    mu_dtype: Literal["bfloat16"] | None = None
-    """Dtype of the first moment, or the momentum: bfloat16 halves its memory, and on CPU the update is then XLA's, not C++;
-    by default the parameters'."""
-    grad_clip: float = 1.0
-    """Largest global gradient norm, after averaging over micro-batches; 0 turns clipping off."""
-    accumulate: int = 1
-    """Micro-batches whose mean gradient makes one step."""
-
-    def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            ConfigError: a number is out of its range.
-
-        """
-        if not self.eps > 0:
-            raise ConfigError(f"optim.eps must be above 0, not {self.eps}")
-        for name in ("learning_rate", "weight_decay", "grad_clip"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"optim.{name} must not be negative, not {getattr(self, name)}")
-        if self.name == "adafactor" and self.mu_dtype:
-            raise ConfigError("optim.mu_dtype has no effect on adafactor, which keeps no first moment: leave it out")
-        for name in ("beta1", "beta2", "momentum"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"optim.{name} must be in [0, 1), not {getattr(self, name)}")
-        for name in ("final_fraction", "decay_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"optim.{name} must be in [0, 1], not {getattr(self, name)}")
-        if self.warmup_steps < 0:
-            raise ConfigError(f"optim.warmup_steps must not be negative, not {self.warmup_steps}")
-        if self.accumulate < 1:
-            raise ConfigError(f"optim.accumulate must be at least 1, not {self.accumulate}")
 
 
 def make_schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:

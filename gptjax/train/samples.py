@@ -5,7 +5,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptjax.generate import Sampler, sample
+from gptjax.config import Sampler
+from gptjax.generate import sample
 from gptjax.generate.text import prompt_ids
 from gptjax.parallel.mesh import whole
 from gptjax.train.setup import Run

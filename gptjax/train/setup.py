@@ -12,16 +12,14 @@ import yaml
 from jax.sharding import Mesh
 
 from gptjax import datasets
-from gptjax.config import Config
+from gptjax.config import Config, DistributedConfig, ModelConfig
 from gptjax.datasets import TOKENIZER_FILE, Corpus
 from gptjax.datasets.batches import BatchShape, TrainingBatches, validation_batches
 from gptjax.errors import CheckpointError
 from gptjax.files import write_whole
 from gptjax.models.batch import Batch
-from gptjax.models.config import ModelConfig
 from gptjax.parallel import processes
 from gptjax.parallel.mesh import make_mesh, place_rows, row_share, whole
-from gptjax.parallel.processes import DistributedConfig
 from gptjax.train import folders
 from gptjax.train.checkpoint import Restored, restore_newest
 from gptjax.train.loggers import check_installed

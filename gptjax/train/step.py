@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,9 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
+from gptjax.config import Backward, ModelConfig
 from gptjax.models import transformer
 from gptjax.models.batch import Batch
-from gptjax.models.config import ModelConfig
 from gptjax.models.params import init_params, param_axes
 from gptjax.ops import IGNORE_INDEX
 from gptjax.parallel import mesh as meshes
@@ -21,7 +21,6 @@ from gptjax.parallel.sharding import on_mesh
 from gptjax.train.optimizer import Optimizer, StepMetrics, fused_update, update
 from gptjax.xla import native
 
-Backward = Literal["manual", "autodiff"]
 COPIED = 1 / 8  # of the parameters: an update that needs more room beside them copies what it is to overwrite
 MEMORY_SCHEDULER: dict[str, Any] = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 

@@ -16,14 +16,15 @@ import resource
 import sys
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gptjax import cli
-from gptjax.config import Config
+from gptjax.cli.options import parse
+from gptjax.config import VerifyConfig
 from gptjax.errors import ConfigError
 from gptjax.formats import llmc
 from gptjax.models.batch import Batch
@@ -45,50 +46,11 @@ PROG = "python -m gptjax.verify"
 WRONG = 1  # exit status
 
 
-@dataclasses.dataclass(frozen=True)
-class VerifyConfig(Config):
-    """A training configuration, and what to check of it."""
-
-    dtype: Literal["float64", "float32", "bfloat16"] = "float64"
-    """Compute dtype of the gradient on trial, in place of model.dtype; bfloat16 is judged by JAX's own error in it."""
-    reference: str = "autodiff"
-    """autodiff; finite-difference; or an llm.c debug state file, whose tokens then are the batch (give its model as
-    checkpoint). The latter two need float64 or float32."""
-    checkpoint: str | None = None
-    """Parameters: a run, or any model that gptjax.convert reads; without it, initial ones with noise."""
-    batch: Literal["random", "corpus"] = "random"
-    """Tokens: random ones, of which one in eight is not to be predicted, or the first training batch of data.dataset."""
-    layers: bool = False
-    """A row for each tensor and layer, instead of one for each tensor."""
-    explain: bool = False
-    """Say how the tolerances of this configuration come about, and end."""
-    json: str | None = None
-    """File to write the report to, as JSON."""
-    html: str | None = None
-    """File to write the report to, as a web page."""
-    export: str | None = None
-    """Folder to write the model and its gradients to, once they hold, as the two files that llm.c's C test reads. Turns off
-    what llm.c does not have: dropout, targets that do not count, and accumulation."""
-
-    def __post_init__(self) -> None:
-        """Check what goes together.
-
-        Raises:
-            ConfigError: a reference that a 16-bit gradient cannot be held against.
-
-        """
-        super().__post_init__()
-        if self.dtype == "bfloat16" and self.reference != "autodiff":
-            raise ConfigError(
-                f"reference {self.reference} needs dtype float64 or float32: bfloat16 is judged by autodiff's own error"
-            )
-
-
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status; bad input raises SystemExit(2)."""
     began = time.perf_counter()
     with cli.reported_errors(PROG):
-        cfg, _ = cli.parse(VerifyConfig, PROG, __doc__ or "", argv)
+        cfg, _ = parse(VerifyConfig, PROG, __doc__ or "", argv)
         cli.keep_freed_memory()
         cli.quiet_libraries()
         check_writable(cfg)

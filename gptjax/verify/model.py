@@ -17,14 +17,14 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from gptjax.config import Backward, ModelConfig
 from gptjax.models import transformer
 from gptjax.models.batch import Batch
-from gptjax.models.config import ModelConfig
 from gptjax.models.params import init_params, param_axes, per_tensor, unstack
 from gptjax.ops import IGNORE_INDEX
 from gptjax.parallel.mesh import param_shardings, place_rows, replicated, whole
 from gptjax.parallel.sharding import on_mesh
-from gptjax.train.step import Backward, mean_loss_and_grad
+from gptjax.train.step import mean_loss_and_grad
 from gptjax.verify import trace
 from gptjax.verify.comparison import compare
 from gptjax.verify.tolerance import LAMBDA, gradient_variances, tolerance, unit_roundoff

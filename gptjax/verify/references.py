@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptjax.config import Backward, ModelConfig
 from gptjax.formats.llmc import DebugState
 from gptjax.models import transformer
 from gptjax.models.batch import Batch
-from gptjax.models.config import ModelConfig
 from gptjax.models.params import init_params, stack, unstack
-from gptjax.train.step import Backward, mean_loss_and_grad, step_key
+from gptjax.train.step import mean_loss_and_grad, step_key
 from gptjax.verify import finite_difference
 from gptjax.verify.comparison import compare
 from gptjax.verify.model import (

@@ -4,7 +4,7 @@ import pytest
 
 from gptjax.bench import ceiling
 from gptjax.bench.ceiling import Ceiling
-from gptjax.models.config import ModelConfig
+from gptjax.config import ModelConfig
 
 
 def test_the_floor_is_all_products_and_one_pass_of_adamw():

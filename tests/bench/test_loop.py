@@ -5,8 +5,7 @@ from pathlib import Path
 import yaml
 
 from gptjax.bench import loop
-from gptjax.config import Config, DataConfig, TrainConfig
-from gptjax.models.config import ModelConfig
+from gptjax.config import Config, DataConfig, ModelConfig, TrainConfig
 from gptjax.train import trainer as training
 from tests.test_train import data_root  # noqa: F401
 

@@ -5,10 +5,8 @@ import pytest
 
 from gptjax.bench import torch_peer
 from gptjax.bench.steps import random_batch
-from gptjax.config import Config, DataConfig
-from gptjax.models.config import ModelConfig
+from gptjax.config import Config, DataConfig, ModelConfig, OptimConfig
 from gptjax.models.params import param_shapes
-from gptjax.train.optimizer import OptimConfig
 
 MODEL = ModelConfig(num_layers=2, num_heads=2, channels=8, vocab_size=11, max_seq_len=12)
 CFG = Config(

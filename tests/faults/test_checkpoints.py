@@ -12,10 +12,11 @@ import jax
 import numpy as np
 import pytest
 
+from gptjax.config import OptimConfig
 from gptjax.errors import CheckpointError
 from gptjax.train import step as steps
 from gptjax.train.checkpoint import CheckpointWriter, open_newest, restore_newest
-from gptjax.train.optimizer import OptimConfig, make_optimizer
+from gptjax.train.optimizer import make_optimizer
 from tests.faults.tally import trials
 from tests.models import tiny
 

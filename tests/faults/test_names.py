@@ -7,12 +7,8 @@ import importlib
 import pytest
 
 from gptjax import cli
-from gptjax.bench.__main__ import BenchConfig
-from gptjax.config import Config
+from gptjax.config import BenchConfig, Config, EvaluateConfig, PlanConfig, VerifyConfig
 from gptjax.errors import ConfigError
-from gptjax.evaluate import EvaluateConfig
-from gptjax.plan.__main__ import PlanConfig
-from gptjax.verify.__main__ import VerifyConfig
 from tests.commands import expect_error
 from tests.faults.tally import trials
 

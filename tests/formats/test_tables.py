@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from gptjax.config import Architecture
 from gptjax.errors import ConfigError, FormatError
 from gptjax.formats import hf, llmc
 from gptjax.formats import safetensors as ours
 from gptjax.formats.lazy import tensor_names
 from gptjax.formats.tables import each_layer, file_tensors, join, open_params
 from gptjax.models import FAMILIES
-from gptjax.models.config import Architecture
 from gptjax.models.family import Weight
 from gptjax.models.params import rows
 from gptjax.weights import load_params, open_weights

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from gptjax import tokenizers
+from gptjax.config import Sampler
 from gptjax.formats import llmc
-from gptjax.generate import Sampler
 from gptjax.generate import __main__ as command
 from gptjax.ops.quantized import OutIn, Quantized
 from tests.commands import expect_error

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gptjax.config import Sampler
 from gptjax.errors import CheckpointError
 from gptjax.generate import engine
 from gptjax.generate.engine import Rules, generate, sample, window_start
-from gptjax.generate.sampling import Sampler
 from gptjax.models import gpt2
 from gptjax.models.decode import prefill, store_for_decoding
 from tests.models import tiny

@@ -8,8 +8,9 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gptjax.config import Sampler
 from gptjax.errors import ConfigError
-from gptjax.generate.sampling import BLOCK, Sampler, choose, filtered
+from gptjax.generate.sampling import BLOCK, choose, filtered
 
 VOCAB = 3 * BLOCK + 5
 DRAWS = 20_000

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptjax.config import MeshConfig
 from gptjax.models.chunks import join_chunks, row_chunks, sum_of_shares, total
-from gptjax.parallel.mesh import MeshConfig, make_mesh, whole
+from gptjax.parallel.mesh import make_mesh, whole
 from gptjax.parallel.sharding import on_mesh
 from tests.compare import normal
 

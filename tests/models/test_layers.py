@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from gptjax import ops
+from gptjax.config import MeshConfig
 from gptjax.models import gpt2, layers, transformer
 from gptjax.ops.quantized import OutIn, quantize
-from gptjax.parallel.mesh import MeshConfig, make_mesh
+from gptjax.parallel.mesh import make_mesh
 from gptjax.parallel.sharding import on_mesh
 from tests.compare import assert_same_gradients, normal
 from tests.models import tiny

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.models.config import ModelConfig
+from gptjax.config import ModelConfig
 from gptjax.models.params import (
     decay_mask,
     flops_per_token,

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptjax.config import ModelConfig
 from gptjax.models.batch import Batch
-from gptjax.models.config import ModelConfig
 from gptjax.models.params import is_weight, param_shapes, unstack, weight_table
 
 SETTINGS: dict[str, Any] = {

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 
+from gptjax.config import MeshConfig
 from gptjax.ops import attention, attention_bwd, attention_fwd, splash
-from gptjax.parallel.mesh import MeshConfig, make_mesh
+from gptjax.parallel.mesh import make_mesh
 from gptjax.parallel.sharding import on_mesh
 from tests.compare import assert_same_gradients, normal, relative_l2
 from tests.models import tiny

@@ -3,10 +3,10 @@
 import jax
 import pytest
 
+from gptjax.config import DistributedConfig
 from gptjax.errors import ConfigError
 from gptjax.parallel import processes
 from gptjax.parallel.clusters import is_alone
-from gptjax.parallel.processes import DistributedConfig
 
 POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
 BATCH_SCRIPT = {

@@ -9,12 +9,13 @@ import jax
 import numpy as np
 import pytest
 
+from gptjax.config import MeshConfig, OptimConfig
 from gptjax.errors import ConfigError
 from gptjax.parallel import mesh as meshes
-from gptjax.parallel.mesh import MeshConfig, make_mesh
+from gptjax.parallel.mesh import make_mesh
 from gptjax.parallel.sharding import MESH_AXES
 from gptjax.train import step as steps
-from gptjax.train.optimizer import OptimConfig, make_optimizer
+from gptjax.train.optimizer import make_optimizer
 from tests.models import tiny
 
 KEY = jax.random.key(0)

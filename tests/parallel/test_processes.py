@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import yaml
 
+from gptjax.config import DistributedConfig
 from gptjax.errors import ConfigError, GptjaxError
 from gptjax.parallel import processes
-from gptjax.parallel.processes import DistributedConfig, Stop
+from gptjax.parallel.processes import Stop
 from tests.conftest import ROOT
 from tests.test_train import TINY, data_root, metrics, run  # noqa: F401
 

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptjax.config import MeshConfig, OptimConfig
 from gptjax.models import transformer
 from gptjax.models.params import param_axes, param_shapes, rows
 from gptjax.parallel import mesh as meshes
-from gptjax.parallel.mesh import MeshConfig, make_mesh
+from gptjax.parallel.mesh import make_mesh
 from gptjax.parallel.sharding import on_mesh
 from gptjax.train import step as steps
-from gptjax.train.optimizer import OptimConfig, make_optimizer
+from gptjax.train.optimizer import make_optimizer
 from tests.compare import assert_same_gradients
 from tests.models import mlp_family, tiny
 

@@ -2,8 +2,8 @@ import math
 
 import pytest
 
+from gptjax.config import ModelConfig
 from gptjax.datasets.batches import BatchShape
-from gptjax.models.config import ModelConfig
 from gptjax.parallel.devices import NETWORK, Device
 from gptjax.plan.collectives import Collective
 from gptjax.plan.floor import Floor, sending_rate, step_floor

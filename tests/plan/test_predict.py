@@ -12,13 +12,13 @@ import sys
 import jax
 import pytest
 
+from gptjax.config import ModelConfig, OptimConfig
 from gptjax.datasets.batches import BatchShape
-from gptjax.models.config import ModelConfig
 from gptjax.models.params import flops_per_token, num_matrix_params, num_padded_params
 from gptjax.plan.collectives import bytes_sent
 from gptjax.plan.compiled import TooLarge, _too_large, compile_work
 from gptjax.plan.predict import Work, saved_bytes, state_bytes, step_collectives, step_flops, step_traffic, working_bytes
-from gptjax.train.optimizer import OptimConfig, make_optimizer
+from gptjax.train.optimizer import make_optimizer
 from tests.conftest import ROOT
 from tests.models import mlp_family
 from tests.plan.conftest import needs_libtpu

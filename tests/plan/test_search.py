@@ -1,12 +1,12 @@
 import pytest
 
+from gptjax.config import ModelConfig, OptimConfig
 from gptjax.datasets.batches import BatchShape
-from gptjax.models.config import ModelConfig
 from gptjax.plan import search
 from gptjax.plan.compiled import Compiled, TooLarge
 from gptjax.plan.predict import Work, state_bytes
 from gptjax.plan.topology import parse_topology
-from gptjax.train.optimizer import OptimConfig, make_optimizer
+from gptjax.train.optimizer import make_optimizer
 
 MODEL = ModelConfig(preset="124m", num_layers=2).resolve("cuda", 1024)
 OPTIMIZER = make_optimizer(OptimConfig(), 10, MODEL)

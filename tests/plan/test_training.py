@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from gptjax import cli
-from gptjax.config import Config
-from gptjax.parallel.mesh import MeshConfig
+from gptjax.config import Config, MeshConfig
 from gptjax.plan.topology import parse_topology
 from gptjax.plan.training import TRAIN, train_command
 

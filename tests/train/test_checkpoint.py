@@ -5,11 +5,12 @@ import jax
 import numpy as np
 import pytest
 
+from gptjax.config import OptimConfig
 from gptjax.errors import CheckpointError
 from gptjax.train import checkpoint
 from gptjax.train import step as steps
 from gptjax.train.checkpoint import CheckpointWriter, open_newest, restore_newest
-from gptjax.train.optimizer import OptimConfig, make_optimizer
+from gptjax.train.optimizer import make_optimizer
 from tests.models import tiny
 
 OPTIMIZER = make_optimizer(OptimConfig(), 10)

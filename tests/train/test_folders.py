@@ -7,8 +7,9 @@ import socket
 
 import pytest
 
+from gptjax.config import check_name
 from gptjax.errors import CheckpointError, ConfigError
-from gptjax.train.folders import LOCK_FILE, RunInUseError, check_name, owned
+from gptjax.train.folders import LOCK_FILE, RunInUseError, owned
 
 
 def trained(folder):

@@ -7,9 +7,10 @@ import numpy as np
 import optax
 import pytest
 
+from gptjax.config import OptimConfig
 from gptjax.errors import ConfigError
 from gptjax.models.params import decay_mask, rows
-from gptjax.train.optimizer import OptimConfig, fused_update, make_optimizer, make_schedule, update
+from gptjax.train.optimizer import fused_update, make_optimizer, make_schedule, update
 from tests.compare import relative_l2
 from tests.models import tiny
 

@@ -7,12 +7,13 @@ import numpy as np
 import optax
 import pytest
 
+from gptjax.config import OptimConfig
 from gptjax.models import transformer
 from gptjax.models.batch import Batch
 from gptjax.models.params import init_params
 from gptjax.ops import IGNORE_INDEX
 from gptjax.train import step as steps
-from gptjax.train.optimizer import OptimConfig, make_optimizer
+from gptjax.train.optimizer import make_optimizer
 from gptjax.xla import native
 from tests.compare import assert_same_gradients
 from tests.models import tiny

@@ -5,7 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gptjax.parallel.mesh import MeshConfig, make_mesh
+from gptjax.config import MeshConfig
+from gptjax.parallel.mesh import make_mesh
 from gptjax.verify.model import Subject
 from tests.models import tiny
 

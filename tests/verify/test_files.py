@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gptjax.models.config import ModelConfig
+from gptjax.config import ModelConfig
 from gptjax.verify import Report, compare
 from gptjax.verify.files import as_json, environment, write_report
 from gptjax.verify.ops import OpError

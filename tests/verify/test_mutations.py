@@ -13,8 +13,8 @@ from collections import Counter
 import pytest
 
 from gptjax import ops as package
+from gptjax.config import MeshConfig
 from gptjax.models import gpt2, layers, transformer
-from gptjax.parallel.mesh import MeshConfig
 from gptjax.verify import compare, ops
 from gptjax.verify.model import by_autodiff, run_program
 from tests.verify.planted import IN_MODEL, IN_OPS, plant

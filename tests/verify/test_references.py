@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptjax.config import MeshConfig
 from gptjax.formats.llmc import DebugState
 from gptjax.models import gpt2, transformer
 from gptjax.models.params import stack
-from gptjax.parallel.mesh import MeshConfig
 from gptjax.parallel.sharding import num_shards
 from gptjax.train import step as train_step
 from gptjax.verify import model, references

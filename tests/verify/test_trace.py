@@ -9,8 +9,9 @@ import pytest
 from jax import lax
 
 from gptjax import ops
+from gptjax.config import MeshConfig
 from gptjax.models import gpt2, transformer
-from gptjax.parallel.mesh import MeshConfig, make_mesh
+from gptjax.parallel.mesh import make_mesh
 from gptjax.verify import trace
 from gptjax.xla.barrier import barrier
 from tests.compare import FLOAT64_TOLERANCE, relative_l2

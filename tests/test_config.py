@@ -1,7 +1,7 @@
 import pytest
 
+from gptjax.config import Architecture, ModelConfig
 from gptjax.errors import ConfigError
-from gptjax.models.config import Architecture, ModelConfig
 from tests.models import tiny
 
 
