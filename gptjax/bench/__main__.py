@@ -2,7 +2,7 @@
 
 The training step by default, ``--what decode`` decoding, ``--what data`` the corpus, ``--what loop`` what training does beside
 its steps; ``--what program`` times nothing and counts the step's operations as lowered for ``--platform cuda``, which need not
-be here. ``--compare`` adds the other ways that the step can be computed, ``--peer torch`` the same work in PyTorch. All run
+be here, or with ``--hlo FOLDER`` writes the step's compiled programs. ``--compare`` adds the other ways that the step can be computed, ``--peer torch`` the same work in PyTorch. All run
 in turns, so that a noisy machine disturbs all alike. The floor is the step's matrix products at the rate of one, and one pass
 of AdamW over memory, both measured now; of decoding, reading all weights once a token. The batch is random ids, the weights
 are fresh ones.
@@ -27,6 +27,7 @@ from gptjax.datasets import find_corpus
 from gptjax.datasets.batches import BatchShape
 from gptjax.errors import ConfigError, naming
 from gptjax.models.params import flops_per_token
+from gptjax.plan.topology import start
 from gptjax.train.metrics import human_bytes, peak_flops
 from gptjax.xla.backend import platform_name, start_jax
 
@@ -43,7 +44,11 @@ class BenchConfig(Config):
     batches from it; loop: the steps between two validations, alone and with all that training does beside them; program: count
     the operations of the step and the bytes of their results, before any fusion, of both backwards."""
     platform: Literal["cpu", "cuda", "rocm", "tpu"] | None = None
-    """Of what program; by default that which is here."""
+    """The platform of what program; by default this machine's."""
+    hlo: str | None = None
+    """For what program, instead of counting: a folder to write the compiled text of every program of the step to, as
+    manual-gradient.txt, autodiff-gradient.txt and so on. They are compiled for an H100, a TPU v5e or this CPU, none of which
+    but the CPU has to be here; cuda needs the extra cuda-aot, tpu the extra tpu."""
     decode: bool = False
     """Short for what decode."""
     compare: bool = False
@@ -67,6 +72,8 @@ class BenchConfig(Config):
         super().__post_init__()
         if self.platform and self.what != "program":
             raise ConfigError("platform is for what program; what is timed runs on the platform that is here")
+        if self.hlo and self.what != "program":
+            raise ConfigError("hlo is for what program")
         if self.rounds < 1:
             raise ConfigError(f"rounds must be at least 1, not {self.rounds}")
 
@@ -84,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         elif cfg.what == "loop":
             record = time_loop(cfg)
         elif cfg.what == "program":
-            record = count_program(cfg)
+            record = write_programs(cfg, Path(cfg.hlo)) if cfg.hlo else count_program(cfg)
         else:
             if cfg.peer == "torch":
                 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave a GPU's memory to both
@@ -212,9 +219,7 @@ def count_program(cfg: BenchConfig) -> dict[str, Any]:
     start_jax(cfg.model.dtype)
     platform = cfg.platform or platform_name()
     model = cfg.model.resolve(platform, cfg.data.seq_len)
-    if model.attention == "cudnn" and platform_name() != "cuda":  # JAX asks for cuDNN's version when it traces
-        model = dataclasses.replace(model, attention="blockwise")
-    found = {way: program.lowered_step(cfg, model, way, platform) for way in ("manual", "autodiff")}
+    found = {way: program.lowered_step(cfg, model, way, platform) for way in program.BACKWARDS}
     tokens = cfg.optim.accumulate * cfg.data.batch_size * cfg.data.seq_len
     print(f"lowered for {platform}, {model.dtype}, attention {model.attention}, layers {model.layers}, {tokens:,} tokens")
     print(f"{'operation':<24}" + "".join(f" {way:>8} {'GB':>7}" for way in found))
@@ -224,6 +229,34 @@ def count_program(cfg: BenchConfig) -> dict[str, Any]:
     return {
         way: {name: {"times": ops.times[name], "nbytes": ops.nbytes[name]} for name in ops.times} for way, ops in found.items()
     }
+
+
+def write_programs(cfg: BenchConfig, folder: Path) -> dict[str, Any]:
+    """Compile the step with both backwards and write each program's text to the folder; print a row for each file.
+
+    Raises:
+        GptjaxError: the compiler is not installed, the model does not fit the platform, or a file cannot be written.
+
+    """
+    if cfg.platform is None:
+        start_jax(cfg.model.dtype)
+    topology = program.target(cfg, cfg.platform or platform_name())
+    start(topology)
+    start_jax(cfg.model.dtype)
+    model = cfg.model.resolve(topology.platform, cfg.data.seq_len)
+    tokens = cfg.optim.accumulate * cfg.data.batch_size * cfg.data.seq_len
+    print(f"compiled for {topology.kind}, {model.dtype}, attention {model.attention}, layers {model.layers}, {tokens:,} tokens")
+    print(f"{'file':<24} {'temporaries':>11}")
+    record: dict[str, Any] = {}
+    for backward in program.BACKWARDS:
+        for found in program.compiled_step(cfg, model, backward, topology):
+            path = folder / f"{backward}-{found.name}.txt"
+            with naming(str(path)):
+                folder.mkdir(parents=True, exist_ok=True)
+                path.write_text(found.text)
+            print(f"{path.name:<24} {human_bytes(found.temporary_bytes):>11}", flush=True)
+            record[path.name] = {"temporary_bytes": found.temporary_bytes}
+    return record
 
 
 def time_data(cfg: BenchConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a compiler is given: the step as lowered to StableHLO, for hardware that need not be here."""
+"""The programs of a training step, lowered or compiled for hardware that need not be here."""
 
 import math
 from collections import Counter
@@ -8,9 +8,18 @@ import jax
 
 from gptjax.config import Config
 from gptjax.datasets.batches import BatchShape
+from gptjax.errors import ConfigError
 from gptjax.models.config import ModelConfig
+from gptjax.plan.compiled import mesh_of
+from gptjax.plan.predict import Work
+from gptjax.plan.topology import Topology, open_devices, parse_topology
 from gptjax.train import step as steps
 from gptjax.train.optimizer import make_optimizer
+from gptjax.xla.gpu import assumed_cudnn
+
+BACKWARDS: tuple[steps.Backward, ...] = ("manual", "autodiff")
+COMPILED_FOR = {"cpu": "cpu", "cuda": "h100", "tpu": "v5e"}  # the device that stands for a platform
+PARTS = {1: ("update",), 2: ("update-params", "update-rest")}  # names of the programs after the gradient
 
 
 class Operations(NamedTuple):
@@ -44,10 +53,69 @@ def lowered_step(cfg: Config, model: ModelConfig, backward: steps.Backward, plat
     ]
     found = Operations(Counter(), Counter())
     for function, arguments in calls:
-        module = function.trace(*arguments).lower(lowering_platforms=(platform,)).compiler_ir("stablehlo")
+        with assumed_cudnn():
+            lowered = function.trace(*arguments).lower(lowering_platforms=(platform,))
+        module = lowered.compiler_ir("stablehlo")
         for total, more in zip(found, operations(module), strict=True):
             total.update(more)
     return found
+
+
+class Program(NamedTuple):
+    """One compiled program of a step."""
+
+    name: str
+    """``gradient``, ``update``, or the two parts of an update that is split."""
+    text: str
+    """The compiled HLO."""
+    temporary_bytes: int
+    """On each device, beside arguments and results."""
+
+
+def target(cfg: Config, platform: str) -> Topology:
+    """The devices that stand for a platform: an H100 or as many as the mesh has, one TPU v5e, or as many CPUs.
+
+    Raises:
+        ConfigError: there is no compiler for the platform.
+
+    """
+    if platform not in COMPILED_FOR:
+        raise ConfigError(f"hlo cannot compile for platform {platform}, only for " + ", ".join(COMPILED_FOR))
+    count = math.prod(max(1, size) for size in cfg.mesh.shape)
+    return parse_topology(f"{COMPILED_FOR[platform]}:" + ("1x1" if platform == "tpu" else str(count)))
+
+
+def compiled_step(cfg: Config, model: ModelConfig, backward: steps.Backward, topology: Topology) -> list[Program]:
+    """Compile a training step ahead of time, as training compiles it; `gptjax.plan.topology.start` goes first.
+
+    Args:
+        cfg: whose batch, optimizer and mesh it is.
+        model: resolved for the topology's platform.
+        backward: ``manual`` or ``autodiff``.
+        topology: of `target`.
+
+    Returns:
+        The programs that one step runs, in their order.
+
+    Raises:
+        ConfigError: the compiler is not installed, or the mesh does not fit.
+
+    """
+    optimizer = make_optimizer(cfg.optim, cfg.train.steps, model)
+    shape = BatchShape(cfg.optim.accumulate, cfg.data.batch_size, cfg.data.seq_len)
+    devices = open_devices(topology)
+    mesh = mesh_of(Work(model, shape, cfg.mesh.shape), devices)
+    if topology.platform == "cpu" and topology.size == 1:
+        mesh = None
+    with assumed_cudnn():
+        arguments = steps.step_arguments(model, optimizer, shape, mesh)
+        compiled = steps.compile_step(model, optimizer, backward, *arguments, mesh)
+    found = compiled.gradient, *compiled.updates
+    names = "gradient", *PARTS[len(compiled.updates)]
+    return [
+        Program(name, program.as_text() or "", program.memory_analysis().temp_size_in_bytes)
+        for name, program in zip(names, found, strict=True)
+    ]
 
 
 def operations(module: Any) -> Operations:

@@ -29,7 +29,7 @@ def load(cfg: Config) -> tuple[Any, Any, Any]:
     except ImportError as error:
         raise ConfigError(f"peer torch needs {error.name}: pip install 'gptjax[parity]'") from error
     model = cfg.model
-    theirs = transformers.ModelConfig(
+    theirs = transformers.GPT2Config(
         n_layer=model.num_layers, n_head=model.num_heads, n_embd=model.channels, vocab_size=model.padded_vocab_size,
         n_positions=model.max_seq_len, embd_pdrop=model.dropout, attn_pdrop=model.dropout, resid_pdrop=model.dropout,
         attn_implementation="sdpa",
