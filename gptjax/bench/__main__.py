@@ -27,7 +27,7 @@ from gptjax.datasets import find_corpus
 from gptjax.datasets.batches import BatchShape
 from gptjax.errors import ConfigError, naming
 from gptjax.models.params import flops_per_token
-from gptjax.plan.topology import start
+from gptjax.plan.topology import open_devices, start
 from gptjax.train.metrics import human_bytes, peak_flops
 from gptjax.xla.backend import platform_name, start_jax
 
@@ -243,16 +243,18 @@ def write_programs(cfg: BenchConfig, folder: Path) -> dict[str, Any]:
     topology = program.target(cfg, cfg.platform or platform_name())
     start(topology)
     start_jax(cfg.model.dtype)
+    devices = open_devices(topology)
     model = cfg.model.resolve(topology.platform, cfg.data.seq_len)
+    with naming(str(folder)):
+        folder.mkdir(parents=True, exist_ok=True)
     tokens = cfg.optim.accumulate * cfg.data.batch_size * cfg.data.seq_len
     print(f"compiled for {topology.kind}, {model.dtype}, attention {model.attention}, layers {model.layers}, {tokens:,} tokens")
     print(f"{'file':<24} {'temporaries':>11}")
     record: dict[str, Any] = {}
     for backward in program.BACKWARDS:
-        for found in program.compiled_step(cfg, model, backward, topology):
+        for found in program.compiled_step(cfg, model, backward, devices):
             path = folder / f"{backward}-{found.name}.txt"
             with naming(str(path)):
-                folder.mkdir(parents=True, exist_ok=True)
                 path.write_text(found.text)
             print(f"{path.name:<24} {human_bytes(found.temporary_bytes):>11}", flush=True)
             record[path.name] = {"temporary_bytes": found.temporary_bytes}

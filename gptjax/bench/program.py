@@ -12,7 +12,7 @@ from gptjax.errors import ConfigError
 from gptjax.models.config import ModelConfig
 from gptjax.plan.compiled import mesh_of
 from gptjax.plan.predict import Work
-from gptjax.plan.topology import Topology, open_devices, parse_topology
+from gptjax.plan.topology import Topology, parse_topology
 from gptjax.train import step as steps
 from gptjax.train.optimizer import make_optimizer
 from gptjax.xla.gpu import assumed_cudnn
@@ -46,7 +46,8 @@ def lowered_step(cfg: Config, model: ModelConfig, backward: steps.Backward, plat
     state, batch, key = steps.step_arguments(model, optimizer, shape)
     functions = steps.step_functions(model, optimizer, backward)
     number = jax.ShapeDtypeStruct((), "int32")
-    loss, g, norm = jax.eval_shape(functions.gradient, state.params, batch, key, number, state.params)
+    with assumed_cudnn():
+        loss, g, norm = jax.eval_shape(functions.gradient, state.params, batch, key, number, state.params)
     calls: list[tuple[Any, tuple[Any, ...]]] = [
         (functions.gradient, (state.params, batch, key, number, g)),
         (functions.update, (state.params, state.opt_state, g, loss, norm, number)),
@@ -85,28 +86,26 @@ def target(cfg: Config, platform: str) -> Topology:
     return parse_topology(f"{COMPILED_FOR[platform]}:" + ("1x1" if platform == "tpu" else str(count)))
 
 
-def compiled_step(cfg: Config, model: ModelConfig, backward: steps.Backward, topology: Topology) -> list[Program]:
-    """Compile a training step ahead of time, as training compiles it; `gptjax.plan.topology.start` goes first.
+def compiled_step(cfg: Config, model: ModelConfig, backward: steps.Backward, devices: list[Any]) -> list[Program]:
+    """Compile a training step as training compiles it, for devices that need not be here.
 
     Args:
         cfg: whose batch, optimizer and mesh it is.
-        model: resolved for the topology's platform.
+        model: resolved for the devices' platform.
         backward: ``manual`` or ``autodiff``.
-        topology: of `target`.
+        devices: of `gptjax.plan.topology.open_devices`.
 
     Returns:
         The programs that one step runs, in their order.
 
     Raises:
-        ConfigError: the compiler is not installed, or the mesh does not fit.
+        ConfigError: the mesh does not fit the devices or the model.
 
     """
     optimizer = make_optimizer(cfg.optim, cfg.train.steps, model)
     shape = BatchShape(cfg.optim.accumulate, cfg.data.batch_size, cfg.data.seq_len)
-    devices = open_devices(topology)
-    mesh = mesh_of(Work(model, shape, cfg.mesh.shape), devices)
-    if topology.platform == "cpu" and topology.size == 1:
-        mesh = None
+    alone = len(devices) == 1 and devices[0].platform == "cpu"  # JAX's default device, for which training has no mesh
+    mesh = None if alone else mesh_of(Work(model, shape, cfg.mesh.shape), devices)
     with assumed_cudnn():
         arguments = steps.step_arguments(model, optimizer, shape, mesh)
         compiled = steps.compile_step(model, optimizer, backward, *arguments, mesh)
