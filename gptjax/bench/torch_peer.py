@@ -19,9 +19,11 @@ def load(cfg: Config) -> tuple[Any, Any, Any]:
     """(the ``torch`` module, the model in training mode, the device): weights of its own, the vocabulary padded as ours.
 
     Raises:
-        ConfigError: a package is missing.
+        ConfigError: a package is missing, or the model is no GPT-2.
 
     """
+    if cfg.model.family != "gpt2":
+        raise ConfigError(f"peer torch is transformers' GPT-2, which model.family {cfg.model.family} cannot be compared with")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         torch: Any = importlib.import_module("torch")
@@ -32,7 +34,7 @@ def load(cfg: Config) -> tuple[Any, Any, Any]:
     theirs = transformers.GPT2Config(
         n_layer=model.num_layers, n_head=model.num_heads, n_embd=model.channels, vocab_size=model.padded_vocab_size,
         n_positions=model.max_seq_len, embd_pdrop=model.dropout, attn_pdrop=model.dropout, resid_pdrop=model.dropout,
-        attn_implementation="sdpa",
+        attn_implementation="sdpa", bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(cfg.seed)
