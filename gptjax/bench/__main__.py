@@ -1,11 +1,15 @@
 """Time the real work of a configuration: ``python -m gptjax.bench --config configs/124m.yaml``.
 
-The training step by default, ``--what decode`` decoding, ``--what data`` the corpus, ``--what loop`` what training does beside
-its steps; ``--what program`` times nothing and counts the step's operations as lowered for ``--platform cuda``, which need not
-be here, or with ``--hlo FOLDER`` writes the step's compiled programs. ``--compare`` adds the other ways that the step can be computed, ``--peer torch`` the same work in PyTorch. All run
-in turns, so that a noisy machine disturbs all alike. The floor is the step's matrix products at the rate of one, and one pass
-of AdamW over memory, both measured now; of decoding, reading all weights once a token. The batch is random ids, the weights
-are fresh ones.
+``--what`` chooses the work: the training step (the default), ``decode`` for sampling, ``data`` for tokenizing and batching the
+corpus, ``loop`` for what training does beside its steps. ``--compare`` adds the other ways to compute the step, ``--peer``
+the same work in PyTorch. Contenders run interleaved, one round after another, so that a noisy machine disturbs all alike.
+The batch is random ids and the weights are fresh.
+
+The floor is measured in the same run: for a step, its matrix products at the rate of one large product, and one pass of AdamW
+over memory; for decoding, one read of all weights a token.
+
+``--what program`` times nothing. It counts the step's operations as lowered for ``--platform``, which need not be here, or with
+``--hlo FOLDER`` writes the programs compiled for an H100 (cuda), a TPU v5e (tpu) or the CPU.
 """
 
 import dataclasses
@@ -21,7 +25,7 @@ import jax
 from gptjax import cli
 from gptjax.bench import ceiling, data, loop, program, steps, torch_peer
 from gptjax.bench.profile import OpTime, profile
-from gptjax.bench.timing import Timing, in_turns
+from gptjax.bench.timing import Timing, time_interleaved
 from gptjax.config import Config
 from gptjax.datasets import find_corpus
 from gptjax.datasets.batches import BatchShape
@@ -32,33 +36,33 @@ from gptjax.train.metrics import human_bytes, peak_flops
 from gptjax.xla.backend import platform_name, start_jax
 
 PROG = "python -m gptjax.bench"
-OPS = 12  # lines of a profile
+OPS = 12  # that a profile lists
 
 
 @dataclasses.dataclass(frozen=True)
 class BenchConfig(Config):
-    """A training configuration, and what to time of it."""
+    """A training configuration, and what to time."""
 
     what: Literal["step", "decode", "data", "loop", "program"] = "step"
-    """step: the training step; decode: sampling with a cache, batch 1; data: tokenizing the configured corpus, and reading
-    batches from it; loop: the steps between two validations, alone and with all that training does beside them; program: count
-    the operations of the step and the bytes of their results, before any fusion, of both backwards."""
+    """step: the training step; decode: sampling with a cache, batch 1; data: tokenizing the corpus, and reading batches from
+    it; loop: the steps between two validations, alone and with everything that training does beside them; program: count the
+    operations of the step and the bytes of their results before any fusion, for both backwards."""
     platform: Literal["cpu", "cuda", "rocm", "tpu"] | None = None
     """The platform of what program; by default this machine's."""
     hlo: str | None = None
-    """For what program, instead of counting: a folder to write the compiled text of every program of the step to, as
-    manual-gradient.txt, autodiff-gradient.txt and so on. They are compiled for an H100, a TPU v5e or this CPU, none of which
-    but the CPU has to be here; cuda needs the extra cuda-aot, tpu the extra tpu."""
+    """Folder for the compiled programs of the step, as manual-gradient.txt, manual-update.txt and the same of autodiff; goes
+    with what program, which then counts nothing. cuda needs the extra cuda-aot, tpu the extra tpu; no GPU or TPU has to be
+    here."""
     decode: bool = False
-    """Short for what decode."""
+    """The same as --what decode."""
     compare: bool = False
-    """Also the step with the other backward, layout, recomputation and attention."""
+    """Also time the step with the other backward, layout of the layers, recomputation and attention."""
     peer: Literal["none", "torch"] = "none"
-    """torch: also transformers' GPT-2 on PyTorch, eager and compiled, in float32 and bfloat16; needs the extra parity."""
+    """torch: also time transformers' GPT-2 on PyTorch, eager and compiled, in float32 and bfloat16; needs the extra parity."""
     rounds: int = 12
-    """How often each is timed; of the model, after two rounds that do not count."""
+    """Timed rounds of each contender; a model runs two more first, which do not count."""
     profile: bool = False
-    """Also where the time of the first row goes, op by op."""
+    """Also print where the first contender's time goes, op by op."""
     json: str | None = None
     """File to write all figures to."""
 
@@ -66,14 +70,14 @@ class BenchConfig(Config):
         """Check the ranges.
 
         Raises:
-            ConfigError: there is no round.
+            ConfigError: there is no round, or an option belongs to another ``what``.
 
         """
         super().__post_init__()
         if self.platform and self.what != "program":
-            raise ConfigError("platform is for what program; what is timed runs on the platform that is here")
+            raise ConfigError("platform goes with --what program; everything else is timed on this machine's platform")
         if self.hlo and self.what != "program":
-            raise ConfigError("hlo is for what program")
+            raise ConfigError("hlo goes with --what program")
         if self.rounds < 1:
             raise ConfigError(f"rounds must be at least 1, not {self.rounds}")
 
@@ -105,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def time_model(cfg: BenchConfig) -> dict[str, Any]:
-    """Print a row for each contender; returns all figures.
+    """Time the step or decoding, and print a row for each contender; returns all figures.
 
     Raises:
         GptjaxError: the model does not fit the sequence, or the peer is not installed.
@@ -116,11 +120,11 @@ def time_model(cfg: BenchConfig) -> dict[str, Any]:
         tokens = cfg.optim.accumulate * cfg.data.batch_size * cfg.data.seq_len
         ours, theirs = steps.step_contenders(cfg, cfg.compare), torch_peer.step_contenders
     else:
-        tokens, ours, theirs = steps.NEW, steps.decode_contenders(cfg), torch_peer.decode_contenders
+        tokens, ours, theirs = steps.NEW_TOKENS, steps.decode_contenders(cfg), torch_peer.decode_contenders
     device = f"{platform_name()} ({jax.devices()[0].device_kind}), {os.cpu_count()} cores"
     print(f"{device}, jax {jax.__version__}, {model.dtype}, {tokens:,} tokens", flush=True)
     rivals = theirs(cfg) if cfg.peer == "torch" else iter(())
-    timings = in_turns([*ours, *rivals], cfg.rounds)
+    timings = time_interleaved([*ours, *rivals], cfg.rounds)
     best = ceiling.measure(model, min(tokens, cfg.data.batch_size * cfg.data.seq_len))
     if cfg.what == "step":
         floor = ceiling.step_floor(model, tokens, cfg.data.seq_len, best)
@@ -142,7 +146,16 @@ def time_model(cfg: BenchConfig) -> dict[str, Any]:
 
 
 def figures(timing: Timing, first: Timing, tokens: int, floor: float, ideal: float | None) -> dict[str, Any]:
-    """One row, in numbers."""
+    """One row's numbers.
+
+    Args:
+        timing: the row's.
+        first: that of the first row, to which ``ratio`` compares.
+        tokens: in one run.
+        floor: seconds that one run takes at least.
+        ideal: seconds of one run at the device's peak, for ``mfu``; None if that is unknown.
+
+    """
     row = {"name": timing.contender.name} | timing.contender.facts
     row |= {"ms": timing.median * 1e3, "spread": timing.spread, "tokens_per_s": tokens / timing.median}
     row |= {"of_floor": timing.median / floor, "ratio": timing.median / first.median}
@@ -150,7 +163,7 @@ def figures(timing: Timing, first: Timing, tokens: int, floor: float, ideal: flo
 
 
 def table(rows: list[dict[str, Any]], ratio: str = ".2f") -> str:
-    """A line for each row; what no row has is left out."""
+    """Format the rows; columns that no row has are left out."""
     columns = {
         "": ("name", 24, str),
         "compile s": ("compile_s", 9, "{:.1f}".format),
@@ -177,7 +190,7 @@ def table(rows: list[dict[str, Any]], ratio: str = ".2f") -> str:
 
 
 def profile_table(times: list[OpTime]) -> str:
-    """The ops that take the longest, and the rest in one line."""
+    """Format the `OPS` ops that take longest, and the sum of the rest."""
     total = sum(time.seconds for time in times)
     top, rest = times[:OPS], times[OPS:]
     if rest:
@@ -188,15 +201,15 @@ def profile_table(times: list[OpTime]) -> str:
 
 
 def time_loop(cfg: BenchConfig) -> dict[str, Any]:
-    """Print milliseconds a step, with the spread of the rounds and the ratio to the steps alone.
+    """Time the training loop; print milliseconds a step, the spread of the rounds and the ratio to the bare steps.
 
     Raises:
         GptjaxError: the run cannot be set up as configured.
 
     """
-    count = loop.length(cfg)
+    count = loop.steps_per_round(cfg)
     with loop.contenders(cfg) as found:
-        timings = in_turns(found, cfg.rounds)
+        timings = time_interleaved(found, cfg.rounds)
     tokens = cfg.optim.accumulate * cfg.data.batch_size * cfg.data.seq_len
     rows: list[dict[str, Any]] = []
     for timing in timings:
@@ -210,7 +223,7 @@ def time_loop(cfg: BenchConfig) -> dict[str, Any]:
 
 
 def count_program(cfg: BenchConfig) -> dict[str, Any]:
-    """Print each operation with how often it runs and the gigabytes of its results, for both backwards.
+    """Print how often each operation runs and the gigabytes of its results, for both backwards.
 
     Raises:
         GptjaxError: the model does not fit the sequence or the platform.
@@ -262,32 +275,32 @@ def write_programs(cfg: BenchConfig, folder: Path) -> dict[str, Any]:
 
 
 def time_data(cfg: BenchConfig) -> dict[str, Any]:
-    """Print tokens a second of each way, with the spread of its rounds and the ratio to the first.
+    """Time tokenizing and batching; print tokens a second, the spread of the rounds and the ratio to the first way.
 
     Raises:
-        GptjaxError: the corpus cannot be had.
+        GptjaxError: the corpus cannot be found or prepared.
 
     """
     chosen = cfg.data
     corpus = find_corpus(chosen.dataset, chosen.root, chosen.tokenizer, chosen.column, chosen.tokens)
     shape = BatchShape(cfg.optim.accumulate, chosen.batch_size, chosen.seq_len)
-    parts = {"tokens to batches": data.loading(corpus.train, shape, chosen.order, cfg.model.vocab_size, cfg.rounds)}
+    sections = {"tokens to batches": data.loading(corpus.train, shape, chosen.order, cfg.model.vocab_size, cfg.rounds)}
     if corpus.tokenizer:
-        parts = {"text to tokens": data.tokenizing(corpus.tokenizer, corpus.train, cfg.rounds)} | parts
+        sections = {"text to tokens": data.tokenizing(corpus.tokenizer, corpus.train, cfg.rounds)} | sections
     start_jax(cfg.model.dtype)
-    (step,) = in_turns(list(steps.step_contenders(cfg, False)), cfg.rounds)
-    eaten = shape.accumulate * shape.batch_size * shape.seq_len
-    parts["the training step"] = {step.contender.name: [eaten / seconds for seconds in step.seconds]}
+    (step,) = time_interleaved(list(steps.step_contenders(cfg, False)), cfg.rounds)
+    tokens = shape.accumulate * shape.batch_size * shape.seq_len
+    sections["the training step"] = {step.contender.name: [tokens / seconds for seconds in step.seconds]}
     print(f"{corpus.folder}, {os.cpu_count()} cores, batches of {shape.accumulate} x {shape.batch_size} x {shape.seq_len}")
     record: dict[str, Any] = {}
-    for part, ways in parts.items():
+    for section, ways in sections.items():
         first = statistics.median(next(iter(ways.values())))
-        print(f"{part:<18} {'tokens a second':>16} {'spread':>8} {'ratio':>6}")
+        print(f"{section:<18} {'tokens a second':>16} {'spread':>8} {'ratio':>6}")
         for name, rates in ways.items():
             median = statistics.median(rates)
             spread = (max(rates) - min(rates)) / median
             print(f"{name:<18} {median:>16,.0f} {spread:>8.0%} {median / first:>6.2f}")
-            record.setdefault(part, {})[name] = {"tokens_per_s": median, "spread": spread}
+            record.setdefault(section, {})[name] = {"tokens_per_s": median, "spread": spread}
     return record
 
 

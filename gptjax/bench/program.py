@@ -23,19 +23,19 @@ PARTS = {1: ("update",), 2: ("update-params", "update-rest")}  # names of the pr
 
 
 class Operations(NamedTuple):
-    """Operations by name (StableHLO's, and of a kernel that is called its own)."""
+    """Operations by name: StableHLO's, or the target of a custom call."""
 
     times: Counter[str]
-    """How often each runs in a step."""
+    """Runs in a step."""
     nbytes: Counter[str]
-    """Bytes of its results, summed over them: what it would write if nothing were fused."""
+    """Bytes of the results of all runs, as if nothing were fused."""
 
 
 def lowered_step(cfg: Config, model: ModelConfig, backward: steps.Backward, platform: str) -> Operations:
-    """Operations of a training step: of its gradient and of its update, whole.
+    """The operations of a training step, its gradient and its update in one piece, as lowered for a platform.
 
     Args:
-        cfg: whose batch and optimizer it is.
+        cfg: gives the batch and the optimizer.
         model: resolved for the platform.
         backward: ``manual`` or ``autodiff``.
         platform: ``cpu``, ``cuda``, ``rocm`` or ``tpu``.
@@ -90,7 +90,7 @@ def compiled_step(cfg: Config, model: ModelConfig, backward: steps.Backward, dev
     """Compile a training step as training compiles it, for devices that need not be here.
 
     Args:
-        cfg: whose batch, optimizer and mesh it is.
+        cfg: gives the batch, the optimizer and the mesh.
         model: resolved for the devices' platform.
         backward: ``manual`` or ``autodiff``.
         devices: of `gptjax.plan.topology.open_devices`.
@@ -112,13 +112,13 @@ def compiled_step(cfg: Config, model: ModelConfig, backward: steps.Backward, dev
     found = compiled.gradient, *compiled.updates
     names = "gradient", *PARTS[len(compiled.updates)]
     return [
-        Program(name, program.as_text() or "", program.memory_analysis().temp_size_in_bytes)
+        Program(name, program.as_text() or "", steps.temporary_bytes(program))
         for name, program in zip(names, found, strict=True)
     ]
 
 
 def operations(module: Any) -> Operations:
-    """Those that a StableHLO module runs: of a function as often as it is called, of a loop's body once."""
+    """Count the operations that a StableHLO module runs; a function counts as often as it is called, a loop's body once."""
     functions = {op.attributes["sym_name"].value: op for op in module.body.operations}
     known: dict[str, Operations] = {}
 
@@ -147,11 +147,11 @@ def _walk(parent: Any, found: Operations, of_function: Any) -> None:
             _walk(op, found, of_function)
 
 
-REDUCERS = ("reduce", "scatter", "sort", "reduce_window")  # their regions say how two numbers become one
+REDUCERS = ("reduce", "scatter", "sort", "reduce_window")  # their regions only combine two numbers
 
 
 def _nbytes(kind: Any) -> int:
-    """Bytes of a tensor; a token has none."""
+    """Bytes of a tensor type; a token's are 0."""
     if not hasattr(kind, "shape"):
         return 0
     return math.prod(kind.shape) * max(1, getattr(kind.element_type, "width", 8) // 8)

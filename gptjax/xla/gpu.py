@@ -65,7 +65,7 @@ def assumed_cudnn() -> Iterator[None]:
     """
     version = CUDNN[0] * 10_000 + CUDNN[1] * 100
     try:
-        module = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+        module: Any = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
         installed = module.check_cudnn_version
     except (ImportError, AttributeError):
         yield

@@ -66,5 +66,5 @@ def test_the_command(data_root, tmp_path, capsys, monkeypatch):  # noqa: F811
 
 def test_a_round_without_validations_is_the_whole_run():
     cfg = Config(ModelConfig(preset="124m"), train=TrainConfig(steps=7, eval_every=0))
-    assert loop.length(cfg) == 7
-    assert loop.length(dataclasses.replace(cfg, train=TrainConfig(eval_every=5))) == 5
+    assert loop.steps_per_round(cfg) == 7
+    assert loop.steps_per_round(dataclasses.replace(cfg, train=TrainConfig(eval_every=5))) == 5

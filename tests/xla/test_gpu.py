@@ -46,32 +46,33 @@ def test_the_h100_is_one():
     assert device["threads_per_core_limit"] == 64 * device["threads_per_warp"]
 
 
-class TestCudnn:
-    """JAX's question for cuDNN's version, while a step for a GPU is traced."""
+@pytest.fixture
+def module():
+    """Where JAX asks for cuDNN's version while a step is traced."""
+    return importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
 
-    @pytest.fixture
-    def module(self):
-        return importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
 
-    def test_is_answered_only_meanwhile(self, module, monkeypatch):
-        def missing():
-            raise RuntimeError("cuDNN is not detected.")
+def test_cudnn_is_assumed_only_meanwhile(module, monkeypatch):
+    def missing():
+        raise RuntimeError("cuDNN is not detected.")
 
-        monkeypatch.setattr(module, "check_cudnn_version", missing)
-        with pytest.raises(ZeroDivisionError), assumed_cudnn():
-            assert module.check_cudnn_version() == CUDNN[0] * 10_000 + CUDNN[1] * 100 == 91_000
-            raise ZeroDivisionError
-        assert module.check_cudnn_version is missing
+    monkeypatch.setattr(module, "check_cudnn_version", missing)
+    with pytest.raises(ZeroDivisionError), assumed_cudnn():
+        assert module.check_cudnn_version() == CUDNN[0] * 10_000 + CUDNN[1] * 100 == 91_000
+        raise ZeroDivisionError
+    assert module.check_cudnn_version is missing
 
-    def test_is_answered_by_the_one_that_is_installed(self, module, monkeypatch):
-        monkeypatch.setattr(module, "check_cudnn_version", lambda: 92_100)
-        with assumed_cudnn():
-            assert module.check_cudnn_version() == 92_100
 
-    def test_need_not_be_asked(self, module, monkeypatch):
-        monkeypatch.delattr(module, "check_cudnn_version")
-        with assumed_cudnn():
-            assert not hasattr(module, "check_cudnn_version")
+def test_an_installed_cudnn_answers_for_itself(module, monkeypatch):
+    monkeypatch.setattr(module, "check_cudnn_version", lambda: 92_100)
+    with assumed_cudnn():
+        assert module.check_cudnn_version() == 92_100
+
+
+def test_a_jax_that_does_not_ask(module, monkeypatch):
+    monkeypatch.delattr(module, "check_cudnn_version")
+    with assumed_cudnn():
+        assert not hasattr(module, "check_cudnn_version")
 
 
 @needs_plugin
@@ -89,7 +90,8 @@ def test_a_step_compiles_for_an_h100(tmp_path):
     for name in names:
         text = (tmp_path / "hlo" / name).read_text()
         header = text.splitlines()[0]
-        assert text.startswith("HloModule") and "is_scheduled=true" in header
+        assert text.startswith("HloModule")
+        assert "is_scheduled=true" in header
         donated = arrays if "gradient" in name else 3 * arrays  # the gradient's buffer; weights and both moments
         assert header.count("may-alias") + header.count("must-alias") >= donated
         assert ("__cudnn$fmhaSoftmaxBackward" in text) == ("gradient" in name)
