@@ -638,21 +638,25 @@ class BenchConfig(Config):
     )
 
     what: Literal["step", "decode", "data", "loop", "program"] = "step"
-    """step: the training step; decode: sampling with a cache, batch 1; data: tokenizing the configured corpus, and reading
-    batches from it; loop: the steps between two validations, alone and with all that training does beside them; program: count
-    the operations of the step and the bytes of their results, before any fusion, of both backwards."""
+    """step: the training step; decode: sampling with a cache, batch 1; data: tokenizing the corpus, and reading batches from
+    it; loop: the steps between two validations, alone and with everything that training does beside them; program: count the
+    operations of the step and the bytes of their results before any fusion, for both backwards."""
     platform: Literal["cpu", "cuda", "rocm", "tpu"] | None = None
-    """Of what program; by default that which is here."""
+    """The platform of what program; by default this machine's."""
+    hlo: str | None = None
+    """Folder for the compiled programs of the step, as manual-gradient.txt, manual-update.txt and the same of autodiff; goes
+    with what program, which then counts nothing. cuda needs the extra cuda-aot, tpu the extra tpu; no GPU or TPU has to be
+    here."""
     decode: bool = False
-    """Short for what decode."""
+    """The same as --what decode."""
     compare: bool = False
-    """Also the step with the other backward, layout, recomputation and attention."""
+    """Also time the step with the other backward, layout of the layers, recomputation and attention."""
     peer: Literal["none", "torch"] = "none"
-    """torch: also transformers' GPT-2 on PyTorch, eager and compiled, in float32 and bfloat16; needs the extra parity."""
+    """torch: also time transformers' GPT-2 on PyTorch, eager and compiled, in float32 and bfloat16; needs the extra parity."""
     rounds: int = 12
-    """How often each is timed; of the model, after two rounds that do not count."""
+    """Timed rounds of each contender; a model runs two more first, which do not count."""
     profile: bool = False
-    """Also where the time of the first row goes, op by op."""
+    """Also print where the first contender's time goes, op by op."""
     json: str | None = None
     """File to write all figures to."""
 
@@ -660,12 +664,14 @@ class BenchConfig(Config):
         """Check the ranges.
 
         Raises:
-            ConfigError: there is no round.
+            ConfigError: there is no round, or an option belongs to another ``what``.
 
         """
         super().__post_init__()
         if self.platform and self.what != "program":
-            raise ConfigError("platform is for what program; what is timed runs on the platform that is here")
+            raise ConfigError("platform goes with --what program; everything else is timed on this machine's platform")
+        if self.hlo and self.what != "program":
+            raise ConfigError("hlo goes with --what program")
         if self.rounds < 1:
             raise ConfigError(f"rounds must be at least 1, not {self.rounds}")
 

@@ -1,11 +1,15 @@
 """Time the real work of a configuration: ``python -m gptjax.bench --config configs/124m.yaml``.
 
-The training step by default, ``--what decode`` decoding, ``--what data`` the corpus, ``--what loop`` what training does beside
-its steps; ``--what program`` times nothing and counts the step's operations as lowered for ``--platform cuda``, which need not
-be here. ``--compare`` adds the other ways that the step can be computed, ``--peer torch`` the same work in PyTorch. All run
-in turns, so that a noisy machine disturbs all alike. The floor is the step's matrix products at the rate of one, and one pass
-of AdamW over memory, both measured now; of decoding, reading all weights once a token. The batch is random ids, the weights
-are fresh ones.
+``--what`` chooses the work: the training step (the default), ``decode`` for sampling, ``data`` for tokenizing and batching the
+corpus, ``loop`` for what training does beside its steps. ``--compare`` adds the other ways to compute the step, ``--peer``
+the same work in PyTorch. Contenders run interleaved, one round after another, so that a noisy machine disturbs all alike.
+The batch is random ids and the weights are fresh.
+
+The floor is measured in the same run: for a step, its matrix products at the rate of one large product, and one pass of AdamW
+over memory; for decoding, one read of all weights a token.
+
+``--what program`` times nothing. It counts the step's operations as lowered for ``--platform``, which need not be here, or with
+``--hlo FOLDER`` writes the programs compiled for an H100 (cuda), a TPU v5e (tpu) or the CPU.
 """
 
 import dataclasses
@@ -21,18 +25,19 @@ import jax
 from gptjax import cli
 from gptjax.bench import ceiling, data, loop, program, steps, torch_peer
 from gptjax.bench.profile import OpTime, profile
-from gptjax.bench.timing import Timing, in_turns
+from gptjax.bench.timing import Timing, time_interleaved
 from gptjax.cli.options import parse
 from gptjax.config import BenchConfig
 from gptjax.datasets import find_corpus
 from gptjax.datasets.batches import BatchShape
 from gptjax.errors import ConfigError, naming
 from gptjax.models.params import flops_per_token
+from gptjax.plan.topology import open_devices, start
 from gptjax.train.metrics import human_bytes, peak_flops
 from gptjax.xla.backend import platform_name, start_jax
 
 PROG = "python -m gptjax.bench"
-OPS = 12  # lines of a profile
+OPS = 12  # that a profile lists
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         elif cfg.what == "loop":
             record = time_loop(cfg)
         elif cfg.what == "program":
-            record = count_program(cfg)
+            record = write_programs(cfg, Path(cfg.hlo)) if cfg.hlo else count_program(cfg)
         else:
             if cfg.peer == "torch":
                 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave a GPU's memory to both
@@ -62,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def time_model(cfg: BenchConfig) -> dict[str, Any]:
-    """Print a row for each contender; returns all figures.
+    """Time the step or decoding, and print a row for each contender; returns all figures.
 
     Raises:
         GptjaxError: the model does not fit the sequence, or the peer is not installed.
@@ -73,11 +78,11 @@ def time_model(cfg: BenchConfig) -> dict[str, Any]:
         tokens = cfg.optim.accumulate * cfg.data.batch_size * cfg.data.seq_len
         ours, theirs = steps.step_contenders(cfg, cfg.compare), torch_peer.step_contenders
     else:
-        tokens, ours, theirs = steps.NEW, steps.decode_contenders(cfg), torch_peer.decode_contenders
+        tokens, ours, theirs = steps.NEW_TOKENS, steps.decode_contenders(cfg), torch_peer.decode_contenders
     device = f"{platform_name()} ({jax.devices()[0].device_kind}), {os.cpu_count()} cores"
     print(f"{device}, jax {jax.__version__}, {model.dtype}, {tokens:,} tokens", flush=True)
     rivals = theirs(cfg) if cfg.peer == "torch" else iter(())
-    timings = in_turns([*ours, *rivals], cfg.rounds)
+    timings = time_interleaved([*ours, *rivals], cfg.rounds)
     best = ceiling.measure(model, min(tokens, cfg.data.batch_size * cfg.data.seq_len))
     if cfg.what == "step":
         floor = ceiling.step_floor(model, tokens, cfg.data.seq_len, best)
@@ -99,7 +104,16 @@ def time_model(cfg: BenchConfig) -> dict[str, Any]:
 
 
 def figures(timing: Timing, first: Timing, tokens: int, floor: float, ideal: float | None) -> dict[str, Any]:
-    """One row, in numbers."""
+    """One row's numbers.
+
+    Args:
+        timing: the row's.
+        first: that of the first row, to which ``ratio`` compares.
+        tokens: in one run.
+        floor: seconds that one run takes at least.
+        ideal: seconds of one run at the device's peak, for ``mfu``; None if that is unknown.
+
+    """
     row = {"name": timing.contender.name} | timing.contender.facts
     row |= {"ms": timing.median * 1e3, "spread": timing.spread, "tokens_per_s": tokens / timing.median}
     row |= {"of_floor": timing.median / floor, "ratio": timing.median / first.median}
@@ -107,7 +121,7 @@ def figures(timing: Timing, first: Timing, tokens: int, floor: float, ideal: flo
 
 
 def table(rows: list[dict[str, Any]], ratio: str = ".2f") -> str:
-    """A line for each row; what no row has is left out."""
+    """Format the rows; columns that no row has are left out."""
     columns = {
         "": ("name", 24, str),
         "compile s": ("compile_s", 9, "{:.1f}".format),
@@ -134,7 +148,7 @@ def table(rows: list[dict[str, Any]], ratio: str = ".2f") -> str:
 
 
 def profile_table(times: list[OpTime]) -> str:
-    """The ops that take the longest, and the rest in one line."""
+    """Format the `OPS` ops that take longest, and the sum of the rest."""
     total = sum(time.seconds for time in times)
     top, rest = times[:OPS], times[OPS:]
     if rest:
@@ -145,15 +159,15 @@ def profile_table(times: list[OpTime]) -> str:
 
 
 def time_loop(cfg: BenchConfig) -> dict[str, Any]:
-    """Print milliseconds a step, with the spread of the rounds and the ratio to the steps alone.
+    """Time the training loop; print milliseconds a step, the spread of the rounds and the ratio to the bare steps.
 
     Raises:
         GptjaxError: the run cannot be set up as configured.
 
     """
-    count = loop.length(cfg)
+    count = loop.steps_per_round(cfg)
     with loop.contenders(cfg) as found:
-        timings = in_turns(found, cfg.rounds)
+        timings = time_interleaved(found, cfg.rounds)
     tokens = cfg.optim.accumulate * cfg.data.batch_size * cfg.data.seq_len
     rows: list[dict[str, Any]] = []
     for timing in timings:
@@ -167,7 +181,7 @@ def time_loop(cfg: BenchConfig) -> dict[str, Any]:
 
 
 def count_program(cfg: BenchConfig) -> dict[str, Any]:
-    """Print each operation with how often it runs and the gigabytes of its results, for both backwards.
+    """Print how often each operation runs and the gigabytes of its results, for both backwards.
 
     Raises:
         GptjaxError: the model does not fit the sequence or the platform.
@@ -176,9 +190,7 @@ def count_program(cfg: BenchConfig) -> dict[str, Any]:
     start_jax(cfg.model.dtype)
     platform = cfg.platform or platform_name()
     model = cfg.model.resolve(platform, cfg.data.seq_len)
-    if model.attention == "cudnn" and platform_name() != "cuda":  # JAX asks for cuDNN's version when it traces
-        model = dataclasses.replace(model, attention="blockwise")
-    found = {way: program.lowered_step(cfg, model, way, platform) for way in ("manual", "autodiff")}
+    found = {way: program.lowered_step(cfg, model, way, platform) for way in program.BACKWARDS}
     tokens = cfg.optim.accumulate * cfg.data.batch_size * cfg.data.seq_len
     print(f"lowered for {platform}, {model.dtype}, attention {model.attention}, layers {model.layers}, {tokens:,} tokens")
     print(f"{'operation':<24}" + "".join(f" {way:>8} {'GB':>7}" for way in found))
@@ -190,33 +202,63 @@ def count_program(cfg: BenchConfig) -> dict[str, Any]:
     }
 
 
-def time_data(cfg: BenchConfig) -> dict[str, Any]:
-    """Print tokens a second of each way, with the spread of its rounds and the ratio to the first.
+def write_programs(cfg: BenchConfig, folder: Path) -> dict[str, Any]:
+    """Compile the step with both backwards and write each program's text to the folder; print a row for each file.
 
     Raises:
-        GptjaxError: the corpus cannot be had.
+        GptjaxError: the compiler is not installed, the model does not fit the platform, or a file cannot be written.
+
+    """
+    if cfg.platform is None:
+        start_jax(cfg.model.dtype)
+    topology = program.target(cfg, cfg.platform or platform_name())
+    start(topology)
+    start_jax(cfg.model.dtype)
+    devices = open_devices(topology)
+    model = cfg.model.resolve(topology.platform, cfg.data.seq_len)
+    with naming(str(folder)):
+        folder.mkdir(parents=True, exist_ok=True)
+    tokens = cfg.optim.accumulate * cfg.data.batch_size * cfg.data.seq_len
+    print(f"compiled for {topology.kind}, {model.dtype}, attention {model.attention}, layers {model.layers}, {tokens:,} tokens")
+    print(f"{'file':<24} {'temporaries':>11}")
+    record: dict[str, Any] = {}
+    for backward in program.BACKWARDS:
+        for found in program.compiled_step(cfg, model, backward, devices):
+            path = folder / f"{backward}-{found.name}.txt"
+            with naming(str(path)):
+                path.write_text(found.text)
+            print(f"{path.name:<24} {human_bytes(found.temporary_bytes):>11}", flush=True)
+            record[path.name] = {"temporary_bytes": found.temporary_bytes}
+    return record
+
+
+def time_data(cfg: BenchConfig) -> dict[str, Any]:
+    """Time tokenizing and batching; print tokens a second, the spread of the rounds and the ratio to the first way.
+
+    Raises:
+        GptjaxError: the corpus cannot be found or prepared.
 
     """
     chosen = cfg.data
     corpus = find_corpus(chosen.dataset, chosen.root, chosen.tokenizer, chosen.column, chosen.tokens)
     shape = BatchShape(cfg.optim.accumulate, chosen.batch_size, chosen.seq_len)
-    parts = {"tokens to batches": data.loading(corpus.train, shape, chosen.order, cfg.model.vocab_size, cfg.rounds)}
+    sections = {"tokens to batches": data.loading(corpus.train, shape, chosen.order, cfg.model.vocab_size, cfg.rounds)}
     if corpus.tokenizer:
-        parts = {"text to tokens": data.tokenizing(corpus.tokenizer, corpus.train, cfg.rounds)} | parts
+        sections = {"text to tokens": data.tokenizing(corpus.tokenizer, corpus.train, cfg.rounds)} | sections
     start_jax(cfg.model.dtype)
-    (step,) = in_turns(list(steps.step_contenders(cfg, False)), cfg.rounds)
-    eaten = shape.accumulate * shape.batch_size * shape.seq_len
-    parts["the training step"] = {step.contender.name: [eaten / seconds for seconds in step.seconds]}
+    (step,) = time_interleaved(list(steps.step_contenders(cfg, False)), cfg.rounds)
+    tokens = shape.accumulate * shape.batch_size * shape.seq_len
+    sections["the training step"] = {step.contender.name: [tokens / seconds for seconds in step.seconds]}
     print(f"{corpus.folder}, {os.cpu_count()} cores, batches of {shape.accumulate} x {shape.batch_size} x {shape.seq_len}")
     record: dict[str, Any] = {}
-    for part, ways in parts.items():
+    for section, ways in sections.items():
         first = statistics.median(next(iter(ways.values())))
-        print(f"{part:<18} {'tokens a second':>16} {'spread':>8} {'ratio':>6}")
+        print(f"{section:<18} {'tokens a second':>16} {'spread':>8} {'ratio':>6}")
         for name, rates in ways.items():
             median = statistics.median(rates)
             spread = (max(rates) - min(rates)) / median
             print(f"{name:<18} {median:>16,.0f} {spread:>8.0%} {median / first:>6.2f}")
-            record.setdefault(part, {})[name] = {"tokens_per_s": median, "spread": spread}
+            record.setdefault(section, {})[name] = {"tokens_per_s": median, "spread": spread}
     return record
 
 

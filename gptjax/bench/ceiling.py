@@ -1,4 +1,4 @@
-"""What the device could do at best: its matrix products and its memory, measured now, and the floor that they set."""
+"""Rates of the device's matrix products and memory, measured now, and the least time that they allow."""
 
 import statistics
 import time
@@ -14,22 +14,22 @@ from gptjax.xla.products import contract
 
 ROUNDS = 7
 STREAM_BYTES = 512_000_000  # beyond any cache
-ADAMW_PASSES = 7  # reads parameter, gradient, both moments; writes parameter and both moments
+ADAMW_PASSES = 7  # over float32 arrays like the parameters: AdamW reads four and writes three
 
 
 class Ceiling(NamedTuple):
-    """Of this device, in this dtype."""
+    """Measured rates of this device."""
 
     flops: float
-    """FLOP/s of the model's largest matrix product in a block."""
+    """FLOP/s of a block's largest matrix product, in the compute dtype."""
     bandwidth: float
-    """Bytes a second of an array that is read and written."""
+    """Bytes a second, reading and writing an array in place."""
     reading: float
-    """Bytes a second of an array that is only read."""
+    """Bytes a second, only reading an array."""
 
 
 def measure(cfg: ModelConfig, tokens: int) -> Ceiling:
-    """Time the product of (tokens, C) and (C, 4 C) in the compute dtype, and passes over memory."""
+    """Time the product of (tokens, C) and (C, 4 C) in the compute dtype, and passes over `STREAM_BYTES` of memory."""
     C = cfg.channels
     x, w = jnp.ones((tokens, C), cfg.compute_dtype), jnp.ones((C, 4 * C), cfg.compute_dtype)
     repeats = max(1, round(2e10 / (8 * tokens * C * C)))
@@ -62,10 +62,10 @@ def _median_seconds(run: Callable[[], Any]) -> float:
 
 
 def step_floor(cfg: ModelConfig, tokens: int, seq_len: int, ceiling: Ceiling) -> float:
-    """Seconds of a training step that only multiplies matrices and makes one pass of AdamW over memory."""
+    """Seconds of a training step that does nothing but its matrix products and one pass of AdamW over memory."""
     return tokens * flops_per_token(cfg, seq_len) / ceiling.flops + ADAMW_PASSES * 4 * num_params(cfg) / ceiling.bandwidth
 
 
 def decode_floor(cfg: ModelConfig, ceiling: Ceiling) -> float:
-    """Seconds of a token that only reads every weight once."""
+    """Seconds of a decoded token that does nothing but read every weight once."""
     return num_params(cfg) * cfg.compute_dtype.itemsize / ceiling.reading

@@ -1,4 +1,4 @@
-"""How fast text becomes tokens and tokens become batches, each in turns with what others do for it."""
+"""Tokens a second of tokenizing and batching, against the ways that other projects do it."""
 
 import mmap
 import os
@@ -20,10 +20,10 @@ BATCHES = 2000
 
 
 def tokenizing(tokenizer: Tokenizer, shards: list[Shard], rounds: int) -> dict[str, list[float]]:
-    """Tokens a second, of each round, of the corpus's own text.
+    """Tokens a second of each round, encoding text of the corpus.
 
-    Ours is what preparing a corpus does, in threads; ``tiktoken alone`` encodes piece by piece in one; ``in one go`` is
-    nanoGPT's preparation of a small corpus: the whole text at once, and one array of the list.
+    ``ours`` is how a corpus is prepared, in threads; ``tiktoken alone`` encodes one piece after another in one thread;
+    ``in one go`` is nanoGPT's way for a small corpus: all of the text at once, and the list made one array.
     """
     ids = np.concatenate([shard.tokens[:TEXT_CHARACTERS] for shard in shards])[:TEXT_CHARACTERS]
     text = tokenizer.decode(ids.tolist())[:TEXT_CHARACTERS]
@@ -34,14 +34,14 @@ def tokenizing(tokenizer: Tokenizer, shards: list[Shard], rounds: int) -> dict[s
         alone = tokenizer.encoding.encode_ordinary
         ways["tiktoken alone"] = lambda: sum(len(alone(piece.text)) for piece in pieces)
         ways["in one go"] = lambda: np.array(alone(text), np.uint16).size
-    return _in_turns(ways, rounds)
+    return _interleaved(ways, rounds)
 
 
 def loading(shards: list[Shard], shape: BatchShape, order: Order, vocab_size: int, rounds: int) -> dict[str, list[float]]:
-    """Tokens a second, of each round, of batches from the shards.
+    """Tokens a second of each round, reading batches from the shards.
 
-    ``cold`` starts with the shards dropped from the system's cache and from every map of them; ``random crops``
-    is nanoGPT's way: every row of a batch from a random place, copied out of a memory map.
+    ``cold`` first drops the shards from the system's page cache; ``random crops`` is nanoGPT's way: each row of a batch is
+    copied from a random place in a memory map.
     """
     whole = TrainingBatches(shards, shape, order, 0, vocab_size)
 
@@ -54,7 +54,7 @@ def loading(shards: list[Shard], shape: BatchShape, order: Order, vocab_size: in
         batches = TrainingBatches(shards, shape, order, 0, vocab_size)
         return sum(next(batches).inputs.size for _ in range(BATCHES))
 
-    return _in_turns({"cold": cold, "warm": ours, "random crops": lambda: sum(_crops(shards[0], shape))}, rounds)
+    return _interleaved({"cold": cold, "warm": ours, "random crops": lambda: sum(_crops(shards[0], shape))}, rounds)
 
 
 def _crops(shard: Shard, shape: BatchShape) -> Iterator[int]:
@@ -69,16 +69,16 @@ def _crops(shard: Shard, shape: BatchShape) -> Iterator[int]:
 
 
 def forget(shard: Shard) -> None:
-    """Drop a shard from the system's cache. What is mapped stays there, so first no page of it must be."""
+    """Drop a shard from the system's page cache, and before that from this process's map, as mapped pages stay."""
     mapped: Any = shard.tokens
     if hasattr(os, "posix_fadvise"):
         mapped._mmap.madvise(mmap.MADV_DONTNEED)
         with shard.path.open("rb") as file:
-            os.fsync(file.fileno())  # only what is on disk can be dropped
+            os.fsync(file.fileno())  # the system keeps pages that are not on disk yet
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _in_turns(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+def _interleaved(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, run in ways.items():

@@ -1,4 +1,4 @@
-"""What the training loop costs beside its steps."""
+"""The training loop's cost beside its steps."""
 
 import contextlib
 import dataclasses
@@ -22,22 +22,22 @@ from gptjax.train.trainer import Trainer
 from gptjax.verify.live import LiveCheck
 
 
-def length(cfg: Config) -> int:
-    """Steps of a round: as many as lie between two validations."""
+def steps_per_round(cfg: Config) -> int:
+    """As many steps as lie between two validations."""
     return cfg.train.eval_every or cfg.train.steps
 
 
 @contextlib.contextmanager
 def contenders(cfg: Config) -> Iterator[list[Contender]]:
-    """`length` steps by themselves; in the loop that logs each and ends with a checkpoint; and with all that is configured.
+    """Three contenders of `steps_per_round` steps each: bare, with logging and a last checkpoint, and all that is configured.
 
-    The run lives in a temporary folder, its lines go to the null device.
+    The run has a temporary folder, and its output goes to the null device.
 
     Raises:
         GptjaxError: the run cannot be set up as configured.
 
     """
-    count = length(cfg)
+    count = steps_per_round(cfg)
     plain = dataclasses.replace(cfg.train, eval_every=0, sample_every=0, sample_tokens=0, checkpoint_every=0, verify_every=0)
     with contextlib.ExitStack() as cleanup:
         folder = cleanup.enter_context(tempfile.TemporaryDirectory())

@@ -66,7 +66,8 @@ def plan(cfg: PlanConfig, file: Path | None, topology: Topology) -> dict[str, An
     model = cfg.model.resolve(topology.platform, cfg.data.seq_len)
     cfg, chosen = settle(cfg, model, topology)
     work = Work(model, BatchShape(cfg.optim.accumulate, cfg.data.batch_size, cfg.data.seq_len), cfg.mesh.shape)
-    devices = None if cfg.predict or topology.platform == "cuda" else open_devices(topology)
+    predicted = cfg.predict or topology.platform == "cuda"
+    devices = None if predicted else open_devices(topology, ", or --predict for shapes alone")
     optimizer = make_optimizer(cfg.optim, cfg.train.steps, model)
     tokens = cfg.tokens or work.shape.tokens * cfg.train.steps
 

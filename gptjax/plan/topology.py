@@ -9,6 +9,7 @@ import jax
 
 from gptjax.errors import ConfigError
 from gptjax.parallel.devices import DEVICES, Device
+from gptjax.xla.gpu import open_h100s
 
 TPUS = {  # name: JAX's device_kind, the axes of its torus
     "v4": ("TPU v4", 3),
@@ -112,15 +113,27 @@ def start(topology: Topology) -> None:
                 ) from error
 
 
-def open_devices(topology: Topology) -> list[Any]:
-    """What to compile for: simulated CPUs, or the TPUs of a slice as libtpu describes it.
+def open_devices(topology: Topology, otherwise: str = "") -> list[Any]:
+    """The devices to compile for: simulated CPUs, H100s, or the TPUs of a slice as libtpu describes it.
+
+    Args:
+        topology: its devices.
+        otherwise: what else the user can do without the compiler; it ends the error's sentence.
 
     Raises:
-        ConfigError: libtpu is not installed, or refuses the topology.
+        ConfigError: the compiler is not installed, or cannot compile for this topology.
 
     """
     if topology.platform == "cpu":
         return jax.devices("cpu")[: topology.size]
+    if topology.platform == "cuda":
+        if topology.kind != GPUS["h100"]:
+            raise ConfigError(f"to compile for {topology.name} is not possible: of NVIDIA's GPUs only h100 is described")
+        try:
+            return open_h100s(topology.size)
+        except NotImplementedError as error:  # JAX knows no platform of this name
+            message = f"to compile for {topology.name} needs jax-cuda12-plugin: pip install 'gptjax[cuda-aot]'{otherwise}"
+            raise ConfigError(message) from error
     from jax.experimental import topologies
 
     single = {"chips_per_host_bounds": (1, 1, 1)} if topology.size == 1 else {}
@@ -129,7 +142,7 @@ def open_devices(topology: Topology) -> list[Any]:
         described = topologies.get_topology_desc(topology.name, "tpu", **single, **both_cores)
     except (ImportError, RuntimeError) as error:  # JAX raises RuntimeError where there is no libtpu, or one that refuses
         if "not installed" in str(error):
-            message = f"to compile for {topology.name} needs libtpu: pip install 'gptjax[tpu]', or --predict for shapes alone"
+            message = f"to compile for {topology.name} needs libtpu: pip install 'gptjax[tpu]'{otherwise}"
             raise ConfigError(message) from error
         raise ConfigError(f"libtpu refuses the topology {topology.name}: {str(error).splitlines()[0]}") from error
     return described.devices

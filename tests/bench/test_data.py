@@ -15,7 +15,7 @@ from gptjax.formats.token_shards import open_shard, write_shard
 def test_every_way_makes_the_same_tokens(tmp_path, monkeypatch):
     """What is timed is the same work: the counts behind the rates agree."""
     counts = {}
-    monkeypatch.setattr(data, "_in_turns", lambda ways, rounds: counts.update({name: run() for name, run in ways.items()}))
+    monkeypatch.setattr(data, "_interleaved", lambda ways, rounds: counts.update({name: run() for name, run in ways.items()}))
     monkeypatch.setattr(data, "BATCHES", 3)
     tokenizer = tokenizers.byte()
     write_shard(tmp_path / "train.bin", np.frombuffer(b"It was the best of times. " * 500, np.uint8))

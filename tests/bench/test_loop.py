@@ -6,26 +6,26 @@ import yaml
 
 from gptjax.bench import loop
 from gptjax.config import Config, DataConfig, ModelConfig, TrainConfig
-from gptjax.train import trainer as training
-from tests.test_train import data_root  # noqa: F401
+from gptjax.train import hooks, trainer
+from tests.train.test_command import data_root  # noqa: F401
 
 
-def test_each_contender_takes_as_many_steps_and_only_the_last_does_all_else(data_root, monkeypatch, capsys):  # noqa: F811
-    """What the loop does is seen in its functions and files: validations, samples, records, checkpoints."""
+def test_only_the_last_contender_does_all_that_is_configured(data_root, monkeypatch, capsys):  # noqa: F811
+    """All three take as many steps; validations, samples and records are counted."""
     made = {"validations": 0, "samples": 0}
 
     def sample_text(run, params, step):
         made["samples"] += 1
         return "text"
 
-    evaluate = training.steps.evaluate
+    evaluate = trainer.evaluate
 
     def counted(loss, params, batches):
         made["validations"] += len(batches) > 1
         return evaluate(loss, params, batches)
 
-    monkeypatch.setattr(training, "sample_text", sample_text)
-    monkeypatch.setattr(training.steps, "evaluate", counted)
+    monkeypatch.setattr(hooks, "sample_text", sample_text)
+    monkeypatch.setattr(trainer, "evaluate", counted)
     folders = []
     monkeypatch.setattr(loop, "fill_folder", lambda run: folders.append(run.folder))
     model = ModelConfig(num_layers=1, num_heads=1, channels=8, vocab_size=4096, max_seq_len=8)
@@ -65,5 +65,5 @@ def test_the_command(data_root, tmp_path, capsys, monkeypatch):  # noqa: F811
 
 def test_a_round_without_validations_is_the_whole_run():
     cfg = Config(ModelConfig(preset="124m"), train=TrainConfig(steps=7, eval_every=0))
-    assert loop.length(cfg) == 7
-    assert loop.length(dataclasses.replace(cfg, train=TrainConfig(eval_every=5))) == 5
+    assert loop.steps_per_round(cfg) == 7
+    assert loop.steps_per_round(dataclasses.replace(cfg, train=TrainConfig(eval_every=5))) == 5

@@ -62,7 +62,7 @@ def test_simulated_devices():
     [
         (
             "JAX TPU support not installed; cannot generate TPU topology.",
-            "needs libtpu: pip install 'gptjax[tpu]', or --predict",
+            "needs libtpu: pip install 'gptjax[tpu]', or else",
         ),
         ("INVALID_ARGUMENT: no such layout\nand more", "libtpu refuses the topology v5e:4x4: INVALID_ARGUMENT: no such layout"),
     ],
@@ -73,7 +73,7 @@ def test_without_libtpu_or_with_one_that_refuses(said, message, monkeypatch):
 
     monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", refuse)
     with pytest.raises(ConfigError, match=re.escape(message)):
-        open_devices(parse_topology("v5e:4x4"))
+        open_devices(parse_topology("v5e:4x4"), ", or else")
 
 
 SLICES = ["v5e:1x1", "v5e:2x2", "v5e:2x4", "v5e:16x16", "v6e:4x4", "v4:2x2x1", "v4:2x2x4", "v5p:1x1x1", "v5p:4x4x8"]
