@@ -17,7 +17,7 @@ from gptjax.errors import ConfigError, GptjaxError
 from gptjax.parallel import processes
 from gptjax.parallel.processes import DistributedConfig, Stop
 from tests.conftest import ROOT
-from tests.test_train import TINY, data_root, metrics, run  # noqa: F401
+from tests.train.test_command import TINY, data_root, metrics, run  # noqa: F401
 
 
 class Store(dict):

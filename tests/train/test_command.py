@@ -17,10 +17,11 @@ import orbax.checkpoint as ocp
 import pytest
 import yaml
 
-from gptjax import convert, train
+from gptjax import convert
 from gptjax.datasets import find_corpus
 from gptjax.formats.token_shards import write_shard
 from gptjax.models import gpt2
+from gptjax.train import __main__ as train
 from gptjax.train import step as steps
 from gptjax.xla import native
 from gptjax.xla.cache import keep_compiled_programs
@@ -422,7 +423,7 @@ def test_bad_shards_end_in_one_sentence(command, tmp_path, capsys):
 def test_a_disk_that_fills_up_ends_in_one_sentence(command, tmp_path):
     """A limit on file sizes stands in for the disk: the checkpoint of step 20 cannot be written."""
     script = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000));"
-    script += "from gptjax.train import main; sys.exit(main(sys.argv[1:]))"
+    script += "from gptjax.train.__main__ import main; sys.exit(main(sys.argv[1:]))"
     result = subprocess.run(
         [sys.executable, "-c", script, *command, "--model.channels", "64"],
         capture_output=True,
