@@ -10,7 +10,7 @@ from gptjax import cli
 from gptjax.bench.__main__ import BenchConfig
 from gptjax.config import Config
 from gptjax.errors import ConfigError
-from gptjax.evaluate import EvaluateConfig
+from gptjax.evaluate.__main__ import EvaluateConfig
 from gptjax.plan.__main__ import PlanConfig
 from gptjax.verify.__main__ import VerifyConfig
 from tests.commands import expect_error
