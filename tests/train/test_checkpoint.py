@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gptjax.errors import CheckpointError
-from gptjax.models.params import param_axes, unstack
+from gptjax.models.params import param_axes, stack, unstack
 from gptjax.parallel import mesh as meshes
 from gptjax.parallel.mesh import MeshConfig, make_mesh
 from gptjax.train import checkpoint
@@ -378,33 +378,40 @@ def trees_of_parameters(state):
     return jax.tree.leaves(state, is_leaf=lambda tree: hasattr(tree, "blocks"))
 
 
+def in_one_layout(tree):
+    """With its layers stacked, if it is like the parameters."""
+    return stack(tree) if hasattr(tree, "blocks") else tree
+
+
 ALL_DEVICES = MeshConfig(2, 2, 2)
-LAYOUTS = [
-    *(
-        ("adamw", layers, mesh)
-        for layers, mesh in (("unroll", MeshConfig(fsdp=8)), ("unroll", None), ("scan", MeshConfig(tensor=8)))
-    ),
-    *((name, "scan", MeshConfig(2, 1, 2)) for name in OPTIMIZERS if name != "adafactor"),
-    ("adafactor", "unroll", MeshConfig(2, 1, 2)),
+ELSEWHERE = [
+    *(("adamw", "unroll", "unroll", mesh) for mesh in (MeshConfig(fsdp=8), None)),
+    ("adamw", "unroll", "scan", MeshConfig(tensor=8)),
+    *((name, "unroll", "scan", MeshConfig(2, 1, 2)) for name in OPTIMIZERS if name != "adafactor"),
+    *((name, "scan", "unroll", None) for name in OPTIMIZERS if name != "adafactor"),
+    ("adafactor", "unroll", "unroll", MeshConfig(2, 1, 2)),
 ]
 
 
-@pytest.mark.parametrize(("name", "layers", "other"), LAYOUTS)
-def test_a_checkpoint_is_read_onto_any_other_mesh(tmp_path, name, layers, other):
-    cfg = tiny.config(dtype="float32", num_layers=2, num_heads=8, channels=16, vocab_size=120)
+@pytest.mark.parametrize(("name", "saved", "read", "other"), ELSEWHERE)
+def test_a_checkpoint_is_read_onto_any_other_mesh(tmp_path, name, saved, read, other):
+    """And in the other layout."""
+    cfg = tiny.config(dtype="float32", num_layers=2, num_heads=8, channels=16, vocab_size=120, layers=saved)
     optimizer = make_optimizer(OptimConfig(name=name), 10, cfg)
     layouts = lambda mesh, cfg, state: meshes.shardings(mesh, param_axes(cfg), state)  # noqa: E731
     values = state_of(cfg, optimizer, 1)
-    saved = jax.device_put(values, layouts(make_mesh(ALL_DEVICES, cfg.axis_sizes, 8), cfg, values))
-    assert {len(x.sharding.device_set) for x in jax.tree.leaves(saved)} == {8}
+    state = jax.device_put(values, layouts(make_mesh(ALL_DEVICES, cfg.axis_sizes, 8), cfg, values))
+    assert {len(x.sharding.device_set) for x in jax.tree.leaves(state)} == {8}
     writer = CheckpointWriter(tmp_path, keep=1)
-    writer.save(1, saved, cfg, optimizer, {})
+    writer.save(1, state, cfg, optimizer, {})
     writer.close()
-    now = dataclasses.replace(cfg, layers=layers)
+    now = dataclasses.replace(cfg, layers=read)
     mesh = make_mesh(other, cfg.axis_sizes, 8) if other else None
     state = restore_newest(tmp_path, now, optimizer, mesh).state
+    shapes = jax.eval_shape(lambda key: steps.init_state(key, now, optimizer), jax.random.key(0))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(lambda x: (x.shape, x.dtype), shapes)
     for found, mine in zip(trees_of_parameters(state), trees_of_parameters(values), strict=True):
-        assert_equal(unstack(found) if layers == "scan" and hasattr(found, "blocks") else found, mine)
+        assert_equal(in_one_layout(found), in_one_layout(mine))
     if mesh is None:
         assert {len(x.sharding.device_set) for x in jax.tree.leaves(state)} == {1}
     else:
