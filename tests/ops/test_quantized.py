@@ -74,7 +74,7 @@ def test_several_axes_count_as_one():
     w = normal(0, 5, 3, 4)
     x = normal(1, 2, 6, 3, 4)
     y, _ = linear_fwd(x, jnp.moveaxis(w, 0, -1))
-    assert_same_sums(quantized_linear(x, OutIn(w))[0], y, (x[:, :, None] * w).reshape(2, 6, 5, 12))
+    assert_same_sums(quantized_linear(x, OutIn(w))[0], y, (x[:, :, None] * w[None, None]).reshape(2, 6, 5, 12))
     assert quantize(w, inputs=2).scale.shape == (5,)
     assert relative(quantized_linear(x, quantize(w, inputs=2))[0], y) < 1e-2
 

@@ -10,6 +10,7 @@ import pytest
 from gptjax.formats import llmc
 from gptjax.models import gpt2
 from gptjax.ops import IGNORE_INDEX
+from gptjax.parallel.sharding import num_shards
 from gptjax.verify.ops import OpError
 from tests.commands import expect_error
 from tests.conftest import ROOT
@@ -47,9 +48,9 @@ def test_everything_holds(capsys, tmp_path):
     files = ["--json", str(tmp_path / "r.json"), "--html", str(tmp_path / "r.html")]
     assert command.main([*TINY, "--layers", *files]) == 0
     out = capsys.readouterr().out
-    assert out.count(" ok\n") == 17 + 2 + 16 + 1
+    assert out.count(" ok\n") == 21 + 2 + 20 + 1
     assert "fcw[0]" in out
-    assert "all 17 gradients agree with autodiff in float64" in out
+    assert "all 21 gradients agree with autodiff in float64" in out
     assert "took " in out.splitlines()[-3]
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["ok"]
@@ -66,6 +67,34 @@ def test_a_wrong_backward_ends_with_1_and_is_named(monkeypatch, capsys, tmp_path
     assert lines[-1] == "nothing was exported: it would not be right"
     assert not list((tmp_path / "out").iterdir())
     assert "outlined where wrong" in (tmp_path / "r.html").read_text()
+
+
+ON_A_MESH = ["--mesh.data", "2", "--mesh.tensor", "2", "--optim.accumulate", "2"]
+
+
+def test_the_program_on_the_mesh_with_all_micro_batches_is_what_is_checked(capsys):
+    assert command.main([*TINY, *ON_A_MESH]) == 0
+    out = capsys.readouterr().out
+    assert "4 devices: data 2 x fsdp 1 x tensor 2" in out
+    assert "2 micro-batches of 2 x 8 tokens" in out
+    assert "all 21 gradients agree with autodiff in float64" in out
+
+
+def test_an_error_on_the_mesh_alone_ends_with_1_and_the_mesh_is_named(monkeypatch, capsys):
+    right = gpt2.embedding_bwd
+
+    def wrong(ids, dtable, dy):
+        return right(ids, dtable, dy) if num_shards() == 1 else 2 * dtable - right(ids, dtable, dy)
+
+    monkeypatch.setattr(gpt2, "embedding_bwd", wrong)
+    assert command.main([*TINY, *ON_A_MESH]) == 1
+    assert (
+        "first at the program on the mesh: it alone differs, and on one device the gradient is right" in capsys.readouterr().out
+    )
+
+
+def test_a_mesh_that_does_not_divide_the_batch_is_refused(capsys):
+    expect_error(command.main, [*TINY, "--mesh.data", "8"], "data.batch_size 2 does not divide by mesh.data", capsys)
 
 
 def test_a_wrong_gradient_ends_with_1_even_if_the_report_cannot_be_kept(monkeypatch, capsys, tmp_path):
@@ -110,7 +139,8 @@ def test_the_hash_is_of_what_is_checked_and_not_of_how_it_is_shown():
 
 def test_parameters_that_are_not_finite_are_named(capsys, tmp_path):
     subject, _ = made()
-    broken = subject.params._replace(fcb=(subject.params.fcb[0].at[3].set(jnp.nan),))
+    block = subject.params.blocks[0]
+    broken = subject.params._replace(blocks=(block._replace(fcb=block.fcb.at[3].set(jnp.nan)),))
     llmc.write_model(tmp_path / "m.bin", broken, subject.cfg)
     expect_error(
         command.main,
@@ -155,8 +185,8 @@ def test_a_batch_of_the_corpus(shared, tmp_path):
     arguments = [*TINY[:-2], "--model.vocab_size", "50257", "--batch", "corpus", "--data.dataset", str(folder)]
     cfg, _ = command.cli.parse(command.VerifyConfig, "verify", "", [*arguments, "--data.order", "sequential"])
     subject, _, facts = command.make_subject(cfg)
-    assert subject.batch.inputs[0, :6].tolist() == [50256, 5962, 22307, 25, 198, 8421]
-    assert (subject.batch.targets[:, :-1] == subject.batch.inputs[:, 1:]).all()
+    assert subject.batch.inputs[0, 0, :6].tolist() == [50256, 5962, 22307, 25, 198, 8421]
+    assert (subject.batch.targets[..., :-1] == subject.batch.inputs[..., 1:]).all()
     assert facts["batch"].startswith("2 x 8 tokens, the first of ")
 
 
@@ -176,7 +206,7 @@ def test_a_batch_of_the_corpus(shared, tmp_path):
         (["--html", str(ROOT)], "it is a folder"),
         (["--html", "r", "--json", "./r"], "json and html are both r: name two files"),
         (["--export", "/proc/nowhere"], "/proc/nowhere cannot be used"),
-        (["--seed", "4294967296"], "seed must be from 0 to 4294967295"),
+        (["--seed", "4294967296"], "seed must be a number of at most 4,294,967,295"),
         (["--export", str(ROOT / "README.md")], "is a file, not a folder"),
         (["--data.seq_len", "4000"], "data.seq_len 4000 does not fit"),
         (["--model.attention", "cudnn"], "needs an NVIDIA GPU"),

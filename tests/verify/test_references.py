@@ -149,7 +149,7 @@ def test_the_program_that_the_configuration_runs_is_right(gradient_only, program
 
 @pytest.mark.parametrize("program", [{}, {**ALL_AXES, "A": 2, "layers": "scan"}], ids=["one device", "mesh and micro-batches"])
 def test_a_family_that_the_package_does_not_know_is_verified(monkeypatch, program):
-    """One without attention, with a classifier of its own; a tensor that has its name in the layers and outside is told apart."""
+    """One without attention, with a classifier of its own. A name that is in the layers and outside is told apart."""
     with mlp_family.registered() as name:
         report = references.against_autodiff(subject(family=name, dropout_mlp=0.2, **program))
         assert report
