@@ -65,6 +65,7 @@ def test_all_stop_at_the_same_step_whoever_gets_the_signal_and_however_far_the_o
         for process in reversed(order):  # so the step before it is done everywhere
             if not last[process] and stops[process].now(step):
                 last[process] = step
+            assert bool(stops[process].name) == bool(last[process])  # no run has been stopped before its last step
     assert last == [5, 5, 5]
     assert {stop.name for stop in stops} == {"SIGTERM"}
 
