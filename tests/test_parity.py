@@ -16,7 +16,7 @@ from gptjax.formats import llmc
 from gptjax.models import transformer
 from gptjax.models.batch import Batch
 from gptjax.train import step as steps
-from gptjax.train.optimizer import init_opt_state, make_optimizer
+from gptjax.train.optimizer import make_optimizer
 from gptjax.train.step import TrainState
 from gptjax.weights import load_weights, open_weights, write_weights
 from tests.compare import relative_l2
@@ -86,11 +86,12 @@ def test_ten_adamw_steps(theirs):
         beta1=beta1, beta2=beta2, eps=torch_gpt2.ADAMW["eps"], grad_clip=0,
     )  # fmt: skip
     optimizer = make_optimizer(config, torch_gpt2.STEPS, cfg)
-    state = TrainState(params, init_opt_state(optimizer, params))
+    state = TrainState(params, optimizer.transform.init(params))
     batches = jax.tree.map(lambda x: x[None], batch)
     compiled = steps.compile_step(cfg, optimizer, "manual", state, batches, jax.random.key(0))
-    for step, loss in enumerate(found["losses"]):
-        state, metrics = steps.run_step(compiled, state, batches, jax.random.key(0), step)
+    buffer = steps.gradient_buffer(params)
+    for step, loss in enumerate(found["losses"], 1):
+        state, buffer, metrics = steps.run_step(compiled, state, buffer, batches, jax.random.key(0), step)
         assert float(metrics.loss) == pytest.approx(loss, rel=TOLERANCE[dtype]), step
     assert found["losses"][-1] < found["losses"][0] - 0.3
     assert_close(state.params, found["trained"], TOLERANCE[dtype])
@@ -146,7 +147,7 @@ def test_transformers_loads_what_we_write(transformers, tmp_path):
 def test_we_load_what_transformers_writes(transformers, tmp_path, how):
     """In one file, in several, and without the language model's head, as the hub's own gpt2 has it."""
     sizes = {"n_layer": 2, "n_head": 4, "n_embd": 32, "vocab_size": V, "n_positions": 24}
-    model = transformers.GPT2LMHeadModel(transformers.ModelConfig(**sizes))
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
     how = dict(how)
     (model.transformer if how.pop("inner", False) else model).save_pretrained(tmp_path, **how)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1 or "max_shard_size" not in how

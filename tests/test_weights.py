@@ -35,7 +35,7 @@ def run(tmp_path):
     optimizer = make_optimizer(OptimConfig(), 10, CFG)
     for step in (1, 2):
         state = init_state(jax.random.key(step), CFG, optimizer)
-        writer.save(step, state, CFG, {})
+        writer.save(step, state, CFG, optimizer, {})
     writer.close()
     return tmp_path, state.params
 
@@ -58,7 +58,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before_it(run):
         file.write_bytes(bytes(len(file.read_bytes())))
     with pytest.warns(UserWarning, match="step_00000002 is damaged and was set aside"):
         _, found = load_weights(str(folder))
-    before = init_state(jax.random.key(1), CFG, make_optimizer(OptimConfig(), 10)).params
+    before = init_state(jax.random.key(1), CFG, make_optimizer(OptimConfig(), 10, CFG)).params
     assert_same(found, before)
     assert not np.array_equal(found.wte, params.wte)
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["damaged-step_00000002", "step_00000001"]
@@ -69,8 +69,9 @@ def test_a_run_has_the_tokenizer_that_it_was_trained_with_or_none(run):
     folder, _ = run
     own, other = Characters("abc"), Characters("abd")
     writer = CheckpointWriter(folder / "checkpoints", keep=1)
-    state = init_state(jax.random.key(1), CFG, make_optimizer(OptimConfig(), 10))
-    writer.save(3, state, CFG, {"tokenizer": own.sha256})
+    optimizer = make_optimizer(OptimConfig(), 10, CFG)
+    state = init_state(jax.random.key(1), CFG, optimizer)
+    writer.save(3, state, CFG, optimizer, {"tokenizer": own.sha256})
     writer.close()
     own.save(folder / "tokenizer.json")
     assert open_weights(str(folder)).tokenizer == own

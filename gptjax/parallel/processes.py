@@ -195,12 +195,15 @@ class Stop:
                 self.name = self.received[0] if self.received else ""
             return bool(self.name)
         try:
-            last, self.name = store().key_value_try_get("gptjax/stop").split()
+            last, name = store().key_value_try_get("gptjax/stop").split()
         except Exception as error:
             if "NOT_FOUND" not in str(error):
                 raise
             return False
-        return step >= int(last)
+        if step < int(last):
+            return False
+        self.name = name
+        return True
 
 
 def store() -> Any:

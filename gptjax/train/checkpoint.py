@@ -14,6 +14,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -30,7 +31,7 @@ from gptjax.config import DIMENSIONS, ModelConfig
 from gptjax.errors import CheckpointError, ConfigError, GptjaxError
 from gptjax.files import set_aside
 from gptjax.formats.lazy import collect
-from gptjax.models.params import param_axes, rows, stack, unstack
+from gptjax.models.params import is_stacked, param_axes, rows, stack, unstack
 from gptjax.parallel import mesh as meshes
 from gptjax.parallel import processes
 from gptjax.parallel.heartbeat import tells_of_a_lost_process
@@ -123,7 +124,8 @@ def restore_newest(folder: Path, cfg: ModelConfig, optimizer: Optimizer, mesh: M
         GptjaxError: the model's dimensions differ, or there are checkpoints but all are damaged.
 
     """
-    return _newest_whole(folder, lambda path, step: _restore(path, step, cfg, optimizer, mesh), processes.agreed)
+    found = _newest_whole(folder, lambda path, step: _restore(path, step, cfg, optimizer, mesh), processes.agreed)
+    return found and found._replace(state=_in_layout(found.state, cfg, optimizer, mesh))
 
 
 def open_newest(folder: Path) -> tuple[ModelConfig, Any, dict[str, Any]]:
@@ -316,9 +318,9 @@ def _on_device(tree: Any) -> Any:
 
 
 def _restore(path: Path, step: int, cfg: ModelConfig, optimizer: Optimizer, mesh: Mesh | None) -> Restored:
-    """One checkpoint; if any process cannot read its part of it, none has it."""
+    """One checkpoint, in the layout it was saved in; if any process cannot read its part of it, none has it."""
 
-    def read() -> tuple[TrainState, Any, _Info]:
+    def read() -> tuple[TrainState, _Info]:
         if not path.is_dir() and not processes.is_first():
             raise CheckpointError(f"there is no {path} here: --runs must be a folder that all processes share")
         info = _read_info(path, step)
@@ -329,22 +331,29 @@ def _restore(path: Path, step: int, cfg: ModelConfig, optimizer: Optimizer, mesh
         for name, value in saved.items():
             if value != now.get(name):
                 raise CheckpointError(f"{path} was trained with {name} {value}, not {now.get(name)}: give it that value")
+        if info.model.layers != cfg.layers and optimizer.cfg.name == "adafactor":  # it factors the stack, not each layer
+            raise CheckpointError(f"{path} was trained with model.layers {info.model.layers}: give it that value")
         arrays = ocp.args.StandardRestore(meshes.abstract(mesh, param_axes(as_saved), shapes) if mesh else _on_device(shapes))
-        return _reader().restore(path, args=ocp.args.Composite(state=arrays)).state, shapes, info
+        return _reader().restore(path, args=ocp.args.Composite(state=arrays)).state, info
 
     def check() -> None:
         if _sums(state) != info.sums:
             raise ValueError("its checksums do not match")
 
-    state, shapes, info = processes.together(f"{path.name} read", _not_damage(path)(read))
+    state, info = processes.together(f"{path.name} read", _not_damage(path)(read))
     _not_damage(path)(check)()  # with the others; the sums are the same in all
-    if info.model.layers != cfg.layers:
-        if optimizer.cfg.name == "adafactor":  # its factors of stacked layers are not those of single ones
-            raise CheckpointError(f"{path} was trained with model.layers {info.model.layers}: give it that value")
-        convert = lambda s: _each_params(stack if cfg.layers == "scan" else unstack, s)  # noqa: E731
-        as_now = jax.eval_shape(convert, shapes)
-        state = jax.jit(convert, out_shardings=meshes.shardings(mesh, param_axes(cfg), as_now) if mesh else None)(state)
     return Restored(state, step, info.meta)
+
+
+def _in_layout(state: TrainState, cfg: ModelConfig, optimizer: Optimizer, mesh: Mesh | None) -> TrainState:
+    """The state with its layers, and what the optimizer keeps for them, stacked or not as ``cfg.layers`` says."""
+    if is_stacked(state.params.blocks) == (cfg.layers == "scan"):
+        return state
+    one = stack if cfg.layers == "scan" else partial(unstack, num_layers=cfg.num_layers)
+    is_params = lambda tree: hasattr(tree, "blocks")  # noqa: E731
+    convert = lambda state: jax.tree.map(lambda x: one(x) if is_params(x) else x, state, is_leaf=is_params)  # noqa: E731
+    shapes = jax.eval_shape(lambda key: init_state(key, cfg, optimizer), jax.random.key(0))
+    return jax.jit(convert, out_shardings=meshes.shardings(mesh, param_axes(cfg), shapes) if mesh else None)(state)
 
 
 @contextlib.contextmanager
@@ -363,13 +372,8 @@ def _kind(optimizer: Optimizer) -> dict[str, str | None]:
     return {"optim.name": optimizer.cfg.name, "optim.mu_dtype": optimizer.cfg.mu_dtype}
 
 
-def _each_params(f: Any, tree: Any) -> Any:
-    is_params = lambda x: hasattr(x, "blocks")  # noqa: E731
-    return jax.tree.map(lambda x: f(x) if is_params(x) else x, tree, is_leaf=is_params)
-
-
 def _sums(tree: Any) -> dict[str, int]:
-    """The checksum of each array under its name, as in ``params.fcw.0``."""
+    """The checksum of each array under its name, as in ``params.blocks.0.fcw``."""
     found = jax.tree_util.tree_leaves_with_path(_checksums(tree))
     return {jax.tree_util.keystr(path, simple=True, separator="."): int(x) for path, x in found}
 

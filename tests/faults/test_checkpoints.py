@@ -21,7 +21,7 @@ from tests.faults.tally import trials
 from tests.models import tiny
 
 CFG = tiny.config(dtype="float32", num_layers=1)
-OPTIMIZER = make_optimizer(OptimConfig(), 10)
+OPTIMIZER = make_optimizer(OptimConfig(), 10, CFG)
 OLDER, NEWER = "step_00000003", "step_00000005"
 
 # Orbax drops a coroutine where it fails to read; Python then warns whenever it collects it.
@@ -40,7 +40,7 @@ def folder(states, tmp_path):
     """The checkpoints of steps 3 and 5."""
     writer = CheckpointWriter(tmp_path / "c", keep=2)
     for n, state in states.items():
-        writer.save(n, state, CFG, {"position": n})
+        writer.save(n, state, CFG, OPTIMIZER, {"position": n})
     writer.close()
     return tmp_path / "c"
 
@@ -175,6 +175,6 @@ def test_files_damaged_whole(folder, states, tally, change, read):
 def test_damaged_metadata_of_an_older_one_keeps_nobody_from_saving(folder, states, content):
     (folder / OLDER / "_CHECKPOINT_METADATA").write_bytes(content)
     writer = CheckpointWriter(folder, keep=2)
-    writer.save(7, states[5], CFG, {"position": 7})
+    writer.save(7, states[5], CFG, OPTIMIZER, {"position": 7})
     writer.close()
     assert sorted(path.name for path in folder.iterdir()) == [NEWER, "step_00000007"]

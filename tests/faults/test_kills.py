@@ -7,7 +7,7 @@ import time
 import pytest
 
 from tests.faults.tally import trials
-from tests.test_train import assert_same_run, command, data_root, metrics_text, start  # noqa: F401
+from tests.train.test_command import assert_same_run, command, data_root, metrics_text, start  # noqa: F401
 
 KILLS = 20  # of one run, at most
 STEPS = 90

@@ -10,7 +10,7 @@ import pytest
 from gptjax.train.folders import owned
 from tests.conftest import ROOT
 from tests.faults.tally import trials
-from tests.test_train import command, data_root, metrics, start  # noqa: F401
+from tests.train.test_command import command, data_root, metrics, start  # noqa: F401
 
 RACERS = 4
 # Takes a folder each time that it is told to, says which, and gives it back.

@@ -15,7 +15,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.faults.tally import trials
-from tests.test_train import arrays, command, data_root, metrics, start  # noqa: F401
+from tests.train.test_command import arrays, command, data_root, metrics, start  # noqa: F401
 
 CTRL_C = b"\x03"
 PATIENCE = 120.0  # seconds, on a machine that has other work

@@ -71,7 +71,7 @@ def test_what_jax_detects_is_joined(launched):
             POD | {"JOB_COMPLETION_INDEX": "0"},
             r"indexed job .* for want of the package kubernetes: pip install 'gptjax\[kubernetes\]'",
         ),
-        (MPI_5, r"Open MPI has started 4 processes, .* --processes.process \$OMPI_COMM_WORLD_RANK/4"),
+        (MPI_5, r"Open MPI has started 4 processes, .* --distributed.process \$OMPI_COMM_WORLD_RANK/4"),
         ({"PMI_SIZE": "2", "PMI_RANK": "0"}, r"MPICH has started 2 processes"),
         ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "3"}, r"Slurm has started 8 processes, .* \$SLURM_PROCID/8"),
     ],

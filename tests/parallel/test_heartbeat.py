@@ -16,7 +16,7 @@ from gptjax.errors import CheckpointError
 from gptjax.parallel import heartbeat, processes
 from gptjax.train.checkpoint import _write_errors
 from tests.conftest import ROOT
-from tests.test_distributed import store  # noqa: F401
+from tests.parallel.test_processes import store  # noqa: F401
 
 PROGRAM = """
 import sys, time, jax
@@ -104,7 +104,7 @@ def test_alone_every_error_is_told_and_nobody_is_watched():
 
 def test_a_checkpoint_that_a_lost_process_cuts_short_is_no_fault_of_the_disk(monkeypatch, tmp_path):
     for many, kind in ((True, ValueError), (False, CheckpointError)):
-        monkeypatch.setattr(distributed, "are_many", lambda many=many: many)
+        monkeypatch.setattr(processes, "are_many", lambda many=many: many)
         with pytest.raises(kind, match="waiting for async_write_complete barrier"), _write_errors(tmp_path):
             raise ValueError("Timed out while waiting for async_write_complete barrier.")
 
@@ -117,7 +117,7 @@ def test_what_ends_a_process_alone_ends_it_at_once(store, monkeypatch, capsys): 
         raise InterruptedError  # what comes after it in the code is not reached
 
     monkeypatch.setattr(os, "_exit", end)
-    monkeypatch.setattr(lost, "ENDING", threading.Lock())
+    monkeypatch.setattr(heartbeat, "ENDING", threading.Lock())
     for error in (SystemExit(2), RuntimeError("UNKNOWN: Gloo all-reduce failed: reset"), ValueError("ours")):
         with pytest.raises(InterruptedError), heartbeat.ending_together("prog"):
             raise error

@@ -18,7 +18,7 @@ from gptjax.errors import ConfigError, GptjaxError
 from gptjax.parallel import processes
 from gptjax.parallel.processes import Stop
 from tests.conftest import ROOT
-from tests.test_train import TINY, data_root, metrics, run  # noqa: F401
+from tests.train.test_command import TINY, data_root, metrics, run  # noqa: F401
 
 
 class Store(dict):
@@ -44,7 +44,7 @@ class Store(dict):
 @pytest.fixture
 def store(monkeypatch):
     store = Store()
-    monkeypatch.setattr(distributed, "store", lambda: store)
+    monkeypatch.setattr(processes, "store", lambda: store)
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(jax, "process_count", lambda: 3)
     return store
@@ -66,6 +66,7 @@ def test_all_stop_at_the_same_step_whoever_gets_the_signal_and_however_far_the_o
         for process in reversed(order):  # so the step before it is done everywhere
             if not last[process] and stops[process].now(step):
                 last[process] = step
+            assert bool(stops[process].name) == bool(last[process])  # no run has been stopped before its last step
     assert last == [5, 5, 5]
     assert {stop.name for stop in stops} == {"SIGTERM"}
 
@@ -156,7 +157,7 @@ def started(count, args, devices=1):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         at = f"127.0.0.1:{free.getsockname()[1]}"
-    command = [sys.executable, "-m", "gptjax.train", *args, "--processes.coordinator", at, "--processes.process"]
+    command = [sys.executable, "-m", "gptjax.train", *args, "--distributed.coordinator", at, "--distributed.process"]
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT, "env": environment}
     started = [subprocess.Popen([*command, f"{n}/{count}"], **pipes) for n in range(count)]
@@ -202,7 +203,7 @@ def test_processes_train_as_one_and_go_on_in_another_number_when_one_is_lost_and
     newest, and 0 is killed; one goes on; the losses are those of one process that did it all.
     """
     folder = tmp_path / "runs" / "many"
-    many = [*common, "--name", "many", "--resume", "auto", "--processes.timeout", "30"]
+    many = [*common, "--name", "many", "--resume", "auto", "--distributed.timeout", "30"]
 
     with started(2, [*many, "--mesh.fsdp", "2"]) as (first, second):
         wait_for_checkpoint(first, folder, 4)

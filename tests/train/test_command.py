@@ -17,11 +17,12 @@ import orbax.checkpoint as ocp
 import pytest
 import yaml
 
-from gptjax import convert, train
+from gptjax import convert
 from gptjax.datasets import find_corpus
 from gptjax.formats.token_shards import write_shard
 from gptjax.models import gpt2
-from gptjax.train import step as steps
+from gptjax.train import __main__ as train
+from gptjax.train import trainer
 from gptjax.xla import native
 from gptjax.xla.cache import keep_compiled_programs
 from tests.conftest import ROOT
@@ -193,12 +194,25 @@ def test_resume_under_another_layout_and_with_more_steps(command, tmp_path, caps
     assert "nothing to do: 14 of 14 steps are done" in capsys.readouterr().out
 
 
+def test_muon_trains_on_a_mesh_and_resumes(command, tmp_path, capsys):
+    """On 4 of the simulated devices."""
+    options = ["--optim.name", "muon", "--optim.schedule", "constant", "--mesh.data", "2", "--mesh.tensor", "2"]
+    assert run(*command, *options, "--name", "straight") == 0
+    assert "data 2 x fsdp 1 x tensor 2" in capsys.readouterr().out
+    assert run(*command, *options, "--name", "resumed", "--train.steps", "10") == 0
+    assert run(*command, *options, "--name", "resumed", "--resume", "auto") == 0
+    assert "resumed" in capsys.readouterr().out
+    assert_same_run(tmp_path / "runs" / "straight", tmp_path / "runs" / "resumed")
+    assert metrics(tmp_path / "runs" / "resumed")[-1]["loss"] < metrics(tmp_path / "runs" / "straight")[0]["loss"] - 0.3
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (["--model.channels", "32"], "was trained with model.channels 16, not 32"),
         (["--data.seq_len", "8"], "was trained with data.seq_len 16, not 8"),
         (["--seed", "1"], "was trained with seed 0, not 1"),
+        (["--optim.name", "muon"], "was trained with optim.name adamw, not muon"),
     ],
 )
 def test_resume_refuses_another_model_or_order(command, capsys, changes, message):
@@ -245,15 +259,15 @@ def test_divergence_leaves_the_last_good_checkpoint(command, tmp_path, capsys):
 
 def test_what_has_no_checkpoint_is_not_called_saved(command, capsys, monkeypatch):
     """Where the parameters are no good in the end; a checkpoint from before is named."""
-    evaluate = steps.evaluate
-    monkeypatch.setattr(steps, "evaluate", lambda loss, params, batches: float("nan"))
+    evaluate = trainer.evaluate
+    monkeypatch.setattr(trainer, "evaluate", lambda loss, params, batches: float("nan"))
     assert run(*command, "--train.steps", "3") == 0
     *_, last = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"ended after step 3 without a checkpoint of it; in \S+/tiny there is no checkpoint", last)
-    monkeypatch.setattr(steps, "evaluate", evaluate)
+    monkeypatch.setattr(trainer, "evaluate", evaluate)
     assert run(*command, "--train.steps", "3", "--resume", "auto") == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("saved in ")
-    monkeypatch.setattr(steps, "evaluate", lambda loss, params, batches: float("nan"))
+    monkeypatch.setattr(trainer, "evaluate", lambda loss, params, batches: float("nan"))
     assert run(*command, "--train.steps", "5", "--resume", "auto") == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith("/tiny the newest checkpoint is after step 3")
 
@@ -422,7 +436,7 @@ def test_bad_shards_end_in_one_sentence(command, tmp_path, capsys):
 def test_a_disk_that_fills_up_ends_in_one_sentence(command, tmp_path):
     """A limit on file sizes stands in for the disk: the checkpoint of step 20 cannot be written."""
     script = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000));"
-    script += "from gptjax.train import main; sys.exit(main(sys.argv[1:]))"
+    script += "from gptjax.train.__main__ import main; sys.exit(main(sys.argv[1:]))"
     result = subprocess.run(
         [sys.executable, "-c", script, *command, "--model.channels", "64"],
         capture_output=True,

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.train.optimizer import init_opt_state, make_optimizer
+from gptjax.train.optimizer import make_optimizer
 from gptjax.xla import native
 from tests.models import tiny
-from tests.test_optim import SETTINGS, assert_equals_optax, compiled, gradients_like
+from tests.train.test_optimizer import SETTINGS, assert_equals_optax, gradients_like, step_function
 
 
 @pytest.fixture
@@ -24,8 +24,8 @@ def compiler():
         pytest.skip("there is no C++ compiler that works, or JAX computes elsewhere")
 
 
-def params(**changes):
-    return tiny.params(tiny.config(dtype="float32", **changes), jnp.float32)
+CFG = tiny.config(dtype="float32")
+OPTIMIZER = make_optimizer(SETTINGS, 10, CFG)
 
 
 @pytest.mark.usefixtures("compiler")
@@ -33,20 +33,20 @@ def params(**changes):
 def test_adamw_equals_optaxs(changes, channels):
     """Of tensors smaller than what a thread takes at a time, and of larger ones that are no multiple of it."""
     with jax.enable_x64(False):
-        large = params(channels=channels, num_heads=4)
-        assert (max(x.size for x in large.fcw) > 2 * 2**15) == (channels == 160)
-        assert_equals_optax(dataclasses.replace(SETTINGS, **changes), large, 2e-6, native=True)
+        cfg = tiny.config(dtype="float32", channels=channels, num_heads=4)
+        params = tiny.params(cfg, jnp.float32)
+        assert (params.blocks[1].fcw.size > 2 * 2**15) == (channels == 160)
+        assert_equals_optax(dataclasses.replace(SETTINGS, **changes), cfg, params, 2e-6, fused=True, native_code=True)
 
 
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 def test_nothing_changes_where_loss_or_gradient_are_not_finite(bad):
     with jax.enable_x64(False):
-        before = params()
-        optimizer = make_optimizer(SETTINGS, 10)
+        before = tiny.params(CFG, jnp.float32)
         (good,) = gradients_like(before, 1)
-        step = compiled(optimizer, native=True)
-        *state, _ = step((before, init_opt_state(optimizer, before)), good)
+        step = step_function(OPTIMIZER, fused=True, native_code=True)
+        *state, _ = step((before, OPTIMIZER.transform.init(before)), good)
         for loss, grads in ((bad, good), (1.0, good._replace(wpe=good.wpe.at[0, 0].set(bad)))):
             *after, metrics = step(tuple(state), grads, loss)
             assert not metrics.finite
@@ -57,11 +57,11 @@ def test_nothing_changes_where_loss_or_gradient_are_not_finite(bad):
 def test_what_is_not_donated_is_left_as_it_was():
     """XLA then has the kernel overwrite copies."""
     with jax.enable_x64(False):
-        before = params()
+        before = tiny.params(CFG, jnp.float32)
         kept = jax.tree.map(np.array, before)
-        optimizer = make_optimizer(SETTINGS, 10)
         (grads,) = gradients_like(before, 1)
-        after, _, _ = compiled(optimizer, native=True)((before, init_opt_state(optimizer, before)), grads)
+        step = step_function(OPTIMIZER, fused=True, native_code=True)
+        after, _, _ = step((before, OPTIMIZER.transform.init(before)), grads)
         jax.tree.map(np.testing.assert_array_equal, before, kept)
         assert jnp.abs(after.wte - before.wte).max() > 1e-3
 
