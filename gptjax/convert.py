@@ -19,14 +19,14 @@ from gptjax.cli.options import parse
 from gptjax.config import ConvertConfig
 from gptjax.errors import ConfigError, FormatError
 from gptjax.files import open_file
-from gptjax.formats import hf_tokenizer, llmc, llmc_tokenizer
+from gptjax.formats import llmc, llmc_tokenizer
 from gptjax.formats.binary import HEADER_BYTES, read_header
 from gptjax.formats.lazy import tensor_names
 from gptjax.formats.recognise import LLMC, SAFETENSORS, recognise
 from gptjax.formats.safetensors import DTYPES
 from gptjax.formats.token_shards import FLAVOURS, open_shard
 from gptjax.models.params import num_params
-from gptjax.tokenizers import GPT2_IDS
+from gptjax.tokenizers import GPT2_IDS, tokenizer_json
 from gptjax.weights import Format, Source, dtype_of, open_weights, write_weights
 
 PROG = "python -m gptjax.convert"
@@ -65,7 +65,7 @@ def convert(where: str, destination: Path, to: Format | None, dtype: str | None)
     chosen_format = to or suffixes.get(destination.suffix, "hf")
     write_weights(source, destination, chosen_format, chosen)
     print(describe(source))
-    if source.tokenizer and not (hf_tokenizer.can_write(source.tokenizer) and chosen_format == "hf"):
+    if source.tokenizer and not (tokenizer_json.can_write(source.tokenizer) and chosen_format == "hf"):
         print(f"{'note':<10} {chosen_format} keeps no {source.tokenizer.kind} tokenizer: it was left out")
     for path in sorted(destination.iterdir()) if destination.is_dir() else [destination]:
         with open_file(path) as file:

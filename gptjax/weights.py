@@ -15,13 +15,13 @@ from jax.sharding import Mesh
 from gptjax import tokenizers
 from gptjax.config import DIMENSIONS, Architecture, ModelConfig
 from gptjax.errors import CheckpointError, FormatError, GptjaxError
-from gptjax.formats import hf, hf_tokenizer, llmc, safetensors
+from gptjax.formats import hf, llmc, safetensors
 from gptjax.formats.lazy import LazyTensor, pad_vocab, stack_lazily
 from gptjax.formats.recognise import recognise
 from gptjax.models.family import Weight
 from gptjax.models.params import param_axes, per_tensor, tensor_at
 from gptjax.parallel.mesh import param_shardings, place
-from gptjax.tokenizers import Tokenizer
+from gptjax.tokenizers import Tokenizer, tokenizer_json
 from gptjax.train.checkpoint import open_newest
 
 Format = Literal["hf", "llmc", "safetensors"]
@@ -68,7 +68,7 @@ def open_weights(where: str) -> Source:
         )
     if path.is_dir() and (path / hf.CONFIG_FILE).exists():
         cfg, params = hf.read_model(path)
-        return _with_tokenizer(Source(hf.title(cfg), _by_default(cfg), params), lambda: hf_tokenizer.read(path))
+        return _with_tokenizer(Source(hf.title(cfg), _by_default(cfg), params), lambda: tokenizer_json.read(path))
     if path.is_dir():
         return _open_run(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
     if llmc.is_model(path):
@@ -212,8 +212,8 @@ def write_weights(source: Source, path: Path, to: Format, dtype: np.dtype) -> No
         end = known.end_of_text if known else None
 
         def extra(into: Path) -> None:
-            if known and hf_tokenizer.can_write(known):
-                hf_tokenizer.write(into, known)
+            if known and tokenizer_json.can_write(known):
+                tokenizer_json.write(into, known)
 
         hf.write_model(path, source.params, source.cfg, dtype, end, extra, source.cfg.dropout)
 

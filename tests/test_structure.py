@@ -2,17 +2,41 @@
 
 import ast
 import re
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
+from gptjax.models import FAMILIES, gpt2
+from gptjax.parallel.sharding import RULES
 from tests.conftest import ROOT
 
 PACKAGE = ROOT / "gptjax"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-PACKAGES = {"verify", "bench", "generate", "plan", "datasets", "tokenizers"}
-COMMANDS = {"train", "convert", "evaluate", "plot"} | {f"{package}.__main__" for package in PACKAGES}
-LAYERS = {"errors": 0, "sharding": 0, "ops": 1, "models": 2}  # everything else 3, commands 4
+
+# A room imports only from the rooms before its own. Commands, each room's __main__ among them, come last and import no other.
+ORDER = (
+    "errors",
+    "config",
+    "files",
+    "parallel",
+    "xla",
+    "ops",
+    "models",
+    "formats",
+    "cli",
+    "tokenizers",
+    "datasets",
+    "generate",
+    "train",
+    "weights",
+    "evaluate",
+    "verify",
+    "plan",
+    "bench",
+    "plot",
+)
+COMMAND_MODULES = {"convert"}
 
 
 def name_of(path: Path) -> str:
@@ -20,34 +44,42 @@ def name_of(path: Path) -> str:
 
 
 def imports_of(path: Path) -> set[str]:
+    """The package's own modules that a file imports, wherever in it."""
+    known = {name_of(p) for p in MODULES} - {"gptjax"}
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+            modules = {f"{node.module}.{alias.name}" for alias in node.names} & known
+            found |= modules if len(modules) == len(node.names) else modules | {node.module}
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-    known = {name_of(p) for p in MODULES} - {"gptjax"}
     return found & known
 
 
 def level(module: str) -> int:
-    parts = module.split(".")[1:]
-    return 4 if ".".join(parts) in COMMANDS else LAYERS.get(parts[0], 3)
+    room, *rest = module.removeprefix("gptjax.").split(".")
+    return len(ORDER) if rest == ["__main__"] or room in COMMAND_MODULES | {"__main__"} else ORDER.index(room)
+
+
+def test_the_package_has_few_rooms_and_each_has_its_place_in_the_order():
+    entries = {p.name for p in PACKAGE.iterdir() if p.name != "__pycache__"}
+    assert len(entries) <= 24
+    rooms = {p.removesuffix(".py") for p in entries if not p.startswith("__") and p != "py.typed"}
+    assert rooms == {*ORDER, *COMMAND_MODULES}
 
 
 @pytest.mark.parametrize("path", [p for p in MODULES if name_of(p) != "gptjax"], ids=name_of)
 def test_imports_point_one_way(path):
-    """Errors <- ops <- models <- everything else <- commands."""
+    room = name_of(path).split(".")[1]
     for imported in imports_of(path):
-        assert level(imported) <= level(name_of(path)), f"{name_of(path)} imports {imported}"
-        if level(name_of(path)) == 4:
-            assert level(imported) < 4, "commands do not import each other"
+        if imported.split(".")[1] != room or level(imported) == len(ORDER):
+            assert level(imported) < level(name_of(path)), f"{name_of(path)} imports {imported}"
 
 
 def test_no_cycles():
     graph = {name_of(p): imports_of(p) - {name_of(p)} for p in MODULES}
 
-    def visit(module, trail):
+    def visit(module: str, trail: list[str]) -> None:
         assert module not in trail, " -> ".join([*trail, module])
         for imported in graph[module]:
             if not module.startswith(imported + "."):
@@ -57,54 +89,103 @@ def test_no_cycles():
         visit(module, [])
 
 
+# --- A family is a module ---
+
+# Who may name GPT-2's tensors, and why.
+NAMES_GPT2 = {
+    "gptjax.models.gpt2": "the family itself",
+    "gptjax.formats.hf": "a format's table",
+    "gptjax.formats.llmc": "a format's table",
+    "gptjax.formats.safetensors": "a format's table",
+    "gptjax.plot.figures": "draws GPT-2's block for the notebooks",
+}
+TENSORS = {*gpt2.Params._fields, *gpt2.Block._fields, "qkvw", "qkvb"} - {"blocks"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_only_its_own_files_name_a_familys_tensors(path):
+    found = set(re.findall(rf"\b(?:{'|'.join(TENSORS)})\b", path.read_text()))
+    assert bool(found) == (name_of(path) in NAMES_GPT2), found
+
+
+def test_only_the_registry_imports_a_family():
+    families = {f"gptjax.models.{name}" for name in FAMILIES}
+    assert {name_of(p) for p in MODULES if imports_of(p) & families} == {"gptjax.models"}
+
+
+# --- Names mean one thing ---
+
+# Modules of one name in several rooms, which mean the same there.
+SHARED_NAMES = {
+    "__init__": "Python's",
+    "__main__": "a room's command",
+    "report": "prints what a command says of its subject",
+    "samples": "text that a model wrote",
+}
+
+
+def test_modules_and_public_classes_of_one_name_mean_one_thing():
+    modules, classes = defaultdict(list), defaultdict(list)
+    for path in MODULES:
+        modules[path.stem].append(name_of(path))
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                classes[node.name].append(name_of(path))
+    assert {name for name, where in modules.items() if len(where) > 1} == set(SHARED_NAMES)
+    assert {name: where for name, where in classes.items() if len(where) > 1} == {}
+
+
+# --- Equations are free of the compiler ---
+
+
+def test_the_one_custom_derivative_binds_the_network_to_its_backward():
+    """Ops stay free of custom derivatives, or JAX's gradient of the forward would be no reference."""
+    uses = {name_of(p) for p in MODULES if re.search(r"custom_[vj][jv]p\b(?!``)", p.read_text())}
+    assert uses == {"gptjax.models.transformer"}
+
+
+def test_ops_know_neither_the_mesh_nor_barriers():
+    ops = {name_of(p): imports_of(p) for p in (PACKAGE / "ops").glob("*.py")}
+    sharded = {name for name, found in ops.items() if any(m.startswith("gptjax.parallel") for m in found)}
+    held_back = {name for name, found in ops.items() if "gptjax.xla.barrier" in found}
+    assert sharded == {"gptjax.ops.splash"}, "XLA cannot split a kernel over devices: it is called under shard_map"
+    assert held_back == {"gptjax.ops.kv_cache"}, "the cache is updated in place only after it has been read"
+    assert {axis for axis in RULES if RULES[axis].compute or RULES[axis].param}, "the mesh's rules are in one table"
+
+
+# --- The rest of the house ---
+
+
+def defines_something(path: Path) -> bool:
+    kinds = ast.FunctionDef | ast.ClassDef
+    return any(isinstance(node, kinds) for node in ast.parse(path.read_text()).body)
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if defines_something(p)], ids=name_of)
+def test_every_module_has_a_test_of_its_own(path):
+    """tests/ROOM/test_MODULE.py, and for a room's command tests/ROOM/test_command.py."""
+    folder = ROOT / "tests" / path.relative_to(PACKAGE).parent
+    if path == PACKAGE / "__main__.py":
+        places = [folder / "test_main.py"]
+    elif path.stem == "__init__":
+        places = [folder / f"test_{path.parent.name}.py", folder.parent / f"test_{path.parent.name}.py"]
+    else:
+        places = [folder / f"test_{'command' if path.stem == '__main__' else path.stem}.py"]
+    assert any(place.exists() for place in places), places[0]
+
+
 def test_what_draws_and_logs_is_imported_where_it_is_used():
-    """A run pays for the extras' imports only if it asks for them; `gptjax.plot.figures` is the notebooks', and nothing imports it."""
+    """A run pays for the extras' imports only if it asks for them; `gptjax.plot.figures` is the notebooks' alone."""
     assert not any("gptjax.plot.figures" in imports_of(path) for path in MODULES)
-    for path in set(MODULES) - {PACKAGE / "show.py"}:
+    for path in set(MODULES) - {PACKAGE / "plot" / "figures.py"}:
         for node in ast.parse(path.read_text()).body:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", "")]
             assert not {str(name).split(".")[0] for name in names} & {"matplotlib", "tensorboard", "wandb"}, path
 
 
-def test_only_one_custom_vjp_and_it_is_the_binding():
-    """Ops stay free of custom derivatives, or JAX's gradient of the forward would be no reference."""
-    uses = {name_of(p): len(re.findall(r"custom_[vj][jv]p\b(?!``)", p.read_text())) for p in MODULES}
-    assert {name for name, count in uses.items() if count} == {"gptjax.models.gpt2"}
-
-
-def test_every_module_has_a_test():
-    tests = {p.stem.removeprefix("test_") for p in (ROOT / "tests").rglob("test_*.py")}
-    covered_elsewhere = {
-        "blockwise": "attention",
-        "sharding": "mesh",
-        "heads": "mesh",
-        "pieces": "mesh",
-        "precision": "linear",
-        "errors": "cli",
-        "config": "train",
-        "curves": "plot",
-        "progress": "download",
-        "lazy": "convert",
-        "compiled": "predict",
-        "report": "command",
-        "devices": "floor",
-    }
-    covered_elsewhere |= {"__main__": "command", "gptjax": "structure"}
-    names = {name_of(p).split(".")[-1] for p in MODULES} - {"ops", "models", "formats", "verify", "bench", "generate", "plan"}
-    assert {covered_elsewhere.get(n, n) for n in names} <= tests
-
-
 def test_nothing_is_left_to_be_filled_in():
     for path in [ROOT / "README.md", *(ROOT / "data").glob("*.md"), *(ROOT / "configs").iterdir()]:
         assert not re.search(r"@[A-Z]+@|TODO|FIXME", path.read_text()), path
-
-
-def test_the_jupyter_example_runs(capsys):
-    code = re.search(r"```python\n(.*?)```", (ROOT / "notebooks" / "README.md").read_text(), re.DOTALL)
-    exec(code[1], {})
-    out = capsys.readouterr().out
-    assert out.count(" ok") == 16
-    assert "WRONG" not in out
 
 
 # What reads by itself: the system's and this package's own files, what JAX has just written, and prompts from named pipes.

@@ -22,7 +22,7 @@ from gptjax.models.params import rows
 Table = Mapping[str, str]
 """A tensor's name, in which ``{}`` is the layer -> the names of its parameters.
 
-For example ``{"h.{}.attn.c_attn.weight": "qw kw vw"}``.
+For example ``{"layer.{}.qkv": "q k v"}``, a tensor that joins three parameters of a layer.
 """
 
 

@@ -1,6 +1,6 @@
 """Text from a model: sampling with a cache of keys and values."""
 
 from gptjax.generate.engine import CHUNK, Drawn, Rules, generate, sample, window_start
-from gptjax.generate.text import TextStream
+from gptjax.generate.stream import TextStream
 
 __all__ = ["CHUNK", "Drawn", "Rules", "TextStream", "generate", "sample", "window_start"]

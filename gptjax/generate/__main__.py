@@ -24,7 +24,7 @@ from gptjax.errors import ConfigError, DataError
 from gptjax.files import read_stream
 from gptjax.generate.engine import CHUNK, Rules
 from gptjax.generate.samples import Sample, continued
-from gptjax.generate.text import prompt_ids
+from gptjax.generate.stream import prompt_ids
 from gptjax.models.decode import store_for_decoding
 from gptjax.tokenizers import Tokenizer
 from gptjax.weights import load_params, open_weights

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from gptjax.generate.engine import CHUNK, Rules, generate
-from gptjax.generate.text import TextStream
+from gptjax.generate.stream import TextStream
 from gptjax.tokenizers import Tokenizer, printable
 
 

@@ -51,8 +51,10 @@ def blockwise_fwd(
     T, D = q.shape[1], q.shape[3]
     acc = accumulation_dtype(q)
     blocks = -(-T // (block_size or BLOCK))
-    qb, kb, vb = (_to_blocks(x, -(-T // blocks)) for x in (q, k, v))  # of equal length, so that little is padding
-    N, B, H, R, _ = qb.shape
+    q_blocks, k_blocks, v_blocks = (
+        _to_blocks(x, -(-T // blocks)) for x in (q, k, v)
+    )  # of equal length, so that little is padding
+    N, B, H, R, _ = q_blocks.shape
 
     def query_block(_: None, i_qi: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
         i, qi = i_qi
@@ -73,12 +75,12 @@ def blockwise_fwd(
             return lax.cond(j <= i, visit, lambda carry: carry, carry), None
 
         empty = jnp.full((B, H, R), -jnp.inf, acc), jnp.zeros((B, H, R), acc), jnp.zeros((B, H, R, D), acc)
-        (m, z, a), _ = lax.scan(key_block, empty, (jnp.arange(N, dtype=jnp.int32), kb, vb))
+        (m, z, a), _ = lax.scan(key_block, empty, (jnp.arange(N, dtype=jnp.int32), k_blocks, v_blocks))
         return None, ((a / z[..., None]).astype(qi.dtype), m + jnp.log(z))
 
-    _, (o, lse) = lax.scan(query_block, None, (jnp.arange(N, dtype=jnp.int32), qb))
+    _, (o, lse) = lax.scan(query_block, None, (jnp.arange(N, dtype=jnp.int32), q_blocks))
     o = _from_blocks(o, T)
-    return o, BlockwiseSaved(qb, kb, vb, o, lse, key)
+    return o, BlockwiseSaved(q_blocks, k_blocks, v_blocks, o, lse, key)
 
 
 def blockwise_bwd(saved: BlockwiseSaved, do: Heads, rate: float = 0.0) -> tuple[Heads, Heads, Heads]:

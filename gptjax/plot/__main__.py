@@ -16,7 +16,7 @@ from gptjax.cli.options import parse
 from gptjax.config import PlotConfig
 from gptjax.errors import ConfigError, DataError
 from gptjax.files import write_whole
-from gptjax.plot.curves import Run, draw
+from gptjax.plot.curves import RunRecords, draw
 from gptjax.train.metrics import read_records
 
 PROG = "python -m gptjax.plot"
@@ -56,7 +56,7 @@ def output_path(given: str | None, runs: Sequence[str]) -> Path:
     return path
 
 
-def read_runs(paths: Sequence[str], note: Callable[[str], None]) -> list[Run]:
+def read_runs(paths: Sequence[str], note: Callable[[str], None]) -> list[RunRecords]:
     """The runs, each once, under names that tell them apart; ``note`` is told of one that is left out for want of a step.
 
     Raises:
@@ -75,7 +75,9 @@ def read_runs(paths: Sequence[str], note: Callable[[str], None]) -> list[Run]:
             note(f"{path} has no step yet: left out")
     if not found:
         raise DataError(f"{files[0]} has no step yet: nothing to draw")
-    return [Run(name, records) for name, (_, records) in zip(short_names([path for path, _ in found]), found, strict=True)]
+    return [
+        RunRecords(name, records) for name, (_, records) in zip(short_names([path for path, _ in found]), found, strict=True)
+    ]
 
 
 def short_names(files: Sequence[Path]) -> list[str]:
@@ -88,7 +90,7 @@ def short_names(files: Sequence[Path]) -> list[str]:
     return names
 
 
-def summary(run: Run) -> str:
+def summary(run: RunRecords) -> str:
     """Where a run stands, in a line."""
     parts = [f"step {run.records[-1]['step']:,}"]
     losses = [r["loss"] for r in run.records if r.get("loss") is not None]

@@ -44,7 +44,7 @@ PANELS = (
 )
 
 
-class Run(NamedTuple):
+class RunRecords(NamedTuple):
     """A run to draw: its name in the legend, and its records in the order of their steps."""
 
     name: str
@@ -82,7 +82,7 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     return np.divide(total, count, out=np.full(values.size, np.nan), where=count > 0)
 
 
-def draw(runs: Sequence[Run], x: Horizontal = "steps", smooth: int | None = None) -> "Figure":
+def draw(runs: Sequence[RunRecords], x: Horizontal = "steps", smooth: int | None = None) -> "Figure":
     """The picture of some runs, one panel for each quantity that any of them has, in the colours of the legend.
 
     Args:
@@ -136,7 +136,7 @@ def draw(runs: Sequence[Run], x: Horizontal = "steps", smooth: int | None = None
 
 
 def _draw_run(
-    axes: "Axes", panel: Panel, run: Run, where: np.ndarray, style: tuple[str, Any], window: int, faint: bool
+    axes: "Axes", panel: Panel, run: RunRecords, where: np.ndarray, style: tuple[str, Any], window: int, faint: bool
 ) -> None:
     values, (colour, dash) = run.column(panel.key), style
     shown: dict[str, Any] = {"color": colour, "linestyle": dash, "linewidth": 1.6, "solid_capstyle": "round"}
@@ -155,7 +155,7 @@ def _draw_run(
         axes.plot(bad, heights, "x", color=colour, markersize=6, transform=axes.get_xaxis_transform(), clip_on=False)
 
 
-def _dress(axes: "Axes", panel: Panel, runs: Sequence[Run], unit: str, window: int) -> None:
+def _dress(axes: "Axes", panel: Panel, runs: Sequence[RunRecords], unit: str, window: int) -> None:
     """Title, labels, scale, ticks and grid."""
     from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
@@ -200,7 +200,7 @@ def _dress(axes: "Axes", panel: Panel, runs: Sequence[Run], unit: str, window: i
     axes.tick_params(labelsize=9, color="#999999")
 
 
-def _time_unit(runs: Sequence[Run]) -> tuple[str, float]:
+def _time_unit(runs: Sequence[RunRecords]) -> tuple[str, float]:
     longest = max(run.horizontal("time", "step")[-1] for run in runs)
     name, size = next((n, s) for n, s in (("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0)) if longest >= 2 * s or s == 1)
     return f"training time ({name})", size

@@ -46,7 +46,7 @@ def use_style() -> None:
     )
 
 
-class Source:
+class SourceCode:
     """Source code that a notebook shows in colour, and a terminal as it is."""
 
     def __init__(self, *functions: Callable[..., Any]) -> None:
@@ -127,31 +127,32 @@ def heat_map(
 
 
 def by_layer(found: Comparison, value: Callable[[Row], float]) -> tuple[np.ndarray, list[str], list[str]]:
-    """A number of each tensor of GPT-2's gradient, laid out by layer.
+    """A number of each tensor of a gradient, laid out by layer.
 
     Args:
         found: a comparison of two gradients in the unrolled layout.
         value: the number to show of a row.
 
     Returns:
-        (16, 2 + L) values, NaN where a tensor has no such place: the embeddings come before the layers, the final
-        LayerNorm after them; then the names of the rows and of the columns.
+        (tensors, 2 + L) values, NaN where a tensor has no such place: tensors that a family lists before its blocks come
+        before the layers, the others after them; then the names of the rows and of the columns.
 
     """
     names = list(dict.fromkeys(row.tensor for row in found.rows))
     layers = 1 + max(row.layer or 0 for row in found.rows)
     values = np.full((len(names), layers + 2), np.nan)
-    for row in found.rows:
-        outside = 0 if row.tensor in ("wte", "wpe") else layers + 1
+    first = next((i for i, row in enumerate(found.rows) if row.layer is not None), len(found.rows))
+    for i, row in enumerate(found.rows):
+        outside = 0 if i < first else layers + 1
         values[names.index(row.tensor), outside if row.layer is None else 1 + row.layer] = value(row)
     return values, names, ["embed", *map(str, range(layers)), "final"]
 
 
-# The diagram: each op of the two branches, the weights it uses, what it hands on, and in which shape.
+# The diagram of GPT-2's block: each op of the two branches, the weights it uses, what it hands on, and in which shape.
 BRANCHES = (
     (
         ("layernorm", "ln1w ln1b", "h1", "B T C"),
-        ("linear", "qkvw qkvb", "q k v", "B T H D"),
+        ("linear", "qw kw vw qb kb vb", "q k v", "B T H D"),
         ("attention", "", "o", "B T H D"),
         ("linear", "attprojw attprojb", "a", "B T C"),
     ),
@@ -167,7 +168,7 @@ ROW, DOWN, ASIDE = 2.3, 0.95, 0.17  # from branch to branch, from a branch to it
 
 
 def block_diagram(backward: bool = False) -> Figure:
-    """One transformer block: the residual stream on the left, its two branches, what each op hands on and in which shape.
+    """One block of GPT-2: the residual stream on the left, its two branches, what each op hands on and in which shape.
 
     With ``backward`` the gradients too: they run against the arrows of the forward, and add up where it branched.
     """

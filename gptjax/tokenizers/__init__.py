@@ -12,8 +12,9 @@ from pathlib import Path
 
 from gptjax.errors import DataError, FormatError
 from gptjax.files import read_small
-from gptjax.formats import hf_tokenizer, llmc_tokenizer
+from gptjax.formats import llmc_tokenizer
 from gptjax.formats.recognise import recognise
+from gptjax.tokenizers import tokenizer_json
 from gptjax.tokenizers.bpe import GPT2_IDS, GPT2_PATTERN, BytePairEncoding, byte, gpt2, printable, train_bpe
 from gptjax.tokenizers.characters import Characters, train_characters
 from gptjax.tokenizers.hugging_face import HuggingFace
@@ -82,7 +83,7 @@ def load(path: str | os.PathLike[str]) -> Tokenizer:
     try:
         content = json.loads(read_small(path, LARGEST_FILE))
         if "model" in content and "kind" not in content:
-            return hf_tokenizer.read(Path(path))
+            return tokenizer_json.read(Path(path))
         kind = content.get("kind") or ("char" if "characters" in content else "bpe")
         name = content["name"]
         if not isinstance(name, str) or kind not in ("bpe", "char", "hf"):

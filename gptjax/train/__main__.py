@@ -17,7 +17,7 @@ import jax
 from gptjax import cli
 from gptjax.cli.options import parse
 from gptjax.config import Config
-from gptjax.generate.text import prompt_ids
+from gptjax.generate.stream import prompt_ids
 from gptjax.parallel import heartbeat, processes
 from gptjax.train import step as steps
 from gptjax.train.checkpoint import CheckpointWriter, Restored

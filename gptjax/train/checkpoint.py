@@ -373,7 +373,7 @@ def _kind(optimizer: Optimizer) -> dict[str, str | None]:
 
 
 def _sums(tree: Any) -> dict[str, int]:
-    """The checksum of each array under its name, as in ``params.blocks.0.fcw``."""
+    """The checksum of each array under its name, as in ``params.blocks.0.NAME``."""
     found = jax.tree_util.tree_leaves_with_path(_checksums(tree))
     return {jax.tree_util.keystr(path, simple=True, separator="."): int(x) for path, x in found}
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from gptjax.config import Sampler
 from gptjax.generate import sample
-from gptjax.generate.text import prompt_ids
+from gptjax.generate.stream import prompt_ids
 from gptjax.parallel.mesh import whole
 from gptjax.train.setup import Run
 

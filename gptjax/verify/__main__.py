@@ -35,10 +35,10 @@ from gptjax.train.metrics import human_bytes
 from gptjax.train.setup import set_up
 from gptjax.verify import model, references
 from gptjax.verify.explain import explain
-from gptjax.verify.files import environment, write_report
 from gptjax.verify.model import Subject
 from gptjax.verify.ops import check_ops
 from gptjax.verify.proof import Report
+from gptjax.verify.saved_report import environment, write_report
 from gptjax.weights import load_weights
 from gptjax.xla.backend import platform_name, start_jax
 

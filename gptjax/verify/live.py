@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from gptjax.train.trainer import Trainer, WrongGradientError
-from gptjax.verify.files import environment, write_report
 from gptjax.verify.references import against_live
+from gptjax.verify.saved_report import environment, write_report
 
 
 class LiveCheck:

@@ -30,7 +30,7 @@ class Call(NamedTuple):
 
     op: str
     place: str
-    """What a reader finds it by: ``layer 3, linear (fcw)``."""
+    """What a reader finds it by: ``layer 3, linear (WEIGHT)``."""
     ins: list[Any]
     outs: list[Any]
     jaxpr: ClosedJaxpr

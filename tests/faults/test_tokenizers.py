@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from gptjax import tokenizers
 from gptjax.errors import GptjaxError
-from gptjax.formats import hf_tokenizer
+from gptjax.tokenizers import tokenizer_json
 from tests.conftest import ROOT
 from tests.faults.tally import trials
 
@@ -102,7 +102,7 @@ def test_a_tokenizer_json_encodes_as_its_library_or_is_refused(tally, tmp_path):
     def one(content, texts):
         path.write_text(json.dumps(content))
         try:
-            ours = hf_tokenizer.read(tmp_path)
+            ours = tokenizer_json.read(tmp_path)
         except GptjaxError as error:
             wrong.extend(["more than a sentence"] * ("\n" in str(error)))
             counts["refused"] += 1
@@ -137,7 +137,7 @@ def test_merge_lists_encode_as_their_library(tally, tmp_path):
         theirs = Tokenizer(models.BPE.from_file(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")))
         theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         theirs.decoder = decoders.ByteLevel()
-        ours = hf_tokenizer.read(tmp_path)
+        ours = tokenizer_json.read(tmp_path)
         tried += 1
         wrong += any(ours.encode(text) != theirs.encode(text).ids for text in texts)
 

@@ -24,8 +24,9 @@ from gptjax import tokenizers
 from gptjax.convert import inspect
 from gptjax.datasets.text import pieces
 from gptjax.errors import GptjaxError
-from gptjax.formats import hf, hf_tokenizer, llmc, llmc_eval, llmc_tokenizer, safetensors
+from gptjax.formats import hf, llmc, llmc_eval, llmc_tokenizer, safetensors
 from gptjax.formats.token_shards import open_shard, write_shard
+from gptjax.tokenizers import tokenizer_json
 from gptjax.weights import open_weights
 from tests.formats.test_llmc_eval import EXAMPLE, evaluation_file
 from tests.models import tiny
@@ -124,8 +125,8 @@ FORMATS = {
     ),
     "Hugging Face tokenizer": (
         "tokenizer.json",
-        lambda p: hf_tokenizer.write(p.parent, BPE),
-        lambda p: hf_tokenizer.read(p.parent),
+        lambda p: tokenizer_json.write(p.parent, BPE),
+        lambda p: tokenizer_json.read(p.parent),
     ),
     "our tokenizer": ("t.json", BPE.save, lambda p: tokenizers.find(str(p)).encode("the mat")),
     "characters": (

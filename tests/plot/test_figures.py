@@ -24,7 +24,7 @@ def ax():
 
 
 def test_source_is_the_function_as_it_stands():
-    shown = show.Source(gelu_bwd)
+    shown = show.SourceCode(gelu_bwd)
     assert repr(shown).startswith("@jax.jit\ndef gelu_bwd(")
     assert shown._repr_markdown_() == f"```python\n{shown}\n```"
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from gptjax import tokenizers
 from gptjax.errors import DataError, FormatError
-from gptjax.formats import hf_tokenizer, llmc_tokenizer
+from gptjax.formats import llmc_tokenizer
+from gptjax.tokenizers import tokenizer_json
 from tests.mutations import mutated
 from tests.tokenizers.test_hugging_face import hugging_face
 
@@ -36,7 +37,7 @@ def test_llm_cs_file_is_found_by_its_magic(tmp_path):
 
 
 def test_hugging_faces_file_is_found(tmp_path):
-    hf_tokenizer.write(tmp_path, BPE)
+    tokenizer_json.write(tmp_path, BPE)
     for which in (tmp_path, tmp_path / "tokenizer.json"):
         assert tokenizers.find(which).same_as(BPE)
     (tmp_path / "other.json").write_text('{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}')

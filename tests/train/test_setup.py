@@ -2,7 +2,7 @@ import pytest
 
 from gptjax import tokenizers
 from gptjax.errors import ConfigError, DataError
-from gptjax.generate.text import prompt_ids
+from gptjax.generate.stream import prompt_ids
 from gptjax.xla.backend import start_jax
 from tests.models import tiny
 

@@ -6,8 +6,8 @@ import pytest
 
 from gptjax.config import ModelConfig
 from gptjax.verify import Report, compare
-from gptjax.verify.files import as_json, environment, write_report
 from gptjax.verify.ops import OpError
+from gptjax.verify.saved_report import as_json, environment, write_report
 from gptjax.verify.trace import Parting
 
 RIGHT = {"w": (jnp.ones((2, 3)), jnp.ones((2, 3)))}

@@ -4,7 +4,7 @@ import pytest
 
 from gptjax import tokenizers
 from gptjax.errors import FormatError
-from gptjax.formats import hf_tokenizer
+from gptjax.tokenizers import tokenizer_json
 from tests.tokenizers.test_hugging_face import library
 
 TEXT = ["the cat sat on the mat", "the dog sat on the log", "über die Straße, 12 345!"] * 20
@@ -16,7 +16,7 @@ BPE = tokenizers.train_bpe(TEXT, 290, "cats")
 def test_the_library_encodes_what_is_written_as_we_do(tmp_path):
     from tokenizers import Tokenizer
 
-    hf_tokenizer.write(tmp_path, BPE)
+    tokenizer_json.write(tmp_path, BPE)
     theirs = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     for text in [*TEXT[:3], "  a\n\n b?! 'll", "\x00\ufeff\U0001f600"]:
         assert theirs.encode(text).ids == BPE.encode(text)
@@ -25,9 +25,9 @@ def test_the_library_encodes_what_is_written_as_we_do(tmp_path):
 
 
 def test_what_is_written_is_read_back(tmp_path):
-    hf_tokenizer.write(tmp_path, BPE)
+    tokenizer_json.write(tmp_path, BPE)
     for where in (tmp_path, tmp_path / "tokenizer.json"):
-        again = hf_tokenizer.read(where)
+        again = tokenizer_json.read(where)
         assert again.tokens == BPE.tokens
         assert again.end_of_text == BPE.end_of_text
 
@@ -36,27 +36,27 @@ def test_what_ranks_of_merges_do_not_express_is_the_librarys_to_encode(tmp_path)
     """By their ranks alone ``th`` and ``e`` would make "the", for that is a token: the file lists ``t he``."""
     theirs = library([*tokenizers.byte().tokens, b"th", b"he", b"the"], [("t", "h"), ("h", "e"), ("t", "he")])
     theirs.save(str(tmp_path / "tokenizer.json"))
-    found = hf_tokenizer.read(tmp_path)
+    found = tokenizer_json.read(tmp_path)
     assert (found.kind, found.vocab_size, found.end_of_text) == ("hf", 260, 259)
     assert found.encode("the he") == theirs.encode("the he").ids == [256, 101, 32, 257]
 
 
 def test_what_the_library_encodes_is_written_and_read_back(tmp_path):
     (tmp_path / "again").mkdir()
-    hf_tokenizer.write(tmp_path, BPE)
+    tokenizer_json.write(tmp_path, BPE)
     change_file(tmp_path / "tokenizer.json", lambda c: c["model"]["merges"].reverse())
-    found = hf_tokenizer.read(tmp_path)
-    hf_tokenizer.write(tmp_path / "again", found)
-    assert hf_tokenizer.read(tmp_path / "again").same_as(found)
+    found = tokenizer_json.read(tmp_path)
+    tokenizer_json.write(tmp_path / "again", found)
+    assert tokenizer_json.read(tmp_path / "again").same_as(found)
     assert json.loads((tmp_path / "again" / "tokenizer_config.json").read_text())["eos_token"] == "<|endoftext|>"
 
 
 def test_characters_are_not_written(tmp_path):
     letters = tokenizers.train_characters(["the cat"])
-    assert hf_tokenizer.can_write(BPE)
-    assert not hf_tokenizer.can_write(letters)
+    assert tokenizer_json.can_write(BPE)
+    assert not tokenizer_json.can_write(letters)
     with pytest.raises(TypeError, match="a char tokenizer"):
-        hf_tokenizer.write(tmp_path, letters)
+        tokenizer_json.write(tmp_path, letters)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_characters_are_not_written(tmp_path):
 )
 def test_end_of_text_is_what_the_config_names(tmp_path, named, end):
     """A word that text may hold cannot be it."""
-    hf_tokenizer.write(tmp_path, BPE)
+    tokenizer_json.write(tmp_path, BPE)
     more = [{"id": 290, "content": "<pad>"}, {"id": 291, "content": "</s>"}]
     change_file(
         tmp_path / "tokenizer.json",
@@ -73,9 +73,9 @@ def test_end_of_text_is_what_the_config_names(tmp_path, named, end):
     change_file(tmp_path / "tokenizer_config.json", lambda c: c.update(eos_token=named))
     if end is None:
         with pytest.raises(FormatError, match="end-of-text, 'the', is no special token|names no text"):
-            hf_tokenizer.read(tmp_path)
+            tokenizer_json.read(tmp_path)
         return
-    found = hf_tokenizer.read(tmp_path)
+    found = tokenizer_json.read(tmp_path)
     assert (found.end_of_text, found.vocab_size) == (end, 292)
     assert not {289, 290, 291} & set(found.encode("a</s><pad><|endoftext|>"))
     assert found.decode([end, 290]) == {289: "<|endoftext|>", 291: "</s>"}[end] + "<pad>"
@@ -83,16 +83,16 @@ def test_end_of_text_is_what_the_config_names(tmp_path, named, end):
 
 def test_end_of_text_is_made_special(tmp_path):
     """As ``transformers`` does."""
-    hf_tokenizer.write(tmp_path, BPE)
+    tokenizer_json.write(tmp_path, BPE)
     change_file(tmp_path / "tokenizer.json", lambda c: c["added_tokens"][0].update(special=False))
-    assert hf_tokenizer.read(tmp_path).same_as(BPE)
+    assert tokenizer_json.read(tmp_path).same_as(BPE)
 
 
 def test_an_end_of_text_that_is_no_token(tmp_path):
-    hf_tokenizer.write(tmp_path, BPE)
+    tokenizer_json.write(tmp_path, BPE)
     change_file(tmp_path / "tokenizer_config.json", lambda c: c.update(eos_token="</s>"))
     with pytest.raises(FormatError, match="end-of-text '</s>' is not in its vocabulary"):
-        hf_tokenizer.read(tmp_path)
+        tokenizer_json.read(tmp_path)
 
 
 def change_file(path, change):
@@ -130,22 +130,22 @@ def change_file(path, change):
     ],
 )
 def test_other_files_are_refused(tmp_path, change):
-    hf_tokenizer.write(tmp_path, BPE)
+    tokenizer_json.write(tmp_path, BPE)
     change_file(tmp_path / "tokenizer.json", change)
     with pytest.raises(FormatError, match="no byte-level BPE that is known here"):
-        hf_tokenizer.read(tmp_path)
+        tokenizer_json.read(tmp_path)
 
 
 def test_the_older_two_files(tmp_path):
     """``vocab.json`` and ``merges.txt``, as OpenAI's GPT-2 came."""
-    hf_tokenizer.write(tmp_path, BPE)
+    tokenizer_json.write(tmp_path, BPE)
     content = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(FormatError, match="vocab.json cannot be read"):
-        hf_tokenizer.read(tmp_path)
+        tokenizer_json.read(tmp_path)
     (tmp_path / "vocab.json").write_text(json.dumps(content["vocab"] | {"<|endoftext|>": 289}))
     with pytest.raises(FormatError, match="merges.txt cannot be read"):
-        hf_tokenizer.read(tmp_path)
+        tokenizer_json.read(tmp_path)
     lines = [" ".join(pair) if isinstance(pair, list) else pair for pair in content["merges"]]
     (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *lines, ""]))
-    assert hf_tokenizer.read(tmp_path).tokens == BPE.tokens
+    assert tokenizer_json.read(tmp_path).tokens == BPE.tokens

@@ -2,7 +2,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptjax import tokenizers
-from gptjax.generate.text import TextStream
+from gptjax.generate.stream import TextStream
 
 BYTES = tokenizers.byte()
 
