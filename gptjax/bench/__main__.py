@@ -32,7 +32,7 @@ from gptjax.datasets import find_corpus
 from gptjax.datasets.batches import BatchShape
 from gptjax.errors import ConfigError, naming
 from gptjax.models.params import flops_per_token
-from gptjax.plan.topology import open_devices, start
+from gptjax.plan.topology import open_devices, parse_topology, start
 from gptjax.train.metrics import human_bytes, peak_flops
 from gptjax.xla.backend import platform_name, start_jax
 
@@ -187,6 +187,8 @@ def count_program(cfg: BenchConfig) -> dict[str, Any]:
         GptjaxError: the model does not fit the sequence or the platform.
 
     """
+    if cfg.platform:
+        start(parse_topology("cpu:1"))  # lowering needs none of this machine's devices
     start_jax(cfg.model.dtype)
     platform = cfg.platform or platform_name()
     model = cfg.model.resolve(platform, cfg.data.seq_len)
@@ -223,6 +225,8 @@ def write_programs(cfg: BenchConfig, folder: Path) -> dict[str, Any]:
     print(f"{'file':<24} {'temporaries':>11}")
     record: dict[str, Any] = {}
     for backward in program.BACKWARDS:
+        for name in program.NAMES:  # another platform's step may have had other programs
+            (folder / f"{backward}-{name}.txt").unlink(missing_ok=True)
         for found in program.compiled_step(cfg, model, backward, devices):
             path = folder / f"{backward}-{found.name}.txt"
             with naming(str(path)):

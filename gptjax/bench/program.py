@@ -18,7 +18,7 @@ from gptjax.xla.gpu import assumed_cudnn
 
 BACKWARDS: tuple[Backward, ...] = ("manual", "autodiff")
 COMPILED_FOR = {"cpu": "cpu", "cuda": "h100", "tpu": "v5e"}  # the device that stands for a platform
-PARTS = {1: ("update",), 2: ("update-params", "update-rest")}  # names of the programs after the gradient
+NAMES = ("gradient", "update", "update-params", "update-rest")
 
 
 class Operations(NamedTuple):
@@ -65,7 +65,7 @@ class Program(NamedTuple):
     """One compiled program of a step."""
 
     name: str
-    """``gradient``, ``update``, or the two parts of an update that is split."""
+    """One of `NAMES`: the update is one program or two."""
     text: str
     """The compiled HLO."""
     temporary_bytes: int
@@ -109,7 +109,7 @@ def compiled_step(cfg: Config, model: ModelConfig, backward: Backward, devices: 
         arguments = steps.step_arguments(model, optimizer, shape, mesh)
         compiled = steps.compile_step(model, optimizer, backward, *arguments, mesh)
     found = compiled.gradient, *compiled.updates
-    names = "gradient", *PARTS[len(compiled.updates)]
+    names = NAMES[:2] if len(compiled.updates) == 1 else (NAMES[0], *NAMES[2:])
     return [
         Program(name, program.as_text() or "", steps.temporary_bytes(program))
         for name, program in zip(names, found, strict=True)

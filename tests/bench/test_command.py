@@ -38,6 +38,15 @@ def short(monkeypatch):
     monkeypatch.setattr(ceiling, "STREAM_BYTES", 4_000_000)
 
 
+@pytest.fixture
+def as_a_process(monkeypatch):
+    """What the command sets for its process, given back."""
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    platforms = jax.config.jax_platforms
+    yield
+    jax.config.update("jax_platforms", platforms)
+
+
 def rows(out):
     """Names of the lines below the heads."""
     return [re.split(r"  +", line)[0] for line in out.splitlines()]
@@ -72,7 +81,7 @@ def test_what_is_configured_comes_first_and_is_not_repeated():
     assert names[4:] == ["recompute none", "recompute gelu", "attention materialised", "attention cudnn", "attention splash"]
 
 
-def test_the_operations_of_a_step_for_hardware_that_is_not_here(capsys, tmp_path):
+def test_the_operations_of_a_step_for_hardware_that_is_not_here(as_a_process, capsys, tmp_path):
     assert command.main([*TINY, "--what", "program", "--platform", "cuda", "--json", str(tmp_path / "r.json")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("lowered for cuda, bfloat16, attention cudnn, layers unroll, 16 tokens")
@@ -149,18 +158,11 @@ def test_bench_of_the_data_prints_a_row_for_each_way(tmp_path, capsys, monkeypat
 HLO = [*TINY, "--what", "program", "--hlo"]
 
 
-@pytest.fixture
-def as_a_process(monkeypatch):
-    """What the command sets for its process, given back."""
-    monkeypatch.setattr(os, "environ", dict(os.environ))
-    platforms = jax.config.jax_platforms
-    yield
-    jax.config.update("jax_platforms", platforms)
-
-
 def test_the_compiled_programs_of_a_step(as_a_process, tmp_path, capsys):
     """For this machine's CPU: a file for each program of both steps, with the matrix products in the gradients."""
     folder, record = tmp_path / "new" / "hlo", tmp_path / "r.json"
+    folder.mkdir(parents=True)
+    (folder / "manual-update-rest.txt").write_text("of another step")
     assert command.main([*HLO, str(folder), "--platform", "cpu", "--json", str(record)]) == 0
     names = sorted(path.name for path in folder.iterdir())
     assert {"manual-gradient.txt", "autodiff-gradient.txt"} <= set(names)
