@@ -43,7 +43,7 @@ def run(tmp_path, request):
     cfg = tiny.config(dtype="float32", layers=request.param, vocab_size=262, dropout=0.1)
     optimizer = make_optimizer(OptimConfig(), 10, cfg)
     writer = CheckpointWriter(tmp_path / "run" / "checkpoints", keep=1)
-    writer.save(3, init_state(jax.random.key(3), cfg, optimizer), cfg, {})
+    writer.save(3, init_state(jax.random.key(3), cfg, optimizer), cfg, optimizer, {})
     writer.close()
     BPE.save(tmp_path / "run" / "tokenizer.json")
     return tmp_path / "run"
@@ -208,7 +208,8 @@ def test_one_tensor_at_a_time_is_in_memory(model, tmp_path, way):
         small = tmp_path / "small"
         for folder, size in ((small, dataclasses.replace(cfg, num_layers=1, channels=8, hidden=32)), (tmp_path / "run", cfg)):
             writer = CheckpointWriter(folder / "checkpoints", keep=1)
-            writer.save(1, init_state(jax.random.key(0), size, make_optimizer(OptimConfig(), 1, size)), size, {})
+            optimizer = make_optimizer(OptimConfig(), 1, size)
+            writer.save(1, init_state(jax.random.key(0), size, optimizer), size, optimizer, {})
             writer.close()
     args = [str(small), str(tmp_path / "small.safetensors"), str(tmp_path / way[0]), str(tmp_path / way[1])]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

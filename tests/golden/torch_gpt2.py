@@ -35,7 +35,7 @@ def compute(dtype: str) -> dict[str, Any]:
     import transformers
 
     torch.manual_seed(0)
-    config = transformers.ModelConfig(**SIZES, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, attn_implementation="eager")
+    config = transformers.GPT2Config(**SIZES, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, attn_implementation="eager")
     model = transformers.GPT2LMHeadModel(config)
     for p in model.parameters():
         p.data.add_(0.05 * torch.randn_like(p))

@@ -18,6 +18,11 @@ from tests.models import tiny
 from tests.train.test_optimizer import SETTINGS, assert_equals_optax, gradients_like, step_function
 
 
+@pytest.fixture(autouse=True)
+def _strict():
+    """Optax's schedules, which these tests go through, change dtypes."""
+
+
 @pytest.fixture
 def compiler():
     if not native.available():
