@@ -93,7 +93,7 @@ def tensor_of(params: Any, name: str, layer: int | None, cfg: Architecture) -> n
         array = np.asarray(getattr(params.blocks, name)[layer])
     else:
         array = np.asarray(getattr(params.blocks[layer], name))
-    padded = layer is None and any(row == name and weight.axes[0] == "Vp" for row, _, weight, _ in rows(cfg))
+    padded = layer is None and any(row[:2] == (name, False) and row[2].axes[0] == "Vp" for row in rows(cfg))
     return array[: cfg.vocab_size] if padded else array
 
 

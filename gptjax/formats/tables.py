@@ -84,10 +84,10 @@ def file_tensors(
         vocab_rows: rows of a table with one row for each id, padding included; by default there is no padding.
 
     """
-    by_name = {row[0]: row for row in rows(cfg)}
+    found_as = {row[:2]: row for row in rows(cfg)}  # a name may be in the blocks and outside them
     found = []
     for name, params in table.items():
-        held = [by_name[param] for param in params.split()]
+        held = [found_as[param, "{}" in name] for param in params.split()]
         _, layered, first, _ = held[0]
         turned = transposed and first.kind == "matrix"
         parts: list[Part] = []
@@ -133,13 +133,13 @@ def open_params(
         dtype_of: ``dtype_of(tensor, layer)`` is a tensor's dtype.
 
     """
-    places = {part.param: (tensor, part) for tensor in tensors for part in tensor.parts}
+    places = {(part.param, tensor.layered): (tensor, part) for tensor in tensors for part in tensor.parts}
 
     def load(name: str, layer: int | None) -> np.ndarray:
-        tensor, part = places[name]
+        tensor, part = places[name, layer is not None]
         return part.from_file(read(tensor, layer, part))
 
-    return collect(cfg, load, lambda name, layer: dtype_of(places[name][0], layer))
+    return collect(cfg, load, lambda name, layer: dtype_of(places[name, layer is not None][0], layer))
 
 
 def file_contents(tensors: list[FileTensor], params: Any, cfg: Architecture, dtype: np.dtype) -> dict[str, LazyTensor]:

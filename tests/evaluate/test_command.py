@@ -14,7 +14,7 @@ from gptjax.cli import progress
 from gptjax.config import OptimConfig
 from gptjax.datasets import find_corpus
 from gptjax.datasets.batches import validation_batches
-from gptjax.evaluate import main
+from gptjax.evaluate.__main__ import main
 from gptjax.formats import llmc
 from gptjax.formats.token_shards import open_shard, write_shard
 from gptjax.train.checkpoint import CheckpointWriter
@@ -22,9 +22,9 @@ from gptjax.train.optimizer import make_optimizer
 from gptjax.train.step import evaluate, make_eval_loss, make_state
 from gptjax.weights import load_weights
 from tests.commands import expect_error
+from tests.evaluate.test_hellaswag import ROW
 from tests.formats.test_llmc_eval import EXAMPLE, evaluation_file
 from tests.models import tiny
-from tests.test_hellaswag import ROW
 
 CFG = tiny.config(num_layers=1, vocab_size=300, max_seq_len=32, dropout=0.1, dtype="float32")
 OTHER = tiny.config(num_layers=1, dtype="float32")
@@ -41,7 +41,8 @@ def place(tmp_path_factory):
     corpus = find_corpus(data["dataset"], folder / "data", data["tokenizer"])
     writer = CheckpointWriter(folder / "tiny" / "checkpoints", keep=1)
     with jax.enable_x64(False):
-        writer.save(3, make_state(jax.random.key(0), CFG, make_optimizer(OptimConfig(), 10)), CFG, {})
+        optimizer = make_optimizer(OptimConfig(), 10, CFG)
+        writer.save(3, make_state(jax.random.key(0), CFG, optimizer), CFG, optimizer, {})
     writer.close()
     corpus.tokenizer.save(folder / "tiny" / "tokenizer.json")
     (folder / "tiny" / "config.yaml").write_text(yaml.safe_dump({"model": dataclasses.asdict(CFG), "data": data}))

@@ -6,11 +6,11 @@ import pytest
 
 from gptjax import tokenizers
 from gptjax.datasets.batches import Windows, in_order
-from gptjax.evaluate import corpus as perplexity
+from gptjax.evaluate import corpus
 from gptjax.evaluate.corpus import score_corpus, token_bytes
-from gptjax.models import scoring
+from gptjax.models import transformer
+from tests.datasets.test_batches import shard
 from tests.models import tiny
-from tests.test_data import shard
 
 # Ids 0..4 have the losses 1, 2, 3, 4, 4 bits wherever they stand.
 CFG = tiny.config(num_layers=1, vocab_size=5, dtype="float32", layers="scan")
@@ -73,7 +73,7 @@ def test_what_is_told_on_the_way():
 def test_all_batches_are_traced_once(monkeypatch):
     """The last one too, which is not full."""
     traced = []
-    losses = jax.jit(lambda *args: traced.append(1) or scoring.token_losses(*args), static_argnums=2)
+    losses = jax.jit(lambda *args: traced.append(1) or transformer.token_losses(*args), static_argnums=2)
     monkeypatch.setattr(perplexity, "compiled_losses", losses)
     found(batch_size=3, ids=IDS * 5)
     assert len(traced) == 1
@@ -83,5 +83,5 @@ def test_the_next_batch_is_dispatched_before_one_is_fetched():
     asked = []
     windows = Windows([shard(13)._replace(tokens=np.array(IDS * 2, np.uint16))], 3, 1, CFG.vocab_size)
     batches = (asked.append(n) or batch for n, batch in enumerate(in_order(windows, 4, 1)))
-    for n, _ in enumerate(perplexity.score(PARAMS, batches, CFG)):
+    for n, _ in enumerate(corpus.score(PARAMS, batches, CFG)):
         assert len(asked) == min(n + 2, 4)

@@ -12,7 +12,7 @@ from gptjax.config import Sampler
 from gptjax.errors import CheckpointError
 from gptjax.generate import engine
 from gptjax.generate.engine import Rules, generate, sample, window_start
-from gptjax.models import gpt2
+from gptjax.models import transformer
 from gptjax.models.decode import prefill, store_for_decoding
 from tests.models import tiny
 
@@ -31,7 +31,7 @@ def params(layers: str):
 @functools.cache
 def uncached(layers: str):
     cfg = tiny.config(layers=layers)
-    return jax.jit(lambda ids: gpt2.logits(params(layers), ids, cfg))
+    return jax.jit(lambda ids: transformer.logits(params(layers), ids, cfg))
 
 
 def next_logits(ids: list[int], layers: str = "unroll") -> np.ndarray:

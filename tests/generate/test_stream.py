@@ -1,8 +1,10 @@
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gptjax import tokenizers
-from gptjax.generate.stream import TextStream
+from gptjax.errors import DataError
+from gptjax.generate.stream import TextStream, prompt_ids
 
 BYTES = tokenizers.byte()
 
@@ -42,3 +44,16 @@ def test_what_may_become_a_stop_string_is_held_back_and_nothing_more():
 
 def test_an_empty_stop_string_is_ignored():
     assert fed("ab", [""])[0].text == "ab"
+
+
+def test_a_sample_always_has_an_id_to_start_from():
+    byte, lines, words = tokenizers.byte(), tokenizers.Characters("\n!ab"), tokenizers.Characters("!ab")
+    assert prompt_ids(None, "ab") == [0]
+    assert [prompt_ids(t, "ab") for t in (byte, lines, words)] == [[97, 98], [2, 3], [1, 2]]
+    assert [prompt_ids(t, "\n") for t in (byte, lines, words)] == [[10], [0], [0]]
+    assert [prompt_ids(t, "") for t in (byte, lines, words)] == [[256], [0], [0]]
+
+
+def test_a_prompt_that_the_vocabulary_lacks_is_an_error_before_training():
+    with pytest.raises(DataError, match="'c' .* at position 2"):
+        prompt_ids(tokenizers.Characters("!ab"), "abc")

@@ -1,30 +1,50 @@
+"""A run before its first step: what is decided, and what is kept."""
+
+import dataclasses
+
+import jax
 import pytest
+import yaml
 
-from gptjax import tokenizers
-from gptjax.errors import ConfigError, DataError
-from gptjax.generate.stream import prompt_ids
-from gptjax.xla.backend import start_jax
-from tests.models import tiny
+from gptjax.config import Config, DataConfig, ModelConfig, TrainConfig
+from gptjax.errors import CheckpointError, DataError
+from gptjax.train.setup import fill_folder, owned, resolved, restore, set_up
 
-
-@pytest.mark.parametrize("error", [AssertionError(), RuntimeError("no such device")])
-def test_a_platform_that_is_not_there(monkeypatch, error):
-    def fail():
-        raise error
-
-    monkeypatch.setattr("jax.devices", fail)
-    with pytest.raises(ConfigError, match="JAX cannot start: no such device; unset JAX_PLATFORMS"):
-        start_jax(tiny.CONFIG.dtype)
+MODEL = ModelConfig(num_layers=1, num_heads=2, channels=8, vocab_size=257, max_seq_len=8)
 
 
-def test_a_sample_always_has_an_id_to_start_from():
-    byte, lines, words = tokenizers.byte(), tokenizers.Characters("\n!ab"), tokenizers.Characters("!ab")
-    assert prompt_ids(None, "ab") == [0]
-    assert [prompt_ids(t, "ab") for t in (byte, lines, words)] == [[97, 98], [2, 3], [1, 2]]
-    assert [prompt_ids(t, "\n") for t in (byte, lines, words)] == [[10], [0], [0]]
-    assert [prompt_ids(t, "") for t in (byte, lines, words)] == [[256], [0], [0]]
+@pytest.fixture
+def cfg(tmp_path):
+    (tmp_path / "text.txt").write_text("The cat sat on the mat.\n" * 100)
+    data = DataConfig(str(tmp_path / "text.txt"), str(tmp_path / "data"), "byte", batch_size=2, seq_len=8)
+    with jax.enable_x64(False):
+        yield Config(MODEL, data, train=TrainConfig(steps=3), runs=str(tmp_path / "runs"), name="r")
 
 
-def test_a_prompt_that_the_vocabulary_lacks_is_an_error_before_training():
-    with pytest.raises(DataError, match="'c' .* at position 2"):
-        prompt_ids(tokenizers.Characters("!ab"), "abc")
+def test_every_auto_is_decided_and_no_folder_made(cfg, tmp_path):
+    run = set_up(cfg)
+    assert "auto" not in yaml.safe_dump(resolved(run)["model"])
+    assert (run.shape, run.mesh, run.share) == ((1, 2, 8), None, (0, 1))
+    assert run.next_batch().inputs.shape == (1, 2, 8)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_folder_keeps_the_configuration_and_the_tokenizer(cfg, tmp_path):
+    with owned(set_up(cfg)) as run:
+        fill_folder(run)
+    assert run.folder == tmp_path / "runs" / "r"
+    assert yaml.safe_load((run.folder / "config.yaml").read_text()) == resolved(run)
+    assert (run.folder / "tokenizer.json").exists()
+
+
+def test_a_folder_to_resume_must_hold_a_checkpoint(cfg):
+    with owned(set_up(cfg)) as run:
+        fill_folder(run)
+        assert restore(run._replace(cfg=dataclasses.replace(cfg, resume="auto"))) is None
+        with pytest.raises(CheckpointError, match="holds no checkpoint to resume from"):
+            restore(run._replace(cfg=dataclasses.replace(cfg, resume=str(run.folder))))
+
+
+def test_a_vocabulary_that_is_too_small_for_the_corpus_is_an_error(cfg):
+    with pytest.raises(DataError, match="model.vocab_size is 100"):
+        set_up(dataclasses.replace(cfg, model=dataclasses.replace(MODEL, vocab_size=100)))

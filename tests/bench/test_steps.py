@@ -1,0 +1,32 @@
+import dataclasses
+
+import jax
+
+from gptjax.bench import steps
+from gptjax.config import Config, DataConfig
+from tests.models import tiny
+
+MODEL = tiny.config(num_layers=1, dtype="float32")
+CFG = Config(MODEL, DataConfig(batch_size=2, seq_len=4))
+
+
+def test_variants_begin_with_what_is_configured_and_none_comes_twice():
+    known = steps.variants(MODEL, "manual")
+    assert known[0][1:] == (MODEL, "manual")
+    assert len({(model, backward) for _, model, backward in known}) == len(known)
+    assert {backward for _, _, backward in known} == {"manual", "autodiff"}
+
+
+def test_a_contender_trains_and_says_what_it_takes():
+    with jax.enable_x64(False):
+        (contender,) = steps.step_contenders(CFG, compare=False)
+        contender.run()
+    assert contender.facts["temporary_bytes"] > 0
+    assert contender.facts["total_bytes"] > contender.facts["temporary_bytes"]
+    assert contender.facts["compile_s"] > 0
+
+
+def test_batches_are_of_the_configured_shape_and_vocabulary():
+    batch = steps.random_batch(dataclasses.replace(CFG, seed=1))
+    assert batch.inputs.shape == (1, 2, 4)
+    assert int(batch.inputs.max()) < MODEL.vocab_size
