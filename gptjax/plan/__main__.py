@@ -2,7 +2,7 @@
 
 The topology names devices that need not be here: ``v5e:4x4``, ``v6e:4x4``, ``v4:2x2x4`` and ``v5p:2x2x4`` are TPU slices by the
 shape of their torus, ``h100:8``, ``h200:8`` or ``a100:8`` GPUs by their number (``cuda:8`` is ``h100:8``), ``cpu:8`` simulated
-CPUs. Every option of training is one here too. Where the mesh is left at one device, the plan shares the model out by fsdp over
+CPUs. The configuration is that of training. Where the mesh is left at one device, the plan shares the model out by fsdp over
 as many devices as leave 16 channels each, and copies it over the rest; the batch is rounded up to whole rows on every device.
 
 For TPU the step is compiled ahead of time by libtpu (``pip install 'gptjax[tpu]'``), for CPU by XLA: memory and collectives
