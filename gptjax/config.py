@@ -21,7 +21,6 @@ PRESETS = {  # of each family: num_layers, num_heads, channels
     "1558m": ("gpt2", 48, 25, 1600),
 }
 VOCAB_MULTIPLE = 128
-GPT2_IDS = 50_257  # of its tokenizer, end-of-text included
 SHORT_SEQUENCE = {"cpu": 128}  # beyond, blockwise attention takes less memory and, at 256 tokens on CPU, no longer
 SHORT_SEQUENCE_ELSEWHERE = 256  # not measured
 
@@ -54,7 +53,7 @@ class Architecture:
     """Width of the residual stream (C); by default the preset's."""
     hidden: int = 0
     """Hidden units of the MLP (F); by default four times the channels."""
-    vocab_size: int = GPT2_IDS
+    vocab_size: int = 50257
     """Token ids the model knows (V); the tables are padded to a multiple of 128."""
     max_seq_len: int = 1024
     """Longest sequence that the model takes, in tokens."""
@@ -90,16 +89,15 @@ class Architecture:
 
     @property
     def axis_sizes(self) -> dict[str, int]:
-        """The size of each logical axis of a weight, by its letter in the legend of `gptjax.ops`."""
+        """The size of each logical axis of a weight, by its letter in `gptjax.ops`; of the vocabulary, if known."""
         return {
             "L": self.num_layers,
             "C": self.channels,
             "H": self.num_heads,
             "D": self.head_dim,
             "F": self.hidden,
-            "Vp": self.padded_vocab_size,
             "T": self.max_seq_len,
-        }
+        } | ({"Vp": self.padded_vocab_size} if self.vocab_size else {})
 
 
 DIMENSIONS = tuple(field.name for field in dataclasses.fields(Architecture))

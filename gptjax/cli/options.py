@@ -143,9 +143,10 @@ class Parser(jsonargparse.ArgumentParser):
         """Why the command takes no such option, and what to give in its place."""
         name = name[:LONGEST]
         same = same_meaning(name, self.read)
-        elsewhere = _command_of(name)
+        meant = same or same_meaning(name, list(SHARED)) or name
+        elsewhere = _command_of(name) or (_command_of(meant) if not same else None)
         if elsewhere and not (same and "." not in name):
-            return f"{self.command} does not read {name}" + (
+            return f"{self.command} does not read {name if same else meant}" + (
                 f": did you mean {same}?" if same else f", an option of {elsewhere}"
             )
         if said := advice(name):
@@ -247,6 +248,9 @@ class Parser(jsonargparse.ArgumentParser):
 
     def _one_sentence(self, message: str) -> str:
         line = " ".join(message.split())
+        line = re.sub(
+            r"^unrecognized arguments: (.*)", r"unexpected argument \1: options begin with --, as in --config FILE", line
+        )
         line = re.sub(r'^Parser key "([^"]+)": ?', r"\1: ", line)
         line = re.sub(r"<class '(\w+)'>", r"\1", line)
         line = re.sub(r'in "<\w+ string>", ', "at ", line)

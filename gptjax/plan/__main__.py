@@ -21,6 +21,7 @@ from typing import Any
 from gptjax import cli
 from gptjax.cli.options import parse
 from gptjax.config import MeshConfig, ModelConfig, PlanConfig
+from gptjax.datasets import vocabulary_without_corpus
 from gptjax.datasets.batches import BatchShape
 from gptjax.errors import ConfigError, naming
 from gptjax.parallel.mesh import mesh_shape
@@ -63,7 +64,11 @@ def plan(cfg: PlanConfig, file: Path | None, topology: Topology) -> dict[str, An
         GptjaxError: the topology, the mesh or the model is invalid.
 
     """
-    model = cfg.model.resolve(topology.platform, cfg.data.seq_len)
+    size, whose = vocabulary_without_corpus(cfg.data.tokenizer)
+    if not cfg.model.vocab_size:
+        print(f"{'vocabulary':<12} {size:,} ids, of {whose}")
+    asked = cfg.model.with_vocabulary(size)
+    model = asked.resolve(topology.platform, cfg.data.seq_len)
     cfg, chosen = settle(cfg, model, topology)
     work = Work(model, BatchShape(cfg.optim.accumulate, cfg.data.batch_size, cfg.data.seq_len), cfg.mesh.shape)
     devices = None if cfg.predict or topology.platform == "cuda" else open_devices(topology)
@@ -77,7 +82,7 @@ def plan(cfg: PlanConfig, file: Path | None, topology: Topology) -> dict[str, An
     print(describe(found, topology, chosen, cfg.train.backward), flush=True)
     plans: dict[str, Plan] = {model.attention: found}
     if cfg.compare:
-        for other in others(cfg.model, topology, cfg.data.seq_len, model):
+        for other in others(asked, topology, cfg.data.seq_len, model):
             plans[other.attention] = plan_of(work._replace(model=other), False)
         print(comparison(plans))
     command = train_command(cfg, file, topology) if found.total <= found.capacity else None
