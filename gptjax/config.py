@@ -21,7 +21,6 @@ PRESETS = {  # of each family: num_layers, num_heads, channels
     "1558m": ("gpt2", 48, 25, 1600),
 }
 VOCAB_MULTIPLE = 128
-GPT2_IDS = 50_257  # of its tokenizer, end-of-text included
 SHORT_SEQUENCE = {"cpu": 128}  # beyond, blockwise attention takes less memory and, at 256 tokens on CPU, no longer
 SHORT_SEQUENCE_ELSEWHERE = 256  # not measured
 
@@ -47,17 +46,17 @@ class Architecture:
     family: str = "gpt2"
     """The network: gpt2."""
     num_layers: int = 0
-    """Transformer blocks (L); 0 takes the preset's."""
+    """Transformer blocks (L); by default the preset's."""
     num_heads: int = 0
-    """Attention heads (H), a divisor of channels; 0 takes the preset's."""
+    """Attention heads (H), a divisor of channels; by default the preset's."""
     channels: int = 0
-    """Width of the residual stream (C); 0 takes the preset's."""
+    """Width of the residual stream (C); by default the preset's."""
     hidden: int = 0
-    """Hidden units of the MLP (F); 0 is four times the channels."""
-    vocab_size: int = GPT2_IDS
+    """Hidden units of the MLP (F); by default four times the channels."""
+    vocab_size: int = 50257
     """Token ids the model knows (V); the tables are padded to a multiple of 128."""
     max_seq_len: int = 1024
-    """Longest sequence."""
+    """Longest sequence that the model takes, in tokens."""
 
     def __post_init__(self) -> None:
         """Fill in the hidden units and check every field.
@@ -90,16 +89,15 @@ class Architecture:
 
     @property
     def axis_sizes(self) -> dict[str, int]:
-        """The size of each logical axis of a weight, by its letter in the legend of `gptjax.ops`."""
+        """The size of each logical axis of a weight, by its letter in `gptjax.ops`; of the vocabulary, if known."""
         return {
             "L": self.num_layers,
             "C": self.channels,
             "H": self.num_heads,
             "D": self.head_dim,
             "F": self.hidden,
-            "Vp": self.padded_vocab_size,
             "T": self.max_seq_len,
-        }
+        } | ({"Vp": self.padded_vocab_size} if self.vocab_size else {})
 
 
 DIMENSIONS = tuple(field.name for field in dataclasses.fields(Architecture))
@@ -112,17 +110,17 @@ class Computation:
     dropout: float = 0.0
     """Dropout rate on embeddings, attention probabilities and both residual branches."""
     dropout_mlp: float = 0.0
-    """Dropout rate inside the MLP, on its activations."""
+    """Dropout rate inside the MLP, on its hidden units."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """Compute dtype; auto is bfloat16 on GPU and TPU, float32 on CPU. Parameters stay float32."""
     attention: Literal["auto", "materialised", "blockwise", "cudnn", "splash"] = "auto"
     """Attention implementation; auto picks by platform and sequence length."""
     layers: Literal["unroll", "scan"] = "unroll"
-    """Unrolled layers run faster; scanned ones compile faster."""
+    """unroll runs faster; scan compiles faster."""
     recompute: Literal["none", "gelu", "block"] = "none"
-    """What the backward computes again instead of storing: nothing, the MLP's activations, or each whole block."""
+    """What the backward computes again instead of storing: none, gelu (the MLP's activations) or block (each whole block)."""
     loss_chunks: int = 1
-    """Chunks of the classifier's rows: more chunks keep fewer logits in memory at once."""
+    """Parts in which the loss is computed: more parts keep fewer logits in memory at once."""
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -146,9 +144,10 @@ class ModelConfig(Computation, Architecture):
     """
 
     preset: Literal["124m", "350m", "774m", "1558m"] | None = None
-    """A published size, as GPT-2's 124m: sets num_layers, num_heads and channels, each of which may still be given."""
+    """A published size of GPT-2: sets num_layers, num_heads and channels, each of which may still be given."""
     vocab_size: int = 0
-    """Token ids the model knows (V); the tables are padded to a multiple of 128. 0 takes the tokenizer's."""
+    """Token ids the model knows (V); the tables are padded to a multiple of 128. By default as many as the
+    tokenizer has."""
 
     def __post_init__(self) -> None:
         """Fill in what the preset implies and check every field.
@@ -240,9 +239,10 @@ class DataConfig:
     tokenizer: str | None = None
     """What text is tokenized with: gpt2, byte, char, bpe:SIZE (trained on it), a file; by default a corpus's own, or gpt2."""
     column: str | None = None
-    """Of .jsonl and .parquet, the column that holds the text; by default text, or else the first that holds any."""
+    """Column of .jsonl or .parquet that holds the text; by default the one named text, or else the first that holds any."""
     tokens: int | None = None
-    """Training tokens that are enough, of tinystories, openwebtext, fineweb or fineweb-edu."""
+    """Prepare no more training tokens than it takes to have this many, of tinystories, openwebtext, fineweb or fineweb-edu;
+    by default all."""
     batch_size: int = 4
     """Sequences in a micro-batch (B)."""
     seq_len: int = 64
@@ -265,12 +265,12 @@ class OptimConfig:
     """An optimizer of optax's with clipping, warm-up and a schedule."""
 
     name: Literal["adamw", "muon", "lion", "adafactor", "sgd"] = "adamw"
-    """adamw; muon, for the blocks' matrices, with AdamW for the rest; lion; adafactor; or sgd with momentum."""
+    """adamw; muon (AdamW for all but the blocks' matrices); lion; adafactor; or sgd, with momentum."""
     learning_rate: float = 6e-4
     """Peak learning rate, reached at the end of the warm-up."""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
-    """What follows the warm-up. constant; linear or cosine down to final_fraction of the peak; wsd (warm-up, stable, decay):
-    constant, then linear down over the last decay_fraction of all steps."""
+    """What follows the warm-up: constant; linear or cosine down to final_fraction of the peak; or wsd (warm-up, stable,
+    decay): constant, then linear down over the last decay_fraction of all steps."""
     warmup_steps: int = 0
     """Steps over which the rate rises linearly; step n of them uses (n + 1) / warmup_steps of the peak."""
     final_fraction: float = 0.0
@@ -280,16 +280,16 @@ class OptimConfig:
     weight_decay: float = 0.1
     """Decoupled weight decay on matrices and embeddings; none on biases and norms."""
     beta1: float = 0.9
-    """Decay of the first moment, of adamw, lion and muon's AdamW."""
+    """Decay of the first moment in adamw, lion and muon's AdamW."""
     beta2: float = 0.95
-    """Decay of the second moment, of adamw and muon's AdamW; of the momentum, of lion."""
+    """Decay of the second moment in adamw and muon's AdamW, and of the momentum in lion."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the root of the second moment in adamw and muon's AdamW."""
     momentum: float = 0.95
-    """Decay of the momentum, of muon and sgd."""
+    """Decay of the momentum in muon and sgd."""
     mu_dtype: Literal["bfloat16"] | None = None
-    """Dtype of the first moment, or the momentum: bfloat16 halves its memory, and on CPU the update is then XLA's, not C++;
-    by default the parameters'."""
+    """bfloat16 halves the memory of the first moment, or the momentum; on CPU, XLA then computes the update in place of
+    C++. By default it has the parameters' dtype."""
     grad_clip: float = 1.0
     """Largest global gradient norm, after averaging over micro-batches; 0 turns clipping off."""
     accumulate: int = 1
@@ -367,7 +367,7 @@ class TrainConfig:
     eval_tokens: int = 8192
     """Tokens of a validation, rounded up to whole sequences; the same ones each time."""
     sample_every: int = 0
-    """Steps between samples; there is always one after the last step, unless sample_tokens is 0."""
+    """Steps between samples of text; there is always one after the last step, unless sample_tokens is 0."""
     sample_tokens: int = 96
     """Tokens in a sample."""
     sample_prompt: str = "\n"
@@ -381,7 +381,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """How many of the newest checkpoints to keep."""
     verify_every: int = 0
-    """Steps between checks of the gradient of the live parameters and batch against JAX's; one that fails ends the run."""
+    """Steps between checks of the gradient, at the run's parameters and batch, against JAX's; a wrong one ends the run."""
     max_nonfinite: int = 5
     """Stop after this many non-finite losses or gradients in a row; each one's update is skipped."""
 
@@ -402,7 +402,7 @@ class LogConfig:
     """Where else a run's numbers, samples and configuration go, for people to look at; metrics.jsonl has the numbers always."""
 
     tensorboard: bool = False
-    """Write TensorBoard events to runs/NAME/tensorboard, for `tensorboard --logdir runs`; needs gptjax[tensorboard]."""
+    """Write TensorBoard events to runs/NAME/tensorboard, for `tensorboard --logdir runs`. Needs gptjax[tensorboard]."""
     wandb: str | None = None
     """PROJECT or ENTITY/PROJECT of Weights & Biases to log to; WANDB_MODE=offline keeps it on disk. Needs gptjax[wandb]."""
 
@@ -414,8 +414,8 @@ class MeshConfig:
     data: int = 1
     """Copies of the model, each with its share of every batch's rows."""
     fsdp: int = 1
-    """Fully sharded data parallelism: devices that share out the rows and, along its channels, each weight with its gradient
-    and moments. A layer's weights are gathered when it is computed."""
+    """Devices that share out the rows and, along its channels, each weight with its gradient and moments (fully sharded
+    data parallelism); a layer's weights are gathered when it is computed."""
     tensor: int = 1
     """Devices that share out the heads, the MLP's hidden units and the vocabulary: it must divide model.num_heads."""
 
@@ -447,7 +447,7 @@ class DistributedConfig:
     process: str | None = None
     """N/M: this is process N, from 0, of M."""
     detect: bool = True
-    """Whether to look for a cluster and join it."""
+    """Look for a cluster, and join it."""
     timeout: int = 100
     """Seconds without a sign of life after which a process counts as lost, and all end."""
 
@@ -560,16 +560,16 @@ class VerifyConfig(Config):
     dtype: Literal["float64", "float32", "bfloat16"] = "float64"
     """Compute dtype of the gradient on trial, in place of model.dtype; bfloat16 is judged by JAX's own error in it."""
     reference: str = "autodiff"
-    """autodiff; finite-difference; or an llm.c debug state file, whose tokens then are the batch (give its model as
-    checkpoint). The latter two need float64 or float32."""
+    """What to compare with: autodiff; finite-difference; or an llm.c debug state file, whose tokens are then the batch
+    (give its model as checkpoint). The latter two need dtype float64 or float32."""
     checkpoint: str | None = None
-    """Parameters: a run, or any model that gptjax.convert reads; without it, initial ones with noise."""
+    """Parameters to check at: a run, or any model that gptjax.convert reads; by default initial ones with noise."""
     batch: Literal["random", "corpus"] = "random"
-    """Tokens: random ones, of which one in eight is not to be predicted, or the first training batch of data.dataset."""
+    """Tokens to check on: random ones, of which one in eight is not predicted, or the corpus's first training batch."""
     layers: bool = False
-    """A row for each tensor and layer, instead of one for each tensor."""
+    """Print a row for each layer of each tensor, instead of one for each tensor."""
     explain: bool = False
-    """Say how the tolerances of this configuration come about, and end."""
+    """Explain how the tolerances of this configuration are derived, and end."""
     json: str | None = None
     """File to write the report to, as JSON."""
     html: str | None = None
@@ -605,15 +605,15 @@ class PlanConfig(Config):
     topology: str = ""
     """Devices to plan for: cpu:8, h100:8 (or a100, h100-pcie, h200, l4, cuda), v5e:4x4, v6e:4x4, v4:2x2x4, v5p:2x2x4."""
     tokens: float | None = None
-    """Tokens of the whole run, as 10e9, for the days that it takes; by default those of train.steps."""
+    """Tokens of the whole run, as in 10e9, from which the plan tells its days; by default those of train.steps."""
     compare: bool = False
-    """Also a line for every other implementation of attention that applies."""
+    """Also plan for every other implementation of attention that applies, a line each."""
     predict: bool = False
     """Predict from shapes alone, at once, even where the step could be compiled."""
     largest: bool = True
-    """Also the largest batch that fits: where it is compiled, that is compiled once more, with twice the rows."""
+    """Also find the largest batch that fits; where the step is compiled, that takes one more compilation."""
     json: str | None = None
-    """File to write all figures to."""
+    """File to write all figures to, as JSON."""
 
     def __post_init__(self) -> None:
         """Check the budget.
@@ -658,7 +658,7 @@ class BenchConfig(Config):
     profile: bool = False
     """Also print where the first contender's time goes, op by op."""
     json: str | None = None
-    """File to write all figures to."""
+    """File to write all figures to, as JSON."""
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -681,30 +681,30 @@ class EvaluateConfig:
     """What to evaluate, and on what."""
 
     checkpoint: str
-    """A run, a Hugging Face folder, an llm.c model .bin, a .safetensors of gptjax, or hf:NAME on the hub."""
+    """The model: a run, a Hugging Face folder, an llm.c model .bin, a .safetensors of gptjax, or hf:NAME on the hub."""
     dataset: str
-    """As --data.dataset of training: a named corpus, a folder of token shards, or text, tokenized with the checkpoint's
-    tokenizer. Or hellaswag, llm.c's hellaswag_val.bin, or a .jsonl of questions."""
+    """What to evaluate on: a named corpus, a folder of token shards, or text, as for --data.dataset of training; text is
+    tokenized with the checkpoint's tokenizer. Or hellaswag, llm.c's hellaswag_val.bin, or a .jsonl of questions."""
     split: Literal["val", "train"] = "val"
-    """Of a corpus."""
+    """The part of a corpus to score: val or train."""
     tokens: int | None = None
-    """Of a corpus, rounded up to whole windows; the same ones each time. By default 131072; 0 for all of the split."""
+    """Tokens of a corpus to score, from its beginning, rounded up to whole windows; by default 131072; 0 for all."""
     examples: int | None = None
-    """Of HellaSwag, the first so many; by default all."""
+    """Questions of HellaSwag to ask, from the first; by default all."""
     seq_len: int | None = None
     """Tokens in a window of a corpus; by default the longest sequence that the model takes."""
     batch_size: int = 8
-    """Sequences at a time; the figures do not depend on it."""
+    """Sequences computed at a time; the figures do not depend on it."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """Compute dtype; auto is bfloat16 on GPU and TPU, float32 on CPU."""
     tokenizer: str | None = None
     """For a checkpoint that comes without one: gpt2, byte, a tokenizer.json, a folder with one, or llm.c's file."""
     column: str | None = None
-    """Of a corpus of .jsonl or .parquet, the column that holds the text."""
+    """Column of .jsonl or .parquet that holds the text; by default the one named text, or else the first that holds any."""
     root: str = "data"
     """Folder in which downloads and prepared corpora are kept."""
     json: str | None = None
-    """File to write all figures to."""
+    """File to write all figures to, as JSON."""
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -734,7 +734,7 @@ class GenerateConfig(Sampler):
     """What to continue, and how."""
 
     checkpoint: str
-    """The model: see above."""
+    """The model; see above."""
     prompt: list[str] = dataclasses.field(default_factory=list, metadata=SEVERAL)
     """Text to continue, or several."""
     prompts: str | None = None
@@ -815,7 +815,7 @@ class DatasetConfig:
     """What the text is tokenized with: gpt2, byte, char, bpe:SIZE (trained on it), a file; by default a corpus's own,
     or gpt2."""
     column: str | None = None
-    """The column of .jsonl or .parquet that holds the text; by default text, or else the first that holds any."""
+    """Column of .jsonl or .parquet that holds the text; by default the one named text, or else the first that holds any."""
     tokens: int | None = None
     """Stop after this many training tokens, where a corpus comes in parts; by default take them all."""
 

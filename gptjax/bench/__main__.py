@@ -28,7 +28,7 @@ from gptjax.bench.profile import OpTime, profile
 from gptjax.bench.timing import Timing, time_interleaved
 from gptjax.cli.options import parse
 from gptjax.config import BenchConfig
-from gptjax.datasets import find_corpus
+from gptjax.datasets import find_corpus, vocabulary, vocabulary_without_corpus
 from gptjax.datasets.batches import BatchShape
 from gptjax.errors import ConfigError, naming
 from gptjax.models.params import flops_per_token
@@ -47,6 +47,10 @@ def main(argv: list[str] | None = None) -> int:
         cfg = dataclasses.replace(cfg, what="decode") if cfg.decode else cfg
         if cfg.json and not Path(cfg.json).absolute().parent.is_dir():
             raise ConfigError(f"{cfg.json} cannot be written: there is no folder {Path(cfg.json).absolute().parent}")
+        if not cfg.model.vocab_size and cfg.what in ("step", "decode", "program"):  # the others read the corpus
+            size, whose = vocabulary_without_corpus(cfg.data.tokenizer)
+            print(f"vocabulary of {size:,} ids, of {whose}")
+            cfg = dataclasses.replace(cfg, model=cfg.model.with_vocabulary(size))
         cli.keep_freed_memory()
         if cfg.what == "data":
             record = time_data(cfg)
@@ -245,6 +249,7 @@ def time_data(cfg: BenchConfig) -> dict[str, Any]:
     """
     chosen = cfg.data
     corpus = find_corpus(chosen.dataset, chosen.root, chosen.tokenizer, chosen.column, chosen.tokens)
+    cfg = dataclasses.replace(cfg, model=cfg.model.with_vocabulary(vocabulary(corpus)))
     shape = BatchShape(cfg.optim.accumulate, chosen.batch_size, chosen.seq_len)
     sections = {"tokens to batches": data.loading(corpus.train, shape, chosen.order, cfg.model.vocab_size, cfg.rounds)}
     if corpus.tokenizer:

@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, get_args, get_origin
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, Union, get_args, get_origin
 
 import docstring_parser
 import jsonargparse
@@ -85,20 +85,20 @@ class Parser(jsonargparse.ArgumentParser):
         super().__init__(prog=prog, description=description, parser_mode=YAML)
         self.command = prog.rpartition(".")[2]
         self.options = {option.name: option for option in options_of(config_class)}
-        own = tuple(config_class.__annotations__)
+        own = tuple(config_class.__annotations__) if "READS" in vars(config_class) else ()
         self.read = [name for name in self.options if covers((*getattr(config_class, "READS", self.options), *own), name)]
         self.common = [name for name in self.read if covers((*getattr(config_class, "COMMON", self.read), *own), name)]
         self.shows_all = False
         self.add_argument("--config", action="config", help="YAML file with any of the options.")
         self.add_argument("--help_all", action=_HelpAll, nargs=0, default=argparse.SUPPRESS, help="Explain every option.")
-        placed = {name for name, option in self.options.items() if option.metadata}
-        self.add_class_arguments(config_class, fail_untyped=True, skip=placed)
+        placed = [name for name, option in self.options.items() if option.metadata]
+        self.add_class_arguments(config_class, fail_untyped=True, skip=set(placed))
         for name in placed:
             self._add_list_or_positional(self.options[name])
 
     def _add_list_or_positional(self, option: Option) -> None:
         """Add an option that takes several words, or an argument that is known by its place."""
-        count, is_positional = option.metadata.get("nargs"), option.metadata.get("positional", False)
+        count, is_positional = option.metadata.get("nargs"), _is_positional(option)
         is_required = option.default is dataclasses.MISSING
         settings: dict[str, Any] = {"nargs": count} if count else {}
         if not is_required:
@@ -143,9 +143,10 @@ class Parser(jsonargparse.ArgumentParser):
         """Why the command takes no such option, and what to give in its place."""
         name = name[:LONGEST]
         same = same_meaning(name, self.read)
-        elsewhere = _command_of(name)
+        meant = same or same_meaning(name, list(SHARED)) or name
+        elsewhere = _command_of(name) or (_command_of(meant) if not same else None)
         if elsewhere and not (same and "." not in name):
-            return f"{self.command} does not read {name}" + (
+            return f"{self.command} does not read {name if same else meant}" + (
                 f": did you mean {same}?" if same else f", an option of {elsewhere}"
             )
         if said := advice(name):
@@ -219,7 +220,7 @@ class Parser(jsonargparse.ArgumentParser):
     def format_help(self, formatter: Any = None) -> str:
         """A line or two for each option that the command reads: the common ones, or all."""
         shown = self.read if self.shows_all else self.common
-        places = [name.upper() for name, option in self.options.items() if option.metadata.get("positional")]
+        places = [_place(option) for option in self.options.values() if _is_positional(option)]
         usage = " ".join([f"usage: {self.prog}", *places, "[--config FILE]", "[--OPTION VALUE ...]"])
         parts = [usage, "", described(self.description or "")]
         section = None
@@ -247,6 +248,9 @@ class Parser(jsonargparse.ArgumentParser):
 
     def _one_sentence(self, message: str) -> str:
         line = " ".join(message.split())
+        line = re.sub(
+            r"^unrecognized arguments: (.*)", r"unexpected argument \1: options begin with --, as in --config FILE", line
+        )
         line = re.sub(r'^Parser key "([^"]+)": ?', r"\1: ", line)
         line = re.sub(r"<class '(\w+)'>", r"\1", line)
         line = re.sub(r'in "<\w+ string>", ', "at ", line)
@@ -278,27 +282,42 @@ def described(text: str) -> str:
 
 
 def _entry(option: Option) -> str:
-    kinds = (
-        [kind for kind in get_args(option.type) if kind is not type(None)]
-        if isinstance(option.type, UnionType)
-        else [option.type]
-    )
-    kind = kinds[0]
+    """An option with its explanation, choices and default."""
+    kind = option.type
+    if get_origin(kind) in (Union, UnionType):
+        kind = next(one for one in get_args(kind) if one is not type(None))
     choices = [str(choice) for choice in get_args(kind)] if get_origin(kind) is Literal else []
     metavar = {bool: "", int: "N", float: "X"}.get(kind, "NAME" if choices else "TEXT")
+    metavar += " ..." * (get_origin(kind) is list)
     notes = []
-    if any(not re.search(rf"(?<!\w){re.escape(choice)}(?!\w)", option.explanation) for choice in choices):
+    if not all(re.search(rf"(?<!\w){re.escape(choice)}(?!\w)", option.explanation) for choice in choices):
         notes.append(f"one of {', '.join(choices)}")
     if option.default is dataclasses.MISSING:
-        notes.append("required")
+        notes += [] if _is_positional(option) else ["required"]
     elif option.default is True:
         notes.append(f"on by default; --{option.name} false turns it off")
-    elif option.default not in (None, False, "", []) or (option.default == 0 and kind is not bool):
-        shown = repr(option.default) if isinstance(option.default, str) and not option.default.isprintable() else option.default
-        notes.append(f"default {shown}")
+    elif option.default not in (None, "", []) and kind is not bool and "by default" not in option.explanation.lower():
+        notes.append(f"default {_plain(option.default)}")
     note = f" ({'; '.join(notes)})" if notes else ""
-    left = option.name.upper() if option.metadata.get("positional") else f"--{option.name} {metavar}".rstrip()
-    return _columns(left, option.explanation.rstrip(".") + note + ".")
+    left = _place(option) if _is_positional(option) else f"--{option.name} {metavar}".rstrip()
+    return _columns(left, option.explanation.rstrip(".").replace("`", "") + note + ".")
+
+
+def _plain(value: Any) -> str:
+    """A default in as few characters as tell it."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    return repr(value) if isinstance(value, str) and not value.isprintable() else str(value)
+
+
+def _is_positional(option: Option) -> bool:
+    return option.metadata.get("positional", False)
+
+
+def _place(option: Option) -> str:
+    """A positional argument as usage lines have it."""
+    name = option.name.upper() + " ..." * (option.metadata.get("nargs") in ("+", "*"))
+    return name if option.default is dataclasses.MISSING else f"[{name}]"
 
 
 def _columns(left: str, right: str) -> str:

@@ -20,7 +20,16 @@ from gptjax.tokenizers import Tokenizer
 
 HASHED_IDS = 1 << 23  # from each end of a shard
 
-__all__ = ["CORPORA", "TOKENIZER_FILE", "Corpus", "find_corpus", "fitted", "holds_shards"]
+__all__ = [
+    "CORPORA",
+    "TOKENIZER_FILE",
+    "Corpus",
+    "find_corpus",
+    "fitted",
+    "holds_shards",
+    "vocabulary",
+    "vocabulary_without_corpus",
+]
 
 
 class Corpus(NamedTuple):
@@ -99,6 +108,37 @@ def _alone(root: Path, *what: str | None) -> Iterator[None]:
 def holds_shards(path: Path) -> bool:
     """Whether `find_corpus` takes this for a folder of token shards."""
     return path.is_dir() and any(path.glob("*.bin"))
+
+
+def vocabulary(corpus: Corpus) -> int:
+    """How many ids the tokenizer has that made a corpus: GPT-2's number where the corpus does not say.
+
+    Raises:
+        DataError: another tokenizer made it, which nothing here can read.
+
+    """
+    if corpus.tokenizer:
+        return corpus.tokenizer.vocab_size
+    if (corpus.folder / "meta.pkl").exists():
+        raise DataError(f"{corpus.folder} does not say how many ids its tokenizer has: give model.vocab_size")
+    return tokenizers.GPT2_IDS
+
+
+def vocabulary_without_corpus(tokenizer: str | None) -> tuple[int, str]:
+    """How many ids ``data.tokenizer`` has, as far as that is known before there is a corpus, and whose they are, in words.
+
+    Raises:
+        GptjaxError: it names no tokenizer, or a damaged one.
+
+    """
+    kind, _, size = (tokenizer or "").partition(":")
+    if kind == "bpe" and size.isdecimal():
+        return int(size), f"data.tokenizer {tokenizer}"
+    if tokenizer in (None, "char") or kind == "bpe":
+        return tokenizers.GPT2_IDS, "GPT-2, as no corpus is read: model.vocab_size sets another"
+    if tokenizer == "gpt2":
+        return tokenizers.GPT2_IDS, "data.tokenizer gpt2"
+    return tokenizers.find(tokenizer).vocab_size, f"data.tokenizer {tokenizer}"
 
 
 def fitted(corpus: Corpus, vocab_size: int) -> Corpus:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key
 
 from gptjax.config import Architecture
+from gptjax.errors import ConfigError
 from gptjax.models.family import Weight, family_of
 from gptjax.xla.random import normal
 
@@ -26,7 +27,14 @@ def weight_table(cfg: Architecture, layered: bool = True) -> Any:
         cfg: the model.
         layered: the blocks' axes begin with L, as in stacked parameters; else they are one layer's.
 
+    Raises:
+        ConfigError: the size of the vocabulary is not known yet.
+
     """
+    if not cfg.vocab_size:
+        raise ConfigError(
+            "model.vocab_size is not known yet: give it, or take the tokenizer's with ModelConfig.with_vocabulary"
+        )
     table = family_of(cfg).weights(cfg)
     if not layered:
         return table

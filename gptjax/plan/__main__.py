@@ -2,7 +2,7 @@
 
 The topology names devices that need not be here: ``v5e:4x4``, ``v6e:4x4``, ``v4:2x2x4`` and ``v5p:2x2x4`` are TPU slices by the
 shape of their torus, ``h100:8``, ``h200:8`` or ``a100:8`` GPUs by their number (``cuda:8`` is ``h100:8``), ``cpu:8`` simulated
-CPUs. Every option of training is one here too. Where the mesh is left at one device, the plan shares the model out by fsdp over
+CPUs. The configuration is that of training. Where the mesh is left at one device, the plan shares the model out by fsdp over
 as many devices as leave 16 channels each, and copies it over the rest; the batch is rounded up to whole rows on every device.
 
 For TPU the step is compiled ahead of time by libtpu (``pip install 'gptjax[tpu]'``), for CPU by XLA: memory and collectives
@@ -21,6 +21,7 @@ from typing import Any
 from gptjax import cli
 from gptjax.cli.options import parse
 from gptjax.config import MeshConfig, ModelConfig, PlanConfig
+from gptjax.datasets import vocabulary_without_corpus
 from gptjax.datasets.batches import BatchShape
 from gptjax.errors import ConfigError, naming
 from gptjax.parallel.mesh import mesh_shape
@@ -63,7 +64,11 @@ def plan(cfg: PlanConfig, file: Path | None, topology: Topology) -> dict[str, An
         GptjaxError: the topology, the mesh or the model is invalid.
 
     """
-    model = cfg.model.resolve(topology.platform, cfg.data.seq_len)
+    size, whose = vocabulary_without_corpus(cfg.data.tokenizer)
+    if not cfg.model.vocab_size:
+        print(f"{'vocabulary':<12} {size:,} ids, of {whose}")
+    asked = cfg.model.with_vocabulary(size)
+    model = asked.resolve(topology.platform, cfg.data.seq_len)
     cfg, chosen = settle(cfg, model, topology)
     work = Work(model, BatchShape(cfg.optim.accumulate, cfg.data.batch_size, cfg.data.seq_len), cfg.mesh.shape)
     predicted = cfg.predict or topology.platform == "cuda"
@@ -78,7 +83,7 @@ def plan(cfg: PlanConfig, file: Path | None, topology: Topology) -> dict[str, An
     print(describe(found, topology, chosen, cfg.train.backward), flush=True)
     plans: dict[str, Plan] = {model.attention: found}
     if cfg.compare:
-        for other in others(cfg.model, topology, cfg.data.seq_len, model):
+        for other in others(asked, topology, cfg.data.seq_len, model):
             plans[other.attention] = plan_of(work._replace(model=other), False)
         print(comparison(plans))
     command = train_command(cfg, file, topology) if found.total <= found.capacity else None

@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         words = sys.argv[1:] if argv is None else argv
         name, *rest = words or [""]
         if name in ("-h", "--help", "--help_all"):
-            print(described(__doc__ or ""), *(f"  {PROG} {name} --help" for name in COMMANDS), sep="\n")
+            print(described(__doc__ or ""), "", *(f"  {PROG} {name} --help" for name in COMMANDS), sep="\n")
             return 0
         if name not in COMMANDS:
             raise ConfigError("say what to do: train, encode, decode or export; --help explains each")

@@ -24,7 +24,8 @@ import numpy as np
 
 from gptjax import cli
 from gptjax.cli.options import parse
-from gptjax.config import VerifyConfig
+from gptjax.config import ModelConfig, VerifyConfig
+from gptjax.datasets import vocabulary_without_corpus
 from gptjax.errors import ConfigError
 from gptjax.formats import llmc
 from gptjax.models.batch import Batch
@@ -39,7 +40,7 @@ from gptjax.verify.model import Subject
 from gptjax.verify.ops import check_ops
 from gptjax.verify.proof import Report
 from gptjax.verify.saved_report import environment, write_report
-from gptjax.weights import load_weights
+from gptjax.weights import load_weights, open_weights
 from gptjax.xla.backend import platform_name, start_jax
 
 PROG = "python -m gptjax.verify"
@@ -122,7 +123,8 @@ def make_subject(cfg: VerifyConfig) -> tuple[Subject, llmc.DebugState | None, di
         GptjaxError: something of it does not exist or does not fit together.
 
     """
-    settings = dataclasses.replace(cfg.model, dtype=cfg.dtype)
+    settings, whose = known_vocabulary(cfg)
+    cfg, settings = dataclasses.replace(cfg, model=settings), dataclasses.replace(settings, dtype=cfg.dtype)
     from_file = cfg.reference not in ("autodiff", "finite-difference")
     if from_file or cfg.export:
         settings = dataclasses.replace(settings, dropout=0.0, dropout_mlp=0.0)
@@ -152,17 +154,36 @@ def make_subject(cfg: VerifyConfig) -> tuple[Subject, llmc.DebugState | None, di
         tokens = f"random, seed {cfg.seed}, {np.count_nonzero(targets != IGNORE_INDEX)} of them to be predicted"
     mesh = make_mesh(cfg.mesh, resolved.axis_sizes, batch.inputs.shape[1])
     subject = Subject(resolved, params, batch, key if resolved.dropout or resolved.dropout_mlp else None, mesh)
-    return subject, state, describe(cfg, subject, tokens)
+    return subject, state, describe(cfg, subject, tokens, whose)
 
 
-def describe(cfg: VerifyConfig, subject: Subject, tokens: str) -> dict[str, str]:
-    """What is checked, and on what."""
+def known_vocabulary(cfg: VerifyConfig) -> tuple[ModelConfig, str]:
+    """The model with the size of its vocabulary, and whose that is, in words; nothing where it is configured.
+
+    Raises:
+        GptjaxError: the checkpoint, the corpus or the tokenizer cannot be read.
+
+    """
+    if cfg.model.vocab_size:
+        return cfg.model, ""
+    if cfg.checkpoint is not None:
+        size, whose = open_weights(cfg.checkpoint).cfg.vocab_size, "the checkpoint"
+    elif cfg.batch == "corpus":
+        size, whose = set_up(cfg).model.vocab_size, "the corpus"
+    else:
+        size, whose = vocabulary_without_corpus(cfg.data.tokenizer)
+    return cfg.model.with_vocabulary(size), whose
+
+
+def describe(cfg: VerifyConfig, subject: Subject, tokens: str, whose: str) -> dict[str, str]:
+    """What is checked, and on what; ``whose`` vocabulary it is, if nobody configured it."""
     resolved, (A, B, T) = subject.cfg, subject.batch.inputs.shape
     dropouts = f"dropout {resolved.dropout}"
     if resolved.dropout_mlp:
         dropouts += f", in the MLP {resolved.dropout_mlp}"
+    vocabulary = f"vocabulary {resolved.vocab_size:,}" + (f" of {whose}" if whose else "")
     parts = {
-        "model": [f"{num_params(resolved):,} parameters", f"{resolved.num_layers} layers", dropouts],
+        "model": [f"{num_params(resolved):,} parameters", f"{resolved.num_layers} layers", dropouts, vocabulary],
         "compute": [
             resolved.dtype,
             f"attention {resolved.attention}",
