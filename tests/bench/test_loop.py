@@ -64,6 +64,6 @@ def test_the_command(data_root, tmp_path, capsys, monkeypatch):  # noqa: F811
 
 
 def test_a_round_without_validations_is_the_whole_run():
-    cfg = Config(ModelConfig(preset="124m"), train=TrainConfig(steps=7, eval_every=0))
+    cfg = Config(ModelConfig(preset="124m", vocab_size=50257), train=TrainConfig(steps=7, eval_every=0))
     assert loop.length(cfg) == 7
     assert loop.length(dataclasses.replace(cfg, train=TrainConfig(eval_every=5))) == 5
