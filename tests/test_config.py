@@ -1,13 +1,37 @@
+import ast
+from pathlib import Path
+
 import pytest
 
+from gptjax import config
 from gptjax.config import Architecture, ModelConfig
 from gptjax.errors import ConfigError
+from gptjax.models.params import param_shapes
 from tests.models import tiny
 
 
 def test_preset_fills_what_is_not_given():
     cfg = ModelConfig(preset="350m", num_layers=3)
     assert (cfg.num_layers, cfg.num_heads, cfg.channels) == (3, 16, 1024)
+
+
+def test_the_vocabulary_is_the_tokenizers_unless_it_is_given():
+    cfg = ModelConfig(preset="124m")
+    assert (cfg.vocab_size, cfg.with_vocabulary(65).vocab_size) == (0, 65)
+    assert tiny.config(vocab_size=11).with_vocabulary(65).vocab_size == 11
+    assert "Vp" not in cfg.axis_sizes
+    with pytest.raises(ConfigError, match="model.vocab_size is not known yet"):
+        param_shapes(cfg)
+    for architecture in (lambda: cfg.architecture, lambda: Architecture(num_layers=1, num_heads=1, channels=8, vocab_size=0)):
+        with pytest.raises(ConfigError, match="model.vocab_size must be at least 1, not 0"):
+            architecture()
+
+
+def test_it_imports_nothing_of_the_package_but_errors():
+    imported = {
+        node.module for node in ast.walk(ast.parse(Path(config.__file__).read_text())) if isinstance(node, ast.ImportFrom)
+    }
+    assert {name for name in imported if name.startswith("gptjax")} == {"gptjax.errors"}
 
 
 @pytest.mark.parametrize(("vocab_size", "padded"), [(1, 128), (128, 128), (129, 256), (50257, 50304)])
@@ -23,6 +47,7 @@ def test_vocabulary_is_padded_to_a_multiple_of_128(vocab_size, padded):
         ({"num_layers": -1}, "model.num_layers must be at least 1"),
         ({"dropout": 1.0}, r"model.dropout must be in \[0, 1\)"),
         ({"dropout_mlp": -0.1}, r"model.dropout_mlp must be in \[0, 1\)"),
+        ({"vocab_size": -1}, "model.vocab_size must be at least 0, not -1"),
         ({"loss_chunks": 0}, "model.loss_chunks must be at least 1"),
     ],
 )

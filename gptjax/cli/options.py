@@ -6,7 +6,7 @@ import itertools
 import re
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, Union, get_args, get_origin
@@ -139,8 +139,8 @@ class Parser(jsonargparse.ArgumentParser):
                 raise ConfigError(f"{name} is a section: give its options, as in --{name}.KEY VALUE, or --config FILE")
             raise ConfigError(self._unknown(name))
 
-    def _unknown(self, name: str) -> str:
-        """Why the command takes no such option, and what to give in its place."""
+    def _unknown(self, name: str, others: Iterable[str] = ()) -> str:
+        """Why the command takes no such option, and what to give in its place: one that it reads, or one of ``others``."""
         name = name[:LONGEST]
         same = same_meaning(name, self.read)
         meant = same or same_meaning(name, list(SHARED)) or name
@@ -151,7 +151,7 @@ class Parser(jsonargparse.ArgumentParser):
             )
         if said := advice(name):
             return f"unknown option {name}: {said}"
-        near = same or nearest(name, [*self.read, *self.sections()])
+        near = same or nearest(name, [*self.read, *self.sections(), *others])
         return f"unknown option {name}" + (f": did you mean {near}?" if near else "; --help_all lists them all")
 
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -204,7 +204,7 @@ class Parser(jsonargparse.ArgumentParser):
             if name in self.sections() | SHARED_SECTIONS:
                 self._check_section(named, value, name)
             elif name not in self.options and not self._is_ignored(name):
-                raise ConfigError(self._unknown(name))
+                raise ConfigError(self._unknown(name, SHARED))
             if isinstance(value, str):  # which jsonargparse takes for YAML once more, unless the option is text
                 try:
                     yaml_files.load(value)

@@ -135,7 +135,7 @@ def vocabulary_without_corpus(tokenizer: str | None) -> tuple[int, str]:
     if kind == "bpe" and size.isdecimal():
         return int(size), f"data.tokenizer {tokenizer}"
     if tokenizer in (None, "char") or kind == "bpe":
-        return tokenizers.GPT2_IDS, "GPT-2, as no corpus is read: model.vocab_size sets another"
+        return tokenizers.GPT2_IDS, "GPT-2 (no corpus is read; model.vocab_size sets another)"
     if tokenizer == "gpt2":
         return tokenizers.GPT2_IDS, "data.tokenizer gpt2"
     return tokenizers.find(tokenizer).vocab_size, f"data.tokenizer {tokenizer}"

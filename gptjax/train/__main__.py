@@ -29,7 +29,7 @@ from gptjax.train.setup import Run, fill_folder, owned, resolved, restore, set_u
 from gptjax.train.signals import stopping
 from gptjax.train.trainer import DivergedError, Trainer, WrongGradientError
 from gptjax.verify.live import LiveCheck
-from gptjax.weights import load_weights
+from gptjax.weights import load_weights, open_weights
 from gptjax.xla.backend import start_jax
 from gptjax.xla.cache import keep_compiled_programs
 
@@ -68,7 +68,7 @@ def train(cfg: Config) -> None:
 
     """
     display = Display(cfg.train.steps, quiet=not processes.is_first())
-    new = set_up(cfg)
+    new = set_up(with_vocabulary(cfg))
     prompt_ids(new.corpus.tokenizer, cfg.train.sample_prompt)  # better an error now than after the last step
     with owned(new) as run:
         display.print(describe(run))
@@ -113,6 +113,19 @@ def _train(run: Run, restored: Restored | None, display: Display) -> str:
     if stop.name and trainer.done < cfg.train.steps:
         display.print(f"stopped by {stop.name} after step {trainer.done}; go on with --resume auto")
     return f"saved in {run.folder}"
+
+
+def with_vocabulary(cfg: Config) -> Config:
+    """Take the vocabulary's size from the weights that ``init`` names, where the model does not give it.
+
+    Raises:
+        GptjaxError: the weights cannot be read.
+
+    """
+    if not cfg.init or cfg.model.vocab_size:
+        return cfg
+    size = processes.first_then_others("vocabulary", lambda: open_weights(str(cfg.init)).cfg.vocab_size)
+    return dataclasses.replace(cfg, model=cfg.model.with_vocabulary(size))
 
 
 def initial_state(run: Run) -> steps.TrainState | None:

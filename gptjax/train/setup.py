@@ -24,7 +24,6 @@ from gptjax.train import folders
 from gptjax.train.checkpoint import Restored, restore_newest
 from gptjax.train.loggers import check_installed
 from gptjax.train.optimizer import Optimizer, make_optimizer
-from gptjax.weights import open_weights
 from gptjax.xla.backend import platform_name, start_jax
 
 # A resumed run sees the batches that it would have seen only while these stay the same.
@@ -67,7 +66,7 @@ def set_up(cfg: Config) -> Run:
     data = cfg.data
     find = partial(datasets.find_corpus, data.dataset, data.root, data.tokenizer, data.column, data.tokens)
     corpus = processes.first_then_others("corpus", find)
-    model = model if model.vocab_size else model.with_vocabulary(_vocabulary(cfg, corpus))
+    model = model if model.vocab_size else model.with_vocabulary(datasets.vocabulary(corpus))
     corpus = datasets.fitted(corpus, model.vocab_size)
     mesh = make_mesh(cfg.mesh, model.axis_sizes, cfg.data.batch_size)
     share = row_share(mesh, cfg.data.batch_size)
@@ -84,18 +83,6 @@ def set_up(cfg: Config) -> Run:
         mesh=mesh,
         share=share,
     )
-
-
-def _vocabulary(cfg: Config, corpus: Corpus) -> int:
-    """Ids of a model that is not told how many: as many as the weights know that it starts from, or else the tokenizer has.
-
-    Raises:
-        GptjaxError: the weights cannot be read, or nothing says what made the corpus.
-
-    """
-    if not cfg.init:
-        return datasets.vocabulary(corpus)
-    return processes.first_then_others("vocabulary", lambda: open_weights(str(cfg.init)).cfg.vocab_size)
 
 
 @contextlib.contextmanager

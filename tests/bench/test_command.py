@@ -74,7 +74,7 @@ def test_every_other_way_to_compute_it(capsys):
 
 
 def test_what_is_configured_comes_first_and_is_not_repeated():
-    model = command.cli.parse(command.BenchConfig, "bench", "", TINY)[0].model.resolve("cpu", 8)
+    model = command.parse(command.BenchConfig, "bench", "", TINY)[0].model.resolve("cpu", 8)
     scanned = dataclasses.replace(model, layers="scan", recompute="block", attention="blockwise")
     names = [name for name, _, _ in steps.variants(scanned, "autodiff")]
     assert names[:4] == ["autodiff, scan", "autodiff, unroll", "manual, scan", "manual, unroll"]

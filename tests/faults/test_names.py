@@ -6,7 +6,7 @@ import importlib
 
 import pytest
 
-from gptjax import cli
+from gptjax.cli.options import parse
 from gptjax.config import BenchConfig, Config, EvaluateConfig, PlanConfig, VerifyConfig
 from gptjax.errors import ConfigError
 from tests.commands import expect_error
@@ -26,7 +26,7 @@ def refused(f, *args) -> str:
 
 
 def test_a_name_is_that_of_one_folder(tally):
-    messages = [refused(lambda name: cli.parse(Config, "train", "", [*MODEL, f"--name={name}"]), name) for name in NAMES]
+    messages = [refused(lambda name: parse(Config, "train", "", [*MODEL, f"--name={name}"]), name) for name in NAMES]
     tally("hostile names", len(NAMES), sum(message.startswith("name must ") for message in messages))
 
 
@@ -65,7 +65,7 @@ def test_every_number_of_every_configuration_is_bounded(tally, tmp_path, given):
                 file.write_text("".join(f"{section}: {{" for section in sections) + f"{name}: {value}" + "}" * len(sections))
                 arguments = ["--config", str(file)]
             tried += 1
-            if not refused(cli.parse, cls, "prog", "", [*classes[cls], *arguments]).startswith(f"{key}"):
+            if not refused(parse, cls, "prog", "", [*classes[cls], *arguments]).startswith(f"{key}"):
                 wrong.append((key, value))
     tally(f"numbers beyond use, as {given}: {wrong}" if wrong else "numbers beyond use", tried, tried - len(wrong))
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from gptjax import tokenizers
-from gptjax.config import Sampler
+from gptjax.config import GenerateConfig, Sampler
 from gptjax.formats import llmc
 from gptjax.generate import __main__ as command
 from gptjax.ops.quantized import OutIn, Quantized
@@ -91,7 +91,7 @@ def test_a_stop_string_and_the_options_that_change_what_is_drawn(generate):
 
 def loaded(model, *args):
     """What the command makes of the checkpoint, given these options."""
-    return command.load(command._parser().parse_args(["--checkpoint", model, "--tokenizer", "byte", *args]))
+    return command.load(command.parse(GenerateConfig, "generate", "", ["--checkpoint", model, "--tokenizer", "byte", *args])[0])
 
 
 def test_the_options_reach_the_model(model):

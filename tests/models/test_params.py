@@ -28,17 +28,17 @@ from tests.models import tiny
 )
 def test_presets_have_the_published_number_of_parameters(preset, published):
     """As Hugging Face's gpt2, gpt2-medium, gpt2-large and gpt2-xl."""
-    assert num_params(ModelConfig(preset=preset)) == published
+    assert num_params(ModelConfig(preset=preset, vocab_size=50257)) == published
 
 
 def test_flops_of_124m():
     """6 N + 12 L C T with llm.c's padded N = 124,475,904."""
-    assert flops_per_token(ModelConfig(preset="124m"), 1024) == 6 * 124_475_904 + 12 * 12 * 768 * 1024
+    assert flops_per_token(ModelConfig(preset="124m", vocab_size=50257), 1024) == 6 * 124_475_904 + 12 * 12 * 768 * 1024
 
 
 def test_counts_add_up():
     """124M's own, and those that a token is multiplied with: 12 layers of 12 C^2, and the classifier."""
-    cfg = ModelConfig(preset="124m")
+    cfg = ModelConfig(preset="124m", vocab_size=50257)
     assert num_padded_params(cfg) == num_params(cfg) + 47 * 768
     assert num_block_params(cfg) == 12 * 12 * 768**2
     assert num_matrix_params(cfg) == num_block_params(cfg) + 50304 * 768

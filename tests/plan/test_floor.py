@@ -14,7 +14,7 @@ SENT = [Collective("all-gather", 4, 1, 3e6), Collective("all-reduce", 4, 1, 1e6)
 
 
 def work(mesh):
-    return Work(ModelConfig(preset="124m").resolve("cuda", 1024), BatchShape(1, 16, 1024), mesh)
+    return Work(ModelConfig(preset="124m", vocab_size=50257).resolve("cuda", 1024), BatchShape(1, 16, 1024), mesh)
 
 
 def test_each_part_at_its_rate():

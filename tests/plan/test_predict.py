@@ -159,7 +159,7 @@ def test_what_a_block_saves_by_hand():
 
 
 def test_a_kernel_saves_what_blockwise_attention_does():
-    model = ModelConfig(preset="124m").resolve("cuda", 1024)
+    model = ModelConfig(preset="124m", vocab_size=50257).resolve("cuda", 1024)
     assert model.attention == "cudnn"
     kernel, loops = (
         Work(m, BatchShape(1, 4, 1024), (1, 1, 1)) for m in (model, dataclasses.replace(model, attention="blockwise"))
@@ -168,7 +168,7 @@ def test_a_kernel_saves_what_blockwise_attention_does():
 
 
 def test_flops_are_the_usual_convention_and_what_is_recomputed():
-    assert num_matrix_params(ModelConfig(preset="124m")) == 12 * 12 * 768**2 + 50304 * 768
+    assert num_matrix_params(ModelConfig(preset="124m", vocab_size=50257)) == 12 * 12 * 768**2 + 50304 * 768
     planned = work()
     vectors = num_padded_params(planned.model) - num_matrix_params(planned.model)
     usual = flops_per_token(planned.model, 128) - 6 * vectors

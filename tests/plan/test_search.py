@@ -8,7 +8,7 @@ from gptjax.plan.predict import Work, state_bytes
 from gptjax.plan.topology import parse_topology
 from gptjax.train.optimizer import make_optimizer
 
-MODEL = ModelConfig(preset="124m", num_layers=2).resolve("cuda", 1024)
+MODEL = ModelConfig(preset="124m", vocab_size=50257, num_layers=2).resolve("cuda", 1024)
 OPTIMIZER = make_optimizer(OptimConfig(), 10, MODEL)
 WORK = Work(MODEL, BatchShape(1, 8, 1024), (1, 4, 1))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gptjax import cli
+from gptjax.cli.options import parse
 from gptjax.config import Config, MeshConfig
 from gptjax.plan.topology import parse_topology
 from gptjax.plan.training import TRAIN, train_command
@@ -31,7 +31,7 @@ def planned(capsys, *arguments):
     while "=" in words[0]:
         words = words[1:]
     assert words[:3] == TRAIN.split()
-    return line, cli.parse(Config, TRAIN, "", words[3:])[0]
+    return line, parse(Config, TRAIN, "", words[3:])[0]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_a_file_of_the_plan_alone_is_not_for_training(tmp_path, capsys):
 def test_what_an_option_takes_back_and_simulated_devices(tmp_path):
     file = tmp_path / "train.yaml"
     file.write_text("model: {preset: 124m}\ndata: {tokenizer: byte}\nlog: {tensorboard: true}\n")
-    cfg = cli.parse(Config, TRAIN, "", ["--config", str(file), "--data.tokenizer", "null", "--log.tensorboard", "false"])[0]
+    cfg = parse(Config, TRAIN, "", ["--config", str(file), "--data.tokenizer", "null", "--log.tensorboard", "false"])[0]
     line = train_command(cfg, Path(file), parse_topology("cpu:8"))
     assert line == f"JAX_NUM_CPU_DEVICES=8 {TRAIN} --config {file} --data.tokenizer null --log.tensorboard false"
-    assert cli.parse(Config, TRAIN, "", shlex.split(line)[4:])[0] == cfg
+    assert parse(Config, TRAIN, "", shlex.split(line)[4:])[0] == cfg

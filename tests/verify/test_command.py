@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from gptjax.cli.options import parse
 from gptjax.formats import llmc
 from gptjax.models import gpt2
 from gptjax.ops import IGNORE_INDEX
@@ -118,7 +119,7 @@ def test_a_report_that_may_not_be_written_is_refused_before_the_work(monkeypatch
 
 def made(*arguments):
     """The subject of these arguments, and what the command says of it."""
-    cfg, _ = command.cli.parse(command.VerifyConfig, "verify", "", [*TINY, *arguments])
+    cfg, _ = parse(command.VerifyConfig, "verify", "", [*TINY, *arguments])
     subject, _, facts = command.make_subject(cfg)
     return subject, facts
 
@@ -183,7 +184,7 @@ def test_a_batch_of_the_corpus(shared, tmp_path):
     for split in ("train", "val"):
         (folder / f"{split}.bin").write_bytes((shared / "tinyshakespeare" / "tiny_shakespeare_val.bin").read_bytes())
     arguments = [*TINY[:-2], "--model.vocab_size", "50257", "--batch", "corpus", "--data.dataset", str(folder)]
-    cfg, _ = command.cli.parse(command.VerifyConfig, "verify", "", [*arguments, "--data.order", "sequential"])
+    cfg, _ = parse(command.VerifyConfig, "verify", "", [*arguments, "--data.order", "sequential"])
     subject, _, facts = command.make_subject(cfg)
     assert subject.batch.inputs[0, 0, :6].tolist() == [50256, 5962, 22307, 25, 198, 8421]
     assert (subject.batch.targets[..., :-1] == subject.batch.inputs[..., 1:]).all()
@@ -217,6 +218,6 @@ def test_bad_input(arguments, message, capsys):
 
 
 def test_initial_parameters_are_exact_in_every_precision():
-    cfg, _ = command.cli.parse(command.VerifyConfig, "verify", "", TINY)
+    cfg, _ = parse(command.VerifyConfig, "verify", "", TINY)
     subject, _, _ = command.make_subject(cfg)
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(subject.params))
