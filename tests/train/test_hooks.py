@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from gptjax.parallel.processes import Stop
 from gptjax.train import hooks
 from gptjax.train.hooks import add_hooks
 from gptjax.train.trainer import WrongGradientError
@@ -43,9 +44,9 @@ class Done:
         """Write down that something was done."""
         self.did.append(what)
 
-    def fit(self):
+    def fit(self, stop=None):
         """Train to the end."""
-        self.loop.fit()
+        self.loop.fit(stop)
         return self
 
     def of(self, kind):
@@ -75,6 +76,19 @@ def test_a_checkpoint_holds_the_state_of_its_step_and_there_is_one_at_the_end(mo
     done = Done(monkeypatch, steps=5, checkpoint_every=every).fit()
     assert done.of("save") == [(n, n, "optimizer", {"after": n}) for n in expected]
     assert done.loop.saved == 5
+
+
+def test_a_signal_leaves_a_checkpoint_and_neither_validates_nor_samples(monkeypatch):
+    done = Done(monkeypatch, steps=9, eval_every=1, sample_tokens=8)
+    stop = Stop(steps=9)
+    done.loop.listen(lambda record: stop.receive("SIGTERM") if record["step"] == 2 else None)
+    done.fit(stop)
+    assert stop.name == "SIGTERM"
+    last = done.loop.done
+    assert 2 < last < 9
+    assert [what[0] for what in done.of("save")] == [last]
+    assert dict(done.of("record"))[last] is None
+    assert not done.of("sample")
 
 
 def test_no_checkpoint_is_made_of_parameters_that_are_no_good(monkeypatch):
