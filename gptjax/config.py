@@ -1,4 +1,6 @@
-"""Every option of every command, as frozen dataclasses, read from YAML and the command line by `gptjax.cli`."""
+"""Every option of every command, as frozen dataclasses, read from YAML and the command line by
+`gptjax.cli`.
+"""
 
 import dataclasses
 import os
@@ -21,17 +23,20 @@ PRESETS = {  # of each family: num_layers, num_heads, channels
     "1558m": ("gpt2", 48, 25, 1600),
 }
 VOCAB_MULTIPLE = 128
-SHORT_SEQUENCE = {"cpu": 128}  # beyond, blockwise attention takes less memory and, at 256 tokens on CPU, no longer
+# Beyond, blockwise attention takes less memory and, at 256 tokens on CPU, no longer
+SHORT_SEQUENCE = {"cpu": 128}
 SHORT_SEQUENCE_ELSEWHERE = 256  # not measured
 
 
 SPLASH_MULTIPLE = 128  # lanes of a TPU's vector unit: the splash kernel takes multiples of it alone
 LONGEST_NAME = 200  # bytes of a run's name: file systems take 255, of which a number needs some
 LONGEST_TIMEOUT = 86_400  # seconds
-SMALLEST = 1e-6  # that a temperature or a top_p may be: what is smaller, float32 no longer tells from 0
+# That a temperature or a top_p may be: what is smaller, float32 no longer tells from 0
+SMALLEST = 1e-6
 EVALUATED_TOKENS = 1 << 17  # by default
 MOST_TOKENS = 1 << 24  # of one continuation, which is held in memory
-MOST_SAMPLES = (1 << 31) - 1  # continuations, of all prompts: each has a random stream of its own, by its number
+# Continuations, of all prompts: each has a random stream of its own, by its number
+MOST_SAMPLES = (1 << 31) - 1
 MOST_AT_ONCE = 1 << 16  # continuations
 
 
@@ -70,7 +75,9 @@ class Architecture:
         for name in ("num_layers", "num_heads", "channels", "hidden", "vocab_size", "max_seq_len"):
             least = 0 if name == "vocab_size" and isinstance(self, ModelConfig) else 1
             if getattr(self, name) < least:
-                raise ConfigError(f"model.{name} must be at least {least}, not {getattr(self, name)}")
+                raise ConfigError(
+                    f"model.{name} must be at least {least}, not {getattr(self, name)}"
+                )
         if self.channels % self.num_heads:
             raise ConfigError(
                 f"model.channels {self.channels} does not divide by model.num_heads {self.num_heads}: "
@@ -89,7 +96,9 @@ class Architecture:
 
     @property
     def axis_sizes(self) -> dict[str, int]:
-        """The size of each logical axis of a weight, by its letter in `gptjax.ops`; of the vocabulary, if known."""
+        """The size of each logical axis of a weight, by its letter in `gptjax.ops`; of the
+        vocabulary, if known.
+        """
         return {
             "L": self.num_layers,
             "C": self.channels,
@@ -118,7 +127,9 @@ class Computation:
     layers: Literal["unroll", "scan"] = "unroll"
     """unroll runs faster; scan compiles faster."""
     recompute: Literal["none", "gelu", "block"] = "none"
-    """What the backward computes again instead of storing: none, gelu (the MLP's activations) or block (each whole block)."""
+    """What the backward computes again instead of storing: none, gelu (the MLP's activations) or
+    block (each whole block).
+    """
     loss_chunks: int = 1
     """Parts in which the loss is computed: more parts keep fewer logits in memory at once."""
 
@@ -144,10 +155,12 @@ class ModelConfig(Computation, Architecture):
     """
 
     preset: Literal["124m", "350m", "774m", "1558m"] | None = None
-    """A published size of GPT-2: sets num_layers, num_heads and channels, each of which may still be given."""
+    """A published size of GPT-2: sets num_layers, num_heads and channels, each of which may still
+    be given.
+    """
     vocab_size: int = 0
-    """Token ids the model knows (V); the tables are padded to a multiple of 128. By default as many as the
-    tokenizer has."""
+    """Token ids the model knows (V); the tables are padded to a multiple of 128. By default as many
+    as the tokenizer has."""
 
     def __post_init__(self) -> None:
         """Fill in what the preset implies and check every field.
@@ -161,7 +174,9 @@ class ModelConfig(Computation, Architecture):
         for name in names[1:]:
             if getattr(self, name) == 0:
                 if name not in preset:
-                    raise ConfigError(f"model.{name} is missing: give it, or choose model.preset from {', '.join(PRESETS)}")
+                    raise ConfigError(
+                        f"model.{name} is missing: give it, or choose model.preset from {', '.join(PRESETS)}"
+                    )
                 object.__setattr__(self, name, preset[name])
         Architecture.__post_init__(self)
         Computation.__post_init__(self)
@@ -181,27 +196,35 @@ class ModelConfig(Computation, Architecture):
         return jnp.dtype(self.dtype)
 
     def resolve(self, platform: str, seq_len: int) -> "ModelConfig":
-        """The same config with every ``auto`` decided for ``platform`` ("cpu", "cuda", "rocm", "tpu") and sequence length.
+        """The same config with every ``auto`` decided for ``platform`` ("cpu", "cuda", "rocm",
+        "tpu") and sequence length.
 
         Raises:
-            ConfigError: the sequence is too long, or a kernel for attention is asked for where it cannot run.
+            ConfigError: the sequence is too long, or a kernel for attention is asked for where it
+                cannot run.
 
         """
         if not 1 <= seq_len <= self.max_seq_len:
             raise ConfigError(
                 f"data.seq_len {seq_len} does not fit model.max_seq_len {self.max_seq_len}: it must be between 1 and that"
             )
-        dtype = ("float32" if platform == "cpu" else "bfloat16") if self.dtype == "auto" else self.dtype
+        dtype = (
+            ("float32" if platform == "cpu" else "bfloat16") if self.dtype == "auto" else self.dtype
+        )
         obstacles: dict[Any, str | None] = {
             "cudnn": self._cudnn_obstacle(platform, dtype),
             "splash": self._splash_obstacle(platform, dtype, seq_len),
         }
         if obstacle := obstacles.get(self.attention):
-            raise ConfigError(f"model.attention {self.attention} {obstacle}: choose auto, materialised or blockwise")
+            raise ConfigError(
+                f"model.attention {self.attention} {obstacle}: choose auto, materialised or blockwise"
+            )
         attention, short = self.attention, SHORT_SEQUENCE.get(platform, SHORT_SEQUENCE_ELSEWHERE)
         if attention == "auto":
             without: Any = "materialised" if seq_len <= short else "blockwise"
-            attention = next((kernel for kernel, obstacle in obstacles.items() if not obstacle), without)
+            attention = next(
+                (kernel for kernel, obstacle in obstacles.items() if not obstacle), without
+            )
         return dataclasses.replace(self, dtype=dtype, attention=attention)
 
     def _cudnn_obstacle(self, platform: str, dtype: str) -> str | None:
@@ -232,23 +255,30 @@ class DataConfig:
     """Where the tokens come from and how they are cut into batches."""
 
     dataset: str = "pydoc"
-    """A named corpus (pydoc, tinyshakespeare, shakespeare-char, tinystories, openwebtext, fineweb, fineweb-edu), a folder of
-    train*.bin and val*.bin token shards, or text: a file, folder or pattern of .txt, .jsonl or .parquet, maybe .gz or .zst."""
+    """A named corpus (pydoc, tinyshakespeare, shakespeare-char, tinystories, openwebtext, fineweb,
+    fineweb-edu), a folder of train*.bin and val*.bin token shards, or text: a file, folder or
+    pattern of .txt, .jsonl or .parquet, maybe .gz or .zst."""
     root: str = "data"
     """Folder in which prepared corpora are kept."""
     tokenizer: str | None = None
-    """What text is tokenized with: gpt2, byte, char, bpe:SIZE (trained on it), a file; by default a corpus's own, or gpt2."""
+    """What text is tokenized with: gpt2, byte, char, bpe:SIZE (trained on it), a file; by default a
+    corpus's own, or gpt2.
+    """
     column: str | None = None
-    """Column of .jsonl or .parquet that holds the text; by default the one named text, or else the first that holds any."""
+    """Column of .jsonl or .parquet that holds the text; by default the one named text, or else the
+    first that holds any.
+    """
     tokens: int | None = None
-    """Prepare no more training tokens than it takes to have this many, of tinystories, openwebtext, fineweb or fineweb-edu;
-    by default all."""
+    """Prepare no more training tokens than it takes to have this many, of tinystories, openwebtext,
+    fineweb or fineweb-edu; by default all."""
     batch_size: int = 4
     """Sequences in a micro-batch (B)."""
     seq_len: int = 64
     """Tokens in a sequence (T)."""
     order: Order = "shuffle"
-    """shuffle: windows in an order drawn from the seed; sequential: the corpus as it lies, as llm.c reads it."""
+    """shuffle: windows in an order drawn from the seed; sequential: the corpus as it lies, as llm.c
+    reads it.
+    """
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -257,7 +287,14 @@ class DataConfig:
             ConfigError: a size is below 1.
 
         """
-        _at_least("data", self, 1, "batch_size", "seq_len", *(["tokens"] if self.tokens is not None else []))
+        _at_least(
+            "data",
+            self,
+            1,
+            "batch_size",
+            "seq_len",
+            *(["tokens"] if self.tokens is not None else []),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,14 +302,18 @@ class OptimConfig:
     """An optimizer of optax's with clipping, warm-up and a schedule."""
 
     name: Literal["adamw", "muon", "lion", "adafactor", "sgd"] = "adamw"
-    """adamw; muon (AdamW for all but the blocks' matrices); lion; adafactor; or sgd, with momentum."""
+    """adamw; muon (AdamW for all but the blocks' matrices); lion; adafactor; or sgd, with momentum.
+    """
     learning_rate: float = 6e-4
     """Peak learning rate, reached at the end of the warm-up."""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
-    """What follows the warm-up: constant; linear or cosine down to final_fraction of the peak; or wsd (warm-up, stable,
-    decay): constant, then linear down over the last decay_fraction of all steps."""
+    """What follows the warm-up: constant; linear or cosine down to final_fraction of the peak; or
+    wsd (warm-up, stable, decay): constant, then linear down over the last decay_fraction of all
+    steps."""
     warmup_steps: int = 0
-    """Steps over which the rate rises linearly; step n of them uses (n + 1) / warmup_steps of the peak."""
+    """Steps over which the rate rises linearly; step n of them uses (n + 1) / warmup_steps of the
+    peak.
+    """
     final_fraction: float = 0.0
     """The last learning rate as a fraction of the peak."""
     decay_fraction: float = 0.2
@@ -288,8 +329,8 @@ class OptimConfig:
     momentum: float = 0.95
     """Decay of the momentum in muon and sgd."""
     mu_dtype: Literal["bfloat16"] | None = None
-    """bfloat16 halves the memory of the first moment, or the momentum; on CPU, XLA then computes the update in place of
-    C++. By default it has the parameters' dtype."""
+    """bfloat16 halves the memory of the first moment, or the momentum; on CPU, XLA then computes
+    the update in place of C++. By default it has the parameters' dtype."""
     grad_clip: float = 1.0
     """Largest global gradient norm, after averaging over micro-batches; 0 turns clipping off."""
     accumulate: int = 1
@@ -308,7 +349,9 @@ class OptimConfig:
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"optim.{name} must not be negative, not {getattr(self, name)}")
         if self.name == "adafactor" and self.mu_dtype:
-            raise ConfigError("optim.mu_dtype has no effect on adafactor, which keeps no first moment: leave it out")
+            raise ConfigError(
+                "optim.mu_dtype has no effect on adafactor, which keeps no first moment: leave it out"
+            )
         for name in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"optim.{name} must be in [0, 1), not {getattr(self, name)}")
@@ -323,17 +366,21 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """From which distribution a token is drawn. The filters apply in the order of the fields, as in Hugging Face's."""
+    """From which distribution a token is drawn. The filters apply in the order of the fields, as in
+    Hugging Face's.
+    """
 
     temperature: float = 0.8
     """Divides the logits; 0 takes the likeliest token, and no filter matters."""
     top_k: int = 50
     """Draw among this many likeliest tokens, and any as likely as the last of them; 0 for all."""
     top_p: float = 1.0
-    """Draw among the likeliest tokens that together have this probability, and any as likely as the last of them (nucleus
-    sampling, Holtzman et al. 2020); 1 for all."""
+    """Draw among the likeliest tokens that together have this probability, and any as likely as the
+    last of them (nucleus sampling, Holtzman et al. 2020); 1 for all."""
     min_p: float = 0.0
-    """Draw among the tokens that are at least this many times as likely as the likeliest (Nguyen et al. 2024); 0 for all."""
+    """Draw among the tokens that are at least this many times as likely as the likeliest (Nguyen et
+    al. 2024); 0 for all.
+    """
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -343,7 +390,9 @@ class Sampler:
 
         """
         if not (self.temperature == 0 or SMALLEST <= self.temperature <= 1 / SMALLEST):
-            raise ConfigError(f"temperature must be 0, or from {SMALLEST:g} to {1 / SMALLEST:g}, not {self.temperature}")
+            raise ConfigError(
+                f"temperature must be 0, or from {SMALLEST:g} to {1 / SMALLEST:g}, not {self.temperature}"
+            )
         if self.top_k < 0:
             raise ConfigError(f"top_k must be at least 0, not {self.top_k}")
         if not SMALLEST <= self.top_p <= 1:
@@ -367,7 +416,9 @@ class TrainConfig:
     eval_tokens: int = 8192
     """Tokens of a validation, rounded up to whole sequences; the same ones each time."""
     sample_every: int = 0
-    """Steps between samples of text; there is always one after the last step, unless sample_tokens is 0."""
+    """Steps between samples of text; there is always one after the last step, unless sample_tokens
+    is 0.
+    """
     sample_tokens: int = 96
     """Tokens in a sample."""
     sample_prompt: str = "\n"
@@ -381,9 +432,12 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """How many of the newest checkpoints to keep."""
     verify_every: int = 0
-    """Steps between checks of the gradient, at the run's parameters and batch, against JAX's; a wrong one ends the run."""
+    """Steps between checks of the gradient, at the run's parameters and batch, against JAX's; a
+    wrong one ends the run.
+    """
     max_nonfinite: int = 5
-    """Stop after this many non-finite losses or gradients in a row; each one's update is skipped."""
+    """Stop after this many non-finite losses or gradients in a row; each one's update is skipped.
+    """
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -392,32 +446,60 @@ class TrainConfig:
             ConfigError: a number is out of its range.
 
         """
-        _at_least("train", self, 1, "steps", "log_every", "eval_tokens", "keep_checkpoints", "max_nonfinite")
-        _at_least("train", self, 0, "eval_every", "sample_every", "sample_tokens", "checkpoint_every", "verify_every")
+        _at_least(
+            "train",
+            self,
+            1,
+            "steps",
+            "log_every",
+            "eval_tokens",
+            "keep_checkpoints",
+            "max_nonfinite",
+        )
+        _at_least(
+            "train",
+            self,
+            0,
+            "eval_every",
+            "sample_every",
+            "sample_tokens",
+            "checkpoint_every",
+            "verify_every",
+        )
         _at_least("train", self, 0, "sample_temperature", "sample_top_k")
 
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    """Where else a run's numbers, samples and configuration go, for people to look at; metrics.jsonl has the numbers always."""
+    """Where else a run's numbers, samples and configuration go, for people to look at;
+    metrics.jsonl has the numbers always.
+    """
 
     tensorboard: bool = False
-    """Write TensorBoard events to runs/NAME/tensorboard, for `tensorboard --logdir runs`. Needs gptjax[tensorboard]."""
+    """Write TensorBoard events to runs/NAME/tensorboard, for `tensorboard --logdir runs`. Needs
+    gptjax[tensorboard].
+    """
     wandb: str | None = None
-    """PROJECT or ENTITY/PROJECT of Weights & Biases to log to; WANDB_MODE=offline keeps it on disk. Needs gptjax[wandb]."""
+    """PROJECT or ENTITY/PROJECT of Weights & Biases to log to; WANDB_MODE=offline keeps it on disk.
+    Needs gptjax[wandb].
+    """
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """The mesh's shape. One axis may be -1, which takes the devices that the others leave; all 1 is one device."""
+    """The mesh's shape. One axis may be -1, which takes the devices that the others leave; all 1 is
+    one device.
+    """
 
     data: int = 1
     """Copies of the model, each with its share of every batch's rows."""
     fsdp: int = 1
-    """Devices that share out the rows and, along its channels, each weight with its gradient and moments (fully sharded
-    data parallelism); a layer's weights are gathered when it is computed."""
+    """Devices that share out the rows and, along its channels, each weight with its gradient and
+    moments (fully sharded data parallelism); a layer's weights are gathered when it is computed."""
     tensor: int = 1
-    """Devices that share out the heads, the MLP's hidden units and the vocabulary: it must divide model.num_heads."""
+    """Devices that share out the heads, the MLP's hidden units and the vocabulary: it must divide
+    model.num_heads.
+    """
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -428,9 +510,13 @@ class MeshConfig:
         """
         for axis, size in vars(self).items():
             if size < 1 and size != -1:
-                raise ConfigError(f"mesh.{axis} must be at least 1, or -1 for the rest of the devices, not {size}")
+                raise ConfigError(
+                    f"mesh.{axis} must be at least 1, or -1 for the rest of the devices, not {size}"
+                )
         if self.shape.count(-1) > 1:
-            raise ConfigError("only one of mesh.data, mesh.fsdp and mesh.tensor can be -1, the rest of the devices")
+            raise ConfigError(
+                "only one of mesh.data, mesh.fsdp and mesh.tensor can be -1, the rest of the devices"
+            )
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -440,7 +526,9 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DistributedConfig:
-    """Processes that train together. Slurm, Open MPI 4, Kubernetes and Cloud TPU are detected, elsewhere each is told."""
+    """Processes that train together. Slurm, Open MPI 4, Kubernetes and Cloud TPU are detected,
+    elsewhere each is told.
+    """
 
     coordinator: str | None = None
     """HOST:PORT at which process 0 listens and the others find it."""
@@ -459,13 +547,21 @@ class DistributedConfig:
 
         """
         if (self.coordinator is None) != (self.process is None):
-            raise ConfigError("distributed.coordinator HOST:PORT and distributed.process N/M are given together or not at all")
+            raise ConfigError(
+                "distributed.coordinator HOST:PORT and distributed.process N/M are given together or not at all"
+            )
         if self.coordinator is not None and not re.fullmatch(r".+:\d+", self.coordinator):
             raise ConfigError(f"distributed.coordinator must be HOST:PORT, not {self.coordinator}")
-        if self.process is not None and not (re.fullmatch(r"\d+/\d+", self.process) and self.index_of < self.count_of):
-            raise ConfigError(f"distributed.process must be N/M, with N from 0 to M - 1, not {self.process}")
+        if self.process is not None and not (
+            re.fullmatch(r"\d+/\d+", self.process) and self.index_of < self.count_of
+        ):
+            raise ConfigError(
+                f"distributed.process must be N/M, with N from 0 to M - 1, not {self.process}"
+            )
         if not 1 <= self.timeout <= LONGEST_TIMEOUT:
-            raise ConfigError(f"distributed.timeout must be from 1 to {LONGEST_TIMEOUT} seconds, not {self.timeout}")
+            raise ConfigError(
+                f"distributed.timeout must be from 1 to {LONGEST_TIMEOUT} seconds, not {self.timeout}"
+            )
 
     @property
     def index_of(self) -> int:
@@ -486,9 +582,13 @@ def check_name(name: str) -> None:
 
     """
     if not name.strip() or name in (".", "..") or "/" in name or not name.isprintable():
-        raise ConfigError(f"name must be that of one folder, without / or control characters, not {name!r}")
+        raise ConfigError(
+            f"name must be that of one folder, without / or control characters, not {name!r}"
+        )
     if len(os.fsencode(name)) > LONGEST_NAME:
-        raise ConfigError(f"name must have at most {LONGEST_NAME} bytes, not {len(os.fsencode(name))}")
+        raise ConfigError(
+            f"name must have at most {LONGEST_NAME} bytes, not {len(os.fsencode(name))}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -498,11 +598,44 @@ class Config:
     READS: ClassVar[tuple[str, ...]]
     """The sections and options that the command reads; all, where a class does not say."""
     COMMON: ClassVar[tuple[str, ...]] = (
-        *("model.preset", "model.num_layers", "model.num_heads", "model.channels", "model.vocab_size", "model.max_seq_len"),
-        *("model.dropout", "model.dtype", "data.dataset", "data.tokenizer", "data.tokens", "data.batch_size", "data.seq_len"),
-        *("optim.name", "optim.learning_rate", "optim.schedule", "optim.warmup_steps", "optim.weight_decay"),
-        *("optim.grad_clip", "optim.accumulate", "train.steps", "train.backward", "train.log_every", "train.eval_every"),
-        *("train.sample_every", "train.sample_prompt", "train.checkpoint_every", "train.verify_every"),
+        *(
+            "model.preset",
+            "model.num_layers",
+            "model.num_heads",
+            "model.channels",
+            "model.vocab_size",
+            "model.max_seq_len",
+        ),
+        *(
+            "model.dropout",
+            "model.dtype",
+            "data.dataset",
+            "data.tokenizer",
+            "data.tokens",
+            "data.batch_size",
+            "data.seq_len",
+        ),
+        *(
+            "optim.name",
+            "optim.learning_rate",
+            "optim.schedule",
+            "optim.warmup_steps",
+            "optim.weight_decay",
+        ),
+        *(
+            "optim.grad_clip",
+            "optim.accumulate",
+            "train.steps",
+            "train.backward",
+            "train.log_every",
+            "train.eval_every",
+        ),
+        *(
+            "train.sample_every",
+            "train.sample_prompt",
+            "train.checkpoint_every",
+            "train.verify_every",
+        ),
         *("log", "mesh", "name", "runs", "seed", "init", "resume"),
     )
     """Those of them that ``--help`` explains; ``--help_all`` explains the others, too."""
@@ -524,19 +657,26 @@ class Config:
     name: str | None = None
     """Name of the run; the config file's name without it."""
     runs: str = "runs"
-    """Folder in which runs are kept, each under its name; a new run never overwrites an old one, it gets a number."""
+    """Folder in which runs are kept, each under its name; a new run never overwrites an old one, it
+    gets a number.
+    """
     seed: int = 0
     """Seed of the initial parameters, the batches' order, dropout and samples."""
     init: str | None = None
-    """Weights to start from, in place of random ones: a run, or any model that gptjax.convert reads, as hf:gpt2."""
+    """Weights to start from, in place of random ones: a run, or any model that gptjax.convert
+    reads, as hf:gpt2.
+    """
     resume: str | None = None
-    """auto continues the newest run of this name from its last checkpoint, or starts it; a folder continues that run."""
+    """auto continues the newest run of this name from its last checkpoint, or starts it; a folder
+    continues that run.
+    """
 
     def __post_init__(self) -> None:
         """Check the seed, the name, and what to resume.
 
         Raises:
-            ConfigError: the seed does not fit 32 bits, the name is not that of a folder, or nothing is named to resume.
+            ConfigError: the seed does not fit 32 bits, the name is not that of a folder, or nothing
+                is named to resume.
 
         """
         if not 0 <= self.seed < 2**32:
@@ -552,20 +692,31 @@ class VerifyConfig(Config):
     """A training configuration, and what to check of it."""
 
     READS: ClassVar = (
-        *(f"model.{field.name}" for field in dataclasses.fields(ModelConfig) if field.name != "dtype"),
+        *(
+            f"model.{field.name}"
+            for field in dataclasses.fields(ModelConfig)
+            if field.name != "dtype"
+        ),
         *("data", "optim.accumulate", "mesh", "seed"),
     )
     COMMON: ClassVar = READS
 
     dtype: Literal["float64", "float32", "bfloat16"] = "float64"
-    """Compute dtype of the gradient on trial, in place of model.dtype; bfloat16 is judged by JAX's own error in it."""
+    """Compute dtype of the gradient on trial, in place of model.dtype; bfloat16 is judged by JAX's
+    own error in it.
+    """
     reference: str = "autodiff"
-    """What to compare with: autodiff; finite-difference; or an llm.c debug state file, whose tokens are then the batch
-    (give its model as checkpoint). The latter two need dtype float64 or float32."""
+    """What to compare with: autodiff; finite-difference; or an llm.c debug state file, whose tokens
+    are then the batch (give its model as checkpoint). The latter two need dtype float64 or
+    float32."""
     checkpoint: str | None = None
-    """Parameters to check at: a run, or any model that gptjax.convert reads; by default initial ones with noise."""
+    """Parameters to check at: a run, or any model that gptjax.convert reads; by default initial
+    ones with noise.
+    """
     batch: Literal["random", "corpus"] = "random"
-    """Tokens to check on: random ones, of which one in eight is not predicted, or the corpus's first training batch."""
+    """Tokens to check on: random ones, of which one in eight is not predicted, or the corpus's
+    first training batch.
+    """
     layers: bool = False
     """Print a row for each layer of each tensor, instead of one for each tensor."""
     explain: bool = False
@@ -575,8 +726,9 @@ class VerifyConfig(Config):
     html: str | None = None
     """File to write the report to, as a web page."""
     export: str | None = None
-    """Folder to write the model and its gradients to, once they hold, as the two files that llm.c's C test reads. Turns off
-    what llm.c does not have: dropout, targets that do not count, and accumulation."""
+    """Folder to write the model and its gradients to, once they hold, as the two files that llm.c's
+    C test reads. Turns off what llm.c does not have: dropout, targets that do not count, and
+    accumulation."""
 
     def __post_init__(self) -> None:
         """Check what goes together.
@@ -597,21 +749,35 @@ class PlanConfig(Config):
     """A training configuration, and the devices to plan it for."""
 
     READS: ClassVar = (
-        *("model", "data.batch_size", "data.seq_len", "data.tokenizer", "optim.name", "optim.mu_dtype", "optim.accumulate"),
+        *(
+            "model",
+            "data.batch_size",
+            "data.seq_len",
+            "data.tokenizer",
+            "optim.name",
+            "optim.mu_dtype",
+            "optim.accumulate",
+        ),
         *("train.steps", "train.backward", "mesh"),
     )
     COMMON: ClassVar = READS
 
     topology: str = ""
-    """Devices to plan for: cpu:8, h100:8 (or a100, h100-pcie, h200, l4, cuda), v5e:4x4, v6e:4x4, v4:2x2x4, v5p:2x2x4."""
+    """Devices to plan for: cpu:8, h100:8 (or a100, h100-pcie, h200, l4, cuda), v5e:4x4, v6e:4x4,
+    v4:2x2x4, v5p:2x2x4.
+    """
     tokens: float | None = None
-    """Tokens of the whole run, as in 10e9, from which the plan tells its days; by default those of train.steps."""
+    """Tokens of the whole run, as in 10e9, from which the plan tells its days; by default those of
+    train.steps.
+    """
     compare: bool = False
     """Also plan for every other implementation of attention that applies, a line each."""
     predict: bool = False
     """Predict from shapes alone, at once, even where the step could be compiled."""
     largest: bool = True
-    """Also find the largest batch that fits; where the step is compiled, that takes one more compilation."""
+    """Also find the largest batch that fits; where the step is compiled, that takes one more
+    compilation.
+    """
     json: str | None = None
     """File to write all figures to, as JSON."""
 
@@ -633,26 +799,39 @@ class BenchConfig(Config):
 
     READS: ClassVar = ("model", "data", "optim", "train", "log", "mesh", "seed")
     COMMON: ClassVar = (
-        *("model", "data.dataset", "data.tokenizer", "data.batch_size", "data.seq_len", "optim.name", "optim.accumulate"),
+        *(
+            "model",
+            "data.dataset",
+            "data.tokenizer",
+            "data.batch_size",
+            "data.seq_len",
+            "optim.name",
+            "optim.accumulate",
+        ),
         *("train.steps", "train.backward", "train.eval_every", "seed"),
     )
 
     what: Literal["step", "decode", "data", "loop", "program"] = "step"
-    """step: the training step; decode: sampling with a cache, batch 1; data: tokenizing the corpus, and reading batches from
-    it; loop: the steps between two validations, alone and with everything that training does beside them; program: count the
-    operations of the step and the bytes of their results before any fusion, for both backwards."""
+    """step: the training step; decode: sampling with a cache, batch 1; data: tokenizing the corpus,
+    and reading batches from it; loop: the steps between two validations, alone and with everything
+    that training does beside them; program: count the operations of the step and the bytes of their
+    results before any fusion, for both backwards."""
     platform: Literal["cpu", "cuda", "rocm", "tpu"] | None = None
     """The platform of what program; by default this machine's."""
     hlo: str | None = None
-    """Folder for the compiled programs of the step, as manual-gradient.txt, manual-update.txt and the same of autodiff; goes
-    with what program, which then counts nothing. cuda needs the extra cuda-aot, tpu the extra tpu; no GPU or TPU has to be
-    here."""
+    """Folder for the compiled programs of the step, as manual-gradient.txt, manual-update.txt and
+    the same of autodiff; goes with what program, which then counts nothing. cuda needs the extra
+    cuda-aot, tpu the extra tpu; no GPU or TPU has to be here."""
     decode: bool = False
     """The same as --what decode."""
     compare: bool = False
-    """Also time the step with the other backward, layout of the layers, recomputation and attention."""
+    """Also time the step with the other backward, layout of the layers, recomputation and
+    attention.
+    """
     peer: Literal["none", "torch"] = "none"
-    """torch: also time transformers' GPT-2 on PyTorch, eager and compiled, in float32 and bfloat16; needs the extra parity."""
+    """torch: also time transformers' GPT-2 on PyTorch, eager and compiled, in float32 and bfloat16;
+    needs the extra parity.
+    """
     rounds: int = 12
     """Timed rounds of each contender; a model runs two more first, which do not count."""
     profile: bool = False
@@ -669,7 +848,9 @@ class BenchConfig(Config):
         """
         super().__post_init__()
         if self.platform and self.what != "program":
-            raise ConfigError("platform goes with --what program; everything else is timed on this machine's platform")
+            raise ConfigError(
+                "platform goes with --what program; everything else is timed on this machine's platform"
+            )
         if self.hlo and self.what != "program":
             raise ConfigError("hlo goes with --what program")
         if self.rounds < 1:
@@ -681,14 +862,19 @@ class EvaluateConfig:
     """What to evaluate, and on what."""
 
     checkpoint: str
-    """The model: a run, a Hugging Face folder, an llm.c model .bin, a .safetensors of gptjax, or hf:NAME on the hub."""
+    """The model: a run, a Hugging Face folder, an llm.c model .bin, a .safetensors of gptjax, or
+    hf:NAME on the hub.
+    """
     dataset: str
-    """What to evaluate on: a named corpus, a folder of token shards, or text, as for --data.dataset of training; text is
-    tokenized with the checkpoint's tokenizer. Or hellaswag, llm.c's hellaswag_val.bin, or a .jsonl of questions."""
+    """What to evaluate on: a named corpus, a folder of token shards, or text, as for --data.dataset
+    of training; text is tokenized with the checkpoint's tokenizer. Or hellaswag, llm.c's
+    hellaswag_val.bin, or a .jsonl of questions."""
     split: Literal["val", "train"] = "val"
     """The part of a corpus to score: val or train."""
     tokens: int | None = None
-    """Tokens of a corpus to score, from its beginning, rounded up to whole windows; by default 131072; 0 for all."""
+    """Tokens of a corpus to score, from its beginning, rounded up to whole windows; by default
+    131072; 0 for all.
+    """
     examples: int | None = None
     """Questions of HellaSwag to ask, from the first; by default all."""
     seq_len: int | None = None
@@ -698,9 +884,13 @@ class EvaluateConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """Compute dtype; auto is bfloat16 on GPU and TPU, float32 on CPU."""
     tokenizer: str | None = None
-    """For a checkpoint that comes without one: gpt2, byte, a tokenizer.json, a folder with one, or llm.c's file."""
+    """For a checkpoint that comes without one: gpt2, byte, a tokenizer.json, a folder with one, or
+    llm.c's file.
+    """
     column: str | None = None
-    """Column of .jsonl or .parquet that holds the text; by default the one named text, or else the first that holds any."""
+    """Column of .jsonl or .parquet that holds the text; by default the one named text, or else the
+    first that holds any.
+    """
     root: str = "data"
     """Folder in which downloads and prepared corpora are kept."""
     json: str | None = None
@@ -719,7 +909,9 @@ class EvaluateConfig:
             if given is not None and given < value:
                 raise ConfigError(f"{name} must be at least {value}, not {given}")
         if self.json and not Path(self.json).absolute().parent.is_dir():
-            raise ConfigError(f"{self.json} cannot be written: there is no folder {Path(self.json).absolute().parent}")
+            raise ConfigError(
+                f"{self.json} cannot be written: there is no folder {Path(self.json).absolute().parent}"
+            )
         if self.json and Path(self.json).is_dir():
             raise ConfigError(f"{self.json} cannot be written: it is a folder")
 
@@ -774,7 +966,11 @@ class GenerateConfig(Sampler):
 
         """
         super().__post_init__()
-        for name, most in {"max_new_tokens": MOST_TOKENS, "num_samples": MOST_SAMPLES, "batch_size": MOST_AT_ONCE}.items():
+        for name, most in {
+            "max_new_tokens": MOST_TOKENS,
+            "num_samples": MOST_SAMPLES,
+            "batch_size": MOST_AT_ONCE,
+        }.items():
             if not 1 <= getattr(self, name) <= most:
                 raise ConfigError(f"{name} must be from 1 to {most}, not {getattr(self, name)}")
         if not 0 <= self.seed < 2**32:
@@ -783,7 +979,9 @@ class GenerateConfig(Sampler):
     @property
     def sampler(self) -> Sampler:
         """How the next token is chosen."""
-        return Sampler(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Sampler)})
+        return Sampler(
+            **{field.name: getattr(self, field.name) for field in dataclasses.fields(Sampler)}
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -807,17 +1005,21 @@ class DatasetConfig:
     """The corpus to prepare."""
 
     dataset: str = dataclasses.field(metadata=POSITIONAL)
-    """A named corpus (pydoc, tinyshakespeare, shakespeare-char, tinystories, openwebtext, fineweb, fineweb-edu), or a file,
-    folder or pattern of text."""
+    """A named corpus (pydoc, tinyshakespeare, shakespeare-char, tinystories, openwebtext, fineweb,
+    fineweb-edu), or a file, folder or pattern of text."""
     root: str = "data"
     """Folder in which prepared corpora are kept."""
     tokenizer: str | None = None
-    """What the text is tokenized with: gpt2, byte, char, bpe:SIZE (trained on it), a file; by default a corpus's own,
-    or gpt2."""
+    """What the text is tokenized with: gpt2, byte, char, bpe:SIZE (trained on it), a file; by
+    default a corpus's own, or gpt2."""
     column: str | None = None
-    """Column of .jsonl or .parquet that holds the text; by default the one named text, or else the first that holds any."""
+    """Column of .jsonl or .parquet that holds the text; by default the one named text, or else the
+    first that holds any.
+    """
     tokens: int | None = None
-    """Stop after this many training tokens, where a corpus comes in parts; by default take them all."""
+    """Stop after this many training tokens, where a corpus comes in parts; by default take them
+    all.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -916,4 +1118,6 @@ COMMANDS: dict[str, Any] = {
 def _at_least(section: str, cfg: object, least: int, *names: str) -> None:
     for name in names:
         if getattr(cfg, name) < least:
-            raise ConfigError(f"{section}.{name} must be at least {least}, not {getattr(cfg, name)}")
+            raise ConfigError(
+                f"{section}.{name} must be at least {least}, not {getattr(cfg, name)}"
+            )

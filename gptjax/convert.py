@@ -1,10 +1,11 @@
-"""Convert a model: ``python -m gptjax.convert SRC DST``, or say what a file is: ``python -m gptjax.convert SRC --inspect``.
+"""Convert a model: ``python -m gptjax.convert SRC DST``, or say what a file is: ``python -m
+gptjax.convert SRC --inspect``.
 
-SRC is a run (its newest checkpoint), a Hugging Face folder, an llm.c model ``.bin``, safetensors in our names, or
-``hf:NAME`` on the hub. DST becomes an llm.c model if it ends in ``.bin``, safetensors in our names if it ends in
-``.safetensors``, else a Hugging Face folder. ``--inspect`` also knows token shards, debug states and tokenizers, and names
-what is not read here: llama2.c's files, SentencePiece, GGUF, ONNX, pickles, NumPy's, TensorFlow's, archives.
-"""
+SRC is a run (its newest checkpoint), a Hugging Face folder, an llm.c model ``.bin``, safetensors in
+our names, or ``hf:NAME`` on the hub. DST becomes an llm.c model if it ends in ``.bin``, safetensors
+in our names if it ends in ``.safetensors``, else a Hugging Face folder. ``--inspect`` also knows
+token shards, debug states and tokenizers, and names what is not read here: llama2.c's files,
+SentencePiece, GGUF, ONNX, pickles, NumPy's, TensorFlow's, archives."""
 
 import hashlib
 import sys
@@ -58,15 +59,21 @@ def convert(where: str, destination: Path, to: Format | None, dtype: str | None)
     if destination.exists():
         raise ConfigError(f"{destination} exists already: name another place, or remove it")
     if not destination.absolute().parent.is_dir():
-        raise ConfigError(f"{destination} cannot be written: there is no folder {destination.absolute().parent}")
+        raise ConfigError(
+            f"{destination} cannot be written: there is no folder {destination.absolute().parent}"
+        )
     source = open_weights(where)
     chosen = DTYPES[NAMES[dtype]] if dtype else dtype_of(source)
     suffixes: dict[str, Format] = {".bin": "llmc", ".safetensors": "safetensors"}
     chosen_format = to or suffixes.get(destination.suffix, "hf")
     write_weights(source, destination, chosen_format, chosen)
     print(describe(source))
-    if source.tokenizer and not (tokenizer_json.can_write(source.tokenizer) and chosen_format == "hf"):
-        print(f"{'note':<10} {chosen_format} keeps no {source.tokenizer.kind} tokenizer: it was left out")
+    if source.tokenizer and not (
+        tokenizer_json.can_write(source.tokenizer) and chosen_format == "hf"
+    ):
+        print(
+            f"{'note':<10} {chosen_format} keeps no {source.tokenizer.kind} tokenizer: it was left out"
+        )
     for path in sorted(destination.iterdir()) if destination.is_dir() else [destination]:
         with open_file(path) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -90,7 +97,8 @@ def describe(source: Source) -> str:
 
 
 def inspect(where: str) -> str:
-    """What a file or folder is: a model, token shard, debug state or tokenizer, or something that is not read here.
+    """What a file or folder is: a model, token shard, debug state or tokenizer, or something that
+    is not read here.
 
     Raises:
         GptjaxError: it is not there, damaged, or nothing that is known.
@@ -120,7 +128,8 @@ def inspect(where: str) -> str:
             raise
         ids = open_shard(path).tokens
         if max(part.max() for part in np.array_split(ids[: 1 << 20], 8) if part.size) >= GPT2_IDS:
-            raise  # any file of an even length could be ids without a header, but GPT-2 has no such ones
+            # Any file of an even length could be ids without a header, but GPT-2 has no such ones
+            raise
         return _shard(path)
 
 
@@ -134,7 +143,9 @@ def _shard(path: Path) -> str:
 def _debug_state(path: Path) -> str:
     (_, version, B, T, *_), size = read_header(path, llmc.STATE)
     if version not in (1, 2) or B < 1 or T < 1 or size < HEADER_BYTES + 8 * B * T:
-        raise FormatError(f"{path} is an invalid {llmc.STATE}: version {version}, {B} x {T} tokens in {size} bytes")
+        raise FormatError(
+            f"{path} is an invalid {llmc.STATE}: version {version}, {B} x {T} tokens in {size} bytes"
+        )
     return f"{'format':<10} {llmc.STATE}, version {version}\n{'batch':<10} {B} x {T} tokens\n{'size':<10} {size:,} bytes"
 
 

@@ -27,7 +27,8 @@ class CheckpointError(GptjaxError):
 
 @contextlib.contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Give an `OSError` from reading or writing an open file the file's name, which the system leaves out.
+    """Give an `OSError` from reading or writing an open file the file's name, which the system
+    leaves out.
 
     One that names a file already, what is read in order to be written say, keeps its name.
     """

@@ -1,7 +1,8 @@
-"""Files: only regular ones are read, small ones only up to a limit; what is written appears whole, or not at all.
+"""Files: only regular ones are read, small ones only up to a limit; what is written appears whole,
+or not at all.
 
-A device or a named pipe can be endless, or hang whoever opens it, and a folder of a model or a run may come from anywhere.
-"""
+A device or a named pipe can be endless, or hang whoever opens it, and a folder of a model or a run
+may come from anywhere."""
 
 import contextlib
 import io
@@ -50,7 +51,9 @@ def open_file(path: str | os.PathLike[str]) -> io.BufferedReader:
 
 
 def check_file(path: str | os.PathLike[str]) -> None:
-    """Raise as `open_file` does unless there is a regular file: for libraries that open it themselves."""
+    """Raise as `open_file` does unless there is a regular file: for libraries that open it
+    themselves.
+    """
     _check_mode(path, os.stat(path).st_mode)
 
 
@@ -63,7 +66,8 @@ def read_small(path: str | os.PathLike[str], largest: int) -> bytes:
 
     """
     with naming(path), open_file(path) as file:
-        if os.fstat(file.fileno()).st_size > largest:  # it can be wrong: files grow, and those of /proc have 0
+        # It can be wrong: files grow, and those of /proc have 0
+        if os.fstat(file.fileno()).st_size > largest:
             raise too_large(path, largest)
         return read_stream(file, path, largest)
 
@@ -101,13 +105,18 @@ def read_text(path: str | os.PathLike[str], largest: int) -> str:
 
 def _check_mode(path: str | os.PathLike[str], mode: int) -> None:
     if not stat.S_ISREG(mode):
-        raise FormatError(f"{path} cannot be read: it is {KINDS.get(stat.S_IFMT(mode), 'something odd')}, not a file")
+        raise FormatError(
+            f"{path} cannot be read: it is {KINDS.get(stat.S_IFMT(mode), 'something odd')}, not a file"
+        )
 
 
 @contextlib.contextmanager
 def write_whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that gets its name once it is whole and on disk; if the block fails, nothing remains."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # of this process: others may write the same file
+    """A file to write that gets its name once it is whole and on disk; if the block fails, nothing
+    remains.
+    """
+    # Of this process: others may write the same file
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with naming(path), partial.open("wb") as file:
             yield file
@@ -119,7 +128,9 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:
-    """Let ``write`` fill a temporary folder, then give it its name: a folder that exists is complete."""
+    """Let ``write`` fill a temporary folder, then give it its name: a folder that exists is
+    complete.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -137,7 +148,9 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:
 
 @contextlib.contextmanager
 def alone(lock: Path) -> Iterator[None]:
-    """Let one process at a time hold the file ``lock``, which is there meanwhile; the others wait. Its death lets it go."""
+    """Let one process at a time hold the file ``lock``, which is there meanwhile; the others wait.
+    Its death lets it go.
+    """
     while True:
         with naming(lock):
             file = lock.open("w")
@@ -155,7 +168,9 @@ def alone(lock: Path) -> Iterator[None]:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename what is damaged to ``damaged-NAME``, or with -2, -3... after it, so that nothing is lost. Returns its new path."""
+    """Rename what is damaged to ``damaged-NAME``, or with -2, -3... after it, so that nothing is
+    lost. Returns its new path.
+    """
     numbered = (f"damaged-{path.name}-{n}" for n in itertools.count(2))
     names = map(path.with_name, itertools.chain([f"damaged-{path.name}"], numbered))
     return path.rename(next(name for name in names if not name.exists()))

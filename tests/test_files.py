@@ -5,7 +5,15 @@ import os
 import pytest
 
 from gptjax.errors import FormatError
-from gptjax.files import check_file, open_file, read_small, read_text, set_aside, write_folder, write_whole
+from gptjax.files import (
+    check_file,
+    open_file,
+    read_small,
+    read_text,
+    set_aside,
+    write_folder,
+    write_whole,
+)
 
 # Reading
 
@@ -27,7 +35,9 @@ def test_what_is_larger_is_refused_also_where_its_size_is_not_known(tmp_path):
             read_small(path, 99)
 
 
-@pytest.mark.parametrize(("path", "kind"), [("/dev/zero", "a device"), ("pipe", "a named pipe"), (".", "a folder")])
+@pytest.mark.parametrize(
+    ("path", "kind"), [("/dev/zero", "a device"), ("pipe", "a named pipe"), (".", "a folder")]
+)
 @pytest.mark.parametrize("read", [open_file, check_file, lambda path: read_small(path, 9)])
 def test_nothing_else_is_opened(path, kind, read, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -66,7 +76,10 @@ def test_a_file_appears_once_it_is_whole(tmp_path):
 
 
 def test_an_error_names_the_file(tmp_path):
-    with pytest.raises(OSError, match=r"No space left on device: .*a\.txt"), write_whole(tmp_path / "a.txt"):
+    with (
+        pytest.raises(OSError, match=r"No space left on device: .*a\.txt"),
+        write_whole(tmp_path / "a.txt"),
+    ):
         raise OSError(28, "No space left on device")
 
 
@@ -107,4 +120,8 @@ def test_what_is_set_aside_again_gets_a_name_of_its_own(tmp_path):
         (tmp_path / "step_00000004" / "x").write_text(content)
         set_aside(tmp_path / "step_00000004")
     kept = {path.name: (path / "x").read_text() for path in tmp_path.iterdir()}
-    assert kept == {"damaged-step_00000004": "a", "damaged-step_00000004-2": "b", "damaged-step_00000004-3": "c"}
+    assert kept == {
+        "damaged-step_00000004": "a",
+        "damaged-step_00000004-2": "b",
+        "damaged-step_00000004-3": "c",
+    }

@@ -1,7 +1,8 @@
-"""The same weights in Hugging Face's GPT-2 on PyTorch: our forward is GPT-2's, and so are gradient and AdamW steps.
+"""The same weights in Hugging Face's GPT-2 on PyTorch: our forward is GPT-2's, and so are gradient
+and AdamW steps.
 
-Against PyTorch itself where it is installed (the [parity] extra), and everywhere against what it computed once.
-"""
+Against PyTorch itself where it is installed (the [parity] extra), and everywhere against what it
+computed once."""
 
 import dataclasses
 
@@ -38,7 +39,11 @@ def live(dtype):
 SOURCES = [
     pytest.param(lambda: (torch_gpt2.load(), "float32"), id="file"),
     *(
-        pytest.param(lambda d=d: (live(d), d), id=d, marks=[pytest.mark.parity, pytest.mark.filterwarnings("default")])
+        pytest.param(
+            lambda d=d: (live(d), d),
+            id=d,
+            marks=[pytest.mark.parity, pytest.mark.filterwarnings("default")],
+        )
         for d in ("float32", "float64")
     ),
 ]
@@ -54,12 +59,20 @@ def ours(theirs):
     """Configuration, parameters and batch."""
     found, dtype = theirs
     cfg = tiny.config(**SIZES, layers="scan", dtype=dtype)
-    padded = found["params"]._replace(wte=np.pad(found["params"].wte, ((0, cfg.padded_vocab_size - V), (0, 0))))
-    return cfg, jax.tree.map(jnp.asarray, padded), Batch(jnp.asarray(found["ids"][:, :-1]), jnp.asarray(found["ids"][:, 1:]))
+    padded = found["params"]._replace(
+        wte=np.pad(found["params"].wte, ((0, cfg.padded_vocab_size - V), (0, 0)))
+    )
+    return (
+        cfg,
+        jax.tree.map(jnp.asarray, padded),
+        Batch(jnp.asarray(found["ids"][:, :-1]), jnp.asarray(found["ids"][:, 1:])),
+    )
 
 
 def assert_close(mine, expected, tolerance: float):
-    """Tensor by tensor as PyTorch has them: the gradient of the keys' bias alone is rounding, in both."""
+    """Tensor by tensor as PyTorch has them: the gradient of the keys' bias alone is rounding, in
+    both.
+    """
     mine, expected = fuse(mine), fuse(expected)
     mine["wte"] = mine["wte"][:V]
     for name, theirs in expected.items():
@@ -71,7 +84,10 @@ def assert_close(mine, expected, tolerance: float):
 def test_logits_loss_and_all_gradients(theirs):
     found, dtype = theirs
     cfg, params, batch = ours(theirs)
-    assert relative_l2(transformer.logits(params, batch.inputs, cfg), found["logits"]) <= TOLERANCE[dtype]
+    assert (
+        relative_l2(transformer.logits(params, batch.inputs, cfg), found["logits"])
+        <= TOLERANCE[dtype]
+    )
     loss, grads = transformer.loss_and_grad(params, batch, cfg)
     assert float(loss) == pytest.approx(found["losses"][0], rel=TOLERANCE[dtype])
     assert_close(grads, found["grads"], TOLERANCE[dtype])
@@ -91,7 +107,9 @@ def test_ten_adamw_steps(theirs):
     compiled = steps.compile_step(cfg, optimizer, "manual", state, batches, jax.random.key(0))
     buffer = steps.gradient_buffer(params)
     for step, loss in enumerate(found["losses"], 1):
-        state, buffer, metrics = steps.run_step(compiled, state, buffer, batches, jax.random.key(0), step)
+        state, buffer, metrics = steps.run_step(
+            compiled, state, buffer, batches, jax.random.key(0), step
+        )
         assert float(metrics.loss) == pytest.approx(loss, rel=TOLERANCE[dtype]), step
     assert found["losses"][-1] < found["losses"][0] - 0.3
     assert_close(state.params, found["trained"], TOLERANCE[dtype])
@@ -132,7 +150,9 @@ def test_transformers_loads_what_we_write(transformers, tmp_path):
     llmc.write_model(tmp_path / "m.bin", tiny.params(cfg, jnp.float32), cfg)
     source = open_weights(str(tmp_path / "m.bin"))._replace(tokenizer=bpe)
     write_weights(source, tmp_path / "hf", "hf", np.dtype(np.float32))
-    model, report = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    model, report = transformers.GPT2LMHeadModel.from_pretrained(
+        tmp_path / "hf", output_loading_info=True
+    )
     assert not any(report.values()), report
     ids = np.array([bpe.encode("the cat sat")])
     assert relative_l2(our_logits(tmp_path / "m.bin", ids), their_logits(model, ids)) < 1e-5

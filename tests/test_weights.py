@@ -61,7 +61,10 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before_it(run):
     before = init_state(jax.random.key(1), CFG, make_optimizer(OptimConfig(), 10, CFG)).params
     assert_same(found, before)
     assert not np.array_equal(found.wte, params.wte)
-    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["damaged-step_00000002", "step_00000001"]
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == [
+        "damaged-step_00000002",
+        "step_00000001",
+    ]
 
 
 def test_a_run_has_the_tokenizer_that_it_was_trained_with_or_none(run):
@@ -78,7 +81,9 @@ def test_a_run_has_the_tokenizer_that_it_was_trained_with_or_none(run):
     other.save(folder / "tokenizer.json")
     source = open_weights(str(folder))
     assert source.tokenizer is None
-    assert source.note == f"{folder / 'tokenizer.json'} is not the one that the run was trained with"
+    assert (
+        source.note == f"{folder / 'tokenizer.json'} is not the one that the run was trained with"
+    )
 
 
 def test_an_llm_c_model(tmp_path):
@@ -103,7 +108,13 @@ def test_over_a_mesh(tmp_path, layers):
     _, found = load_weights(str(tmp_path / "m.bin"), cfg, mesh)
     jax.tree.map(np.testing.assert_array_equal, found, params)
     layouts = param_shardings(mesh, param_axes(cfg))
-    assert all(jax.tree.leaves(jax.tree.map(lambda x, layout: x.sharding.is_equivalent_to(layout, x.ndim), found, layouts)))
+    assert all(
+        jax.tree.leaves(
+            jax.tree.map(
+                lambda x, layout: x.sharding.is_equivalent_to(layout, x.ndim), found, layouts
+            )
+        )
+    )
     assert found.wte.addressable_shards[0].data.shape == (64, 4)
 
 
@@ -137,13 +148,21 @@ def hub(tmp_path, monkeypatch):
         site.headers = {"X-Repo-Commit": revision}
         listed = [*names, "pytorch_model.bin"]
         answers = {
-            "revision/main": {"id": "someone/tiny", "sha": revision, "siblings": [{"rfilename": name} for name in listed]},
-            f"tree/{revision}": [{"type": "file", "oid": "1", "size": 1, "path": name} for name in listed],
+            "revision/main": {
+                "id": "someone/tiny",
+                "sha": revision,
+                "siblings": [{"rfilename": name} for name in listed],
+            },
+            f"tree/{revision}": [
+                {"type": "file", "oid": "1", "size": 1, "path": name} for name in listed
+            ],
         }
         for question, answer in answers.items():
             site.files[f"api/models/someone/tiny/{question}"] = json.dumps(answer).encode()
         for name in names:
-            site.files[f"someone/tiny/resolve/{revision}/{name}"] = (tmp_path / "hf" / name).read_bytes()
+            site.files[f"someone/tiny/resolve/{revision}/{name}"] = (
+                tmp_path / "hf" / name
+            ).read_bytes()
         monkeypatch.setenv("HF_ENDPOINT", site.url)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
         yield site

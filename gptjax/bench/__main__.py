@@ -1,16 +1,17 @@
 """Time the real work of a configuration: ``python -m gptjax.bench --config configs/124m.yaml``.
 
-``--what`` chooses the work: the training step (the default), ``decode`` for sampling, ``data`` for tokenizing and batching the
-corpus, ``loop`` for what training does beside its steps. ``--compare`` adds the other ways to compute the step, ``--peer``
-the same work in PyTorch. Contenders run interleaved, one round after another, so that a noisy machine disturbs all alike.
-The batch is random ids and the weights are fresh.
+``--what`` chooses the work: the training step (the default), ``decode`` for sampling, ``data`` for
+tokenizing and batching the corpus, ``loop`` for what training does beside its steps. ``--compare``
+adds the other ways to compute the step, ``--peer`` the same work in PyTorch. Contenders run
+interleaved, one round after another, so that a noisy machine disturbs all alike. The batch is
+random ids and the weights are fresh.
 
-The floor is measured in the same run: for a step, its matrix products at the rate of one large product, and one pass of AdamW
-over memory; for decoding, one read of all weights a token.
+The floor is measured in the same run: for a step, its matrix products at the rate of one large
+product, and one pass of AdamW over memory; for decoding, one read of all weights a token.
 
-``--what program`` times nothing. It counts the step's operations as lowered for ``--platform``, which need not be here, or with
-``--hlo FOLDER`` writes the programs compiled for an H100 (cuda), a TPU v5e (tpu) or the CPU.
-"""
+``--what program`` times nothing. It counts the step's operations as lowered for ``--platform``,
+which need not be here, or with ``--hlo FOLDER`` writes the programs compiled for an H100 (cuda), a
+TPU v5e (tpu) or the CPU."""
 
 import dataclasses
 import json
@@ -46,8 +47,11 @@ def main(argv: list[str] | None = None) -> int:
         cfg, _ = parse(BenchConfig, PROG, __doc__ or "", argv)
         cfg = dataclasses.replace(cfg, what="decode") if cfg.decode else cfg
         if cfg.json and not Path(cfg.json).absolute().parent.is_dir():
-            raise ConfigError(f"{cfg.json} cannot be written: there is no folder {Path(cfg.json).absolute().parent}")
-        if not cfg.model.vocab_size and cfg.what in ("step", "decode", "program"):  # the others read the corpus
+            raise ConfigError(
+                f"{cfg.json} cannot be written: there is no folder {Path(cfg.json).absolute().parent}"
+            )
+        # The others read the corpus
+        if not cfg.model.vocab_size and cfg.what in ("step", "decode", "program"):
             size, whose = vocabulary_without_corpus(cfg.data.tokenizer)
             print(f"vocabulary of {size:,} ids, of {whose}")
             cfg = dataclasses.replace(cfg, model=cfg.model.with_vocabulary(size))
@@ -60,7 +64,8 @@ def main(argv: list[str] | None = None) -> int:
             record = write_programs(cfg, Path(cfg.hlo)) if cfg.hlo else count_program(cfg)
         else:
             if cfg.peer == "torch":
-                os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave a GPU's memory to both
+                # Leave a GPU's memory to both
+                os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
             start_jax(cfg.model.dtype)
             record = time_model(cfg)
         if cfg.json:
@@ -82,7 +87,11 @@ def time_model(cfg: BenchConfig) -> dict[str, Any]:
         tokens = cfg.optim.accumulate * cfg.data.batch_size * cfg.data.seq_len
         ours, theirs = steps.step_contenders(cfg, cfg.compare), torch_peer.step_contenders
     else:
-        tokens, ours, theirs = steps.NEW_TOKENS, steps.decode_contenders(cfg), torch_peer.decode_contenders
+        tokens, ours, theirs = (
+            steps.NEW_TOKENS,
+            steps.decode_contenders(cfg),
+            torch_peer.decode_contenders,
+        )
     device = f"{platform_name()} ({jax.devices()[0].device_kind}), {os.cpu_count()} cores"
     print(f"{device}, jax {jax.__version__}, {model.dtype}, {tokens:,} tokens", flush=True)
     rivals = theirs(cfg) if cfg.peer == "torch" else iter(())
@@ -94,11 +103,19 @@ def time_model(cfg: BenchConfig) -> dict[str, Any]:
     else:
         floor, peak = tokens * ceiling.decode_floor(model, best), None
     work = tokens * flops_per_token(model, cfg.data.seq_len)
-    rows = [figures(timing, timings[0], tokens, floor, work / peak if peak else None) for timing in timings]
+    rows = [
+        figures(timing, timings[0], tokens, floor, work / peak if peak else None)
+        for timing in timings
+    ]
     print(table(rows))
     rate = f"{best.flops / 1e9:,.0f} GFLOP/s, {best.bandwidth / 1e9:,.1f} GB/s, {best.reading / 1e9:,.1f} GB/s where only read"
     print(f"{'floor':<24} {floor * 1e3:.1f} ms at {rate}")
-    record = {"device": device, "jax": jax.__version__, "tokens": tokens, "floor_ms": floor * 1e3} | best._asdict()
+    record = {
+        "device": device,
+        "jax": jax.__version__,
+        "tokens": tokens,
+        "floor_ms": floor * 1e3,
+    } | best._asdict()
     record["rows"] = rows
     if cfg.profile:
         times = profile(timings[0].contender.run)
@@ -107,7 +124,9 @@ def time_model(cfg: BenchConfig) -> dict[str, Any]:
     return record
 
 
-def figures(timing: Timing, first: Timing, tokens: int, floor: float, ideal: float | None) -> dict[str, Any]:
+def figures(
+    timing: Timing, first: Timing, tokens: int, floor: float, ideal: float | None
+) -> dict[str, Any]:
     """One row's numbers.
 
     Args:
@@ -119,7 +138,11 @@ def figures(timing: Timing, first: Timing, tokens: int, floor: float, ideal: flo
 
     """
     row = {"name": timing.contender.name} | timing.contender.facts
-    row |= {"ms": timing.median * 1e3, "spread": timing.spread, "tokens_per_s": tokens / timing.median}
+    row |= {
+        "ms": timing.median * 1e3,
+        "spread": timing.spread,
+        "tokens_per_s": tokens / timing.median,
+    }
     row |= {"of_floor": timing.median / floor, "ratio": timing.median / first.median}
     return row if ideal is None else row | {"mfu": ideal / timing.median}
 
@@ -138,11 +161,18 @@ def table(rows: list[dict[str, Any]], ratio: str = ".2f") -> str:
         "/ floor": ("of_floor", 7, "{:.2f}".format),
         "ratio": ("ratio", 5, f"{{:{ratio}}}".format),
     }
-    shown = {head: column for head, column in columns.items() if any(column[0] in row for row in rows)}
+    shown = {
+        head: column for head, column in columns.items() if any(column[0] in row for row in rows)
+    }
 
     def line(cells: list[str]) -> str:
         widths = [width for _, width, _ in shown.values()]
-        return " ".join([f"{cells[0]:<{widths[0]}}", *(f"{c:>{w}}" for c, w in zip(cells[1:], widths[1:], strict=True))])
+        return " ".join(
+            [
+                f"{cells[0]:<{widths[0]}}",
+                *(f"{c:>{w}}" for c, w in zip(cells[1:], widths[1:], strict=True)),
+            ]
+        )
 
     def cell(row: dict[str, Any], key: str, form: Any) -> str:
         return form(row[key]) if key in row else "-"
@@ -156,14 +186,21 @@ def profile_table(times: list[OpTime]) -> str:
     total = sum(time.seconds for time in times)
     top, rest = times[:OPS], times[OPS:]
     if rest:
-        top = [*top, OpTime(f"{len(rest)} more", sum(t.seconds for t in rest), sum(t.kernels for t in rest))]
+        top = [
+            *top,
+            OpTime(f"{len(rest)} more", sum(t.seconds for t in rest), sum(t.kernels for t in rest)),
+        ]
     lines = [f"{'op':<44} {'ms':>9} {'share':>6} {'kernels':>7}"]
-    lines += [f"{t.op[:44]:<44} {t.seconds * 1e3:>9.1f} {t.seconds / total:>6.1%} {t.kernels:>7,}" for t in top]
+    lines += [
+        f"{t.op[:44]:<44} {t.seconds * 1e3:>9.1f} {t.seconds / total:>6.1%} {t.kernels:>7,}"
+        for t in top
+    ]
     return "\n".join(lines)
 
 
 def time_loop(cfg: BenchConfig) -> dict[str, Any]:
-    """Time the training loop; print milliseconds a step, the spread of the rounds and the ratio to the bare steps.
+    """Time the training loop; print milliseconds a step, the spread of the rounds and the ratio to
+    the bare steps.
 
     Raises:
         GptjaxError: the run cannot be set up as configured.
@@ -179,7 +216,9 @@ def time_loop(cfg: BenchConfig) -> dict[str, Any]:
         ratio = timing.median / timings[0].median
         rows.append({"name": timing.contender.name, "ms": seconds * 1e3, "spread": timing.spread})
         rows[-1] |= {"tokens_per_s": tokens / seconds, "ratio": ratio}
-    print(f"{platform_name()} ({jax.devices()[0].device_kind}), {os.cpu_count()} cores, {count} steps of {tokens:,} tokens")
+    print(
+        f"{platform_name()} ({jax.devices()[0].device_kind}), {os.cpu_count()} cores, {count} steps of {tokens:,} tokens"
+    )
     print(table(rows, ".3f"))
     return {"steps": count, "tokens": tokens, "rows": rows}
 
@@ -198,21 +237,32 @@ def count_program(cfg: BenchConfig) -> dict[str, Any]:
     model = cfg.model.resolve(platform, cfg.data.seq_len)
     found = {way: program.lowered_step(cfg, model, way, platform) for way in program.BACKWARDS}
     tokens = cfg.optim.accumulate * cfg.data.batch_size * cfg.data.seq_len
-    print(f"lowered for {platform}, {model.dtype}, attention {model.attention}, layers {model.layers}, {tokens:,} tokens")
+    print(
+        f"lowered for {platform}, {model.dtype}, attention {model.attention}, layers {model.layers}, {tokens:,} tokens"
+    )
     print(f"{'operation':<24}" + "".join(f" {way:>8} {'GB':>7}" for way in found))
-    names = sorted(set().union(*(ops.times for ops in found.values())), key=lambda n: -max(o.nbytes[n] for o in found.values()))
+    names = sorted(
+        set().union(*(ops.times for ops in found.values())),
+        key=lambda n: -max(o.nbytes[n] for o in found.values()),
+    )
     for name in names:
-        print(f"{name:<24}" + "".join(f" {o.times[name]:>8,} {o.nbytes[name] / 1e9:>7.2f}" for o in found.values()))
+        print(
+            f"{name:<24}"
+            + "".join(f" {o.times[name]:>8,} {o.nbytes[name] / 1e9:>7.2f}" for o in found.values())
+        )
     return {
-        way: {name: {"times": ops.times[name], "nbytes": ops.nbytes[name]} for name in ops.times} for way, ops in found.items()
+        way: {name: {"times": ops.times[name], "nbytes": ops.nbytes[name]} for name in ops.times}
+        for way, ops in found.items()
     }
 
 
 def write_programs(cfg: BenchConfig, folder: Path) -> dict[str, Any]:
-    """Compile the step with both backwards and write each program's text to the folder; print a row for each file.
+    """Compile the step with both backwards and write each program's text to the folder; print a row
+    for each file.
 
     Raises:
-        GptjaxError: the compiler is not installed, the model does not fit the platform, or a file cannot be written.
+        GptjaxError: the compiler is not installed, the model does not fit the platform, or a file
+            cannot be written.
 
     """
     if cfg.platform is None:
@@ -225,7 +275,9 @@ def write_programs(cfg: BenchConfig, folder: Path) -> dict[str, Any]:
     with naming(str(folder)):
         folder.mkdir(parents=True, exist_ok=True)
     tokens = cfg.optim.accumulate * cfg.data.batch_size * cfg.data.seq_len
-    print(f"compiled for {topology.kind}, {model.dtype}, attention {model.attention}, layers {model.layers}, {tokens:,} tokens")
+    print(
+        f"compiled for {topology.kind}, {model.dtype}, attention {model.attention}, layers {model.layers}, {tokens:,} tokens"
+    )
     print(f"{'file':<24} {'temporaries':>11}")
     record: dict[str, Any] = {}
     for backward in program.BACKWARDS:
@@ -241,24 +293,37 @@ def write_programs(cfg: BenchConfig, folder: Path) -> dict[str, Any]:
 
 
 def time_data(cfg: BenchConfig) -> dict[str, Any]:
-    """Time tokenizing and batching; print tokens a second, the spread of the rounds and the ratio to the first way.
+    """Time tokenizing and batching; print tokens a second, the spread of the rounds and the ratio
+    to the first way.
 
     Raises:
         GptjaxError: the corpus cannot be found or prepared.
 
     """
     chosen = cfg.data
-    corpus = find_corpus(chosen.dataset, chosen.root, chosen.tokenizer, chosen.column, chosen.tokens)
+    corpus = find_corpus(
+        chosen.dataset, chosen.root, chosen.tokenizer, chosen.column, chosen.tokens
+    )
     cfg = dataclasses.replace(cfg, model=cfg.model.with_vocabulary(vocabulary(corpus)))
     shape = BatchShape(cfg.optim.accumulate, chosen.batch_size, chosen.seq_len)
-    sections = {"tokens to batches": data.loading(corpus.train, shape, chosen.order, cfg.model.vocab_size, cfg.rounds)}
+    sections = {
+        "tokens to batches": data.loading(
+            corpus.train, shape, chosen.order, cfg.model.vocab_size, cfg.rounds
+        )
+    }
     if corpus.tokenizer:
-        sections = {"text to tokens": data.tokenizing(corpus.tokenizer, corpus.train, cfg.rounds)} | sections
+        sections = {
+            "text to tokens": data.tokenizing(corpus.tokenizer, corpus.train, cfg.rounds)
+        } | sections
     start_jax(cfg.model.dtype)
     (step,) = time_interleaved(list(steps.step_contenders(cfg, False)), cfg.rounds)
     tokens = shape.accumulate * shape.batch_size * shape.seq_len
-    sections["the training step"] = {step.contender.name: [tokens / seconds for seconds in step.seconds]}
-    print(f"{corpus.folder}, {os.cpu_count()} cores, batches of {shape.accumulate} x {shape.batch_size} x {shape.seq_len}")
+    sections["the training step"] = {
+        step.contender.name: [tokens / seconds for seconds in step.seconds]
+    }
+    print(
+        f"{corpus.folder}, {os.cpu_count()} cores, batches of {shape.accumulate} x {shape.batch_size} x {shape.seq_len}"
+    )
     record: dict[str, Any] = {}
     for section, ways in sections.items():
         first = statistics.median(next(iter(ways.values())))

@@ -1,4 +1,6 @@
-"""Rates of the device's matrix products and memory, measured now, and the least time that they allow."""
+"""Rates of the device's matrix products and memory, measured now, and the least time that they
+allow.
+"""
 
 import statistics
 import time
@@ -29,18 +31,32 @@ class Ceiling(NamedTuple):
 
 
 def measure(cfg: ModelConfig, tokens: int) -> Ceiling:
-    """Time the product of (tokens, C) and (C, 4 C) in the compute dtype, and passes over `STREAM_BYTES` of memory."""
+    """Time the product of (tokens, C) and (C, 4 C) in the compute dtype, and passes over
+    `STREAM_BYTES` of memory.
+    """
     C = cfg.channels
     x, w = jnp.ones((tokens, C), cfg.compute_dtype), jnp.ones((C, 4 * C), cfg.compute_dtype)
     repeats = max(1, round(2e10 / (8 * tokens * C * C)))
 
     @jax.jit
     def products(x: Any, w: Any) -> Any:
-        return jax.lax.fori_loop(0, repeats, lambda _, x: contract("tc,cf->tf", x, w)[:, :C] * jnp.asarray(1e-3, x.dtype), x)
+        return jax.lax.fori_loop(
+            0,
+            repeats,
+            lambda _, x: contract("tc,cf->tf", x, w)[:, :C] * jnp.asarray(1e-3, x.dtype),
+            x,
+        )
 
     stream = jnp.ones(STREAM_BYTES // 4, jnp.float32)
     scale = jax.jit(lambda x: x * 1.0001, donate_argnums=0)
-    flops = repeats * 8 * tokens * C * C / _median_seconds(lambda: jax.block_until_ready(products(x, w)))
+    flops = (
+        repeats
+        * 8
+        * tokens
+        * C
+        * C
+        / _median_seconds(lambda: jax.block_until_ready(products(x, w)))
+    )
 
     def once() -> None:
         nonlocal stream
@@ -48,7 +64,9 @@ def measure(cfg: ModelConfig, tokens: int) -> Ceiling:
 
     rows = jax.jit(lambda x: x.reshape(-1, 1000).sum(1))
     written = 2 * STREAM_BYTES / _median_seconds(once)
-    return Ceiling(flops, written, STREAM_BYTES / _median_seconds(lambda: jax.block_until_ready(rows(stream))))
+    return Ceiling(
+        flops, written, STREAM_BYTES / _median_seconds(lambda: jax.block_until_ready(rows(stream)))
+    )
 
 
 def _median_seconds(run: Callable[[], Any]) -> float:
@@ -62,8 +80,13 @@ def _median_seconds(run: Callable[[], Any]) -> float:
 
 
 def step_floor(cfg: ModelConfig, tokens: int, seq_len: int, ceiling: Ceiling) -> float:
-    """Seconds of a training step that does nothing but its matrix products and one pass of AdamW over memory."""
-    return tokens * flops_per_token(cfg, seq_len) / ceiling.flops + ADAMW_PASSES * 4 * num_params(cfg) / ceiling.bandwidth
+    """Seconds of a training step that does nothing but its matrix products and one pass of AdamW
+    over memory.
+    """
+    return (
+        tokens * flops_per_token(cfg, seq_len) / ceiling.flops
+        + ADAMW_PASSES * 4 * num_params(cfg) / ceiling.bandwidth
+    )
 
 
 def decode_floor(cfg: ModelConfig, ceiling: Ceiling) -> float:

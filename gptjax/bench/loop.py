@@ -29,7 +29,8 @@ def steps_per_round(cfg: Config) -> int:
 
 @contextlib.contextmanager
 def contenders(cfg: Config) -> Iterator[list[Contender]]:
-    """Three contenders of `steps_per_round` steps each: bare, with logging and a last checkpoint, and all that is configured.
+    """Three contenders of `steps_per_round` steps each: bare, with logging and a last checkpoint,
+    and all that is configured.
 
     The run has a temporary folder, and its output goes to the null device.
 
@@ -38,17 +39,29 @@ def contenders(cfg: Config) -> Iterator[list[Contender]]:
 
     """
     count = steps_per_round(cfg)
-    plain = dataclasses.replace(cfg.train, eval_every=0, sample_every=0, sample_tokens=0, checkpoint_every=0, verify_every=0)
+    plain = dataclasses.replace(
+        cfg.train, eval_every=0, sample_every=0, sample_tokens=0, checkpoint_every=0, verify_every=0
+    )
     with contextlib.ExitStack() as cleanup:
         folder = cleanup.enter_context(tempfile.TemporaryDirectory())
         nowhere = cleanup.enter_context(Path(os.devnull).open("w"))
-        run = cleanup.enter_context(owned(set_up(dataclasses.replace(cfg, runs=folder, resume=None))))
+        run = cleanup.enter_context(
+            owned(set_up(dataclasses.replace(cfg, runs=folder, resume=None)))
+        )
         fill_folder(run)
         shapes = steps.step_arguments(run.model, run.optimizer, run.shape, run.mesh)
-        compiled = steps.compile_step(run.model, run.optimizer, cfg.train.backward, *shapes, run.mesh)
-        writer = cleanup.enter_context(contextlib.closing(CheckpointWriter(run.folder / "checkpoints", 1)))
-        records = cleanup.enter_context(contextlib.closing(MetricsFile(run.folder / "metrics.jsonl", 0)))
-        trainer = Trainer(run, compiled, steps.make_state(run.key, run.model, run.optimizer, run.mesh))
+        compiled = steps.compile_step(
+            run.model, run.optimizer, cfg.train.backward, *shapes, run.mesh
+        )
+        writer = cleanup.enter_context(
+            contextlib.closing(CheckpointWriter(run.folder / "checkpoints", 1))
+        )
+        records = cleanup.enter_context(
+            contextlib.closing(MetricsFile(run.folder / "metrics.jsonl", 0))
+        )
+        trainer = Trainer(
+            run, compiled, steps.make_state(run.key, run.model, run.optimizer, run.mesh)
+        )
 
         def fit(train: TrainConfig, hooks: bool) -> None:
             nonlocal trainer
@@ -57,7 +70,14 @@ def contenders(cfg: Config) -> Iterator[list[Contender]]:
             trainer = Trainer(goal_run, compiled, trainer.state, trainer.done)
             if hooks:
                 with contextlib.redirect_stdout(nowhere):
-                    add_hooks(trainer, records, Loggers([], print), writer, Display(goal.steps), LiveCheck(trainer))
+                    add_hooks(
+                        trainer,
+                        records,
+                        Loggers([], print),
+                        writer,
+                        Display(goal.steps),
+                        LiveCheck(trainer),
+                    )
                     trainer.fit()
             else:
                 trainer.fit()

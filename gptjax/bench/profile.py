@@ -44,7 +44,9 @@ def profile(run: Callable[[], Any]) -> list[OpTime]:
 
 
 def summed(events: list[dict[str, Any]], runs: int) -> list[OpTime]:
-    """Sum the durations of kernels, the events with an ``hlo_op``, by the op's name without its number."""
+    """Sum the durations of kernels, the events with an ``hlo_op``, by the op's name without its
+    number.
+    """
     totals: dict[str, tuple[float, int]] = {}
     for event in events:
         op = event.get("args", {}).get("hlo_op")
@@ -52,5 +54,8 @@ def summed(events: list[dict[str, Any]], runs: int) -> list[OpTime]:
             name = re.sub(r"(\.\d+)+(\.clone)?$", "", op)
             seconds, count = totals.get(name, (0.0, 0))
             totals[name] = seconds + event["dur"] * 1e-6, count + 1
-    times = [OpTime(name, seconds / runs, round(count / runs)) for name, (seconds, count) in totals.items()]
+    times = [
+        OpTime(name, seconds / runs, round(count / runs))
+        for name, (seconds, count) in totals.items()
+    ]
     return sorted(times, key=lambda t: -t.seconds)

@@ -31,7 +31,8 @@ class Operations(NamedTuple):
 
 
 def lowered_step(cfg: Config, model: ModelConfig, backward: Backward, platform: str) -> Operations:
-    """The operations of a training step, its gradient and its update in one piece, as lowered for a platform.
+    """The operations of a training step, its gradient and its update in one piece, as lowered for a
+    platform.
 
     Args:
         cfg: gives the batch and the optimizer.
@@ -46,7 +47,9 @@ def lowered_step(cfg: Config, model: ModelConfig, backward: Backward, platform: 
     functions = steps.step_functions(model, optimizer, backward)
     number = jax.ShapeDtypeStruct((), "int32")
     with assumed_cudnn():
-        loss, g, norm = jax.eval_shape(functions.gradient, state.params, batch, key, number, state.params)
+        loss, g, norm = jax.eval_shape(
+            functions.gradient, state.params, batch, key, number, state.params
+        )
     calls: list[tuple[Any, tuple[Any, ...]]] = [
         (functions.gradient, (state.params, batch, key, number, g)),
         (functions.update, (state.params, state.opt_state, g, loss, norm, number)),
@@ -73,19 +76,26 @@ class Program(NamedTuple):
 
 
 def target(cfg: Config, platform: str) -> Topology:
-    """The devices that stand for a platform: an H100 or as many as the mesh has, one TPU v5e, or as many CPUs.
+    """The devices that stand for a platform: an H100 or as many as the mesh has, one TPU v5e, or as
+    many CPUs.
 
     Raises:
         ConfigError: there is no compiler for the platform.
 
     """
     if platform not in COMPILED_FOR:
-        raise ConfigError(f"hlo cannot compile for platform {platform}, only for " + ", ".join(COMPILED_FOR))
+        raise ConfigError(
+            f"hlo cannot compile for platform {platform}, only for " + ", ".join(COMPILED_FOR)
+        )
     count = math.prod(max(1, size) for size in cfg.mesh.shape)
-    return parse_topology(f"{COMPILED_FOR[platform]}:" + ("1x1" if platform == "tpu" else str(count)))
+    return parse_topology(
+        f"{COMPILED_FOR[platform]}:" + ("1x1" if platform == "tpu" else str(count))
+    )
 
 
-def compiled_step(cfg: Config, model: ModelConfig, backward: Backward, devices: list[Any]) -> list[Program]:
+def compiled_step(
+    cfg: Config, model: ModelConfig, backward: Backward, devices: list[Any]
+) -> list[Program]:
     """Compile a training step as training compiles it, for devices that need not be here.
 
     Args:
@@ -103,7 +113,8 @@ def compiled_step(cfg: Config, model: ModelConfig, backward: Backward, devices: 
     """
     optimizer = make_optimizer(cfg.optim, cfg.train.steps, model)
     shape = BatchShape(cfg.optim.accumulate, cfg.data.batch_size, cfg.data.seq_len)
-    alone = len(devices) == 1 and devices[0].platform == "cpu"  # JAX's default device, for which training has no mesh
+    # JAX's default device, for which training has no mesh
+    alone = len(devices) == 1 and devices[0].platform == "cpu"
     mesh = None if alone else mesh_of(Work(model, shape, cfg.mesh.shape), devices)
     with assumed_cudnn():
         arguments = steps.step_arguments(model, optimizer, shape, mesh)
@@ -117,7 +128,9 @@ def compiled_step(cfg: Config, model: ModelConfig, backward: Backward, devices: 
 
 
 def operations(module: Any) -> Operations:
-    """Count the operations that a StableHLO module runs; a function counts as often as it is called, a loop's body once."""
+    """Count the operations that a StableHLO module runs; a function counts as often as it is
+    called, a loop's body once.
+    """
     functions = {op.attributes["sym_name"].value: op for op in module.body.operations}
     known: dict[str, Operations] = {}
 
@@ -131,14 +144,18 @@ def operations(module: Any) -> Operations:
 
 
 def _walk(parent: Any, found: Operations, of_function: Any) -> None:
-    for op in (op for region in parent.regions for block in region.blocks for op in block.operations):
+    for op in (
+        op for region in parent.regions for block in region.blocks for op in block.operations
+    ):
         name = op.operation.name
         if name == "func.call":
             for total, more in zip(found, of_function(op.attributes["callee"].value), strict=True):
                 total.update(more)
         elif name.startswith("stablehlo.") and name != "stablehlo.return":
             name = (
-                op.attributes["call_target_name"].value if name == "stablehlo.custom_call" else name.removeprefix("stablehlo.")
+                op.attributes["call_target_name"].value
+                if name == "stablehlo.custom_call"
+                else name.removeprefix("stablehlo.")
             )
             found.times[name] += 1
             found.nbytes[name] += sum(_nbytes(result.type) for result in op.results)

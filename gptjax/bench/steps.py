@@ -41,8 +41,16 @@ def variants(model: ModelConfig, backward: Any) -> list[tuple[str, ModelConfig, 
         (f"{backward}, {layers}", {"layers": layers}, backward),
         (f"{other}, {model.layers}", {}, other),
         (f"{other}, {layers}", {"layers": layers}, other),
-        *((f"recompute {r}", {"recompute": r}, backward) for r in ("none", "gelu", "block") if r != model.recompute),
-        *((f"attention {a}", {"attention": a}, backward) for a in ATTENTION_IMPLEMENTATIONS if a != model.attention),
+        *(
+            (f"recompute {r}", {"recompute": r}, backward)
+            for r in ("none", "gelu", "block")
+            if r != model.recompute
+        ),
+        *(
+            (f"attention {a}", {"attention": a}, backward)
+            for a in ATTENTION_IMPLEMENTATIONS
+            if a != model.attention
+        ),
     ]
     for name, changed, way in others:
         found.append((name, dataclasses.replace(model, **changed), way))
@@ -50,7 +58,9 @@ def variants(model: ModelConfig, backward: Any) -> list[tuple[str, ModelConfig, 
 
 
 def step_contenders(cfg: Config, compare: bool) -> Iterator[Contender]:
-    """The configured training step, and with ``compare`` all its `variants`. Those of one layout share a state."""
+    """The configured training step, and with ``compare`` all its `variants`. Those of one layout
+    share a state.
+    """
     platform, seq_len = platform_name(), cfg.data.seq_len
     batch = jax.device_put(random_batch(cfg))
     key = jax.random.key(cfg.seed)
@@ -75,14 +85,17 @@ def step_contenders(cfg: Config, compare: bool) -> Iterator[Contender]:
         }
 
         def run(compiled: Any = compiled, layers: str = model.layers) -> None:
-            states[layers], buffers[layers], metrics = steps.run_step(compiled, states[layers], buffers[layers], batch, key, 1)
+            states[layers], buffers[layers], metrics = steps.run_step(
+                compiled, states[layers], buffers[layers], batch, key, 1
+            )
             jax.block_until_ready((states[layers], metrics))
 
         yield Contender(name, run, facts)
 
 
 def decode_contenders(cfg: Config) -> Iterator[Contender]:
-    """Decoding of `NEW_TOKENS` after `PROMPT_TOKENS`: greedy, with top-k and top-p, and greedy with 8-bit weights.
+    """Decoding of `NEW_TOKENS` after `PROMPT_TOKENS`: greedy, with top-k and top-p, and greedy with
+    8-bit weights.
 
     Raises:
         ConfigError: the model has too few positions for the tokens.
@@ -98,10 +111,21 @@ def decode_contenders(cfg: Config) -> Iterator[Contender]:
     weights = {int8: store_for_decoding(fresh, model, int8) for int8 in (False, True)}
     prompts = random_prompt(cfg).tolist()
     drawn = f"top {FILTERED.top_k}, top p {FILTERED.top_p}"
-    for name, int8, sampler in ("greedy", False, GREEDY), (drawn, False, FILTERED), ("greedy, int8", True, GREEDY):
+    for name, int8, sampler in (
+        ("greedy", False, GREEDY),
+        (drawn, False, FILTERED),
+        ("greedy, int8", True, GREEDY),
+    ):
 
         def run(params: Any = weights[int8], sampler: Sampler = sampler) -> None:
-            sample(params, prompts, jax.random.key(0), cfg=model, new_tokens=NEW_TOKENS, sampler=sampler)
+            sample(
+                params,
+                prompts,
+                jax.random.key(0),
+                cfg=model,
+                new_tokens=NEW_TOKENS,
+                sampler=sampler,
+            )
 
         began = time.perf_counter()
         run()
@@ -110,4 +134,6 @@ def decode_contenders(cfg: Config) -> Iterator[Contender]:
 
 def random_prompt(cfg: Config) -> np.ndarray:
     """(1, `PROMPT_TOKENS`) random ids."""
-    return np.random.default_rng(cfg.seed).integers(0, cfg.model.vocab_size, (1, PROMPT_TOKENS), np.int32)
+    return np.random.default_rng(cfg.seed).integers(
+        0, cfg.model.vocab_size, (1, PROMPT_TOKENS), np.int32
+    )

@@ -1,4 +1,6 @@
-"""Interleaved timing of contenders that do the same work, so that a noisy machine disturbs all alike."""
+"""Interleaved timing of contenders that do the same work, so that a noisy machine disturbs all
+alike.
+"""
 
 import statistics
 import time
@@ -15,7 +17,9 @@ class Contender(NamedTuple):
     run: Callable[[], Any]
     """Do the work once, and return when it is done."""
     facts: dict[str, Any]
-    """Its figures beside the time: ``compile_s``, ``temporary_bytes``, ``total_bytes``, where known."""
+    """Its figures beside the time: ``compile_s``, ``temporary_bytes``, ``total_bytes``, where
+    known.
+    """
 
 
 class Timing(NamedTuple):

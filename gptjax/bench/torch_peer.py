@@ -1,4 +1,6 @@
-"""Contenders of PyTorch: `transformers`' GPT-2 with scaled-dot-product attention and fused AdamW, eager and compiled."""
+"""Contenders of PyTorch: `transformers`' GPT-2 with scaled-dot-product attention and fused AdamW,
+eager and compiled.
+"""
 
 import copy
 import importlib
@@ -16,14 +18,17 @@ PRECISIONS = ("float32", "bfloat16")
 
 
 def load(cfg: Config) -> tuple[Any, Any, Any]:
-    """(the ``torch`` module, a fresh model in training mode, its device); the vocabulary is padded as ours is.
+    """(the ``torch`` module, a fresh model in training mode, its device); the vocabulary is padded
+    as ours is.
 
     Raises:
         ConfigError: a package is missing, or the model is no GPT-2.
 
     """
     if cfg.model.family != "gpt2":
-        raise ConfigError(f"peer torch is transformers' GPT-2, which model.family {cfg.model.family} cannot be compared with")
+        raise ConfigError(
+            f"peer torch is transformers' GPT-2, which model.family {cfg.model.family} cannot be compared with"
+        )
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         torch: Any = importlib.import_module("torch")
@@ -38,12 +43,15 @@ def load(cfg: Config) -> tuple[Any, Any, Any]:
     )  # fmt: skip
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(cfg.seed)
-    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, PyTorch at its best; no change on a CPU
+    # TF32 on a GPU, PyTorch at its best; no change on a CPU
+    torch.set_float32_matmul_precision("high")
     return torch, transformers.GPT2LMHeadModel(theirs).to(device), device
 
 
 def step_contenders(cfg: Config) -> Iterator[Contender]:
-    """Training steps of one model: eager and with ``torch.compile``, in float32 and under bfloat16 autocast."""
+    """Training steps of one model: eager and with ``torch.compile``, in float32 and under bfloat16
+    autocast.
+    """
     torch, model, device = load(cfg)
     model.train()
     optim = cfg.optim
@@ -66,7 +74,9 @@ def step_contenders(cfg: Config) -> Iterator[Contender]:
 
             def step(forward: Any = forward, precision: str = precision) -> None:
                 for ids, labels in zip(inputs, targets, strict=True):
-                    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+                    with torch.autocast(
+                        device.type, torch.bfloat16, enabled=precision == "bfloat16"
+                    ):
                         loss = forward(ids, labels) / len(inputs)
                     loss.backward()
                 if optim.grad_clip:
@@ -95,7 +105,9 @@ def decode_contenders(cfg: Config) -> Iterator[Contender]:
                 )  # fmt: skip
             _wait(torch, device)
             if made.shape[1] != prompt.shape[1] + NEW_TOKENS:
-                raise RuntimeError(f"transformers made {made.shape[1] - prompt.shape[1]} tokens, not {NEW_TOKENS}")
+                raise RuntimeError(
+                    f"transformers made {made.shape[1] - prompt.shape[1]} tokens, not {NEW_TOKENS}"
+                )
 
         yield Contender(f"transformers, {precision}", run, _compile_facts(run))
 

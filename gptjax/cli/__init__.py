@@ -23,13 +23,16 @@ BROKEN_PIPE = 141
 
 @contextlib.contextmanager
 def reported_errors(
-    prog: str, less: str = "lower data.batch_size", speaks: Callable[[str], bool] = lambda message: True
+    prog: str,
+    less: str = "lower data.batch_size",
+    speaks: Callable[[str], bool] = lambda message: True,
 ) -> Iterator[None]:
-    """Turn errors that a person can mend into one sentence on stderr and exit status 2, without a traceback.
+    """Turn errors that a person can mend into one sentence on stderr and exit status 2, without a
+    traceback.
 
-    SIGTERM ends the block as Ctrl-C does, so that what is half made is cleared away. ``less`` says how to take less memory; an
-    error is printed only if ``speaks`` says so of it, since another process may print the same.
-    """
+    SIGTERM ends the block as Ctrl-C does, so that what is half made is cleared away. ``less`` says
+    how to take less memory; an error is printed only if ``speaks`` says so of it, since another
+    process may print the same."""
 
     def fail(message: str) -> NoReturn:
         if speaks(message):
@@ -51,11 +54,18 @@ def reported_errors(
     except OSError as error:
         if error.filename is None and _is_in_removed_folder():
             fail("the current folder has been removed: change to one that is there")
-        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        if error.filename is None and error.errno not in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EFBIG,
+            errno.EIO,
+        ):
             raise
         if error.filename is None:
             drop_output()
-        fail(f"{error.filename or 'output'} cannot be used: {error.strerror}; free space or name another folder")
+        fail(
+            f"{error.filename or 'output'} cannot be used: {error.strerror}; free space or name another folder"
+        )
     except MemoryError:
         fail(f"out of memory: {less} or choose a smaller model")
     except jax.errors.JaxRuntimeError as error:
@@ -74,11 +84,13 @@ def _is_in_removed_folder() -> bool:
     return False
 
 
-GIVEN_UP = "Event loop is closed", "Encountered error while reading array"  # of what waits for writes, and for reads
+# Of what waits for writes, and for reads
+GIVEN_UP = "Event loop is closed", "Encountered error while reading array"
 
 
 def quiet_libraries() -> None:
-    """Keep Orbax's and TensorStore's tracebacks of what failed off the screen: commands report the failure themselves.
+    """Keep Orbax's and TensorStore's tracebacks of what failed off the screen: commands report the
+    failure themselves.
 
     Of a damaged checkpoint there is one for every array, of some kilobytes each.
     """
@@ -94,7 +106,9 @@ def quiet_libraries() -> None:
 
 
 def replace_unprintable() -> None:
-    """Let stdout show a placeholder for characters that its encoding lacks, instead of failing on them."""
+    """Let stdout show a placeholder for characters that its encoding lacks, instead of failing on
+    them.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
 
@@ -102,10 +116,9 @@ def replace_unprintable() -> None:
 def keep_freed_memory() -> None:
     """Tell glibc to reuse freed memory instead of returning it to the system; elsewhere do nothing.
 
-    A training step on CPU frees and allocates the same hundreds of megabytes each time; handing them back costs a page
-    fault for every 4 KiB: 93,000 of them in a gradient of 124M at B=4, T=64, none with these settings. Call before JAX
-    starts its threads.
-    """
+    A training step on CPU frees and allocates the same hundreds of megabytes each time; handing
+    them back costs a page fault for every 4 KiB: 93,000 of them in a gradient of 124M at B=4, T=64,
+    none with these settings. Call before JAX starts its threads."""
     M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
     with contextlib.suppress(OSError, AttributeError):
         libc: Any = ctypes.CDLL("libc.so.6")

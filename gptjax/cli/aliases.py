@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 SIMILAR = 0.6  # ratio of difflib from which on a name counts as mistyped
 
-# Our option -> its other names. Where a command has none of that name, the table's next one with the same alias counts.
+# Our option -> its other names. Where a command has none of that name, the table's next one with
+# the same alias counts.
 ALIASES = {
     "model.num_layers": "n_layer n_layers num_hidden_layers depth",
     "model.num_heads": "n_head n_heads num_attention_heads",
@@ -72,16 +73,23 @@ ADVICE = {
 
 
 def same_meaning(name: str, options: Sequence[str]) -> str | None:
-    """The option of ``options`` that has the last component of ``name``, or that other programs call so."""
+    """The option of ``options`` that has the last component of ``name``, or that other programs
+    call so.
+    """
     last = _last(name)
     for option in options:
         if _last(option) == last:
             return option
-    return next((ours for ours, others in ALIASES.items() if last in others.split() and ours in options), None)
+    return next(
+        (ours for ours, others in ALIASES.items() if last in others.split() and ours in options),
+        None,
+    )
 
 
 def nearest(name: str, options: Sequence[str]) -> str | None:
-    """The option that is spelled most like ``name``, whole or by its last component; None if none is like it."""
+    """The option that is spelled most like ``name``, whole or by its last component; None if none
+    is like it.
+    """
 
     def likeness(option: str) -> float:
         pairs = ((name, option), (_last(name), _last(option)))

@@ -1,4 +1,6 @@
-"""Options: a frozen dataclass of `gptjax.config`, read from a YAML file and the command line, and explained by ``--help``."""
+"""Options: a frozen dataclass of `gptjax.config`, read from a YAML file and the command line, and
+explained by ``--help``.
+"""
 
 import argparse
 import dataclasses
@@ -27,7 +29,8 @@ LARGEST_OF = {"seed": 2**32 - 1, "tokens": 2**53}
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
 LONGEST = 500  # characters of a message about options
 WIDTH, COLUMN = 100, 29  # of help, and of where its explanations begin
-FRAME = ("config", "help", "help_all", "print_config")  # what every command takes beside its options
+# What every command takes beside its options
+FRAME = ("config", "help", "help_all", "print_config")
 YAML = "gptjax yaml"  # a mode of jsonargparse
 jsonargparse.set_loader(YAML, yaml_files.load, (yaml.YAMLError,))
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -47,7 +50,9 @@ class Option(NamedTuple):
 
 
 def options_of(config_class: Any, section: str = "") -> Iterator[Option]:
-    """Every option of a dataclass: its own first, then those that it inherits, then those of its sections."""
+    """Every option of a dataclass: its own first, then those that it inherits, then those of its
+    sections.
+    """
     explanations = {
         param.arg_name: " ".join((param.description or "").split())
         for base in reversed(config_class.__mro__)
@@ -57,15 +62,22 @@ def options_of(config_class: Any, section: str = "") -> Iterator[Option]:
     bases = [base for base in config_class.__bases__ if dataclasses.is_dataclass(base)]
     inherited = {field.name for base in bases for field in dataclasses.fields(base)}
     fields = sorted(
-        dataclasses.fields(config_class), key=lambda field: (dataclasses.is_dataclass(field.type), field.name in inherited)
+        dataclasses.fields(config_class),
+        key=lambda field: (dataclasses.is_dataclass(field.type), field.name in inherited),
     )
     for field in fields:
         name = f"{section}{field.name}"
         if dataclasses.is_dataclass(field.type):
             yield from options_of(field.type, f"{name}.")
         else:
-            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-            yield Option(name, field.type, default, explanations.get(field.name, ""), field.metadata)
+            default = (
+                field.default
+                if field.default_factory is dataclasses.MISSING
+                else field.default_factory()
+            )
+            yield Option(
+                name, field.type, default, explanations.get(field.name, ""), field.metadata
+            )
 
 
 def covers(names: tuple[str, ...], option: str) -> bool:
@@ -79,18 +91,31 @@ class Parser(jsonargparse.ArgumentParser):
     def __init__(self, config_class: Any, prog: str, description: str) -> None:
         """A parser of ``config_class``.
 
-        The class may say in ``READS`` what its command reads, and in ``COMMON`` what ``--help`` explains; what it declares
-        itself is read and explained in any case.
-        """
+        The class may say in ``READS`` what its command reads, and in ``COMMON`` what ``--help``
+        explains; what it declares itself is read and explained in any case."""
         super().__init__(prog=prog, description=description, parser_mode=YAML)
         self.command = prog.rpartition(".")[2]
         self.options = {option.name: option for option in options_of(config_class)}
         own = tuple(config_class.__annotations__) if "READS" in vars(config_class) else ()
-        self.read = [name for name in self.options if covers((*getattr(config_class, "READS", self.options), *own), name)]
-        self.common = [name for name in self.read if covers((*getattr(config_class, "COMMON", self.read), *own), name)]
+        self.read = [
+            name
+            for name in self.options
+            if covers((*getattr(config_class, "READS", self.options), *own), name)
+        ]
+        self.common = [
+            name
+            for name in self.read
+            if covers((*getattr(config_class, "COMMON", self.read), *own), name)
+        ]
         self.shows_all = False
         self.add_argument("--config", action="config", help="YAML file with any of the options.")
-        self.add_argument("--help_all", action=_HelpAll, nargs=0, default=argparse.SUPPRESS, help="Explain every option.")
+        self.add_argument(
+            "--help_all",
+            action=_HelpAll,
+            nargs=0,
+            default=argparse.SUPPRESS,
+            help="Explain every option.",
+        )
         placed = [name for name, option in self.options.items() if option.metadata]
         self.add_class_arguments(config_class, fail_untyped=True, skip=set(placed))
         for name in placed:
@@ -106,10 +131,14 @@ class Parser(jsonargparse.ArgumentParser):
         if not is_positional and is_required:
             settings["required"] = True
         kind = get_args(option.type)[0] if get_origin(option.type) is list else option.type
-        self.add_argument(option.name if is_positional else f"--{option.name}", type=kind, **settings)
+        self.add_argument(
+            option.name if is_positional else f"--{option.name}", type=kind, **settings
+        )
 
     def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
-        """As jsonargparse's, whose other errors become sentences; numbers must be finite and of a sensible size."""
+        """As jsonargparse's, whose other errors become sentences; numbers must be finite and of a
+        sensible size.
+        """
         given = self._with_switches(sys.argv[1:] if args is None else args)
         self._check_names(given)
         try:
@@ -136,11 +165,15 @@ class Parser(jsonargparse.ArgumentParser):
             if not arg.startswith("--") or " " in name or name in self.read or name in FRAME:
                 continue
             if name in self.sections():
-                raise ConfigError(f"{name} is a section: give its options, as in --{name}.KEY VALUE, or --config FILE")
+                raise ConfigError(
+                    f"{name} is a section: give its options, as in --{name}.KEY VALUE, or --config FILE"
+                )
             raise ConfigError(self._unknown(name))
 
     def _unknown(self, name: str, others: Iterable[str] = ()) -> str:
-        """Why the command takes no such option, and what to give in its place: one that it reads, or one of ``others``."""
+        """Why the command takes no such option, and what to give in its place: one that it reads,
+        or one of ``others``.
+        """
         name = name[:LONGEST]
         same = same_meaning(name, self.read)
         meant = same or same_meaning(name, list(SHARED)) or name
@@ -152,7 +185,9 @@ class Parser(jsonargparse.ArgumentParser):
         if said := advice(name):
             return f"unknown option {name}: {said}"
         near = same or nearest(name, [*self.read, *self.sections(), *others])
-        return f"unknown option {name}" + (f": did you mean {near}?" if near else "; --help_all lists them all")
+        return f"unknown option {name}" + (
+            f": did you mean {near}?" if near else "; --help_all lists them all"
+        )
 
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
         """Read a config file: UTF-8, `yaml_files.LARGEST` bytes at most.
@@ -164,7 +199,9 @@ class Parser(jsonargparse.ArgumentParser):
         try:
             content = read_text(path, yaml_files.LARGEST)
         except UnicodeDecodeError as error:
-            raise ConfigError(f"config {path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+            raise ConfigError(
+                f"config {path} is not UTF-8 text: {error.reason} at byte {error.start}"
+            ) from error
         return self.parse_string(content, path, *args, **kwargs)
 
     def parse_string(self, content: str, path: Any = "", *args: Any, **kwargs: Any) -> Any:
@@ -173,7 +210,8 @@ class Parser(jsonargparse.ArgumentParser):
         The options of training may be in it, whichever command reads it: a file can serve them all.
 
         Raises:
-            ConfigError: it is not YAML, not options with their values, or has a section that is not one.
+            ConfigError: it is not YAML, not options with their values, or has a section that is not
+                one.
 
         """
         named = f"config {path}" if path else "config"
@@ -184,7 +222,9 @@ class Parser(jsonargparse.ArgumentParser):
             self.error(f"{named} cannot be read: {error}", error)
         top_level = {name.partition(".")[0] for name in self.options}
         if any(key not in top_level for key in values):
-            content = yaml.safe_dump({key: value for key, value in values.items() if key in top_level})
+            content = yaml.safe_dump(
+                {key: value for key, value in values.items() if key in top_level}
+            )
         return super().parse_string(content, path, *args, **kwargs)
 
     def sections(self) -> set[str]:
@@ -194,7 +234,9 @@ class Parser(jsonargparse.ArgumentParser):
     def _check_section(self, named: str, values: Any, section: str = "") -> None:
         """Raise a ConfigError unless the values are options, and sections hold options in turn."""
         if not isinstance(values, dict):
-            raise ConfigError(f"{named}{section and f': the section {section}'} must hold options, as in KEY: VALUE")
+            raise ConfigError(
+                f"{named}{section and f': the section {section}'} must hold options, as in KEY: VALUE"
+            )
         for key, value in values.items():
             if not isinstance(key, str):
                 raise ConfigError(f"{named}: the key {key!r} is not text")
@@ -205,7 +247,8 @@ class Parser(jsonargparse.ArgumentParser):
                 self._check_section(named, value, name)
             elif name not in self.options and not self._is_ignored(name):
                 raise ConfigError(self._unknown(name, SHARED))
-            if isinstance(value, str):  # which jsonargparse takes for YAML once more, unless the option is text
+            # Which jsonargparse takes for YAML once more, unless the option is text
+            if isinstance(value, str):
                 try:
                     yaml_files.load(value)
                 except yaml_files.AliasError:
@@ -215,13 +258,17 @@ class Parser(jsonargparse.ArgumentParser):
 
     def _is_ignored(self, name: str) -> bool:
         """Whether an option in a file is only there for other commands."""
-        return name in SHARED or (_command_of(name) is not None and same_meaning(name, list(self.options)) is None)
+        return name in SHARED or (
+            _command_of(name) is not None and same_meaning(name, list(self.options)) is None
+        )
 
     def format_help(self, formatter: Any = None) -> str:
         """A line or two for each option that the command reads: the common ones, or all."""
         shown = self.read if self.shows_all else self.common
         places = [_place(option) for option in self.options.values() if _is_positional(option)]
-        usage = " ".join([f"usage: {self.prog}", *places, "[--config FILE]", "[--OPTION VALUE ...]"])
+        usage = " ".join(
+            [f"usage: {self.prog}", *places, "[--config FILE]", "[--OPTION VALUE ...]"]
+        )
         parts = [usage, "", described(self.description or "")]
         section = None
         for name in shown:
@@ -231,10 +278,21 @@ class Parser(jsonargparse.ArgumentParser):
             section = above
             parts.append(_entry(self.options[name]))
         parts += ["", "every command:"]
-        parts.append(_columns("--config FILE", "Read options from a YAML file; those on the command line come after it."))
-        parts.append(_columns("--print_config", "Print every option with its value, as YAML, and end."))
+        parts.append(
+            _columns(
+                "--config FILE",
+                "Read options from a YAML file; those on the command line come after it.",
+            )
+        )
+        parts.append(
+            _columns("--print_config", "Print every option with its value, as YAML, and end.")
+        )
         more = len(self.read) - len(shown)
-        parts.append(_columns("--help_all", f"Explain {more} more options." if more else "Explain every option."))
+        parts.append(
+            _columns(
+                "--help_all", f"Explain {more} more options." if more else "Explain every option."
+            )
+        )
         return "\n".join(parts) + "\n"
 
     def _print_message(self, message: str, file: Any = None) -> None:
@@ -249,7 +307,9 @@ class Parser(jsonargparse.ArgumentParser):
     def _one_sentence(self, message: str) -> str:
         line = " ".join(message.split())
         line = re.sub(
-            r"^unrecognized arguments: (.*)", r"unexpected argument \1: options begin with --, as in --config FILE", line
+            r"^unrecognized arguments: (.*)",
+            r"unexpected argument \1: options begin with --, as in --config FILE",
+            line,
         )
         line = re.sub(r'^Parser key "([^"]+)": ?', r"\1: ", line)
         line = re.sub(r"<class '(\w+)'>", r"\1", line)
@@ -260,7 +320,9 @@ class Parser(jsonargparse.ArgumentParser):
 class _HelpAll(argparse.Action):
     """Print the help of every option, and end."""
 
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+    def __call__(
+        self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
+    ) -> None:
         parser.shows_all = True
         parser.print_help()
         parser.exit()
@@ -272,13 +334,23 @@ SHARED_SECTIONS = {name.partition(".")[0] for name in SHARED if "." in name}
 
 def _command_of(name: str) -> str | None:
     """The first command that has this option."""
-    return next((command for command, cls in COMMANDS.items() if any(name == option.name for option in options_of(cls))), None)
+    return next(
+        (
+            command
+            for command, cls in COMMANDS.items()
+            if any(name == option.name for option in options_of(cls))
+        ),
+        None,
+    )
 
 
 def described(text: str) -> str:
     """A docstring's paragraphs, filled to the width of help, without its markup."""
     paragraphs = textwrap.dedent(text).replace("``", "").replace("`", "").strip().split("\n\n")
-    return "\n\n".join(textwrap.fill(" ".join(paragraph.split()), WIDTH, break_on_hyphens=False) for paragraph in paragraphs)
+    return "\n\n".join(
+        textwrap.fill(" ".join(paragraph.split()), WIDTH, break_on_hyphens=False)
+        for paragraph in paragraphs
+    )
 
 
 def _entry(option: Option) -> str:
@@ -290,13 +362,19 @@ def _entry(option: Option) -> str:
     metavar = {bool: "", int: "N", float: "X"}.get(kind, "NAME" if choices else "TEXT")
     metavar += " ..." * (get_origin(kind) is list)
     notes = []
-    if not all(re.search(rf"(?<!\w){re.escape(choice)}(?!\w)", option.explanation) for choice in choices):
+    if not all(
+        re.search(rf"(?<!\w){re.escape(choice)}(?!\w)", option.explanation) for choice in choices
+    ):
         notes.append(f"one of {', '.join(choices)}")
     if option.default is dataclasses.MISSING:
         notes += [] if _is_positional(option) else ["required"]
     elif option.default is True:
         notes.append(f"on by default; --{option.name} false turns it off")
-    elif option.default not in (None, "", []) and kind is not bool and "by default" not in option.explanation.lower():
+    elif (
+        option.default not in (None, "", [])
+        and kind is not bool
+        and "by default" not in option.explanation.lower()
+    ):
         notes.append(f"default {_plain(option.default)}")
     note = f" ({'; '.join(notes)})" if notes else ""
     left = _place(option) if _is_positional(option) else f"--{option.name} {metavar}".rstrip()
@@ -322,19 +400,26 @@ def _place(option: Option) -> str:
 
 def _columns(left: str, right: str) -> str:
     return textwrap.fill(
-        right, WIDTH, initial_indent=f"  {left}  ".ljust(COLUMN), subsequent_indent=" " * COLUMN, break_on_hyphens=False
+        right,
+        WIDTH,
+        initial_indent=f"  {left}  ".ljust(COLUMN),
+        subsequent_indent=" " * COLUMN,
+        break_on_hyphens=False,
     )
 
 
-def parse(config_class: type[T], prog: str, description: str, argv: list[str] | None) -> tuple[T, Path | None]:
-    """Read ``--config FILE`` and any ``--section.key value`` into a frozen dataclass; later ones override earlier ones.
+def parse(
+    config_class: type[T], prog: str, description: str, argv: list[str] | None
+) -> tuple[T, Path | None]:
+    """Read ``--config FILE`` and any ``--section.key value`` into a frozen dataclass; later ones
+    override earlier ones.
 
     Returns:
         The configuration, and the last config file named, if any.
 
     Raises:
-        ConfigError: an option that is unknown, or that the command does not read, a wrong type, or a value that
-            ``config_class`` refuses.
+        ConfigError: an option that is unknown, or that the command does not read, a wrong type, or
+            a value that ``config_class`` refuses.
 
     """
     parser = Parser(config_class, prog, description)
@@ -352,9 +437,15 @@ def require_sensible(key: str, number: Any) -> None:
     """
     if not isinstance(number, int | float):
         return
-    most = LARGEST_FLOAT if isinstance(number, float) else LARGEST_OF.get(key.rpartition(".")[2], LARGEST)
+    most = (
+        LARGEST_FLOAT
+        if isinstance(number, float)
+        else LARGEST_OF.get(key.rpartition(".")[2], LARGEST)
+    )
     if not abs(number) <= most:  # which NaN is not either
         if isinstance(number, float):
-            raise ConfigError(f"{key} must be a finite number of at most {most:.3g}, not {number:g}")
+            raise ConfigError(
+                f"{key} must be a finite number of at most {most:.3g}, not {number:g}"
+            )
         shown = f"{number:,}" if abs(number) < 10**30 else "one of more than 30 digits"
         raise ConfigError(f"{key} must be a number of at most {most:,}, not {shown}")

@@ -29,23 +29,34 @@ def progress(what: str, total: int | None, done: int = 0) -> Iterator[Callable[[
         done: those done before.
 
     """
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bars:
         task = bars.add_task(what, total=total, completed=done)
         yield lambda count: bars.update(task, advance=count)
 
 
 @contextlib.contextmanager
 def counting(what: str, total: int) -> Iterator[Callable[[int, str], None]]:
-    """Show how many of ``total`` are done: call what this yields with those just done, and how it stands in a few words.
+    """Show how many of ``total`` are done: call what this yields with those just done, and how it
+    stands in a few words.
 
     Where stderr is no terminal, a line every `LINE_EVERY_S` seconds stands in for the bar.
     """
     columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}")
     times = TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    with Progress(*columns, *times, console=console, transient=True, disable=not console.is_terminal) as bars:
+    with Progress(
+        *columns, *times, console=console, transient=True, disable=not console.is_terminal
+    ) as bars:
         task = bars.add_task("", total=total)
         done, said = 0, time.monotonic()
 

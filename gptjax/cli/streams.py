@@ -11,7 +11,8 @@ from gptjax.files import read_stream
 
 @contextlib.contextmanager
 def whole_output() -> Iterator[None]:
-    """Write what is printed before the command ends, and let no file take the place of a standard stream.
+    """Write what is printed before the command ends, and let no file take the place of a standard
+    stream.
 
     A closed stdin is not read, and of a closed stderr nothing is seen.
 
@@ -22,7 +23,8 @@ def whole_output() -> Iterator[None]:
     for number in range(3):
         try:
             os.fstat(number)
-        except OSError:  # the next file opened would be taken for the stream by what writes to its number
+        # The next file opened would be taken for the stream by what writes to its number
+        except OSError:
             os.open(os.devnull, os.O_RDWR)
     if sys.stderr is None:
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115

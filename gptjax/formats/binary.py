@@ -1,4 +1,6 @@
-"""What llm.c's files share: a header of 256 little-endian int32, then numbers without gaps up to the end of the file."""
+"""What llm.c's files share: a header of 256 little-endian int32, then numbers without gaps up to
+the end of the file.
+"""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -30,7 +32,9 @@ def read_header(path: Path, kind: str) -> tuple[list[int], int]:
     except OSError as error:
         raise FormatError(f"{kind} {path} cannot be read: {error.strerror or error}") from error
     if len(start) < HEADER_BYTES:
-        raise FormatError(f"{kind} {path} is truncated: {size} bytes, but its header alone takes {HEADER_BYTES}")
+        raise FormatError(
+            f"{kind} {path} is truncated: {size} bytes, but its header alone takes {HEADER_BYTES}"
+        )
     return np.frombuffer(start, "<i4").tolist(), size
 
 
@@ -43,8 +47,11 @@ def check_size(path: Path, kind: str, size: int, expected: int, announced: str) 
         )
 
 
-def write_file(path: str | os.PathLike[str], header: Sequence[int], arrays: Iterable[np.ndarray]) -> None:
-    """Write header and arrays, one after the other, durably: either the whole file appears under its name, or nothing does.
+def write_file(
+    path: str | os.PathLike[str], header: Sequence[int], arrays: Iterable[np.ndarray]
+) -> None:
+    """Write header and arrays, one after the other, durably: either the whole file appears under
+    its name, or nothing does.
 
     Raises:
         OSError: it cannot be written; the message names the file.

@@ -14,7 +14,8 @@ def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The JSON object that a file holds.
 
     Raises:
-        FormatError: it cannot be read, is no regular file, is larger than `LARGEST`, or holds something else.
+        FormatError: it cannot be read, is no regular file, is larger than `LARGEST`, or holds
+            something else.
 
     """
     try:

@@ -32,7 +32,9 @@ def tensor_names(cfg: Architecture) -> Iterator[tuple[str, int | None, tuple[int
     """Name, layer (None outside the blocks) and shape, without pad rows, of each parameter."""
     for name, layered, weight, shape in rows(cfg):
         shape = unpadded_shape(weight, shape, cfg)
-        yield from ((name, layer, shape) for layer in (range(cfg.num_layers) if layered else [None]))
+        yield from (
+            (name, layer, shape) for layer in (range(cfg.num_layers) if layered else [None])
+        )
 
 
 def unpadded_shape(weight: Weight, shape: tuple[int, ...], cfg: Architecture) -> tuple[int, ...]:
@@ -41,7 +43,9 @@ def unpadded_shape(weight: Weight, shape: tuple[int, ...], cfg: Architecture) ->
 
 
 def collect(
-    cfg: Architecture, load: Callable[[str, int | None], np.ndarray], dtype_of: Callable[[str, int | None], np.dtype]
+    cfg: Architecture,
+    load: Callable[[str, int | None], np.ndarray],
+    dtype_of: Callable[[str, int | None], np.dtype],
 ) -> Any:
     """The family's parameters as `LazyTensor`s, unrolled.
 
@@ -64,7 +68,10 @@ def stack_lazily(params: Any) -> Any:
     """Turn unrolled `LazyTensor`s into stacked ones, (L, ...), which are read layer by layer."""
 
     def stacked(*layers: LazyTensor) -> LazyTensor:
-        shape, dtype = (len(layers), *layers[0].shape), np.result_type(*(layer.dtype for layer in layers))
+        shape, dtype = (
+            (len(layers), *layers[0].shape),
+            np.result_type(*(layer.dtype for layer in layers)),
+        )
 
         def load() -> np.ndarray:
             array = np.empty(shape, dtype)
@@ -93,7 +100,9 @@ def tensor_of(params: Any, name: str, layer: int | None, cfg: Architecture) -> n
         array = np.asarray(getattr(params.blocks, name)[layer])
     else:
         array = np.asarray(getattr(params.blocks[layer], name))
-    padded = layer is None and any(row[:2] == (name, False) and row[2].axes[0] == "Vp" for row in rows(cfg))
+    padded = layer is None and any(
+        row[:2] == (name, False) and row[2].axes[0] == "Vp" for row in rows(cfg)
+    )
     return array[: cfg.vocab_size] if padded else array
 
 

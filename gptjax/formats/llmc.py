@@ -1,6 +1,8 @@
-"""llm.c's model files (``gpt2_124M.bin``) and the gradients it tests itself against (``gpt2_124M_debug_state.bin``).
+"""llm.c's model files (``gpt2_124M.bin``) and the gradients it tests itself against
+(``gpt2_124M_debug_state.bin``).
 
-Both begin with 256 int32. A model's are ``[20240326, version, maxT, V, L, heads, C, Vp]``, and its versions:
+Both begin with 256 int32. A model's are ``[20240326, version, maxT, V, L, heads, C, Vp]``, and its
+versions:
 
 ==  =========================================  ===========================
 1   float32, vocabulary unpadded (no ``Vp``)   read
@@ -11,11 +13,10 @@ Both begin with 256 int32. A model's are ``[20240326, version, maxT, V, L, heads
 ==  =========================================  ===========================
 
 A debug state's are ``[20240327, version, B, T]``, version 1 for an unpadded and 2 for a padded
-vocabulary; then inputs and targets (B, T) int32, logits (B, T, V), the loss, and the gradients in the
-order of the model's tensors, float32. Tensors are in the order of `TABLES`, stacked over the layers;
-matrices are (out, in), the transpose of ours. The header has no family and no hidden width: the model is
-GPT-2, its MLP four times as wide as the channels.
-"""
+vocabulary; then inputs and targets (B, T) int32, logits (B, T, V), the loss, and the gradients in
+the order of the model's tensors, float32. Tensors are in the order of `TABLES`, stacked over the
+layers; matrices are (out, in), the transpose of ours. The header has no family and no hidden width:
+the model is GPT-2, its MLP four times as wide as the channels."""
 
 import math
 import os
@@ -31,7 +32,16 @@ from gptjax.errors import ConfigError, FormatError
 from gptjax.files import open_file
 from gptjax.formats.binary import HEADER_BYTES, check_size, read_header, write_file
 from gptjax.formats.lazy import pad_vocab
-from gptjax.formats.tables import FileTensor, Part, Table, each_layer, file_tensors, join, open_params, table_of
+from gptjax.formats.tables import (
+    FileTensor,
+    Part,
+    Table,
+    each_layer,
+    file_tensors,
+    join,
+    open_params,
+    table_of,
+)
 from gptjax.models.family import family_of
 from gptjax.models.params import rows
 
@@ -86,22 +96,31 @@ def read_model(path: str | os.PathLike[str]) -> tuple[Architecture, Any]:
     """The model, and its parameters as `LazyTensor`s.
 
     Raises:
-        FormatError: not such a file: wrong magic, version, a field out of range, or another size than they imply.
+        FormatError: not such a file: wrong magic, version, a field out of range, or another size
+            than they imply.
 
     """
     path = Path(path)
     header, size = read_header(path, MODEL)
     magic, version, max_seq_len, vocab_size, num_layers, num_heads, channels, padded = header[:8]
     if magic != MODEL_MAGIC:
-        raise FormatError(f"{path} is not an {MODEL}: it begins {magic} where {MODEL_MAGIC} is expected")
+        raise FormatError(
+            f"{path} is not an {MODEL}: it begins {magic} where {MODEL_MAGIC} is expected"
+        )
     if version == 2:
-        raise FormatError(f"{path} is an {MODEL} of version 2, whose layout changed over time: write it again as version 5")
+        raise FormatError(
+            f"{path} is an {MODEL} of version 2, whose layout changed over time: write it again as version 5"
+        )
     if version not in (1, 3, 4, 5):
-        raise FormatError(f"{path} is an {MODEL} of version {version}: versions 1, 3, 4 and 5 can be read")
+        raise FormatError(
+            f"{path} is an {MODEL} of version {version}: versions 1, 3, 4 and 5 can be read"
+        )
     padded = vocab_size if version == 1 else padded
     fields = (max_seq_len, vocab_size, num_layers, num_heads, channels)
     if not all(1 <= field <= LARGEST for field in (*fields, padded)) or padded < vocab_size:
-        raise FormatError(f"{path} is not an {MODEL}: its header holds the sizes {', '.join(map(str, (*fields, padded)))}")
+        raise FormatError(
+            f"{path} is not an {MODEL}: its header holds the sizes {', '.join(map(str, (*fields, padded)))}"
+        )
     try:
         cfg = Architecture(
             family="gpt2",
@@ -116,10 +135,20 @@ def read_model(path: str | os.PathLike[str]) -> tuple[Architecture, Any]:
     tensors = _tensors(cfg, padded)
 
     def dtype_of(tensor: FileTensor, layer: int | None = None) -> np.dtype:
-        return FLOAT32 if version in (1, 3) or (version == 4 and tensor.name.startswith("ln")) else BFLOAT16
+        return (
+            FLOAT32
+            if version in (1, 3) or (version == 4 and tensor.name.startswith("ln"))
+            else BFLOAT16
+        )
 
     sizes = [math.prod(_stacked(tensor, cfg)) * dtype_of(tensor).itemsize for tensor in tensors]
-    check_size(path, MODEL, size, HEADER_BYTES + sum(sizes), f"{num_layers} layers of {channels} channels in version {version}")
+    check_size(
+        path,
+        MODEL,
+        size,
+        HEADER_BYTES + sum(sizes),
+        f"{num_layers} layers of {channels} channels in version {version}",
+    )
     arrays: dict[str, np.ndarray] = {}
     offset = HEADER_BYTES
     for tensor, nbytes in zip(tensors, sizes, strict=True):
@@ -133,7 +162,9 @@ def read_model(path: str | os.PathLike[str]) -> tuple[Architecture, Any]:
     return cfg, open_params(tensors, cfg, read, dtype_of)
 
 
-def write_model(path: str | os.PathLike[str], params: Any, cfg: Architecture, version: int = 3) -> None:
+def write_model(
+    path: str | os.PathLike[str], params: Any, cfg: Architecture, version: int = 3
+) -> None:
     """Write a model as version 3 (float32) or 5 (bfloat16), tensor by tensor.
 
     Args:
@@ -150,7 +181,14 @@ def write_model(path: str | os.PathLike[str], params: Any, cfg: Architecture, ve
     """
     if version not in (3, 5):
         raise ValueError(f"version 3 or 5 can be written, not {version}")
-    sizes = cfg.max_seq_len, cfg.vocab_size, cfg.num_layers, cfg.num_heads, cfg.channels, cfg.padded_vocab_size
+    sizes = (
+        cfg.max_seq_len,
+        cfg.vocab_size,
+        cfg.num_layers,
+        cfg.num_heads,
+        cfg.channels,
+        cfg.padded_vocab_size,
+    )
     dtype = FLOAT32 if version == 3 else BFLOAT16
     tensors = _tensors(cfg, cfg.padded_vocab_size)
     if cfg.hidden != 4 * cfg.channels:
@@ -166,15 +204,20 @@ def read_debug_state(path: str | os.PathLike[str], cfg: Architecture) -> DebugSt
 
     Raises:
         ConfigError: the format holds no model of that family.
-        FormatError: not such a file: wrong magic, version or size, or a token id that the vocabulary lacks.
+        FormatError: not such a file: wrong magic, version or size, or a token id that the
+            vocabulary lacks.
 
     """
     path = Path(path)
     (magic, version, B, T, *_), size = read_header(path, STATE)
     if magic != STATE_MAGIC or version not in (1, 2):
-        raise FormatError(f"{path} is not an {STATE}: it begins {magic}, {version} where {STATE_MAGIC}, 1 or 2 is expected")
+        raise FormatError(
+            f"{path} is not an {STATE}: it begins {magic}, {version} where {STATE_MAGIC}, 1 or 2 is expected"
+        )
     if not (1 <= B <= LARGEST and 1 <= T <= cfg.max_seq_len):
-        raise FormatError(f"{path} announces {B} sequences of {T} tokens, but the model takes 1 to {cfg.max_seq_len} tokens")
+        raise FormatError(
+            f"{path} announces {B} sequences of {T} tokens, but the model takes 1 to {cfg.max_seq_len} tokens"
+        )
     tensors = _tensors(cfg, cfg.vocab_size if version == 1 else cfg.padded_vocab_size)
     shapes = [_stacked(tensor, cfg) for tensor in tensors]
     counts = [B * T, B * T, B * T * cfg.vocab_size, 1, *map(math.prod, shapes)]
@@ -197,7 +240,9 @@ def read_debug_state(path: str | os.PathLike[str], cfg: Architecture) -> DebugSt
     )
 
 
-def write_debug_state(path: str | os.PathLike[str], state: DebugState, cfg: Architecture, version: int = 2) -> None:
+def write_debug_state(
+    path: str | os.PathLike[str], state: DebugState, cfg: Architecture, version: int = 2
+) -> None:
     """Write a debug state; version 2 is what llm.c's C test reads.
 
     Raises:
@@ -222,7 +267,9 @@ def write_debug_state(path: str | os.PathLike[str], state: DebugState, cfg: Arch
 
 def _tensors(cfg: Architecture, vocab_rows: int) -> list[FileTensor]:
     """The file's tensors; its token embedding has so many rows."""
-    return file_tensors(table_of(TABLES, cfg, f"an {MODEL}"), cfg, transposed=True, vocab_rows=vocab_rows)
+    return file_tensors(
+        table_of(TABLES, cfg, f"an {MODEL}"), cfg, transposed=True, vocab_rows=vocab_rows
+    )
 
 
 def _stacked(tensor: FileTensor, cfg: Architecture) -> tuple[int, ...]:
@@ -243,7 +290,9 @@ def _grads(tensors: list[FileTensor], arrays: list[Any], cfg: Architecture) -> A
     return family.Params(**padded, blocks=blocks)
 
 
-def _arrays(tensors: list[FileTensor], params: Any, dtype: np.dtype, cfg: Architecture) -> Iterator[np.ndarray]:
+def _arrays(
+    tensors: list[FileTensor], params: Any, dtype: np.dtype, cfg: Architecture
+) -> Iterator[np.ndarray]:
     """Each tensor as the file has it, layer by layer where it has layers, then its pad rows."""
     for _, tensor, layer in each_layer(tensors, cfg):
         array = join(tensor, layer, params, cfg, dtype)

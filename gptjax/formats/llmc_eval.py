@@ -1,9 +1,9 @@
 """llm.c's evaluation files: multiple-choice questions as token ids, ``hellaswag_val.bin`` say.
 
-A header of 256 little-endian int32, ``[20240522, 1, number of examples, bytes of the longest, 0...]``, then uint16 alone: for
-each example 65535, its bytes (these five numbers included), its index, the right ending's, the number of endings, 4; then
-the context and each ending, as the number of its tokens and their ids. The ids are GPT-2's.
-"""
+A header of 256 little-endian int32, ``[20240522, 1, number of examples, bytes of the longest,
+0...]``, then uint16 alone: for each example 65535, its bytes (these five numbers included), its
+index, the right ending's, the number of endings, 4; then the context and each ending, as the number
+of its tokens and their ids. The ids are GPT-2's."""
 
 import os
 from pathlib import Path
@@ -24,7 +24,9 @@ LARGEST = 1 << 16  # examples: their index is a uint16
 
 
 class Question(NamedTuple):
-    """A context, `ENDINGS` ways to go on from it, and which of them is right: token ids, at least one in each."""
+    """A context, `ENDINGS` ways to go on from it, and which of them is right: token ids, at least
+    one in each.
+    """
 
     context: list[int]
     endings: list[list[int]]
@@ -42,15 +44,22 @@ def read_questions(path: str | os.PathLike[str]) -> list[Question]:
     """All examples of a file.
 
     Raises:
-        FormatError: not such a file: wrong magic or version, or an example that is not what its numbers say.
+        FormatError: not such a file: wrong magic or version, or an example that is not what its
+            numbers say.
 
     """
     path = Path(path)
     (magic, version, count, longest, *_), size = read_header(path, KIND)
     if magic != MAGIC or version != VERSION:
-        raise FormatError(f"{path} is not an {KIND}: it begins {magic}, {version} where {MAGIC}, {VERSION} is expected")
+        raise FormatError(
+            f"{path} is not an {KIND}: it begins {magic}, {version} where {MAGIC}, {VERSION} is expected"
+        )
     body = size - HEADER_BYTES
-    if not (1 <= count <= LARGEST and 0 < longest < LARGEST and 2 * SHORTEST * count <= body <= longest * count):
+    if not (
+        1 <= count <= LARGEST
+        and 0 < longest < LARGEST
+        and 2 * SHORTEST * count <= body <= longest * count
+    ):
         raise FormatError(
             f"{KIND} {path} is truncated or malformed: {count} examples of at most {longest} bytes do not fit its {size} bytes"
         )
@@ -68,7 +77,9 @@ def read_questions(path: str | os.PathLike[str]) -> list[Question]:
         questions.append(question)
         at += length
     if 2 * at != body:
-        raise FormatError(f"{KIND} {path} is malformed: its {count} examples end at byte {HEADER_BYTES + 2 * at} of {size}")
+        raise FormatError(
+            f"{KIND} {path} is malformed: its {count} examples end at byte {HEADER_BYTES + 2 * at} of {size}"
+        )
     return questions
 
 

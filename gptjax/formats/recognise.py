@@ -1,8 +1,8 @@
-"""What a file is, by its first bytes and its size: so that what is not read here is named, and not taken for something else.
+"""What a file is, by its first bytes and its size: so that what is not read here is named, and not
+taken for something else.
 
-Two or four bytes alone could also begin a file of token ids, so that where a format has more to tell, more is looked at.
-Nothing is unpickled.
-"""
+Two or four bytes alone could also begin a file of token ids, so that where a format has more to
+tell, more is looked at. Nothing is unpickled."""
 
 import io
 import itertools
@@ -41,7 +41,8 @@ TENSORFLOW_END = bytes.fromhex("57fb808b247547db")  # of the table that an .inde
 
 
 def recognise(path: Path) -> str | None:
-    """What the file is, with its article: ``a llama2.c model (version 0)``; None for text, and for what is not known.
+    """What the file is, with its article: ``a llama2.c model (version 0)``; None for text, and for
+    what is not known.
 
     Raises:
         OSError: it cannot be read.
@@ -68,7 +69,13 @@ def recognise(path: Path) -> str | None:
         return "a TensorFlow checkpoint"
     if start[8:10] == b'{"' and int.from_bytes(start[:8], "little") <= size - 8:
         return SAFETENSORS
-    by_content = _zip(path, start) or _gzip(start) or _llama2c(start, size) or _protobuf(start) or _pickle(start, end)
+    by_content = (
+        _zip(path, start)
+        or _gzip(start)
+        or _llama2c(start, size)
+        or _protobuf(start)
+        or _pickle(start, end)
+    )
     return by_content or _tokenizer(path)
 
 
@@ -82,7 +89,11 @@ def _zip(path: Path, start: bytes) -> str | None:
         names = []
     if any(name.endswith("/data.pkl") for name in names):
         return "a PyTorch checkpoint (a zip of pickles)"
-    return "a NumPy archive (.npz)" if names and all(name.endswith(".npy") for name in names) else "a zip archive"
+    return (
+        "a NumPy archive (.npz)"
+        if names and all(name.endswith(".npy") for name in names)
+        else "a zip archive"
+    )
 
 
 def _gzip(start: bytes) -> str | None:
@@ -103,7 +114,11 @@ def _llama2c(start: bytes, size: int) -> str | None:
     if magic == LLAMA2C_MAGIC and 1 <= version <= 99:
         return f"a llama2.c model (version {version})"
     dim, hidden, layers, heads, kv_heads, vocabulary, positions = struct.unpack_from("<7i", start)
-    if min(dim, hidden, layers, heads, kv_heads, positions, abs(vocabulary)) < 1 or dim % heads or heads % kv_heads:
+    if (
+        min(dim, hidden, layers, heads, kv_heads, positions, abs(vocabulary)) < 1
+        or dim % heads
+        or heads % kv_heads
+    ):
         return None
     head = dim // heads
     block = 2 * dim + 2 * dim * dim + 2 * dim * kv_heads * head + 3 * dim * hidden
@@ -113,7 +128,9 @@ def _llama2c(start: bytes, size: int) -> str | None:
 
 
 def _protobuf(start: bytes) -> str | None:
-    """SentencePiece's begins with two pieces, each a text and its score; ONNX's with a version, and who wrote it."""
+    """SentencePiece's begins with two pieces, each a text and its score; ONNX's with a version, and
+    who wrote it.
+    """
     piece = re.compile(rb"\n([\x07-\x7f])\n(.)", re.DOTALL)
     at = 0
     for _ in range(2):
@@ -142,7 +159,9 @@ def _pickle(start: bytes, end: bytes) -> str | None:
 
 
 def _tokenizer(path: Path) -> str | None:
-    """llama2.c's ``tokenizer.bin``: the longest token's length, then each one's score, length and bytes, up to the end."""
+    """llama2.c's ``tokenizer.bin``: the longest token's length, then each one's score, length and
+    bytes, up to the end.
+    """
     if not 16 <= path.stat().st_size <= LARGEST_VOCABULARY:
         return None
     with open_file(path) as file:
@@ -151,7 +170,11 @@ def _tokenizer(path: Path) -> str | None:
             if len(entry) < 8:
                 return None
             score, length = struct.unpack("<fI", entry)
-            if not math.isfinite(score) or not 1 <= length <= announced or len(file.read(length)) < length:
+            if (
+                not math.isfinite(score)
+                or not 1 <= length <= announced
+                or len(file.read(length)) < length
+            ):
                 return None
             longest = max(longest, length)
     return "a llama2.c tokenizer" if longest and longest == announced else None

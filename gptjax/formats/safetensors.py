@@ -1,9 +1,9 @@
-"""Safetensors, read by the library and written tensor by tensor, and models in it under our own names.
+"""Safetensors, read by the library and written tensor by tensor, and models in it under our own
+names.
 
-A file is a 64-bit length, a JSON header of that length with each tensor's dtype, shape and place, and
-the numbers (https://github.com/huggingface/safetensors). The library can only write a file whose
-tensors are all in memory.
-"""
+A file is a 64-bit length, a JSON header of that length with each tensor's dtype, shape and place,
+and the numbers (https://github.com/huggingface/safetensors). The library can only write a file
+whose tensors are all in memory."""
 
 import dataclasses
 import json
@@ -22,7 +22,15 @@ from gptjax.config import Architecture
 from gptjax.errors import ConfigError, FormatError
 from gptjax.files import check_file, open_file, write_whole
 from gptjax.formats.lazy import LazyTensor
-from gptjax.formats.tables import FileTensor, Part, Table, each_layer, file_contents, file_tensors, open_params
+from gptjax.formats.tables import (
+    FileTensor,
+    Part,
+    Table,
+    each_layer,
+    file_contents,
+    file_tensors,
+    open_params,
+)
 from gptjax.models.family import family_of
 from gptjax.models.params import rows
 
@@ -47,8 +55,14 @@ TABLES: dict[str, Table] = {
         "lnfb": "lnfb",
     }
 }
-REQUIRED = ("num_layers", "num_heads", "channels", "vocab_size", "max_seq_len")  # in the metadata of every model
-DTYPES = {"F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(jnp.bfloat16)}
+# In the metadata of every model
+REQUIRED = ("num_layers", "num_heads", "channels", "vocab_size", "max_seq_len")
+DTYPES = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(jnp.bfloat16),
+}
 
 
 @contextmanager
@@ -68,17 +82,24 @@ def opened(path: Path) -> Iterator[Any]:
 
 
 def check_tensor(path: Path, file: Any, name: str, shape: tuple[int, ...]) -> np.dtype:
-    """The dtype of a tensor; raises `FormatError` unless the file holds floating-point numbers so shaped under this name."""
+    """The dtype of a tensor; raises `FormatError` unless the file holds floating-point numbers so
+    shaped under this name.
+    """
     found = file.get_slice(name)
     if tuple(found.get_shape()) != shape:
-        raise FormatError(f"{path}: the tensor {name} has the shape {found.get_shape()}, but {list(shape)} is expected")
+        raise FormatError(
+            f"{path}: the tensor {name} has the shape {found.get_shape()}, but {list(shape)} is expected"
+        )
     if found.get_dtype() not in DTYPES:
-        raise FormatError(f"{path}: the tensor {name} holds {found.get_dtype()}, but one of {', '.join(DTYPES)} is expected")
+        raise FormatError(
+            f"{path}: the tensor {name} holds {found.get_dtype()}, but one of {', '.join(DTYPES)} is expected"
+        )
     return DTYPES[found.get_dtype()]
 
 
 def write(path: Path, tensors: Mapping[str, LazyTensor], metadata: dict[str, str]) -> None:
-    """Write tensors one by one, durably: either the whole file appears under its name, or nothing does.
+    """Write tensors one by one, durably: either the whole file appears under its name, or nothing
+    does.
 
     Args:
         path: the file.
@@ -91,7 +112,11 @@ def write(path: Path, tensors: Mapping[str, LazyTensor], metadata: dict[str, str
     end = 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.dtype.itemsize * math.prod(tensor.shape)
-        header[name] = {"dtype": labels[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        header[name] = {
+            "dtype": labels[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # so that the numbers are aligned
     with write_whole(path) as file:
@@ -104,7 +129,9 @@ def is_model(path: Path) -> bool:
     """Whether the file looks like safetensors: a length below 100 MB, and a JSON object."""
     with open_file(path) as file:
         start = file.read(9)
-    return len(start) == 9 and int.from_bytes(start[:8], "little") < 100_000_000 and start[8:] == b"{"
+    return (
+        len(start) == 9 and int.from_bytes(start[:8], "little") < 100_000_000 and start[8:] == b"{"
+    )
 
 
 def read_model(path: Path) -> tuple[Architecture, Any]:
@@ -119,12 +146,17 @@ def read_model(path: Path) -> tuple[Architecture, Any]:
         cfg = _architecture(path, file.metadata() or {})
         tensors = _tensors(cfg)
         check_names(path, set(file.keys()), (name for name, _, _ in each_layer(tensors, cfg)))
-        dtypes = {name: check_tensor(path, file, name, tensor.shape) for name, tensor, _ in each_layer(tensors, cfg)}
+        dtypes = {
+            name: check_tensor(path, file, name, tensor.shape)
+            for name, tensor, _ in each_layer(tensors, cfg)
+        }
 
     def read(tensor: FileTensor, layer: int | None, part: Part) -> np.ndarray:
         return read_slice(path, tensor.name.format(layer), part.place)
 
-    return cfg, open_params(tensors, cfg, read, lambda tensor, layer: dtypes[tensor.name.format(layer)])
+    return cfg, open_params(
+        tensors, cfg, read, lambda tensor, layer: dtypes[tensor.name.format(layer)]
+    )
 
 
 def read_slice(path: Path, name: str, index: tuple[slice, ...]) -> np.ndarray:
@@ -161,13 +193,20 @@ def _architecture(path: Path, metadata: dict[str, str]) -> Architecture:
 def _metadata(cfg: Architecture) -> dict[str, str]:
     """What `_architecture` reads: the required fields, and others that differ from their default."""
     default = Architecture(**{name: getattr(cfg, name) for name in REQUIRED})
-    names = [*REQUIRED, *(f.name for f in dataclasses.fields(Architecture) if f.name not in REQUIRED)]
-    chosen = [name for name in names if name in REQUIRED or getattr(cfg, name) != getattr(default, name)]
+    names = [
+        *REQUIRED,
+        *(f.name for f in dataclasses.fields(Architecture) if f.name not in REQUIRED),
+    ]
+    chosen = [
+        name for name in names if name in REQUIRED or getattr(cfg, name) != getattr(default, name)
+    ]
     return {"format": "gptjax", **{name: str(getattr(cfg, name)) for name in chosen}}
 
 
 def check_names(path: Path, found: set[str], expected: Iterable[str]) -> None:
-    """Raise `FormatError` unless exactly these tensors are there; stops at the first one that is missing."""
+    """Raise `FormatError` unless exactly these tensors are there; stops at the first one that is
+    missing.
+    """
     known = set()
     for name in expected:
         if name not in found:
@@ -176,7 +215,9 @@ def check_names(path: Path, found: set[str], expected: Iterable[str]) -> None:
     if found - known:
         odd = sorted(found - known)
         more = f" and {len(odd) - 5} more" if len(odd) > 5 else ""
-        raise FormatError(f"{path} holds tensors that this model does not have: {', '.join(odd[:5])}{more}")
+        raise FormatError(
+            f"{path} holds tensors that this model does not have: {', '.join(odd[:5])}{more}"
+        )
 
 
 def write_model(path: Path, params: Any, cfg: Architecture, dtype: np.dtype) -> None:

@@ -1,10 +1,9 @@
 """How the tensors of a file hold the parameters of a model.
 
-A format has one `Table` for each family: the file's names, and the parameters that each holds. Matrices
-in a file are (in, out) or (out, in), with the axes of heads merged. A tensor that holds several
-parameters, as GPT-2's ``c_attn`` holds queries, keys and values, has them side by side along their
-outputs. Everything else follows from the family's weight table.
-"""
+A format has one `Table` for each family: the file's names, and the parameters that each holds.
+Matrices in a file are (in, out) or (out, in), with the axes of heads merged. A tensor that holds
+several parameters, as GPT-2's ``c_attn`` holds queries, keys and values, has them side by side
+along their outputs. Everything else follows from the family's weight table."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -68,7 +67,9 @@ def table_of(tables: Mapping[str, Table], cfg: Architecture, kind: str) -> Table
 
     """
     if cfg.family not in tables:
-        raise ConfigError(f"{kind} holds a model of {' or '.join(tables)}, not of {cfg.family}: write safetensors instead")
+        raise ConfigError(
+            f"{kind} holds a model of {' or '.join(tables)}, not of {cfg.family}: write safetensors instead"
+        )
     return tables[cfg.family]
 
 
@@ -81,7 +82,8 @@ def file_tensors(
         table: the format's, for the model's family.
         cfg: the model.
         transposed: matrices are (out, in).
-        vocab_rows: rows of a table with one row for each id, padding included; by default there is no padding.
+        vocab_rows: rows of a table with one row for each id, padding included; by default there is
+            no padding.
 
     """
     found_as = {row[:2]: row for row in rows(cfg)}  # a name may be in the blocks and outside them
@@ -101,7 +103,9 @@ def file_tensors(
         sizes = [*flat[:-1], outputs]
         if first.axes[0] == "Vp" and vocab_rows:
             sizes[0] = vocab_rows
-        found.append(FileTensor(name, layered, tuple(sizes[::-1] if turned else sizes), tuple(parts)))
+        found.append(
+            FileTensor(name, layered, tuple(sizes[::-1] if turned else sizes), tuple(parts))
+        )
     return found
 
 
@@ -111,7 +115,9 @@ def merged(weight: Weight, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(axes) for axes in (shape[:inputs], shape[inputs:]) if axes)
 
 
-def each_layer(tensors: list[FileTensor], cfg: Architecture) -> Iterator[tuple[str, FileTensor, int | None]]:
+def each_layer(
+    tensors: list[FileTensor], cfg: Architecture
+) -> Iterator[tuple[str, FileTensor, int | None]]:
     """Name, tensor and layer (None outside the blocks) of all that a file holds, in order."""
     for tensor in tensors:
         for layer in range(cfg.num_layers) if tensor.layered else [None]:
@@ -133,16 +139,22 @@ def open_params(
         dtype_of: ``dtype_of(tensor, layer)`` is a tensor's dtype.
 
     """
-    places = {(part.param, tensor.layered): (tensor, part) for tensor in tensors for part in tensor.parts}
+    places = {
+        (part.param, tensor.layered): (tensor, part) for tensor in tensors for part in tensor.parts
+    }
 
     def load(name: str, layer: int | None) -> np.ndarray:
         tensor, part = places[name, layer is not None]
         return part.from_file(read(tensor, layer, part))
 
-    return collect(cfg, load, lambda name, layer: dtype_of(places[name, layer is not None][0], layer))
+    return collect(
+        cfg, load, lambda name, layer: dtype_of(places[name, layer is not None][0], layer)
+    )
 
 
-def file_contents(tensors: list[FileTensor], params: Any, cfg: Architecture, dtype: np.dtype) -> dict[str, LazyTensor]:
+def file_contents(
+    tensors: list[FileTensor], params: Any, cfg: Architecture, dtype: np.dtype
+) -> dict[str, LazyTensor]:
     """All tensors of a file by name, in order; each is made from its parameters when it is read.
 
     Args:
@@ -158,7 +170,9 @@ def file_contents(tensors: list[FileTensor], params: Any, cfg: Architecture, dty
     }
 
 
-def join(tensor: FileTensor, layer: int | None, params: Any, cfg: Architecture, dtype: np.dtype) -> np.ndarray:
+def join(
+    tensor: FileTensor, layer: int | None, params: Any, cfg: Architecture, dtype: np.dtype
+) -> np.ndarray:
     """One tensor of a file from its parameters, in ``dtype``, without pad rows."""
     arrays = (part.to_file(tensor_of(params, part.param, layer, cfg)) for part in tensor.parts)
     if len(tensor.parts) == 1:

@@ -1,4 +1,6 @@
-"""YAML as configurations are written: plain values in sections, without what lets a small file stand for a large one."""
+"""YAML as configurations are written: plain values in sections, without what lets a small file
+stand for a large one.
+"""
 
 import os
 from typing import Any
@@ -15,15 +17,17 @@ LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class AliasError(yaml.YAMLError):
-    """A value that is used again by an alias: ten lines can stand for 10^9 values, or for one without an end."""
+    """A value that is used again by an alias: ten lines can stand for 10^9 values, or for one
+    without an end.
+    """
 
 
 def load(text: str) -> Any:
     """The value of a document, by the rules of jsonargparse, for which ``1e-3`` is a number.
 
     Raises:
-        yaml.YAMLError: it is not YAML, has an alias (``*name``) or a key twice, is nested too deeply, or holds what no
-            value can be made of.
+        yaml.YAMLError: it is not YAML, has an alias (``*name``) or a key twice, is nested too
+            deeply, or holds what no value can be made of.
 
     """
     try:
@@ -66,7 +70,9 @@ def _check(root: yaml.Node | None) -> None:
             keys: set[str] = set()
             for key, value in node.value:
                 if isinstance(key, yaml.ScalarNode) and key.value in keys:
-                    raise yaml.YAMLError(f"{key.value} is given again on line {key.start_mark.line + 1}: leave one out")
+                    raise yaml.YAMLError(
+                        f"{key.value} is given again on line {key.start_mark.line + 1}: leave one out"
+                    )
                 keys.add(key.value if isinstance(key, yaml.ScalarNode) else "")
                 waiting += [(key, depth + 1), (value, depth + 1)]
         elif isinstance(node, yaml.SequenceNode):

@@ -1,9 +1,9 @@
 """Continue text: ``python -m gptjax.generate --checkpoint runs/124m --prompt "Once upon a time"``.
 
-The checkpoint is a run, a Hugging Face GPT-2 folder, an llm.c model ``.bin``, safetensors in our names, or ``hf:NAME`` on the
-hub. A single text is shown token by token, several of them once they are whole. Without a prompt the model begins by itself.
-A text that outgrows the model's context goes on from its newer part, at least half a context, which is read anew.
-"""
+The checkpoint is a run, a Hugging Face GPT-2 folder, an llm.c model ``.bin``, safetensors in our
+names, or ``hf:NAME`` on the hub. A single text is shown token by token, several of them once they
+are whole. Without a prompt the model begins by itself. A text that outgrows the model's context
+goes on from its newer part, at least half a context, which is read anew."""
 
 import contextlib
 import dataclasses
@@ -50,7 +50,9 @@ def main(argv: list[str] | None = None) -> int:
         args, _ = parse(GenerateConfig, PROG, __doc__ or "", argv)
         prompts = read_prompts(args)
         if args.num_samples * len(prompts) > MOST_SAMPLES:
-            raise ConfigError(f"num_samples {args.num_samples} is too many: at most {MOST_SAMPLES:,} can be made at once")
+            raise ConfigError(
+                f"num_samples {args.num_samples} is too many: at most {MOST_SAMPLES:,} can be made at once"
+            )
         cli.keep_freed_memory()
         keep_compiled_programs()
         cli.quiet_libraries()
@@ -73,9 +75,15 @@ def read_prompts(args: GenerateConfig) -> list[str]:
 
     """
     if sum([bool(args.prompt), args.prompts is not None, args.interactive]) > 1:
-        raise ConfigError("prompt, prompts and interactive each say what to continue: leave all but one out")
-    if args.interactive and (args.json or args.show_tokens or args.logprobs or args.num_samples > 1):
-        raise ConfigError("interactive shows one text as it comes: leave json, show_tokens, logprobs and num_samples out")
+        raise ConfigError(
+            "prompt, prompts and interactive each say what to continue: leave all but one out"
+        )
+    if args.interactive and (
+        args.json or args.show_tokens or args.logprobs or args.num_samples > 1
+    ):
+        raise ConfigError(
+            "interactive shows one text as it comes: leave json, show_tokens, logprobs and num_samples out"
+        )
     for text in [*args.prompt, *args.stop]:
         if not text.isprintable() and any("\ud800" <= c <= "\udfff" for c in text):
             raise DataError("prompt and stop must be UTF-8 text")
@@ -85,13 +93,18 @@ def read_prompts(args: GenerateConfig) -> list[str]:
         if args.prompts == "-":
             data = standard_input(MOST_BYTES)
         else:
-            with Path(args.prompts).open("rb") as file:  # also a named pipe: a shell makes one of <(command)
+            # Also a named pipe: a shell makes one of <(command)
+            with Path(args.prompts).open("rb") as file:
                 data = read_stream(file, f"prompts {args.prompts}", MOST_BYTES)
         text = io.StringIO(data.decode("utf-8-sig"), newline=None).read()
     except OSError as error:
-        raise DataError(f"prompts {args.prompts} cannot be read: {error.strerror or error}") from error
+        raise DataError(
+            f"prompts {args.prompts} cannot be read: {error.strerror or error}"
+        ) from error
     except UnicodeDecodeError as error:
-        raise DataError(f"prompts {args.prompts} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+        raise DataError(
+            f"prompts {args.prompts} is not UTF-8 text: {error.reason} at byte {error.start}"
+        ) from error
     if not text:
         raise DataError(f"prompts {args.prompts} holds no line")
     return text.removesuffix("\n").split("\n")
@@ -108,22 +121,31 @@ def load(args: GenerateConfig) -> Model:
     tokenizer = tokenizers.find(args.tokenizer) if args.tokenizer else source.tokenizer
     if not tokenizer:
         reason = f" ({source.note})" if source.note else ""
-        raise ConfigError(f"{args.checkpoint} comes without a tokenizer{reason}: name it, as in --tokenizer gpt2")
+        raise ConfigError(
+            f"{args.checkpoint} comes without a tokenizer{reason}: name it, as in --tokenizer gpt2"
+        )
     if tokenizer.vocab_size > source.cfg.vocab_size:
         raise ConfigError(
             f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, more than the {source.cfg.vocab_size} of "
             f"{args.checkpoint}: it was trained with another"
         )
-    wanted = dataclasses.replace(source.cfg, dtype=args.dtype, layers="unroll", attention="auto", dropout=0.0)
+    wanted = dataclasses.replace(
+        source.cfg, dtype=args.dtype, layers="unroll", attention="auto", dropout=0.0
+    )
     start_jax(wanted.dtype)
     cfg: ModelConfig = wanted.resolve(platform_name(), 1)
     params = load_params(source, cfg)
     end = None if args.ignore_end else tokenizer.end_of_text
-    return Model(store_for_decoding(params, cfg, args.int8), tokenizer, Rules(cfg, args.sampler, tokenizer.vocab_size, end))
+    return Model(
+        store_for_decoding(params, cfg, args.int8),
+        tokenizer,
+        Rules(cfg, args.sampler, tokenizer.vocab_size, end),
+    )
 
 
 def write(model: Model, prompts: list[str], args: GenerateConfig) -> None:
-    """Continue each prompt ``num_samples`` times, ``batch_size`` at a time, and print each batch once it is done.
+    """Continue each prompt ``num_samples`` times, ``batch_size`` at a time, and print each batch
+    once it is done.
 
     Raises:
         ConfigError: there would be more than `MOST_SAMPLES`.
@@ -145,7 +167,9 @@ def write(model: Model, prompts: list[str], args: GenerateConfig) -> None:
     for first in range(0, total, args.batch_size):
         numbers = range(first, min(first + args.batch_size, total))
         samples = [Sample(model.tokenizer, ids[i // args.num_samples], args.stop) for i in numbers]
-        for texts in continued(model.params, samples, model.rules, key, args.max_new_tokens, chunk, first):
+        for texts in continued(
+            model.params, samples, model.rules, key, args.max_new_tokens, chunk, first
+        ):
             if streaming:
                 show(texts[0])
         made += sum(len(sample.ids) for sample in samples)
@@ -159,7 +183,9 @@ def write(model: Model, prompts: list[str], args: GenerateConfig) -> None:
             show((prompt + sample.stream.text if plain else sample.listing(args.logprobs)) + "\n")
     if streaming:
         show("\n")
-    print(f"{made} tokens in {time.perf_counter() - began:.1f} s, compiling included", file=sys.stderr)
+    print(
+        f"{made} tokens in {time.perf_counter() - began:.1f} s, compiling included", file=sys.stderr
+    )
 
 
 def as_json(record: dict[str, Any]) -> str:
@@ -173,7 +199,9 @@ def as_json(record: dict[str, Any]) -> str:
 
 
 def converse(model: Model, args: GenerateConfig) -> None:
-    """Continue what is typed, with all that was said before in view. Ctrl-C ends an answer, Ctrl-D the session."""
+    """Continue what is typed, with all that was said before in view. Ctrl-C ends an answer, Ctrl-D
+    the session.
+    """
     with contextlib.suppress(ImportError):  # not on Windows
         import readline  # noqa: F401  # gives input() its history
     said: list[int] = []
@@ -198,16 +226,22 @@ def converse(model: Model, args: GenerateConfig) -> None:
         sample = Sample(model.tokenizer, said, args.stop)
         key = jax.random.fold_in(jax.random.key(args.seed), turn)
         with contextlib.suppress(KeyboardInterrupt):
-            for texts in continued(model.params, [sample], model.rules, key, args.max_new_tokens, 1):
+            for texts in continued(
+                model.params, [sample], model.rules, key, args.max_new_tokens, 1
+            ):
                 show(texts[0])
         said += sample.seen()
         show("\n")
 
 
 def show(text: str) -> None:
-    """Write text now; on a terminal, a placeholder for the control characters that a model may well produce."""
+    """Write text now; on a terminal, a placeholder for the control characters that a model may well
+    produce.
+    """
     if sys.stdout.isatty():
-        text = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+        text = "".join(
+            c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
+        )
     sys.stdout.write(text)
     sys.stdout.flush()
 

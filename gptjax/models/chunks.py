@@ -11,7 +11,9 @@ from gptjax.ops import target_weights
 from gptjax.parallel.sharding import num_shards, sum_to_param_layout
 
 
-def row_chunks(h: Float[Array, "B T C"], targets: Any, mask: Any, chunks: int, count: Any) -> list[tuple[Array, ...]]:
+def row_chunks(
+    h: Float[Array, "B T C"], targets: Any, mask: Any, chunks: int, count: Any
+) -> list[tuple[Array, ...]]:
     """(rows of h, targets, weights), flattened to (B T, ...) and cut into ``chunks``."""
     weights = target_weights(targets, mask, count)
     rows = h.reshape(-1, h.shape[-1]), targets.reshape(-1), weights.reshape(-1)
@@ -20,7 +22,10 @@ def row_chunks(h: Float[Array, "B T C"], targets: Any, mask: Any, chunks: int, c
     if n == 1:
         return [tuple(r[i : i + size] for r in rows) for i in range(0, targets.size, size)]
     shares = [_split_shares(r) for r in rows]
-    return [tuple(_merge_shares(r[:, i : i + size]) for r in shares) for i in range(0, targets.size // n, size)]
+    return [
+        tuple(_merge_shares(r[:, i : i + size]) for r in shares)
+        for i in range(0, targets.size // n, size)
+    ]
 
 
 def join_chunks(chunks: Sequence[Array], like: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
@@ -31,7 +36,9 @@ def join_chunks(chunks: Sequence[Array], like: Float[Array, "B T C"]) -> Float[A
 
 
 def sum_of_shares(f: Callable[..., Array], *rows: Array) -> Array:
-    """``f(*rows)``, a sum over rows, as one term a share, (n, ...): `total` sends only the sum over all chunks."""
+    """``f(*rows)``, a sum over rows, as one term a share, (n, ...): `total` sends only the sum over
+    all chunks.
+    """
     if _shares() == 1:
         return f(*rows)
     return jax.vmap(f)(*(_split_shares(r) for r in rows))

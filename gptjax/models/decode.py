@@ -1,8 +1,7 @@
 """Decoding with a cache of keys and values, over any family, through the same blocks that train.
 
-The sequences of a batch end in the same slot of the cache and begin where their length puts them: shorter ones are padded
-on the left, and position = slot - padding.
-"""
+The sequences of a batch end in the same slot of the cache and begin where their length puts them:
+shorter ones are padded on the left, and position = slot - padding."""
 
 from functools import partial
 from typing import Any
@@ -22,7 +21,8 @@ from gptjax.ops.quantized import OutIn, product, quantize
 
 @partial(jax.jit, static_argnames=("cfg", "int8"))
 def store_for_decoding(params: Any, cfg: ModelConfig, int8: bool = False) -> Any:
-    """The same parameters with every product's weights stored as decoding reads them fastest: (out, in).
+    """The same parameters with every product's weights stored as decoding reads them fastest: (out,
+    in).
 
     Args:
         params: in the layout of ``cfg.layers``, which stays.
@@ -43,14 +43,19 @@ def store_for_decoding(params: Any, cfg: ModelConfig, int8: bool = False) -> Any
 
     table = weight_table(cfg, layered=False)
     turn_block = partial(jax.tree.map, turn, table.blocks, is_leaf=is_weight)
-    blocks = turn_block(params.blocks) if is_stacked(params.blocks) else tuple(map(turn_block, params.blocks))
+    blocks = (
+        turn_block(params.blocks)
+        if is_stacked(params.blocks)
+        else tuple(map(turn_block, params.blocks))
+    )
     return params._replace(blocks=blocks, **{family_of(cfg).HEAD: store(head_of(params, cfg), 1)})
 
 
 def prefill(
     params: Any, tokens: Int[Array, "B P"], padding: Int[Array, " B"], slots: int, cfg: ModelConfig
 ) -> tuple[Float[Array, "B V"], Any]:
-    """Read the prompts: what comes next, and a cache of ``slots`` >= P slots, of which the first P are written.
+    """Read the prompts: what comes next, and a cache of ``slots`` >= P slots, of which the first P
+    are written.
 
     Args:
         params: parameters, or what `store_for_decoding` makes of them.
@@ -62,19 +67,29 @@ def prefill(
     """
     P = tokens.shape[1]
     slot = jnp.arange(P, dtype=jnp.int32)
-    visible = (slot[None, :] <= slot[:, None])[None] & (slot[None, None, :] >= padding[:, None, None])
-    visible |= jnp.eye(P, dtype=bool)[None]  # so that the padding, too, sees something, and is a number
+    visible = (slot[None, :] <= slot[:, None])[None] & (
+        slot[None, None, :] >= padding[:, None, None]
+    )
+    # So that the padding, too, sees something, and is a number
+    visible |= jnp.eye(P, dtype=bool)[None]
 
     def attend(past: None, q: Array, k: Array, v: Array) -> tuple[Array, LayerCache]:
         o, _ = materialised_fwd(q, k, v, visible=visible[:, None])
         empty = (0, 0), (0, 0), (0, slots - P), (0, 0)
         return o, LayerCache(*(jnp.pad(x.transpose(0, 2, 1, 3), empty) for x in (k, v)))
 
-    return _forward(params, tokens, jnp.maximum(slot[None] - padding[:, None], 0), None, attend, cfg)
+    return _forward(
+        params, tokens, jnp.maximum(slot[None] - padding[:, None], 0), None, attend, cfg
+    )
 
 
 def decode(
-    params: Any, token: Int[Array, " B"], padding: Int[Array, " B"], cache: Any, slot: Int[Array, ""], cfg: ModelConfig
+    params: Any,
+    token: Int[Array, " B"],
+    padding: Int[Array, " B"],
+    cache: Any,
+    slot: Int[Array, ""],
+    cfg: ModelConfig,
 ) -> tuple[Float[Array, "B V"], Any]:
     """Read one more token a row, in ``slot``: what comes next, and the cache that includes it."""
 
@@ -86,9 +101,16 @@ def decode(
 
 
 def _forward(
-    params: Any, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: Any, attend: Any, cfg: ModelConfig
+    params: Any,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    cache: Any,
+    attend: Any,
+    cfg: ModelConfig,
 ) -> tuple[Float[Array, "B V"], Any]:
-    """Logits after the last position, and each layer's cache as ``attend(past, q, k, v) -> (o, cache)`` leaves it."""
+    """Logits after the last position, and each layer's cache as ``attend(past, q, k, v) -> (o,
+    cache)`` leaves it.
+    """
     family = family_of(cfg)
     x = family.embed_fwd(params, tokens, positions, cfg)
 
@@ -99,5 +121,6 @@ def _forward(
 
     x, cache = over_layers(body, x, (params.blocks, cache), cfg)
     h, _ = family.norm_fwd(params, x[:, -1:])
-    logits = product(h[:, 0], head_of(params, cfg))  # the pad rows too: to leave them out copies the rest
+    # The pad rows too: to leave them out copies the rest
+    logits = product(h[:, 0], head_of(params, cfg))
     return logits[:, : cfg.vocab_size], cache

@@ -1,8 +1,9 @@
-"""The ops as the models' blocks call them: with the barriers that XLA needs, and on weights in any storage.
+"""The ops as the models' blocks call them: with the barriers that XLA needs, and on weights in any
+storage.
 
-Each is the op of `gptjax.ops` by the same name, computing the same numbers. Barriers decide what the backward stores and what
-it computes again. Nothing here knows of a mesh: `gptjax.models.transformer` lays out a block's weights and gradients.
-"""
+Each is the op of `gptjax.ops` by the same name, computing the same numbers. Barriers decide what
+the backward stores and what it computes again. Nothing here knows of a mesh:
+`gptjax.models.transformer` lays out a block's weights and gradients."""
 
 from typing import Any
 
@@ -30,17 +31,23 @@ __all__ = [
 
 def linear_fwd(x: Array, w: Any, b: Array | None = None) -> tuple[Array, Any]:
     """`ops.linear_fwd`; decoding brings weights that are stored in another way."""
-    return quantized_linear(x, w, b) if isinstance(w, OutIn | Quantized) else ops.linear_fwd(x, w, b)
+    return (
+        quantized_linear(x, w, b) if isinstance(w, OutIn | Quantized) else ops.linear_fwd(x, w, b)
+    )
 
 
 def linear_bwd(x: Array, w: Array, dy: Array) -> tuple[Array, Array, Array]:
-    """`ops.linear_bwd`; on CPU the weight's gradient comes before dx goes on, so that x and dy are freed."""
+    """`ops.linear_bwd`; on CPU the weight's gradient comes before dx goes on, so that x and dy are
+    freed.
+    """
     dx, dw, db = ops.linear_bwd(x, w, dy)
     return cpu_barrier((dw, db), dx), dw, db
 
 
 def layernorm_bwd(saved: Any, w: Array, dy: Array) -> tuple[Array, Array, Array]:
-    """`ops.layernorm_bwd`; the statistics wait for dy, else their broadcasts are computed in the forward and stored."""
+    """`ops.layernorm_bwd`; the statistics wait for dy, else their broadcasts are computed in the
+    forward and stored.
+    """
     saved = saved._replace(mean=barrier(dy, saved.mean), rstd=barrier(dy, saved.rstd))
     dx, dw, db = ops.layernorm_bwd(saved, w, dy)
     return cpu_barrier((dw, db), dx), dw, db
@@ -58,4 +65,8 @@ def gelu_again(dx: Array, x: Array) -> Array:
 
 def embedding_fwd(ids: Int[Array, "..."], table: Any) -> Float[Array, "..."]:
     """`ops.embedding_fwd`; decoding brings a table that is stored in another way."""
-    return table_rows(table, ids) if isinstance(table, OutIn | Quantized) else ops.embedding_fwd(ids, table)
+    return (
+        table_rows(table, ids)
+        if isinstance(table, OutIn | Quantized)
+        else ops.embedding_fwd(ids, table)
+    )

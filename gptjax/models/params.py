@@ -1,4 +1,6 @@
-"""Parameters as functions of a family's weight table: shapes, initial values, weight decay, counts, the layers' layout."""
+"""Parameters as functions of a family's weight table: shapes, initial values, weight decay, counts,
+the layers' layout.
+"""
 
 import math
 from typing import Any
@@ -38,7 +40,9 @@ def weight_table(cfg: Architecture, layered: bool = True) -> Any:
     table = family_of(cfg).weights(cfg)
     if not layered:
         return table
-    stacked = jax.tree.map(lambda w: w._replace(axes=("L", *w.axes)), table.blocks, is_leaf=is_weight)
+    stacked = jax.tree.map(
+        lambda w: w._replace(axes=("L", *w.axes)), table.blocks, is_leaf=is_weight
+    )
     return table._replace(blocks=stacked)
 
 
@@ -52,30 +56,42 @@ def param_axes(cfg: Any) -> Any:
 def param_shapes(cfg: Architecture, layered: bool = True) -> Any:
     """The shape of each tensor, as `weight_table`."""
     sizes = cfg.axis_sizes
-    return jax.tree.map(lambda w: tuple(sizes[axis] for axis in w.axes), weight_table(cfg, layered), is_leaf=is_weight)
+    return jax.tree.map(
+        lambda w: tuple(sizes[axis] for axis in w.axes),
+        weight_table(cfg, layered),
+        is_leaf=is_weight,
+    )
 
 
 def rows(cfg: Architecture) -> list[tuple[str, bool, Weight, tuple[int, ...]]]:
-    """(name, whether each layer has one, `Weight`, shape) of each tensor in order; a shape is one layer's."""
+    """(name, whether each layer has one, `Weight`, shape) of each tensor in order; a shape is one
+    layer's.
+    """
     table, shapes = weight_table(cfg, layered=False), param_shapes(cfg, layered=False)
     found = []
     for name, weight, shape in zip(table._fields, table, shapes, strict=True):
         if name == "blocks":
-            found += [(n, True, *row) for n, *row in zip(weight._fields, weight, shape, strict=True)]
+            found += [
+                (n, True, *row) for n, *row in zip(weight._fields, weight, shape, strict=True)
+            ]
         else:
             found.append((name, False, weight, shape))
     return found
 
 
 def init_params(key: Key[Array, ""], cfg: Any, dtype: Any = jnp.float32) -> Any:
-    """Initial parameters (Radford et al. 2019, section 2.3), in the layout that ``cfg.layers`` runs on.
+    """Initial parameters (Radford et al. 2019, section 2.3), in the layout that ``cfg.layers`` runs
+    on.
 
-    Weights and embeddings are N(0, 0.02^2), those of the projections into the residual stream divided by sqrt(2 L); biases
-    0; gains 1. The vocabulary's pad rows are 0. The values do not depend on the layout.
-    """
+    Weights and embeddings are N(0, 0.02^2), those of the projections into the residual stream
+    divided by sqrt(2 L); biases 0; gains 1. The vocabulary's pad rows are 0. The values do not
+    depend on the layout."""
     table: Any = weight_table(cfg)
     structure: Any = jax.tree.structure(table, is_leaf=is_weight)
-    weights, shapes = jax.tree.leaves(table, is_leaf=is_weight), structure.flatten_up_to(param_shapes(cfg))
+    weights, shapes = (
+        jax.tree.leaves(table, is_leaf=is_weight),
+        structure.flatten_up_to(param_shapes(cfg)),
+    )
 
     def draw(index: int, weight: Weight, shape: tuple[int, ...]) -> Array:
         if weight.init in ("zeros", "ones"):
@@ -84,20 +100,30 @@ def init_params(key: Key[Array, ""], cfg: Any, dtype: Any = jnp.float32) -> Any:
         x = std * normal(jax.random.fold_in(key, index), shape, dtype)
         return x.at[cfg.vocab_size :].set(0) if weight.axes[0] == "Vp" else x
 
-    params = structure.unflatten([draw(i, *row) for i, row in enumerate(zip(weights, shapes, strict=True))])
+    params = structure.unflatten(
+        [draw(i, *row) for i, row in enumerate(zip(weights, shapes, strict=True))]
+    )
     return params if cfg.layers == "scan" else unstack(params, cfg.num_layers)
 
 
 def decay_mask(params: Any, cfg: Architecture) -> Any:
-    """True for each tensor that weight decay applies to: matrices and tables, as in llm.c and nanoGPT."""
+    """True for each tensor that weight decay applies to: matrices and tables, as in llm.c and
+    nanoGPT.
+    """
     return per_tensor(lambda weight: weight.kind != "vector", params, cfg)
 
 
 def per_tensor(f: Any, params: Any, cfg: Architecture) -> Any:
-    """``f(weight)`` for each tensor, in the structure of ``params``, whatever the layout of their layers."""
+    """``f(weight)`` for each tensor, in the structure of ``params``, whatever the layout of their
+    layers.
+    """
     table = weight_table(cfg, layered=False)
     values = jax.tree.map(f, table, is_leaf=is_weight)
-    return values if is_stacked(params.blocks) else values._replace(blocks=(values.blocks,) * cfg.num_layers)
+    return (
+        values
+        if is_stacked(params.blocks)
+        else values._replace(blocks=(values.blocks,) * cfg.num_layers)
+    )
 
 
 def num_params(cfg: Architecture) -> int:
@@ -111,23 +137,31 @@ def num_params(cfg: Architecture) -> int:
 
 def num_padded_params(cfg: Architecture) -> int:
     """All parameters, the vocabulary's pad rows included."""
-    return sum(math.prod(shape) * (cfg.num_layers if layered else 1) for _, layered, _, shape in rows(cfg))
+    return sum(
+        math.prod(shape) * (cfg.num_layers if layered else 1) for _, layered, _, shape in rows(cfg)
+    )
 
 
 def num_block_params(cfg: Architecture) -> int:
     """Parameters that a token is multiplied with in all blocks: those of their matrices."""
     return cfg.num_layers * sum(
-        math.prod(shape) for _, layered, weight, shape in rows(cfg) if layered and weight.kind == "matrix"
+        math.prod(shape)
+        for _, layered, weight, shape in rows(cfg)
+        if layered and weight.kind == "matrix"
     )
 
 
 def num_matrix_params(cfg: Architecture) -> int:
-    """Parameters that a token is multiplied with: the blocks' matrices and the classifier, its padding included."""
+    """Parameters that a token is multiplied with: the blocks' matrices and the classifier, its
+    padding included.
+    """
     return num_block_params(cfg) + cfg.padded_vocab_size * cfg.channels
 
 
 def flops_per_token(cfg: Architecture, seq_len: int) -> int:
-    """FLOPs of forward and backward a token: 6 N + 12 L C T (llm.c's and PaLM's convention; N includes padding)."""
+    """FLOPs of forward and backward a token: 6 N + 12 L C T (llm.c's and PaLM's convention; N
+    includes padding).
+    """
     return 6 * num_padded_params(cfg) + 12 * cfg.num_layers * cfg.channels * seq_len
 
 
@@ -137,7 +171,9 @@ def head_of(params: Any, cfg: Architecture) -> Any:
 
 
 def tensor_at(path: Any) -> tuple[str, int | None]:
-    """(name, layer) of the tensor at a path of `jax.tree_util`; the layer is None outside the blocks and where stacked."""
+    """(name, layer) of the tensor at a path of `jax.tree_util`; the layer is None outside the
+    blocks and where stacked.
+    """
     names = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
     layers = [key.idx for key in path if isinstance(key, jax.tree_util.SequenceKey)]
     return names[-1], layers[-1] if layers else None
@@ -156,8 +192,12 @@ def stack(params: Any) -> Any:
 
 
 def unstack(params: Any, num_layers: int | None = None) -> Any:
-    """Blocks as a tuple of L: the layout for unrolled layers, where no gradient is copied into a stack."""
+    """Blocks as a tuple of L: the layout for unrolled layers, where no gradient is copied into a
+    stack.
+    """
     if not is_stacked(params.blocks):
         return params
     L = num_layers or len(jax.tree.leaves(params.blocks)[0])
-    return params._replace(blocks=tuple(jax.tree.map(lambda x, i=i: x[i], params.blocks) for i in range(L)))
+    return params._replace(
+        blocks=tuple(jax.tree.map(lambda x, i=i: x[i], params.blocks) for i in range(L))
+    )

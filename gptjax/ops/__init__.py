@@ -1,14 +1,16 @@
-"""The operations of the models, each a forward and, directly below it, the backward derived by hand.
+"""The operations of the models, each a forward and, directly below it, the backward derived by
+hand.
 
 Every op is a pair of pure functions::
 
     y, saved = op_fwd(x, *weights)
     dx, *dweights = op_bwd(saved, *weights, dy)
 
-``saved`` holds activations only, never weights, so that a scan over layers does not copy the weights.
-The gradient of the loss with respect to ``z`` is called ``dz`` and has the shape of ``z``; a weight's gradient is summed
-in float32 or wider (`gptjax.xla.products.accumulation_dtype`), as every sum is, whatever the compute dtype.
-No op carries a ``custom_vjp``: differentiating a forward with JAX gives an independent reference for its backward.
+``saved`` holds activations only, never weights, so that a scan over layers does not copy the
+weights. The gradient of the loss with respect to ``z`` is called ``dz`` and has the shape of ``z``;
+a weight's gradient is summed in float32 or wider (`gptjax.xla.products.accumulation_dtype`), as
+every sum is, whatever the compute dtype. No op carries a ``custom_vjp``: differentiating a forward
+with JAX gives an independent reference for its backward.
 
 The dimension legend, used in shapes everywhere (einsum letters are the lower case):
 

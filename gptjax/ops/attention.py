@@ -1,8 +1,8 @@
 """Causal multi-head attention: one interface, four implementations.
 
-``materialised`` stores the (T, S) probabilities; ``blockwise`` never does (memory linear in T); ``cudnn`` is NVIDIA's
-fused kernel, ``splash`` one for TPU. `attention_fwd` and `attention_bwd` choose among them by name.
-"""
+``materialised`` stores the (T, S) probabilities; ``blockwise`` never does (memory linear in T);
+``cudnn`` is NVIDIA's fused kernel, ``splash`` one for TPU. `attention_fwd` and `attention_bwd`
+choose among them by name."""
 
 import math
 from functools import partial
@@ -24,13 +24,18 @@ ATTENTION_IMPLEMENTATIONS = ("materialised", "blockwise", "cudnn", "splash")
 
 @partial(jax.jit, static_argnames=("implementation", "rate"))
 def attention_fwd(
-    implementation: str, q: Heads, k: Heads, v: Heads, rate: float = 0.0, key: Key[Array, ""] | None = None
+    implementation: str,
+    q: Heads,
+    k: Heads,
+    v: Heads,
+    rate: float = 0.0,
+    key: Key[Array, ""] | None = None,
 ) -> tuple[Heads, Any]:
     """Each position attends to itself and those before it; see `materialised_fwd` for the equation.
 
     Args:
-        implementation: one of `ATTENTION_IMPLEMENTATIONS`. All compute the same function, up to rounding and, with
-            dropout, up to which probabilities are dropped.
+        implementation: one of `ATTENTION_IMPLEMENTATIONS`. All compute the same function, up to
+            rounding and, with dropout, up to which probabilities are dropped.
         q: queries (B, T, H, D).
         k: keys (B, T, H, D).
         v: values (B, T, H, D).
@@ -51,14 +56,23 @@ def attention_fwd(
                 message = "attention has no dropout: use attention materialised or blockwise, or dropout 0"
                 raise ValueError(f"{implementation} {message}")
             return cudnn_fwd(q, k, v) if implementation == "cudnn" else splash_fwd(q, k, v)
-    raise ValueError(f"attention must be one of {', '.join(ATTENTION_IMPLEMENTATIONS)}, not {implementation}")
+    raise ValueError(
+        f"attention must be one of {', '.join(ATTENTION_IMPLEMENTATIONS)}, not {implementation}"
+    )
 
 
 @partial(jax.jit, static_argnames=("implementation", "rate"))
 def attention(
-    implementation: str, q: Heads, k: Heads, v: Heads, rate: float = 0.0, key: Key[Array, ""] | None = None
+    implementation: str,
+    q: Heads,
+    k: Heads,
+    v: Heads,
+    rate: float = 0.0,
+    key: Key[Array, ""] | None = None,
 ) -> tuple[Heads, None]:
-    """`attention_fwd` with nothing saved, for JAX to differentiate: a kernel then brings its own rule."""
+    """`attention_fwd` with nothing saved, for JAX to differentiate: a kernel then brings its own
+    rule.
+    """
     kernels = {"cudnn": _cudnn, "splash": splash}
     if implementation in kernels and not (rate and key is not None):
         return kernels[implementation](q, k, v), None
@@ -66,7 +80,9 @@ def attention(
 
 
 @partial(jax.jit, static_argnames=("implementation", "rate"))
-def attention_bwd(implementation: str, saved: Any, do: Heads, rate: float = 0.0) -> tuple[Heads, Heads, Heads]:
+def attention_bwd(
+    implementation: str, saved: Any, do: Heads, rate: float = 0.0
+) -> tuple[Heads, Heads, Heads]:
     """(dq, dk, dv) of `attention_fwd`; ``do`` is the gradient of its output."""
     match implementation:
         case "materialised":
@@ -95,9 +111,11 @@ def materialised_fwd(
     key: Key[Array, ""] | None = None,
     visible: Bool[Array, "*any T S"] | None = None,
 ) -> tuple[Heads, MaterialisedSaved]:
-    """``o = dropout(p) v`` with ``p = softmax(s)`` over the keys, ``s = q k^T / sqrt(D)`` where ``visible``, else -inf.
+    """``o = dropout(p) v`` with ``p = softmax(s)`` over the keys, ``s = q k^T / sqrt(D)`` where
+    ``visible``, else -inf.
 
-    ``visible`` defaults to the causal triangle; decoding, whose keys come from a cache, passes its own.
+    ``visible`` defaults to the causal triangle; decoding, whose keys come from a cache, passes its
+    own.
 
     Derivation of the backward, with r = dropout(p):
 
@@ -118,7 +136,9 @@ def materialised_fwd(
     return contract("bhts,bshd->bthd", r, v), MaterialisedSaved(q, k, v, p, keep)
 
 
-def materialised_bwd(saved: MaterialisedSaved, do: Heads, rate: float = 0.0) -> tuple[Heads, Heads, Heads]:
+def materialised_bwd(
+    saved: MaterialisedSaved, do: Heads, rate: float = 0.0
+) -> tuple[Heads, Heads, Heads]:
     """(dq, dk, dv) of `materialised_fwd`."""
     q, k, v, p, keep = saved
     acc = accumulation_dtype(q)
@@ -135,10 +155,11 @@ def materialised_bwd(saved: MaterialisedSaved, do: Heads, rate: float = 0.0) -> 
 
 
 def cudnn_fwd(q: Heads, k: Heads, v: Heads) -> tuple[Heads, Any]:
-    """`materialised_fwd` by cuDNN's flash-attention kernel. Saved: JAX's handle on the kernel's own backward.
+    """`materialised_fwd` by cuDNN's flash-attention kernel. Saved: JAX's handle on the kernel's own
+    backward.
 
-    Needs a CUDA GPU of compute capability 8.0 or later, a 16-bit dtype, and D a multiple of 8 and at most 128.
-    """
+    Needs a CUDA GPU of compute capability 8.0 or later, a 16-bit dtype, and D a multiple of 8 and
+    at most 128."""
     return jax.vjp(_cudnn, q, k, v)
 
 

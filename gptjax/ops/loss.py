@@ -18,11 +18,12 @@ def target_weights(
     mask: Float[Array, "B T"] | None = None,
     count: Float[Array, ""] | None = None,
 ) -> Float[Array, "B T"]:
-    """The weight of each target in the mean loss: its mask (1 without one; 0 at `IGNORE_INDEX`) over ``count``.
+    """The weight of each target in the mean loss: its mask (1 without one; 0 at `IGNORE_INDEX`)
+    over ``count``.
 
-    ``count`` defaults to the sum of the masks. A caller that splits a batch passes the whole batch's, so that the
-    pieces' losses add up to the batch's. Where nothing counts, all weights are 0 and so is the loss.
-    """
+    ``count`` defaults to the sum of the masks. A caller that splits a batch passes the whole
+    batch's, so that the pieces' losses add up to the batch's. Where nothing counts, all weights are
+    0 and so is the loss."""
     weights = jnp.ones(targets.shape) if mask is None else mask
     weights = jnp.where(targets == IGNORE_INDEX, jnp.zeros((), weights.dtype), weights)
     total = weights.sum() if count is None else count.astype(weights.dtype)
@@ -41,12 +42,17 @@ class CrossEntropySaved(NamedTuple):
 
 @partial(jax.jit, static_argnames="vocab_size")
 def cross_entropy_fwd(
-    logits: Float[Array, "N Vp"], targets: Int[Array, " N"], weights: Float[Array, " N"], vocab_size: int
+    logits: Float[Array, "N Vp"],
+    targets: Int[Array, " N"],
+    weights: Float[Array, " N"],
+    vocab_size: int,
 ) -> tuple[Float[Array, ""], CrossEntropySaved]:
-    """``loss = -sum_n weights_n log p[n, targets_n]``, p the softmax of the logits below ``vocab_size``; the rest is padding.
+    """``loss = -sum_n weights_n log p[n, targets_n]``, p the softmax of the logits below
+    ``vocab_size``; the rest is padding.
 
-    With lse = log sum_{v != t} exp(logits_v), the other tokens' share, -log p_t = log(1 + exp(lse - logits_t)): the softplus
-    of a difference, which stays accurate where p_t is nearly 1. There log p_t and p_t - 1 would cancel.
+    With lse = log sum_{v != t} exp(logits_v), the other tokens' share, -log p_t = log(1 + exp(lse -
+    logits_t)): the softplus of a difference, which stays accurate where p_t is nearly 1. There log
+    p_t and p_t - 1 would cancel.
 
     Derivation of the backward: softplus' = sigmoid, so with q = sigmoid(lse - logits_t) = 1 - p_t
 
@@ -57,7 +63,8 @@ def cross_entropy_fwd(
     x = _exclude_padding(logits.astype(accumulation_dtype(logits)), vocab_size)
     others = jnp.where(_is_target(x, targets), -jnp.inf, x)
     least = jnp.finfo(x.dtype)  # for a vocabulary of one, where there are no others
-    peak = lax.stop_gradient(jnp.maximum(others.max(-1), least.min))  # the shift cancels, so no gradient flows through it
+    # The shift cancels, so no gradient flows through it
+    peak = lax.stop_gradient(jnp.maximum(others.max(-1), least.min))
     lse = peak + jnp.log(jnp.maximum(jnp.exp(others - peak[:, None]).sum(-1), least.tiny))
     odds = lse - jnp.take_along_axis(x, jnp.maximum(targets, 0)[:, None], axis=1)[:, 0]
     weights = weights.astype(x.dtype)
@@ -66,7 +73,9 @@ def cross_entropy_fwd(
 
 
 @partial(jax.jit, static_argnames="vocab_size")
-def cross_entropy_bwd(saved: CrossEntropySaved, vocab_size: int, dloss: Float[Array, ""] | float = 1.0) -> Float[Array, "N Vp"]:
+def cross_entropy_bwd(
+    saved: CrossEntropySaved, vocab_size: int, dloss: Float[Array, ""] | float = 1.0
+) -> Float[Array, "N Vp"]:
     """``dlogits`` of `cross_entropy_fwd`."""
     logits, lse, q, targets, weights = saved
     x = _exclude_padding(logits.astype(lse.dtype), vocab_size)

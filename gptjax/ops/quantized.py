@@ -1,7 +1,7 @@
 """Linear layers whose weights are stored for decoding: (out, in), in a compute dtype or in 8 bits.
 
-A token's products read every weight once and use it once, so they take as long as reading the bytes.
-"""
+A token's products read every weight once and use it once, so they take as long as reading the
+bytes."""
 
 import math
 from typing import Any, NamedTuple
@@ -22,14 +22,17 @@ class OutIn(NamedTuple):
 
 
 class Quantized(NamedTuple):
-    """``w[o, i] = q[o, i] scale[o]``: 8 bits a weight, and one scale an output (absmax quantization, Dettmers et al. 2022)."""
+    """``w[o, i] = q[o, i] scale[o]``: 8 bits a weight, and one scale an output (absmax
+    quantization, Dettmers et al. 2022).
+    """
 
     q: Int8[Array, "..."]
     scale: Float[Array, "..."]
 
 
 def quantize(w: Float[Array, "..."], inputs: int = 1) -> Quantized:
-    """The nearest multiples of each row's largest magnitude / 127: no weight moves by more than half of that.
+    """The nearest multiples of each row's largest magnitude / 127: no weight moves by more than
+    half of that.
 
     Args:
         w: output axes first.
@@ -39,7 +42,9 @@ def quantize(w: Float[Array, "..."], inputs: int = 1) -> Quantized:
     w = w.astype(jnp.float32)
     largest = jnp.abs(w).max(tuple(range(-inputs, 0)))
     scale = jnp.where(largest == 0, 1, largest) / LARGEST
-    return Quantized(jnp.round(w / jnp.expand_dims(scale, tuple(range(-inputs, 0)))).astype(jnp.int8), scale)
+    return Quantized(
+        jnp.round(w / jnp.expand_dims(scale, tuple(range(-inputs, 0)))).astype(jnp.int8), scale
+    )
 
 
 def table_rows(table: Any, ids: Int[Array, "*B"]) -> Float[Array, "*B C"]:
@@ -60,25 +65,33 @@ def quantized_linear(
 
 
 def product(x: Float[Array, "M I"], w: Any) -> Float[Array, "M O"]:
-    """``x w^T`` in x's dtype, of `OutIn` or `Quantized` weights, or of an array (out, in); several axes count as one."""
+    """``x w^T`` in x's dtype, of `OutIn` or `Quantized` weights, or of an array (out, in); several
+    axes count as one.
+    """
     if isinstance(w, Quantized):
         flat = Quantized(w.q.reshape(-1, x.shape[1]), w.scale.reshape(-1))
         return lax.platform_dependent(x, flat, cpu=_integer_product, default=_dequantized_product)
     w = (w.w if isinstance(w, OutIn) else w).reshape(-1, x.shape[1])
     # Weights first: XLA's CPU compiler then reads them as they lie.
-    return jnp.einsum("oi,mi->om", w.astype(x.dtype), x, preferred_element_type=accumulation_dtype(x)).astype(x.dtype).T
+    return (
+        jnp.einsum("oi,mi->om", w.astype(x.dtype), x, preferred_element_type=accumulation_dtype(x))
+        .astype(x.dtype)
+        .T
+    )
 
 
 def _dequantized_product(x: Float[Array, "M I"], w: Quantized) -> Float[Array, "M O"]:
-    y = jnp.einsum("mi,oi->mo", x, w.q.astype(x.dtype), preferred_element_type=accumulation_dtype(x))
+    y = jnp.einsum(
+        "mi,oi->mo", x, w.q.astype(x.dtype), preferred_element_type=accumulation_dtype(x)
+    )
     return (y * w.scale[None].astype(y.dtype)).astype(x.dtype)
 
 
 def _integer_product(x: Float[Array, "M I"], w: Quantized) -> Float[Array, "M O"]:
     """The same by integers, for which XLA's CPU compiler has kernels, but from two rows on only.
 
-    So each row of x becomes two of 8 bits, what is nearest and what is left: 15 bits, which add next to nothing to the error.
-    """
+    So each row of x becomes two of 8 bits, what is nearest and what is left: 15 bits, which add
+    next to nothing to the error."""
     finest = 2 * LARGEST  # steps of the second row in one of the first
     rows = x.astype(jnp.float32)
     largest = jnp.abs(rows).max(-1, keepdims=True)

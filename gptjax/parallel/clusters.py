@@ -1,4 +1,6 @@
-"""Clusters that JAX does not see although this process was started as one of many: they would train as many models."""
+"""Clusters that JAX does not see although this process was started as one of many: they would train
+as many models.
+"""
 
 import contextlib
 import warnings
@@ -6,8 +8,8 @@ from collections.abc import Iterator, Mapping
 
 from gptjax.errors import ConfigError
 
-# What starts processes, with the variables in which it tells each how many there are and which one it is. Slurm's batch script,
-# which is one process whatever the job has, is told of no step.
+# What starts processes, with the variables in which it tells each how many there are and which one
+# it is. Slurm's batch script, which is one process whatever the job has, is told of no step.
 LAUNCHERS = {
     "Open MPI": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
     "an MPI like MPICH": ("PMI_SIZE", "PMI_RANK"),
@@ -16,7 +18,8 @@ LAUNCHERS = {
 
 
 def is_alone(env: Mapping[str, str]) -> bool:
-    """Whether this is the one process of a Slurm step, a shell in an allocation say; JAX would wait for the whole job's.
+    """Whether this is the one process of a Slurm step, a shell in an allocation say; JAX would wait
+    for the whole job's.
 
     Args:
         env: the environment's variables.
@@ -51,7 +54,9 @@ def require_none(env: Mapping[str, str]) -> None:
 
 @contextlib.contextmanager
 def without_advice() -> Iterator[None]:
-    """Leave out what JAX says in every pod of Kubernetes that lacks a package; `require_none` says it where it matters."""
+    """Leave out what JAX says in every pod of Kubernetes that lacks a package; `require_none` says
+    it where it matters.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Kubernetes environment detected")
         yield

@@ -26,8 +26,13 @@ GPUS = {
     "cuda": "NVIDIA H100 80GB HBM3",
 }
 CPU = "cpu"
-PER_HOST = {"tpu": 4, "cuda": 8}  # devices of one machine, as libtpu describes slices and as GPUs are sold
-NAMES = "cpu:8; h100:8 or another GPU's name (" + ", ".join(GPUS) + "); v5e:4x4, v6e:4x4, v4:2x2x4 or v5p:2x2x4"
+# Devices of one machine, as libtpu describes slices and as GPUs are sold
+PER_HOST = {"tpu": 4, "cuda": 8}
+NAMES = (
+    "cpu:8; h100:8 or another GPU's name ("
+    + ", ".join(GPUS)
+    + "); v5e:4x4, v6e:4x4, v4:2x2x4 or v5p:2x2x4"
+)
 # libtpu asks the machine that it runs on what slice it is part of: of none.
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -72,8 +77,14 @@ def parse_topology(name: str) -> Topology:
     family, shape = (match[1].lower(), tuple(map(int, match[2].split("x")))) if match else ("", ())
     if family in TPUS:
         kind, axes = TPUS[family]
-        if len(shape) != axes or not all(_is_side(side) for side in shape) or math.prod(shape) > DEVICES[kind].neighbours:
-            example = " or ".join({2: ("2x2", "2x4", "4x4", "16x16"), 3: ("1x1x1", "2x2x1", "2x2x4", "4x4x8")}[axes])
+        if (
+            len(shape) != axes
+            or not all(_is_side(side) for side in shape)
+            or math.prod(shape) > DEVICES[kind].neighbours
+        ):
+            example = " or ".join(
+                {2: ("2x2", "2x4", "4x4", "16x16"), 3: ("1x1x1", "2x2x1", "2x2x4", "4x4x8")}[axes]
+            )
             raise ConfigError(
                 f"topology {name} is none: {family} is wired as {axes} numbers, each 1, 2 or a multiple of 4, "
                 f"at most {DEVICES[kind].neighbours} together, such as {example}"
@@ -85,7 +96,9 @@ def parse_topology(name: str) -> Topology:
         if family == CPU:
             return Topology(name, "cpu", "cpu", shape, None)
     raise ConfigError(
-        f"topology {name} is not known: it must be {NAMES}" if name else f"topology is missing: it must be {NAMES}"
+        f"topology {name} is not known: it must be {NAMES}"
+        if name
+        else f"topology is missing: it must be {NAMES}"
     )
 
 
@@ -94,13 +107,16 @@ def _is_side(n: int) -> bool:
 
 
 def start(topology: Topology) -> None:
-    """Let JAX compute on CPU alone, with as many devices as a topology of CPUs has; nothing else is taken.
+    """Let JAX compute on CPU alone, with as many devices as a topology of CPUs has; nothing else is
+    taken.
 
     Raises:
         ConfigError: JAX has started already, with fewer devices.
 
     """
-    os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
+    os.environ.update(
+        {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
+    )
     config: Any = jax.config
     config.update("jax_platforms", "cpu")
     if topology.platform == "cpu":
@@ -114,7 +130,8 @@ def start(topology: Topology) -> None:
 
 
 def open_devices(topology: Topology, otherwise: str = "") -> list[Any]:
-    """The devices to compile for: simulated CPUs, H100s, or the TPUs of a slice as libtpu describes it.
+    """The devices to compile for: simulated CPUs, H100s, or the TPUs of a slice as libtpu describes
+    it.
 
     Args:
         topology: its devices.
@@ -128,7 +145,9 @@ def open_devices(topology: Topology, otherwise: str = "") -> list[Any]:
         return jax.devices("cpu")[: topology.size]
     if topology.platform == "cuda":
         if topology.kind != GPUS["h100"]:
-            raise ConfigError(f"to compile for {topology.name} is not possible: of NVIDIA's GPUs only h100 is described")
+            raise ConfigError(
+                f"to compile for {topology.name} is not possible: of NVIDIA's GPUs only h100 is described"
+            )
         try:
             return open_h100s(topology.size)
         except NotImplementedError as error:  # JAX knows no platform of this name
@@ -137,12 +156,18 @@ def open_devices(topology: Topology, otherwise: str = "") -> list[Any]:
     from jax.experimental import topologies
 
     single = {"chips_per_host_bounds": (1, 1, 1)} if topology.size == 1 else {}
-    both_cores = {"chip_config_name": "megacore"} if topology.kind == "TPU v4" else {}  # as one device, as on a TPU VM
+    # As one device, as on a TPU VM
+    both_cores = {"chip_config_name": "megacore"} if topology.kind == "TPU v4" else {}
     try:
         described = topologies.get_topology_desc(topology.name, "tpu", **single, **both_cores)
-    except (ImportError, RuntimeError) as error:  # JAX raises RuntimeError where there is no libtpu, or one that refuses
+    # JAX raises RuntimeError where there is no libtpu, or one that refuses
+    except (ImportError, RuntimeError) as error:
         if "not installed" in str(error):
-            message = f"to compile for {topology.name} needs libtpu: pip install 'gptjax[tpu]'{otherwise}"
+            message = (
+                f"to compile for {topology.name} needs libtpu: pip install 'gptjax[tpu]'{otherwise}"
+            )
             raise ConfigError(message) from error
-        raise ConfigError(f"libtpu refuses the topology {topology.name}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(
+            f"libtpu refuses the topology {topology.name}: {str(error).splitlines()[0]}"
+        ) from error
     return described.devices

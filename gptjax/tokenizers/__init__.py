@@ -1,9 +1,9 @@
 """Tokenizers: text <-> token ids, behind one small interface.
 
-`gpt2`, `byte`, `train_bpe` and llm.c's files give a `BytePairEncoding`, which tiktoken runs; `train_characters` gives
-`Characters`; a ``tokenizer.json`` of Hugging Face's that is no such encoding a `HuggingFace`, which its own library runs. Each
-is saved as one JSON file beside what was made with it, so that ids can be decoded wherever they turn up.
-"""
+`gpt2`, `byte`, `train_bpe` and llm.c's files give a `BytePairEncoding`, which tiktoken runs;
+`train_characters` gives `Characters`; a ``tokenizer.json`` of Hugging Face's that is no such
+encoding a `HuggingFace`, which its own library runs. Each is saved as one JSON file beside what was
+made with it, so that ids can be decoded wherever they turn up."""
 
 import base64
 import json
@@ -15,7 +15,15 @@ from gptjax.files import read_small
 from gptjax.formats import llmc_tokenizer
 from gptjax.formats.recognise import recognise
 from gptjax.tokenizers import tokenizer_json
-from gptjax.tokenizers.bpe import GPT2_IDS, GPT2_PATTERN, BytePairEncoding, byte, gpt2, printable, train_bpe
+from gptjax.tokenizers.bpe import (
+    GPT2_IDS,
+    GPT2_PATTERN,
+    BytePairEncoding,
+    byte,
+    gpt2,
+    printable,
+    train_bpe,
+)
 from gptjax.tokenizers.characters import Characters, train_characters
 from gptjax.tokenizers.hugging_face import HuggingFace
 from gptjax.tokenizers.interface import END_OF_TEXT, Tokenizer
@@ -48,8 +56,9 @@ def find(which: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer that a word or a path stands for.
 
     Args:
-        which: ``gpt2``; ``byte``; a file that `Tokenizer.save` wrote; a ``tokenizer.json`` of Hugging Face's; llm.c's
-            ``gpt2_tokenizer.bin``; or a folder that holds a ``tokenizer.json``, of a run, a corpus or a model.
+        which: ``gpt2``; ``byte``; a file that `Tokenizer.save` wrote; a ``tokenizer.json`` of
+            Hugging Face's; llm.c's ``gpt2_tokenizer.bin``; or a folder that holds a
+            ``tokenizer.json``, of a run, a corpus or a model.
 
     Raises:
         DataError: there is no such tokenizer, or GPT-2's cannot be had (see `gpt2`).
@@ -60,12 +69,16 @@ def find(which: str | os.PathLike[str]) -> Tokenizer:
         return gpt2() if which == "gpt2" else byte()
     path = Path(which) / FILE if Path(which).is_dir() else Path(which)
     if not path.exists():
-        raise DataError(f"there is no tokenizer {path}: gpt2, byte, or a file or a folder with {FILE} is expected")
+        raise DataError(
+            f"there is no tokenizer {path}: gpt2, byte, or a file or a folder with {FILE} is expected"
+        )
     return from_llmc(path) if llmc_tokenizer.is_tokenizer(path) else load(path)
 
 
 def is_gpt2(tokenizer: Tokenizer) -> bool:
-    """Whether its ids are GPT-2's; judged by their number alone where GPT-2's vocabulary cannot be had (see `gpt2`)."""
+    """Whether its ids are GPT-2's; judged by their number alone where GPT-2's vocabulary cannot be
+    had (see `gpt2`).
+    """
     try:
         return tokenizer.vocab_size == GPT2_IDS and tokenizer.same_as(gpt2())
     except DataError:
@@ -73,11 +86,13 @@ def is_gpt2(tokenizer: Tokenizer) -> bool:
 
 
 def load(path: str | os.PathLike[str]) -> Tokenizer:
-    """Read what `Tokenizer.save` wrote, also before it wrote the kind; or a ``tokenizer.json`` of Hugging Face's.
+    """Read what `Tokenizer.save` wrote, also before it wrote the kind; or a ``tokenizer.json`` of
+    Hugging Face's.
 
     Raises:
         FormatError: missing, or not such a file.
-        DataError: it only names GPT-2's vocabulary, which is neither cached nor to be had (see `gpt2`).
+        DataError: it only names GPT-2's vocabulary, which is neither cached nor to be had (see
+            `gpt2`).
 
     """
     try:
@@ -94,7 +109,9 @@ def load(path: str | os.PathLike[str]) -> Tokenizer:
             return HuggingFace(name, json.dumps(content["tokenizer"]), content["end_of_text"])
         if name == "gpt2" and "tokens" not in content:
             return gpt2()
-        return BytePairEncoding(name, tuple(base64.b64decode(token, validate=True) for token in content["tokens"]))
+        return BytePairEncoding(
+            name, tuple(base64.b64decode(token, validate=True) for token in content["tokens"])
+        )
     except OSError as error:
         raise FormatError(f"tokenizer {path} cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -110,7 +127,8 @@ def from_llmc(path: str | os.PathLike[str]) -> BytePairEncoding:
     """The tokenizer in llm.c's ``gpt2_tokenizer.bin``, whose ids are the ranks of the merges.
 
     Raises:
-        FormatError: see `gptjax.formats.llmc_tokenizer.read_tokenizer`; or it is no byte-level BPE with end-of-text last.
+        FormatError: see `gptjax.formats.llmc_tokenizer.read_tokenizer`; or it is no byte-level BPE
+            with end-of-text last.
 
     """
     tokens, end_of_text = llmc_tokenizer.read_tokenizer(path)
@@ -121,7 +139,8 @@ def from_llmc(path: str | os.PathLike[str]) -> BytePairEncoding:
         )
     try:
         found = BytePairEncoding(Path(path).stem, tuple(tokens[:-1]))
-        found.merges()  # ids of another order than the merges' would be encoded otherwise than by what made them
+        # Ids of another order than the merges' would be encoded otherwise than by what made them
+        found.merges()
         return found
     except (ValueError, DataError) as error:
         raise FormatError(f"{path} holds no byte-level BPE: {error}") from error

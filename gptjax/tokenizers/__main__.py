@@ -1,10 +1,11 @@
-"""Train a tokenizer, or turn text into ids and back: ``python -m gptjax.tokenizers train|encode|decode|export``.
+"""Train a tokenizer, or turn text into ids and back: ``python -m gptjax.tokenizers
+train|encode|decode|export``.
 
-``train --input stories.txt --vocab_size 2048 --output tokenizer.json`` trains a byte-level BPE; ``--kind char`` takes the
-text's characters. ``encode --tokenizer gpt2 some text`` prints ids, ``decode --tokenizer gpt2 15496 11`` text; both read
-standard input where nothing is given, and a token shard is written by ``encode --output`` and read by ``decode --input``.
-``export --tokenizer gpt2 --output gpt2_tokenizer.bin`` writes llm.c's file.
-"""
+``train --input stories.txt --vocab_size 2048 --output tokenizer.json`` trains a byte-level BPE;
+``--kind char`` takes the text's characters. ``encode --tokenizer gpt2 some text`` prints ids,
+``decode --tokenizer gpt2 15496 11`` text; both read standard input where nothing is given, and a
+token shard is written by ``encode --output`` and read by ``decode --input``. ``export --tokenizer
+gpt2 --output gpt2_tokenizer.bin`` writes llm.c's file."""
 
 import dataclasses
 import sys
@@ -35,13 +36,22 @@ def main(argv: list[str] | None = None) -> int:
         words = sys.argv[1:] if argv is None else argv
         name, *rest = words or [""]
         if name in ("-h", "--help", "--help_all"):
-            print(described(__doc__ or ""), "", *(f"  {PROG} {name} --help" for name in COMMANDS), sep="\n")
+            print(
+                described(__doc__ or ""),
+                "",
+                *(f"  {PROG} {name} --help" for name in COMMANDS),
+                sep="\n",
+            )
             return 0
         if name not in COMMANDS:
-            raise ConfigError("say what to do: train, encode, decode or export; --help explains each")
+            raise ConfigError(
+                "say what to do: train, encode, decode or export; --help explains each"
+            )
         config_class, run = COMMANDS[name]
         cli.replace_unprintable()
-        cfg, _ = parse(config_class, f"{PROG} {name}", f"{config_class.__doc__}\n\n{run.__doc__}", rest)
+        cfg, _ = parse(
+            config_class, f"{PROG} {name}", f"{config_class.__doc__}\n\n{run.__doc__}", rest
+        )
         run(cfg)
         sys.stdout.flush()
     return 0
@@ -89,7 +99,9 @@ def decode(args: DecodeConfig) -> None:
     ids = open_shard(args.input).tokens if args.input else args.ids or _ids(_standard_input())
     for begin in range(0, len(ids), CHUNK):
         part = ids[begin : begin + CHUNK]
-        sys.stdout.buffer.write(tokenizer.decode_bytes(part if isinstance(part, list) else part.tolist()))
+        sys.stdout.buffer.write(
+            tokenizer.decode_bytes(part if isinstance(part, list) else part.tolist())
+        )
     if sys.stdout.isatty():
         sys.stdout.buffer.write(b"\n")
 
@@ -98,7 +110,9 @@ def _ids(text: str) -> list[int]:
     try:
         return [int(word) for word in text.split()]
     except ValueError as error:
-        raise DataError(f"ids are whole numbers with blanks between them: {str(error)[:100]}") from error
+        raise DataError(
+            f"ids are whole numbers with blanks between them: {str(error)[:100]}"
+        ) from error
 
 
 def export(args: ExportTokenizerConfig) -> None:
@@ -108,19 +122,27 @@ def export(args: ExportTokenizerConfig) -> None:
     if tokenizer.end_of_text is None:
         raise ConfigError(f"{args.tokenizer} has no end-of-text id, which llm.c's file needs")
     if not isinstance(tokenizer, tokenizers.BytePairEncoding):
-        raise ConfigError(f"{args.tokenizer} has ids that are not the ranks of its merges, as llm.c's file has them")
+        raise ConfigError(
+            f"{args.tokenizer} has ids that are not the ranks of its merges, as llm.c's file has them"
+        )
     try:
-        llmc_tokenizer.write_tokenizer(args.output, tokenizer.pieces, tokenizer.end_of_text, args.version)
+        llmc_tokenizer.write_tokenizer(
+            args.output, tokenizer.pieces, tokenizer.end_of_text, args.version
+        )
     except ValueError as error:
         raise ConfigError(f"{args.tokenizer} does not fit llm.c's file: {error}") from error
-    print(f"{tokenizer.vocab_size} tokens in {args.output}, {Path(args.output).stat().st_size} bytes")
+    print(
+        f"{tokenizer.vocab_size} tokens in {args.output}, {Path(args.output).stat().st_size} bytes"
+    )
 
 
 def _standard_input() -> str:
     try:
         return standard_input(MOST_BYTES).decode()
     except UnicodeDecodeError as error:
-        raise DataError(f"standard input is not UTF-8 text: {error.reason} at byte {error.start}") from error
+        raise DataError(
+            f"standard input is not UTF-8 text: {error.reason} at byte {error.start}"
+        ) from error
 
 
 COMMANDS: dict[str, tuple[Any, Callable[[Any], None]]] = {

@@ -15,7 +15,8 @@ class Characters(Tokenizer):
     """One id for each character, in the order of their code points. There is no end-of-text.
 
     Raises:
-        ValueError: there are no characters, or they are not sorted, repeat, or include half of a surrogate pair.
+        ValueError: there are no characters, or they are not sorted, repeat, or include half of a
+            surrogate pair.
 
     """
 

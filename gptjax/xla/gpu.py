@@ -54,15 +54,18 @@ def open_h100s(count: int) -> list[Any]:
     """
     from jax.experimental import topologies
 
-    return topologies.get_topology_desc(platform="cuda", target_config=proto_text(H100), topology=f"1x1x{count}").devices
+    return topologies.get_topology_desc(
+        platform="cuda", target_config=proto_text(H100), topology=f"1x1x{count}"
+    ).devices
 
 
 @contextlib.contextmanager
 def assumed_cudnn() -> Iterator[None]:
-    """Let JAX trace cuDNN's attention where no cuDNN is installed, as if it were the version `CUDNN`.
+    """Let JAX trace cuDNN's attention where no cuDNN is installed, as if it were the version
+    `CUDNN`.
 
-    JAX asks for the version in its own module, which other versions of JAX may not have: then nothing is done.
-    """
+    JAX asks for the version in its own module, which other versions of JAX may not have: then
+    nothing is done."""
     version = CUDNN[0] * 10_000 + CUDNN[1] * 100
     try:
         module: Any = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")

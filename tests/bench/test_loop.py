@@ -41,7 +41,14 @@ def test_only_the_last_contender_does_all_that_is_configured(data_root, monkeypa
         assert after(bare) == (0, 0, 0)
         assert after(logging) == (3, 0, 0)
         assert after(everything) == (6, 1, 1)
-        assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [4, 5, 6, 7, 8, 9]
+        assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [
+            4,
+            5,
+            6,
+            7,
+            8,
+            9,
+        ]
         assert not capsys.readouterr().out
     assert not path.exists()
 
@@ -53,12 +60,34 @@ def test_the_command(data_root, tmp_path, capsys, monkeypatch):  # noqa: F811
     config = tmp_path / "tiny.yaml"
     model = {"num_layers": 1, "num_heads": 1, "channels": 8, "vocab_size": 4096, "max_seq_len": 8}
     data = {"root": str(data_root), "batch_size": 2, "seq_len": 8}
-    config.write_text(yaml.safe_dump({"model": model, "data": data, "train": {"eval_every": 2, "eval_tokens": 16}}))
-    assert command.main(["--config", str(config), "--what", "loop", "--rounds", "1", "--json", str(tmp_path / "r.json")]) == 0
+    config.write_text(
+        yaml.safe_dump(
+            {"model": model, "data": data, "train": {"eval_every": 2, "eval_tokens": 16}}
+        )
+    )
+    assert (
+        command.main(
+            [
+                "--config",
+                str(config),
+                "--what",
+                "loop",
+                "--rounds",
+                "1",
+                "--json",
+                str(tmp_path / "r.json"),
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert "2 steps of 16 tokens" in out
     rows = json.loads((tmp_path / "r.json").read_text())["rows"]
-    assert [row["name"] for row in rows] == ["steps alone", "the loop, logging", "the loop, as configured"]
+    assert [row["name"] for row in rows] == [
+        "steps alone",
+        "the loop, logging",
+        "the loop, as configured",
+    ]
     assert rows[0]["ratio"] == 1
     assert all(row["ms"] > 0 for row in rows)
 

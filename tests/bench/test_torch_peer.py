@@ -1,4 +1,6 @@
-"""That PyTorch is given the same work: as large a model, the same batches, an update of every weight."""
+"""That PyTorch is given the same work: as large a model, the same batches, an update of every
+weight.
+"""
 
 import numpy as np
 import pytest
@@ -24,7 +26,11 @@ def peer(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f: f)
     loaded = torch_peer.load(CFG)
     monkeypatch.setattr(torch_peer, "load", lambda cfg: loaded)
-    return torch, loaded[1], {contender.name: contender for contender in torch_peer.step_contenders(CFG)}
+    return (
+        torch,
+        loaded[1],
+        {contender.name: contender for contender in torch_peer.step_contenders(CFG)},
+    )
 
 
 def test_the_model_is_as_large_as_ours(peer):

@@ -6,7 +6,9 @@ from gptjax.config import COMMANDS, Config
 from gptjax.errors import ConfigError
 
 TRAIN = [option.name for option in options_of(Config)]
-EVERYWHERE = {option.name for config_class in COMMANDS.values() for option in options_of(config_class)}
+EVERYWHERE = {
+    option.name for config_class in COMMANDS.values() for option in options_of(config_class)
+}
 OTHERS = {  # a name in nanoGPT, llm.c, llama2.c or Hugging Face's libraries -> ours
     "block_size": "data.seq_len",
     "n_layer": "model.num_layers",

@@ -12,7 +12,11 @@ from gptjax.errors import ConfigError
     [
         (ConfigError("a\n  b"), 2, "prog: error: a b\n"),
         (KeyboardInterrupt(), 130, "prog: error: interrupted\n"),
-        (OSError(28, "No space left on device", "x"), 2, "prog: error: x cannot be used: No space left on device; free space"),
+        (
+            OSError(28, "No space left on device", "x"),
+            2,
+            "prog: error: x cannot be used: No space left on device; free space",
+        ),
     ],
 )
 def test_errors_that_a_person_can_mend(error, status, message, capsys):

@@ -22,7 +22,9 @@ def test_the_error_is_how_far_repetitions_are_apart():
     below = draw.integers(50, 150, (1000, 200)).astype(float)
     above = below * 3 + draw.normal(0, 20, below.shape)
     found = [ratio(a, b) for a, b in zip(above, below, strict=True)]
-    assert np.mean([f.error for f in found]) == pytest.approx(np.std([f.value for f in found]), rel=0.07)
+    assert np.mean([f.error for f in found]) == pytest.approx(
+        np.std([f.value for f in found]), rel=0.07
+    )
 
 
 def test_no_digits_are_lost_on_many_tokens():

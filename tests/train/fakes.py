@@ -15,14 +15,18 @@ from tests.models import tiny
 
 
 class Steps:
-    """In place of `gptjax.train.step.run_step`: writes down what is dispatched, in ``log``; ``losses`` are by step."""
+    """In place of `gptjax.train.step.run_step`: writes down what is dispatched, in ``log``;
+    ``losses`` are by step.
+    """
 
     def __init__(self, losses: dict[int, float] | None = None) -> None:
         """Losses that are left out are 1."""
         self.log: list[Any] = []
         self.losses = losses or {}
 
-    def __call__(self, compiled: Any, state: Any, buffer: Any, batch: Any, key: Any, step: int) -> Any:
+    def __call__(
+        self, compiled: Any, state: Any, buffer: Any, batch: Any, key: Any, step: int
+    ) -> Any:
         """Do the step: its number is what the state holds."""
         self.log.append(f"step {step} of {batch}")
         loss = jnp.asarray(self.losses.get(step, 1.0))
@@ -30,7 +34,9 @@ class Steps:
         return TrainState({"w": jnp.asarray(step)}, ()), buffer, metrics
 
 
-def make_trainer(monkeypatch: Any, run_step: Steps, done: int = 0, **options: Any) -> trainers.Trainer:
+def make_trainer(
+    monkeypatch: Any, run_step: Steps, done: int = 0, **options: Any
+) -> trainers.Trainer:
     """A trainer with these ``train.*`` options, after ``done`` steps."""
     monkeypatch.setattr(trainers, "run_step", run_step)
     numbers = iter(range(done + 1, 1000))
@@ -44,4 +50,6 @@ def make_trainer(monkeypatch: Any, run_step: Steps, done: int = 0, **options: An
         val=[],
         next_batch=lambda: f"batch {next(numbers)}",
     )
-    return trainers.Trainer(run, compiled=None, state=TrainState({"w": jnp.zeros(())}, ()), done=done)
+    return trainers.Trainer(
+        run, compiled=None, state=TrainState({"w": jnp.zeros(())}, ()), done=done
+    )

@@ -25,7 +25,9 @@ def state_of(cfg, optimizer, seed):
     """A training state with other numbers in every array, moments and counters included."""
     shapes = jax.eval_shape(lambda key: steps.init_state(key, cfg, optimizer), jax.random.key(0))
     generator = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: jax.numpy.asarray(9 * generator.standard_normal(x.shape), x.dtype), shapes)
+    return jax.tree.map(
+        lambda x: jax.numpy.asarray(9 * generator.standard_normal(x.shape), x.dtype), shapes
+    )
 
 
 @pytest.fixture
@@ -78,7 +80,9 @@ def test_a_first_moment_in_bfloat16_comes_back_and_is_not_taken_for_another(save
     assert not list(folder.glob("damaged-*"))
 
 
-def test_what_was_saved_is_what_counts_even_if_the_storage_reads_without_complaint(saved, monkeypatch):
+def test_what_was_saved_is_what_counts_even_if_the_storage_reads_without_complaint(
+    saved, monkeypatch
+):
     """The storage returns other numbers for step 5: the checksums notice."""
     folder, states = saved
     real = checkpoint._checksums
@@ -93,7 +97,9 @@ def test_what_was_saved_is_what_counts_even_if_the_storage_reads_without_complai
         return real(tree)
 
     monkeypatch.setattr(checkpoint, "_checksums", checksums)
-    with pytest.warns(UserWarning, match="step_00000005 is damaged and was set aside: its checksums do not match"):
+    with pytest.warns(
+        UserWarning, match="step_00000005 is damaged and was set aside: its checksums do not match"
+    ):
         restored = restore_newest(folder, CFG, OPTIMIZER)
     assert restored.step == 3
     assert_equal(restored.state, states[3])
@@ -119,15 +125,26 @@ def test_checksums_are_the_same_on_the_device_and_from_the_file(saved, monkeypat
     monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 1000)
     stored = checkpoint._open_array(folder / "step_00000005", "params.wte")
     assert checkpoint._read(stored, 0, len(wte)) == expected
-    assert (checkpoint._read(stored, 0, 50) + checkpoint._read(stored, 50, len(wte))) % 2**32 == expected
+    assert (
+        checkpoint._read(stored, 0, 50) + checkpoint._read(stored, 50, len(wte))
+    ) % 2**32 == expected
     short = wte.astype("bfloat16")
-    assert checkpoint._checksums(short) == checksum(short.view(np.uint16).ravel(), range(short.size))
+    assert checkpoint._checksums(short) == checksum(
+        short.view(np.uint16).ravel(), range(short.size)
+    )
 
 
 def test_no_simple_change_of_an_array_keeps_its_checksum():
     """Sums of words, even with weights, miss some of these."""
     x = np.random.default_rng(0).standard_normal((64, 4)).astype(np.float32)
-    others = [-x, np.zeros_like(x), x[::-1], np.roll(x, 1), x.T.reshape(x.shape), np.concatenate([x[32:], x[:32]])]
+    others = [
+        -x,
+        np.zeros_like(x),
+        x[::-1],
+        np.roll(x, 1),
+        x.T.reshape(x.shape),
+        np.concatenate([x[32:], x[:32]]),
+    ]
     assert len({int(checkpoint._checksums(y)) for y in [x, *others]}) == 1 + len(others)
 
 
@@ -154,7 +171,8 @@ def change(folder, edit, *, sign=False):
         (lambda info: info["content"].update(arrays={}), True, 3),
         (lambda info: info["content"]["arrays"].pop("params.lnfb"), True, 3),
         (lambda info: info["content"]["arrays"].update({"params.lnfc": 0}), True, 3),
-        (lambda info: info["content"]["arrays"].pop("opt_state.1.0.mu.lnfb"), True, 5),  # which a model does without
+        # Which a model does without
+        (lambda info: info["content"]["arrays"].pop("opt_state.1.0.mu.lnfb"), True, 5),
         (lambda info: info["content"].update(step=3), True, 3),
         (lambda info: info.pop("sha256"), False, 3),
         (lambda info: info.clear(), False, 3),
@@ -180,17 +198,23 @@ def test_what_it_says_of_itself_is_believed_only_with_its_checksum(saved, edit, 
         lambda info: info["content"]["model"].update(channels=7),
     ],
 )
-@pytest.mark.parametrize("read", [open_newest, lambda folder: restore_newest(folder, CFG, OPTIMIZER)])
+@pytest.mark.parametrize(
+    "read", [open_newest, lambda folder: restore_newest(folder, CFG, OPTIMIZER)]
+)
 def test_one_of_another_version_is_whole_so_it_stays_and_is_refused(saved, edit, read):
     folder, _ = saved
     change(folder, edit, sign=True)
-    with pytest.raises(CheckpointError, match="step_00000005 is of another version of gptjax: use that version"):
+    with pytest.raises(
+        CheckpointError, match="step_00000005 is of another version of gptjax: use that version"
+    ):
         read(folder)
     assert sorted(path.name for path in folder.iterdir()) == ["step_00000003", "step_00000005"]
 
 
 def of_flat_parameters(info):
-    """As it was when GPT-2's 16 tensors lay side by side, their attention weights fused, and AdamW was the one optimizer."""
+    """As it was when GPT-2's 16 tensors lay side by side, their attention weights fused, and AdamW
+    was the one optimizer.
+    """
     content = info["content"]
     content["mu_dtype"] = content.pop("optimizer")["optim.mu_dtype"]
     del content["model"]["family"], content["model"]["dropout_mlp"]
@@ -203,11 +227,15 @@ def of_a_list_of_checksums(info):
 
 
 @pytest.mark.parametrize("edit", [of_flat_parameters, of_a_list_of_checksums])
-@pytest.mark.parametrize("read", [open_newest, lambda folder: restore_newest(folder, CFG, OPTIMIZER)])
+@pytest.mark.parametrize(
+    "read", [open_newest, lambda folder: restore_newest(folder, CFG, OPTIMIZER)]
+)
 def test_one_of_a_layout_before_is_refused_in_the_same_words(saved, edit, read):
     folder, _ = saved
     change(folder, edit, sign=edit is of_flat_parameters)
-    with pytest.raises(CheckpointError, match="step_00000005 is of another version of gptjax: use that version"):
+    with pytest.raises(
+        CheckpointError, match="step_00000005 is of another version of gptjax: use that version"
+    ):
         read(folder)
     assert not list(folder.glob("damaged-*"))
 
@@ -227,8 +255,14 @@ def test_one_that_cannot_be_renamed_is_left_out(saved, monkeypatch):
         raise OSError(30, "Read-only file system", str(path))
 
     monkeypatch.setattr(checkpoint, "set_aside", read_only)
-    for read in (lambda: restore_newest(folder, CFG, OPTIMIZER).state.params, lambda: open_newest(folder)[1]):
-        with pytest.warns(UserWarning, match="is damaged and is left out .it cannot be renamed: Read-only file system"):
+    for read in (
+        lambda: restore_newest(folder, CFG, OPTIMIZER).state.params,
+        lambda: open_newest(folder)[1],
+    ):
+        with pytest.warns(
+            UserWarning,
+            match="is damaged and is left out .it cannot be renamed: Read-only file system",
+        ):
             params = read()
         np.testing.assert_array_equal(params.blocks[1].fcw, states[3].params.blocks[1].fcw)
     assert (folder / "step_00000005").exists()
@@ -241,12 +275,18 @@ def test_one_that_is_being_written_is_left_alone(saved):
     break_newest(folder)
     with pytest.warns(UserWarning, match="step_00000005 is damaged"):
         open_newest(folder)
-    assert sorted(path.name for path in folder.iterdir()) == ["damaged-step_00000005", "step_00000003", unfinished.name]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "damaged-step_00000005",
+        "step_00000003",
+        unfinished.name,
+    ]
 
 
 @pytest.mark.parametrize("dropped", ["whole", "half"])
 def test_a_run_that_trains_meanwhile_is_followed(saved, monkeypatch, dropped):
-    """While step 5 is read it is dropped for step 7: that is no damage, and nothing in the run's way is renamed."""
+    """While step 5 is read it is dropped for step 7: that is no damage, and nothing in the run's
+    way is renamed.
+    """
     folder, states = saved
     real = checkpoint._open
 
@@ -281,7 +321,8 @@ def test_one_that_another_command_sets_aside_meanwhile(saved, monkeypatch):
 @pytest.mark.parametrize("layers", ["unroll", "scan"])
 def test_one_that_is_dropped_after_it_was_opened(tmp_path, layers):
     """Its storage reads zeros where a file is gone."""
-    cfg = tiny.config(dtype="float32", vocab_size=4000, channels=64, layers=layers)  # too large to be read along with others
+    # Too large to be read along with others
+    cfg = tiny.config(dtype="float32", vocab_size=4000, channels=64, layers=layers)
     optimizer = make_optimizer(OptimConfig(), 10, cfg)
     writer = CheckpointWriter(tmp_path, keep=1)
     writer.save(1, steps.init_state(jax.random.key(1), cfg, optimizer), cfg, optimizer, {})
@@ -289,7 +330,10 @@ def test_one_that_is_dropped_after_it_was_opened(tmp_path, layers):
     _, params, _ = open_newest(tmp_path)
     shutil.rmtree(tmp_path / "step_00000001")
     for tensor in (params.wte, params.blocks[1].fcw):
-        with pytest.raises(CheckpointError, match="step_00000001 changed while it was read .*: if its run is training"):
+        with pytest.raises(
+            CheckpointError,
+            match="step_00000001 changed while it was read .*: if its run is training",
+        ):
             np.asarray(tensor)
 
 
@@ -305,7 +349,8 @@ def test_all_damaged_is_an_error_not_a_fresh_start(saved):
     with pytest.raises(CheckpointError, match="no checkpoint in .* can be read"):
         restore_newest(folder, CFG, OPTIMIZER)
     assert len(list(folder.glob("damaged-*"))) == 2
-    with pytest.raises(CheckpointError, match="no checkpoint in .* can be read"):  # nor at the second try
+    # Nor at the second try
+    with pytest.raises(CheckpointError, match="no checkpoint in .* can be read"):
         restore_newest(folder, CFG, OPTIMIZER)
 
 
@@ -339,9 +384,13 @@ def test_training_goes_on_bit_for_bit(tmp_path, name):
     """Two steps, a checkpoint and a third, or three steps."""
     optimizer = make_optimizer(OptimConfig(name=name, learning_rate=0.01, warmup_steps=4), 10, CFG)
     key = jax.random.key(0)
-    batches = [jax.tree.map(lambda x: np.asarray(x)[None], tiny.batch(CFG, seed=n)) for n in range(3)]
+    batches = [
+        jax.tree.map(lambda x: np.asarray(x)[None], tiny.batch(CFG, seed=n)) for n in range(3)
+    ]
     with jax.enable_x64(False):
-        compiled = steps.compile_step(CFG, optimizer, "manual", *steps.step_arguments(CFG, optimizer, batches[0].inputs.shape))
+        compiled = steps.compile_step(
+            CFG, optimizer, "manual", *steps.step_arguments(CFG, optimizer, batches[0].inputs.shape)
+        )
 
         def train(state, numbers):
             buffer = steps.gradient_buffer(state.params)
@@ -367,7 +416,8 @@ def test_another_optimizer_is_refused_and_nothing_is_set_aside(saved, name):
     folder, _ = saved
     optimizer = make_optimizer(OptimConfig(name=name), 10, CFG)
     with pytest.raises(
-        CheckpointError, match=rf"step_00000005 was trained with optim\.name adamw, not {name}: give it"
+        CheckpointError,
+        match=rf"step_00000005 was trained with optim\.name adamw, not {name}: give it",
     ) as error:
         restore_newest(folder, CFG, optimizer)
     assert "\n" not in str(error.value)
@@ -397,7 +447,9 @@ ELSEWHERE = [
 @pytest.mark.parametrize(("name", "saved", "read", "other"), ELSEWHERE)
 def test_a_checkpoint_is_read_onto_any_other_mesh(tmp_path, name, saved, read, other):
     """And in the other layout."""
-    cfg = tiny.config(dtype="float32", num_layers=2, num_heads=8, channels=16, vocab_size=120, layers=saved)
+    cfg = tiny.config(
+        dtype="float32", num_layers=2, num_heads=8, channels=16, vocab_size=120, layers=saved
+    )
     optimizer = make_optimizer(OptimConfig(name=name), 10, cfg)
     layouts = lambda mesh, cfg, state: meshes.shardings(mesh, param_axes(cfg), state)  # noqa: E731
     values = state_of(cfg, optimizer, 1)
@@ -410,14 +462,20 @@ def test_a_checkpoint_is_read_onto_any_other_mesh(tmp_path, name, saved, read, o
     mesh = make_mesh(other, cfg.axis_sizes, 8) if other else None
     state = restore_newest(tmp_path, now, optimizer, mesh).state
     shapes = jax.eval_shape(lambda key: steps.init_state(key, now, optimizer), jax.random.key(0))
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(lambda x: (x.shape, x.dtype), shapes)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), shapes
+    )
     for found, mine in zip(trees_of_parameters(state), trees_of_parameters(values), strict=True):
         assert_equal(in_one_layout(found), in_one_layout(mine))
     if mesh is None:
         assert {len(x.sharding.device_set) for x in jax.tree.leaves(state)} == {1}
     else:
         expected = layouts(mesh, now, state)
-        assert all(jax.tree.leaves(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, expected)))
+        assert all(
+            jax.tree.leaves(
+                jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, expected)
+            )
+        )
         assert state.params.wte.sharding.device_set == set(mesh.devices.flat)
 
 
@@ -426,6 +484,8 @@ def test_what_adafactor_keeps_of_single_layers_is_not_that_of_stacked_ones(tmp_p
     writer = CheckpointWriter(tmp_path, keep=1)
     writer.save(1, state_of(CFG, optimizer, 1), CFG, optimizer, {})
     writer.close()
-    with pytest.raises(CheckpointError, match=r"was trained with model\.layers unroll: give it that value"):
+    with pytest.raises(
+        CheckpointError, match=r"was trained with model\.layers unroll: give it that value"
+    ):
         restore_newest(tmp_path, dataclasses.replace(CFG, layers="scan"), optimizer)
     assert not list(tmp_path.glob("damaged-*"))

@@ -16,20 +16,31 @@ class Done:
 
     def __init__(self, monkeypatch, check=lambda batch: {}, finite=lambda step: True, **options):
         self.did = []
-        self.loop = make_trainer(monkeypatch, Steps(), **{"eval_every": 0, "sample_tokens": 0, "log_every": 100} | options)
-        monkeypatch.setattr(hooks, "sample_text", lambda run, params, step: self.note("sample", step) or "once upon")
+        self.loop = make_trainer(
+            monkeypatch,
+            Steps(),
+            **{"eval_every": 0, "sample_tokens": 0, "log_every": 100} | options,
+        )
+        monkeypatch.setattr(
+            hooks, "sample_text", lambda run, params, step: self.note("sample", step) or "once upon"
+        )
         monkeypatch.setattr(hooks, "checkpoint_meta", lambda run: {"after": self.loop.done})
         monkeypatch.setattr(self.loop, "is_finite", lambda: finite(self.loop.done))
         monkeypatch.setattr(self.loop, "validation_loss", lambda: 7.0)
         note = self.note
         add_hooks(
             self.loop,
-            records=SimpleNamespace(write=lambda record: note("record", record["step"], record.get("val_loss"))),
+            records=SimpleNamespace(
+                write=lambda record: note("record", record["step"], record.get("val_loss"))
+            ),
             loggers=SimpleNamespace(
-                write=lambda record: note("log", record["step"]), text=lambda name, text, step: note(name, text, step)
+                write=lambda record: note("log", record["step"]),
+                text=lambda name, text, step: note(name, text, step),
             ),
             writer=SimpleNamespace(
-                save=lambda step, state, cfg, optimizer, meta: note("save", step, int(state.params["w"]), optimizer, meta),
+                save=lambda step, state, cfg, optimizer, meta: note(
+                    "save", step, int(state.params["w"]), optimizer, meta
+                ),
                 check=lambda: note("disk is checked"),
             ),
             display=SimpleNamespace(
@@ -72,7 +83,9 @@ def test_validation_is_as_often_as_asked_for_and_at_the_end(monkeypatch, every, 
 
 
 @pytest.mark.parametrize(("every", "expected"), [(2, [2, 4, 5]), (0, [5])])
-def test_a_checkpoint_holds_the_state_of_its_step_and_there_is_one_at_the_end(monkeypatch, every, expected):
+def test_a_checkpoint_holds_the_state_of_its_step_and_there_is_one_at_the_end(
+    monkeypatch, every, expected
+):
     done = Done(monkeypatch, steps=5, checkpoint_every=every).fit()
     assert done.of("save") == [(n, n, "optimizer", {"after": n}) for n in expected]
     assert done.loop.saved == 5
@@ -99,12 +112,18 @@ def test_no_checkpoint_is_made_of_parameters_that_are_no_good(monkeypatch):
     assert done.of("print") == [(f"step {n} | {sentence}",) for n in (4, 6)]
 
 
-@pytest.mark.parametrize(("tokens", "every", "expected"), [(8, 2, [2, 4, 5]), (8, 0, [5]), (0, 2, [])])
+@pytest.mark.parametrize(
+    ("tokens", "every", "expected"), [(8, 2, [2, 4, 5]), (8, 0, [5]), (0, 2, [])]
+)
 def test_samples_are_shown_and_logged(monkeypatch, tokens, every, expected):
     done = Done(monkeypatch, steps=5, sample_tokens=tokens, sample_every=every).fit()
     assert [what for what in done.of("sample") if len(what) == 1] == [(n,) for n in expected]
-    assert [what for what in done.of("sample") if len(what) == 2] == [("once upon", n) for n in expected]
-    assert done.of("print") == [(f"--- sample after step {n} ---\nonce upon\n---",) for n in expected]
+    assert [what for what in done.of("sample") if len(what) == 2] == [
+        ("once upon", n) for n in expected
+    ]
+    assert done.of("print") == [
+        (f"--- sample after step {n} ---\nonce upon\n---",) for n in expected
+    ]
 
 
 def wrong(batch):
@@ -112,8 +131,12 @@ def wrong(batch):
 
 
 @pytest.mark.parametrize(("checkpoint_every", "expected"), [(0, [3]), (3, [3]), (2, [2, 3])])
-def test_a_wrong_gradient_ends_the_run_with_the_parameters_in_question_saved_once(monkeypatch, checkpoint_every, expected):
-    done = Done(monkeypatch, check=wrong, steps=9, verify_every=4, checkpoint_every=checkpoint_every)
+def test_a_wrong_gradient_ends_the_run_with_the_parameters_in_question_saved_once(
+    monkeypatch, checkpoint_every, expected
+):
+    done = Done(
+        monkeypatch, check=wrong, steps=9, verify_every=4, checkpoint_every=checkpoint_every
+    )
     with pytest.raises(WrongGradientError):
         done.fit()
     assert [what[0] for what in done.of("save")] == expected
@@ -121,5 +144,7 @@ def test_a_wrong_gradient_ends_the_run_with_the_parameters_in_question_saved_onc
 
 
 def test_what_a_check_finds_joins_the_record(monkeypatch):
-    done = Done(monkeypatch, check=lambda batch: {"gradient_error": 1e-7}, steps=5, verify_every=2).fit()
+    done = Done(
+        monkeypatch, check=lambda batch: {"gradient_error": 1e-7}, steps=5, verify_every=2
+    ).fit()
     assert [n for (n,) in done.of("line")] == [2, 4, 5]

@@ -18,9 +18,18 @@ def run(mesh=None, tokenizer=None):
     """A run of a tiny model on 900 training tokens in two shards."""
     cfg = Config(model=tiny.config(dtype="float32"), data=DataConfig(order="random"))
     shards = [SimpleNamespace(tokens=np.zeros(n, np.uint16)) for n in (500, 400, 70)]
-    corpus = SimpleNamespace(folder=Path("data/x"), sha256="0123456789abcdef" * 4, tokenizer=tokenizer)
+    corpus = SimpleNamespace(
+        folder=Path("data/x"), sha256="0123456789abcdef" * 4, tokenizer=tokenizer
+    )
     corpus.train, corpus.val = shards[:2], shards[2:]
-    return SimpleNamespace(cfg=cfg, model=cfg.model, shape=BatchShape(3, 8, 6), corpus=corpus, mesh=mesh, folder=Path("runs/x"))
+    return SimpleNamespace(
+        cfg=cfg,
+        model=cfg.model,
+        shape=BatchShape(3, 8, 6),
+        corpus=corpus,
+        mesh=mesh,
+        folder=Path("runs/x"),
+    )
 
 
 def lines(text):
@@ -29,10 +38,16 @@ def lines(text):
 
 def test_what_is_trained_on_what_and_where_it_is_kept():
     found = lines(describe(run()))
-    count = sum(x.size for x in jax.tree.leaves(tiny.params(tiny.CONFIG))) - (128 - 11) * 8  # the pad rows
+    # The pad rows
+    count = sum(x.size for x in jax.tree.leaves(tiny.params(tiny.CONFIG))) - (128 - 11) * 8
     assert found["model"] == f"{count:,} parameters, 2 layers, 2 heads, 8 channels, vocabulary 11"
-    assert found["compute"] == "float32, attention materialised, layers unroll, recompute none, backward manual"
-    assert found["corpus"] == "data/x, 900 training and 70 validation tokens, sha256 0123456789abcdef"
+    assert (
+        found["compute"]
+        == "float32, attention materialised, layers unroll, recompute none, backward manual"
+    )
+    assert (
+        found["corpus"] == "data/x, 900 training and 70 validation tokens, sha256 0123456789abcdef"
+    )
     assert found["tokenizer"] == "unknown, so samples show ids"
     assert found["step"].startswith("144 tokens (3 x 8 x 6), random, ")
     assert found["run"] == f"runs/x, {Config(model=tiny.CONFIG).train.steps} steps, seed 0"
@@ -52,7 +67,12 @@ def test_devices_that_stay_idle_are_told_and_how_to_use_them():
 
 
 def test_memory_is_told_in_parts_and_in_all():
-    compiled = SimpleNamespace(memory={"parameters": 1500, "gradients": 2_000_000}, native_code=False)
+    compiled = SimpleNamespace(
+        memory={"parameters": 1500, "gradients": 2_000_000}, native_code=False
+    )
     expected = "memory     2.002 MB predicted: parameters 1.5 KB, gradients 2 MB; compiled in 1.2 s"
     assert describe_memory(compiled, 1.24) == expected
-    assert describe_memory(SimpleNamespace(memory=compiled.memory, native_code=True), 1.24) == f"{expected}, AdamW in C++"
+    assert (
+        describe_memory(SimpleNamespace(memory=compiled.memory, native_code=True), 1.24)
+        == f"{expected}, AdamW in C++"
+    )

@@ -1,4 +1,6 @@
-"""Samples on the way: the prompt goes on, the same way each time it is asked for after the same step."""
+"""Samples on the way: the prompt goes on, the same way each time it is asked for after the same
+step.
+"""
 
 from types import SimpleNamespace
 
@@ -16,10 +18,19 @@ LETTERS = tokenizers.Characters("abcd")
 
 def run(tokenizer, **options):
     """What `sample_text` reads of a run."""
-    train = TrainConfig(**{"sample_tokens": 8, "sample_prompt": "ab", "sample_temperature": 1.0, "sample_top_k": 0} | options)
+    train = TrainConfig(
+        **{"sample_tokens": 8, "sample_prompt": "ab", "sample_temperature": 1.0, "sample_top_k": 0}
+        | options
+    )
     cfg = SimpleNamespace(train=train)
     model = tiny.config(dtype="float32")
-    return SimpleNamespace(cfg=cfg, model=model, corpus=SimpleNamespace(tokenizer=tokenizer), key=jax.random.key(0), mesh=None)
+    return SimpleNamespace(
+        cfg=cfg,
+        model=model,
+        corpus=SimpleNamespace(tokenizer=tokenizer),
+        key=jax.random.key(0),
+        mesh=None,
+    )
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,14 @@ def test_a_steps_numbers_are_fetched_once_the_next_step_was_dispatched(monkeypat
     loop = make_trainer(monkeypatch, steps, steps=3)
     loop.listen(lambda record: steps.log.append((record["step"], record["loss"])))
     loop.fit()
-    assert steps.log == ["step 1 of batch 1", "step 2 of batch 2", (1, 5.0), "step 3 of batch 3", (2, 4.0), (3, 3.0)]
+    assert steps.log == [
+        "step 1 of batch 1",
+        "step 2 of batch 2",
+        (1, 5.0),
+        "step 3 of batch 3",
+        (2, 4.0),
+        (3, 3.0),
+    ]
 
 
 def test_a_record_says_all_that_is_known_of_its_step(monkeypatch):
@@ -34,9 +41,18 @@ def test_hooks_are_called_when_due_around_the_step_that_they_belong_to(monkeypat
     steps = Steps()
     log = steps.log
     loop = make_trainer(monkeypatch, steps, steps=5)
-    loop.listen(lambda record: log.append({k: record[k] for k in ("step", "checked", "measured") if k in record}))
-    loop.before_step(lambda batch: log.append(f"before {loop.done + 1}, {batch}") or {"checked": batch}, every=2)
-    loop.measure(lambda: log.append(f"measure {loop.done}") or {"measured": int(loop.state.params["w"])}, every=3)
+    loop.listen(
+        lambda record: log.append(
+            {k: record[k] for k in ("step", "checked", "measured") if k in record}
+        )
+    )
+    loop.before_step(
+        lambda batch: log.append(f"before {loop.done + 1}, {batch}") or {"checked": batch}, every=2
+    )
+    loop.measure(
+        lambda: log.append(f"measure {loop.done}") or {"measured": int(loop.state.params["w"])},
+        every=3,
+    )
     loop.after_step(lambda: log.append(f"after {loop.done}"), every=4)
     loop.fit()
     assert log == [
@@ -64,9 +80,15 @@ def calls(loop, log):
     for every in (0, 2):
         for at_end in (True, False):
             name = f"every {every}{', at the end' if at_end else ''}"
-            loop.measure(lambda name=name: log.append((f"measure {name}", loop.done)) or {}, every, at_end)
-            loop.after_step(lambda name=name: log.append((f"after {name}", loop.done)), every, at_end)
-    loop.after_step(lambda: log.append(("when stopped", loop.done)), 0, at_end=False, when_stopped=True)
+            loop.measure(
+                lambda name=name: log.append((f"measure {name}", loop.done)) or {}, every, at_end
+            )
+            loop.after_step(
+                lambda name=name: log.append((f"after {name}", loop.done)), every, at_end
+            )
+    loop.after_step(
+        lambda: log.append(("when stopped", loop.done)), 0, at_end=False, when_stopped=True
+    )
 
 
 def test_an_interval_of_0_is_never_but_for_the_end(monkeypatch):
@@ -89,7 +111,9 @@ def test_a_signal_ends_after_the_next_step_with_the_hooks_that_are_for_that_alon
     steps, log, stop = Steps(), [], Stop(steps=9)
     loop = make_trainer(monkeypatch, steps, steps=9)
     calls(loop, log)
-    loop.before_step(lambda batch: {} if loop.done + 1 < 4 else stop.receive("SIGTERM") and {}, every=1)
+    loop.before_step(
+        lambda batch: {} if loop.done + 1 < 4 else stop.receive("SIGTERM") and {}, every=1
+    )
     records = []
     loop.listen(lambda record: records.append(record["step"]))
     loop.fit(stop)
@@ -129,9 +153,13 @@ def test_it_goes_on_from_the_steps_that_are_done(monkeypatch):
 
 @pytest.mark.parametrize("bad", [NAN, INFINITE])
 def test_divergence_ends_the_run_and_says_what_is_left(monkeypatch, bad):
-    """Once so many steps in a row, each of them recorded, were not finite: others in between start the count anew."""
+    """Once so many steps in a row, each of them recorded, were not finite: others in between start
+    the count anew.
+    """
     records = []
-    loop = make_trainer(monkeypatch, Steps({2: bad, 3: bad, 5: bad, 6: bad, 7: bad}), steps=20, max_nonfinite=3)
+    loop = make_trainer(
+        monkeypatch, Steps({2: bad, 3: bad, 5: bad, 6: bad, 7: bad}), steps=20, max_nonfinite=3
+    )
     loop.listen(lambda record: records.append(record["step"]))
     with pytest.raises(DivergedError) as error:
         loop.fit()
@@ -149,7 +177,10 @@ def test_divergence_names_the_last_good_checkpoint(monkeypatch):
         loop.saved = loop.done
 
     loop.after_step(save, every=2)
-    with pytest.raises(DivergedError, match=r"up to step 6: stopped; the checkpoint after step 4 is the last good one; lower"):
+    with pytest.raises(
+        DivergedError,
+        match=r"up to step 6: stopped; the checkpoint after step 4 is the last good one; lower",
+    ):
         loop.fit()
 
 
@@ -178,7 +209,8 @@ def test_what_hooks_take_is_not_the_steps_time(monkeypatch):
     loop.after_step(hook, every=3)
     loop.fit()
     assert len(records) == 6
-    assert max(record["ms"] for record in records) < 2500  # a step takes 1 s, and none waits for more than the next one's
+    # A step takes 1 s, and none waits for more than the next one's
+    assert max(record["ms"] for record in records) < 2500
 
 
 def test_no_checkpoint_is_taken_of_parameters_whose_loss_is_not_finite(monkeypatch):

@@ -34,14 +34,25 @@ OPTIMIZER = make_optimizer(SETTINGS, 10, CFG)
 
 
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize(("changes", "channels"), [({}, 160), ({"grad_clip": 0.0}, 8), ({"weight_decay": 0.0}, 8)])
+@pytest.mark.parametrize(
+    ("changes", "channels"), [({}, 160), ({"grad_clip": 0.0}, 8), ({"weight_decay": 0.0}, 8)]
+)
 def test_adamw_equals_optaxs(changes, channels):
-    """Of tensors smaller than what a thread takes at a time, and of larger ones that are no multiple of it."""
+    """Of tensors smaller than what a thread takes at a time, and of larger ones that are no
+    multiple of it.
+    """
     with jax.enable_x64(False):
         cfg = tiny.config(dtype="float32", channels=channels, num_heads=4)
         params = tiny.params(cfg, jnp.float32)
         assert (params.blocks[1].fcw.size > 2 * 2**15) == (channels == 160)
-        assert_equals_optax(dataclasses.replace(SETTINGS, **changes), cfg, params, 2e-6, fused=True, native_code=True)
+        assert_equals_optax(
+            dataclasses.replace(SETTINGS, **changes),
+            cfg,
+            params,
+            2e-6,
+            fused=True,
+            native_code=True,
+        )
 
 
 @pytest.mark.usefixtures("compiler")
@@ -75,7 +86,8 @@ def test_what_is_not_donated_is_left_as_it_was():
 def kept(monkeypatch, tmp_path):
     """A folder of its own to keep what is compiled, nothing in it yet."""
     monkeypatch.setattr("gptjax.xla.native.compiled_folder", lambda: tmp_path)
-    monkeypatch.setattr(native, "FLAGS", [flag for flag in native.FLAGS if flag != "-O3"])  # quicker
+    # Quicker
+    monkeypatch.setattr(native, "FLAGS", [flag for flag in native.FLAGS if flag != "-O3"])
     return tmp_path
 
 
@@ -86,11 +98,14 @@ def script(path, *lines):
     return str(path)
 
 
-GARBAGE = 'for last; do :; done; printf "\\177ELF and nothing that follows" > "$last"'  # the last argument is the output
+# The last argument is the output
+GARBAGE = 'for last; do :; done; printf "\\177ELF and nothing that follows" > "$last"'
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "true", '"unclosed', GARBAGE])
-def test_without_a_compiler_that_works_it_is_not_available(kept, monkeypatch, caplog, tmp_path_factory, compiler):
+def test_without_a_compiler_that_works_it_is_not_available(
+    kept, monkeypatch, caplog, tmp_path_factory, compiler
+):
     if compiler == GARBAGE:
         compiler = script(tmp_path_factory.mktemp("bin") / "c++", GARBAGE)
     monkeypatch.setenv("CXX", compiler)
@@ -101,7 +116,9 @@ def test_without_a_compiler_that_works_it_is_not_available(kept, monkeypatch, ca
 
 
 @pytest.mark.usefixtures("compiler")
-def test_a_library_that_crashes_who_loads_it_crashes_another_process(kept, monkeypatch, caplog, tmp_path_factory):
+def test_a_library_that_crashes_who_loads_it_crashes_another_process(
+    kept, monkeypatch, caplog, tmp_path_factory
+):
     """The first half of a library: the dynamic linker reads behind its end."""
     folder = tmp_path_factory.mktemp("bin")
     half = folder / "half.so"
@@ -138,7 +155,9 @@ def test_all_that_a_compiler_started_ends_with_it(kept, monkeypatch, tmp_path_fa
     assert not alive(child)
 
 
-def test_a_compiler_that_hangs_is_not_asked_again_for_a_day(kept, monkeypatch, caplog, tmp_path_factory):
+def test_a_compiler_that_hangs_is_not_asked_again_for_a_day(
+    kept, monkeypatch, caplog, tmp_path_factory
+):
     """Until the file that says so is deleted, or CXX names another."""
     slow = script(tmp_path_factory.mktemp("bin") / "c++", "sleep 600")
     monkeypatch.setenv("CXX", slow)
@@ -191,12 +210,16 @@ def test_it_is_compiled_once_for_each_processor(kept, monkeypatch):
 
 
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("content", ["nothing", "half", "another library", "another library with its hash"])
+@pytest.mark.parametrize(
+    "content", ["nothing", "half", "another library", "another library with its hash"]
+)
 def test_a_damaged_one_is_made_anew(kept, monkeypatch, content):
     native.library()
     (path,) = kept.glob("*.so")
     whole = path.read_bytes()
-    damaged = {"nothing": b"", "half": whole[: len(whole) // 2]}.get(content, Path(_ctypes.__file__).read_bytes())
+    damaged = {"nothing": b"", "half": whole[: len(whole) // 2]}.get(
+        content, Path(_ctypes.__file__).read_bytes()
+    )
     path.write_bytes(damaged)
     if content.endswith("hash"):
         native.recorded(path).write_text(native.sha256(damaged))
@@ -210,7 +233,9 @@ def test_a_damaged_one_is_made_anew(kept, monkeypatch, content):
 
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("place", ["not a folder", "not wanted"])
-def test_without_a_place_to_keep_it_it_is_compiled_anew_and_nothing_is_left(kept, monkeypatch, tmp_path, place):
+def test_without_a_place_to_keep_it_it_is_compiled_anew_and_nothing_is_left(
+    kept, monkeypatch, tmp_path, place
+):
     def folder():
         return Path("/dev/null") if place == "not a folder" else kept
 
