@@ -2,7 +2,8 @@
 `gptjax.models.gpt2`.
 
 The names that ``__init__.pyi`` lists are here once they are asked for, so that importing the
-package costs nothing."""
+package costs nothing.
+"""
 
 import lazy_loader
 

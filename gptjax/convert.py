@@ -5,7 +5,8 @@ SRC is a run (its newest checkpoint), a Hugging Face folder, an llm.c model ``.b
 our names, or ``hf:NAME`` on the hub. DST becomes an llm.c model if it ends in ``.bin``, safetensors
 in our names if it ends in ``.safetensors``, else a Hugging Face folder. ``--inspect`` also knows
 token shards, debug states and tokenizers, and names what is not read here: llama2.c's files,
-SentencePiece, GGUF, ONNX, pickles, NumPy's, TensorFlow's, archives."""
+SentencePiece, GGUF, ONNX, pickles, NumPy's, TensorFlow's, archives.
+"""
 
 import hashlib
 import sys

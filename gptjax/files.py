@@ -2,7 +2,8 @@
 or not at all.
 
 A device or a named pipe can be endless, or hang whoever opens it, and a folder of a model or a run
-may come from anywhere."""
+may come from anywhere.
+"""
 
 import contextlib
 import io

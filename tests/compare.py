@@ -25,7 +25,8 @@ def assert_same_sums(ours: Any, reference: Any, terms: Any) -> None:
 
     A sum of n rounded terms lies within n eps / 2 of sum |terms| of the exact one (Higham 2002,
     section 3.1), so two lie within n eps. Relative to the sum itself there is no bound, because
-    terms cancel."""
+    terms cancel.
+    """
     terms = np.asarray(terms)
     bound = terms.shape[-1] * np.finfo(terms.dtype).eps * np.abs(terms).sum(-1)
     ours, reference = np.asarray(ours), np.asarray(reference)

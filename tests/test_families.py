@@ -2,7 +2,8 @@
 changes for it.
 
 Its gradient on a mesh, the figures of its plan, and its proof have tests beside GPT-2's:
-tests/parallel/test_sharding.py, tests/plan/test_predict.py and tests/verify/test_references.py."""
+tests/parallel/test_sharding.py, tests/plan/test_predict.py and tests/verify/test_references.py.
+"""
 
 import json
 import shutil

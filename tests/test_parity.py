@@ -2,7 +2,8 @@
 and AdamW steps.
 
 Against PyTorch itself where it is installed (the [parity] extra), and everywhere against what it
-computed once."""
+computed once.
+"""
 
 import dataclasses
 

@@ -11,7 +11,8 @@ product, and one pass of AdamW over memory; for decoding, one read of all weight
 
 ``--what program`` times nothing. It counts the step's operations as lowered for ``--platform``,
 which need not be here, or with ``--hlo FOLDER`` writes the programs compiled for an H100 (cuda), a
-TPU v5e (tpu) or the CPU."""
+TPU v5e (tpu) or the CPU.
+"""
 
 import dataclasses
 import json

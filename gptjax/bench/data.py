@@ -24,7 +24,8 @@ def tokenizing(tokenizer: Tokenizer, shards: list[Shard], rounds: int) -> dict[s
 
     ``ours`` is how a corpus is prepared, in threads; ``tiktoken alone`` encodes one piece after
     another in one thread; ``in one go`` is nanoGPT's way for a small corpus: all of the text at
-    once, and the list made one array."""
+    once, and the list made one array.
+    """
     ids = np.concatenate([shard.tokens[:TEXT_CHARACTERS] for shard in shards])[:TEXT_CHARACTERS]
     text = tokenizer.decode(ids.tolist())[:TEXT_CHARACTERS]
     size = 1 << 18
@@ -45,7 +46,8 @@ def loading(
     """Tokens a second of each round, reading batches from the shards.
 
     ``cold`` first drops the shards from the system's page cache; ``random crops`` is nanoGPT's way:
-    each row of a batch is copied from a random place in a memory map."""
+    each row of a batch is copied from a random place in a memory map.
+    """
     whole = TrainingBatches(shards, shape, order, 0, vocab_size)
 
     def ours() -> int:

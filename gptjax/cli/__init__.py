@@ -32,7 +32,8 @@ def reported_errors(
 
     SIGTERM ends the block as Ctrl-C does, so that what is half made is cleared away. ``less`` says
     how to take less memory; an error is printed only if ``speaks`` says so of it, since another
-    process may print the same."""
+    process may print the same.
+    """
 
     def fail(message: str) -> NoReturn:
         if speaks(message):
@@ -118,7 +119,8 @@ def keep_freed_memory() -> None:
 
     A training step on CPU frees and allocates the same hundreds of megabytes each time; handing
     them back costs a page fault for every 4 KiB: 93,000 of them in a gradient of 124M at B=4, T=64,
-    none with these settings. Call before JAX starts its threads."""
+    none with these settings. Call before JAX starts its threads.
+    """
     M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
     with contextlib.suppress(OSError, AttributeError):
         libc: Any = ctypes.CDLL("libc.so.6")

@@ -92,7 +92,8 @@ class Parser(jsonargparse.ArgumentParser):
         """A parser of ``config_class``.
 
         The class may say in ``READS`` what its command reads, and in ``COMMON`` what ``--help``
-        explains; what it declares itself is read and explained in any case."""
+        explains; what it declares itself is read and explained in any case.
+        """
         super().__init__(prog=prog, description=description, parser_mode=YAML)
         self.command = prog.rpartition(".")[2]
         self.options = {option.name: option for option in options_of(config_class)}

@@ -191,7 +191,8 @@ def _tokenizer_of(folder: Path) -> Tokenizer | None:
     """The one that is saved with the shards, or else GPT-2's, if it can be had.
 
     None with nanoGPT's ``meta.pkl``: then another vocabulary made them, but that file is a pickle
-    and is not opened."""
+    and is not opened.
+    """
     made_with = folder / TOKENIZER_FILE
     if not made_with.exists() and (folder / "meta.pkl").exists():
         return None

@@ -2,7 +2,8 @@
 gptjax.datasets stories/``.
 
 ``gptjax.train --data.dataset`` does the same on first use. What it makes lies under ``--root``, and
-is not made twice."""
+is not made twice.
+"""
 
 import sys
 

@@ -20,7 +20,8 @@ class Windows:
 
     Window i reads ids i T .. i T + T of its shard. A shard's last, incomplete group of ``group``
     windows is left out, so that with ``group = B`` every batch of B windows in order lies within
-    one shard: llm.c's reading order."""
+    one shard: llm.c's reading order.
+    """
 
     def __init__(self, shards: list[Shard], seq_len: int, group: int, vocab_size: int) -> None:
         """Count the windows of each shard; nothing is read yet."""
@@ -76,7 +77,8 @@ class TrainingBatches:
 
     ``sequential``: step n reads the tokens from n A B T on, as llm.c does, and starts over at the
     corpus's end. ``shuffle``: windows in an order drawn from the seed, another one each time round
-    the corpus."""
+    the corpus.
+    """
 
     def __init__(
         self,

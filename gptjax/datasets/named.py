@@ -120,7 +120,8 @@ def tinyshakespeare(wanted: Wanted) -> Path:
     """TinyShakespeare (1.1 MB), byte for byte as llm.c's ``dev/data/tinyshakespeare.py`` makes it.
 
     End-of-text stands before the text and after each blank line; the first 32,768 tokens are for
-    validation."""
+    validation.
+    """
     which = wanted.tokenizer or "gpt2"
     folder = wanted.root / f"tinyshakespeare-{folder_name(which)}"
     if folder.exists():

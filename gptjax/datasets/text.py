@@ -1,7 +1,8 @@
 """Text from files: plain, JSON lines or Parquet, as it is or compressed, in pieces that fit memory.
 
 A corpus is a sequence of documents. A plain text file is one, or several where ``<|endoftext|>``
-separates them (as in TinyStories); of JSON lines and Parquet each row is one."""
+separates them (as in TinyStories); of JSON lines and Parquet each row is one.
+"""
 
 import contextlib
 import glob
@@ -151,7 +152,8 @@ def _safe_cut(text: str) -> int:
 
     GPT-2's pattern starts a new word there in any case. 0 for a short text, or one without such a
     place in its last `PIECE` characters: nobody looks for one in the rest twice. A text of
-    `LONGEST` without one is cut at its end."""
+    `LONGEST` without one is cut at its end.
+    """
     end = len(text) if len(text) > PIECE else 0
     last = max(end - PIECE, 0)
     while end > last:

@@ -3,7 +3,8 @@
 On a corpus: loss, perplexity and bits per byte over the first ``--tokens`` of a split, in windows
 of ``--seq_len`` that follow each other; a token sees what its window holds before it. On HellaSwag
 (``--dataset hellaswag``, llm.c's ``hellaswag_val.bin`` or a ``.jsonl`` like the original's): acc
-and acc_norm as llm.c computes them. Standard errors are over windows or questions."""
+and acc_norm as llm.c computes them. Standard errors are over windows or questions.
+"""
 
 import dataclasses
 import json

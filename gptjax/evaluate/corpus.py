@@ -44,7 +44,8 @@ def score(
 
 class CorpusScore(NamedTuple):
     """What came of it. Standard errors are over sequences, as if these were independent: where
-    neighbours are of one document, and alike, they are somewhat too small."""
+    neighbours are of one document, and alike, they are somewhat too small.
+    """
 
     tokens: int
     sequences: int

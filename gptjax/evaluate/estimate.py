@@ -28,7 +28,8 @@ def ratio(above: npt.ArrayLike, below: npt.ArrayLike) -> Estimate:
         sqrt(sum (a - r b)^2 / (n - 1)) / (sqrt(n) mean b)
 
     Where every b is 1 it is the sample's standard deviation over sqrt(n). Summed in float64,
-    pairwise."""
+    pairwise.
+    """
     a, b = np.broadcast_arrays(np.asarray(above, np.float64), np.asarray(below, np.float64))
     value = float(a.sum() / b.sum())
     n = a.size

@@ -3,7 +3,8 @@ scores it.
 
 Each context is completed by each of its endings; the answer is the one whose tokens have the lowest
 loss in sum (acc), or in the mean (acc_norm). llm.c's ``dev/data/hellaswag.py`` gives both, its C
-programs the second one."""
+programs the second one.
+"""
 
 import difflib
 import json

@@ -1,7 +1,8 @@
 """Hugging Face's models: a folder with ``config.json`` and one or several safetensors files.
 
 `CONVENTIONS` says how ``transformers`` keeps each family. Where ``lm_head.weight`` is not a
-parameter of its own, it must repeat the token embedding."""
+parameter of its own, it must repeat the token embedding.
+"""
 
 import dataclasses
 import json

@@ -16,7 +16,8 @@ A debug state's are ``[20240327, version, B, T]``, version 1 for an unpadded and
 vocabulary; then inputs and targets (B, T) int32, logits (B, T, V), the loss, and the gradients in
 the order of the model's tensors, float32. Tensors are in the order of `TABLES`, stacked over the
 layers; matrices are (out, in), the transpose of ours. The header has no family and no hidden width:
-the model is GPT-2, its MLP four times as wide as the channels."""
+the model is GPT-2, its MLP four times as wide as the channels.
+"""
 
 import math
 import os

@@ -3,7 +3,8 @@
 A header of 256 little-endian int32, ``[20240522, 1, number of examples, bytes of the longest,
 0...]``, then uint16 alone: for each example 65535, its bytes (these five numbers included), its
 index, the right ending's, the number of endings, 4; then the context and each ending, as the number
-of its tokens and their ids. The ids are GPT-2's."""
+of its tokens and their ids. The ids are GPT-2's.
+"""
 
 import os
 from pathlib import Path

@@ -2,7 +2,8 @@
 
 A header of 256 little-endian uint32, ``[20240328, version, number of tokens, end-of-text id,
 0...]`` (version 1 has no end-of-text id; it is 50256 there), then for each token one byte of
-length, from 1 on, and as many bytes."""
+length, from 1 on, and as many bytes.
+"""
 
 import os
 from collections.abc import Sequence

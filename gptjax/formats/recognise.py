@@ -2,7 +2,8 @@
 taken for something else.
 
 Two or four bytes alone could also begin a file of token ids, so that where a format has more to
-tell, more is looked at. Nothing is unpickled."""
+tell, more is looked at. Nothing is unpickled.
+"""
 
 import io
 import itertools

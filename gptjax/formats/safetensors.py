@@ -3,7 +3,8 @@ names.
 
 A file is a 64-bit length, a JSON header of that length with each tensor's dtype, shape and place,
 and the numbers (https://github.com/huggingface/safetensors). The library can only write a file
-whose tensors are all in memory."""
+whose tensors are all in memory.
+"""
 
 import dataclasses
 import json

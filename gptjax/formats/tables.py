@@ -3,7 +3,8 @@
 A format has one `Table` for each family: the file's names, and the parameters that each holds.
 Matrices in a file are (in, out) or (out, in), with the axes of heads merged. A tensor that holds
 several parameters, as GPT-2's ``c_attn`` holds queries, keys and values, has them side by side
-along their outputs. Everything else follows from the family's weight table."""
+along their outputs. Everything else follows from the family's weight table.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Mapping

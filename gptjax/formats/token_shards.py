@@ -12,7 +12,8 @@ Four kinds are read, the first two are written:
 What has no header is told apart by its numbers: it is ``int32`` if its size is a multiple of 4 and
 the upper half of each number that is looked at, `LOOKED_AT` at the start, in the middle and at the
 end, is zero. As ``nanogpt``'s that would be ids of which every other one is 0. An upper half with
-all bits set is a negative id, which no tokenizer makes: the file is refused."""
+all bits set is a negative id, which no tokenizer makes: the file is refused.
+"""
 
 import os
 from collections.abc import Iterable, Sequence

@@ -3,7 +3,8 @@
 The checkpoint is a run, a Hugging Face GPT-2 folder, an llm.c model ``.bin``, safetensors in our
 names, or ``hf:NAME`` on the hub. A single text is shown token by token, several of them once they
 are whole. Without a prompt the model begins by itself. A text that outgrows the model's context
-goes on from its newer part, at least half a context, which is read anew."""
+goes on from its newer part, at least half a context, which is read anew.
+"""
 
 import contextlib
 import dataclasses

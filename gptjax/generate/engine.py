@@ -3,7 +3,8 @@ values.
 
 A sequence that outgrows the model's context goes on from its newer part: see `window_start`. What
 is drawn for a row depends on its prompt, its seed and its index alone, not on the rows beside it or
-on how many tokens are asked for at a time."""
+on how many tokens are asked for at a time.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -71,7 +72,8 @@ def window_start(length: int, context: int) -> int:
 
     From then on, the last tokens, at least half a context of them: the start moves on by half a
     context whenever the sequence would not fit, and the part is read anew, since GPT-2's positions
-    are absolute."""
+    are absolute.
+    """
     half = max(1, context // 2)
     return max(0, -(-(length - context) // half)) * half
 

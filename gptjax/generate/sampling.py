@@ -49,7 +49,8 @@ def _fewer_above(
 
     The least probability of theirs is found by halving the range of its bits, which are ordered as
     the numbers are: 31 passes over the vocabulary, which on CPU take a twentieth of the time of
-    `jax.lax.top_k` or of sorting GPT-2's 50,257 logits."""
+    `jax.lax.top_k` or of sorting GPT-2's 50,257 logits.
+    """
     p = jax.nn.softmax(logits, -1)
     integer = jnp.dtype(f"int{8 * p.dtype.itemsize}")
     bits = lax.bitcast_convert_type(p, integer)

@@ -12,7 +12,8 @@ class TextStream:
     it.
 
     A character may span tokens, and a stop string too: what may still become either is held back.
-    The text ends before the first stop string."""
+    The text ends before the first stop string.
+    """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
         """Nothing has arrived; a ``stops`` that is empty text is ignored."""

@@ -20,7 +20,8 @@ class Batch(NamedTuple):
     int32.
 
     A target of `IGNORE_INDEX` does not count; ``mask``, if given, (B, T) float, weighs each target
-    (0 leaves it out)."""
+    (0 leaves it out).
+    """
 
     inputs: Any
     targets: Any

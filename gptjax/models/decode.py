@@ -1,7 +1,8 @@
 """Decoding with a cache of keys and values, over any family, through the same blocks that train.
 
 The sequences of a batch end in the same slot of the cache and begin where their length puts them:
-shorter ones are padded on the left, and position = slot - padding."""
+shorter ones are padded on the left, and position = slot - padding.
+"""
 
 from functools import partial
 from typing import Any

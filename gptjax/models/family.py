@@ -3,7 +3,8 @@
 A family is a module with a weight table and pairs of forward and backward. Everything else is a
 function of those: the network and its gradient (`gptjax.models.transformer`), decoding,
 initialisation, counts, sharding, checkpoints, plans. `Family` is the interface, `FAMILIES` the
-registry."""
+registry.
+"""
 
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -33,7 +34,8 @@ class Family(Protocol):
 
     ``params`` is a NamedTuple with one entry ``blocks``: the layers, each a NamedTuple of its own,
     in a tuple where layers are unrolled, or in one with stacked arrays, (L, ...), where they are
-    scanned. The rest is outside the blocks."""
+    scanned. The rest is outside the blocks.
+    """
 
     Params: Any
     """The class of all weights; its field ``blocks`` holds the layers."""
@@ -66,7 +68,8 @@ class Family(Protocol):
 
         ``attend(q, k, v) -> (o, saved)`` says what the queries look at: the sequence itself in
         training, a cache in decoding. What it saves, in decoding the updated cache, is kept in
-        ``saved.att``; None where there is no attention. ``key`` turns dropout on."""
+        ``saved.att``; None where there is no attention. ``key`` turns dropout on.
+        """
 
     def block_bwd(
         self, w: Any, saved: Any, dx: Any, positions: Any, cfg: ModelConfig, attend_bwd: Any

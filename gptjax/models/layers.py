@@ -3,7 +3,8 @@ storage.
 
 Each is the op of `gptjax.ops` by the same name, computing the same numbers. Barriers decide what
 the backward stores and what it computes again. Nothing here knows of a mesh:
-`gptjax.models.transformer` lays out a block's weights and gradients."""
+`gptjax.models.transformer` lays out a block's weights and gradients.
+"""
 
 from typing import Any
 

@@ -85,7 +85,8 @@ def init_params(key: Key[Array, ""], cfg: Any, dtype: Any = jnp.float32) -> Any:
 
     Weights and embeddings are N(0, 0.02^2), those of the projections into the residual stream
     divided by sqrt(2 L); biases 0; gains 1. The vocabulary's pad rows are 0. The values do not
-    depend on the layout."""
+    depend on the layout.
+    """
     table: Any = weight_table(cfg)
     structure: Any = jax.tree.structure(table, is_leaf=is_weight)
     weights, shapes = (

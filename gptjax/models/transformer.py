@@ -2,7 +2,8 @@
 
 `loss` is the plain forward: differentiating it with JAX is the reference. `loss_and_grad` is the
 backward written out. `loss_manual` binds the two, so that ``jax.grad(loss_manual)`` runs the
-hand-written backward; nothing else does."""
+hand-written backward; nothing else does.
+"""
 
 import math
 from functools import partial
@@ -103,7 +104,8 @@ def over_layers(
     """`jax.lax.scan` of ``body`` over the layers, or the same unrolled.
 
     ``xs`` is a tuple whose entries hold one value a layer, stacked when scanned, in a sequence when
-    unrolled, or None."""
+    unrolled, or None.
+    """
     if cfg.layers == "scan":
         return lax.scan(body, carry, xs, reverse=reverse)
     ys: list[Any] = [None] * cfg.num_layers
@@ -163,7 +165,8 @@ def embed_fwd(
 
     On a mesh each device looks up its part of the channels for the rows of all fsdp devices, in the
     compute dtype; then rows and channels are exchanged. Left to XLA, activations stay cut along
-    channels, which sends up to 3.5 times as much."""
+    channels, which sends up to 3.5 times as much.
+    """
     x = family_of(cfg).embed_fwd(params, param_layout(inputs, "B", None), positions, cfg)
     return compute_layout(param_layout(x, "B", None, "C"), "B", None, None)
 
@@ -284,7 +287,8 @@ def classifier_and_grad(
     """(loss, dh, dhead) of the classifier ``scores = h head^T`` and the cross-entropy.
 
     Forward and backward of a chunk of rows follow each other, so a chunk's scores live only as long
-    as the chunk."""
+    as the chunk.
+    """
     value: list[Array] = []
     dh: list[Array] = []
     dhead: Any = None
@@ -310,7 +314,8 @@ def token_losses(params: Any, batch: Batch, cfg: ModelConfig) -> Float[Array, "B
     """-log p of each target in nats, without dropout; 0 at `IGNORE_INDEX`. Their mean is `loss`.
 
     The mask has no part in it. One sequence's scores of the whole vocabulary are in memory at a
-    time. Arguments as in `loss`."""
+    time. Arguments as in `loss`.
+    """
     batch = checked_batch(batch, cfg)
     x = hidden(params, batch.inputs, cfg)
     head = head_of(params, cfg).astype(x.dtype)

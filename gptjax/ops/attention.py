@@ -2,7 +2,8 @@
 
 ``materialised`` stores the (T, S) probabilities; ``blockwise`` never does (memory linear in T);
 ``cudnn`` is NVIDIA's fused kernel, ``splash`` one for TPU. `attention_fwd` and `attention_bwd`
-choose among them by name."""
+choose among them by name.
+"""
 
 import math
 from functools import partial
@@ -159,7 +160,8 @@ def cudnn_fwd(q: Heads, k: Heads, v: Heads) -> tuple[Heads, Any]:
     backward.
 
     Needs a CUDA GPU of compute capability 8.0 or later, a 16-bit dtype, and D a multiple of 8 and
-    at most 128."""
+    at most 128.
+    """
     return jax.vjp(_cudnn, q, k, v)
 
 

@@ -58,7 +58,8 @@ def blockwise_fwd(
         dv = r^T do,   dp = (do v^T) through dropout,   ds = p (dp - delta),   dq = ds k / sqrt(D),   dk = ds^T q / sqrt(D)
 
     where delta = sum_s dp p = sum_s dr r = do . o, so that one number a row replaces the sum over
-    all keys."""
+    all keys.
+    """
     T, D = q.shape[1], q.shape[3]
     acc = accumulation_dtype(q)
     blocks = -(-T // (block_size or BLOCK))

@@ -14,7 +14,8 @@ def embedding_fwd(ids: Int[Array, "*ids"], table: Float[Array, "N C"]) -> Float[
         dtable[n] = sum over i with ids[i] = n of dy[i]
 
     Nothing is saved beyond the ids. Ids must lie inside the table: this is checked where the ids
-    are read, not here."""
+    are read, not here.
+    """
     return table[ids]
 
 
@@ -25,5 +26,6 @@ def embedding_bwd(
     """``dtable``, with the gradient of `embedding_fwd` added; duplicate ids accumulate.
 
     It is added to, not made, because a tied table is also the classifier, whose gradient comes
-    first in the backward."""
+    first in the backward.
+    """
     return dtable.at[ids].add(dy.astype(dtable.dtype))

@@ -23,7 +23,8 @@ def target_weights(
 
     ``count`` defaults to the sum of the masks. A caller that splits a batch passes the whole
     batch's, so that the pieces' losses add up to the batch's. Where nothing counts, all weights are
-    0 and so is the loss."""
+    0 and so is the loss.
+    """
     weights = jnp.ones(targets.shape) if mask is None else mask
     weights = jnp.where(targets == IGNORE_INDEX, jnp.zeros((), weights.dtype), weights)
     total = weights.sum() if count is None else count.astype(weights.dtype)

@@ -38,7 +38,8 @@ def layernorm_fwd(
         dw = sum over rows of dy n,   db = sum over rows of dy
 
     Saved: x, mean and rstd. n is two flops away from them, and a residual network keeps x alive
-    anyway."""
+    anyway.
+    """
     xf = x.astype(accumulation_dtype(x))
     mean = xf.mean(-1, keepdims=True)
     rstd = lax.rsqrt(jnp.square(xf - mean).mean(-1, keepdims=True) + EPS)

@@ -1,7 +1,8 @@
 """Linear layers whose weights are stored for decoding: (out, in), in a compute dtype or in 8 bits.
 
 A token's products read every weight once and use it once, so they take as long as reading the
-bytes."""
+bytes.
+"""
 
 import math
 from typing import Any, NamedTuple
@@ -91,7 +92,8 @@ def _integer_product(x: Float[Array, "M I"], w: Quantized) -> Float[Array, "M O"
     """The same by integers, for which XLA's CPU compiler has kernels, but from two rows on only.
 
     So each row of x becomes two of 8 bits, what is nearest and what is left: 15 bits, which add
-    next to nothing to the error."""
+    next to nothing to the error.
+    """
     finest = 2 * LARGEST  # steps of the second row in one of the first
     rows = x.astype(jnp.float32)
     largest = jnp.abs(rows).max(-1, keepdims=True)

@@ -23,7 +23,8 @@ def splash_fwd(q: Heads, k: Heads, v: Heads) -> tuple[Heads, Any]:
     holds q, k, v, o and lse.
 
     Needs a TPU, or `jax.experimental.pallas.tpu.force_tpu_interpret_mode`, a dtype of at most 32
-    bits, and T a multiple of `LANES`. Blocks above the diagonal are skipped."""
+    bits, and T a multiple of `LANES`. Blocks above the diagonal are skipped.
+    """
     return jax.vjp(splash, q, k, v)
 
 

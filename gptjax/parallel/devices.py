@@ -7,7 +7,8 @@ of 400 Gb/s.
 
 Google: docs.cloud.google.com/tpu/docs/v3, v4, v5e, v5p and v6e, which give the links of v5e, v5p
 and v6e as both directions together. A v4 chip has six links of 400 Gb/s each way (Zu et al. 2024,
-"Resiliency at Scale"), a v3 pod sums 340 TB/s."""
+"Resiliency at Scale"), a v3 pod sums 340 TB/s.
+"""
 
 from typing import NamedTuple
 

@@ -4,7 +4,8 @@ time, with one sentence.
 JAX's coordination service notices a process that is gone, too, but from a thread of its own, which
 aborts the process with a stack trace for a last word. So each process tells the others through the
 service's store that it is alive, and ends by itself when one falls silent; what JAX notices, in
-twice the time, is left for a process whose Python hangs."""
+twice the time, is left for a process whose Python hangs.
+"""
 
 import contextlib
 import ctypes
@@ -147,7 +148,8 @@ def _delay_abort() -> None:
     once process 0 is gone.
 
     The signal's handler is libc's `sleep`. It gets the signal's number, 6, as its seconds; the
-    abort goes on after them."""
+    abort goes on after them.
+    """
     with contextlib.suppress(OSError, AttributeError, TypeError):  # no such library here
         libc: Any = ctypes.CDLL(None)
         libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p

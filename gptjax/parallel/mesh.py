@@ -173,7 +173,8 @@ def shardings(mesh: Mesh, axes: Any, tree: Any) -> Any:
     device.
 
     Optimizers keep trees of the parameters' structure, in which some leaves are missing or, as in
-    Adafactor, smaller."""
+    Adafactor, smaller.
+    """
 
     def layout(axes: tuple[str, ...], x: Any) -> NamedSharding:
         sizes = [math.prod(mesh.shape[name] for name in RULES[axis].param) for axis in axes]

@@ -3,7 +3,8 @@
 Each process runs the same command on devices of its own, and JAX makes one mesh of them all. What
 is on the host has to be the same everywhere, or they would wait for each other forever: what one
 decides, `agreed` tells the others. They agree through the key-value store that JAX's coordination
-service, in process 0, keeps; Orbax has a name for it."""
+service, in process 0, keeps; Orbax has a name for it.
+"""
 
 import contextlib
 import json
@@ -172,7 +173,8 @@ class Stop:
 
     A process that got a signal says before it starts step n that n + 1 is the last. No other knows
     step n's loss before that one has joined in it, so whoever asks once it has that loss is told in
-    time."""
+    time.
+    """
 
     def __init__(self, done: int = 0, steps: int = 2**31) -> None:
         """``done`` steps were done before, of ``steps`` in all."""

@@ -9,7 +9,8 @@ the MLP's hidden units and the vocabulary.
 The functions of the model stay as they are: `on_mesh` traces one for a mesh, and XLA splits it by
 the layouts of its arguments and of the few values that `compute_layout` and `param_layout` name.
 Without a mesh both are the identity: one device runs the program that it would run if this module
-did not exist."""
+did not exist.
+"""
 
 import math
 from collections.abc import Callable
@@ -65,7 +66,8 @@ def sum_to_param_layout(terms: Array, *axes: str | None) -> Array:
     """(n, ...), a term for each share of the rows -> their sum, in `param_layout`.
 
     It is scattered over the mesh axes that cut it, and only the parts are summed over the others.
-    Left to XLA, all of it would be summed over all devices, and then cut."""
+    Left to XLA, all of it would be summed over all devices, and then cut.
+    """
     compute, param = ([getattr(RULES[axis], place) for axis in axes] for place in Rule._fields)
     shares = RULES["B"].compute
     scattered = [(axis, i) for i, cut in enumerate(param) for axis in cut if axis in shares]

@@ -12,7 +12,8 @@ For TPU the step is compiled ahead of time by libtpu (``pip install 'gptjax[tpu]
 XLA: memory and collectives are then the compiler's. For GPUs, and with ``--predict``, they are
 predicted from shapes; a compiler adds to that. Times are floors at the rates of makers' data
 sheets, which no program can beat and few reach. The last line is the command that trains as
-planned, on as many tokens as ``--tokens`` says."""
+planned, on as many tokens as ``--tokens`` says.
+"""
 
 import dataclasses
 import json

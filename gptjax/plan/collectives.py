@@ -46,7 +46,8 @@ def collectives(text: str) -> list[Collective]:
     A loop's turns are the number that XLA says, or else follow from what its condition compares
     with. An asynchronous collective of a TPU appears in each of the fusions that it is spread over,
     on one channel, some of them in loops; it counts as often as the one of them that runs least,
-    which starts or ends it."""
+    which starts or ends it.
+    """
     computations, entry = _parse(text)
     runs: dict[str, float] = defaultdict(float)
     _visit(computations, entry, 1, runs)

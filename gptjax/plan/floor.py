@@ -55,7 +55,8 @@ def sending_rate(mesh: tuple[int, ...], device: Device, group: int) -> float:
 
     A machine's devices are neighbours in the mesh. What a collective sends from one machine to
     another passes through the adapters of all its devices in that machine: as rings do that take
-    one each."""
+    one each.
+    """
     strides = [math.prod(mesh[i + 1 :]) for i, size in enumerate(mesh) if size == group] or [1]
     members = max(device.neighbours // min(strides), 1)
     return device.link if group <= members else min(device.link, members * NETWORK)

@@ -2,7 +2,8 @@
 nothing is compiled.
 
 The forward says what the hand-written backward saves, and `RULES` say what has to be sent. What a
-compiler adds or saves is not known here."""
+compiler adds or saves is not known here.
+"""
 
 import dataclasses
 import math
@@ -212,7 +213,8 @@ def _stays_gathered(work: Work) -> int:
 
     XLA gathers them for the forwards of all micro-batches at once, before the loop over them; and a
     block's recomputation reuses those of its forward. Only for the backward are they gathered
-    again. Scanned layers are gathered one at a time."""
+    again. Scanned layers are gathered one at a time.
+    """
     model = work.model
     stays = model.layers == "unroll" and (work.shape.accumulate > 1 or model.recompute == "block")
     return (
@@ -251,7 +253,8 @@ def step_traffic(work: Work) -> tuple[float, float]:
 
     Activations that are saved are written and read once, weights are read for each pass over them
     and scores moved three times. The update reads and writes parameters and float32 moments once.
-    Gradients are written once and read twice, first for their norm."""
+    Gradients are written once and read twice, first for their norm.
+    """
     model, A, item = work.model, work.shape.accumulate, work.model.compute_dtype.itemsize
     passes = 3 if model.recompute == "block" else 2
     weights = passes * num_matrix_params(model) // work.mesh[2] * item
@@ -269,7 +272,8 @@ def step_collectives(work: Work) -> list[Collective]:
     Over fsdp each matrix is gathered for the forward and for each backward (see `_stays_gathered`),
     its gradient is scattered, and the embedding is exchanged; over data the gradient is summed.
     Over tensor the residual stream is summed after each matrix whose inputs are cut, and its
-    gradient as often. Scanned layers gather their weights in each forward."""
+    gradient as often. Scanned layers gather their weights in each forward.
+    """
     model, A, (data, fsdp, tensor) = work.model, work.shape.accumulate, work.mesh
     L, item = model.num_layers, model.compute_dtype.itemsize
     matrices, head, count = (

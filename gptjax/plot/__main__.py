@@ -5,7 +5,8 @@ A RUN is a run's folder or its ``metrics.jsonl``. Loss, validation loss, learnin
 norm and throughput of all runs go into one picture, as far as they were measured: ``metrics.png``
 in the folder of a single run, of several in the current folder. A picture that is there already is
 replaced. Of what differs from step to step, the line is a running mean and the faint line behind it
-is what was measured; a cross marks what was not finite."""
+is what was measured; a cross marks what was not finite.
+"""
 
 import sys
 import warnings

@@ -81,7 +81,8 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     """The mean of the finite values of ``window`` steps around each one, NaN where there are none.
 
     Near the start the window shrinks to stay centred, for a loss falls fastest there; at the end it
-    is cut off."""
+    is cut off.
+    """
     here, last = np.arange(values.size), values.size - 1
     half = np.minimum(window // 2, here)
     bounds = np.stack([here - half, np.minimum(here + half, last) + 1], 1).ravel()

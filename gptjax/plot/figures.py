@@ -198,7 +198,8 @@ def block_diagram(backward: bool = False) -> Figure:
     and in which shape.
 
     With ``backward`` the gradients too: they run against the arrows of the forward, and add up
-    where it branched."""
+    where it branched.
+    """
     fig, ax = plt.subplots(figsize=(9.2, 4.1))
     ax.set(xlim=(-0.9, 10.0), ylim=(-4.0, 0.85))
     ax.axis("off")

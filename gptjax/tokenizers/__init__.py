@@ -3,7 +3,8 @@
 `gpt2`, `byte`, `train_bpe` and llm.c's files give a `BytePairEncoding`, which tiktoken runs;
 `train_characters` gives `Characters`; a ``tokenizer.json`` of Hugging Face's that is no such
 encoding a `HuggingFace`, which its own library runs. Each is saved as one JSON file beside what was
-made with it, so that ids can be decoded wherever they turn up."""
+made with it, so that ids can be decoded wherever they turn up.
+"""
 
 import base64
 import json

@@ -5,7 +5,8 @@ train|encode|decode|export``.
 ``--kind char`` takes the text's characters. ``encode --tokenizer gpt2 some text`` prints ids,
 ``decode --tokenizer gpt2 15496 11`` text; both read standard input where nothing is given, and a
 token shard is written by ``encode --output`` and read by ``decode --input``. ``export --tokenizer
-gpt2 --output gpt2_tokenizer.bin`` writes llm.c's file."""
+gpt2 --output gpt2_tokenizer.bin`` writes llm.c's file.
+"""
 
 import dataclasses
 import sys

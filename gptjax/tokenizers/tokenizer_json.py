@@ -3,7 +3,8 @@ byte-level BPEs, as GPT-2's.
 
 One whose ids are the ranks of its merges becomes a `BytePairEncoding`, if each token is what its
 own merge makes of those before it: then the lowest rank first gives the same ids, whichever pairs
-the file lists. Any other is encoded by the library that wrote it, see `HuggingFace`."""
+the file lists. Any other is encoded by the library that wrote it, see `HuggingFace`.
+"""
 
 import json
 from pathlib import Path
@@ -133,7 +134,8 @@ def _as_ranks(found: HuggingFace) -> BytePairEncoding | None:
     """The same tokenizer as ranks of merges; None if it is not the same.
 
     Where all of a token's bytes are left as two parts once every merge of a lower rank is made, and
-    these two are its listed pair, no other pair can ever join to it."""
+    these two are its listed pair, no other pair can ever join to it.
+    """
     content = json.loads(found.source)
     added = [token["content"] for token in content["added_tokens"]]
     if added != [END_OF_TEXT] or found.end_of_text != found.vocab_size - 1:

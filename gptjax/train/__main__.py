@@ -5,7 +5,8 @@ command line wins. A run is kept in ``runs/NAME``: ``config.yaml`` as resolved, 
 ``tokenizer.json``, ``checkpoints/``, and a ``lock`` that the training process holds. ``python -m
 gptjax.plot runs/NAME`` draws it; ``--log.tensorboard`` or ``--log.wandb PROJECT`` log it there,
 too. Ctrl-C, SIGTERM or SIGHUP saves a checkpoint and ends; ``--resume auto`` goes on from the
-newest one as if never interrupted."""
+newest one as if never interrupted.
+"""
 
 import contextlib
 import dataclasses

@@ -3,7 +3,8 @@
 Orbax writes each to a temporary folder and renames it, so one cut off by a crash never counts. Each
 carries a JSON document with a checksum of every array, taken on the device when it was saved, and
 the document's own SHA-256: what is restored is what was saved, or it is not used. No other file in
-it is believed: one that is damaged leads to other arrays, or to an error."""
+it is believed: one that is damaged leads to other arrays, or to an error.
+"""
 
 import contextlib
 import dataclasses
@@ -177,7 +178,8 @@ def _newest_whole(
     no checkpoint at all.
 
     ``read`` raises `GptjaxError` for what is no damage, anything else for what is. ``agreed`` is
-    `processes.agreed` if all processes read the same checkpoint."""
+    `processes.agreed` if all processes read the same checkpoint.
+    """
     names = ocp.path.step.standard_name_format(step_prefix=PREFIX, step_format_fixed_length=8)
     tried: set[int] = set()
 
@@ -434,7 +436,7 @@ def _in_layout(
     is_params = lambda tree: hasattr(tree, "blocks")  # noqa: E731
     convert = lambda state: jax.tree.map(
         lambda x: one(x) if is_params(x) else x, state, is_leaf=is_params
-    )  # noqa: E731
+    )
     shapes = jax.eval_shape(lambda key: init_state(key, cfg, optimizer), jax.random.key(0))
     return jax.jit(
         convert, out_shardings=meshes.shardings(mesh, param_axes(cfg), shapes) if mesh else None
@@ -500,7 +502,8 @@ def _write_errors(folder: Path) -> Iterator[None]:
     are deep in its message.
 
     A process that is lost meanwhile is no fault of the disk: that goes on to
-    `gptjax.parallel.heartbeat.ending_together`."""
+    `gptjax.parallel.heartbeat.ending_together`.
+    """
     try:
         yield
     except Exception as error:

@@ -3,7 +3,8 @@ configuration.
 
 ``metrics.jsonl`` stays what resuming and plotting read. These are extras, imported only where a run
 asks for them; one that fails in the middle of training is left out from then on, and training goes
-on."""
+on.
+"""
 
 import contextlib
 import html
@@ -53,7 +54,8 @@ class TensorBoard:
     is known.
 
     TensorBoard's `EventFileWriter` writes from a thread, so that a kill loses what it holds and a
-    full disk shows late; this writes the same records at once."""
+    full disk shows late; this writes the same records at once.
+    """
 
     title = "TensorBoard"
 
@@ -107,7 +109,8 @@ class WeightsAndBiases:
     The run's id is kept in the folder, and a resumed run goes on under it. W&B cannot take steps
     back: those that it has had already, from a run that was cut off after its last checkpoint, stay
     as they were. The environment says the rest: ``WANDB_MODE=offline`` keeps everything on disk,
-    for ``wandb sync``; ``WANDB_API_KEY``, ``WANDB_TAGS``..."""
+    for ``wandb sync``; ``WANDB_API_KEY``, ``WANDB_TAGS``...
+    """
 
     title = "Weights & Biases"
 

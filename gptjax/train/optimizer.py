@@ -110,7 +110,7 @@ def make_optimizer(cfg: OptimConfig, steps: int, model: Architecture) -> Optimiz
         )
         kinds = lambda params: per_tensor(
             lambda w: "muon" if w.kind == "matrix" else "adamw", params, model
-        )  # noqa: E731
+        )
         return optax.partition({"muon": matrices, "adamw": others}, kinds)
 
     def adafactor() -> optax.GradientTransformation:

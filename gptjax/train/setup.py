@@ -108,7 +108,7 @@ def owned(run: Run) -> Iterator[Run]:
             until_the_end.enter_context(
                 folders.owned(Path(cfg.runs), cfg.name or "run", cfg.resume)
             )
-        )  # noqa: E731
+        )
         yield run._replace(folder=Path(processes.agreed("folder", own)))
 
 

@@ -26,7 +26,8 @@ def stopping(prog: str, stop: Stop, display: Display) -> Iterator[None]:
 
     Python runs its handlers between two of its own instructions, of which there are none while a
     step is computed. So a thread handles what arrives, which is told through a pipe. A signal that
-    this process was started to ignore, as SIGHUP by ``nohup``, stays ignored."""
+    this process was started to ignore, as SIGHUP by ``nohup``, stays ignored.
+    """
     arriving, arrived = os.pipe()
     os.set_blocking(arrived, False)
     watcher = threading.Thread(target=_watch, args=(prog, arriving, stop, display), daemon=True)

@@ -156,7 +156,8 @@ class StepFunctions(NamedTuple):
 
     Gradient and update are separate, because in one program XLA copies what is donated. So it does
     in ``update`` where it does not merge the outputs, as on CPU. The two parts then need no copy,
-    but read more."""
+    but read more.
+    """
 
     gradient: Any
     """(params, batch, key, step, buffer) -> (loss, gradient, its norm). The gradient is written
@@ -266,7 +267,8 @@ def gradient_buffer(params: Any) -> Any:
     """Zeros like the parameters, for the first step's gradient to be written over.
 
     Were each gradient to be allocated anew, the arrays of glibc's allocator would lie as close as
-    they must only for some steps: it took 1.6 times the predicted memory for gradients of 774M."""
+    they must only for some steps: it took 1.6 times the predicted memory for gradients of 774M.
+    """
     zeros = lambda params: jax.tree.map(jnp.zeros_like, params)  # noqa: E731
     return jax.jit(zeros, out_shardings=jax.tree.map(lambda x: x.sharding, params))(params)
 

@@ -248,7 +248,8 @@ def leaf_names(tree: Any) -> list[tuple[str, int | None]]:
     The first index into a sequence on the way to a leaf is its layer, if what the layers have there
     is of one shape. The tensor is then named by the way from the layer on, where that tells it from
     every other tensor, else by the whole way but the index. Without layers, and for entries of a
-    plain tuple or list, the index belongs to the name."""
+    plain tuple or list, the index belongs to the name.
+    """
     paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(tree), strict=True)
     layers = [_layer(path) for path in paths]
     shapes: dict[str, set[Any]] = {}

@@ -3,7 +3,8 @@ float64.
 
 A central difference (f(x + h d) - f(x - h d)) / 2h has an error in even powers of h. Halving h and
 combining removes one power after another (Richardson 1911); the two best entries of the triangle
-that results estimate its error (Ridders 1982)."""
+that results estimate its error (Ridders 1982).
+"""
 
 import itertools
 import math

@@ -2,7 +2,8 @@
 in a given precision.
 
 By hand it is the program that a training step runs: of all its micro-batches, on its mesh. By JAX
-it is the plain forward of one micro-batch after the other, on one device."""
+it is the plain forward of one micro-batch after the other, on one device.
+"""
 
 import dataclasses
 import functools
@@ -234,7 +235,8 @@ def tolerances(subject: Subject, reference_dtype: Any = jnp.float64) -> Derivati
     """What rounding explains of each leaf, the reference's rounding included.
 
     Of one micro-batch by itself, and of the sum of all. On a mesh no sum is longer than on one
-    device."""
+    device.
+    """
     batch, key = micro_batches(subject)[0]
     one = subject._replace(batch=jax.tree.map(lambda x: x[None], batch), key=key, mesh=None)
     found = gradient_variances(lambda params: by_hand(one._replace(params=params)), one.params)

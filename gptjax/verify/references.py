@@ -298,7 +298,8 @@ def _locate(subject: Subject) -> Parting | None:
     layers and nothing recomputed.
 
     So every op shows by itself. A 16-bit gradient is followed in a wider precision first, where an
-    error stands out from the rounding."""
+    error stands out from the rounding.
+    """
     cfg = dataclasses.replace(subject.cfg, layers="unroll", recompute="none", loss_chunks=1)
     plain = subject._replace(cfg=cfg, params=unstack(subject.params))
     widest: Any = "float64" if jax.dtypes.canonicalize_dtype("float64") == "float64" else "float32"

@@ -6,7 +6,8 @@ as calls under their names. `record` runs the jaxpr and keeps what goes in and o
 `cotangents` runs the plain forward, of the same ``OP_fwd`` calls, and has JAX differentiate the
 loss with respect to the result of each. Walking the recorded backward calls in turn,
 `first_parting` finds the first one that receives another gradient than JAX's, or makes another of
-it than JAX's own derivative of the forward call does."""
+it than JAX's own derivative of the forward call does.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import partial

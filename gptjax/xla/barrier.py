@@ -34,5 +34,6 @@ def cpu_barrier(first: Any, x: Inexact[Array, "*shape"]) -> Inexact[Array, "*sha
     """x; on CPU a `barrier` after ``first``.
 
     XLA's CPU scheduler leaves weight gradients for last and keeps their operands in memory until
-    then."""
+    then.
+    """
     return lax.platform_dependent(first, x, cpu=barrier, default=lambda first, x: x)

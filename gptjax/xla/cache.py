@@ -2,7 +2,8 @@
 again.
 
 Compiled code runs with this user's rights. So it is read only from where nobody else can put it,
-and only whole."""
+and only whole.
+"""
 
 import contextlib
 import hashlib
@@ -103,7 +104,8 @@ def keep_compiled_programs() -> None:
     ``JAX_COMPILATION_CACHE_DIR`` names another folder, ``JAX_ENABLE_COMPILATION_CACHE=false`` keeps
     nothing. Each kind of processor has a folder. It is not limited in size, and may be deleted at
     any time. Where there is no place for it, nothing is kept; nor where others could put programs
-    of theirs, which is logged."""
+    of theirs, which is logged.
+    """
     config: Any = jax.config
     replace_damaged_programs()
     try:
@@ -129,7 +131,8 @@ class CheckedPrograms:
 
     JAX itself warns of one at every start and never replaces it, because it stores only what is
     absent, and where its compression has no checksum of its own it runs what it reads. The names
-    differ from JAX's, whose entries have no checksum."""
+    differ from JAX's, whose entries have no checksum.
+    """
 
     def __init__(self, store: Any) -> None:
         self._store = store
@@ -161,7 +164,8 @@ def replace_damaged_programs() -> None:
     """Let JAX store its programs in `CheckedPrograms`. Call before it compiles.
 
     JAX has no public way to do so; where a later one lacks what this relies on, it works as it does
-    by itself."""
+    by itself.
+    """
     try:
         from jax._src import compilation_cache as jaxs
 

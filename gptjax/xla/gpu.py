@@ -65,7 +65,8 @@ def assumed_cudnn() -> Iterator[None]:
     `CUDNN`.
 
     JAX asks for the version in its own module, which other versions of JAX may not have: then
-    nothing is done."""
+    nothing is done.
+    """
     version = CUDNN[0] * 10_000 + CUDNN[1] * 100
     try:
         module: Any = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")

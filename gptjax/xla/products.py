@@ -20,7 +20,8 @@ def contract(subscripts: str, x: Array, y: Array) -> Array:
 
     XLA's CPU compiler has 16-bit kernels (AVX512-BF16) only for products that stay float32, so
     there the rounding is an operation of its own; elsewhere it is the product's. JAX's derivative
-    of a contraction is made of float32 products."""
+    of a contraction is made of float32 products.
+    """
 
     def rounded_by_product(x: Array, y: Array) -> Array:
         return jnp.einsum(subscripts, x, y, preferred_element_type=x.dtype)

@@ -4,7 +4,8 @@ with what uses them.
 On CPU, JAX runs the 20 rounds of its generator as a loop over whole arrays: drawing the weights of
 124M takes twice as long so. The generator is Threefry-2x32 (Salmon et al., Parallel random numbers:
 as easy as 1, 2, 3, 2011), with an element's index as its counter, so that each device draws its own
-part and no other."""
+part and no other.
+"""
 
 import math
 from typing import Any

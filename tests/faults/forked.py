@@ -2,7 +2,8 @@
 tests.faults.forked``.
 
 Each runs in a fork of this process, which has imported them all, so that they do not take seconds
-each to start."""
+each to start.
+"""
 
 import importlib
 import json

@@ -2,7 +2,8 @@
 was saved.
 
 Either the damage does no harm, and the newest comes back bit for bit, or it is set aside with a
-warning, and the one before it comes back bit for bit. There is no third outcome."""
+warning, and the one before it comes back bit for bit. There is no third outcome.
+"""
 
 import random
 import shutil

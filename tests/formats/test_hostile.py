@@ -2,7 +2,8 @@
 bounded memory.
 
 ``GPTJAX_FUZZ=20000 pytest tests/formats/test_hostile.py`` tries that many cases of each format; by
-default it is a few."""
+default it is a few.
+"""
 
 import gzip
 import json

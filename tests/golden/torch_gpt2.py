@@ -3,7 +3,8 @@ small model.
 
 ``python -m tests.golden.torch_gpt2`` writes tests/golden/torch_gpt2.npz, from which the same is
 tested where PyTorch is not installed. It is made again only when this file changes; the numbers
-then differ by rounding alone on another machine."""
+then differ by rounding alone on another machine.
+"""
 
 from pathlib import Path
 from typing import Any

@@ -2,7 +2,8 @@
 classifier of its own.
 
 It has what `gptjax.models.family.Family` asks for, and no more. `registered` adds it for the length
-of a block."""
+of a block.
+"""
 
 import contextlib
 from collections.abc import Iterator

@@ -269,7 +269,8 @@ def test_processes_train_as_one_and_go_on_in_another_number_when_one_is_lost_and
 ):
     """Two processes, of which 1 is killed; four go on from an older checkpoint, since one of them
     cannot read its part of the newest, and 0 is killed; one goes on; the losses are those of one
-    process that did it all."""
+    process that did it all.
+    """
     folder = tmp_path / "runs" / "many"
     many = [*common, "--name", "many", "--resume", "auto", "--distributed.timeout", "30"]
 

@@ -69,7 +69,8 @@ def sent_on_cpu(planned):
     It sums a matrix's gradient whole, where others scatter it. It sums the gradients of the two
     tables one by one: the classifier's, which the program itself scatters, and the embeddings'. And
     it sums the gradient of a norm's output three times over tensor, for q, k and v, where others
-    add first."""
+    add first.
+    """
     model, (data, fsdp, tensor) = planned.model, planned.mesh
     A, tokens = planned.shape.accumulate, model.padded_vocab_size * model.channels // tensor * 4
     positions = planned.shape.seq_len * model.channels * 4

@@ -2,7 +2,8 @@
 
 What finds it is a comparison that the command makes: of an op by itself with JAX's gradient, or of
 the whole model's loss and gradient, on one device or on a mesh. The score is printed at the end of
-the test run."""
+the test run.
+"""
 
 import ast
 import functools

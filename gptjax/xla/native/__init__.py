@@ -42,7 +42,8 @@ def available() -> bool:
     before.
 
     ``CXX`` names the compiler, ``c++`` by default; ``CXX=false`` leaves the work to XLA. Why it
-    cannot is logged."""
+    cannot is logged.
+    """
     if jax.default_backend() != "cpu":
         return False
     try:
