@@ -19,9 +19,6 @@ from .models.transformer import logits as logits
 from .models.transformer import loss as loss
 from .models.transformer import loss_and_grad as loss_and_grad
 from .ops.attention import materialised_bwd as materialised_bwd
-from .plot import figures as figures
-from .train import setup as setup
-from .train import step as step
 from .verify import check as check
 from .verify import compare as compare
 from .weights import load_weights as load_weights
