@@ -90,7 +90,9 @@ def file_tensors(
     found_as = {row[:2]: row for row in rows(cfg)}  # a name may be in the blocks and outside them
     found = []
     for name, params in table.items():
-        held = [found_as.get((param, "{}" in name)) or found_as[param, True] for param in params.split()]
+        held = [
+            found_as.get((param, "{}" in name)) or found_as[param, True] for param in params.split()
+        ]
         _, layered, first, _ = held[0]
         turned = transposed and first.kind == "matrix"
         parts: list[Part] = []
