@@ -16,37 +16,34 @@ Order = Literal["shuffle", "sequential"]
 Backward = Literal["manual", "autodiff"]
 Horizontal = Literal["steps", "tokens", "time"]
 
-PRESETS = {  # of each family: num_layers, num_heads, channels
+PRESETS = {  # family, num_layers, num_heads, channels
     "124m": ("gpt2", 12, 12, 768),
     "350m": ("gpt2", 24, 16, 1024),
     "774m": ("gpt2", 36, 20, 1280),
     "1558m": ("gpt2", 48, 25, 1600),
 }
 VOCAB_MULTIPLE = 128
-# Beyond, blockwise attention takes less memory and, at 256 tokens on CPU, no longer
+# Longest sequence for which auto chooses materialised attention. Above it, blockwise takes less
+# memory and, at 256 tokens on CPU, no more time.
 SHORT_SEQUENCE = {"cpu": 128}
 SHORT_SEQUENCE_ELSEWHERE = 256  # not measured
 
-
-SPLASH_MULTIPLE = 128  # lanes of a TPU's vector unit: the splash kernel takes multiples of it alone
-LONGEST_NAME = 200  # bytes of a run's name: file systems take 255, of which a number needs some
+SPLASH_MULTIPLE = 128  # lanes of a TPU's vector unit; the splash kernel takes only multiples
+LONGEST_NAME = 200  # bytes of a run's name; file systems take 255, and a number is appended
 LONGEST_TIMEOUT = 86_400  # seconds
-# That a temperature or a top_p may be: what is smaller, float32 no longer tells from 0
-SMALLEST = 1e-6
+SMALLEST = 1e-6  # nonzero temperature or top_p; float32 cannot tell smaller ones from 0
 EVALUATED_TOKENS = 1 << 17  # by default
-MOST_TOKENS = 1 << 24  # of one continuation, which is held in memory
-# Continuations, of all prompts: each has a random stream of its own, by its number
-MOST_SAMPLES = (1 << 31) - 1
-MOST_AT_ONCE = 1 << 16  # continuations
+MOST_TOKENS = 1 << 24  # in one continuation, which must fit in memory
+MOST_SAMPLES = (1 << 31) - 1  # over all prompts; each has a random stream with its own number
+MOST_AT_ONCE = 1 << 16  # continuations in a batch
 
-
-# How a field is given on the command line, where that is not --NAME VALUE; nargs is argparse's.
+# Field metadata: arguments that are not given as --NAME VALUE; nargs is argparse's.
 POSITIONAL, SEVERAL = {"positional": True}, {"nargs": "+"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """What the weights are: the family and its dimensions. A checkpoint keeps it."""
+    """The model's family and dimensions, saved in each checkpoint."""
 
     family: str = "gpt2"
     """The network: gpt2."""
@@ -80,8 +77,9 @@ class Architecture:
                 )
         if self.channels % self.num_heads:
             raise ConfigError(
-                f"model.channels {self.channels} does not divide by model.num_heads {self.num_heads}: "
-                f"choose a multiple, such as {self.num_heads * max(1, round(self.channels / self.num_heads))}"
+                f"model.channels {self.channels} does not divide by model.num_heads "
+                f"{self.num_heads}: choose a multiple, such as "
+                f"{self.num_heads * max(1, round(self.channels / self.num_heads))}"
             )
 
     @property
@@ -96,8 +94,8 @@ class Architecture:
 
     @property
     def axis_sizes(self) -> dict[str, int]:
-        """The size of each logical axis of a weight, by its letter in `gptjax.ops`; of the
-        vocabulary, if known.
+        """The size of each logical axis, by its letter in `gptjax.ops`; no Vp while the vocabulary
+        is unknown.
         """
         return {
             "L": self.num_layers,
@@ -114,7 +112,7 @@ DIMENSIONS = tuple(field.name for field in dataclasses.fields(Architecture))
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """How a model is computed; the weights do not depend on it."""
+    """How to compute a model. The weights do not depend on it."""
 
     dropout: float = 0.0
     """Dropout rate on embeddings, attention probabilities and both residual branches."""
@@ -149,9 +147,9 @@ class Computation:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Computation, Architecture):
-    """The section ``model`` of a configuration: what the model is, and how it is computed.
+    """The ``model`` section of a configuration: the architecture and how to compute it.
 
-    Immutable and hashable, so that it can be a static argument of a jitted function.
+    Hashable, so it can be a static argument of a jitted function.
     """
 
     preset: Literal["124m", "350m", "774m", "1558m"] | None = None
@@ -175,38 +173,40 @@ class ModelConfig(Computation, Architecture):
             if getattr(self, name) == 0:
                 if name not in preset:
                     raise ConfigError(
-                        f"model.{name} is missing: give it, or choose model.preset from {', '.join(PRESETS)}"
+                        f"model.{name} is missing: give it, or choose model.preset from "
+                        f"{', '.join(PRESETS)}"
                     )
                 object.__setattr__(self, name, preset[name])
         Architecture.__post_init__(self)
         Computation.__post_init__(self)
 
     def with_vocabulary(self, size: int) -> "ModelConfig":
-        """The same config for a tokenizer of ``size`` ids, unless it says how many ids it knows."""
+        """A copy with ``vocab_size`` set to ``size``, unless it is already set."""
         return self if self.vocab_size else dataclasses.replace(self, vocab_size=size)
 
     @property
     def architecture(self) -> Architecture:
-        """What a checkpoint keeps."""
+        """The part that a checkpoint saves."""
         return Architecture(**{name: getattr(self, name) for name in DIMENSIONS})
 
     @property
     def compute_dtype(self) -> jnp.dtype:
-        """The dtype of activations; call on a `resolve`d config."""
+        """The dtype of activations, once `resolve` has been called."""
         return jnp.dtype(self.dtype)
 
     def resolve(self, platform: str, seq_len: int) -> "ModelConfig":
-        """The same config with every ``auto`` decided for ``platform`` ("cpu", "cuda", "rocm",
-        "tpu") and sequence length.
+        """A copy with every ``auto`` resolved for a platform ("cpu", "cuda", "rocm" or "tpu")
+        and a sequence length.
 
         Raises:
-            ConfigError: the sequence is too long, or a kernel for attention is asked for where it
-                cannot run.
+            ConfigError: the sequence is too long, or the chosen attention kernel cannot run on the
+                platform.
 
         """
         if not 1 <= seq_len <= self.max_seq_len:
             raise ConfigError(
-                f"data.seq_len {seq_len} does not fit model.max_seq_len {self.max_seq_len}: it must be between 1 and that"
+                f"data.seq_len {seq_len} does not fit model.max_seq_len {self.max_seq_len}: "
+                "it must be between 1 and that"
             )
         dtype = (
             ("float32" if platform == "cpu" else "bfloat16") if self.dtype == "auto" else self.dtype
@@ -217,7 +217,8 @@ class ModelConfig(Computation, Architecture):
         }
         if obstacle := obstacles.get(self.attention):
             raise ConfigError(
-                f"model.attention {self.attention} {obstacle}: choose auto, materialised or blockwise"
+                f"model.attention {self.attention} {obstacle}: "
+                "choose auto, materialised or blockwise"
             )
         attention, short = self.attention, SHORT_SEQUENCE.get(platform, SHORT_SEQUENCE_ELSEWHERE)
         if attention == "auto":
@@ -299,7 +300,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """An optimizer of optax's with clipping, warm-up and a schedule."""
+    """An optax optimizer with clipping, warm-up and a schedule."""
 
     name: Literal["adamw", "muon", "lion", "adafactor", "sgd"] = "adamw"
     """adamw; muon (AdamW for all but the blocks' matrices); lion; adafactor; or sgd, with momentum.
@@ -340,7 +341,7 @@ class OptimConfig:
         """Check the ranges.
 
         Raises:
-            ConfigError: a number is out of its range.
+            ConfigError: a number is out of range.
 
         """
         if not self.eps > 0:
@@ -350,7 +351,8 @@ class OptimConfig:
                 raise ConfigError(f"optim.{name} must not be negative, not {getattr(self, name)}")
         if self.name == "adafactor" and self.mu_dtype:
             raise ConfigError(
-                "optim.mu_dtype has no effect on adafactor, which keeps no first moment: leave it out"
+                "optim.mu_dtype has no effect on adafactor, which keeps no first moment: "
+                "leave it out"
             )
         for name in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
@@ -366,8 +368,8 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """From which distribution a token is drawn. The filters apply in the order of the fields, as in
-    Hugging Face's.
+    """The distribution to draw a token from. Filters apply in the order of the fields, as in
+    transformers.
     """
 
     temperature: float = 0.8
@@ -386,12 +388,13 @@ class Sampler:
         """Check the ranges.
 
         Raises:
-            ConfigError: a number is out of its range.
+            ConfigError: a number is out of range.
 
         """
         if not (self.temperature == 0 or SMALLEST <= self.temperature <= 1 / SMALLEST):
             raise ConfigError(
-                f"temperature must be 0, or from {SMALLEST:g} to {1 / SMALLEST:g}, not {self.temperature}"
+                f"temperature must be 0, or from {SMALLEST:g} to {1 / SMALLEST:g}, "
+                f"not {self.temperature}"
             )
         if self.top_k < 0:
             raise ConfigError(f"top_k must be at least 0, not {self.top_k}")
@@ -443,7 +446,7 @@ class TrainConfig:
         """Check the ranges.
 
         Raises:
-            ConfigError: a number is out of its range.
+            ConfigError: a number is out of range.
 
         """
         _at_least(
@@ -471,9 +474,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    """Where else a run's numbers, samples and configuration go, for people to look at;
-    metrics.jsonl has the numbers always.
-    """
+    """Loggers for a run's numbers, samples and configuration, besides metrics.jsonl."""
 
     tensorboard: bool = False
     """Write TensorBoard events to runs/NAME/tensorboard, for `tensorboard --logdir runs`. Needs
@@ -487,9 +488,7 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """The mesh's shape. One axis may be -1, which takes the devices that the others leave; all 1 is
-    one device.
-    """
+    """The mesh's shape. One axis may be -1, for all remaining devices; all 1 is one device."""
 
     data: int = 1
     """Copies of the model, each with its share of every batch's rows."""
@@ -515,7 +514,8 @@ class MeshConfig:
                 )
         if self.shape.count(-1) > 1:
             raise ConfigError(
-                "only one of mesh.data, mesh.fsdp and mesh.tensor can be -1, the rest of the devices"
+                "only one of mesh.data, mesh.fsdp and mesh.tensor can be -1, "
+                "the rest of the devices"
             )
 
     @property
@@ -526,8 +526,8 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DistributedConfig:
-    """Processes that train together. Slurm, Open MPI 4, Kubernetes and Cloud TPU are detected,
-    elsewhere each is told.
+    """Processes that train together: detected on Slurm, Open MPI 4, Kubernetes and Cloud TPU,
+    configured by hand elsewhere.
     """
 
     coordinator: str | None = None
@@ -540,15 +540,16 @@ class DistributedConfig:
     """Seconds without a sign of life after which a process counts as lost, and all end."""
 
     def __post_init__(self) -> None:
-        """Check that what belongs together is there.
+        """Check the fields.
 
         Raises:
-            ConfigError: only one of the two is given, or something is no number.
+            ConfigError: only one of coordinator and process is given, or one is malformed.
 
         """
         if (self.coordinator is None) != (self.process is None):
             raise ConfigError(
-                "distributed.coordinator HOST:PORT and distributed.process N/M are given together or not at all"
+                "distributed.coordinator HOST:PORT and distributed.process N/M "
+                "are given together or not at all"
             )
         if self.coordinator is not None and not re.fullmatch(r".+:\d+", self.coordinator):
             raise ConfigError(f"distributed.coordinator must be HOST:PORT, not {self.coordinator}")
@@ -560,25 +561,26 @@ class DistributedConfig:
             )
         if not 1 <= self.timeout <= LONGEST_TIMEOUT:
             raise ConfigError(
-                f"distributed.timeout must be from 1 to {LONGEST_TIMEOUT} seconds, not {self.timeout}"
+                f"distributed.timeout must be from 1 to {LONGEST_TIMEOUT} seconds, "
+                f"not {self.timeout}"
             )
 
     @property
     def index_of(self) -> int:
-        """N."""
+        """N: this process's index."""
         return int(str(self.process).split("/")[0])
 
     @property
     def count_of(self) -> int:
-        """M."""
+        """M: the number of processes."""
         return int(str(self.process).split("/")[1])
 
 
 def check_name(name: str) -> None:
-    """Check that a run can have this name.
+    """Check the name of a run.
 
     Raises:
-        ConfigError: it is not one component of a path, or cannot be shown.
+        ConfigError: it is not a single path component, or is not printable.
 
     """
     if not name.strip() or name in (".", "..") or "/" in name or not name.isprintable():
@@ -596,7 +598,7 @@ class Config:
     """Everything that defines a training run."""
 
     READS: ClassVar[tuple[str, ...]]
-    """The sections and options that the command reads; all, where a class does not say."""
+    """Sections and options that the command reads; all by default."""
     COMMON: ClassVar[tuple[str, ...]] = (
         *(
             "model.preset",
@@ -638,7 +640,7 @@ class Config:
         ),
         *("log", "mesh", "name", "runs", "seed", "init", "resume"),
     )
-    """Those of them that ``--help`` explains; ``--help_all`` explains the others, too."""
+    """Those that ``--help`` explains; ``--help_all`` explains every one."""
 
     model: ModelConfig
     """The model."""
@@ -675,8 +677,8 @@ class Config:
         """Check the seed, the name, and what to resume.
 
         Raises:
-            ConfigError: the seed does not fit 32 bits, the name is not that of a folder, or nothing
-                is named to resume.
+            ConfigError: the seed does not fit 32 bits, the name is no folder name, or resume is
+                empty.
 
         """
         if not 0 <= self.seed < 2**32:
@@ -689,7 +691,7 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class VerifyConfig(Config):
-    """A training configuration, and what to check of it."""
+    """A training configuration and which gradient to check."""
 
     READS: ClassVar = (
         *(
@@ -731,22 +733,23 @@ class VerifyConfig(Config):
     accumulation."""
 
     def __post_init__(self) -> None:
-        """Check what goes together.
+        """Check that the dtype and the reference fit.
 
         Raises:
-            ConfigError: a reference that a 16-bit gradient cannot be held against.
+            ConfigError: the reference cannot judge a 16-bit gradient.
 
         """
         super().__post_init__()
         if self.dtype == "bfloat16" and self.reference != "autodiff":
             raise ConfigError(
-                f"reference {self.reference} needs dtype float64 or float32: bfloat16 is judged by autodiff's own error"
+                f"reference {self.reference} needs dtype float64 or float32: "
+                "bfloat16 is judged by autodiff's own error"
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class PlanConfig(Config):
-    """A training configuration, and the devices to plan it for."""
+    """A training configuration and the devices to plan it for."""
 
     READS: ClassVar = (
         *(
@@ -785,7 +788,7 @@ class PlanConfig(Config):
         """Check the budget.
 
         Raises:
-            ConfigError: it is not above 0.
+            ConfigError: tokens is not above 0.
 
         """
         super().__post_init__()
@@ -795,7 +798,7 @@ class PlanConfig(Config):
 
 @dataclasses.dataclass(frozen=True)
 class BenchConfig(Config):
-    """A training configuration, and what to time of it."""
+    """A training configuration and what to time."""
 
     READS: ClassVar = ("model", "data", "optim", "train", "log", "mesh", "seed")
     COMMON: ClassVar = (
@@ -843,13 +846,14 @@ class BenchConfig(Config):
         """Check the ranges.
 
         Raises:
-            ConfigError: there is no round, or an option belongs to another ``what``.
+            ConfigError: rounds is below 1, or an option belongs to another ``what``.
 
         """
         super().__post_init__()
         if self.platform and self.what != "program":
             raise ConfigError(
-                "platform goes with --what program; everything else is timed on this machine's platform"
+                "platform goes with --what program; "
+                "everything else is timed on this machine's platform"
             )
         if self.hlo and self.what != "program":
             raise ConfigError("hlo goes with --what program")
@@ -859,7 +863,7 @@ class BenchConfig(Config):
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """What to evaluate, and on what."""
+    """A model and the corpus to evaluate it on."""
 
     checkpoint: str
     """The model: a run, a Hugging Face folder, an llm.c model .bin, a .safetensors of gptjax, or
@@ -900,7 +904,7 @@ class EvaluateConfig:
         """Check the ranges.
 
         Raises:
-            ConfigError: a number is out of its range, or the file to write could not be.
+            ConfigError: a number is out of range, or the JSON file cannot be written.
 
         """
         least = {"tokens": 0, "examples": 1, "seq_len": 1, "batch_size": 1}
@@ -910,20 +914,21 @@ class EvaluateConfig:
                 raise ConfigError(f"{name} must be at least {value}, not {given}")
         if self.json and not Path(self.json).absolute().parent.is_dir():
             raise ConfigError(
-                f"{self.json} cannot be written: there is no folder {Path(self.json).absolute().parent}"
+                f"{self.json} cannot be written: "
+                f"there is no folder {Path(self.json).absolute().parent}"
             )
         if self.json and Path(self.json).is_dir():
             raise ConfigError(f"{self.json} cannot be written: it is a folder")
 
     @property
     def wanted(self) -> int | None:
-        """Tokens of a corpus that are asked for; None for all."""
+        """Number of tokens to score; None for all."""
         return EVALUATED_TOKENS if self.tokens is None else self.tokens or None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateConfig(Sampler):
-    """What to continue, and how."""
+    """Prompts to continue, and how."""
 
     checkpoint: str
     """The model; see above."""
@@ -962,7 +967,7 @@ class GenerateConfig(Sampler):
         """Check the ranges.
 
         Raises:
-            ConfigError: a number is out of its range.
+            ConfigError: a number is out of range.
 
         """
         super().__post_init__()
@@ -978,7 +983,7 @@ class GenerateConfig(Sampler):
 
     @property
     def sampler(self) -> Sampler:
-        """How the next token is chosen."""
+        """The sampling options."""
         return Sampler(
             **{field.name: getattr(self, field.name) for field in dataclasses.fields(Sampler)}
         )
@@ -986,7 +991,7 @@ class GenerateConfig(Sampler):
 
 @dataclasses.dataclass(frozen=True)
 class ConvertConfig:
-    """What to convert, and to what."""
+    """A model to convert and the format to write."""
 
     source: str = dataclasses.field(metadata=POSITIONAL)
     """The model to convert, or the file to inspect."""
@@ -1024,7 +1029,7 @@ class DatasetConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainTokenizerConfig:
-    """A vocabulary to make from text."""
+    """A vocabulary to train on text."""
 
     input: list[str] = dataclasses.field(metadata=SEVERAL)
     """Files, folders or patterns of text, as for --data.dataset of training."""
@@ -1091,7 +1096,7 @@ class PlotConfig:
         """Check the range.
 
         Raises:
-            ConfigError: the mean is of no step.
+            ConfigError: smooth is below 1.
 
         """
         if self.smooth is not None and self.smooth < 1:

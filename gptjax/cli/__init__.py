@@ -1,4 +1,4 @@
-"""The frame that every command runs in: errors in one sentence, and the process's memory settings."""
+"""The frame of every command: one-sentence errors and process-wide settings."""
 
 import contextlib
 import ctypes
@@ -27,12 +27,15 @@ def reported_errors(
     less: str = "lower data.batch_size",
     speaks: Callable[[str], bool] = lambda message: True,
 ) -> Iterator[None]:
-    """Turn errors that a person can mend into one sentence on stderr and exit status 2, without a
-    traceback.
+    """Print errors that a person can mend as one sentence on stderr and exit with status 2.
 
-    SIGTERM ends the block as Ctrl-C does, so that what is half made is cleared away. ``less`` says
-    how to take less memory; an error is printed only if ``speaks`` says so of it, since another
-    process may print the same.
+    SIGTERM ends the block as Ctrl-C does, so that partial files are cleaned up.
+
+    Args:
+        prog: the command's name, printed before the error.
+        less: how to use less memory, for out-of-memory errors.
+        speaks: whether to print a message; False where another process prints the same.
+
     """
 
     def fail(message: str) -> NoReturn:
@@ -49,7 +52,7 @@ def reported_errors(
     except KeyboardInterrupt:
         print(f"{prog}: error: interrupted", file=sys.stderr, flush=True)
         raise SystemExit(INTERRUPTED) from None
-    except BrokenPipeError:  # whoever read the output has seen enough
+    except BrokenPipeError:  # the reader has closed the pipe
         drop_output()
         raise SystemExit(BROKEN_PIPE) from None
     except OSError as error:
@@ -65,7 +68,8 @@ def reported_errors(
         if error.filename is None:
             drop_output()
         fail(
-            f"{error.filename or 'output'} cannot be used: {error.strerror}; free space or name another folder"
+            f"{error.filename or 'output'} cannot be used: {error.strerror}; "
+            "free space or name another folder"
         )
     except MemoryError:
         fail(f"out of memory: {less} or choose a smaller model")
@@ -85,15 +89,14 @@ def _is_in_removed_folder() -> bool:
     return False
 
 
-# Of what waits for writes, and for reads
+# Start of the messages of abandoned writes and reads
 GIVEN_UP = "Event loop is closed", "Encountered error while reading array"
 
 
 def quiet_libraries() -> None:
-    """Keep Orbax's and TensorStore's tracebacks of what failed off the screen: commands report the
-    failure themselves.
+    """Silence the tracebacks of Orbax and TensorStore; commands report the failure themselves.
 
-    Of a damaged checkpoint there is one for every array, of some kilobytes each.
+    A damaged checkpoint would print one for every array, several kilobytes each.
     """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -107,19 +110,17 @@ def quiet_libraries() -> None:
 
 
 def replace_unprintable() -> None:
-    """Let stdout show a placeholder for characters that its encoding lacks, instead of failing on
-    them.
-    """
+    """Print a placeholder for characters that stdout's encoding lacks, instead of failing."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to reuse freed memory instead of returning it to the system; elsewhere do nothing.
+    """Tell glibc to reuse freed memory instead of returning it to the system; a no-op elsewhere.
 
-    A training step on CPU frees and allocates the same hundreds of megabytes each time; handing
-    them back costs a page fault for every 4 KiB: 93,000 of them in a gradient of 124M at B=4, T=64,
-    none with these settings. Call before JAX starts its threads.
+    A training step on CPU frees and allocates the same hundreds of megabytes each time; returning
+    them costs a page fault for every 4 KiB: 93,000 in a gradient of 124M at B=4, T=64, none with
+    these settings. Call before JAX starts its threads.
     """
     M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
     with contextlib.suppress(OSError, AttributeError):

@@ -1,12 +1,11 @@
-"""What options are called elsewhere: in nanoGPT, llm.c, llama2.c and Hugging Face's libraries."""
+"""Other names of options: those of nanoGPT, llm.c, llama2.c and Hugging Face's libraries."""
 
 import difflib
 from collections.abc import Sequence
 
-SIMILAR = 0.6  # ratio of difflib from which on a name counts as mistyped
+SIMILAR = 0.6  # least difflib ratio at which a name counts as a misspelling
 
-# Our option -> its other names. Where a command has none of that name, the table's next one with
-# the same alias counts.
+# Our option -> its other names. The first entry whose option the command has wins.
 ALIASES = {
     "model.num_layers": "n_layer n_layers num_hidden_layers depth",
     "model.num_heads": "n_head n_heads num_attention_heads",
@@ -14,13 +13,15 @@ ALIASES = {
     "model.hidden": "intermediate_size n_inner hidden_dim d_ff ffn_dim mlp_dim",
     "model.vocab_size": "n_vocab",
     "model.max_seq_len": "n_ctx n_positions max_position_embeddings",
-    "model.dropout": "attn_pdrop resid_pdrop embd_pdrop attention_dropout hidden_dropout dropout_rate",
+    "model.dropout": "attn_pdrop resid_pdrop embd_pdrop attention_dropout hidden_dropout "
+    "dropout_rate",
     "model.dropout_mlp": "mlp_dropout activation_dropout",
     "model.dtype": "precision torch_dtype mixed_precision bf16 fp16 fp32",
     "model.attention": "flash flash_attn use_flash_attention attn_implementation",
     "model.recompute": "gradient_checkpointing activation_checkpointing remat",
     "model.preset": "model_type size",
-    "data.seq_len": "block_size context_length context_size sequence_length seq_length max_seq_length",
+    "data.seq_len": "block_size context_length context_size sequence_length seq_length "
+    "max_seq_length",
     "data.batch_size": "micro_batch_size device_batch_size per_device_train_batch_size",
     "data.dataset": "dataset_name data_dir data_path train_file input_bin train_bin train_data",
     "data.tokenizer": "tokenizer_name tokenizer_path vocab_source",
@@ -35,13 +36,16 @@ ALIASES = {
     "optim.beta2": "adam_beta2 b2",
     "optim.eps": "adam_epsilon epsilon adam_eps",
     "optim.grad_clip": "max_grad_norm clip clip_grad grad_norm_clip",
-    "optim.accumulate": "gradient_accumulation_steps grad_accum_steps accumulation_steps total_batch_size",
-    "train.steps": "max_iters max_steps num_iterations iterations num_steps lr_decay_iters num_train_epochs epochs",
+    "optim.accumulate": "gradient_accumulation_steps grad_accum_steps accumulation_steps "
+    "total_batch_size",
+    "train.steps": "max_iters max_steps num_iterations iterations num_steps lr_decay_iters "
+    "num_train_epochs epochs",
     "train.eval_every": "eval_interval val_interval eval_steps val_loss_every",
     "train.eval_tokens": "eval_iters val_max_steps",
     "train.log_every": "log_interval logging_steps",
     "train.sample_every": "sample_interval genevery",
-    "train.checkpoint_every": "save_interval save_steps save_every checkpoint_interval always_save_checkpoint",
+    "train.checkpoint_every": "save_interval save_steps save_every checkpoint_interval "
+    "always_save_checkpoint",
     "train.keep_checkpoints": "save_total_limit",
     "log.wandb": "wandb_log wandb_project report_to",
     "mesh.fsdp": "zero_stage",
@@ -63,19 +67,18 @@ ALIASES = {
     "batch_size": "eval_batch_size per_device_eval_batch_size",
 }
 
-# What others let one choose and gptjax decides by itself.
+# Options of other programs that gptjax does not need, and what to do instead.
 ADVICE = {
     "compile": "every step is compiled, so leave it out",
-    "device": "JAX takes the best device there is; the environment variable JAX_PLATFORMS=cpu, cuda or tpu names one",
+    "device": "JAX takes the best device there is; the environment variable JAX_PLATFORMS=cpu, "
+    "cuda or tpu names one",
     "backend": "processes find each other as the options under distributed say",
     "bias": "the model's family decides which biases there are (model.family)",
 }
 
 
 def same_meaning(name: str, options: Sequence[str]) -> str | None:
-    """The option of ``options`` that has the last component of ``name``, or that other programs
-    call so.
-    """
+    """The first of ``options`` with the same last component as ``name``, or with it as an alias."""
     last = _last(name)
     for option in options:
         if _last(option) == last:
@@ -87,8 +90,8 @@ def same_meaning(name: str, options: Sequence[str]) -> str | None:
 
 
 def nearest(name: str, options: Sequence[str]) -> str | None:
-    """The option that is spelled most like ``name``, whole or by its last component; None if none
-    is like it.
+    """The option spelled most like ``name``, comparing full names and last components; None if
+    none is similar.
     """
 
     def likeness(option: str) -> float:
@@ -100,7 +103,7 @@ def nearest(name: str, options: Sequence[str]) -> str | None:
 
 
 def advice(name: str) -> str | None:
-    """What to do in place of giving this option; None if nothing is known of it."""
+    """What to do instead of giving this option; None if it is unknown."""
     return ADVICE.get(_last(name))
 
 

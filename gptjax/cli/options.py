@@ -1,6 +1,4 @@
-"""Options: a frozen dataclass of `gptjax.config`, read from a YAML file and the command line, and
-explained by ``--help``.
-"""
+"""Options: parse YAML files and the command line into the dataclasses of `gptjax.config`."""
 
 import argparse
 import dataclasses
@@ -24,35 +22,33 @@ from gptjax.errors import ConfigError
 from gptjax.files import read_text
 from gptjax.formats import yaml_files
 
-LARGEST = 2**31 - 1  # number that an option may be: JAX counts and indexes in 32 bits
+LARGEST = 2**31 - 1  # largest integer option: JAX counts and indexes in 32 bits
 LARGEST_OF = {"seed": 2**32 - 1, "tokens": 2**53}
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
-LONGEST = 500  # characters of a message about options
-WIDTH, COLUMN = 100, 29  # of help, and of where its explanations begin
-# What every command takes beside its options
+LONGEST = 500  # characters in an error message about options
+WIDTH, COLUMN = 100, 29  # of the help text, and of its explanations
+# Options that every command takes
 FRAME = ("config", "help", "help_all", "print_config")
-YAML = "gptjax yaml"  # a mode of jsonargparse
+YAML = "gptjax yaml"  # name of the jsonargparse parser mode
 jsonargparse.set_loader(YAML, yaml_files.load, (yaml.YAMLError,))
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 T = TypeVar("T")
 
 
 class Option(NamedTuple):
-    """An option as its dataclass declares it."""
+    """An option, as declared in its dataclass."""
 
     name: str
-    """With its section, as in ``train.steps``."""
+    """Includes the section, as in ``train.steps``."""
     type: Any
     default: Any
-    """`dataclasses.MISSING` where it has to be given."""
+    """`dataclasses.MISSING` if required."""
     explanation: str
     metadata: Any
 
 
 def options_of(config_class: Any, section: str = "") -> Iterator[Option]:
-    """Every option of a dataclass: its own first, then those that it inherits, then those of its
-    sections.
-    """
+    """Every option of a dataclass: its own, then inherited ones, then those of its sections."""
     explanations = {
         param.arg_name: " ".join((param.description or "").split())
         for base in reversed(config_class.__mro__)
@@ -81,18 +77,18 @@ def options_of(config_class: Any, section: str = "") -> Iterator[Option]:
 
 
 def covers(names: tuple[str, ...], option: str) -> bool:
-    """Whether an option is among ``names``, or in a section that is."""
+    """Whether ``names`` contains an option or its section."""
     return option in names or option.partition(".")[0] in names
 
 
 class Parser(jsonargparse.ArgumentParser):
-    """jsonargparse's parser of a configuration, with a short ``--help`` and errors in one sentence."""
+    """A jsonargparse parser with a short ``--help`` and one-sentence errors."""
 
     def __init__(self, config_class: Any, prog: str, description: str) -> None:
-        """A parser of ``config_class``.
+        """Build a parser for ``config_class``.
 
-        The class may say in ``READS`` what its command reads, and in ``COMMON`` what ``--help``
-        explains; what it declares itself is read and explained in any case.
+        ``READS`` of the class lists the options that its command reads, ``COMMON`` those that
+        ``--help`` explains. Options that the class itself declares are always in both.
         """
         super().__init__(prog=prog, description=description, parser_mode=YAML)
         self.command = prog.rpartition(".")[2]
@@ -123,7 +119,7 @@ class Parser(jsonargparse.ArgumentParser):
             self._add_list_or_positional(self.options[name])
 
     def _add_list_or_positional(self, option: Option) -> None:
-        """Add an option that takes several words, or an argument that is known by its place."""
+        """Add an option with several values, or a positional argument."""
         count, is_positional = option.metadata.get("nargs"), _is_positional(option)
         is_required = option.default is dataclasses.MISSING
         settings: dict[str, Any] = {"nargs": count} if count else {}
@@ -137,8 +133,8 @@ class Parser(jsonargparse.ArgumentParser):
         )
 
     def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
-        """As jsonargparse's, whose other errors become sentences; numbers must be finite and of a
-        sensible size.
+        """Parse as jsonargparse does, but reject numbers that are not finite or are absurdly large,
+        and turn every error into a sentence.
         """
         given = self._with_switches(sys.argv[1:] if args is None else args)
         self._check_names(given)
@@ -152,7 +148,7 @@ class Parser(jsonargparse.ArgumentParser):
         return parsed
 
     def _with_switches(self, args: list[str]) -> list[str]:
-        """The arguments with ``--flag`` as ``--flag=true``, unless its value follows."""
+        """Replace ``--flag`` by ``--flag=true``, unless its value follows."""
         switches = {f"--{name}" for name, option in self.options.items() if option.type is bool}
         return [
             f"{arg}=true" if arg in switches and following.lower() not in ("true", "false") else arg
@@ -167,13 +163,14 @@ class Parser(jsonargparse.ArgumentParser):
                 continue
             if name in self.sections():
                 raise ConfigError(
-                    f"{name} is a section: give its options, as in --{name}.KEY VALUE, or --config FILE"
+                    f"{name} is a section: give its options, as in --{name}.KEY VALUE, "
+                    "or --config FILE"
                 )
             raise ConfigError(self._unknown(name))
 
     def _unknown(self, name: str, others: Iterable[str] = ()) -> str:
-        """Why the command takes no such option, and what to give in its place: one that it reads,
-        or one of ``others``.
+        """The error for an unknown option. It suggests an option that the command reads, or one of
+        ``others``.
         """
         name = name[:LONGEST]
         same = same_meaning(name, self.read)
@@ -183,8 +180,8 @@ class Parser(jsonargparse.ArgumentParser):
             return f"{self.command} does not read {name if same else meant}" + (
                 f": did you mean {same}?" if same else f", an option of {elsewhere}"
             )
-        if said := advice(name):
-            return f"unknown option {name}: {said}"
+        if instead := advice(name):
+            return f"unknown option {name}: {instead}"
         near = same or nearest(name, [*self.read, *self.sections(), *others])
         return f"unknown option {name}" + (
             f": did you mean {near}?" if near else "; --help_all lists them all"
@@ -194,7 +191,7 @@ class Parser(jsonargparse.ArgumentParser):
         """Read a config file: UTF-8, `yaml_files.LARGEST` bytes at most.
 
         Raises:
-            GptjaxError: it cannot be read, or holds something else than options.
+            GptjaxError: it cannot be read, or does not hold options.
 
         """
         try:
@@ -206,13 +203,12 @@ class Parser(jsonargparse.ArgumentParser):
         return self.parse_string(content, path, *args, **kwargs)
 
     def parse_string(self, content: str, path: Any = "", *args: Any, **kwargs: Any) -> Any:
-        """Parse a configuration in YAML, of which the shape is checked first.
+        """Parse a configuration in YAML after checking its structure.
 
-        The options of training may be in it, whichever command reads it: a file can serve them all.
+        It may hold training options whichever command reads it, so one file serves all commands.
 
         Raises:
-            ConfigError: it is not YAML, not options with their values, or has a section that is not
-                one.
+            ConfigError: it is not YAML, not a mapping of options, or a section is not a mapping.
 
         """
         named = f"config {path}" if path else "config"
@@ -229,14 +225,15 @@ class Parser(jsonargparse.ArgumentParser):
         return super().parse_string(content, path, *args, **kwargs)
 
     def sections(self) -> set[str]:
-        """The names that have options below them: ``train``, of ``train.steps``."""
+        """The names of all sections, such as ``train``."""
         return {name.partition(".")[0] for name in self.options if "." in name}
 
     def _check_section(self, named: str, values: Any, section: str = "") -> None:
-        """Raise a ConfigError unless the values are options, and sections hold options in turn."""
+        """Raise a ConfigError unless the values are options or sections of options."""
         if not isinstance(values, dict):
             raise ConfigError(
-                f"{named}{section and f': the section {section}'} must hold options, as in KEY: VALUE"
+                f"{named}{section and f': the section {section}'} "
+                "must hold options, as in KEY: VALUE"
             )
         for key, value in values.items():
             if not isinstance(key, str):
@@ -248,7 +245,7 @@ class Parser(jsonargparse.ArgumentParser):
                 self._check_section(named, value, name)
             elif name not in self.options and not self._is_ignored(name):
                 raise ConfigError(self._unknown(name, SHARED))
-            # Which jsonargparse takes for YAML once more, unless the option is text
+            # jsonargparse parses it as YAML again, unless the option is text
             if isinstance(value, str):
                 try:
                     yaml_files.load(value)
@@ -258,7 +255,7 @@ class Parser(jsonargparse.ArgumentParser):
                     pass
 
     def _is_ignored(self, name: str) -> bool:
-        """Whether an option in a file is only there for other commands."""
+        """Whether an option in a file concerns other commands only."""
         return name in SHARED or (
             _command_of(name) is not None and same_meaning(name, list(self.options)) is None
         )
@@ -297,7 +294,7 @@ class Parser(jsonargparse.ArgumentParser):
         return "\n".join(parts) + "\n"
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        """As argparse's, which keeps a full disk to itself."""
+        """Print as argparse does, but let a full disk raise."""
         print(message, end="", file=file or sys.stderr)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -319,7 +316,7 @@ class Parser(jsonargparse.ArgumentParser):
 
 
 class _HelpAll(argparse.Action):
-    """Print the help of every option, and end."""
+    """Print the help of every option and exit."""
 
     def __call__(
         self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
@@ -334,7 +331,7 @@ SHARED_SECTIONS = {name.partition(".")[0] for name in SHARED if "." in name}
 
 
 def _command_of(name: str) -> str | None:
-    """The first command that has this option."""
+    """The first command with this option; None if none has it."""
     return next(
         (
             command
@@ -346,7 +343,7 @@ def _command_of(name: str) -> str | None:
 
 
 def described(text: str) -> str:
-    """A docstring's paragraphs, filled to the width of help, without its markup."""
+    """A docstring without markup, its paragraphs wrapped to the width of the help text."""
     paragraphs = textwrap.dedent(text).replace("``", "").replace("`", "").strip().split("\n\n")
     return "\n\n".join(
         textwrap.fill(" ".join(paragraph.split()), WIDTH, break_on_hyphens=False)
@@ -383,7 +380,7 @@ def _entry(option: Option) -> str:
 
 
 def _plain(value: Any) -> str:
-    """A default in as few characters as tell it."""
+    """A default value in its shortest form."""
     if isinstance(value, float):
         return f"{value:g}"
     return repr(value) if isinstance(value, str) and not value.isprintable() else str(value)
@@ -394,7 +391,7 @@ def _is_positional(option: Option) -> bool:
 
 
 def _place(option: Option) -> str:
-    """A positional argument as usage lines have it."""
+    """A positional argument as shown in the usage line."""
     name = option.name.upper() + " ..." * (option.metadata.get("nargs") in ("+", "*"))
     return name if option.default is dataclasses.MISSING else f"[{name}]"
 
@@ -419,8 +416,8 @@ def parse(
         The configuration, and the last config file named, if any.
 
     Raises:
-        ConfigError: an option that is unknown, or that the command does not read, a wrong type, or
-            a value that ``config_class`` refuses.
+        ConfigError: an option is unknown or not read by the command, or a value has the wrong type
+            or is rejected by ``config_class``.
 
     """
     parser = Parser(config_class, prog, description)
@@ -430,10 +427,10 @@ def parse(
 
 
 def require_sensible(key: str, number: Any) -> None:
-    """Check that the value of an option, if it is a number, is one that can be computed with.
+    """Check that a numeric option is finite and within bounds; other values pass.
 
     Raises:
-        ConfigError: it is infinite, no number, or beyond all use.
+        ConfigError: it is infinite, NaN or too large.
 
     """
     if not isinstance(number, int | float):
@@ -443,7 +440,7 @@ def require_sensible(key: str, number: Any) -> None:
         if isinstance(number, float)
         else LARGEST_OF.get(key.rpartition(".")[2], LARGEST)
     )
-    if not abs(number) <= most:  # which NaN is not either
+    if not abs(number) <= most:  # False for NaN, too
         if isinstance(number, float):
             raise ConfigError(
                 f"{key} must be a finite number of at most {most:.3g}, not {number:g}"

@@ -1,4 +1,4 @@
-"""Progress bars for what takes its time, on stderr, where that is a terminal."""
+"""Progress bars on stderr, shown only on a terminal."""
 
 import contextlib
 import time
@@ -21,12 +21,12 @@ LINE_EVERY_S = 60.0
 
 @contextlib.contextmanager
 def progress(what: str, total: int | None, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Show how far ``what`` is: call what this yields with the bytes, or characters, just done.
+    """Show a progress bar; call the yielded function with the number of bytes just done.
 
     Args:
         what: a few words before the bar.
-        total: bytes in all; None if nobody knows.
-        done: those done before.
+        total: bytes in all; None if unknown.
+        done: bytes done before.
 
     """
     columns = (
@@ -46,10 +46,10 @@ def progress(what: str, total: int | None, done: int = 0) -> Iterator[Callable[[
 
 @contextlib.contextmanager
 def counting(what: str, total: int) -> Iterator[Callable[[int, str], None]]:
-    """Show how many of ``total`` are done: call what this yields with those just done, and how it
-    stands in a few words.
+    """Show how many of ``total`` are done; call the yielded function with the number just done and
+    a short status.
 
-    Where stderr is no terminal, a line every `LINE_EVERY_S` seconds stands in for the bar.
+    Where stderr is not a terminal, print a line every `LINE_EVERY_S` seconds instead of the bar.
     """
     columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}")
     times = TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
