@@ -49,7 +49,8 @@ def main(argv: list[str] | None = None) -> int:
         cfg = dataclasses.replace(cfg, what="decode") if cfg.decode else cfg
         if cfg.json and not Path(cfg.json).absolute().parent.is_dir():
             raise ConfigError(
-                f"{cfg.json} cannot be written: there is no folder {Path(cfg.json).absolute().parent}"
+                f"{cfg.json} cannot be written: there is no folder "
+                f"{Path(cfg.json).absolute().parent}"
             )
         # The others read the corpus
         if not cfg.model.vocab_size and cfg.what in ("step", "decode", "program"):
@@ -218,7 +219,8 @@ def time_loop(cfg: BenchConfig) -> dict[str, Any]:
         rows.append({"name": timing.contender.name, "ms": seconds * 1e3, "spread": timing.spread})
         rows[-1] |= {"tokens_per_s": tokens / seconds, "ratio": ratio}
     print(
-        f"{platform_name()} ({jax.devices()[0].device_kind}), {os.cpu_count()} cores, {count} steps of {tokens:,} tokens"
+        f"{platform_name()} ({jax.devices()[0].device_kind}), {os.cpu_count()} cores, {count} "
+        f"steps of {tokens:,} tokens"
     )
     print(table(rows, ".3f"))
     return {"steps": count, "tokens": tokens, "rows": rows}
@@ -239,7 +241,8 @@ def count_program(cfg: BenchConfig) -> dict[str, Any]:
     found = {way: program.lowered_step(cfg, model, way, platform) for way in program.BACKWARDS}
     tokens = cfg.optim.accumulate * cfg.data.batch_size * cfg.data.seq_len
     print(
-        f"lowered for {platform}, {model.dtype}, attention {model.attention}, layers {model.layers}, {tokens:,} tokens"
+        f"lowered for {platform}, {model.dtype}, attention {model.attention}, layers "
+        f"{model.layers}, {tokens:,} tokens"
     )
     print(f"{'operation':<24}" + "".join(f" {way:>8} {'GB':>7}" for way in found))
     names = sorted(
@@ -277,7 +280,8 @@ def write_programs(cfg: BenchConfig, folder: Path) -> dict[str, Any]:
         folder.mkdir(parents=True, exist_ok=True)
     tokens = cfg.optim.accumulate * cfg.data.batch_size * cfg.data.seq_len
     print(
-        f"compiled for {topology.kind}, {model.dtype}, attention {model.attention}, layers {model.layers}, {tokens:,} tokens"
+        f"compiled for {topology.kind}, {model.dtype}, attention {model.attention}, layers "
+        f"{model.layers}, {tokens:,} tokens"
     )
     print(f"{'file':<24} {'temporaries':>11}")
     record: dict[str, Any] = {}
@@ -323,7 +327,8 @@ def time_data(cfg: BenchConfig) -> dict[str, Any]:
         step.contender.name: [tokens / seconds for seconds in step.seconds]
     }
     print(
-        f"{corpus.folder}, {os.cpu_count()} cores, batches of {shape.accumulate} x {shape.batch_size} x {shape.seq_len}"
+        f"{corpus.folder}, {os.cpu_count()} cores, batches of {shape.accumulate} x "
+        f"{shape.batch_size} x {shape.seq_len}"
     )
     record: dict[str, Any] = {}
     for section, ways in sections.items():

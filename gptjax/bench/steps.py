@@ -105,7 +105,8 @@ def decode_contenders(cfg: Config) -> Iterator[Contender]:
     model = model.resolve(platform_name(), min(cfg.data.seq_len, cfg.model.max_seq_len))
     if model.max_seq_len < PROMPT_TOKENS + NEW_TOKENS:
         raise ConfigError(
-            f"decoding {NEW_TOKENS} tokens after {PROMPT_TOKENS} needs model.max_seq_len {PROMPT_TOKENS + NEW_TOKENS}"
+            f"decoding {NEW_TOKENS} tokens after {PROMPT_TOKENS} needs model.max_seq_len "
+            f"{PROMPT_TOKENS + NEW_TOKENS}"
         )
     fresh = jax.jit(partial(init_params, cfg=model))(jax.random.key(cfg.seed))
     weights = {int8: store_for_decoding(fresh, model, int8) for int8 in (False, True)}

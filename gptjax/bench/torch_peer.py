@@ -27,7 +27,8 @@ def load(cfg: Config) -> tuple[Any, Any, Any]:
     """
     if cfg.model.family != "gpt2":
         raise ConfigError(
-            f"peer torch is transformers' GPT-2, which model.family {cfg.model.family} cannot be compared with"
+            f"peer torch is transformers' GPT-2, which model.family {cfg.model.family} cannot be "
+            "compared with"
         )
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
@@ -37,10 +38,18 @@ def load(cfg: Config) -> tuple[Any, Any, Any]:
         raise ConfigError(f"peer torch needs {error.name}: pip install 'gptjax[parity]'") from error
     model = cfg.model
     theirs = transformers.GPT2Config(
-        n_layer=model.num_layers, n_head=model.num_heads, n_embd=model.channels, vocab_size=model.padded_vocab_size,
-        n_positions=model.max_seq_len, embd_pdrop=model.dropout, attn_pdrop=model.dropout, resid_pdrop=model.dropout,
-        attn_implementation="sdpa", bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
+        n_layer=model.num_layers,
+        n_head=model.num_heads,
+        n_embd=model.channels,
+        vocab_size=model.padded_vocab_size,
+        n_positions=model.max_seq_len,
+        embd_pdrop=model.dropout,
+        attn_pdrop=model.dropout,
+        resid_pdrop=model.dropout,
+        attn_implementation="sdpa",
+        bos_token_id=None,
+        eos_token_id=None,
+    )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(cfg.seed)
     # TF32 on a GPU, PyTorch at its best; no change on a CPU
@@ -58,9 +67,15 @@ def step_contenders(cfg: Config) -> Iterator[Contender]:
     decayed = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
     adamw = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": rest, "weight_decay": 0.0}],
-        lr=optim.learning_rate, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True,
-    )  # fmt: skip
+        [
+            {"params": decayed, "weight_decay": optim.weight_decay},
+            {"params": rest, "weight_decay": 0.0},
+        ],
+        lr=optim.learning_rate,
+        betas=(optim.beta1, optim.beta2),
+        eps=optim.eps,
+        fused=True,
+    )
     batch = random_batch(cfg)
     inputs, targets = (torch.from_numpy(ids).long().to(device) for ids in batch[:2])
 
@@ -100,9 +115,13 @@ def decode_contenders(cfg: Config) -> Iterator[Contender]:
         def run(cast: Any = cast) -> None:
             with torch.no_grad():
                 made = cast.generate(
-                    prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS,
-                    do_sample=False, pad_token_id=0,
-                )  # fmt: skip
+                    prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    max_new_tokens=NEW_TOKENS,
+                    min_new_tokens=NEW_TOKENS,
+                    do_sample=False,
+                    pad_token_id=0,
+                )
             _wait(torch, device)
             if made.shape[1] != prompt.shape[1] + NEW_TOKENS:
                 raise RuntimeError(

@@ -168,7 +168,8 @@ def fitted(corpus: Corpus, vocab_size: int) -> Corpus:
         return corpus._replace(tokenizer=None)
     raise DataError(
         f"the tokenizer of {corpus.folder} has {corpus.tokenizer.vocab_size} ids, "
-        f"but model.vocab_size is {vocab_size}: raise it to at least that, or use the corpus that belongs to this model"
+        f"but model.vocab_size is {vocab_size}: raise it to at least that, or use the corpus that "
+        "belongs to this model"
     )
 
 
@@ -178,7 +179,8 @@ def _open(folder: Path, tokens: int | None) -> Corpus:
         paths = sorted({*folder.glob(f"{split}*.bin"), *folder.glob(f"*_{split}*.bin")})
         if not paths:
             raise DataError(
-                f"{folder} holds no {split}*.bin: data.dataset needs train*.bin and val*.bin token shards"
+                f"{folder} holds no {split}*.bin: data.dataset needs train*.bin and val*.bin "
+                "token shards"
             )
         splits.append([open_shard(path) for path in paths])
     train, val = splits

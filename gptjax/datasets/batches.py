@@ -48,7 +48,8 @@ class Windows:
         if window.max() >= self.vocab_size:
             raise DataError(
                 f"{self.shards[i].path} holds token id {window.max()} near position {begin}, "
-                f"but model.vocab_size is {self.vocab_size}: raise it, or use the corpus that belongs to this model"
+                f"but model.vocab_size is {self.vocab_size}: raise it, or use the corpus that "
+                "belongs to this model"
             )
         return np.asarray(window, np.int32)
 
@@ -108,7 +109,8 @@ class TrainingBatches:
         index, count = process
         if shape.batch_size % count:
             raise ConfigError(
-                f"data.batch_size {shape.batch_size} cannot be shared out evenly among {count} processes"
+                f"data.batch_size {shape.batch_size} cannot be shared out evenly among {count} "
+                "processes"
             )
         per_step = shape.accumulate * shape.batch_size
         windows = Windows(
@@ -116,8 +118,10 @@ class TrainingBatches:
         )
         if len(windows) < per_step:
             raise DataError(
-                f"the training shards in {shards[0].path.parent} give {len(windows)} sequences of {shape.seq_len} tokens, "
-                f"but one step takes {per_step}: lower data.batch_size, data.seq_len or optim.accumulate, or bring more text"
+                f"the training shards in {shards[0].path.parent} give {len(windows)} sequences of "
+                f"{shape.seq_len} tokens, "
+                f"but one step takes {per_step}: lower data.batch_size, data.seq_len or "
+                "optim.accumulate, or bring more text"
             )
         dataset = grain.MapDataset.source(windows)
         if order == "shuffle":
@@ -169,7 +173,8 @@ def validation_batches(
     if not len(windows):
         total = sum(shard.tokens.size for shard in shards)
         raise DataError(
-            f"the validation shards in {shards[0].path.parent} hold {total} tokens, but one sequence takes {seq_len + 1}: "
+            f"the validation shards in {shards[0].path.parent} hold {total} tokens, but one "
+            f"sequence takes {seq_len + 1}: "
             "lower data.seq_len, or bring more text"
         )
     return list(in_order(windows, min(len(windows), -(-tokens // seq_len)), batch_size))

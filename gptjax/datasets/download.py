@@ -45,7 +45,8 @@ def fetch(url: str, path: Path, sha256: str | None = None) -> Path:
     if path.exists():
         if sha256 and _sha256(path) != sha256:
             raise DataError(
-                f"{path} is not what {url} holds: its SHA-256 is not {sha256}; remove it and try again"
+                f"{path} is not what {url} holds: its SHA-256 is not {sha256}; remove it and try "
+                "again"
             )
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +67,8 @@ def fetch(url: str, path: Path, sha256: str | None = None) -> Path:
             partial.replace(path)
             return path
     raise DataError(
-        f"{url} cannot be downloaded ({reason}): go online and try again, or put the file at {path} yourself"
+        f"{url} cannot be downloaded ({reason}): go online and try again, or put the file at "
+        f"{path} yourself"
     )
 
 
@@ -86,8 +88,10 @@ def _receive(url: str, partial: Path, sha256: str | None) -> str | None:
                 raise _InterruptedError(f"HTTP status {response.status_code}")
             if response.status_code not in (requests.codes.ok, requests.codes.partial_content):
                 raise DataError(
-                    f"{url} cannot be downloaded: the server answers with status {response.status_code}; "
-                    f"put the file at {partial.with_name(partial.name.removesuffix('.partial'))} yourself"
+                    f"{url} cannot be downloaded: the server answers with status "
+                    f"{response.status_code}; "
+                    f"put the file at {partial.with_name(partial.name.removesuffix('.partial'))} "
+                    "yourself"
                 )
             held = held if response.status_code == requests.codes.partial_content else 0
             length = response.headers.get("Content-Length")
@@ -132,5 +136,6 @@ def _verify(partial: Path, url: str, expected: str | None) -> None:
     if found != expected:
         partial.unlink()
         raise DataError(
-            f"{url} has the SHA-256 {found}, but {expected} is expected: the download was removed, try again"
+            f"{url} has the SHA-256 {found}, but {expected} is expected: the download was "
+            "removed, try again"
         )

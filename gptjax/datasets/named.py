@@ -237,7 +237,8 @@ def _parquet_corpus(wanted: Wanted, name: str, listing: str) -> Path:
     which = wanted.tokenizer or "gpt2"
     if which == "char" or which.startswith("bpe:"):
         raise DataError(
-            f"{name} comes in parts, so its tokenizer must exist before: train one, then name its file"
+            f"{name} comes in parts, so its tokenizer must exist before: train one, then name its "
+            "file"
         )
     import_arrow(Path(f"{name}'s Parquet"))  # before anything is downloaded
     tokenizer = tokenizers.find(which)
@@ -292,7 +293,8 @@ def _listed(listing: str, kept: Path) -> list[str]:
             raise ValueError("it is empty, or of something else")
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{kept} should list the addresses of Parquet files, but {error}: remove it and try again"
+            f"{kept} should list the addresses of Parquet files, but {error}: remove it and try "
+            "again"
         ) from error
     return addresses
 

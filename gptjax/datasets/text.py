@@ -94,7 +94,8 @@ def pieces(files: list[Path], column: str | None = None) -> Iterator[Piece]:
                     yield Piece(document, text)
         except UnicodeDecodeError as error:
             raise FormatError(
-                f"{path} is not UTF-8 text: {error.reason} ({error.object[error.start : error.end]!r})"
+                f"{path} is not UTF-8 text: {error.reason} "
+                f"({error.object[error.start : error.end]!r})"
             ) from error
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise FormatError(f"{path} is damaged: {error}") from error
@@ -187,7 +188,8 @@ def _json_lines(path: Path, column: str | None) -> Iterator[tuple[int, str]]:
             )
             if not isinstance(row.get(name), str):
                 raise DataError(
-                    f"{path}, line {number + 1} has no text in {name!r}, only {', '.join(row)}: set data.column"
+                    f"{path}, line {number + 1} has no text in {name!r}, only {', '.join(row)}: "
+                    "set data.column"
                 )
             yield number, _whole(row[name])
 
@@ -213,7 +215,8 @@ def _parquet(path: Path, column: str | None) -> Iterator[tuple[int, str]]:
             name = column or ("text" if "text" in texts else next(iter(texts), "text"))
             if name not in texts:
                 raise DataError(
-                    f"{path} has no column {name!r} that holds text, only {', '.join(texts) or 'none'}"
+                    f"{path} has no column {name!r} that holds text, only "
+                    f"{', '.join(texts) or 'none'}"
                 )
             number = 0
             for batch in file.iter_batches(1024, columns=[name]):

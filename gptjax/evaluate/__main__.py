@@ -108,7 +108,8 @@ def evaluate_corpus(
     )
     if not len(windows):
         raise DataError(
-            f"no {cfg.split} shard of {corpus.folder} holds the {seq_len + 1} tokens of one window: lower seq_len, "
+            f"no {cfg.split} shard of {corpus.folder} holds the {seq_len + 1} tokens of one "
+            "window: lower seq_len, "
             "or bring more text"
         )
     count = min(len(windows), -(-cfg.wanted // seq_len)) if cfg.wanted else len(windows)
@@ -215,8 +216,10 @@ def common_tokenizer(corpus: Corpus, tokenizer: Tokenizer | None) -> Corpus:
     known = corpus.tokenizer
     if corpus.tokenizer_is_kept and known and not known.same_as(tokenizer):
         raise DataError(
-            f"{corpus.folder} was tokenized with {known.name} of {known.vocab_size} ids, but the model's tokenizer is "
-            f"{tokenizer.name} of {tokenizer.vocab_size}: name the text itself, or shards made with that tokenizer"
+            f"{corpus.folder} was tokenized with {known.name} of {known.vocab_size} ids, but the "
+            "model's tokenizer is "
+            f"{tokenizer.name} of {tokenizer.vocab_size}: name the text itself, or shards made "
+            "with that tokenizer"
         )
     return corpus._replace(tokenizer=tokenizer)
 
@@ -256,7 +259,8 @@ def evaluate_questions(
     if rows.cut:
         show(
             "cut",
-            f"{rows.cut:,} contexts at their start, to fit the {model.max_seq_len} positions of the model",
+            f"{rows.cut:,} contexts at their start, to fit the {model.max_seq_len} positions of "
+            "the model",
         )
     params = load_params(source, model)
     with counting("scoring", len(rows.ids)) as advance:
@@ -281,13 +285,15 @@ def tokenizer_of(cfg: EvaluateConfig, source: Source) -> Tokenizer | None:
     given = tokenizers.find(cfg.tokenizer) if cfg.tokenizer else None
     if given and source.tokenizer and not given.same_as(source.tokenizer):
         raise ConfigError(
-            f"{cfg.checkpoint} comes with the tokenizer {source.tokenizer.name} of {source.tokenizer.vocab_size} ids, "
+            f"{cfg.checkpoint} comes with the tokenizer {source.tokenizer.name} of "
+            f"{source.tokenizer.vocab_size} ids, "
             f"and {cfg.tokenizer} is another: leave --tokenizer out"
         )
     found = source.tokenizer or given
     if found and found.vocab_size > source.cfg.vocab_size:
         raise ConfigError(
-            f"the tokenizer {found.name} has {found.vocab_size} ids, but {cfg.checkpoint} knows {source.cfg.vocab_size}: "
+            f"the tokenizer {found.name} has {found.vocab_size} ids, but {cfg.checkpoint} knows "
+            f"{source.cfg.vocab_size}: "
             "name the tokenizer that belongs to it"
         )
     return found

@@ -37,7 +37,8 @@ def score(
         scored = np.asarray(found, np.float64) * (1 if batch.mask is None else batch.mask)
         if not np.isfinite(scored).all():
             raise CheckpointError(
-                "the model gives losses that are not finite: it is damaged, or its training diverged"
+                "the model gives losses that are not finite: it is damaged, or its training "
+                "diverged"
             )
         yield batch, scored
 

@@ -102,7 +102,8 @@ def read_jsonl(path: Path, tokenizer: Tokenizer) -> list[Question]:
                 )
             if type(label) is not int or not 0 <= label < ENDINGS:
                 raise FormatError(
-                    f"line {number} of {path} has the label {str(label)[:20]!r}: 0 to {ENDINGS - 1} is expected"
+                    f"line {number} of {path} has the label {str(label)[:20]!r}: 0 to "
+                    f"{ENDINGS - 1} is expected"
                 )
             tokens = [
                 tokenizer.encode(text) for text in (context, *(f" {ending}" for ending in endings))
@@ -123,7 +124,8 @@ def load_questions(path: Path, tokenizer: Tokenizer | None) -> list[Question]:
     if is_questions(path):
         if tokenizer and not is_gpt2(tokenizer):
             raise DataError(
-                f"{path} holds GPT-2's ids, but the model's tokenizer is {tokenizer.name} of {tokenizer.vocab_size} ids: "
+                f"{path} holds GPT-2's ids, but the model's tokenizer is {tokenizer.name} of "
+                f"{tokenizer.vocab_size} ids: "
                 f"evaluate on {NAME} or a .jsonl, whose text is tokenized with it"
             )
         return read_questions(path)
@@ -167,11 +169,13 @@ def make_rows(questions: list[Question], max_seq_len: int, vocab_size: int) -> R
     longest, largest = max(length for _, length in rows), max(max(ids) for ids, _ in rows)
     if longest > max_seq_len:
         raise DataError(
-            f"an ending has {longest} tokens, but the model takes sequences of at most {max_seq_len}"
+            f"an ending has {longest} tokens, but the model takes sequences of at most "
+            f"{max_seq_len}"
         )
     if largest >= vocab_size:
         raise DataError(
-            f"a question has token id {largest}, but model.vocab_size is {vocab_size}: tokenize it for this model"
+            f"a question has token id {largest}, but model.vocab_size is {vocab_size}: tokenize "
+            "it for this model"
         )
     T = min(max_seq_len, max(len(ids) for ids, _ in rows) - 1)
     padded = np.zeros((len(rows), T + 1), np.int32)

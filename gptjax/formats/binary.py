@@ -42,7 +42,8 @@ def check_size(path: Path, kind: str, size: int, expected: int, announced: str) 
     """Raise `FormatError` unless the file has exactly the size that its header implies."""
     if size != expected:
         raise FormatError(
-            f"{kind} {path} is {'truncated' if size < expected else 'malformed'}: its header announces {announced}, "
+            f"{kind} {path} is {'truncated' if size < expected else 'malformed'}: its header "
+            f"announces {announced}, "
             f"{expected} bytes, but the file has {size}; write it again"
         )
 

@@ -165,7 +165,8 @@ def read_model(folder: Path) -> tuple[Architecture, Any]:
     files = _files(folder)
     if cfg.num_layers > len(files):
         raise FormatError(
-            f"{folder / CONFIG_FILE} announces {cfg.num_layers} layers, but there are {len(files)} tensors in all"
+            f"{folder / CONFIG_FILE} announces {cfg.num_layers} layers, but there are "
+            f"{len(files)} tensors in all"
         )
     theirs = CONVENTIONS[cfg.family]
     tensors = _tensors(cfg, any(name.startswith(theirs.prefix) for name in files))
@@ -198,7 +199,8 @@ def read_model(folder: Path) -> tuple[Architecture, Any]:
 
     if tied and not _equal(files, HEAD, head, cfg.vocab_size):
         raise FormatError(
-            f"{files[HEAD]}: {HEAD} differs from the token embedding, but this {theirs.title} uses one for both"
+            f"{files[HEAD]}: {HEAD} differs from the token embedding, but this {theirs.title} "
+            "uses one for both"
         )
     return cfg, open_params(
         tensors, cfg, read, lambda tensor, layer: dtypes[tensor.name.format(layer)]

@@ -110,7 +110,8 @@ def read_model(path: str | os.PathLike[str]) -> tuple[Architecture, Any]:
         )
     if version == 2:
         raise FormatError(
-            f"{path} is an {MODEL} of version 2, whose layout changed over time: write it again as version 5"
+            f"{path} is an {MODEL} of version 2, whose layout changed over time: write it again "
+            "as version 5"
         )
     if version not in (1, 3, 4, 5):
         raise FormatError(
@@ -120,7 +121,8 @@ def read_model(path: str | os.PathLike[str]) -> tuple[Architecture, Any]:
     fields = (max_seq_len, vocab_size, num_layers, num_heads, channels)
     if not all(1 <= field <= LARGEST for field in (*fields, padded)) or padded < vocab_size:
         raise FormatError(
-            f"{path} is not an {MODEL}: its header holds the sizes {', '.join(map(str, (*fields, padded)))}"
+            f"{path} is not an {MODEL}: its header holds the sizes "
+            f"{', '.join(map(str, (*fields, padded)))}"
         )
     try:
         cfg = Architecture(
@@ -195,7 +197,8 @@ def write_model(
     if cfg.hidden != 4 * cfg.channels:
         raise ConfigError(
             f"an {MODEL} has four hidden units for each channel, but this model has "
-            f"model.hidden {cfg.hidden} and model.channels {cfg.channels}: write safetensors instead"
+            f"model.hidden {cfg.hidden} and model.channels {cfg.channels}: write safetensors "
+            "instead"
         )
     write_file(path, [MODEL_MAGIC, version, *sizes], _arrays(tensors, params, dtype, cfg))
 
@@ -213,11 +216,13 @@ def read_debug_state(path: str | os.PathLike[str], cfg: Architecture) -> DebugSt
     (magic, version, B, T, *_), size = read_header(path, STATE)
     if magic != STATE_MAGIC or version not in (1, 2):
         raise FormatError(
-            f"{path} is not an {STATE}: it begins {magic}, {version} where {STATE_MAGIC}, 1 or 2 is expected"
+            f"{path} is not an {STATE}: it begins {magic}, {version} where {STATE_MAGIC}, 1 or 2 "
+            "is expected"
         )
     if not (1 <= B <= LARGEST and 1 <= T <= cfg.max_seq_len):
         raise FormatError(
-            f"{path} announces {B} sequences of {T} tokens, but the model takes 1 to {cfg.max_seq_len} tokens"
+            f"{path} announces {B} sequences of {T} tokens, but the model takes 1 to "
+            f"{cfg.max_seq_len} tokens"
         )
     tensors = _tensors(cfg, cfg.vocab_size if version == 1 else cfg.padded_vocab_size)
     shapes = [_stacked(tensor, cfg) for tensor in tensors]
@@ -229,7 +234,8 @@ def read_debug_state(path: str | os.PathLike[str], cfg: Architecture) -> DebugSt
     for ids in (inputs, targets):
         if ids.min() < 0 or ids.max() >= cfg.vocab_size:
             raise FormatError(
-                f"{path} holds the token ids {ids.min()}..{ids.max()}, but the model knows 0..{cfg.vocab_size - 1}"
+                f"{path} holds the token ids {ids.min()}..{ids.max()}, but the model knows "
+                f"0..{cfg.vocab_size - 1}"
             )
     arrays = [g.view(FLOAT32).reshape(shape) for g, shape in zip(grads, shapes, strict=True)]
     return DebugState(

@@ -53,7 +53,8 @@ def read_questions(path: str | os.PathLike[str]) -> list[Question]:
     (magic, version, count, longest, *_), size = read_header(path, KIND)
     if magic != MAGIC or version != VERSION:
         raise FormatError(
-            f"{path} is not an {KIND}: it begins {magic}, {version} where {MAGIC}, {VERSION} is expected"
+            f"{path} is not an {KIND}: it begins {magic}, {version} where {MAGIC}, {VERSION} is "
+            "expected"
         )
     body = size - HEADER_BYTES
     if not (
@@ -62,7 +63,8 @@ def read_questions(path: str | os.PathLike[str]) -> list[Question]:
         and 2 * SHORTEST * count <= body <= longest * count
     ):
         raise FormatError(
-            f"{KIND} {path} is truncated or malformed: {count} examples of at most {longest} bytes do not fit its {size} bytes"
+            f"{KIND} {path} is truncated or malformed: {count} examples of at most {longest} "
+            f"bytes do not fit its {size} bytes"
         )
     with open_file(path) as file:
         numbers = np.fromfile(file, "<u2", body // 2, offset=HEADER_BYTES).tolist()
@@ -72,14 +74,17 @@ def read_questions(path: str | os.PathLike[str]) -> list[Question]:
         question, length = _read_one(numbers, at, len(questions), longest // 2)
         if question is None:
             raise FormatError(
-                f"{KIND} {path} is truncated or malformed: example {len(questions)} of {count}, at byte "
-                f"{HEADER_BYTES + 2 * at} of {size}, is not one of {ENDINGS} endings; write it again"
+                f"{KIND} {path} is truncated or malformed: example {len(questions)} of {count}, "
+                "at byte "
+                f"{HEADER_BYTES + 2 * at} of {size}, is not one of {ENDINGS} endings; write it "
+                "again"
             )
         questions.append(question)
         at += length
     if 2 * at != body:
         raise FormatError(
-            f"{KIND} {path} is malformed: its {count} examples end at byte {HEADER_BYTES + 2 * at} of {size}"
+            f"{KIND} {path} is malformed: its {count} examples end at byte "
+            f"{HEADER_BYTES + 2 * at} of {size}"
         )
     return questions
 

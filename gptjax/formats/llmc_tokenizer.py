@@ -39,13 +39,15 @@ def read_tokenizer(path: str | os.PathLike[str]) -> tuple[list[bytes], int]:
     (magic, version, count, end_of_text, *_), size = read_header(path, KIND)
     if magic != MAGIC or version not in (1, 2):
         raise FormatError(
-            f"{path} is not an {KIND}: it begins {magic}, {version} where {MAGIC}, 1 or 2 is expected"
+            f"{path} is not an {KIND}: it begins {magic}, {version} where {MAGIC}, 1 or 2 is "
+            "expected"
         )
     end_of_text = GPT2_END_OF_TEXT if version == 1 else end_of_text
     body = size - HEADER_BYTES
     if not (0 <= end_of_text < count <= LARGEST and 2 * count <= body <= (1 + LONGEST) * count):
         raise FormatError(
-            f"{KIND} {path} is malformed: {count} tokens with end-of-text {end_of_text} do not fit its {size} bytes"
+            f"{KIND} {path} is malformed: {count} tokens with end-of-text {end_of_text} do not "
+            f"fit its {size} bytes"
         )
     content = read_small(path, size)
     tokens: list[bytes] = []
@@ -55,7 +57,8 @@ def read_tokenizer(path: str | os.PathLike[str]) -> tuple[list[bytes], int]:
         at += 1 + content[at]
     if len(tokens) != count or at != len(content):
         raise FormatError(
-            f"{KIND} {path} is truncated or malformed: its {count} tokens, each of 1 to {LONGEST} bytes, "
+            f"{KIND} {path} is truncated or malformed: its {count} tokens, each of 1 to {LONGEST} "
+            "bytes, "
             "do not end where the file does"
         )
     return tokens, end_of_text
@@ -83,7 +86,8 @@ def write_tokenizer(
     lengths = [len(token) for token in tokens]
     if not 1 <= min(lengths) <= max(lengths) <= LONGEST:
         raise ValueError(
-            f"tokens of 1 to {LONGEST} bytes can be written, not of {min(lengths)} to {max(lengths)}"
+            f"tokens of 1 to {LONGEST} bytes can be written, not of {min(lengths)} to "
+            f"{max(lengths)}"
         )
     body = b"".join(bytes([len(token)]) + token for token in tokens)
     header = [MAGIC, version, len(tokens), *([end_of_text] if version == 2 else [])]

@@ -89,11 +89,13 @@ def check_tensor(path: Path, file: Any, name: str, shape: tuple[int, ...]) -> np
     found = file.get_slice(name)
     if tuple(found.get_shape()) != shape:
         raise FormatError(
-            f"{path}: the tensor {name} has the shape {found.get_shape()}, but {list(shape)} is expected"
+            f"{path}: the tensor {name} has the shape {found.get_shape()}, but {list(shape)} is "
+            "expected"
         )
     if found.get_dtype() not in DTYPES:
         raise FormatError(
-            f"{path}: the tensor {name} holds {found.get_dtype()}, but one of {', '.join(DTYPES)} is expected"
+            f"{path}: the tensor {name} holds {found.get_dtype()}, but one of {', '.join(DTYPES)} "
+            "is expected"
         )
     return DTYPES[found.get_dtype()]
 
@@ -180,7 +182,8 @@ def _architecture(path: Path, metadata: dict[str, str]) -> Architecture:
             found[field.name] = int(text or "")
         else:
             raise FormatError(
-                f"{path} does not say the model's {', '.join(REQUIRED)} in its metadata: it is not one of gptjax's; "
+                f"{path} does not say the model's {', '.join(REQUIRED)} in its metadata: it is "
+                "not one of gptjax's; "
                 "of a Hugging Face model name the folder, with its config.json"
             )
     try:

@@ -69,7 +69,8 @@ def table_of(tables: Mapping[str, Table], cfg: Architecture, kind: str) -> Table
     """
     if cfg.family not in tables:
         raise ConfigError(
-            f"{kind} holds a model of {' or '.join(tables)}, not of {cfg.family}: write safetensors instead"
+            f"{kind} holds a model of {' or '.join(tables)}, not of {cfg.family}: write "
+            "safetensors instead"
         )
     return tables[cfg.family]
 

@@ -84,14 +84,16 @@ def open_shard(path: str | os.PathLike[str]) -> Shard:
         if magic in DATES or (len(start) == HEADER_BYTES and not any(start[12:])):
             known = " or ".join(map(str, FLAVOURS))
             raise FormatError(
-                f"{path} is not a token shard: it has a header that begins {magic} where {known} is expected"
+                f"{path} is not a token shard: it has a header that begins {magic} where {known} "
+                "is expected"
             )
         return _without_header(path, size)
     (_, version, count, *_), size = read_header(path, "token shard")
     flavour = FLAVOURS[magic]
     if version != flavour.version:
         raise FormatError(
-            f"{path} is a token shard of version {version}, where {flavour.version} is expected after {magic}"
+            f"{path} is a token shard of version {version}, where {flavour.version} is expected "
+            f"after {magic}"
         )
     if count < 1:
         raise FormatError(f"token shard {path} is malformed: its header announces {count} tokens")
@@ -104,7 +106,8 @@ def open_shard(path: str | os.PathLike[str]) -> Shard:
 def _without_header(path: Path, size: int) -> Shard:
     if size == 0 or size % 2:
         raise FormatError(
-            f"{path} is not a token shard: without the number {' or '.join(map(str, FLAVOURS))} in front it must be uint16 or "
+            f"{path} is not a token shard: without the number {' or '.join(map(str, FLAVOURS))} "
+            "in front it must be uint16 or "
             f"int32 ids, but it has {size} bytes"
         )
     if size % 4 == 0:
@@ -119,7 +122,8 @@ def _without_header(path: Path, size: int) -> Shard:
             return Shard(path, wide, "int32")
         if negative.any() and (negative | (upper == 0)).all():
             raise FormatError(
-                f"{path} is not a token shard: as int32 it holds negative ids, as uint16 every other id is 0 or 65535"
+                f"{path} is not a token shard: as int32 it holds negative ids, as uint16 every "
+                "other id is 0 or 65535"
             )
     return Shard(path, np.memmap(path, "<u2", "r"), "nanogpt")
 
@@ -159,7 +163,8 @@ def write_shard(
         for ids in _arrays(tokens):
             if ids.size and (ids.min() < 0 or ids.max() > largest):
                 raise ValueError(
-                    f"token ids must be in 0..{largest} for {flavour.dtype}, not {ids.min()}..{ids.max()}"
+                    f"token ids must be in 0..{largest} for {flavour.dtype}, not "
+                    f"{ids.min()}..{ids.max()}"
                 )
             file.write(np.ascontiguousarray(ids, flavour.dtype).data)
             count += ids.size

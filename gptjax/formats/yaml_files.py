@@ -71,7 +71,8 @@ def _check(root: yaml.Node | None) -> None:
             for key, value in node.value:
                 if isinstance(key, yaml.ScalarNode) and key.value in keys:
                     raise yaml.YAMLError(
-                        f"{key.value} is given again on line {key.start_mark.line + 1}: leave one out"
+                        f"{key.value} is given again on line {key.start_mark.line + 1}: leave one "
+                        "out"
                     )
                 keys.add(key.value if isinstance(key, yaml.ScalarNode) else "")
                 waiting += [(key, depth + 1), (value, depth + 1)]

@@ -52,7 +52,8 @@ def main(argv: list[str] | None = None) -> int:
         prompts = read_prompts(args)
         if args.num_samples * len(prompts) > MOST_SAMPLES:
             raise ConfigError(
-                f"num_samples {args.num_samples} is too many: at most {MOST_SAMPLES:,} can be made at once"
+                f"num_samples {args.num_samples} is too many: at most {MOST_SAMPLES:,} can be "
+                "made at once"
             )
         cli.keep_freed_memory()
         keep_compiled_programs()
@@ -83,7 +84,8 @@ def read_prompts(args: GenerateConfig) -> list[str]:
         args.json or args.show_tokens or args.logprobs or args.num_samples > 1
     ):
         raise ConfigError(
-            "interactive shows one text as it comes: leave json, show_tokens, logprobs and num_samples out"
+            "interactive shows one text as it comes: leave json, show_tokens, logprobs and "
+            "num_samples out"
         )
     for text in [*args.prompt, *args.stop]:
         if not text.isprintable() and any("\ud800" <= c <= "\udfff" for c in text):
@@ -127,7 +129,8 @@ def load(args: GenerateConfig) -> Model:
         )
     if tokenizer.vocab_size > source.cfg.vocab_size:
         raise ConfigError(
-            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, more than the {source.cfg.vocab_size} of "
+            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, more than the "
+            f"{source.cfg.vocab_size} of "
             f"{args.checkpoint}: it was trained with another"
         )
     wanted = dataclasses.replace(
@@ -155,7 +158,8 @@ def write(model: Model, prompts: list[str], args: GenerateConfig) -> None:
     total = len(prompts) * args.num_samples
     if total > MOST_SAMPLES:
         raise ConfigError(
-            f"{len(prompts)} prompts x {args.num_samples} num_samples are more than {MOST_SAMPLES}: ask for fewer"
+            f"{len(prompts)} prompts x {args.num_samples} num_samples are more than "
+            f"{MOST_SAMPLES}: ask for fewer"
         )
     ids = [prompt_ids(model.tokenizer, prompt) for prompt in prompts]
     plain = not (args.json or args.show_tokens or args.logprobs)

@@ -131,7 +131,8 @@ def generate(
         new = Drawn(fetch(tokens)[:, :count], fetch(logprobs)[:, :count])
         if not np.isfinite(new.logprobs).all():
             raise CheckpointError(
-                "the model gives probabilities that are not finite: it is damaged, or its training diverged"
+                "the model gives probabilities that are not finite: it is damaged, or its "
+                "training diverged"
             )
         done = fetch(state.done)
         drawn += count

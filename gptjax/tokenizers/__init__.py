@@ -71,7 +71,8 @@ def find(which: str | os.PathLike[str]) -> Tokenizer:
     path = Path(which) / FILE if Path(which).is_dir() else Path(which)
     if not path.exists():
         raise DataError(
-            f"there is no tokenizer {path}: gpt2, byte, or a file or a folder with {FILE} is expected"
+            f"there is no tokenizer {path}: gpt2, byte, or a file or a folder with {FILE} is "
+            "expected"
         )
     return from_llmc(path) if llmc_tokenizer.is_tokenizer(path) else load(path)
 
@@ -120,7 +121,8 @@ def load(path: str | os.PathLike[str]) -> Tokenizer:
             raise FormatError(f"{path} is {found}, not a tokenizer that is read here") from error
         raise FormatError(
             f"{path} is not a gptjax tokenizer file ({str(error)[:200]}): "
-            "make one with python -m gptjax.tokenizers train, or remove this one to have it made again"
+            "make one with python -m gptjax.tokenizers train, or remove this one to have it made "
+            "again"
         ) from error
 
 
@@ -135,7 +137,8 @@ def from_llmc(path: str | os.PathLike[str]) -> BytePairEncoding:
     tokens, end_of_text = llmc_tokenizer.read_tokenizer(path)
     if end_of_text != len(tokens) - 1 or tokens[-1] != END_OF_TEXT.encode():
         raise FormatError(
-            f"{path} has end-of-text at {end_of_text} of {len(tokens)} tokens, and last {tokens[-1]!r}: "
+            f"{path} has end-of-text at {end_of_text} of {len(tokens)} tokens, and last "
+            f"{tokens[-1]!r}: "
             f"{END_OF_TEXT} is expected to be the last"
         )
     try:

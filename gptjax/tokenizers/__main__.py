@@ -124,7 +124,8 @@ def export(args: ExportTokenizerConfig) -> None:
         raise ConfigError(f"{args.tokenizer} has no end-of-text id, which llm.c's file needs")
     if not isinstance(tokenizer, tokenizers.BytePairEncoding):
         raise ConfigError(
-            f"{args.tokenizer} has ids that are not the ranks of its merges, as llm.c's file has them"
+            f"{args.tokenizer} has ids that are not the ranks of its merges, as llm.c's file has "
+            "them"
         )
     try:
         llmc_tokenizer.write_tokenizer(

@@ -100,7 +100,8 @@ class BytePairEncoding(Tokenizer):
             parts = _merge(token, ranks, rank)
             if len(parts) != 2:
                 raise DataError(
-                    f"token {rank} of {self.name}, {token!r}, is not the merge of two tokens before it"
+                    f"token {rank} of {self.name}, {token!r}, is not the merge of two tokens "
+                    "before it"
                 )
             pairs.append((parts[0], parts[1]))
         return pairs

@@ -48,8 +48,10 @@ class Characters(Tokenizer):
         if unknown.size:
             position = int(unknown[0])
             raise DataError(
-                f"the character {text[position]!r} (U+{points[position]:04X}) at position {position} of the text is not among "
-                f"the {self.vocab_size} of the vocabulary {self.name}: leave it out, or train a vocabulary on text that has it"
+                f"the character {text[position]!r} (U+{points[position]:04X}) at position "
+                f"{position} of the text is not among "
+                f"the {self.vocab_size} of the vocabulary {self.name}: leave it out, or train a "
+                "vocabulary on text that has it"
             )
         return ids.tolist()
 

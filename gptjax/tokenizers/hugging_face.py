@@ -115,7 +115,8 @@ class HuggingFace(Tokenizer):
         lost = self._missing and self._missing.intersection(text.encode())
         if lost:
             raise DataError(
-                f"the text has the byte 0x{min(lost):02X}, which the vocabulary {self.name} lacks: leave the character out, "
+                f"the text has the byte 0x{min(lost):02X}, which the vocabulary {self.name} "
+                "lacks: leave the character out, "
                 "or name another tokenizer"
             )
         return self._ids(text)
@@ -161,7 +162,8 @@ def canonical(content: dict[str, Any], end_of_text: str | None) -> tuple[str, in
     for token in content.get("added_tokens") or []:
         if library.token_to_id(token["content"]) != token["id"]:
             raise ValueError(
-                f"its added token {token['content']!r} has another id than its library gives it, {token['id']}"
+                f"its added token {token['content']!r} has another id than its library gives it, "
+                f"{token['id']}"
             )
     if end_of_text is None:
         return _content(library), None
@@ -190,7 +192,8 @@ def check(content: dict[str, Any]) -> None:
     for setting in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model.get(setting):
             raise ValueError(
-                f"its {setting} is {model[setting]!r}, which is not supported: nothing or false is expected"
+                f"its {setting} is {model[setting]!r}, which is not supported: nothing or false "
+                "is expected"
             )
     for setting in ("normalizer", "truncation", "padding"):
         if content.get(setting):
