@@ -11,13 +11,13 @@ def test_the_floor_is_all_products_and_one_pass_of_adamw():
     """GPT-2 124M, B=4, T=64: 193 GFLOP and 7 passes over 0.498 GB; at 450 GFLOP/s and 70 GB/s some
     480 ms.
     """
-    cfg = ModelConfig(preset="124m").resolve("cpu", 64)
+    cfg = ModelConfig(preset="124m", vocab_size=50257).resolve("cpu", 64)
     floor = ceiling.step_floor(cfg, 256, 64, Ceiling(450e9, 70e9, 60e9))
     assert floor == pytest.approx(193.0e9 / 450e9 + 7 * 0.4978e9 / 70e9, rel=2e-3)
 
 
 def test_decoding_reads_each_weight_once():
-    cfg = ModelConfig(preset="124m", dtype="float32").resolve("cpu", 64)
+    cfg = ModelConfig(preset="124m", vocab_size=50257, dtype="float32").resolve("cpu", 64)
     assert ceiling.decode_floor(cfg, Ceiling(1.0, 70e9, 50e9)) == pytest.approx(
         4 * 124_439_808 / 50e9
     )

@@ -21,6 +21,8 @@ TINY = [
     str(ROOT / "configs" / "debug.yaml"),
     "--model.num_layers",
     "1",
+    "--model.vocab_size",
+    "4096",
     "--data.batch_size",
     "2",
     "--data.seq_len",

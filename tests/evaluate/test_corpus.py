@@ -82,7 +82,7 @@ def test_all_batches_are_traced_once(monkeypatch):
     losses = jax.jit(
         lambda *args: traced.append(1) or transformer.token_losses(*args), static_argnums=2
     )
-    monkeypatch.setattr(perplexity, "compiled_losses", losses)
+    monkeypatch.setattr(corpus, "compiled_losses", losses)
     found(batch_size=3, ids=IDS * 5)
     assert len(traced) == 1
 

@@ -651,7 +651,7 @@ def test_without_a_place_for_compiled_programs_none_is_kept(monkeypatch, place):
 
 def test_help_explains_every_option(capsys):
     with pytest.raises(SystemExit):
-        train.main(["--help"])
+        train.main(["--help_all"])
     text = capsys.readouterr().out
     options = [line for line in text.splitlines() if line.startswith("  --")]
     assert len(options) > 35
