@@ -292,30 +292,16 @@ IN_MODEL = [
         layers.gelu_again, ("the derivative's variable for the value", "[0]", "[1]", "gelu")
     ),
     *in_function(
-        layers.embedding_bwd,
+        transformer.embed_bwd,
         (
-            "sign",
-            "return ops.embedding_bwd(ids, dtable, dy)",
-            "return ops.embedding_bwd(ids, dtable, -dy)",
+            "time runs backwards on the way to the tables",
+            'compute_layout(dx, "B"',
+            'compute_layout(dx[:, ::-1], "B"',
         ),
         (
-            "sign of a batch's rows on a mesh",
-            "dtable + ops.embedding",
-            "dtable - ops.embedding",
-            "mesh",
-        ),
-        (
-            "sign of the positions' rows on a mesh",
-            "dtable + param_layout",
-            "dtable - param_layout",
-            "mesh",
-        ),
-        ("the table's gradient is lost on a mesh", "return dtable + ops", "return ops", "mesh"),
-        (
-            "time runs backwards on a mesh",
-            'param_layout(dy, "B", None, "C")',
-            'param_layout(dy[:, ::-1], "B", None, "C")',
-            "mesh",
+            "the sequences are exchanged on the way to the tables",
+            'param_layout(inputs, "B", None)',
+            'param_layout(inputs[::-1], "B", None)',
         ),
     ),
     *in_function(

@@ -104,7 +104,7 @@ EVERY_LINE = [
     layers.layernorm_bwd,
     layers.gelu_bwd,
     layers.gelu_again,
-    layers.embedding_bwd,
+    transformer.embed_bwd,
 ]
 
 
