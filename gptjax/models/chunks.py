@@ -1,4 +1,4 @@
-"""The classifier's rows, cut into chunks: on a mesh each device's share of the rows into as many."""
+"""The classifier's rows cut into chunks; on a mesh, each device's share is cut."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,15 +29,16 @@ def row_chunks(
 
 
 def join_chunks(chunks: Sequence[Array], like: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
-    """Rows in `row_chunks`, put together in the shape of ``like``."""
+    """Concatenate the rows of `row_chunks` into the shape of ``like``."""
     if _shares() == 1:
         return jnp.concatenate(chunks).reshape(like.shape)
     return jnp.concatenate([_split_shares(c) for c in chunks], 1).reshape(like.shape)
 
 
 def sum_of_shares(f: Callable[..., Array], *rows: Array) -> Array:
-    """``f(*rows)``, a sum over rows, as one term a share, (n, ...): `total` sends only the sum over
-    all chunks.
+    """``f(*rows)``, a sum over rows, with one term per share, (n, ...).
+
+    Keeping the terms apart lets `total` communicate once for all chunks.
     """
     if _shares() == 1:
         return f(*rows)
@@ -45,7 +46,7 @@ def sum_of_shares(f: Callable[..., Array], *rows: Array) -> Array:
 
 
 def total(terms: Array) -> Float[Array, "Vp C"]:
-    """The sum of `sum_of_shares`'s terms, cut as the classifier is kept."""
+    """The sum of `sum_of_shares`'s terms, in the classifier's param layout."""
     return terms if _shares() == 1 else sum_to_param_layout(terms, "Vp", "C")
 
 
@@ -54,7 +55,7 @@ def _shares() -> int:
 
 
 def _split_shares(rows: Array) -> Array:
-    """(n N, ...) -> (n, N, ...), one of the n for each share of the rows."""
+    """(n N, ...) -> (n, N, ...), where n is the number of shares."""
     return rows.reshape(_shares(), -1, *rows.shape[1:])
 
 

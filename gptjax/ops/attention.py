@@ -1,8 +1,8 @@
 """Causal multi-head attention: one interface, four implementations.
 
 ``materialised`` stores the (T, S) probabilities; ``blockwise`` never does (memory linear in T);
-``cudnn`` is NVIDIA's fused kernel, ``splash`` one for TPU. `attention_fwd` and `attention_bwd`
-choose among them by name.
+``cudnn`` is NVIDIA's fused kernel; ``splash`` is JAX's TPU kernel. `attention_fwd` and
+`attention_bwd` select one by name.
 """
 
 import math
@@ -32,7 +32,7 @@ def attention_fwd(
     rate: float = 0.0,
     key: Key[Array, ""] | None = None,
 ) -> tuple[Heads, Any]:
-    """Each position attends to itself and those before it; see `materialised_fwd` for the equation.
+    """Causal self-attention with the chosen implementation; `materialised_fwd` has the equation.
 
     Args:
         implementation: one of `ATTENTION_IMPLEMENTATIONS`. All compute the same function, up to
@@ -40,11 +40,11 @@ def attention_fwd(
         q: queries (B, T, H, D).
         k: keys (B, T, H, D).
         v: values (B, T, H, D).
-        rate: dropout on the attention probabilities; ``cudnn`` and ``splash`` do not offer it.
-        key: random key of the dropout, None to leave it out.
+        rate: dropout on the attention probabilities; ``cudnn`` and ``splash`` do not support it.
+        key: dropout's random key; None disables dropout.
 
     Raises:
-        ValueError: unknown implementation, or dropout asked of one that has none.
+        ValueError: the implementation is unknown or does not support the requested dropout.
 
     """
     match implementation:
@@ -54,8 +54,10 @@ def attention_fwd(
             return blockwise_fwd(q, k, v, rate, key)
         case "cudnn" | "splash":
             if rate and key is not None:
-                message = "attention has no dropout: use attention materialised or blockwise, or dropout 0"
-                raise ValueError(f"{implementation} {message}")
+                raise ValueError(
+                    f"{implementation} attention has no dropout: "
+                    "use attention materialised or blockwise, or dropout 0"
+                )
             return cudnn_fwd(q, k, v) if implementation == "cudnn" else splash_fwd(q, k, v)
     raise ValueError(
         f"attention must be one of {', '.join(ATTENTION_IMPLEMENTATIONS)}, not {implementation}"
@@ -71,9 +73,7 @@ def attention(
     rate: float = 0.0,
     key: Key[Array, ""] | None = None,
 ) -> tuple[Heads, None]:
-    """`attention_fwd` with nothing saved, for JAX to differentiate: a kernel then brings its own
-    rule.
-    """
+    """`attention_fwd` for JAX to differentiate: it saves nothing, and kernels use their own rules."""
     kernels = {"cudnn": _cudnn, "splash": splash}
     if implementation in kernels and not (rate and key is not None):
         return kernels[implementation](q, k, v), None
@@ -112,11 +112,10 @@ def materialised_fwd(
     key: Key[Array, ""] | None = None,
     visible: Bool[Array, "*any T S"] | None = None,
 ) -> tuple[Heads, MaterialisedSaved]:
-    """``o = dropout(p) v`` with ``p = softmax(s)`` over the keys, ``s = q k^T / sqrt(D)`` where
-    ``visible``, else -inf.
+    """``o = dropout(p) v``, ``p = softmax(s)`` over the keys, ``s = q k^T / sqrt(D)``.
 
-    ``visible`` defaults to the causal triangle; decoding, whose keys come from a cache, passes its
-    own.
+    Scores that are not ``visible`` are -inf. ``visible`` defaults to the causal triangle; decoding
+    passes its own, because its keys come from a cache.
 
     Derivation of the backward, with r = dropout(p):
 
@@ -156,11 +155,12 @@ def materialised_bwd(
 
 
 def cudnn_fwd(q: Heads, k: Heads, v: Heads) -> tuple[Heads, Any]:
-    """`materialised_fwd` by cuDNN's flash-attention kernel. Saved: JAX's handle on the kernel's own
-    backward.
+    """`materialised_fwd` by cuDNN's flash-attention kernel.
 
     Needs a CUDA GPU of compute capability 8.0 or later, a 16-bit dtype, and D a multiple of 8 and
     at most 128.
+
+    Saved: JAX's handle on the kernel's own backward.
     """
     return jax.vjp(_cudnn, q, k, v)
 

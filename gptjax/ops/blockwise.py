@@ -1,7 +1,7 @@
-"""Attention in blocks with an online softmax: FlashAttention-2 (Dao 2023, arXiv:2307.08691) as XLA
-loops.
+"""Blockwise attention with an online softmax, as XLA loops.
 
-No (T, T) array ever exists: memory is linear in T, and blocks above the diagonal are skipped.
+The algorithm is FlashAttention-2's (Dao 2023, arXiv:2307.08691). No (T, T) array ever exists:
+memory is linear in T, and blocks above the diagonal are skipped.
 """
 
 import math
@@ -15,15 +15,16 @@ from jaxtyping import Array, Float, Key
 from gptjax.ops.dropout import dropout_bwd, dropout_fwd
 from gptjax.xla.products import accumulation_dtype
 
-BLOCK = 128  # rows of queries, and of keys, handled at once, at most
+BLOCK = 128  # at most so many rows of queries, and of keys, in a block
 
 Heads = Float[Array, "B T H D"]
 Blocks = Float[Array, "N B H R D"]  # T cut into N blocks of R rows
 
 
 class BlockwiseSaved(NamedTuple):
-    """What `blockwise_bwd` needs: O(T) memory. The probabilities are recomputed from q, k and each
-    row's lse.
+    """What `blockwise_bwd` needs, in O(T) memory.
+
+    The backward recomputes the probabilities from q, k and each row's lse.
     """
 
     q: Blocks
@@ -42,30 +43,30 @@ def blockwise_fwd(
     key: Key[Array, ""] | None = None,
     block_size: int | None = None,
 ) -> tuple[Heads, BlockwiseSaved]:
-    """``o = dropout(softmax(q k^T / sqrt(D))) v``, causal, one block of queries by one block of
-    keys at a time.
+    """``o = dropout(softmax(q k^T / sqrt(D))) v``, causal, by blocks of queries and of keys.
 
-    Online softmax: with running maximum m, sum z and unnormalised output a, a further block of
+    Online softmax: with running maximum m, sum z and unnormalised output a, the next block of
     scores s gives
 
-        m' = max(m, max s),   z' = z e^(m - m') + sum e^(s - m'),   a' = a e^(m - m') + dropout(e^(s - m')) v
+        m' = max(m, max s)
+        z' = z e^(m - m') + sum e^(s - m')
+        a' = a e^(m - m') + dropout(e^(s - m')) v
 
-    and at the end o = a / z, lse = m + log z. Dropout acts on a alone: it scales probabilities
-    after normalisation.
+    and at the end o = a / z, lse = m + log z. Dropout affects only a, since it acts on normalised
+    probabilities.
 
     Derivation of the backward: with p = e^(s - lse) and r = dropout(p) as in the materialised form,
 
-        dv = r^T do,   dp = (do v^T) through dropout,   ds = p (dp - delta),   dq = ds k / sqrt(D),   dk = ds^T q / sqrt(D)
+        dv = r^T do,   dp = (do v^T) through dropout,   ds = p (dp - delta)
+        dq = ds k / sqrt(D),   dk = ds^T q / sqrt(D)
 
-    where delta = sum_s dp p = sum_s dr r = do . o, so that one number a row replaces the sum over
-    all keys.
+    where delta = sum_s dp p = sum_s dr r = do . o: one number a row replaces a sum over all keys.
     """
     T, D = q.shape[1], q.shape[3]
     acc = accumulation_dtype(q)
     blocks = -(-T // (block_size or BLOCK))
-    q_blocks, k_blocks, v_blocks = (
-        _to_blocks(x, -(-T // blocks)) for x in (q, k, v)
-    )  # of equal length, so that little is padding
+    # Blocks of equal length need little padding.
+    q_blocks, k_blocks, v_blocks = (_to_blocks(x, -(-T // blocks)) for x in (q, k, v))
     N, B, H, R, _ = q_blocks.shape
 
     def query_block(_: None, i_qi: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
@@ -108,7 +109,7 @@ def blockwise_fwd(
 def blockwise_bwd(
     saved: BlockwiseSaved, do: Heads, rate: float = 0.0
 ) -> tuple[Heads, Heads, Heads]:
-    """(dq, dk, dv) of `blockwise_fwd`: for each block of keys, the blocks of queries that see it."""
+    """(dq, dk, dv) of `blockwise_fwd`, looping over blocks of keys and, within, of queries."""
     q, k, v, o, lse, key = saved
     N, acc, scale = q.shape[0], lse.dtype, 1 / math.sqrt(q.shape[4])
     dob = _to_blocks(do, q.shape[3])
@@ -152,7 +153,7 @@ def blockwise_bwd(
 
 
 def _scores(qi: Array, kj: Array, i: Array, j: Array) -> Float[Array, "B H R S"]:
-    """Scaled scores of query block i against key block j, -inf where the key comes after the query."""
+    """Scaled scores of query block i against key block j, -inf for keys after the query."""
     s = jnp.einsum(
         "bhrd,bhsd->bhrs", qi, kj, preferred_element_type=accumulation_dtype(qi)
     ) / math.sqrt(qi.shape[3])
@@ -162,15 +163,14 @@ def _scores(qi: Array, kj: Array, i: Array, j: Array) -> Float[Array, "B H R S"]
 
 
 def _block_key(key: Key[Array, ""] | None, i: Array, j: Array, N: int) -> Key[Array, ""] | None:
-    """Each pair of blocks has its own dropout key, so the backward can draw the same mask without
-    storing it.
-    """
+    """The dropout key of a pair of blocks, from which the backward redraws the mask."""
     return None if key is None else jax.random.fold_in(key, i * N + j)
 
 
 def _to_blocks(x: Heads, R: int) -> Blocks:
-    """(B, T, H, D) -> (N, B, H, R, D), zero rows appended to fill the last block: causality hides
-    them from real rows.
+    """(B, T, H, D) -> (N, B, H, R, D), zero rows filling the last block.
+
+    Causality hides these rows from the real ones.
     """
     B, T, H, D = x.shape
     N = -(-T // R)

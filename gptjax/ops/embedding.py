@@ -13,8 +13,7 @@ def embedding_fwd(ids: Int[Array, "*ids"], table: Float[Array, "N C"]) -> Float[
 
         dtable[n] = sum over i with ids[i] = n of dy[i]
 
-    Nothing is saved beyond the ids. Ids must lie inside the table: this is checked where the ids
-    are read, not here.
+    Saved: nothing but the ids. The caller must check that they lie inside the table.
     """
     return table[ids]
 
@@ -23,9 +22,9 @@ def embedding_fwd(ids: Int[Array, "*ids"], table: Float[Array, "N C"]) -> Float[
 def embedding_bwd(
     ids: Int[Array, "*ids"], dtable: Float[Array, "N C"], dy: Float[Array, "*ids C"]
 ) -> Float[Array, "N C"]:
-    """``dtable``, with the gradient of `embedding_fwd` added; duplicate ids accumulate.
+    """Add the gradient of `embedding_fwd` to ``dtable``; duplicate ids accumulate.
 
-    It is added to, not made, because a tied table is also the classifier, whose gradient comes
-    first in the backward.
+    ``dtable`` is an argument because a tied table is also the classifier, whose gradient the
+    backward computes first.
     """
     return dtable.at[ids].add(dy.astype(dtable.dtype))

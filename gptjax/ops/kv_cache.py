@@ -13,7 +13,7 @@ from gptjax.xla.products import accumulation_dtype
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer in S slots, some of them not written yet."""
+    """Keys and values of one layer in S slots, some not yet written."""
 
     k: Float[Array, "B H S D"]
     v: Float[Array, "B H S D"]
@@ -27,14 +27,13 @@ def cached_attention(
     slot: Int[Array, ""],
     visible: Bool[Array, "B S"],
 ) -> tuple[Heads, LayerCache]:
-    """`gptjax.ops.attention.materialised_fwd` of one position, T = 1, over itself and the
-    ``visible`` slots.
+    """Attention of one position, T = 1, to itself and to the ``visible`` slots.
+
+    Computes the position's own score separately and writes the cache only after reading it. XLA
+    then updates the cache in place instead of copying all of it for each token.
 
     Returns:
         The output, and the cache with the position's own key and value in ``slot``.
-
-    The position's own score is computed apart, so that the cache is read as it was and changed only
-    after that: XLA then changes it in place, where it would copy all of it for each token.
 
     """
     acc = accumulation_dtype(q)
