@@ -1,1 +1,1 @@
-"""Benchmarks of training and decoding against what the hardware can do: ``python -m gptjax.bench``."""
+"""Benchmarks of training and decoding: ``python -m gptjax.bench``."""

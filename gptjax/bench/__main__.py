@@ -1,7 +1,7 @@
 """Time the real work of a configuration: ``python -m gptjax.bench --config configs/124m.yaml``.
 
 ``--what`` chooses the work: the training step (the default), ``decode`` for sampling, ``data`` for
-tokenizing and batching the corpus, ``loop`` for what training does beside its steps. ``--compare``
+tokenizing and batching the corpus, ``loop`` for the overhead of the training loop. ``--compare``
 adds the other ways to compute the step, ``--peer`` the same work in PyTorch. Contenders run
 interleaved, one round after another, so that a noisy machine disturbs all alike. The batch is
 random ids and the weights are fresh.
@@ -10,7 +10,7 @@ The floor is measured in the same run: for a step, its matrix products at the ra
 product, and one pass of AdamW over memory; for decoding, one read of all weights a token.
 
 ``--what program`` times nothing. It counts the step's operations as lowered for ``--platform``,
-which need not be here, or with ``--hlo FOLDER`` writes the programs compiled for an H100 (cuda), a
+without needing that hardware, or with ``--hlo FOLDER`` writes the programs compiled for an H100 (cuda), a
 TPU v5e (tpu) or the CPU.
 """
 
@@ -39,7 +39,7 @@ from gptjax.train.metrics import human_bytes, peak_flops
 from gptjax.xla.backend import platform_name, start_jax
 
 PROG = "python -m gptjax.bench"
-OPS = 12  # that a profile lists
+OPS = 12  # listed in a profile
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
                 f"{cfg.json} cannot be written: there is no folder "
                 f"{Path(cfg.json).absolute().parent}"
             )
-        # The others read the corpus
+        # The other modes read the corpus
         if not cfg.model.vocab_size and cfg.what in ("step", "decode", "program"):
             size, whose = vocabulary_without_corpus(cfg.data.tokenizer)
             print(f"vocabulary of {size:,} ids, of {whose}")
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
             record = write_programs(cfg, Path(cfg.hlo)) if cfg.hlo else count_program(cfg)
         else:
             if cfg.peer == "torch":
-                # Leave a GPU's memory to both
+                # JAX and PyTorch share the GPU's memory
                 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
             start_jax(cfg.model.dtype)
             record = time_model(cfg)
@@ -110,7 +110,10 @@ def time_model(cfg: BenchConfig) -> dict[str, Any]:
         for timing in timings
     ]
     print(table(rows))
-    rate = f"{best.flops / 1e9:,.0f} GFLOP/s, {best.bandwidth / 1e9:,.1f} GB/s, {best.reading / 1e9:,.1f} GB/s where only read"
+    rate = (
+        f"{best.flops / 1e9:,.0f} GFLOP/s, {best.bandwidth / 1e9:,.1f} GB/s, "
+        f"{best.reading / 1e9:,.1f} GB/s where only read"
+    )
     print(f"{'floor':<24} {floor * 1e3:.1f} ms at {rate}")
     record = {
         "device": device,
@@ -132,10 +135,10 @@ def figures(
     """One row's numbers.
 
     Args:
-        timing: the row's.
-        first: that of the first row, to which ``ratio`` compares.
+        timing: of this row.
+        first: of the first row, the reference for ``ratio``.
         tokens: in one run.
-        floor: seconds that one run takes at least.
+        floor: least possible seconds for one run.
         ideal: seconds of one run at the device's peak, for ``mfu``; None if that is unknown.
 
     """
@@ -150,7 +153,7 @@ def figures(
 
 
 def table(rows: list[dict[str, Any]], ratio: str = ".2f") -> str:
-    """Format the rows; columns that no row has are left out."""
+    """Format the rows as a table, without columns that are empty in every row."""
     columns = {
         "": ("name", 24, str),
         "compile s": ("compile_s", 9, "{:.1f}".format),
@@ -184,7 +187,7 @@ def table(rows: list[dict[str, Any]], ratio: str = ".2f") -> str:
 
 
 def profile_table(times: list[OpTime]) -> str:
-    """Format the `OPS` ops that take longest, and the sum of the rest."""
+    """Format the `OPS` slowest ops, and the sum of the rest."""
     total = sum(time.seconds for time in times)
     top, rest = times[:OPS], times[OPS:]
     if rest:
@@ -261,7 +264,7 @@ def count_program(cfg: BenchConfig) -> dict[str, Any]:
 
 
 def write_programs(cfg: BenchConfig, folder: Path) -> dict[str, Any]:
-    """Compile the step with both backwards and write each program's text to the folder; print a row
+    """Compile the step with both backwards, write each program's text to the folder and print a row
     for each file.
 
     Raises:
@@ -286,7 +289,7 @@ def write_programs(cfg: BenchConfig, folder: Path) -> dict[str, Any]:
     print(f"{'file':<24} {'temporaries':>11}")
     record: dict[str, Any] = {}
     for backward in program.BACKWARDS:
-        for name in program.NAMES:  # another platform's step may have had other programs
+        for name in program.NAMES:  # an earlier run for another platform may have left more files
             (folder / f"{backward}-{name}.txt").unlink(missing_ok=True)
         for found in program.compiled_step(cfg, model, backward, devices):
             path = folder / f"{backward}-{found.name}.txt"

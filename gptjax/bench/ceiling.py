@@ -1,6 +1,4 @@
-"""Rates of the device's matrix products and memory, measured now, and the least time that they
-allow.
-"""
+"""Measured rates of matrix products and memory on this device, and the time bounds they imply."""
 
 import statistics
 import time
@@ -80,8 +78,8 @@ def _median_seconds(run: Callable[[], Any]) -> float:
 
 
 def step_floor(cfg: ModelConfig, tokens: int, seq_len: int, ceiling: Ceiling) -> float:
-    """Seconds of a training step that does nothing but its matrix products and one pass of AdamW
-    over memory.
+    """Lower bound in seconds for a training step: its matrix products plus one AdamW pass over
+    memory.
     """
     return (
         tokens * flops_per_token(cfg, seq_len) / ceiling.flops
@@ -90,5 +88,5 @@ def step_floor(cfg: ModelConfig, tokens: int, seq_len: int, ceiling: Ceiling) ->
 
 
 def decode_floor(cfg: ModelConfig, ceiling: Ceiling) -> float:
-    """Seconds of a decoded token that does nothing but read every weight once."""
+    """Lower bound in seconds for decoding a token: one read of every weight."""
     return num_params(cfg) * cfg.compute_dtype.itemsize / ceiling.reading

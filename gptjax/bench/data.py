@@ -1,4 +1,4 @@
-"""Tokens a second of tokenizing and batching, against the ways that other projects do it."""
+"""Throughput of tokenizing and batching, compared with how other projects do it."""
 
 import mmap
 import os
@@ -20,11 +20,11 @@ BATCHES = 2000
 
 
 def tokenizing(tokenizer: Tokenizer, shards: list[Shard], rounds: int) -> dict[str, list[float]]:
-    """Tokens a second of each round, encoding text of the corpus.
+    """Measure tokens per second in each round of encoding the corpus.
 
-    ``ours`` is how a corpus is prepared, in threads; ``tiktoken alone`` encodes one piece after
-    another in one thread; ``in one go`` is nanoGPT's way for a small corpus: all of the text at
-    once, and the list made one array.
+    ``ours`` prepares a corpus in threads, as this package does; ``tiktoken alone`` encodes pieces
+    sequentially in one thread; ``in one go`` encodes all of the text with one call and converts the
+    list to an array, as nanoGPT does for a small corpus.
     """
     ids = np.concatenate([shard.tokens[:TEXT_CHARACTERS] for shard in shards])[:TEXT_CHARACTERS]
     text = tokenizer.decode(ids.tolist())[:TEXT_CHARACTERS]
@@ -43,10 +43,10 @@ def tokenizing(tokenizer: Tokenizer, shards: list[Shard], rounds: int) -> dict[s
 def loading(
     shards: list[Shard], shape: BatchShape, order: Order, vocab_size: int, rounds: int
 ) -> dict[str, list[float]]:
-    """Tokens a second of each round, reading batches from the shards.
+    """Measure tokens per second in each round of reading batches from the shards.
 
-    ``cold`` first drops the shards from the system's page cache; ``random crops`` is nanoGPT's way:
-    each row of a batch is copied from a random place in a memory map.
+    ``cold`` first drops the shards from the system's page cache; ``random crops``
+    copies each row of a batch from a random position in a memory map, as nanoGPT does.
     """
     whole = TrainingBatches(shards, shape, order, 0, vocab_size)
 
@@ -82,14 +82,12 @@ def _crops(shard: Shard, shape: BatchShape) -> Iterator[int]:
 
 
 def forget(shard: Shard) -> None:
-    """Drop a shard from the system's page cache, and before that from this process's map, as mapped
-    pages stay.
-    """
+    """Drop a shard from the page cache, unmapping its pages first, since mapped pages stay cached."""
     mapped: Any = shard.tokens
     if hasattr(os, "posix_fadvise"):
         mapped._mmap.madvise(mmap.MADV_DONTNEED)
         with shard.path.open("rb") as file:
-            os.fsync(file.fileno())  # the system keeps pages that are not on disk yet
+            os.fsync(file.fileno())  # dirty pages cannot be dropped
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 

@@ -1,4 +1,4 @@
-"""The training loop's cost beside its steps."""
+"""Overhead of the training loop beyond its steps."""
 
 import contextlib
 import dataclasses
@@ -23,14 +23,14 @@ from gptjax.verify.live import LiveCheck
 
 
 def steps_per_round(cfg: Config) -> int:
-    """As many steps as lie between two validations."""
+    """Number of steps between two validations."""
     return cfg.train.eval_every or cfg.train.steps
 
 
 @contextlib.contextmanager
 def contenders(cfg: Config) -> Iterator[list[Contender]]:
-    """Three contenders of `steps_per_round` steps each: bare, with logging and a last checkpoint,
-    and all that is configured.
+    """Three contenders of `steps_per_round` steps each: bare steps, the loop with logging and a
+    final checkpoint, and the loop as configured.
 
     The run has a temporary folder, and its output goes to the null device.
 

@@ -26,7 +26,7 @@ class OpTime(NamedTuple):
 
 
 def profile(run: Callable[[], Any]) -> list[OpTime]:
-    """Profile `RUNS` runs; the op that takes longest comes first.
+    """Profile `RUNS` runs and list the ops, slowest first.
 
     Raises:
         FormatError: the profiler wrote no trace in the expected format.

@@ -1,4 +1,4 @@
-"""The programs of a training step, lowered or compiled for hardware that need not be here."""
+"""The programs of a training step, lowered or compiled for hardware that need not be present."""
 
 import math
 from collections import Counter
@@ -17,7 +17,7 @@ from gptjax.train.optimizer import make_optimizer
 from gptjax.xla.gpu import assumed_cudnn
 
 BACKWARDS: tuple[Backward, ...] = ("manual", "autodiff")
-COMPILED_FOR = {"cpu": "cpu", "cuda": "h100", "tpu": "v5e"}  # the device that stands for a platform
+COMPILED_FOR = {"cpu": "cpu", "cuda": "h100", "tpu": "v5e"}  # the device to compile for
 NAMES = ("gradient", "update", "update-params", "update-rest")
 
 
@@ -31,8 +31,7 @@ class Operations(NamedTuple):
 
 
 def lowered_step(cfg: Config, model: ModelConfig, backward: Backward, platform: str) -> Operations:
-    """The operations of a training step, its gradient and its update in one piece, as lowered for a
-    platform.
+    """Count the operations of a training step, gradient and update, lowered for a platform.
 
     Args:
         cfg: gives the batch and the optimizer.
@@ -72,12 +71,11 @@ class Program(NamedTuple):
     text: str
     """The compiled HLO."""
     temporary_bytes: int
-    """On each device, beside arguments and results."""
+    """Per device, excluding arguments and results."""
 
 
 def target(cfg: Config, platform: str) -> Topology:
-    """The devices that stand for a platform: an H100 or as many as the mesh has, one TPU v5e, or as
-    many CPUs.
+    """The devices to compile for: H100s or CPUs, as many as the mesh has, or one TPU v5e.
 
     Raises:
         ConfigError: there is no compiler for the platform.
@@ -96,7 +94,7 @@ def target(cfg: Config, platform: str) -> Topology:
 def compiled_step(
     cfg: Config, model: ModelConfig, backward: Backward, devices: list[Any]
 ) -> list[Program]:
-    """Compile a training step as training compiles it, for devices that need not be here.
+    """Compile a training step as training compiles it, for devices that need not be present.
 
     Args:
         cfg: gives the batch, the optimizer and the mesh.
@@ -105,7 +103,7 @@ def compiled_step(
         devices: of `gptjax.plan.topology.open_devices`.
 
     Returns:
-        The programs that one step runs, in their order.
+        The programs of one step, in execution order.
 
     Raises:
         ConfigError: the mesh does not fit the devices or the model.
@@ -113,7 +111,7 @@ def compiled_step(
     """
     optimizer = make_optimizer(cfg.optim, cfg.train.steps, model)
     shape = BatchShape(cfg.optim.accumulate, cfg.data.batch_size, cfg.data.seq_len)
-    # JAX's default device, for which training has no mesh
+    # Training on JAX's default device has no mesh
     alone = len(devices) == 1 and devices[0].platform == "cpu"
     mesh = None if alone else mesh_of(Work(model, shape, cfg.mesh.shape), devices)
     with assumed_cudnn():
@@ -128,8 +126,8 @@ def compiled_step(
 
 
 def operations(module: Any) -> Operations:
-    """Count the operations that a StableHLO module runs; a function counts as often as it is
-    called, a loop's body once.
+    """Count the operations that a StableHLO module runs; a function counts once per call, a loop's
+    body once.
     """
     functions = {op.attributes["sym_name"].value: op for op in module.body.operations}
     known: dict[str, Operations] = {}

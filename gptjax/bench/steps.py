@@ -58,8 +58,8 @@ def variants(model: ModelConfig, backward: Any) -> list[tuple[str, ModelConfig, 
 
 
 def step_contenders(cfg: Config, compare: bool) -> Iterator[Contender]:
-    """The configured training step, and with ``compare`` all its `variants`. Those of one layout
-    share a state.
+    """The configured training step, and with ``compare`` all its `variants`; variants with the same
+    layout share a state.
     """
     platform, seq_len = platform_name(), cfg.data.seq_len
     batch = jax.device_put(random_batch(cfg))
@@ -72,7 +72,7 @@ def step_contenders(cfg: Config, compare: bool) -> Iterator[Contender]:
         try:
             model = choice.resolve(platform, seq_len)
         except ConfigError:
-            continue  # an attention kernel that this platform or shape has not
+            continue  # attention kernel unavailable for this platform or shape
         if model.layers not in states:
             states[model.layers] = jax.block_until_ready(steps.make_state(key, model, optimizer))
             buffers[model.layers] = steps.gradient_buffer(states[model.layers].params)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-WARMUP = 2  # rounds that are not counted
+WARMUP = 2  # untimed rounds
 
 
 class Contender(NamedTuple):
@@ -15,10 +15,9 @@ class Contender(NamedTuple):
 
     name: str
     run: Callable[[], Any]
-    """Do the work once, and return when it is done."""
+    """Do the work once and block until it is done."""
     facts: dict[str, Any]
-    """Its figures beside the time: ``compile_s``, ``temporary_bytes``, ``total_bytes``, where
-    known.
+    """Further figures, where known: ``compile_s``, ``temporary_bytes``, ``total_bytes``.
     """
 
 

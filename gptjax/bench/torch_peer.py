@@ -1,4 +1,5 @@
-"""Contenders of PyTorch: `transformers`' GPT-2 with scaled-dot-product attention and fused AdamW,
+"""PyTorch contenders: the GPT-2 of `transformers` with scaled-dot-product attention and fused
+AdamW,
 eager and compiled.
 """
 
@@ -19,7 +20,7 @@ PRECISIONS = ("float32", "bfloat16")
 
 def load(cfg: Config) -> tuple[Any, Any, Any]:
     """(the ``torch`` module, a fresh model in training mode, its device); the vocabulary is padded
-    as ours is.
+    to the same size as ours.
 
     Raises:
         ConfigError: a package is missing, or the model is no GPT-2.
@@ -27,8 +28,8 @@ def load(cfg: Config) -> tuple[Any, Any, Any]:
     """
     if cfg.model.family != "gpt2":
         raise ConfigError(
-            f"peer torch is transformers' GPT-2, which model.family {cfg.model.family} cannot be "
-            "compared with"
+            f"peer torch is the GPT-2 of transformers: it cannot be compared with "
+            f"model.family {cfg.model.family}"
         )
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
@@ -52,7 +53,7 @@ def load(cfg: Config) -> tuple[Any, Any, Any]:
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(cfg.seed)
-    # TF32 on a GPU, PyTorch at its best; no change on a CPU
+    # TF32 on a GPU, PyTorch's fastest setting; no change on a CPU
     torch.set_float32_matmul_precision("high")
     return torch, transformers.GPT2LMHeadModel(theirs).to(device), device
 
@@ -105,7 +106,7 @@ def step_contenders(cfg: Config) -> Iterator[Contender]:
 
 
 def decode_contenders(cfg: Config) -> Iterator[Contender]:
-    """Greedy ``generate`` with its cache, of `NEW_TOKENS`."""
+    """Greedy ``generate`` of `NEW_TOKENS` tokens with a key-value cache."""
     torch, model, device = load(cfg)
     model.eval()
     prompt = torch.from_numpy(random_prompt(cfg)).long().to(device)

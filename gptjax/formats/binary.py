@@ -1,4 +1,4 @@
-"""What llm.c's files share: a header of 256 little-endian int32, then numbers without gaps up to
+"""llm.c's common file layout: a header of 256 little-endian int32, then arrays without gaps up to
 the end of the file.
 """
 
@@ -15,11 +15,11 @@ HEADER_BYTES = 1024
 
 
 def read_header(path: Path, kind: str) -> tuple[list[int], int]:
-    """The 256 numbers of the header, and the size of the whole file in bytes.
+    """Read the 256 numbers of the header, and the file's size in bytes.
 
     Args:
         path: the file.
-        kind: what it should be, for the messages.
+        kind: the expected kind of file, for error messages.
 
     Raises:
         FormatError: it cannot be read, or is shorter than a header.
@@ -51,8 +51,7 @@ def check_size(path: Path, kind: str, size: int, expected: int, announced: str) 
 def write_file(
     path: str | os.PathLike[str], header: Sequence[int], arrays: Iterable[np.ndarray]
 ) -> None:
-    """Write header and arrays, one after the other, durably: either the whole file appears under
-    its name, or nothing does.
+    """Write header and arrays durably and atomically.
 
     Raises:
         OSError: it cannot be written; the message names the file.

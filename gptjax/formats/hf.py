@@ -1,7 +1,7 @@
-"""Hugging Face's models: a folder with ``config.json`` and one or several safetensors files.
+"""Hugging Face models: a folder with ``config.json`` and one or several safetensors files.
 
-`CONVENTIONS` says how ``transformers`` keeps each family. Where ``lm_head.weight`` is not a
-parameter of its own, it must repeat the token embedding.
+`CONVENTIONS` describes how ``transformers`` stores each family. If ``lm_head.weight`` is tied, it
+must equal the token embedding.
 """
 
 import dataclasses
@@ -38,32 +38,32 @@ CONFIG_FILE, MODEL_FILE, INDEX_FILE = (
     "model.safetensors.index.json",
 )
 HEAD = "lm_head.weight"
-HEAD_ROWS = 4096  # compared at a time
-LARGEST = 2**24  # of any size in config.json
+HEAD_ROWS = 4096  # rows compared at a time
+LARGEST = 2**24  # upper bound of any size in config.json
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 class Convention(NamedTuple):
-    """How ``transformers`` keeps a family."""
+    """How ``transformers`` stores a family."""
 
     title: str
     architecture: str
     """The class in ``transformers``."""
     expected: dict[str, tuple[Any, ...]]
-    """Fields of config.json, with the values for which the model is ours; the first is written."""
+    """Fields of config.json with their supported values; the first is written."""
     sizes: dict[str, tuple[str, ...]]
-    """Fields that hold a dimension of ours: all are written, the first that is there is read."""
+    """Fields that hold each dimension: all are written, the first one present is read."""
     implied: tuple[str, ...]
-    """Dimensions that are null in config.json where they have our default."""
+    """Dimensions written as null when they have our default."""
     dropout: tuple[str, ...]
-    """Fields that hold the dropout rate; they are written only."""
+    """Fields that hold the dropout rate; written, never read."""
     tensors: Table
     prefix: str
-    """Of the names in `tensors`; the hub's older files lack it."""
+    """Prefix of the names in `tensors`; older files on the hub lack it."""
     transposed: bool
     """Whether matrices are (out, in), as `torch.nn.Linear` has them."""
     ignored: re.Pattern[str]
-    """Tensors that are no parameters."""
+    """Tensors that are not parameters."""
 
 
 CONVENTIONS = {
@@ -115,15 +115,16 @@ CONVENTIONS = {
 
 
 def title(cfg: Architecture) -> str:
-    """What a folder of such a model is, in words."""
+    """Description of a folder that holds such a model."""
     return f"Hugging Face {CONVENTIONS[cfg.family].title}"
 
 
 def read_config(path: Path) -> Architecture:
-    """The model that ``config.json`` describes.
+    """Read the architecture from ``config.json``.
 
     Raises:
-        FormatError: it is missing, not JSON, or describes another model; the field is named.
+        FormatError: it is missing, not JSON, or describes an unsupported model; the message names
+            the field.
 
     """
     fields = read_object(path)
@@ -154,11 +155,11 @@ def read_config(path: Path) -> Architecture:
 
 
 def read_model(folder: Path) -> tuple[Architecture, Any]:
-    """The model in a folder, and its parameters as `LazyTensor`s.
+    """Read the architecture from a folder, and its parameters as `LazyTensor`s.
 
     Raises:
         FormatError: a file is missing or damaged, or a tensor is missing, unknown, or has the wrong
-            shape; it is named.
+            shape; the message names it.
 
     """
     cfg = read_config(folder / CONFIG_FILE)
@@ -229,7 +230,7 @@ def _equal(files: dict[str, Path], a: str, b: str, rows: int) -> bool:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """The file that each tensor is in."""
+    """Map each tensor to its file."""
     if (folder / MODEL_FILE).exists():
         with safetensors.opened(folder / MODEL_FILE) as file:
             return dict.fromkeys(file.keys(), folder / MODEL_FILE)
@@ -262,19 +263,19 @@ def write_model(
     extra: Callable[[Path], None],
     dropout: float = 0.0,
 ) -> None:
-    """Write a folder that ``transformers`` loads; it appears once everything is in it.
+    """Write a folder that ``transformers`` can load; it appears only when complete.
 
     Args:
         folder: must not exist.
         params: in either layout, with or without pad rows.
         cfg: the model.
         dtype: one of `gptjax.formats.safetensors.DTYPES`.
-        end_of_text: id that begins and ends a text, if there is one.
-        extra: writes further files, of a tokenizer, into the folder.
-        dropout: the rate with which the model is trained.
+        end_of_text: id of the end-of-text token, if any.
+        extra: writes further files, such as a tokenizer, into the folder.
+        dropout: the rate used in training.
 
     Raises:
-        ConfigError: the format holds no model of that family.
+        ConfigError: the format does not support the family.
 
     """
     tensors = _tensors(cfg, prefixed=True)
@@ -297,7 +298,7 @@ def write_model(
     def fill(into: Path) -> None:
         (into / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n")
         found = file_contents(tensors, params, cfg, dtype)
-        # Transformers refuses other formats
+        # Transformers rejects other values
         safetensors.write(into / MODEL_FILE, found, {"format": "pt"})
         extra(into)
 

@@ -1,4 +1,4 @@
-"""Tensors that stay in their file until they are used: what models are read into and written from."""
+"""Lazily read tensors, the form in which models are imported and exported."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -19,9 +19,9 @@ class LazyTensor:
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    """In the file."""
+    """Dtype in the file."""
     load: Callable[[], np.ndarray]
-    """Reads it, of `shape`."""
+    """Reads the tensor, with shape `shape`."""
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """NumPy's protocol."""
@@ -65,7 +65,7 @@ def collect(
 
 
 def stack_lazily(params: Any) -> Any:
-    """Turn unrolled `LazyTensor`s into stacked ones, (L, ...), which are read layer by layer."""
+    """Turn unrolled `LazyTensor`s into stacked ones, (L, ...), read layer by layer."""
 
     def stacked(*layers: LazyTensor) -> LazyTensor:
         shape, dtype = (
@@ -107,7 +107,7 @@ def tensor_of(params: Any, name: str, layer: int | None, cfg: Architecture) -> n
 
 
 def pad_vocab(array: np.ndarray, weight: Weight, cfg: Architecture) -> np.ndarray:
-    """Pad a parameter that has a row for each id with zeros, up to the padded vocabulary."""
+    """Pad a parameter that has one row per id with zero rows, up to the padded vocabulary."""
     if weight.axes[0] != "Vp":
         return array
     return np.pad(array, [(0, cfg.padded_vocab_size - len(array)), *[(0, 0)] * (array.ndim - 1)])

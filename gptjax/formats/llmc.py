@@ -1,12 +1,11 @@
-"""llm.c's model files (``gpt2_124M.bin``) and the gradients it tests itself against
-(``gpt2_124M_debug_state.bin``).
+"""llm.c's model files (``gpt2_124M.bin``) and reference gradients (``gpt2_124M_debug_state.bin``).
 
 Both begin with 256 int32. A model's are ``[20240326, version, maxT, V, L, heads, C, Vp]``, and its
 versions:
 
 ==  =========================================  ===========================
 1   float32, vocabulary unpadded (no ``Vp``)   read
-2   bfloat16, in layouts that changed          refused: it is ambiguous
+2   bfloat16, in two different layouts         refused: it is ambiguous
 3   float32, vocabulary padded                 read and written
 4   bfloat16, LayerNorm tensors float32        read
 5   bfloat16                                   read and written
@@ -70,11 +69,11 @@ TABLES: dict[str, Table] = {
         "lnfb": "lnfb",
     }
 }
-LARGEST = 2**24  # of any field of a header: beyond what GPT-2 could be
+LARGEST = 2**24  # upper bound of any header field
 
 
 class DebugState(NamedTuple):
-    """A batch, and what the model makes of it."""
+    """A batch with the model's logits, loss and gradients."""
 
     inputs: np.ndarray
     """(B, T) int32."""
@@ -88,17 +87,17 @@ class DebugState(NamedTuple):
 
 
 def is_model(path: Path) -> bool:
-    """Whether the file begins as a model of llm.c does."""
+    """Whether the file begins with the magic number of an llm.c model."""
     with open_file(path) as file:
         return file.read(4) == MODEL_MAGIC.to_bytes(4, "little")
 
 
 def read_model(path: str | os.PathLike[str]) -> tuple[Architecture, Any]:
-    """The model, and its parameters as `LazyTensor`s.
+    """Read the architecture, and the parameters as `LazyTensor`s.
 
     Raises:
-        FormatError: not such a file: wrong magic, version, a field out of range, or another size
-            than they imply.
+        FormatError: wrong magic or version, a field out of range, or a size that does not match the
+            header.
 
     """
     path = Path(path)
@@ -171,14 +170,14 @@ def write_model(
     """Write a model as version 3 (float32) or 5 (bfloat16), tensor by tensor.
 
     Args:
-        path: the file; it appears whole or not at all.
+        path: the file, written atomically.
         params: in either layout, with or without pad rows.
         cfg: the model.
         version: 3 or 5.
 
     Raises:
-        ConfigError: the format cannot say what the model is.
-        ValueError: another version.
+        ConfigError: the format cannot describe the model.
+        ValueError: any other version.
         OSError: it cannot be written.
 
     """
@@ -204,12 +203,11 @@ def write_model(
 
 
 def read_debug_state(path: str | os.PathLike[str], cfg: Architecture) -> DebugState:
-    """A debug state of the model ``cfg``, which the file itself does not tell.
+    """Read a debug state of the model ``cfg``; the file does not describe its model.
 
     Raises:
         ConfigError: the format holds no model of that family.
-        FormatError: not such a file: wrong magic, version or size, or a token id that the
-            vocabulary lacks.
+        FormatError: wrong magic, version or size, or a token id outside the vocabulary.
 
     """
     path = Path(path)
@@ -273,7 +271,7 @@ def write_debug_state(
 
 
 def _tensors(cfg: Architecture, vocab_rows: int) -> list[FileTensor]:
-    """The file's tensors; its token embedding has so many rows."""
+    """The file's tensors, with ``vocab_rows`` rows in the token embedding."""
     return file_tensors(
         table_of(TABLES, cfg, f"an {MODEL}"), cfg, transposed=True, vocab_rows=vocab_rows
     )
@@ -285,7 +283,7 @@ def _stacked(tensor: FileTensor, cfg: Architecture) -> tuple[int, ...]:
 
 
 def _grads(tensors: list[FileTensor], arrays: list[Any], cfg: Architecture) -> Any:
-    """Gradients in our shapes: views of the file, but for the pad rows, which become zeros."""
+    """Gradients in our shapes: views of the file, except that pad rows are zeros."""
     ours = {
         part.param: part.from_file(array[..., *part.place])
         for tensor, array in zip(tensors, arrays, strict=True)
@@ -300,7 +298,7 @@ def _grads(tensors: list[FileTensor], arrays: list[Any], cfg: Architecture) -> A
 def _arrays(
     tensors: list[FileTensor], params: Any, dtype: np.dtype, cfg: Architecture
 ) -> Iterator[np.ndarray]:
-    """Each tensor as the file has it, layer by layer where it has layers, then its pad rows."""
+    """Each tensor in file layout, layer by layer if layered, followed by its pad rows."""
     for _, tensor, layer in each_layer(tensors, cfg):
         array = join(tensor, layer, params, cfg, dtype)
         yield array

@@ -1,4 +1,4 @@
-"""llm.c's evaluation files: multiple-choice questions as token ids, ``hellaswag_val.bin`` say.
+"""llm.c's evaluation files: multiple-choice questions as token ids, such as ``hellaswag_val.bin``.
 
 A header of 256 little-endian int32, ``[20240522, 1, number of examples, bytes of the longest,
 0...]``, then uint16 alone: for each example 65535, its bytes (these five numbers included), its
@@ -21,12 +21,12 @@ START = 65535
 ENDINGS = 4
 FIXED = 5  # numbers before the context's length
 SHORTEST = FIXED + 2 * (1 + ENDINGS)  # numbers of an example of one token in each place
-LARGEST = 1 << 16  # examples: their index is a uint16
+LARGEST = 1 << 16  # examples, as their index is a uint16
 
 
 class Question(NamedTuple):
-    """A context, `ENDINGS` ways to go on from it, and which of them is right: token ids, at least
-    one in each.
+    """A context, `ENDINGS` possible endings, and the right one's index; each text has at least one
+    token id.
     """
 
     context: list[int]
@@ -36,17 +36,16 @@ class Question(NamedTuple):
 
 
 def is_questions(path: Path) -> bool:
-    """Whether the file begins as an evaluation file of llm.c does."""
+    """Whether the file begins with the magic number of an llm.c evaluation file."""
     with open_file(path) as file:
         return file.read(4) == MAGIC.to_bytes(4, "little")
 
 
 def read_questions(path: str | os.PathLike[str]) -> list[Question]:
-    """All examples of a file.
+    """Read all examples of a file.
 
     Raises:
-        FormatError: not such a file: wrong magic or version, or an example that is not what its
-            numbers say.
+        FormatError: wrong magic or version, or an inconsistent example.
 
     """
     path = Path(path)
@@ -90,7 +89,7 @@ def read_questions(path: str | os.PathLike[str]) -> list[Question]:
 
 
 def _read_one(numbers: list[int], at: int, index: int, longest: int) -> tuple[Question | None, int]:
-    """The example that begins at ``at``, and how many numbers it takes; None where it is not one."""
+    """Read the example at ``at``, and its length in numbers; None if it is invalid."""
     fixed = numbers[at : at + FIXED]
     if len(fixed) < FIXED:
         return None, 0

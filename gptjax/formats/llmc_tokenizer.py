@@ -22,17 +22,16 @@ LARGEST = 1 << 20  # tokens: beyond any vocabulary
 
 
 def is_tokenizer(path: Path) -> bool:
-    """Whether the file begins as a tokenizer of llm.c does."""
+    """Whether the file begins with the magic number of an llm.c tokenizer."""
     with open_file(path) as file:
         return file.read(4) == MAGIC.to_bytes(4, "little")
 
 
 def read_tokenizer(path: str | os.PathLike[str]) -> tuple[list[bytes], int]:
-    """The bytes of each token, and the end-of-text id.
+    """Read the bytes of each token, and the end-of-text id.
 
     Raises:
-        FormatError: not such a file: wrong magic or version, or not as many tokens as its header
-            announces.
+        FormatError: wrong magic or version, or a token count that differs from the header's.
 
     """
     path = Path(path)
@@ -67,11 +66,11 @@ def read_tokenizer(path: str | os.PathLike[str]) -> tuple[list[bytes], int]:
 def write_tokenizer(
     path: str | os.PathLike[str], tokens: Sequence[bytes], end_of_text: int, version: int = 2
 ) -> None:
-    """Write version 1 or 2, durably: either the whole file appears under its name, or nothing does.
+    """Write version 1 or 2, durably and atomically.
 
     Raises:
-        ValueError: a token is empty or longer than 255 bytes; the end-of-text id is no token's, or
-            in version 1 not 50256; or the version is another.
+        ValueError: a token is empty or longer than 255 bytes; the end-of-text id is out of range,
+            or not 50256 in version 1; or the version is neither 1 nor 2.
         OSError: it cannot be written.
 
     """

@@ -1,8 +1,7 @@
-"""What a file is, by its first bytes and its size: so that what is not read here is named, and not
-taken for something else.
+"""Identify a file by its content, so that an unsupported one is named, not mistaken for another.
 
-Two or four bytes alone could also begin a file of token ids, so that where a format has more to
-tell, more is looked at. Nothing is unpickled.
+A magic number of two or four bytes could also begin a file of token ids, so further structure is
+checked where a format has any. Nothing is unpickled.
 """
 
 import io
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from gptjax.files import open_file
 
-LOOKED_AT = 1024  # bytes
+LOOKED_AT = 1024  # bytes from the start
 LLMC = {
     20240326: "an llm.c model",
     20240327: "an llm.c debug state",
@@ -26,7 +25,7 @@ LLMC = {
     20240801: "a token shard",
     20240522: "an llm.c evaluation file",
 }
-"""By the number that llm.c's files begin with."""
+"""Descriptions of llm.c's files by magic number."""
 LLAMA2C_MAGIC = 0x616B3432
 SAFETENSORS = "a safetensors file"
 LARGEST_VOCABULARY = 1 << 26  # bytes of a llama2.c tokenizer
@@ -38,12 +37,11 @@ BEGINNINGS = {
     b"\xfd7zXZ\x00": "an xz file",
     b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.": "a PyTorch checkpoint (a pickle)",
 }
-TENSORFLOW_END = bytes.fromhex("57fb808b247547db")  # of the table that an .index is
+TENSORFLOW_END = bytes.fromhex("57fb808b247547db")  # end of an .index file
 
 
 def recognise(path: Path) -> str | None:
-    """What the file is, with its article: ``a llama2.c model (version 0)``; None for text, and for
-    what is not known.
+    """Describe the file, as in ``a llama2.c model (version 0)``; None for text and unknown content.
 
     Raises:
         OSError: it cannot be read.
@@ -108,7 +106,7 @@ def _gzip(start: bytes) -> str | None:
 
 
 def _llama2c(start: bytes, size: int) -> str | None:
-    """Version 0 has no magic: its seven sizes must give exactly the file's."""
+    """Version 0 has no magic: its seven sizes must imply exactly the file's size."""
     if len(start) < 28:
         return None
     magic, version = struct.unpack_from("<Ii", start)
@@ -129,8 +127,8 @@ def _llama2c(start: bytes, size: int) -> str | None:
 
 
 def _protobuf(start: bytes) -> str | None:
-    """SentencePiece's begins with two pieces, each a text and its score; ONNX's with a version, and
-    who wrote it.
+    """SentencePiece models begin with two pieces, each a text and a score; ONNX models with a
+    version and the producer's name.
     """
     piece = re.compile(rb"\n([\x07-\x7f])\n(.)", re.DOTALL)
     at = 0

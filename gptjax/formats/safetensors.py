@@ -1,9 +1,8 @@
-"""Safetensors, read by the library and written tensor by tensor, and models in it under our own
-names.
+"""Safetensors files: low-level reading and writing, and models under our own names.
 
-A file is a 64-bit length, a JSON header of that length with each tensor's dtype, shape and place,
-and the numbers (https://github.com/huggingface/safetensors). The library can only write a file
-whose tensors are all in memory.
+A file is a 64-bit length, a JSON header of that length with each tensor's dtype, shape and offsets,
+and the data (https://github.com/huggingface/safetensors). The library reads files; writing is our
+own, tensor by tensor, since the library needs all tensors in memory.
 """
 
 import dataclasses
@@ -35,7 +34,7 @@ from gptjax.formats.tables import (
 from gptjax.models.family import family_of
 from gptjax.models.params import rows
 
-# Only for families whose files differ from the default, which is each parameter under its own name.
+# Families not listed store each parameter under its own name.
 TABLES: dict[str, Table] = {
     "gpt2": {
         "wte": "wte",
@@ -68,10 +67,10 @@ DTYPES = {
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """The library's handle on a file.
+    """Open a file with the library.
 
     Raises:
-        FormatError: it cannot be read, or is not such a file.
+        FormatError: it cannot be read, or is not a safetensors file.
 
     """
     try:
@@ -83,9 +82,7 @@ def opened(path: Path) -> Iterator[Any]:
 
 
 def check_tensor(path: Path, file: Any, name: str, shape: tuple[int, ...]) -> np.dtype:
-    """The dtype of a tensor; raises `FormatError` unless the file holds floating-point numbers so
-    shaped under this name.
-    """
+    """Return a tensor's dtype; raise `FormatError` unless it is floating-point with this shape."""
     found = file.get_slice(name)
     if tuple(found.get_shape()) != shape:
         raise FormatError(
@@ -101,13 +98,12 @@ def check_tensor(path: Path, file: Any, name: str, shape: tuple[int, ...]) -> np
 
 
 def write(path: Path, tensors: Mapping[str, LazyTensor], metadata: dict[str, str]) -> None:
-    """Write tensors one by one, durably: either the whole file appears under its name, or nothing
-    does.
+    """Write tensors one by one, durably and atomically.
 
     Args:
         path: the file.
-        tensors: by name, in the order in which they are written; each is read when its turn comes.
-        metadata: text, for the header.
+        tensors: by name, in file order; each is read just before it is written.
+        metadata: strings for the header.
 
     """
     labels = {dtype: label for label, dtype in DTYPES.items()}
@@ -121,7 +117,7 @@ def write(path: Path, tensors: Mapping[str, LazyTensor], metadata: dict[str, str
             "data_offsets": [begin, end],
         }
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # so that the numbers are aligned
+    text += b" " * (-len(text) % 8)  # aligns the data
     with write_whole(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
@@ -138,11 +134,11 @@ def is_model(path: Path) -> bool:
 
 
 def read_model(path: Path) -> tuple[Architecture, Any]:
-    """A model under our own names, ``wte`` or ``fcw.3``, and its parameters as `LazyTensor`s.
+    """Read a model under our own names (``wte``, ``fcw.3``), with parameters as `LazyTensor`s.
 
     Raises:
-        FormatError: not such a file, or a tensor is missing, unknown, or has the wrong shape; it is
-            named.
+        FormatError: not a gptjax safetensors file, or a tensor is missing, unknown, or has the
+            wrong shape; the message names it.
 
     """
     with opened(path) as file:
@@ -163,14 +159,14 @@ def read_model(path: Path) -> tuple[Architecture, Any]:
 
 
 def read_slice(path: Path, name: str, index: tuple[slice, ...]) -> np.ndarray:
-    """Read part of a tensor; the rest of it stays in the file."""
+    """Read a slice of a tensor."""
     with opened(path) as file:
         array: np.ndarray = file.get_slice(name)[index]
         return array
 
 
 def _architecture(path: Path, metadata: dict[str, str]) -> Architecture:
-    """The model that a file's metadata describe; a field that is left out has its default."""
+    """The architecture in a file's metadata; missing fields have their default."""
     found: dict[str, Any] = {}
     for field in dataclasses.fields(Architecture):
         text = metadata.get(field.name)
@@ -195,7 +191,7 @@ def _architecture(path: Path, metadata: dict[str, str]) -> Architecture:
 
 
 def _metadata(cfg: Architecture) -> dict[str, str]:
-    """What `_architecture` reads: the required fields, and others that differ from their default."""
+    """Metadata for `_architecture`: required fields, and others that differ from the default."""
     default = Architecture(**{name: getattr(cfg, name) for name in REQUIRED})
     names = [
         *REQUIRED,
@@ -208,9 +204,7 @@ def _metadata(cfg: Architecture) -> dict[str, str]:
 
 
 def check_names(path: Path, found: set[str], expected: Iterable[str]) -> None:
-    """Raise `FormatError` unless exactly these tensors are there; stops at the first one that is
-    missing.
-    """
+    """Raise `FormatError` unless exactly the expected tensors are present."""
     known = set()
     for name in expected:
         if name not in found:
@@ -225,7 +219,7 @@ def check_names(path: Path, found: set[str], expected: Iterable[str]) -> None:
 
 
 def write_model(path: Path, params: Any, cfg: Architecture, dtype: np.dtype) -> None:
-    """Write a model in our own names, tensor by tensor.
+    """Write a model under our own names, tensor by tensor.
 
     Args:
         path: the file.
@@ -238,6 +232,6 @@ def write_model(path: Path, params: Any, cfg: Architecture, dtype: np.dtype) -> 
 
 
 def _tensors(cfg: Architecture) -> list[FileTensor]:
-    """The file's tensors: by the family's table, or else each parameter under its own name."""
+    """The file's tensors: by the family's table, by default each parameter under its own name."""
     own = {f"{name}.{{}}" if layered else name: name for name, layered, _, _ in rows(cfg)}
     return file_tensors(TABLES.get(cfg.family, own), cfg)
