@@ -73,7 +73,8 @@ def convert(where: str, destination: Path, to: Format | None, dtype: str | None)
         tokenizer_json.can_write(source.tokenizer) and chosen_format == "hf"
     ):
         print(
-            f"{'note':<10} {chosen_format} keeps no {source.tokenizer.kind} tokenizer: it was left out"
+            f"{'note':<10} {chosen_format} keeps no {source.tokenizer.kind} tokenizer: it was "
+            "left out"
         )
     for path in sorted(destination.iterdir()) if destination.is_dir() else [destination]:
         with open_file(path) as file:
@@ -88,7 +89,10 @@ def describe(source: Source) -> str:
     sizes = f"{cfg.num_layers} layers, {cfg.num_heads} heads, {cfg.channels} channels"
     lines = {
         "format": source.format,
-        "model": f"{num_params(cfg):,} parameters, {sizes}, vocabulary {cfg.vocab_size}, {cfg.max_seq_len} positions",
+        "model": (
+            f"{num_params(cfg):,} parameters, {sizes}, vocabulary {cfg.vocab_size}, "
+            f"{cfg.max_seq_len} positions"
+        ),
         "tensors": f"{len(list(tensor_names(cfg)))} of {' and '.join(sorted(map(str, dtypes)))}",
         "tokenizer": f"{source.tokenizer.vocab_size} ids"
         if source.tokenizer
@@ -138,21 +142,31 @@ def _shard(path: Path) -> str:
     ids = open_shard(path).tokens
     kind = "" if path.stat().st_size == ids.nbytes + HEADER_BYTES else " without a header"
     shown = " ".join(map(str, ids[:8].tolist()))
-    return f"{'format':<10} token shard{kind}\n{'tokens':<10} {ids.size:,}, {ids.dtype}, the first {shown}"
+    return (
+        f"{'format':<10} token shard{kind}\n{'tokens':<10} {ids.size:,}, {ids.dtype}, the first "
+        f"{shown}"
+    )
 
 
 def _debug_state(path: Path) -> str:
     (_, version, B, T, *_), size = read_header(path, llmc.STATE)
     if version not in (1, 2) or B < 1 or T < 1 or size < HEADER_BYTES + 8 * B * T:
         raise FormatError(
-            f"{path} is an invalid {llmc.STATE}: version {version}, {B} x {T} tokens in {size} bytes"
+            f"{path} is an invalid {llmc.STATE}: version {version}, {B} x {T} tokens in {size} "
+            "bytes"
         )
-    return f"{'format':<10} {llmc.STATE}, version {version}\n{'batch':<10} {B} x {T} tokens\n{'size':<10} {size:,} bytes"
+    return (
+        f"{'format':<10} {llmc.STATE}, version {version}\n{'batch':<10} {B} x {T} "
+        f"tokens\n{'size':<10} {size:,} bytes"
+    )
 
 
 def _tokenizer(path: Path) -> str:
     found = tokenizers.find(str(path))
-    return f"{'format':<10} tokenizer\n{'vocabulary':<10} {found.vocab_size} ids, end-of-text {found.end_of_text}"
+    return (
+        f"{'format':<10} tokenizer\n{'vocabulary':<10} {found.vocab_size} ids, end-of-text "
+        f"{found.end_of_text}"
+    )
 
 
 if __name__ == "__main__":

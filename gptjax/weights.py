@@ -64,7 +64,8 @@ def open_weights(where: str) -> Source:
     path = Path(where)
     if not path.exists():
         raise CheckpointError(
-            f"{where} does not exist: name a run, a Hugging Face folder, an llm.c model .bin, a .safetensors, or {HUB}NAME"
+            f"{where} does not exist: name a run, a Hugging Face folder, an llm.c model .bin, a "
+            f".safetensors, or {HUB}NAME"
         )
     if path.is_dir() and (path / hf.CONFIG_FILE).exists():
         cfg, params = hf.read_model(path)
@@ -91,9 +92,15 @@ def _by_default(cfg: Architecture) -> ModelConfig:
 
 def _why_not(path: Path) -> str:
     if path.suffix in TENSORFLOW:
-        return ": a TensorFlow checkpoint, maybe, which is not read; the same weights are to be had with hf:gpt2"
+        return (
+            ": a TensorFlow checkpoint, maybe, which is not read; the same weights are to be had "
+            "with hf:gpt2"
+        )
     if path.suffix in PICKLED:
-        return ": a PyTorch pickle, maybe, which can run any code and is not read; save it as safetensors"
+        return (
+            ": a PyTorch pickle, maybe, which can run any code and is not read; save it as "
+            "safetensors"
+        )
     return ": a run's folder, a Hugging Face folder, an llm.c model .bin or safetensors is expected"
 
 
@@ -134,7 +141,8 @@ def _from_hub(name: str) -> Path:
     except (LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{HUB}{name} is not in the Hugging Face cache, nor to be downloaded ({reason}): go online once, "
+            f"{HUB}{name} is not in the Hugging Face cache, nor to be downloaded ({reason}): go "
+            "online once, "
             f"or download its {', '.join(HUB_FILES[:2])} elsewhere and name their folder"
         ) from error
 
@@ -162,7 +170,8 @@ def load_weights(
     for name in DIMENSIONS if cfg else ():
         if getattr(source.cfg, name) != getattr(cfg, name):
             raise CheckpointError(
-                f"{where} has model.{name} {getattr(source.cfg, name)}, not {getattr(cfg, name)}: give it that value"
+                f"{where} has model.{name} {getattr(source.cfg, name)}, not {getattr(cfg, name)}: "
+                "give it that value"
             )
     cfg = cfg or source.cfg
     return cfg, load_params(source, cfg, mesh)
@@ -202,7 +211,8 @@ def check_finite(what: str, path: Any, array: np.ndarray) -> None:
         name, layer = tensor_at(path)
         tensor = name if layer is None else f"{name}[{layer}]"
         raise CheckpointError(
-            f"the {what} has numbers in {tensor} that are not finite: it is damaged, or its training diverged"
+            f"the {what} has numbers in {tensor} that are not finite: it is damaged, or its "
+            "training diverged"
         )
 
 

@@ -74,7 +74,9 @@ def strict():
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Real data that is not part of the project; tests that need it are skipped where it is absent."""
+    """Real data that is not part of the project; tests that need it are skipped where it is
+    absent.
+    """
     path = Path(os.environ.get("GPTJAX_SHARED", ROOT.parent / "shared"))
     if not path.is_dir():
         pytest.skip("needs the data that GPTJAX_SHARED names")

@@ -166,7 +166,9 @@ def test_transformers_loads_what_we_write(transformers, tmp_path):
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("how", [{}, {"max_shard_size": "50KB"}, {"inner": True}])
 def test_we_load_what_transformers_writes(transformers, tmp_path, how):
-    """In one file, in several, and without the language model's head, as the hub's own gpt2 has it."""
+    """In one file, in several, and without the language model's head, as the hub's own gpt2 has
+    it.
+    """
     sizes = {"n_layer": 2, "n_head": 4, "n_embd": 32, "vocab_size": V, "n_positions": 24}
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
     how = dict(how)

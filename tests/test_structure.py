@@ -144,7 +144,9 @@ def test_modules_and_public_classes_of_one_name_mean_one_thing():
 
 
 def test_the_one_custom_derivative_binds_the_network_to_its_backward():
-    """Ops stay free of custom derivatives, or JAX's gradient of the forward would be no reference."""
+    """Ops stay free of custom derivatives, or JAX's gradient of the forward would be no
+    reference.
+    """
     uses = {name_of(p) for p in MODULES if re.search(r"custom_[vj][jv]p\b(?!``)", p.read_text())}
     assert uses == {"gptjax.models.transformer"}
 

@@ -30,7 +30,9 @@ def assert_same(a, b):
 
 @pytest.fixture
 def run(tmp_path):
-    """The folder of a run with checkpoints after 1 and 2 steps, and the parameters of the second."""
+    """The folder of a run with checkpoints after 1 and 2 steps, and the parameters of the
+    second.
+    """
     writer = CheckpointWriter(tmp_path / "checkpoints", keep=2)
     optimizer = make_optimizer(OptimConfig(), 10, CFG)
     for step in (1, 2):
@@ -182,7 +184,10 @@ def test_a_model_of_the_hub_is_fetched_once_and_then_offline(hub):
 
 
 def test_a_model_that_the_hub_lacks_or_that_cannot_be_reached(hub, monkeypatch):
-    sentence = "is not in the Hugging Face cache, nor to be downloaded .*: go online once, or download its config.json"
+    sentence = (
+        "is not in the Hugging Face cache, nor to be downloaded .*: go online once, or download "
+        "its config.json"
+    )
     with pytest.raises(CheckpointError, match=f"hf:someone/else {sentence}"):
         load_weights("hf:someone/else")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")

@@ -82,7 +82,9 @@ def _crops(shard: Shard, shape: BatchShape) -> Iterator[int]:
 
 
 def forget(shard: Shard) -> None:
-    """Drop a shard from the page cache, unmapping its pages first, since mapped pages stay cached."""
+    """Drop a shard from the page cache, unmapping its pages first, since mapped pages stay
+    cached.
+    """
     mapped: Any = shard.tokens
     if hasattr(os, "posix_fadvise"):
         mapped._mmap.madvise(mmap.MADV_DONTNEED)

@@ -54,8 +54,8 @@ class Shard(NamedTuple):
 
     path: Path
     tokens: np.ndarray
-    """(n,) ids, memory-mapped: uint16 or uint32. int32 files are mapped as uint32, so that a negative id
-    is too large, not an index from the end."""
+    """(n,) ids, memory-mapped: uint16 or uint32. int32 files are mapped as uint32, so that a
+    negative id is too large, not an index from the end."""
     kind: str = "llm.c"
     """llm.c, llama3, nanogpt or int32."""
 

@@ -130,7 +130,9 @@ def to_compute(w: Any, cfg: ModelConfig) -> Any:
 
 
 def to_params(dw: Any, w: Any, cfg: ModelConfig) -> Any:
-    """A block's gradient in its weights' dtype and, on a mesh, their layout, scattered over fsdp."""
+    """A block's gradient in its weights' dtype and, on a mesh, their layout, scattered over
+    fsdp.
+    """
     dw = jax.tree.map(lambda dw, w: dw.astype(w.dtype), dw, w)
     if num_shards() == 1:
         return dw

@@ -16,7 +16,8 @@ CUBIC = 0.044715
 def gelu_fwd(x: Float[Array, "B T F"]) -> tuple[Float[Array, "B T F"], Float[Array, "B T F"]]:
     """``y = x (1 + t) / 2`` with ``t = tanh(u)`` and ``u = SLOPE (x + CUBIC x^3)``.
 
-    Derivation of the backward: tanh' = 1 - t^2 and u' = SLOPE (1 + 3 CUBIC x^2). By the product rule,
+    Derivation of the backward: tanh' = 1 - t^2 and u' = SLOPE (1 + 3 CUBIC x^2). By the product
+    rule,
 
         dx = dy [(1 + t) / 2 + x (1 - t^2) u' / 2]
 

@@ -73,7 +73,9 @@ def attention(
     rate: float = 0.0,
     key: Key[Array, ""] | None = None,
 ) -> tuple[Heads, None]:
-    """`attention_fwd` for JAX to differentiate: it saves nothing, and kernels use their own rules."""
+    """`attention_fwd` for JAX to differentiate: it saves nothing, and kernels use their own
+    rules.
+    """
     kernels = {"cudnn": _cudnn, "splash": splash}
     if implementation in kernels and not (rate and key is not None):
         return kernels[implementation](q, k, v), None

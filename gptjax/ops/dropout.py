@@ -17,7 +17,8 @@ def dropout_fwd(
 
     With ``key=None`` (evaluation) or ``rate=0`` this is the identity and nothing is saved.
 
-    Derivation of the backward: the map is linear and diagonal in x, so ``dx = dy keep / (1 - rate)``.
+    Derivation of the backward: the map is linear and diagonal in x, so ``dx = dy keep / (1 -
+    rate)``.
 
     Saved: keep, one byte an element, to draw the random bits only once.
 

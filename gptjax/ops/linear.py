@@ -15,8 +15,8 @@ def linear_fwd(
 ) -> tuple[Float[Array, "B T *O"], Float[Array, "B T *I"]]:
     """``y = x w + b``, computed in x's dtype; without ``b``, ``y = x w``.
 
-    Inputs and outputs may have several axes, which are flattened into one: w of shape (C, H, D) maps
-    channels to heads; (H, D, C) maps heads to channels.
+    Inputs and outputs may have several axes, which are flattened into one: w of shape (C, H, D)
+    maps channels to heads; (H, D, C) maps heads to channels.
 
     Derivation of the backward, for one row: y_o = sum_i x_i w_io + b_o, so
 

@@ -40,14 +40,17 @@ def require_none(env: Mapping[str, str]) -> None:
     if "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env:
         install = "for want of the package kubernetes: pip install 'gptjax[kubernetes]'"
         raise ConfigError(
-            f"this is a pod of an indexed job of Kubernetes, {unseen} {install}, or train in each pod alone with "
+            f"this is a pod of an indexed job of Kubernetes, {unseen} {install}, or train in each "
+            "pod alone with "
             "--distributed.detect false"
         )
     for launcher, (count, index) in LAUNCHERS.items():
         if env.get(count, "1") not in ("0", "1"):
             raise ConfigError(
-                f"{launcher} has started {env[count]} processes, {unseen}: give each --distributed.coordinator HOST:PORT and "
-                f"--distributed.process ${index}/{env[count]}, which a shell in each fills in, or train in each alone "
+                f"{launcher} has started {env[count]} processes, {unseen}: give each "
+                "--distributed.coordinator HOST:PORT and "
+                f"--distributed.process ${index}/{env[count]}, which a shell in each fills in, or "
+                "train in each alone "
                 "with --distributed.detect false"
             )
 

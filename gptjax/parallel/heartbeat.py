@@ -127,7 +127,8 @@ def _watch(prog: str, timeout: float, seen: _Seen, ended: threading.Event) -> No
         if silent:
             _end(
                 prog,
-                f"process {silent[0]} of {len(seen.when)} has given no sign of life for {patience:.0f} s",
+                f"process {silent[0]} of {len(seen.when)} has given no sign of life for "
+                f"{patience:.0f} s",
             )
 
 
@@ -194,7 +195,9 @@ def ending_together(prog: str) -> Iterator[None]:
 
 
 def _wait_for_those_who_ask() -> None:
-    """Keep the store, which ends with process 0, until the others have its error, or are too late."""
+    """Keep the store, which ends with process 0, until the others have its error, or are too
+    late.
+    """
     deadline = time.monotonic() + LINGER
     with contextlib.suppress(Exception):
         processes.store().key_value_try_get("gptjax/error")
@@ -207,7 +210,8 @@ def _wait_for_those_who_ask() -> None:
 def _end(prog: str, reason: str) -> None:
     ENDING.acquire()
     print(
-        f"{prog}: error: another process was lost ({reason}): start them all again with --resume auto, to go on from the "
+        f"{prog}: error: another process was lost ({reason}): start them all again with --resume "
+        "auto, to go on from the "
         "newest checkpoint",
         file=sys.stderr,
     )

@@ -100,7 +100,10 @@ def _miscounted(
     if count > devices:
         return f"{named} takes {count} devices, but {there_are}"
     if count < devices and processes > 1:
-        return f"{named} takes {count} devices, but {there_are} in {processes} processes, which must all take part"
+        return (
+            f"{named} takes {count} devices, but {there_are} in {processes} processes, which must "
+            "all take part"
+        )
     return None
 
 
@@ -147,7 +150,10 @@ def _alternatives(
     )
     if not shapes:
         shapes = of(whole)
-        head = f"no mesh takes all {devices} devices with data.batch_size {batch_size}, but with {whole}, {axes} can be"
+        head = (
+            f"no mesh takes all {devices} devices with data.batch_size {batch_size}, but with "
+            f"{whole}, {axes} can be"
+        )
     shown = [f"({', '.join(map(str, shape))})" for shape in sorted(shapes, key=unlike)[:LISTED]]
     more = ", or others" if len(shapes) > LISTED else ""
     return f"{head} {' or '.join(filter(None, [', '.join(shown[:-1]), shown[-1]]))}{more}"
@@ -242,7 +248,8 @@ def row_share(mesh: Mesh | None, batch_size: int) -> tuple[int, int]:
         or len({*map(len, groups)}) > 1
     ):
         raise ConfigError(
-            f"data.batch_size {batch_size} cannot be shared out evenly among {len(rows)} processes on this mesh: "
+            f"data.batch_size {batch_size} cannot be shared out evenly among {len(rows)} "
+            "processes on this mesh: "
             "make mesh.tensor a divisor or a multiple of the devices of one process"
         )
     return groups.index(tuple(sorted(rows[jax.process_index()]))), len(groups)

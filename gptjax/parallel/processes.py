@@ -63,7 +63,8 @@ def start(cfg: DistributedConfig) -> None:
             return
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"the processes cannot join ({reason[:200]}): give each distributed.coordinator HOST:PORT and "
+            f"the processes cannot join ({reason[:200]}): give each distributed.coordinator "
+            "HOST:PORT and "
             "distributed.process N/M, or distributed.detect false to train alone"
         ) from error
 

@@ -47,7 +47,8 @@ def main(argv: list[str] | None = None) -> int:
         cfg, file = parse(PlanConfig, PROG, __doc__ or "", argv)
         if cfg.json and not Path(cfg.json).absolute().parent.is_dir():
             raise ConfigError(
-                f"{cfg.json} cannot be written: there is no folder {Path(cfg.json).absolute().parent}"
+                f"{cfg.json} cannot be written: there is no folder "
+                f"{Path(cfg.json).absolute().parent}"
             )
         topology = parse_topology(cfg.topology)
         start(topology)

@@ -197,6 +197,7 @@ def _group(line: str) -> int:
         return len(listed[1].split(","))
     if "replica_groups=" in line:
         raise FormatError(
-            f"this XLA lists the devices of a collective in a way that is not known here: {line.strip()[:200]}"
+            "this XLA lists the devices of a collective in a way that is not known here: "
+            f"{line.strip()[:200]}"
         )
     return 1

@@ -1,4 +1,6 @@
-"""Memory, collectives and FLOPs of a compiled step, for simulated CPUs or, ahead of time, for TPUs."""
+"""Memory, collectives and FLOPs of a compiled step, for simulated CPUs or, ahead of time, for
+TPUs.
+"""
 
 import re
 import time

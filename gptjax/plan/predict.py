@@ -134,7 +134,9 @@ def _norm_bytes(work: Work) -> int:
 
 
 def _weights(work: Work) -> Any:
-    """Shapes of the weights on one device where they are computed with; ``blocks`` is one layer's."""
+    """Shapes of the weights on one device where they are computed with; ``blocks`` is one
+    layer's.
+    """
     table: Any = weight_table(work.model, layered=False)
     return jax.tree.map(
         lambda w: jax.ShapeDtypeStruct(work.local_shape(w.axes), jnp.float32),

@@ -53,9 +53,13 @@ def _memory(plan: Plan) -> list[str]:
     if plan.largest is not None:
         data, fsdp, _ = plan.work.mesh
         tokens = plan.largest * data * fsdp * plan.work.shape.seq_len
-        size = f"data.batch_size {plan.largest * data * fsdp:,} ({plan.largest} a device, {tokens:,} tokens)"
+        size = (
+            f"data.batch_size {plan.largest * data * fsdp:,} ({plan.largest} a device, {tokens:,} "
+            "tokens)"
+        )
         lines.append(
-            f"{'largest':<12} {size if plan.largest else 'not even one row a device fits'}, {plan.searched}"
+            f"{'largest':<12} {size if plan.largest else 'not even one row a device fits'}, "
+            f"{plan.searched}"
         )
     elif plan.searched:
         lines.append(f"{'largest':<12} {plan.searched}")
@@ -86,7 +90,8 @@ def _time(plan: Plan, device: Device | None) -> list[str]:
     if not plan.floor or not device:
         return [
             *lines,
-            f"{'floor':<12} not known: no data sheet gives this device's rate in {plan.work.model.dtype}",
+            f"{'floor':<12} not known: no data sheet gives this device's rate in "
+            f"{plan.work.model.dtype}",
         ]
     floor, tokens = plan.floor, plan.work.shape.tokens
     parts = {
@@ -106,28 +111,40 @@ def _time(plan: Plan, device: Device | None) -> list[str]:
         days = plan.tokens / tokens * seconds / DAY
         rate = f"{tokens / seconds:,.0f} tokens/s, {days:,.2f} days for {plan.tokens:.3g} tokens"
         lines.append(
-            f"  {name:<17} {seconds * 1e3:,.1f} ms, {rate}, scaling efficiency {floor.efficiency(seconds):.0%}"
+            f"  {name:<17} {seconds * 1e3:,.1f} ms, {rate}, scaling efficiency "
+            f"{floor.efficiency(seconds):.0%}"
         )
-    rates = f"{device.flops / 1e12:,.4g} TFLOP/s in bfloat16, {device.bandwidth / 1e9:,.4g} GB/s of memory"
+    rates = (
+        f"{device.flops / 1e12:,.4g} TFLOP/s in bfloat16, {device.bandwidth / 1e9:,.4g} GB/s of "
+        "memory"
+    )
     if any(sending_rate(plan.work.mesh, device, c.group) < device.link for c in plan.collectives):
         rates += f", {NETWORK / 1e9:,.0f} GB/s for each device between machines"
     return [
         *lines,
         f"{'assuming':<12} {rates}, and links that all send at once, at their maker's rates",
-        "  all overlaps      the slowest of products, memory and collectives hides the other two; the update follows",
-        "  nothing sent does the slower of products and memory hides the other; the collectives follow, then the update",
+        "  all overlaps      the slowest of products, memory and collectives hides the other two; "
+        "the update follows",
+        "  nothing sent does the slower of products and memory hides the other; the collectives "
+        "follow, then the update",
         "  efficiency        the time without collectives over the time",
     ]
 
 
 def comparison(plans: dict[str, Plan]) -> str:
     """A line for each implementation of attention."""
-    head = f"{'attention':<14} {'memory':>9} {'temporaries':>11} {'TFLOP':>8} {'by XLA':>8} {'sent':>9} {'floor ms':>9}"
+    head = (
+        f"{'attention':<14} {'memory':>9} {'temporaries':>11} {'TFLOP':>8} {'by XLA':>8} "
+        f"{'sent':>9} {'floor ms':>9}"
+    )
     lines = [head]
     for name, plan in plans.items():
         xla = f"{plan.compiler_flops / 1e12:.3f}" if plan.compiler_flops else "-"
         time = f"{plan.floor.overlapped * 1e3:,.1f}" if plan.floor else "-"
         sent = human_bytes(sum(c.sent for c in plan.collectives))
-        cells = f"{human_bytes(plan.total):>9} {human_bytes(plan.memory['temporaries']):>11} {plan.flops / 1e12:>8.3f}"
+        cells = (
+            f"{human_bytes(plan.total):>9} {human_bytes(plan.memory['temporaries']):>11} "
+            f"{plan.flops / 1e12:>8.3f}"
+        )
         lines.append(f"{name:<14} {cells} {xla:>8} {sent:>9} {time:>9}")
     return "\n".join(lines)

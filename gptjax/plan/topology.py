@@ -86,7 +86,8 @@ def parse_topology(name: str) -> Topology:
                 {2: ("2x2", "2x4", "4x4", "16x16"), 3: ("1x1x1", "2x2x1", "2x2x4", "4x4x8")}[axes]
             )
             raise ConfigError(
-                f"topology {name} is none: {family} is wired as {axes} numbers, each 1, 2 or a multiple of 4, "
+                f"topology {name} is none: {family} is wired as {axes} numbers, each 1, 2 or a "
+                "multiple of 4, "
                 f"at most {DEVICES[kind].neighbours} together, such as {example}"
             )
         return Topology(name, "tpu", kind, shape, DEVICES[kind])
@@ -125,7 +126,8 @@ def start(topology: Topology) -> None:
         except RuntimeError as error:
             if len(jax.devices("cpu")) < topology.size:
                 raise ConfigError(
-                    f"JAX has started with {len(jax.devices('cpu'))} devices, too few for {topology.name}"
+                    f"JAX has started with {len(jax.devices('cpu'))} devices, too few for "
+                    f"{topology.name}"
                 ) from error
 
 
@@ -146,12 +148,16 @@ def open_devices(topology: Topology, otherwise: str = "") -> list[Any]:
     if topology.platform == "cuda":
         if topology.kind != GPUS["h100"]:
             raise ConfigError(
-                f"to compile for {topology.name} is not possible: of NVIDIA's GPUs only h100 is described"
+                f"to compile for {topology.name} is not possible: of NVIDIA's GPUs only h100 is "
+                "described"
             )
         try:
             return open_h100s(topology.size)
         except NotImplementedError as error:  # JAX knows no platform of this name
-            message = f"to compile for {topology.name} needs jax-cuda12-plugin: pip install 'gptjax[cuda-aot]'{otherwise}"
+            message = (
+                f"to compile for {topology.name} needs jax-cuda12-plugin: pip install "
+                f"'gptjax[cuda-aot]'{otherwise}"
+            )
             raise ConfigError(message) from error
     from jax.experimental import topologies
 

@@ -86,7 +86,8 @@ def train(cfg: Config) -> None:
             display.print(_train(run, restored, display))
         else:
             display.print(
-                f"nothing to do: {done} of {cfg.train.steps} steps are done; raise train.steps to go on"
+                f"nothing to do: {done} of {cfg.train.steps} steps are done; raise train.steps to "
+                "go on"
             )
 
 

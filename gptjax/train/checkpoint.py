@@ -114,7 +114,8 @@ class CheckpointWriter:
             )
         if not saving:
             raise CheckpointError(
-                f"step {step} was not saved: {self.folder} holds a later checkpoint; choose another --name"
+                f"step {step} was not saved: {self.folder} holds a later checkpoint; choose "
+                "another --name"
             )
 
     def check(self) -> None:
@@ -223,7 +224,8 @@ def _newest_whole(
                 )
     if tried or some_were_damaged:
         raise CheckpointError(
-            f"no checkpoint in {folder} can be read: all are damaged, so start afresh without --resume"
+            f"no checkpoint in {folder} can be read: all are damaged, so start afresh without "
+            "--resume"
         )
     return None
 
@@ -305,7 +307,8 @@ def _open(path: Path, step: int) -> tuple[ModelConfig, Any, dict[str, Any]]:
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise CheckpointError(
-                f"checkpoint {path} changed while it was read ({reason[:200]}): if its run is training and has dropped it "
+                f"checkpoint {path} changed while it was read ({reason[:200]}): if its run is "
+                "training and has dropped it "
                 "for a newer one, try again"
             ) from error
         return found[0] if layer is not None and info.model.layers == "scan" else found
@@ -403,7 +406,8 @@ def _restore(
         for name, value in saved.items():
             if value != now.get(name):
                 raise CheckpointError(
-                    f"{path} was trained with {name} {value}, not {now.get(name)}: give it that value"
+                    f"{path} was trained with {name} {value}, not {now.get(name)}: give it that "
+                    "value"
                 )
         # It factors the stack, not each layer
         if info.model.layers != cfg.layers and optimizer.cfg.name == "adafactor":
@@ -434,9 +438,10 @@ def _in_layout(
         return state
     one = stack if cfg.layers == "scan" else partial(unstack, num_layers=cfg.num_layers)
     is_params = lambda tree: hasattr(tree, "blocks")  # noqa: E731
-    convert = lambda state: jax.tree.map(
-        lambda x: one(x) if is_params(x) else x, state, is_leaf=is_params
-    )
+
+    def convert(state: Any) -> Any:
+        return jax.tree.map(lambda x: one(x) if is_params(x) else x, state, is_leaf=is_params)
+
     shapes = jax.eval_shape(lambda key: init_state(key, cfg, optimizer), jax.random.key(0))
     return jax.jit(
         convert, out_shardings=meshes.shardings(mesh, param_axes(cfg), shapes) if mesh else None
@@ -518,6 +523,7 @@ def _write_errors(folder: Path) -> Iterator[None]:
             str(error)[:300] or type(error).__name__,
         )
         raise CheckpointError(
-            f"the checkpoint in {folder} cannot be written ({reason}): free space or choose another --runs folder; "
+            f"the checkpoint in {folder} cannot be written ({reason}): free space or choose "
+            "another --runs folder; "
             "earlier checkpoints are untouched"
         ) from error

@@ -109,7 +109,9 @@ def is_run(folder: Path) -> bool:
 
 
 def _is_unused(folder: Path) -> bool:
-    """Whether nothing is in the folder, or only the lock of a process that ended before it trained."""
+    """Whether nothing is in the folder, or only the lock of a process that ended before it
+    trained.
+    """
     with contextlib.suppress(OSError):
         return set(os.listdir(folder)) <= {LOCK_FILE}
     return False

@@ -48,7 +48,8 @@ def add_hooks(
             trainer.saved = trainer.done
         else:
             display.print(
-                f"{display.of(trainer.done)} | no checkpoint: the parameters give a loss that is not finite"
+                f"{display.of(trainer.done)} | no checkpoint: the parameters give a loss that is "
+                "not finite"
             )
 
     def print_sample() -> None:

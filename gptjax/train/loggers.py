@@ -210,7 +210,8 @@ class Loggers:
                 self._loggers.remove(logger)
                 reason = " ".join(str(error).split()) or type(error).__name__
                 self._warn(
-                    f"{logger.title} failed and is left out from here on: {reason}; metrics.jsonl has every step"
+                    f"{logger.title} failed and is left out from here on: {reason}; metrics.jsonl "
+                    "has every step"
                 )
 
 

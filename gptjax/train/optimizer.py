@@ -108,9 +108,10 @@ def make_optimizer(cfg: OptimConfig, steps: int, model: Architecture) -> Optimiz
                 lambda w: absent if w.kind == "matrix" else w.kind == "table", params, model
             ),
         )
-        kinds = lambda params: per_tensor(
-            lambda w: "muon" if w.kind == "matrix" else "adamw", params, model
-        )
+
+        def kinds(params: Any) -> Any:
+            return per_tensor(lambda w: "muon" if w.kind == "matrix" else "adamw", params, model)
+
         return optax.partition({"muon": matrices, "adamw": others}, kinds)
 
     def adafactor() -> optax.GradientTransformation:

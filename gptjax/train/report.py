@@ -20,7 +20,10 @@ def describe(run: Run) -> str:
         f"{corpus.tokenizer.vocab_size} ids" if corpus.tokenizer else "unknown, so samples show ids"
     )
     gflop = flops_per_token(model, shape.seq_len) * shape.tokens / 1e9
-    processes = f"{jax.process_count()} processes; should one be lost, all end within {run.cfg.distributed.timeout} s"
+    processes = (
+        f"{jax.process_count()} processes; should one be lost, all end within "
+        f"{run.cfg.distributed.timeout} s"
+    )
     idle = jax.device_count() - (run.mesh.size if run.mesh else 1)
     lines = {
         "device": [

@@ -104,11 +104,11 @@ def owned(run: Run) -> Iterator[Run]:
     """
     cfg = run.cfg
     with contextlib.ExitStack() as until_the_end:
-        own = lambda: str(
-            until_the_end.enter_context(
-                folders.owned(Path(cfg.runs), cfg.name or "run", cfg.resume)
-            )
-        )
+
+        def own() -> str:
+            folder = folders.owned(Path(cfg.runs), cfg.name or "run", cfg.resume)
+            return str(until_the_end.enter_context(folder))
+
         yield run._replace(folder=Path(processes.agreed("folder", own)))
 
 
@@ -132,7 +132,8 @@ def restore(run: Run) -> Restored | None:
         for key, value in restored.meta["identity"].items():
             if now[key] != value:
                 raise CheckpointError(
-                    f"{run.folder} was trained with {key} {value}, not {now[key]}: give it that value to resume"
+                    f"{run.folder} was trained with {key} {value}, not {now[key]}: give it that "
+                    "value to resume"
                 )
         run.batches.seek(restored.meta["position"])
     return restored

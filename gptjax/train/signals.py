@@ -73,7 +73,9 @@ def _watch(prog: str, arriving: int, stop: Stop, display: Display) -> None:
 
 
 def _within(seconds: float, f: Callable[..., None], *args: Any) -> None:
-    """``f(*args)``, but go on after so many seconds: whoever reads the output may have stopped to."""
+    """``f(*args)``, but go on after so many seconds: whoever reads the output may have stopped
+    to.
+    """
     thread = threading.Thread(target=f, args=args, daemon=True)
     thread.start()
     thread.join(seconds)

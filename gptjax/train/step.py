@@ -312,7 +312,9 @@ def temporary_bytes(*programs: Any) -> int:
 
 
 def compile_for_memory(lowered: jax.stages.Lowered, mesh: Mesh | None = None) -> Any:
-    """Compile, on CPU with the scheduler that keeps few arrays alive at once, if this XLA has it."""
+    """Compile, on CPU with the scheduler that keeps few arrays alive at once, if this XLA has
+    it.
+    """
     if platform_of(mesh) == "cpu":
         try:
             return lowered.compile(compiler_options=MEMORY_SCHEDULER)

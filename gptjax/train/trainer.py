@@ -151,7 +151,8 @@ class Trainer:
             good = f"the checkpoint after step {self.saved} is the last good one"
             left = good if self.saved else "there is no checkpoint yet"
             raise DivergedError(
-                f"{self.meter.nonfinite} losses or gradients in a row were not finite, up to step {record['step']}: "
+                f"{self.meter.nonfinite} losses or gradients in a row were not finite, up to step "
+                f"{record['step']}: "
                 f"stopped; {left}; lower optim.learning_rate or raise optim.warmup_steps"
             )
 

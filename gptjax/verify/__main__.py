@@ -144,11 +144,13 @@ def make_subject(cfg: VerifyConfig) -> tuple[Subject, llmc.DebugState | None, di
         settings = dataclasses.replace(settings, dropout=0.0, dropout_mlp=0.0)
     if from_file and not Path(cfg.reference).is_file():
         raise ConfigError(
-            f"reference must be autodiff, finite-difference or a file: there is no file {cfg.reference}"
+            "reference must be autodiff, finite-difference or a file: there is no file "
+            f"{cfg.reference}"
         )
     if from_file and cfg.checkpoint is None:
         raise ConfigError(
-            f"the gradients in {cfg.reference} are those of certain parameters: give their file as --checkpoint"
+            f"the gradients in {cfg.reference} are those of certain parameters: give their file "
+            "as --checkpoint"
         )
     state = llmc.read_debug_state(cfg.reference, settings) if from_file else None
     seq_len = state.inputs.shape[1] if state else cfg.data.seq_len
@@ -179,7 +181,10 @@ def make_subject(cfg: VerifyConfig) -> tuple[Subject, llmc.DebugState | None, di
         left_out = generator.random(size) < (0 if cfg.export else 1 / 8)
         targets = np.where(left_out, IGNORE_INDEX, ids)[..., 1:]
         batch = Batch(jnp.asarray(ids[..., :-1]), jnp.asarray(targets))
-        tokens = f"random, seed {cfg.seed}, {np.count_nonzero(targets != IGNORE_INDEX)} of them to be predicted"
+        tokens = (
+            f"random, seed {cfg.seed}, {np.count_nonzero(targets != IGNORE_INDEX)} of them to be "
+            "predicted"
+        )
     mesh = make_mesh(cfg.mesh, resolved.axis_sizes, batch.inputs.shape[1])
     subject = Subject(
         resolved, params, batch, key if resolved.dropout or resolved.dropout_mlp else None, mesh

@@ -63,7 +63,8 @@ def compare(
             )
         if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in (a, b)):
             raise ValueError(
-                f"{tensor} is {a.dtype} in one gradient and {b.dtype} in the other, not floating-point"
+                f"{tensor} is {a.dtype} in one gradient and {b.dtype} in the other, not "
+                "floating-point"
             )
     if tolerance is None or isinstance(tolerance, float):
         limits = [_default_tolerance(a, b) if tolerance is None else tolerance for a, b in pairs]

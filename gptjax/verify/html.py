@@ -46,7 +46,8 @@ def as_html(report: Report) -> str:
     """The whole page."""
     verdict = "good" if report else "bad"
     sections = [
-        f"<h1>gptjax: is the hand-written gradient right?</h1><div class='verdict {verdict}'>{escape(report.closing)}</div>",
+        "<h1>gptjax: is the hand-written gradient right?</h1><div class='verdict "
+        f"{verdict}'>{escape(report.closing)}</div>",
         _section(
             "Gradient by tensor",
             f"Against {report.reference}; all layers of a tensor together.",
@@ -81,7 +82,10 @@ def as_html(report: Report) -> str:
         for name, value in report.environment.items()
     )
     sections.append(f"<h2>Environment</h2><dl>{facts}</dl>")
-    head = "<meta charset='utf-8'><meta name='viewport' content='width=device-width'><title>gptjax verify</title>"
+    head = (
+        "<meta charset='utf-8'><meta name='viewport' content='width=device-width'><title>gptjax "
+        "verify</title>"
+    )
     head += f"<style>{STYLE}</style>"
     return (
         f"<!doctype html><html lang='en'><head>{head}</head><body>{''.join(sections)}</body></html>"
@@ -129,7 +133,10 @@ def _heat_map(found: Comparison) -> str:
     grid = f"<table class='heat'><thead><tr><th>layer</th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
     colours = ", ".join(f"rgb{colour}" for colour in SCALE)
     ramp = f"<div class='ramp' style='background: linear-gradient(to right, {colours})'></div>"
-    legend = f"<div class='legend'>{low}{ramp}{high}, where the tolerance ends; outlined where wrong</div>"
+    legend = (
+        f"<div class='legend'>{low}{ramp}{high}, where the tolerance ends; outlined where "
+        "wrong</div>"
+    )
     if single:
         names = "".join(f"<th>{escape(row.tensor)}</th>" for row in single)
         values = "".join(_colour(row, low, high) for row in single)
@@ -162,4 +169,7 @@ def _colour(row: Row | None, low: int, high: int) -> str:
     ink = "#000" if 0.299 * red + 0.587 * green + 0.114 * blue > 130 else "#fff"
     kind = "" if row.ok else " class='bad'"
     title = f"{row.tensor}[{row.layer}]: {error:.2e}, tolerance {row.tolerance:.1e}"
-    return f"<td{kind} style='background: rgb({red}, {green}, {blue}); color: {ink}' title='{escape(title)}'>{text}</td>"
+    return (
+        f"<td{kind} style='background: rgb({red}, {green}, {blue}); color: {ink}' "
+        f"title='{escape(title)}'>{text}</td>"
+    )

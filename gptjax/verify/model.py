@@ -222,7 +222,9 @@ def parameter_dtype(subject: Subject) -> Any:
 
 
 def exact(subject: Subject, dtype: Literal["float64", "float32"] = "float64") -> Subject:
-    """The same in a wider dtype, where a kernel for attention gives way to one that computes in it."""
+    """The same in a wider dtype, where a kernel for attention gives way to one that computes in
+    it.
+    """
     cfg = dataclasses.replace(subject.cfg, dtype=dtype)
     if cfg.attention in ("cudnn", "splash"):
         cfg = dataclasses.replace(cfg, attention="auto").resolve(

@@ -18,7 +18,8 @@ Reference = Literal["autodiff", "finite-difference"]
 
 
 WIDENED = (
-    f"{LAMBDA:g} times what JAX's own gradient moves by, when each parameter moves by a unit in the last place, is allowed "
+    f"{LAMBDA:g} times what JAX's own gradient moves by, when each parameter moves by a unit in "
+    "the last place, is allowed "
     "where that is more than the derived tolerance"
 )
 
@@ -72,7 +73,10 @@ class Report:
         wrong_count = sum(not row.ok for row in self.gradient.rows)
         where = f"; first at {self.parting}" if self.parting else ""
         if not self.parting and not self.reference.startswith("autodiff"):
-            where = "; but it is JAX's own gradient of this forward, so look at the reference and its parameters"
+            where = (
+                "; but it is JAX's own gradient of this forward, so look at the reference and "
+                "its parameters"
+            )
         verdict = f"{wrong_count} OF {len(self.gradient.rows)} GRADIENTS ARE WRONG"
         return f"{verdict}: the worst, {place}, by {worst.relative_l2:.1e}{where}"
 
@@ -141,12 +145,14 @@ def check(
     structure: Any = jax.tree.structure(gradient)
     if structure != jax.tree.structure(params):
         raise ValueError(
-            f"the gradient has the structure {structure}, not the parameters': {jax.tree.structure(params)}"
+            f"the gradient has the structure {structure}, not the parameters': "
+            f"{jax.tree.structure(params)}"
         )
     if reference == "finite-difference":
         if any(x.dtype != jnp.float64 for x in jax.tree.leaves(params)):
             raise ValueError(
-                "differences need float64 parameters: jax.config.update('jax_enable_x64', True) first"
+                "differences need float64 parameters: jax.config.update('jax_enable_x64', True) "
+                "first"
             )
         plain = jax.jit(loss)
         expected = plain(params, *batch)

@@ -24,15 +24,45 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 LAMBDA = 4.0
 # Exact whatever the values: they move, copy, compare or negate.
-# fmt: off
-EXACT = {
-    "abs", "argmax", "argmin", "bitcast_convert_type", "broadcast_in_dim", "concatenate", "copy", "dynamic_slice",
-    "dynamic_update_slice", "expand_dims", "gather", "iota", "max", "min", "name", "neg", "optimization_barrier",
-    "pad", "random_bits", "random_fold_in", "random_seed", "random_split", "random_unwrap", "random_wrap",
-    "reduce_max", "reduce_min", "reshape", "rev", "select_n", "sign", "slice", "split", "squeeze", "stop_gradient",
-    "transpose",
-}
-# fmt: on
+EXACT = frozenset(
+    [
+        "abs",
+        "argmax",
+        "argmin",
+        "bitcast_convert_type",
+        "broadcast_in_dim",
+        "concatenate",
+        "copy",
+        "dynamic_slice",
+        "dynamic_update_slice",
+        "expand_dims",
+        "gather",
+        "iota",
+        "max",
+        "min",
+        "name",
+        "neg",
+        "optimization_barrier",
+        "pad",
+        "random_bits",
+        "random_fold_in",
+        "random_seed",
+        "random_split",
+        "random_unwrap",
+        "random_wrap",
+        "reduce_max",
+        "reduce_min",
+        "reshape",
+        "rev",
+        "select_n",
+        "sign",
+        "slice",
+        "split",
+        "squeeze",
+        "stop_gradient",
+        "transpose",
+    ]
+)
 BARRIER = "barrier"  # the name that `gptjax.xla.barrier.barrier` has in a traced program
 
 
@@ -44,7 +74,9 @@ def unit_roundoff(dtype: Any) -> float:
 
 
 def tolerance(variance: float, reference_variance: float = 0.0) -> float:
-    """Largest relative L2 distance that rounding explains between two results of these `variances`."""
+    """Largest relative L2 distance that rounding explains between two results of these
+    `variances`.
+    """
     return LAMBDA * math.sqrt(variance + reference_variance)
 
 

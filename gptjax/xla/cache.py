@@ -112,7 +112,8 @@ def keep_compiled_programs() -> None:
         folder = compiled_folder()
     except NotPrivateError as error:
         logging.getLogger(__name__).warning(
-            "nothing compiled is kept or used: %s; delete the folder, or name one of your own in JAX_COMPILATION_CACHE_DIR",
+            "nothing compiled is kept or used: %s; delete the folder, or name one of your own in "
+            "JAX_COMPILATION_CACHE_DIR",
             error,
         )
         config.update("jax_enable_compilation_cache", False)

@@ -251,7 +251,8 @@ def test_every_option_is_explained(command):
 def test_help_tells_defaults_choices_and_places():
     text = Parser(Options, "python -m gptjax.prog", "Does\nthis.\n\nAnd ``that``.").format_help()
     assert text.startswith(
-        "usage: python -m gptjax.prog [--config FILE] [--OPTION VALUE ...]\n\nDoes this.\n\nAnd that.\n"
+        "usage: python -m gptjax.prog [--config FILE] [--OPTION VALUE ...]\n\nDoes this.\n\nAnd "
+        "that.\n"
     )
     assert "  --rate X                   How fast (default 0.5).\n" in text
     assert "  --inner.loud               Whether it is heard.\n" in text

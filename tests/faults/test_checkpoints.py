@@ -47,7 +47,9 @@ def folder(states, tmp_path):
 
 
 def restored(folder, states):
-    """The step that training goes on from; None if what it would go on with is not what was saved."""
+    """The step that training goes on from; None if what it would go on with is not what was
+    saved.
+    """
     found = restore_newest(folder, CFG, OPTIMIZER)
     return (
         found.step

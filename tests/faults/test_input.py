@@ -82,7 +82,10 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{this}: &{this} [{', '.join([f'*{before}'] * 9)}]\n"
     for before, this in zip("abcdefghi", "bcdefghij", strict=True)
 )
-NESTED = "[&a [x, x, x, x, x, x, x, x, x], &b [*a, *a, *a, *a, *a, *a, *a, *a, *a], [*b, *b, *b, *b, *b, *b]]"
+NESTED = (
+    "[&a [x, x, x, x, x, x, x, x, x], &b [*a, *a, *a, *a, *a, *a, *a, *a, *a], [*b, *b, *b, *b, "
+    "*b, *b]]"
+)
 CONFIGS = {
     "a billion laughs": (BOMB, "used again by an alias"),
     "a billion laughs for a name": (f"{BOMB}name: *j", "used again by an alias"),
@@ -249,7 +252,9 @@ def test_what_is_no_file_is_refused(what, tmp_path, capsys, tally):
 
 
 def test_a_named_pipe_can_hold_prompts(tmp_path, capsys):
-    """A shell makes one of ``<(command)``. The checkpoint is looked for once the prompts are read."""
+    """A shell makes one of ``<(command)``. The checkpoint is looked for once the prompts are
+    read.
+    """
     subprocess.run(["mkfifo", tmp_path / "p"], check=True)
     with subprocess.Popen(["sh", "-c", 'echo hello > "$0"', tmp_path / "p"]):
         assert "none does not exist" in refused(

@@ -52,7 +52,9 @@ def test_a_name_is_that_of_one_folder(tally):
 
 
 def numbers(config_class, prefix=""):
-    """The options of a configuration that take a number, each with the values that it must refuse."""
+    """The options of a configuration that take a number, each with the values that it must
+    refuse.
+    """
     for field in dataclasses.fields(config_class):
         kind = field.type
         if dataclasses.is_dataclass(kind):

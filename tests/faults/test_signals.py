@@ -22,7 +22,10 @@ from tests.train.test_command import arrays, command, data_root, metrics, start 
 CTRL_C = b"\x03"
 PATIENCE = 120.0  # seconds, on a machine that has other work
 # In a session of its own, whose terminal is standard input.
-LAUNCH = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, sys.argv[1:])"
+LAUNCH = (
+    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    "os.execv(sys.executable, sys.argv[1:])"
+)
 
 
 class Terminal:

@@ -1,4 +1,6 @@
-"""A model small enough to differentiate in milliseconds: GPT-2, or any family by its weight table."""
+"""A model small enough to differentiate in milliseconds: GPT-2, or any family by its weight
+table.
+"""
 
 from typing import Any
 

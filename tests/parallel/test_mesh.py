@@ -27,7 +27,9 @@ ALL = MeshConfig(2, 2, 2)
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
 def test_training_starts_and_goes_on_as_on_one_device(name):
-    """Parameters are drawn in their shards, and a step changes shards; what is fetched are scalars."""
+    """Parameters are drawn in their shards, and a step changes shards; what is fetched are
+    scalars.
+    """
     optimizer = make_optimizer(OptimConfig(name=name, schedule="constant"), 10, CFG)
     cfg = dataclasses.replace(CFG, dtype="float32")
     batch = jax.tree.map(lambda x: np.asarray(x)[None], tiny.batch(cfg, B, T))
@@ -107,7 +109,8 @@ class Elsewhere:
             (16, 1, 1),
             8,
             8,
-            "of 8 devices, (data, fsdp, tensor) can be (8, 1, 1), (4, 2, 1), (4, 1, 2) or (2, 4, 1), or others",
+            "of 8 devices, (data, fsdp, tensor) can be (8, 1, 1), (4, 2, 1), (4, 1, 2) or (2, 4, "
+            "1), or others",
         ),
         ((-1, 3, 1), 8, 8, "(2, 4, 1), (4, 2, 1), (1, 8, 1) or (1, 4, 2), or others"),
         (
@@ -120,7 +123,8 @@ class Elsewhere:
             (1, 5, 2),
             1,
             8,
-            "no mesh takes all 8 devices with data.batch_size 1, but with 8, (data, fsdp, tensor) can be (1, 4, 2)",
+            "no mesh takes all 8 devices with data.batch_size 1, but with 8, (data, fsdp, tensor) "
+            "can be (1, 4, 2)",
         ),
         ((2, 1, 1), 8, 1, "of 1 device, (data, fsdp, tensor) can only be (1, 1, 1)"),
     ],

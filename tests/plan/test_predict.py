@@ -249,7 +249,8 @@ def test_micro_batches_repeat_the_passes_and_not_the_update():
     ("message", "expected"),
     [
         (
-            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded",
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G "
+            "hbm. Exceeded",
             TooLarge("it uses 20.50G of 15.75G", int(20.5 * 2**30)),
         ),
         ("RESOURCE_EXHAUSTED: too much", TooLarge("RESOURCE_EXHAUSTED: too much", None)),

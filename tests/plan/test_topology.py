@@ -45,7 +45,8 @@ def test_every_name_is_of_a_device_whose_rates_are_known(name):
         ("h100:2x4", "is not known"),
         (
             "v5e:3x5",
-            "v5e is wired as 2 numbers, each 1, 2 or a multiple of 4, at most 256 together, such as 2x2 or 2x4",
+            "v5e is wired as 2 numbers, each 1, 2 or a multiple of 4, at most 256 together, such "
+            "as 2x2 or 2x4",
         ),
         ("v5e:16x32", "at most 256 together"),
         ("v5p:16x16", "v5p is wired as 3 numbers"),

@@ -95,7 +95,8 @@ def test_a_file_may_hold_options_of_the_plan_too(tmp_path, capsys):
     """Training leaves out of a config file what it does not read."""
     file = tmp_path / "plan.yaml"
     file.write_text(
-        "topology: h100:1\nlog: {wandb: project}\nname: null\nmodel: {preset: 124m, num_layers: 1}\n"
+        "topology: h100:1\nlog: {wandb: project}\nname: null\nmodel: {preset: 124m, num_layers: "
+        "1}\n"
     )
     line, cfg = planned(capsys, "--config", str(file))
     assert line == f"{TRAIN} --config {file}"

@@ -1,4 +1,6 @@
-"""Whose a run's folder is. Within one process two locks exclude each other as they do between two."""
+"""Whose a run's folder is. Within one process two locks exclude each other as they do between
+two.
+"""
 
 import errno
 import fcntl

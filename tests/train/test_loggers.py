@@ -267,6 +267,9 @@ def test_one_that_fails_is_left_out_with_one_warning(tmp_path):
     with Loggers([failing, *good], warnings.append) as loggers:
         for step in range(1, 6):
             loggers.write({"step": step, "loss": 1.0})
-    message = "Failing failed and is left out from here on: [Errno 28] No space left; metrics.jsonl has every step"
+    message = (
+        "Failing failed and is left out from here on: [Errno 28] No space left; metrics.jsonl "
+        "has every step"
+    )
     assert (warnings, failing.calls) == ([message], 3)
     assert len(scalars(tmp_path / "tensorboard")["train/loss"]) == 5

@@ -23,7 +23,9 @@ KEY = jax.random.key(0)
 
 @pytest.mark.parametrize("backward", ["manual", "autodiff"])
 def test_accumulation_equals_the_large_batch(backward):
-    """Also where the micro-batches count unequal numbers of targets: each target weighs the same."""
+    """Also where the micro-batches count unequal numbers of targets: each target weighs the
+    same.
+    """
     cfg = tiny.CONFIG
     params, batch = tiny.params(cfg), tiny.batch(cfg, B=6)
     batch = batch._replace(

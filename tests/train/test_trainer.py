@@ -164,7 +164,8 @@ def test_divergence_ends_the_run_and_says_what_is_left(monkeypatch, bad):
     with pytest.raises(DivergedError) as error:
         loop.fit()
     assert str(error.value) == (
-        "3 losses or gradients in a row were not finite, up to step 7: stopped; there is no checkpoint yet; "
+        "3 losses or gradients in a row were not finite, up to step 7: stopped; there is no "
+        "checkpoint yet; "
         "lower optim.learning_rate or raise optim.warmup_steps"
     )
     assert records == [1, 2, 3, 4, 5, 6, 7]

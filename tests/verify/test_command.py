@@ -70,8 +70,8 @@ def test_a_wrong_backward_ends_with_1_and_is_named(monkeypatch, capsys, tmp_path
     lines = capsys.readouterr().out.splitlines()
     closing = next(line for line in lines if "GRADIENTS ARE WRONG" in line)
     assert (
-        "first at layer 0, gelu (after fcw): gelu_bwd gives a wrong gradient (relative L2 error 1.0e-09)"
-        in closing
+        "first at layer 0, gelu (after fcw): gelu_bwd gives a wrong gradient (relative L2 error "
+        "1.0e-09)" in closing
     )
     assert lines[-1] == "nothing was exported: it would not be right"
     assert not list((tmp_path / "out").iterdir())
@@ -98,8 +98,8 @@ def test_an_error_on_the_mesh_alone_ends_with_1_and_the_mesh_is_named(monkeypatc
     monkeypatch.setattr(gpt2, "embedding_bwd", wrong)
     assert command.main([*TINY, *ON_A_MESH]) == 1
     assert (
-        "first at the program on the mesh: it alone differs, and on one device the gradient is right"
-        in capsys.readouterr().out
+        "first at the program on the mesh: it alone differs, and on one device the gradient is "
+        "right" in capsys.readouterr().out
     )
 
 

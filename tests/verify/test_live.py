@@ -1,4 +1,6 @@
-"""The check of a step's gradient while training; tests/train/test_command.py runs it in training."""
+"""The check of a step's gradient while training; tests/train/test_command.py runs it in
+training.
+"""
 
 from types import SimpleNamespace
 

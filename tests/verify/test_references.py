@@ -188,7 +188,9 @@ def shard_only(monkeypatch, module, name, wrong):
 def test_an_error_in_the_meshs_branch_alone_is_found_and_blamed_on_the_mesh(
     monkeypatch, gradient_only
 ):
-    """On one device everything is right: the sign is wrong where devices add rows of the embedding."""
+    """On one device everything is right: the sign is wrong where devices add rows of the
+    embedding.
+    """
     right = gpt2.embedding_bwd
     shard_only(
         monkeypatch,
@@ -200,8 +202,8 @@ def test_an_error_in_the_meshs_branch_alone_is_found_and_blamed_on_the_mesh(
     assert {row.tensor for row in report.gradient.rows if not row.ok} == {"wte", "wpe"}
     assert report.parting.place == "the program on the mesh"
     assert (
-        "first at the program on the mesh: it alone differs, and on one device the gradient is right"
-        in report.closing
+        "first at the program on the mesh: it alone differs, and on one device the gradient is "
+        "right" in report.closing
     )
     assert references.against_autodiff(subject(num_layers=1))
 

@@ -35,7 +35,9 @@ def part(*args):
 
 
 def plant(monkeypatch, name, change, layer=None):
-    """Let ``change`` alter what the op gives, everywhere or in its ``layer``-th call from the loss."""
+    """Let ``change`` alter what the op gives, everywhere or in its ``layer``-th call from the
+    loss.
+    """
     user = USERS.get(name, gpt2)
     right = getattr(user, name)
     calls = iter(range(1000))
@@ -163,7 +165,9 @@ def test_gradients_put_together_wrongly_are_named(monkeypatch):
 
 
 def test_a_weight_is_followed_through_casts_reshapes_layouts_and_barriers():
-    """The call is named by the weight, whatever was done to it on the way that leaves its values."""
+    """The call is named by the weight, whatever was done to it on the way that leaves its
+    values.
+    """
     mesh = make_mesh(MeshConfig(data=8), {}, 8)
 
     def f(w, x):
@@ -213,7 +217,8 @@ def test_a_backward_in_another_order_is_named(monkeypatch):
         gpt2, "gelu_bwd", lambda saved, dy: gpt2.dropout_bwd(None, 0.0, unnamed(saved, dy))
     )
     assert part() == (
-        "layer 1, dropout (after fcprojw): dropout_bwd is called where the mirror of the forward has "
+        "layer 1, dropout (after fcprojw): dropout_bwd is called where the mirror of the forward "
+        "has "
         "layer 1, gelu (after fcw) (relative L2 error 1.0e+00)"
     )
 

@@ -111,7 +111,8 @@ def test_nothing_is_kept_where_others_could_put_programs_and_one_sentence_says_s
     ((_, level, message),) = caplog.record_tuples
     assert level == logging.WARNING
     assert message.startswith(
-        f"nothing compiled is kept or used: others may write to {folder} and so put programs there; delete"
+        f"nothing compiled is kept or used: others may write to {folder} and so put programs "
+        "there; delete"
     )
 
 

@@ -146,7 +146,8 @@ def compiled(command: Sequence[str], slow: Path | None) -> bytes:
     with contextlib.suppress(OSError):
         if slow and 0 <= time.time() - slow.stat().st_mtime < LEFT_ALONE:
             raise subprocess.SubprocessError(
-                f"{command[0]} took too long less than a day ago: delete {slow}, or name another compiler in CXX, to try again"
+                f"{command[0]} took too long less than a day ago: delete {slow}, or name another "
+                "compiler in CXX, to try again"
             )
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "adamw.so"
@@ -155,9 +156,8 @@ def compiled(command: Sequence[str], slow: Path | None) -> bytes:
         except subprocess.TimeoutExpired:
             if slow:
                 with contextlib.suppress(OSError, GptjaxError), write_whole(slow) as file:
-                    file.write(
-                        f"{command[0]} took more than {PATIENCE} s. Delete this file to have it asked again.\n".encode()
-                    )
+                    said = f"{command[0]} took more than {PATIENCE} s. Delete this file to try again.\n"
+                    file.write(said.encode())
             raise
         run([sys.executable, "-I", "-c", LOADS, str(made)])
         return made.read_bytes()
