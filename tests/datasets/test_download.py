@@ -94,7 +94,7 @@ def test_offline(monkeypatch, tmp_path):
     (tmp_path / "a.bin.partial").write_bytes(CONTENT[:10])
     with pytest.raises(
         DataError,
-        match=r"cannot be downloaded \(.*refused\): go online .* put the file at .*/a\.bin yourself",
+        match=r"cannot be downloaded \(.*refused\): go online .* put the file at .*/a\.bin yourself",  # noqa: E501
     ):
         fetch("http://127.0.0.1:9/a.bin", tmp_path / "a.bin", SHA256)
     assert (tmp_path / "a.bin.partial").read_bytes() == CONTENT[:10]

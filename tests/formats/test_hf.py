@@ -166,7 +166,7 @@ def test_an_index_that_lies(tmp_path, change, message):
         ({"scale_attn_by_inverse_layer_idx": True}, "has scale_attn_by_inverse_layer_idx True"),
         (
             {"n_inner": 99},
-            r"h\.\d\.mlp\.c_(fc|proj)\.(weight|bias) has the shape \[.*32.*\], but \[.*99.*\] is expected",
+            r"h\.\d\.mlp\.c_(fc|proj)\.(weight|bias) has the shape \[.*32.*\], but \[.*99.*\] is expected",  # noqa: E501
         ),
         ({"n_inner": "wide"}, "has no usable n_inner: 'wide'"),
         ({"n_head": 3}, "describes an invalid model"),

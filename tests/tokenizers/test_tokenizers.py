@@ -150,7 +150,7 @@ def test_llm_cs_file_must_hold_a_byte_level_bpe(tmp_path, tokens, end_of_text, m
         r'{"name": "char", "characters": "\ud800"}',
         '{"kind": "hf", "name": "x"}',
         '{"kind": "hf", "name": "x", "tokenizer": 3, "end_of_text": 0}',
-        '{"kind": "hf", "name": "x", "tokenizer": {"model": {"type": "BPE", "vocab": {}, "merges": []}}, "end_of_text": 0}',
+        '{"kind": "hf", "name": "x", "tokenizer": {"model": {"type": "BPE", "vocab": {}, "merges": []}}, "end_of_text": 0}',  # noqa: E501
     ],
 )
 def test_damaged_files(tmp_path, content):
