@@ -10,7 +10,7 @@ The floor is measured in the same run: for a step, its matrix products at the ra
 product, and one pass of AdamW over memory; for decoding, one read of all weights a token.
 
 ``--what program`` times nothing. It counts the step's operations as lowered for ``--platform``,
-without needing that hardware, or with ``--hlo FOLDER`` writes the programs compiled for an H100
+without needing that hardware. With ``--hlo FOLDER`` it writes the programs compiled for an H100
 (cuda), a TPU v5e (tpu) or the CPU.
 """
 

@@ -45,8 +45,8 @@ def loading(
 ) -> dict[str, list[float]]:
     """Measure tokens per second in each round of reading batches from the shards.
 
-    ``cold`` first drops the shards from the system's page cache; ``random crops``
-    copies each row of a batch from a random position in a memory map, as nanoGPT does.
+    ``cold`` first drops the shards from the system's page cache; ``random crops`` copies each row
+    of a batch from a random position in a memory map, as nanoGPT does.
     """
     whole = TrainingBatches(shards, shape, order, 0, vocab_size)
 
@@ -82,9 +82,7 @@ def _crops(shard: Shard, shape: BatchShape) -> Iterator[int]:
 
 
 def forget(shard: Shard) -> None:
-    """Drop a shard from the page cache, unmapping its pages first, since mapped pages stay
-    cached.
-    """
+    """Unmap a shard's pages and drop them from the page cache; mapped pages would stay."""
     mapped: Any = shard.tokens
     if hasattr(os, "posix_fadvise"):
         mapped._mmap.madvise(mmap.MADV_DONTNEED)

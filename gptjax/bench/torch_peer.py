@@ -1,6 +1,5 @@
 """PyTorch contenders: the GPT-2 of `transformers` with scaled-dot-product attention and fused
-AdamW,
-eager and compiled.
+AdamW, eager and compiled.
 """
 
 import copy
@@ -28,7 +27,7 @@ def load(cfg: Config) -> tuple[Any, Any, Any]:
     """
     if cfg.model.family != "gpt2":
         raise ConfigError(
-            f"peer torch is the GPT-2 of transformers: it cannot be compared with "
+            "peer torch is the GPT-2 of transformers: it cannot be compared with "
             f"model.family {cfg.model.family}"
         )
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

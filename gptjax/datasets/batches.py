@@ -1,6 +1,4 @@
-"""Token shards -> batches: deterministic from a seed, prefetched, resumable at an exact
-position.
-"""
+"""Token shards -> batches: seeded, prefetched, resumable at an exact position."""
 
 import bisect
 from collections.abc import Iterator

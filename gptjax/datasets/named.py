@@ -233,9 +233,7 @@ def _shard_corpus(wanted: Wanted, name: str, repo: str, pattern: str, shards: in
 
 
 def _parquet_corpus(wanted: Wanted, name: str, listing: str) -> Path:
-    """Each Parquet file tokenized into one shard a split; the file itself goes once that is
-    done.
-    """
+    """Tokenize each Parquet file into one shard per split, then delete the file."""
     which = wanted.tokenizer or "gpt2"
     if which == "char" or which.startswith("bpe:"):
         raise DataError(

@@ -233,10 +233,8 @@ def describe_tokenizer(corpus: Corpus, of_model: Tokenizer | None, note: str) ->
     named = f"{corpus.tokenizer.name}, {corpus.tokenizer.vocab_size} ids"
     if corpus.tokenizer_is_kept:
         return named
-    return (
-        f"{named}, {'taken from the model' if of_model else 'assumed'}: the shards do not name "
-        "theirs"
-    )
+    origin = "taken from the model" if of_model else "assumed"
+    return f"{named}, {origin}: the shards do not name theirs"
 
 
 # --- HellaSwag ---

@@ -5,7 +5,7 @@ versions:
 
 ==  =========================================  ===========================
 1   float32, vocabulary unpadded (no ``Vp``)   read
-2   bfloat16, in two different layouts         refused: it is ambiguous
+2   bfloat16, whose layout changed over time   refused: it is ambiguous
 3   float32, vocabulary padded                 read and written
 4   bfloat16, LayerNorm tensors float32        read
 5   bfloat16                                   read and written

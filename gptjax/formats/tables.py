@@ -89,8 +89,7 @@ def file_tensors(
         vocab_rows: rows of tables with one row per id, padding included; by default no padding.
 
     """
-    # A name may occur both in the blocks and outside.
-    found_as = {row[:2]: row for row in rows(cfg)}
+    found_as = {row[:2]: row for row in rows(cfg)}  # a name can be in both
     found = []
     for name, params in table.items():
         held = [

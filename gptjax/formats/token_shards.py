@@ -5,8 +5,7 @@ Four kinds can be read, the first two also written:
 - ``llm.c`` (and modded-nanogpt): a header of 256 little-endian int32, ``[20240520, 1, number of
   tokens, 0...]``, then the ids as uint16: exactly ``1024 + 2 n`` bytes;
 - ``llama3``, llm.c's format for Llama 3: ``[20240801, 7, number of tokens, 0...]``, then uint32:
-``1024 +
-4 n`` bytes;
+  ``1024 + 4 n`` bytes;
 - ``nanogpt``: no header, uint16;
 - ``int32``, from older llm.c: no header, int32.
 
@@ -54,8 +53,8 @@ class Shard(NamedTuple):
 
     path: Path
     tokens: np.ndarray
-    """(n,) ids, memory-mapped: uint16 or uint32. int32 files are mapped as uint32, so that a
-    negative id is too large, not an index from the end."""
+    """(n,) ids, memory-mapped: uint16 or uint32. int32 files are mapped as uint32, so
+    that a negative id is too large, not an index from the end."""
     kind: str = "llm.c"
     """llm.c, llama3, nanogpt or int32."""
 

@@ -17,9 +17,7 @@ LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class AliasError(yaml.YAMLError):
-    """A value reused through an alias: ten lines can expand to 10^9 values, or to an infinite
-    one.
-    """
+    """A value reused by an alias: ten lines can expand to 10^9 values, or without end."""
 
 
 def load(text: str) -> Any:

@@ -1,6 +1,4 @@
-"""Byte-level byte-pair encoding (Sennrich et al. 2016; Radford et al. 2019), which tiktoken
-runs.
-"""
+"""Byte-level byte-pair encoding (Sennrich et al. 2016; Radford et al. 2019), run by tiktoken."""
 
 import base64
 import dataclasses

@@ -79,9 +79,14 @@ def test_the_configured_step_alone(capsys, tmp_path):
 def test_every_other_way_to_compute_it(capsys):
     assert command.main([*TINY, "--compare"]) == 0
     assert rows(capsys.readouterr().out)[2:-1] == [
-        "manual, unroll", "manual, scan", "autodiff, unroll", "autodiff, scan", "recompute gelu", "recompute block",
+        "manual, unroll",
+        "manual, scan",
+        "autodiff, unroll",
+        "autodiff, scan",
+        "recompute gelu",
+        "recompute block",
         "attention blockwise",
-    ]  # fmt: skip
+    ]
 
 
 def test_what_is_configured_comes_first_and_is_not_repeated():
@@ -139,8 +144,12 @@ def test_the_peer(capsys, monkeypatch):
     monkeypatch.setattr(command.torch_peer, "NEW_TOKENS", 4)
     assert command.main([*TINY, "--peer", "torch"]) == 0
     assert rows(capsys.readouterr().out)[2:-1] == [
-        "manual, unroll", "torch eager, float32", "torch eager, bfloat16", "torch compile, float32", "torch compile, bfloat16",
-    ]  # fmt: skip
+        "manual, unroll",
+        "torch eager, float32",
+        "torch eager, bfloat16",
+        "torch compile, float32",
+        "torch compile, bfloat16",
+    ]
     assert command.main([*TINY, "--what", "decode", "--peer", "torch"]) == 0
     assert rows(capsys.readouterr().out)[5:-1] == [
         "transformers, float32",

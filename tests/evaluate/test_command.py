@@ -78,9 +78,7 @@ def run(place, checkpoint, dataset, *args):
 
 
 def test_the_figures_are_those_of_training(place, capsys):
-    """The loss is what training would find, on the same tokens, by a forward that sums on its
-    own.
-    """
+    """The loss equals that of training's validation on the same tokens."""
     prepared = set((place / "data").iterdir())
     found = run(
         place, "tiny", place / "text.txt", "--seq_len", 16, "--tokens", 90, "--batch_size", 5

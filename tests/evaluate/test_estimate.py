@@ -12,9 +12,7 @@ def test_of_shares_it_is_the_standard_error_of_a_mean():
 
 
 def test_a_ratio_of_sums_by_hand():
-    """(1 + 5) / (1 + 3) = 3/2; the residuals are -1/2 and 1/2, so sqrt(1/2 / 2) over a mean of
-    2.
-    """
+    """(1 + 5) / (1 + 3) = 3/2; residuals -1/2 and 1/2, so sqrt(1/2 / 2) over a mean of 2."""
     assert ratio([1, 5], [1, 3]) == Estimate(1.5, pytest.approx(0.25))
 
 

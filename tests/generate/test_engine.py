@@ -82,9 +82,7 @@ def test_the_same_key_gives_the_same_text_and_another_another():
 
 
 def test_a_row_depends_on_its_prompt_and_index_alone():
-    """Not on its neighbours, which slide at other times, nor on how many tokens are made at a
-    time.
-    """
+    """Neither its neighbours, which slide at other times, nor the chunk size matter."""
     rules = Rules(CFG, DRAWN, 11, None)
     together, _ = tokens(PROMPTS, rules, 30)
     np.testing.assert_array_equal(tokens(PROMPTS, rules, 30, chunk=1)[0], together)

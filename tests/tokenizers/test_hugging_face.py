@@ -14,9 +14,7 @@ BYTES = [bytes([b]) for b in range(256)]
 
 
 def library(tokens, merges, **options):
-    """Hugging Face's tokenizer of these tokens (bytes) and pairs of merges (as they are
-    printed).
-    """
+    """Hugging Face's tokenizer with these tokens (bytes) and merges (printable pairs)."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     made = Tokenizer(

@@ -156,7 +156,7 @@ def compiled(command: Sequence[str], slow: Path | None) -> bytes:
         except subprocess.TimeoutExpired:
             if slow:
                 with contextlib.suppress(OSError, GptjaxError), write_whole(slow) as file:
-                    said = f"{command[0]} took more than {PATIENCE} s. Delete this file to try again.\n"
+                    said = f"{command[0]} took more than {PATIENCE} s. Delete this to try again.\n"
                     file.write(said.encode())
             raise
         run([sys.executable, "-I", "-c", LOADS, str(made)])
