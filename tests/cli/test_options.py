@@ -175,7 +175,7 @@ def test_every_command_takes_the_file_of_a_training_run(config_class, tmp_path):
 
 def test_a_command_without_sections_leaves_those_of_a_file_alone(tmp_path):
     path = tmp_path / "x.yaml"
-    path.write_text("model: {preset: 124m}\nseed: 5\nruns: elsewhere\n")
+    path.write_text("model: {preset: 124m}\ndata: {batch_size: 4}\nseed: 5\nruns: elsewhere\n")
     assert (
         parse(GenerateConfig, "prog", "", ["--config", str(path), "--checkpoint", "m"])[0].seed == 5
     )
