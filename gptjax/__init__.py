@@ -1,6 +1,8 @@
-"""Language models in JAX as pure functions, with a backward pass derived by hand: see `gptjax.models.gpt2`.
+"""Language models in JAX as pure functions, with a backward pass derived by hand: see
+`gptjax.models.gpt2`.
 
-The names that ``__init__.pyi`` lists are here once they are asked for, so that importing the package costs nothing.
+The names that ``__init__.pyi`` lists are here once they are asked for, so that importing the
+package costs nothing.
 """
 
 import lazy_loader

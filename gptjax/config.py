@@ -1,10 +1,12 @@
-"""Every option of every command, as frozen dataclasses, read from YAML and the command line by `gptjax.cli`."""
+"""Every option of every command, as frozen dataclasses, read from YAML and the command line by
+`gptjax.cli`.
+"""
 
 import dataclasses
 import os
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 
@@ -14,42 +16,49 @@ Order = Literal["shuffle", "sequential"]
 Backward = Literal["manual", "autodiff"]
 Horizontal = Literal["steps", "tokens", "time"]
 
-PRESETS = {  # of each family: num_layers, num_heads, channels
+PRESETS = {  # family, num_layers, num_heads, channels
     "124m": ("gpt2", 12, 12, 768),
     "350m": ("gpt2", 24, 16, 1024),
     "774m": ("gpt2", 36, 20, 1280),
     "1558m": ("gpt2", 48, 25, 1600),
 }
 VOCAB_MULTIPLE = 128
-SHORT_SEQUENCE = {"cpu": 128}  # beyond, blockwise attention takes less memory and, at 256 tokens on CPU, no longer
+# Longest sequence for which auto chooses materialised attention. Above it, blockwise takes less
+# memory and, at 256 tokens on CPU, no more time.
+SHORT_SEQUENCE = {"cpu": 128}
 SHORT_SEQUENCE_ELSEWHERE = 256  # not measured
 
-
-SPLASH_MULTIPLE = 128  # lanes of a TPU's vector unit: the splash kernel takes multiples of it alone
-LONGEST_NAME = 200  # bytes of a run's name: file systems take 255, of which a number needs some
+SPLASH_MULTIPLE = 128  # lanes of a TPU's vector unit; the splash kernel takes only multiples
+LONGEST_NAME = 200  # bytes of a run's name; file systems take 255, and a number is appended
 LONGEST_TIMEOUT = 86_400  # seconds
-SMALLEST = 1e-6  # that a temperature or a top_p may be: what is smaller, float32 no longer tells from 0
-EVALUATED_TOKENS = 1 << 17
+SMALLEST = 1e-6  # nonzero temperature or top_p; float32 cannot tell smaller ones from 0
+EVALUATED_TOKENS = 1 << 17  # by default
+MOST_TOKENS = 1 << 24  # in one continuation, which must fit in memory
+MOST_SAMPLES = (1 << 31) - 1  # over all prompts; each has a random stream with its own number
+MOST_AT_ONCE = 1 << 16  # continuations in a batch
+
+# Field metadata: arguments that are not given as --NAME VALUE; nargs is argparse's.
+POSITIONAL, SEVERAL = {"positional": True}, {"nargs": "+"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """What the weights are: the family and its dimensions. A checkpoint keeps it."""
+    """The model's family and dimensions, saved in each checkpoint."""
 
     family: str = "gpt2"
     """The network: gpt2."""
     num_layers: int = 0
-    """Transformer blocks (L); 0 takes the preset's."""
+    """Transformer blocks (L); by default the preset's."""
     num_heads: int = 0
-    """Attention heads (H), a divisor of channels; 0 takes the preset's."""
+    """Attention heads (H), a divisor of channels; by default the preset's."""
     channels: int = 0
-    """Width of the residual stream (C); 0 takes the preset's."""
+    """Width of the residual stream (C); by default the preset's."""
     hidden: int = 0
-    """Hidden units of the MLP (F); 0 is four times the channels."""
+    """Hidden units of the MLP (F); by default four times the channels."""
     vocab_size: int = 50257
     """Token ids the model knows (V); the tables are padded to a multiple of 128."""
     max_seq_len: int = 1024
-    """Longest sequence."""
+    """Longest sequence that the model takes, in tokens."""
 
     def __post_init__(self) -> None:
         """Fill in the hidden units and check every field.
@@ -61,12 +70,16 @@ class Architecture:
         if self.hidden == 0:
             object.__setattr__(self, "hidden", 4 * self.channels)
         for name in ("num_layers", "num_heads", "channels", "hidden", "vocab_size", "max_seq_len"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model.{name} must be at least 1, not {getattr(self, name)}")
+            least = 0 if name == "vocab_size" and isinstance(self, ModelConfig) else 1
+            if getattr(self, name) < least:
+                raise ConfigError(
+                    f"model.{name} must be at least {least}, not {getattr(self, name)}"
+                )
         if self.channels % self.num_heads:
             raise ConfigError(
-                f"model.channels {self.channels} does not divide by model.num_heads {self.num_heads}: "
-                f"choose a multiple, such as {self.num_heads * max(1, round(self.channels / self.num_heads))}"
+                f"model.channels {self.channels} does not divide by model.num_heads "
+                f"{self.num_heads}: choose a multiple, such as "
+                f"{self.num_heads * max(1, round(self.channels / self.num_heads))}"
             )
 
     @property
@@ -81,16 +94,17 @@ class Architecture:
 
     @property
     def axis_sizes(self) -> dict[str, int]:
-        """The size of each logical axis of a weight, by its letter in the legend of `gptjax.ops`."""
+        """The size of each logical axis, by its letter in `gptjax.ops`; no Vp while the vocabulary
+        is unknown.
+        """
         return {
             "L": self.num_layers,
             "C": self.channels,
             "H": self.num_heads,
             "D": self.head_dim,
             "F": self.hidden,
-            "Vp": self.padded_vocab_size,
             "T": self.max_seq_len,
-        }
+        } | ({"Vp": self.padded_vocab_size} if self.vocab_size else {})
 
 
 DIMENSIONS = tuple(field.name for field in dataclasses.fields(Architecture))
@@ -98,22 +112,24 @@ DIMENSIONS = tuple(field.name for field in dataclasses.fields(Architecture))
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """How a model is computed; the weights do not depend on it."""
+    """How to compute a model. The weights do not depend on it."""
 
     dropout: float = 0.0
     """Dropout rate on embeddings, attention probabilities and both residual branches."""
     dropout_mlp: float = 0.0
-    """Dropout rate inside the MLP, on its activations."""
+    """Dropout rate inside the MLP, on its hidden units."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """Compute dtype; auto is bfloat16 on GPU and TPU, float32 on CPU. Parameters stay float32."""
     attention: Literal["auto", "materialised", "blockwise", "cudnn", "splash"] = "auto"
     """Attention implementation; auto picks by platform and sequence length."""
     layers: Literal["unroll", "scan"] = "unroll"
-    """Unrolled layers run faster; scanned ones compile faster."""
+    """unroll runs faster; scan compiles faster."""
     recompute: Literal["none", "gelu", "block"] = "none"
-    """What the backward computes again instead of storing: nothing, the MLP's activations, or each whole block."""
+    """What the backward computes again instead of storing: none, gelu (the MLP's activations) or
+    block (each whole block).
+    """
     loss_chunks: int = 1
-    """Chunks of the classifier's rows: more chunks keep fewer logits in memory at once."""
+    """Parts in which the loss is computed: more parts keep fewer logits in memory at once."""
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -131,13 +147,18 @@ class Computation:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Computation, Architecture):
-    """The section ``model`` of a configuration: what the model is, and how it is computed.
+    """The ``model`` section of a configuration: the architecture and how to compute it.
 
-    Immutable and hashable, so that it can be a static argument of a jitted function.
+    Hashable, so it can be a static argument of a jitted function.
     """
 
     preset: Literal["124m", "350m", "774m", "1558m"] | None = None
-    """A published size: sets num_layers, num_heads and channels, each of which may still be given."""
+    """A published size of GPT-2: sets num_layers, num_heads and channels, each of which may still
+    be given.
+    """
+    vocab_size: int = 0
+    """Token ids the model knows (V); the tables are padded to a multiple of 128. By default as many
+    as the tokenizer has."""
 
     def __post_init__(self) -> None:
         """Fill in what the preset implies and check every field.
@@ -151,43 +172,60 @@ class ModelConfig(Computation, Architecture):
         for name in names[1:]:
             if getattr(self, name) == 0:
                 if name not in preset:
-                    raise ConfigError(f"model.{name} is missing: give it, or choose model.preset from {', '.join(PRESETS)}")
+                    raise ConfigError(
+                        f"model.{name} is missing: give it, or choose model.preset from "
+                        f"{', '.join(PRESETS)}"
+                    )
                 object.__setattr__(self, name, preset[name])
         Architecture.__post_init__(self)
         Computation.__post_init__(self)
 
+    def with_vocabulary(self, size: int) -> "ModelConfig":
+        """A copy with ``vocab_size`` set to ``size``, unless it is already set."""
+        return self if self.vocab_size else dataclasses.replace(self, vocab_size=size)
+
     @property
     def architecture(self) -> Architecture:
-        """What a checkpoint keeps."""
+        """The part that a checkpoint saves."""
         return Architecture(**{name: getattr(self, name) for name in DIMENSIONS})
 
     @property
     def compute_dtype(self) -> jnp.dtype:
-        """The dtype of activations; call on a `resolve`d config."""
+        """The dtype of activations, once `resolve` has been called."""
         return jnp.dtype(self.dtype)
 
     def resolve(self, platform: str, seq_len: int) -> "ModelConfig":
-        """The same config with every ``auto`` decided for ``platform`` ("cpu", "cuda", "rocm", "tpu") and sequence length.
+        """A copy with every ``auto`` resolved for a platform ("cpu", "cuda", "rocm" or "tpu")
+        and a sequence length.
 
         Raises:
-            ConfigError: the sequence is too long, or a kernel for attention is asked for where it cannot run.
+            ConfigError: the sequence is too long, or the chosen attention kernel cannot run on the
+                platform.
 
         """
         if not 1 <= seq_len <= self.max_seq_len:
             raise ConfigError(
-                f"data.seq_len {seq_len} does not fit model.max_seq_len {self.max_seq_len}: it must be between 1 and that"
+                f"data.seq_len {seq_len} does not fit model.max_seq_len {self.max_seq_len}: "
+                "it must be between 1 and that"
             )
-        dtype = ("float32" if platform == "cpu" else "bfloat16") if self.dtype == "auto" else self.dtype
+        dtype = (
+            ("float32" if platform == "cpu" else "bfloat16") if self.dtype == "auto" else self.dtype
+        )
         obstacles: dict[Any, str | None] = {
             "cudnn": self._cudnn_obstacle(platform, dtype),
             "splash": self._splash_obstacle(platform, dtype, seq_len),
         }
         if obstacle := obstacles.get(self.attention):
-            raise ConfigError(f"model.attention {self.attention} {obstacle}: choose auto, materialised or blockwise")
+            raise ConfigError(
+                f"model.attention {self.attention} {obstacle}: "
+                "choose auto, materialised or blockwise"
+            )
         attention, short = self.attention, SHORT_SEQUENCE.get(platform, SHORT_SEQUENCE_ELSEWHERE)
         if attention == "auto":
             without: Any = "materialised" if seq_len <= short else "blockwise"
-            attention = next((kernel for kernel, obstacle in obstacles.items() if not obstacle), without)
+            attention = next(
+                (kernel for kernel, obstacle in obstacles.items() if not obstacle), without
+            )
         return dataclasses.replace(self, dtype=dtype, attention=attention)
 
     def _cudnn_obstacle(self, platform: str, dtype: str) -> str | None:
@@ -218,22 +256,30 @@ class DataConfig:
     """Where the tokens come from and how they are cut into batches."""
 
     dataset: str = "pydoc"
-    """A named corpus (pydoc, tinyshakespeare, shakespeare-char, tinystories, openwebtext, fineweb, fineweb-edu), a folder of
-    train*.bin and val*.bin token shards, or text: a file, folder or pattern of .txt, .jsonl or .parquet, maybe .gz or .zst."""
+    """A named corpus (pydoc, tinyshakespeare, shakespeare-char, tinystories, openwebtext, fineweb,
+    fineweb-edu), a folder of train*.bin and val*.bin token shards, or text: a file, folder or
+    pattern of .txt, .jsonl or .parquet, maybe .gz or .zst."""
     root: str = "data"
     """Folder in which prepared corpora are kept."""
     tokenizer: str | None = None
-    """What text is tokenized with: gpt2, byte, char, bpe:SIZE (trained on it), a file; by default a corpus's own, or gpt2."""
+    """What text is tokenized with: gpt2, byte, char, bpe:SIZE (trained on it), a file; by default a
+    corpus's own, or gpt2.
+    """
     column: str | None = None
-    """Of .jsonl and .parquet, the column that holds the text; by default text, or else the first that holds any."""
+    """Column of .jsonl or .parquet that holds the text; by default the one named text, or else the
+    first that holds any.
+    """
     tokens: int | None = None
-    """Training tokens that are enough, of tinystories, openwebtext, fineweb or fineweb-edu."""
+    """Prepare no more training tokens than it takes to have this many, of tinystories, openwebtext,
+    fineweb or fineweb-edu; by default all."""
     batch_size: int = 4
     """Sequences in a micro-batch (B)."""
     seq_len: int = 64
     """Tokens in a sequence (T)."""
     order: Order = "shuffle"
-    """shuffle: windows in an order drawn from the seed; sequential: the corpus as it lies, as llm.c reads it."""
+    """shuffle: windows in an order drawn from the seed; sequential: the corpus as it lies, as llm.c
+    reads it.
+    """
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -242,22 +288,33 @@ class DataConfig:
             ConfigError: a size is below 1.
 
         """
-        _at_least("data", self, 1, "batch_size", "seq_len", *(["tokens"] if self.tokens is not None else []))
+        _at_least(
+            "data",
+            self,
+            1,
+            "batch_size",
+            "seq_len",
+            *(["tokens"] if self.tokens is not None else []),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """An optimizer of optax's with clipping, warm-up and a schedule."""
+    """An optax optimizer with clipping, warm-up and a schedule."""
 
     name: Literal["adamw", "muon", "lion", "adafactor", "sgd"] = "adamw"
-    """adamw; muon, for the blocks' matrices, with AdamW for the rest; lion; adafactor; or sgd with momentum."""
+    """adamw; muon (AdamW for all but the blocks' matrices); lion; adafactor; or sgd, with momentum.
+    """
     learning_rate: float = 6e-4
     """Peak learning rate, reached at the end of the warm-up."""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
-    """What follows the warm-up. constant; linear or cosine down to final_fraction of the peak; wsd (warm-up, stable, decay):
-    constant, then linear down over the last decay_fraction of all steps."""
+    """What follows the warm-up: constant; linear or cosine down to final_fraction of the peak; or
+    wsd (warm-up, stable, decay): constant, then linear down over the last decay_fraction of all
+    steps."""
     warmup_steps: int = 0
-    """Steps over which the rate rises linearly; step n of them uses (n + 1) / warmup_steps of the peak."""
+    """Steps over which the rate rises linearly; step n of them uses (n + 1) / warmup_steps of the
+    peak.
+    """
     final_fraction: float = 0.0
     """The last learning rate as a fraction of the peak."""
     decay_fraction: float = 0.2
@@ -265,16 +322,16 @@ class OptimConfig:
     weight_decay: float = 0.1
     """Decoupled weight decay on matrices and embeddings; none on biases and norms."""
     beta1: float = 0.9
-    """Decay of the first moment, of adamw, lion and muon's AdamW."""
+    """Decay of the first moment in adamw, lion and muon's AdamW."""
     beta2: float = 0.95
-    """Decay of the second moment, of adamw and muon's AdamW; of the momentum, of lion."""
+    """Decay of the second moment in adamw and muon's AdamW, and of the momentum in lion."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the root of the second moment in adamw and muon's AdamW."""
     momentum: float = 0.95
-    """Decay of the momentum, of muon and sgd."""
+    """Decay of the momentum in muon and sgd."""
     mu_dtype: Literal["bfloat16"] | None = None
-    """Dtype of the first moment, or the momentum: bfloat16 halves its memory, and on CPU the update is then XLA's, not C++;
-    by default the parameters'."""
+    """bfloat16 halves the memory of the first moment, or the momentum; on CPU, XLA then computes
+    the update in place of C++. By default it has the parameters' dtype."""
     grad_clip: float = 1.0
     """Largest global gradient norm, after averaging over micro-batches; 0 turns clipping off."""
     accumulate: int = 1
@@ -284,7 +341,7 @@ class OptimConfig:
         """Check the ranges.
 
         Raises:
-            ConfigError: a number is out of its range.
+            ConfigError: a number is out of range.
 
         """
         if not self.eps > 0:
@@ -293,7 +350,10 @@ class OptimConfig:
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"optim.{name} must not be negative, not {getattr(self, name)}")
         if self.name == "adafactor" and self.mu_dtype:
-            raise ConfigError("optim.mu_dtype has no effect on adafactor, which keeps no first moment: leave it out")
+            raise ConfigError(
+                "optim.mu_dtype has no effect on adafactor, which keeps no first moment: "
+                "leave it out"
+            )
         for name in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"optim.{name} must be in [0, 1), not {getattr(self, name)}")
@@ -308,27 +368,34 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """From which distribution a token is drawn. The filters apply in the order of the fields, as in Hugging Face's."""
+    """The distribution to draw a token from. Filters apply in the order of the fields, as in
+    transformers.
+    """
 
     temperature: float = 0.8
     """Divides the logits; 0 takes the likeliest token, and no filter matters."""
     top_k: int = 50
     """Draw among this many likeliest tokens, and any as likely as the last of them; 0 for all."""
     top_p: float = 1.0
-    """Draw among the likeliest tokens that together have this probability, and any as likely as the last of them (nucleus
-    sampling, Holtzman et al. 2020); 1 for all."""
+    """Draw among the likeliest tokens that together have this probability, and any as likely as the
+    last of them (nucleus sampling, Holtzman et al. 2020); 1 for all."""
     min_p: float = 0.0
-    """Draw among the tokens that are at least this many times as likely as the likeliest (Nguyen et al. 2024); 0 for all."""
+    """Draw among the tokens that are at least this many times as likely as the likeliest (Nguyen et
+    al. 2024); 0 for all.
+    """
 
     def __post_init__(self) -> None:
         """Check the ranges.
 
         Raises:
-            ConfigError: a number is out of its range.
+            ConfigError: a number is out of range.
 
         """
         if not (self.temperature == 0 or SMALLEST <= self.temperature <= 1 / SMALLEST):
-            raise ConfigError(f"temperature must be 0, or from {SMALLEST:g} to {1 / SMALLEST:g}, not {self.temperature}")
+            raise ConfigError(
+                f"temperature must be 0, or from {SMALLEST:g} to {1 / SMALLEST:g}, "
+                f"not {self.temperature}"
+            )
         if self.top_k < 0:
             raise ConfigError(f"top_k must be at least 0, not {self.top_k}")
         if not SMALLEST <= self.top_p <= 1:
@@ -352,7 +419,9 @@ class TrainConfig:
     eval_tokens: int = 8192
     """Tokens of a validation, rounded up to whole sequences; the same ones each time."""
     sample_every: int = 0
-    """Steps between samples; there is always one after the last step, unless sample_tokens is 0."""
+    """Steps between samples of text; there is always one after the last step, unless sample_tokens
+    is 0.
+    """
     sample_tokens: int = 96
     """Tokens in a sample."""
     sample_prompt: str = "\n"
@@ -366,43 +435,70 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """How many of the newest checkpoints to keep."""
     verify_every: int = 0
-    """Steps between checks of the gradient of the live parameters and batch against JAX's; one that fails ends the run."""
+    """Steps between checks of the gradient, at the run's parameters and batch, against JAX's; a
+    wrong one ends the run.
+    """
     max_nonfinite: int = 5
-    """Stop after this many non-finite losses or gradients in a row; each one's update is skipped."""
+    """Stop after this many non-finite losses or gradients in a row; each one's update is skipped.
+    """
 
     def __post_init__(self) -> None:
         """Check the ranges.
 
         Raises:
-            ConfigError: a number is out of its range.
+            ConfigError: a number is out of range.
 
         """
-        _at_least("train", self, 1, "steps", "log_every", "eval_tokens", "keep_checkpoints", "max_nonfinite")
-        _at_least("train", self, 0, "eval_every", "sample_every", "sample_tokens", "checkpoint_every", "verify_every")
+        _at_least(
+            "train",
+            self,
+            1,
+            "steps",
+            "log_every",
+            "eval_tokens",
+            "keep_checkpoints",
+            "max_nonfinite",
+        )
+        _at_least(
+            "train",
+            self,
+            0,
+            "eval_every",
+            "sample_every",
+            "sample_tokens",
+            "checkpoint_every",
+            "verify_every",
+        )
         _at_least("train", self, 0, "sample_temperature", "sample_top_k")
 
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    """Where else a run's numbers, samples and configuration go, for people to look at; metrics.jsonl has the numbers always."""
+    """Loggers for a run's numbers, samples and configuration, besides metrics.jsonl."""
 
     tensorboard: bool = False
-    """Write TensorBoard events to runs/NAME/tensorboard, for `tensorboard --logdir runs`; needs gptjax[tensorboard]."""
+    """Write TensorBoard events to runs/NAME/tensorboard, for `tensorboard --logdir runs`. Needs
+    gptjax[tensorboard].
+    """
     wandb: str | None = None
-    """PROJECT or ENTITY/PROJECT of Weights & Biases to log to; WANDB_MODE=offline keeps it on disk. Needs gptjax[wandb]."""
+    """PROJECT or ENTITY/PROJECT of Weights & Biases to log to; WANDB_MODE=offline keeps it on disk.
+    Needs gptjax[wandb].
+    """
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """The mesh's shape. One axis may be -1, which takes the devices that the others leave; all 1 is one device."""
+    """The mesh's shape. One axis may be -1, for all remaining devices; all 1 is one device."""
 
     data: int = 1
     """Copies of the model, each with its share of every batch's rows."""
     fsdp: int = 1
-    """Fully sharded data parallelism: devices that share out the rows and, along its channels, each weight with its gradient
-    and moments. A layer's weights are gathered when it is computed."""
+    """Devices that share out the rows and, along its channels, each weight with its gradient and
+    moments (fully sharded data parallelism); a layer's weights are gathered when it is computed."""
     tensor: int = 1
-    """Devices that share out the heads, the MLP's hidden units and the vocabulary: it must divide model.num_heads."""
+    """Devices that share out the heads, the MLP's hidden units and the vocabulary: it must divide
+    model.num_heads.
+    """
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -413,9 +509,14 @@ class MeshConfig:
         """
         for axis, size in vars(self).items():
             if size < 1 and size != -1:
-                raise ConfigError(f"mesh.{axis} must be at least 1, or -1 for the rest of the devices, not {size}")
+                raise ConfigError(
+                    f"mesh.{axis} must be at least 1, or -1 for the rest of the devices, not {size}"
+                )
         if self.shape.count(-1) > 1:
-            raise ConfigError("only one of mesh.data, mesh.fsdp and mesh.tensor can be -1, the rest of the devices")
+            raise ConfigError(
+                "only one of mesh.data, mesh.fsdp and mesh.tensor can be -1, "
+                "the rest of the devices"
+            )
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -425,60 +526,121 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DistributedConfig:
-    """Processes that train together. Slurm, Open MPI 4, Kubernetes and Cloud TPU are detected, elsewhere each is told."""
+    """Processes that train together: detected on Slurm, Open MPI 4, Kubernetes and Cloud TPU,
+    configured by hand elsewhere.
+    """
 
     coordinator: str | None = None
     """HOST:PORT at which process 0 listens and the others find it."""
     process: str | None = None
     """N/M: this is process N, from 0, of M."""
     detect: bool = True
-    """Whether to look for a cluster and join it."""
+    """Look for a cluster, and join it."""
     timeout: int = 100
     """Seconds without a sign of life after which a process counts as lost, and all end."""
 
     def __post_init__(self) -> None:
-        """Check that what belongs together is there.
+        """Check the fields.
 
         Raises:
-            ConfigError: only one of the two is given, or something is no number.
+            ConfigError: only one of coordinator and process is given, or one is malformed.
 
         """
         if (self.coordinator is None) != (self.process is None):
-            raise ConfigError("distributed.coordinator HOST:PORT and distributed.process N/M are given together or not at all")
+            raise ConfigError(
+                "distributed.coordinator HOST:PORT and distributed.process N/M "
+                "are given together or not at all"
+            )
         if self.coordinator is not None and not re.fullmatch(r".+:\d+", self.coordinator):
             raise ConfigError(f"distributed.coordinator must be HOST:PORT, not {self.coordinator}")
-        if self.process is not None and not (re.fullmatch(r"\d+/\d+", self.process) and self.index_of < self.count_of):
-            raise ConfigError(f"distributed.process must be N/M, with N from 0 to M - 1, not {self.process}")
+        if self.process is not None and not (
+            re.fullmatch(r"\d+/\d+", self.process) and self.index_of < self.count_of
+        ):
+            raise ConfigError(
+                f"distributed.process must be N/M, with N from 0 to M - 1, not {self.process}"
+            )
         if not 1 <= self.timeout <= LONGEST_TIMEOUT:
-            raise ConfigError(f"distributed.timeout must be from 1 to {LONGEST_TIMEOUT} seconds, not {self.timeout}")
+            raise ConfigError(
+                f"distributed.timeout must be from 1 to {LONGEST_TIMEOUT} seconds, "
+                f"not {self.timeout}"
+            )
 
     @property
     def index_of(self) -> int:
-        """N."""
+        """N: this process's index."""
         return int(str(self.process).split("/")[0])
 
     @property
     def count_of(self) -> int:
-        """M."""
+        """M: the number of processes."""
         return int(str(self.process).split("/")[1])
 
 
 def check_name(name: str) -> None:
-    """Check that a run can have this name.
+    """Check the name of a run.
 
     Raises:
-        ConfigError: it is not one component of a path, or cannot be shown.
+        ConfigError: it is not a single path component, or is not printable.
 
     """
     if not name.strip() or name in (".", "..") or "/" in name or not name.isprintable():
-        raise ConfigError(f"name must be that of one folder, without / or control characters, not {name!r}")
+        raise ConfigError(
+            f"name must be that of one folder, without / or control characters, not {name!r}"
+        )
     if len(os.fsencode(name)) > LONGEST_NAME:
-        raise ConfigError(f"name must have at most {LONGEST_NAME} bytes, not {len(os.fsencode(name))}")
+        raise ConfigError(
+            f"name must have at most {LONGEST_NAME} bytes, not {len(os.fsencode(name))}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Everything that defines a training run."""
+
+    READS: ClassVar[tuple[str, ...]]
+    """Sections and options that the command reads; all by default."""
+    COMMON: ClassVar[tuple[str, ...]] = (
+        *(
+            "model.preset",
+            "model.num_layers",
+            "model.num_heads",
+            "model.channels",
+            "model.vocab_size",
+            "model.max_seq_len",
+        ),
+        *(
+            "model.dropout",
+            "model.dtype",
+            "data.dataset",
+            "data.tokenizer",
+            "data.tokens",
+            "data.batch_size",
+            "data.seq_len",
+        ),
+        *(
+            "optim.name",
+            "optim.learning_rate",
+            "optim.schedule",
+            "optim.warmup_steps",
+            "optim.weight_decay",
+        ),
+        *(
+            "optim.grad_clip",
+            "optim.accumulate",
+            "train.steps",
+            "train.backward",
+            "train.log_every",
+            "train.eval_every",
+        ),
+        *(
+            "train.sample_every",
+            "train.sample_prompt",
+            "train.checkpoint_every",
+            "train.verify_every",
+        ),
+        *("log", "mesh", "name", "runs", "seed", "init", "resume"),
+    )
+    """Those that ``--help`` explains; ``--help_all`` explains every one."""
 
     model: ModelConfig
     """The model."""
@@ -497,19 +659,26 @@ class Config:
     name: str | None = None
     """Name of the run; the config file's name without it."""
     runs: str = "runs"
-    """Folder in which runs are kept, each under its name; a new run never overwrites an old one, it gets a number."""
+    """Folder in which runs are kept, each under its name; a new run never overwrites an old one, it
+    gets a number.
+    """
     seed: int = 0
     """Seed of the initial parameters, the batches' order, dropout and samples."""
     init: str | None = None
-    """Weights to start from, in place of random ones: a run, or any model that gptjax.convert reads, as hf:gpt2."""
+    """Weights to start from, in place of random ones: a run, or any model that gptjax.convert
+    reads, as hf:gpt2.
+    """
     resume: str | None = None
-    """auto continues the newest run of this name from its last checkpoint, or starts it; a folder continues that run."""
+    """auto continues the newest run of this name from its last checkpoint, or starts it; a folder
+    continues that run.
+    """
 
     def __post_init__(self) -> None:
         """Check the seed, the name, and what to resume.
 
         Raises:
-            ConfigError: the seed does not fit 32 bits, the name is not that of a folder, or nothing is named to resume.
+            ConfigError: the seed does not fit 32 bits, the name is no folder name, or resume is
+                empty.
 
         """
         if not 0 <= self.seed < 2**32:
@@ -522,65 +691,104 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class VerifyConfig(Config):
-    """A training configuration, and what to check of it."""
+    """A training configuration and which gradient to check."""
+
+    READS: ClassVar = (
+        *(
+            f"model.{field.name}"
+            for field in dataclasses.fields(ModelConfig)
+            if field.name != "dtype"
+        ),
+        *("data", "optim.accumulate", "mesh", "seed"),
+    )
+    COMMON: ClassVar = READS
 
     dtype: Literal["float64", "float32", "bfloat16"] = "float64"
-    """Compute dtype of the gradient on trial, in place of model.dtype; bfloat16 is judged by JAX's own error in it."""
+    """Compute dtype of the gradient on trial, in place of model.dtype; bfloat16 is judged by JAX's
+    own error in it.
+    """
     reference: str = "autodiff"
-    """autodiff; finite-difference; or an llm.c debug state file, whose tokens then are the batch (give its model as
-    checkpoint). The latter two need float64 or float32."""
+    """What to compare with: autodiff; finite-difference; or an llm.c debug state file, whose tokens
+    are then the batch (give its model as checkpoint). The latter two need dtype float64 or
+    float32."""
     checkpoint: str | None = None
-    """Parameters: a run, or any model that gptjax.convert reads; without it, initial ones with noise."""
+    """Parameters to check at: a run, or any model that gptjax.convert reads; by default initial
+    ones with noise.
+    """
     batch: Literal["random", "corpus"] = "random"
-    """Tokens: random ones, of which one in eight is not to be predicted, or the first training batch of data.dataset."""
+    """Tokens to check on: random ones, of which one in eight is not predicted, or the corpus's
+    first training batch.
+    """
     layers: bool = False
-    """A row for each tensor and layer, instead of one for each tensor."""
+    """Print a row for each layer of each tensor, instead of one for each tensor."""
     explain: bool = False
-    """Say how the tolerances of this configuration come about, and end."""
+    """Explain how the tolerances of this configuration are derived, and end."""
     json: str | None = None
     """File to write the report to, as JSON."""
     html: str | None = None
     """File to write the report to, as a web page."""
     export: str | None = None
-    """Folder to write the model and its gradients to, once they hold, as the two files that llm.c's C test reads. Turns off
-    what llm.c does not have: dropout, targets that do not count, and accumulation."""
+    """Folder to write the model and its gradients to, once they hold, as the two files that llm.c's
+    C test reads. Turns off what llm.c does not have: dropout, targets that do not count, and
+    accumulation."""
 
     def __post_init__(self) -> None:
-        """Check what goes together.
+        """Check that the dtype and the reference fit.
 
         Raises:
-            ConfigError: a reference that a 16-bit gradient cannot be held against.
+            ConfigError: the reference cannot judge a 16-bit gradient.
 
         """
         super().__post_init__()
         if self.dtype == "bfloat16" and self.reference != "autodiff":
             raise ConfigError(
-                f"reference {self.reference} needs dtype float64 or float32: bfloat16 is judged by autodiff's own error"
+                f"reference {self.reference} needs dtype float64 or float32: "
+                "bfloat16 is judged by autodiff's own error"
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class PlanConfig(Config):
-    """A training configuration, and the devices to plan it for."""
+    """A training configuration and the devices to plan it for."""
+
+    READS: ClassVar = (
+        *(
+            "model",
+            "data.batch_size",
+            "data.seq_len",
+            "data.tokenizer",
+            "optim.name",
+            "optim.mu_dtype",
+            "optim.accumulate",
+        ),
+        *("train.steps", "train.backward", "mesh"),
+    )
+    COMMON: ClassVar = READS
 
     topology: str = ""
-    """Devices to plan for: cpu:8, h100:8 (or a100, h100-pcie, h200, l4, cuda), v5e:4x4, v6e:4x4, v4:2x2x4, v5p:2x2x4."""
+    """Devices to plan for: cpu:8, h100:8 (or a100, h100-pcie, h200, l4, cuda), v5e:4x4, v6e:4x4,
+    v4:2x2x4, v5p:2x2x4.
+    """
     tokens: float | None = None
-    """Tokens of the whole run, as 10e9, for the days that it takes; by default those of train.steps."""
+    """Tokens of the whole run, as in 10e9, from which the plan tells its days; by default those of
+    train.steps.
+    """
     compare: bool = False
-    """Also a line for every other implementation of attention that applies."""
+    """Also plan for every other implementation of attention that applies, a line each."""
     predict: bool = False
     """Predict from shapes alone, at once, even where the step could be compiled."""
     largest: bool = True
-    """Also the largest batch that fits: where it is compiled, that is compiled once more, with twice the rows."""
+    """Also find the largest batch that fits; where the step is compiled, that takes one more
+    compilation.
+    """
     json: str | None = None
-    """File to write all figures to."""
+    """File to write all figures to, as JSON."""
 
     def __post_init__(self) -> None:
         """Check the budget.
 
         Raises:
-            ConfigError: it is not above 0.
+            ConfigError: tokens is not above 0.
 
         """
         super().__post_init__()
@@ -590,76 +798,113 @@ class PlanConfig(Config):
 
 @dataclasses.dataclass(frozen=True)
 class BenchConfig(Config):
-    """A training configuration, and what to time of it."""
+    """A training configuration and what to time."""
+
+    READS: ClassVar = ("model", "data", "optim", "train", "log", "mesh", "seed")
+    COMMON: ClassVar = (
+        *(
+            "model",
+            "data.dataset",
+            "data.tokenizer",
+            "data.batch_size",
+            "data.seq_len",
+            "optim.name",
+            "optim.accumulate",
+        ),
+        *("train.steps", "train.backward", "train.eval_every", "seed"),
+    )
 
     what: Literal["step", "decode", "data", "loop", "program"] = "step"
-    """step: the training step; decode: sampling with a cache, batch 1; data: tokenizing the configured corpus, and reading
-    batches from it; loop: the steps between two validations, alone and with all that training does beside them; program: count
-    the operations of the step and the bytes of their results, before any fusion, of both backwards."""
+    """step: the training step; decode: sampling with a cache, batch 1; data: tokenizing the corpus,
+    and reading batches from it; loop: the steps between two validations, alone and with everything
+    that training does beside them; program: count the operations of the step and the bytes of their
+    results before any fusion, for both backwards."""
     platform: Literal["cpu", "cuda", "rocm", "tpu"] | None = None
-    """Of what program; by default that which is here."""
+    """The platform of what program; by default this machine's."""
+    hlo: str | None = None
+    """Folder for the compiled programs of the step, as manual-gradient.txt, manual-update.txt and
+    the same of autodiff; goes with what program, which then counts nothing. cuda needs the extra
+    cuda-aot, tpu the extra tpu; no GPU or TPU has to be here."""
     decode: bool = False
-    """Short for what decode."""
+    """The same as --what decode."""
     compare: bool = False
-    """Also the step with the other backward, layout, recomputation and attention."""
+    """Also time the step with the other backward, layout of the layers, recomputation and
+    attention.
+    """
     peer: Literal["none", "torch"] = "none"
-    """torch: also transformers' GPT-2 on PyTorch, eager and compiled, in float32 and bfloat16; needs the extra parity."""
+    """torch: also time transformers' GPT-2 on PyTorch, eager and compiled, in float32 and bfloat16;
+    needs the extra parity.
+    """
     rounds: int = 12
-    """How often each is timed; of the model, after two rounds that do not count."""
+    """Timed rounds of each contender; a model runs two more first, which do not count."""
     profile: bool = False
-    """Also where the time of the first row goes, op by op."""
+    """Also print where the first contender's time goes, op by op."""
     json: str | None = None
-    """File to write all figures to."""
+    """File to write all figures to, as JSON."""
 
     def __post_init__(self) -> None:
         """Check the ranges.
 
         Raises:
-            ConfigError: there is no round.
+            ConfigError: rounds is below 1, or an option belongs to another ``what``.
 
         """
         super().__post_init__()
         if self.platform and self.what != "program":
-            raise ConfigError("platform is for what program; what is timed runs on the platform that is here")
+            raise ConfigError(
+                "platform goes with --what program; "
+                "everything else is timed on this machine's platform"
+            )
+        if self.hlo and self.what != "program":
+            raise ConfigError("hlo goes with --what program")
         if self.rounds < 1:
             raise ConfigError(f"rounds must be at least 1, not {self.rounds}")
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """What to evaluate, and on what."""
+    """A model and the corpus to evaluate it on."""
 
     checkpoint: str
-    """A run, a Hugging Face folder, an llm.c model .bin, a .safetensors of gptjax, or hf:NAME on the hub."""
+    """The model: a run, a Hugging Face folder, an llm.c model .bin, a .safetensors of gptjax, or
+    hf:NAME on the hub.
+    """
     dataset: str
-    """As --data.dataset of training: a named corpus, a folder of token shards, or text, tokenized with the checkpoint's
-    tokenizer. Or hellaswag, llm.c's hellaswag_val.bin, or a .jsonl of questions."""
+    """What to evaluate on: a named corpus, a folder of token shards, or text, as for --data.dataset
+    of training; text is tokenized with the checkpoint's tokenizer. Or hellaswag, llm.c's
+    hellaswag_val.bin, or a .jsonl of questions."""
     split: Literal["val", "train"] = "val"
-    """Of a corpus."""
+    """The part of a corpus to score: val or train."""
     tokens: int | None = None
-    """Of a corpus, rounded up to whole windows; the same ones each time. By default 131072; 0 for all of the split."""
+    """Tokens of a corpus to score, from its beginning, rounded up to whole windows; by default
+    131072; 0 for all.
+    """
     examples: int | None = None
-    """Of HellaSwag, the first so many; by default all."""
+    """Questions of HellaSwag to ask, from the first; by default all."""
     seq_len: int | None = None
     """Tokens in a window of a corpus; by default the longest sequence that the model takes."""
     batch_size: int = 8
-    """Sequences at a time; the figures do not depend on it."""
+    """Sequences computed at a time; the figures do not depend on it."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """Compute dtype; auto is bfloat16 on GPU and TPU, float32 on CPU."""
     tokenizer: str | None = None
-    """For a checkpoint that comes without one: gpt2, byte, a tokenizer.json, a folder with one, or llm.c's file."""
+    """For a checkpoint that comes without one: gpt2, byte, a tokenizer.json, a folder with one, or
+    llm.c's file.
+    """
     column: str | None = None
-    """Of a corpus of .jsonl or .parquet, the column that holds the text."""
+    """Column of .jsonl or .parquet that holds the text; by default the one named text, or else the
+    first that holds any.
+    """
     root: str = "data"
     """Folder in which downloads and prepared corpora are kept."""
     json: str | None = None
-    """File to write all figures to."""
+    """File to write all figures to, as JSON."""
 
     def __post_init__(self) -> None:
         """Check the ranges.
 
         Raises:
-            ConfigError: a number is out of its range, or the file to write could not be.
+            ConfigError: a number is out of range, or the JSON file cannot be written.
 
         """
         least = {"tokens": 0, "examples": 1, "seq_len": 1, "batch_size": 1}
@@ -668,17 +913,216 @@ class EvaluateConfig:
             if given is not None and given < value:
                 raise ConfigError(f"{name} must be at least {value}, not {given}")
         if self.json and not Path(self.json).absolute().parent.is_dir():
-            raise ConfigError(f"{self.json} cannot be written: there is no folder {Path(self.json).absolute().parent}")
+            raise ConfigError(
+                f"{self.json} cannot be written: "
+                f"there is no folder {Path(self.json).absolute().parent}"
+            )
         if self.json and Path(self.json).is_dir():
             raise ConfigError(f"{self.json} cannot be written: it is a folder")
 
     @property
     def wanted(self) -> int | None:
-        """Tokens of a corpus that are asked for; None for all."""
+        """Number of tokens to score; None for all."""
         return EVALUATED_TOKENS if self.tokens is None else self.tokens or None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateConfig(Sampler):
+    """Prompts to continue, and how."""
+
+    checkpoint: str
+    """The model; see above."""
+    prompt: list[str] = dataclasses.field(default_factory=list, metadata=SEVERAL)
+    """Text to continue, or several."""
+    prompts: str | None = None
+    """File with a prompt on each line; - is standard input."""
+    interactive: bool = False
+    """Go on with what you type, line by line; /reset forgets it all, /end ends."""
+    num_samples: int = 1
+    """Continuations of each prompt."""
+    max_new_tokens: int = 256
+    """Tokens in a continuation, unless something ends it before."""
+    stop: list[str] = dataclasses.field(default_factory=list, metadata=SEVERAL)
+    """Text before which a continuation ends, or several."""
+    ignore_end: bool = False
+    """Go on after end-of-text, too."""
+    seed: int = 0
+    """The same seed gives the same text, on one kind of device and in one dtype."""
+    batch_size: int = 32
+    """Continuations made at a time; it changes none of them."""
+    show_tokens: bool = False
+    """List each token and its id on a line of its own, in place of the text."""
+    logprobs: bool = False
+    """Also list the log-probability that the model gave each token."""
+    json: bool = False
+    """Write each continuation as a JSON object on a line of its own."""
+    tokenizer: str | None = None
+    """For a checkpoint that comes without one: gpt2, byte, or a tokenizer file."""
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """Dtype of the computation and the weights; auto is bfloat16 on GPU and TPU, float32 on CPU."""
+    int8: bool = False
+    """Keep the weights in 8 bits: faster, a little less exact."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ConfigError: a number is out of range.
+
+        """
+        super().__post_init__()
+        for name, most in {
+            "max_new_tokens": MOST_TOKENS,
+            "num_samples": MOST_SAMPLES,
+            "batch_size": MOST_AT_ONCE,
+        }.items():
+            if not 1 <= getattr(self, name) <= most:
+                raise ConfigError(f"{name} must be from 1 to {most}, not {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed must be from 0 to {2**32 - 1}, not {self.seed}")
+
+    @property
+    def sampler(self) -> Sampler:
+        """The sampling options."""
+        return Sampler(
+            **{field.name: getattr(self, field.name) for field in dataclasses.fields(Sampler)}
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertConfig:
+    """A model to convert and the format to write."""
+
+    source: str = dataclasses.field(metadata=POSITIONAL)
+    """The model to convert, or the file to inspect."""
+    destination: str | None = dataclasses.field(default=None, metadata=POSITIONAL | {"nargs": "?"})
+    """The file or folder to write; it must not exist."""
+    to: Literal["hf", "llmc", "safetensors"] | None = None
+    """Format to write: hf, llmc or safetensors; by default what the destination's name says."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Dtype to write: float32 or bfloat16; by default the source's."""
+    inspect: bool = False
+    """Say what the source is, and end."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetConfig:
+    """The corpus to prepare."""
+
+    dataset: str = dataclasses.field(metadata=POSITIONAL)
+    """A named corpus (pydoc, tinyshakespeare, shakespeare-char, tinystories, openwebtext, fineweb,
+    fineweb-edu), or a file, folder or pattern of text."""
+    root: str = "data"
+    """Folder in which prepared corpora are kept."""
+    tokenizer: str | None = None
+    """What the text is tokenized with: gpt2, byte, char, bpe:SIZE (trained on it), a file; by
+    default a corpus's own, or gpt2."""
+    column: str | None = None
+    """Column of .jsonl or .parquet that holds the text; by default the one named text, or else the
+    first that holds any.
+    """
+    tokens: int | None = None
+    """Stop after this many training tokens, where a corpus comes in parts; by default take them
+    all.
+    """
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainTokenizerConfig:
+    """A vocabulary to train on text."""
+
+    input: list[str] = dataclasses.field(metadata=SEVERAL)
+    """Files, folders or patterns of text, as for --data.dataset of training."""
+    column: str | None = None
+    """The column of .jsonl or .parquet that holds the text."""
+    kind: Literal["bpe", "char"] = "bpe"
+    """What to train: bpe, a byte-level BPE, or char, the text's characters."""
+    vocab_size: int = 2048
+    """Ids of a BPE: 256 bytes, the merges, and end-of-text."""
+    output: str = "tokenizer.json"
+    """File to write."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodeConfig:
+    """Text to turn into ids."""
+
+    tokenizer: str
+    """gpt2, byte, a tokenizer.json, a folder that holds one, or llm.c's gpt2_tokenizer.bin."""
+    text: list[str] = dataclasses.field(default_factory=list, metadata=POSITIONAL | {"nargs": "*"})
+    """Text, joined by spaces; without any, standard input up to its last byte."""
+    output: str | None = None
+    """Token shard to write, instead of printing the ids."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """Ids to turn into text."""
+
+    tokenizer: str
+    """gpt2, byte, a tokenizer.json, a folder that holds one, or llm.c's gpt2_tokenizer.bin."""
+    ids: list[int] = dataclasses.field(default_factory=list, metadata=POSITIONAL | {"nargs": "*"})
+    """Ids; without any, those on standard input."""
+    input: str | None = None
+    """Token shard to read the ids from."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportTokenizerConfig:
+    """A tokenizer to write as llm.c's file."""
+
+    tokenizer: str
+    """gpt2, byte, a tokenizer.json, a folder that holds one, or llm.c's gpt2_tokenizer.bin."""
+    version: Literal[1, 2] = 2
+    """Version of the file; 1 is for GPT-2's vocabulary alone."""
+    output: str = "gpt2_tokenizer.bin"
+    """File to write."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PlotConfig:
+    """The runs to draw, and how."""
+
+    runs: list[str] = dataclasses.field(metadata=POSITIONAL | SEVERAL)
+    """Folders of runs, or their metrics.jsonl."""
+    output: str | None = None
+    """File to write, .png, .svg or .pdf; by default metrics.png, see above."""
+    x: Horizontal = "steps"
+    """What runs are compared along: steps, tokens or time, which is that spent in steps."""
+    smooth: int | None = None
+    """Steps in a running mean, 1 for none; by default a 25th of the longest run."""
+
+    def __post_init__(self) -> None:
+        """Check the range.
+
+        Raises:
+            ConfigError: smooth is below 1.
+
+        """
+        if self.smooth is not None and self.smooth < 1:
+            raise ConfigError(f"--smooth must be at least 1, not {self.smooth}")
+
+
+COMMANDS: dict[str, Any] = {
+    "train": Config,
+    "generate": GenerateConfig,
+    "evaluate": EvaluateConfig,
+    "verify": VerifyConfig,
+    "plot": PlotConfig,
+    "convert": ConvertConfig,
+    "datasets": DatasetConfig,
+    "tokenizers train": TrainTokenizerConfig,
+    "tokenizers encode": EncodeConfig,
+    "tokenizers decode": DecodeConfig,
+    "tokenizers export": ExportTokenizerConfig,
+    "plan": PlanConfig,
+    "bench": BenchConfig,
+}
 
 
 def _at_least(section: str, cfg: object, least: int, *names: str) -> None:
     for name in names:
         if getattr(cfg, name) < least:
-            raise ConfigError(f"{section}.{name} must be at least {least}, not {getattr(cfg, name)}")
+            raise ConfigError(
+                f"{section}.{name} must be at least {least}, not {getattr(cfg, name)}"
+            )

@@ -1,21 +1,24 @@
-"""Convert a model: ``python -m gptjax.convert SRC DST``, or say what a file is: ``python -m gptjax.convert SRC --inspect``.
+"""Convert a model: ``python -m gptjax.convert SRC DST``, or say what a file is: ``python -m
+gptjax.convert SRC --inspect``.
 
-SRC is a run (its newest checkpoint), a Hugging Face folder, an llm.c model ``.bin``, safetensors in our names, or
-``hf:NAME`` on the hub. DST becomes an llm.c model if it ends in ``.bin``, safetensors in our names if it ends in
-``.safetensors``, else a Hugging Face folder. ``--inspect`` also knows token shards, debug states and tokenizers, and names
-what is not read here: llama2.c's files, SentencePiece, GGUF, ONNX, pickles, NumPy's, TensorFlow's, archives.
+SRC is a run (its newest checkpoint), a Hugging Face folder, an llm.c model ``.bin``, safetensors in
+our names, or ``hf:NAME`` on the hub. DST becomes an llm.c model if it ends in ``.bin``, safetensors
+in our names if it ends in ``.safetensors``, else a Hugging Face folder. ``--inspect`` also knows
+token shards, debug states and tokenizers, and names what is not read here: llama2.c's files,
+SentencePiece, GGUF, ONNX, pickles, NumPy's, TensorFlow's, archives.
 """
 
 import hashlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
 from gptjax import cli, tokenizers
+from gptjax.cli.options import parse
+from gptjax.config import ConvertConfig
 from gptjax.errors import ConfigError, FormatError
 from gptjax.files import open_file
 from gptjax.formats import llmc, llmc_tokenizer
@@ -34,21 +37,15 @@ NAMES = {"float32": "F32", "bfloat16": "BF16"}
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status 0; bad input raises SystemExit(2)."""
-    parser = cli.Parser(prog=PROG, description=__doc__)
-    parser.add_argument("source", type=str, help="what to convert")
-    parser.add_argument("destination", type=str | None, nargs="?", help="file or folder to write; must not exist")
-    parser.add_argument("--to", choices=["hf", "llmc", "safetensors"], help="format to write, in place of what DST's name says")
-    parser.add_argument("--dtype", choices=list(NAMES), help="of what is written; by default as it is")
-    parser.add_argument("--inspect", action="store_true", help="say what SRC is, and end")
     with cli.reported_errors(PROG):
         cli.quiet_libraries()
-        args: Any = parser.parse_args(argv)
-        if args.inspect:
-            print(inspect(args.source))
+        cfg, _ = parse(ConvertConfig, PROG, __doc__ or "", argv)
+        if cfg.inspect:
+            print(inspect(cfg.source))
             return 0
-        if args.destination is None:
+        if cfg.destination is None:
             raise ConfigError("name what to write, too, or give --inspect")
-        convert(args.source, Path(args.destination), args.to, args.dtype)
+        convert(cfg.source, Path(cfg.destination), cfg.to, cfg.dtype)
     return 0
 
 
@@ -63,15 +60,22 @@ def convert(where: str, destination: Path, to: Format | None, dtype: str | None)
     if destination.exists():
         raise ConfigError(f"{destination} exists already: name another place, or remove it")
     if not destination.absolute().parent.is_dir():
-        raise ConfigError(f"{destination} cannot be written: there is no folder {destination.absolute().parent}")
+        raise ConfigError(
+            f"{destination} cannot be written: there is no folder {destination.absolute().parent}"
+        )
     source = open_weights(where)
     chosen = DTYPES[NAMES[dtype]] if dtype else dtype_of(source)
     suffixes: dict[str, Format] = {".bin": "llmc", ".safetensors": "safetensors"}
     chosen_format = to or suffixes.get(destination.suffix, "hf")
     write_weights(source, destination, chosen_format, chosen)
     print(describe(source))
-    if source.tokenizer and not (tokenizer_json.can_write(source.tokenizer) and chosen_format == "hf"):
-        print(f"{'note':<10} {chosen_format} keeps no {source.tokenizer.kind} tokenizer: it was left out")
+    if source.tokenizer and not (
+        tokenizer_json.can_write(source.tokenizer) and chosen_format == "hf"
+    ):
+        print(
+            f"{'note':<10} {chosen_format} keeps no {source.tokenizer.kind} tokenizer: it was "
+            "left out"
+        )
     for path in sorted(destination.iterdir()) if destination.is_dir() else [destination]:
         with open_file(path) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -85,7 +89,10 @@ def describe(source: Source) -> str:
     sizes = f"{cfg.num_layers} layers, {cfg.num_heads} heads, {cfg.channels} channels"
     lines = {
         "format": source.format,
-        "model": f"{num_params(cfg):,} parameters, {sizes}, vocabulary {cfg.vocab_size}, {cfg.max_seq_len} positions",
+        "model": (
+            f"{num_params(cfg):,} parameters, {sizes}, vocabulary {cfg.vocab_size}, "
+            f"{cfg.max_seq_len} positions"
+        ),
         "tensors": f"{len(list(tensor_names(cfg)))} of {' and '.join(sorted(map(str, dtypes)))}",
         "tokenizer": f"{source.tokenizer.vocab_size} ids"
         if source.tokenizer
@@ -95,7 +102,8 @@ def describe(source: Source) -> str:
 
 
 def inspect(where: str) -> str:
-    """What a file or folder is: a model, token shard, debug state or tokenizer, or something that is not read here.
+    """What a file or folder is: a model, token shard, debug state or tokenizer, or something that
+    is not read here.
 
     Raises:
         GptjaxError: it is not there, damaged, or nothing that is known.
@@ -125,7 +133,8 @@ def inspect(where: str) -> str:
             raise
         ids = open_shard(path).tokens
         if max(part.max() for part in np.array_split(ids[: 1 << 20], 8) if part.size) >= GPT2_IDS:
-            raise  # any file of an even length could be ids without a header, but GPT-2 has no such ones
+            # Any file of an even length could be ids without a header, but GPT-2 has no such ones
+            raise
         return _shard(path)
 
 
@@ -133,19 +142,31 @@ def _shard(path: Path) -> str:
     ids = open_shard(path).tokens
     kind = "" if path.stat().st_size == ids.nbytes + HEADER_BYTES else " without a header"
     shown = " ".join(map(str, ids[:8].tolist()))
-    return f"{'format':<10} token shard{kind}\n{'tokens':<10} {ids.size:,}, {ids.dtype}, the first {shown}"
+    return (
+        f"{'format':<10} token shard{kind}\n{'tokens':<10} {ids.size:,}, {ids.dtype}, the first "
+        f"{shown}"
+    )
 
 
 def _debug_state(path: Path) -> str:
     (_, version, B, T, *_), size = read_header(path, llmc.STATE)
     if version not in (1, 2) or B < 1 or T < 1 or size < HEADER_BYTES + 8 * B * T:
-        raise FormatError(f"{path} is an invalid {llmc.STATE}: version {version}, {B} x {T} tokens in {size} bytes")
-    return f"{'format':<10} {llmc.STATE}, version {version}\n{'batch':<10} {B} x {T} tokens\n{'size':<10} {size:,} bytes"
+        raise FormatError(
+            f"{path} is an invalid {llmc.STATE}: version {version}, {B} x {T} tokens in {size} "
+            "bytes"
+        )
+    return (
+        f"{'format':<10} {llmc.STATE}, version {version}\n{'batch':<10} {B} x {T} "
+        f"tokens\n{'size':<10} {size:,} bytes"
+    )
 
 
 def _tokenizer(path: Path) -> str:
     found = tokenizers.find(str(path))
-    return f"{'format':<10} tokenizer\n{'vocabulary':<10} {found.vocab_size} ids, end-of-text {found.end_of_text}"
+    return (
+        f"{'format':<10} tokenizer\n{'vocabulary':<10} {found.vocab_size} ids, end-of-text "
+        f"{found.end_of_text}"
+    )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 
 class GptjaxError(Exception):
-    """Base of the project's own errors; the message names the key or file and the fix."""
+    """Base class of the project's errors. The message names the key or file and the fix."""
 
 
 class ConfigError(GptjaxError):
@@ -27,9 +27,9 @@ class CheckpointError(GptjaxError):
 
 @contextlib.contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Give an `OSError` from reading or writing an open file the file's name, which the system leaves out.
+    """Add the path to an `OSError` from reading or writing an open file, which lacks it.
 
-    One that names a file already, what is read in order to be written say, keeps its name.
+    An error that already names a file, such as the source of a copy, keeps that name.
     """
     try:
         yield

@@ -1,6 +1,7 @@
-"""Files: only regular ones are read, small ones only up to a limit; what is written appears whole, or not at all.
+"""Read regular files only, up to a limit, and write files atomically.
 
-A device or a named pipe can be endless, or hang whoever opens it, and a folder of a model or a run may come from anywhere.
+The folder of a model or a run may come from anywhere, and opening or reading a device or a named
+pipe in it could hang.
 """
 
 import contextlib
@@ -32,17 +33,17 @@ KINDS = {
 
 
 def open_file(path: str | os.PathLike[str]) -> io.BufferedReader:
-    """Open a regular file for reading bytes; links are followed.
+    """Open a regular file for reading bytes, following links.
 
     Raises:
-        FormatError: it is a folder, a device, a named pipe or a socket, none of which is opened.
+        FormatError: it is a folder, a device, a named pipe or a socket.
         OSError: it is missing, or may not be read.
 
     """
-    check_file(path)  # before opening, since that alone can hang, or set a device going
+    check_file(path)  # before opening, which can hang or start a device
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
     try:
-        _check_mode(path, os.fstat(file.fileno()).st_mode)  # it may have been replaced in between
+        _check_mode(path, os.fstat(file.fileno()).st_mode)  # it may have been replaced since
     except BaseException:
         file.close()
         raise
@@ -50,47 +51,50 @@ def open_file(path: str | os.PathLike[str]) -> io.BufferedReader:
 
 
 def check_file(path: str | os.PathLike[str]) -> None:
-    """Raise as `open_file` does unless there is a regular file: for libraries that open it themselves."""
+    """Raise as `open_file` does unless the path is a regular file; for libraries that open files
+    themselves.
+    """
     _check_mode(path, os.stat(path).st_mode)
 
 
 def read_small(path: str | os.PathLike[str], largest: int) -> bytes:
-    """The content of a regular file of at most ``largest`` bytes.
+    """Read a regular file of at most ``largest`` bytes.
 
     Raises:
-        FormatError: it is larger, or no regular file.
+        FormatError: it is larger, or not a regular file.
         OSError: it cannot be read.
 
     """
     with naming(path), open_file(path) as file:
-        if os.fstat(file.fileno()).st_size > largest:  # it can be wrong: files grow, and those of /proc have 0
+        # A first check only: files grow, and those in /proc have size 0
+        if os.fstat(file.fileno()).st_size > largest:
             raise too_large(path, largest)
         return read_stream(file, path, largest)
 
 
 def read_stream(file: BinaryIO, name: str | os.PathLike[str], largest: int) -> bytes:
-    """All that comes, of at most ``largest`` bytes; ``name`` is for the message.
+    """Read a stream of at most ``largest`` bytes; ``name`` is for the error message.
 
     Raises:
-        FormatError: it is more.
+        FormatError: it is longer.
 
     """
-    parts, left = [], largest + 1
-    while left and (part := file.read(min(left, PIECE))):
-        parts.append(part)
-        left -= len(part)
+    chunks, left = [], largest + 1
+    while left and (chunk := file.read(min(left, PIECE))):
+        chunks.append(chunk)
+        left -= len(chunk)
     if not left:
         raise too_large(name, largest)
-    return b"".join(parts)
+    return b"".join(chunks)
 
 
 def too_large(name: str | os.PathLike[str], largest: int) -> FormatError:
-    """The error of `read_small` and `read_stream`."""
+    """The error that `read_small` and `read_stream` raise."""
     return FormatError(f"{name} has more than the {largest} bytes that are read of it")
 
 
 def read_text(path: str | os.PathLike[str], largest: int) -> str:
-    """`read_small`, decoded, with every line end as a newline.
+    """Read a small text file, with all line ends converted to newlines; see `read_small`.
 
     Raises:
         UnicodeDecodeError: it is not UTF-8.
@@ -101,13 +105,19 @@ def read_text(path: str | os.PathLike[str], largest: int) -> str:
 
 def _check_mode(path: str | os.PathLike[str], mode: int) -> None:
     if not stat.S_ISREG(mode):
-        raise FormatError(f"{path} cannot be read: it is {KINDS.get(stat.S_IFMT(mode), 'something odd')}, not a file")
+        raise FormatError(
+            f"{path} cannot be read: "
+            f"it is {KINDS.get(stat.S_IFMT(mode), 'something odd')}, not a file"
+        )
 
 
 @contextlib.contextmanager
 def write_whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that gets its name once it is whole and on disk; if the block fails, nothing remains."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # of this process: others may write the same file
+    """Open a file for writing that gets its name once complete and on disk, or is removed if the
+    block fails.
+    """
+    # The process id is in the name because others may write the same file
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with naming(path), partial.open("wb") as file:
             yield file
@@ -119,7 +129,9 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:
-    """Let ``write`` fill a temporary folder, then give it its name: a folder that exists is complete."""
+    """Let ``write`` fill a temporary folder, then rename it, so that a folder that exists is
+    complete.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -128,7 +140,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:
         try:
             partial.rename(folder)
         except OSError:
-            if not folder.exists():  # else another process made the same folder meanwhile
+            if not folder.exists():  # otherwise another process made it first
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -137,13 +149,15 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:
 
 @contextlib.contextmanager
 def alone(lock: Path) -> Iterator[None]:
-    """Let one process at a time hold the file ``lock``, which is there meanwhile; the others wait. Its death lets it go."""
+    """Hold an exclusive lock for the block; other processes wait. The file ``lock`` exists while it
+    is held. The lock is released if the process dies.
+    """
     while True:
         with naming(lock):
             file = lock.open("w")
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX)
-        with contextlib.suppress(FileNotFoundError):  # who held it has removed it
+        with contextlib.suppress(FileNotFoundError):  # the previous holder removed it
             if os.path.samestat(lock.stat(), os.fstat(file.fileno())):
                 break
         file.close()
@@ -155,7 +169,10 @@ def alone(lock: Path) -> Iterator[None]:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename what is damaged to ``damaged-NAME``, or with -2, -3... after it, so that nothing is lost. Returns its new path."""
+    """Rename a damaged file or folder to ``damaged-NAME``, with -2, -3... appended if taken.
+
+    Returns the new path.
+    """
     numbered = (f"damaged-{path.name}-{n}" for n in itertools.count(2))
     names = map(path.with_name, itertools.chain([f"damaged-{path.name}"], numbered))
     return path.rename(next(name for name in names if not name.exists()))

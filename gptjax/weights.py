@@ -49,9 +49,9 @@ def open_weights(where: str) -> Source:
     """Find out what something is, and open it; no tensor is read yet.
 
     Args:
-        where: the folder of a run or of its checkpoints, of which the newest counts; a Hugging Face folder; an llm.c
-            model ``.bin``; safetensors in our own names; or ``hf:NAME``, a model on the Hugging Face hub, which is fetched
-            unless the hub's cache has it.
+        where: the folder of a run or of its checkpoints, of which the newest counts; a Hugging Face
+            folder; an llm.c model ``.bin``; safetensors in our own names; or ``hf:NAME``, a model
+            on the Hugging Face hub, which is fetched unless the hub's cache has it.
 
     Raises:
         CheckpointError: there is nothing there, or a run without whole checkpoints.
@@ -64,11 +64,14 @@ def open_weights(where: str) -> Source:
     path = Path(where)
     if not path.exists():
         raise CheckpointError(
-            f"{where} does not exist: name a run, a Hugging Face folder, an llm.c model .bin, a .safetensors, or {HUB}NAME"
+            f"{where} does not exist: name a run, a Hugging Face folder, an llm.c model .bin, a "
+            f".safetensors, or {HUB}NAME"
         )
     if path.is_dir() and (path / hf.CONFIG_FILE).exists():
         cfg, params = hf.read_model(path)
-        return _with_tokenizer(Source(hf.title(cfg), _by_default(cfg), params), lambda: tokenizer_json.read(path))
+        return _with_tokenizer(
+            Source(hf.title(cfg), _by_default(cfg), params), lambda: tokenizer_json.read(path)
+        )
     if path.is_dir():
         return _open_run(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
     if llmc.is_model(path):
@@ -89,14 +92,22 @@ def _by_default(cfg: Architecture) -> ModelConfig:
 
 def _why_not(path: Path) -> str:
     if path.suffix in TENSORFLOW:
-        return ": a TensorFlow checkpoint, maybe, which is not read; the same weights are to be had with hf:gpt2"
+        return (
+            ": a TensorFlow checkpoint, maybe, which is not read; the same weights are to be had "
+            "with hf:gpt2"
+        )
     if path.suffix in PICKLED:
-        return ": a PyTorch pickle, maybe, which can run any code and is not read; save it as safetensors"
+        return (
+            ": a PyTorch pickle, maybe, which can run any code and is not read; save it as "
+            "safetensors"
+        )
     return ": a run's folder, a Hugging Face folder, an llm.c model .bin or safetensors is expected"
 
 
 def _open_run(folder: Path) -> Source:
-    """The model in a run's ``checkpoints``, with the tokenizer beside them if it is the one that the run was trained with."""
+    """The model in a run's ``checkpoints``, with the tokenizer beside them if it is the one that
+    the run was trained with.
+    """
     cfg, params, meta = open_newest(folder)
 
     def tokenizer() -> Tokenizer:
@@ -122,21 +133,29 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES, endpoint=os.environ.get("HF_ENDPOINT")))
+        return Path(
+            snapshot_download(
+                name, allow_patterns=HUB_FILES, endpoint=os.environ.get("HF_ENDPOINT")
+            )
+        )
     except (LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{HUB}{name} is not in the Hugging Face cache, nor to be downloaded ({reason}): go online once, "
+            f"{HUB}{name} is not in the Hugging Face cache, nor to be downloaded ({reason}): go "
+            "online once, "
             f"or download its {', '.join(HUB_FILES[:2])} elsewhere and name their folder"
         ) from error
 
 
-def load_weights(where: str, cfg: ModelConfig | None = None, mesh: Mesh | None = None) -> tuple[ModelConfig, Any]:
+def load_weights(
+    where: str, cfg: ModelConfig | None = None, mesh: Mesh | None = None
+) -> tuple[ModelConfig, Any]:
     """Parameters in float32, padded, in the layout of the configuration that comes with them.
 
     Args:
         where: see `open_weights`.
-        cfg: how to compute; its dimensions must be those of the parameters. None takes them from there.
+        cfg: how to compute; its dimensions must be those of the parameters. None takes them from
+            there.
         mesh: what to lay them out over, tensor by tensor.
 
     Returns:
@@ -151,7 +170,8 @@ def load_weights(where: str, cfg: ModelConfig | None = None, mesh: Mesh | None =
     for name in DIMENSIONS if cfg else ():
         if getattr(source.cfg, name) != getattr(cfg, name):
             raise CheckpointError(
-                f"{where} has model.{name} {getattr(source.cfg, name)}, not {getattr(cfg, name)}: give it that value"
+                f"{where} has model.{name} {getattr(source.cfg, name)}, not {getattr(cfg, name)}: "
+                "give it that value"
             )
     cfg = cfg or source.cfg
     return cfg, load_params(source, cfg, mesh)
@@ -160,7 +180,8 @@ def load_weights(where: str, cfg: ModelConfig | None = None, mesh: Mesh | None =
 def load_params(source: Source, cfg: ModelConfig, mesh: Mesh | None = None) -> Any:
     """The parameters of an opened model, in float32 and padded, in the layout of ``cfg``.
 
-    They are read, and laid out over the mesh, one after the other. ``cfg`` must have the model's architecture.
+    They are read, and laid out over the mesh, one after the other. ``cfg`` must have the model's
+    architecture.
 
     Raises:
         CheckpointError: a number is not finite, in float32; its tensor is named.
@@ -168,7 +189,9 @@ def load_params(source: Source, cfg: ModelConfig, mesh: Mesh | None = None) -> A
     """
     params = source.params if cfg.layers == "unroll" else stack_lazily(source.params)
     weights = per_tensor(lambda weight: weight, params, cfg)
-    layouts = param_shardings(mesh, param_axes(cfg)) if mesh else jax.tree.map(lambda _: None, params)
+    layouts = (
+        param_shardings(mesh, param_axes(cfg)) if mesh else jax.tree.map(lambda _: None, params)
+    )
 
     def load(path: Any, tensor: LazyTensor, weight: Weight, layout: Any) -> Array:
         array = np.asarray(tensor)
@@ -179,14 +202,17 @@ def load_params(source: Source, cfg: ModelConfig, mesh: Mesh | None = None) -> A
 
 
 def check_finite(what: str, path: Any, array: np.ndarray) -> None:
-    """Raise a `CheckpointError` that names the tensor at ``path`` of a tree, unless all its numbers are finite in float32."""
+    """Raise a `CheckpointError` that names the tensor at ``path`` of a tree, unless all its numbers
+    are finite in float32.
+    """
     with np.errstate(over="ignore"):  # of float64 that float32 does not hold
         finite = np.isfinite(array if array.itemsize <= 4 else array.astype(np.float32)).all()
     if not finite:
         name, layer = tensor_at(path)
         tensor = name if layer is None else f"{name}[{layer}]"
         raise CheckpointError(
-            f"the {what} has numbers in {tensor} that are not finite: it is damaged, or its training diverged"
+            f"the {what} has numbers in {tensor} that are not finite: it is damaged, or its "
+            "training diverged"
         )
 
 
@@ -196,7 +222,8 @@ def write_weights(source: Source, path: Path, to: Format, dtype: np.dtype) -> No
     Args:
         source: what to write.
         path: a folder for ``hf``, else a file.
-        to: ``hf``: a folder for ``transformers``; ``llmc``: version 3 in float32, 5 in bfloat16; ``safetensors``: our names.
+        to: ``hf``: a folder for ``transformers``; ``llmc``: version 3 in float32, 5 in bfloat16;
+            ``safetensors``: our names.
         dtype: float32 or bfloat16.
 
     Raises:
@@ -219,6 +246,8 @@ def write_weights(source: Source, path: Path, to: Format, dtype: np.dtype) -> No
 
 
 def dtype_of(source: Source) -> np.dtype:
-    """What the model is written in: bfloat16 if all of its tensors are, float32 for everything else."""
+    """What the model is written in: bfloat16 if all of its tensors are, float32 for everything
+    else.
+    """
     kinds = {tensor.dtype for tensor in jax.tree.leaves(source.params)}
     return np.dtype(jnp.bfloat16) if kinds == {np.dtype(jnp.bfloat16)} else np.dtype(np.float32)

@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 
 
-def expect_error(main: Callable[[list[str]], int], arguments: list[str], message: str, capsys: Any) -> None:
+def expect_error(
+    main: Callable[[list[str]], int], arguments: list[str], message: str, capsys: Any
+) -> None:
     """The command ends with exit status 2 and one sentence on stderr, which holds ``message``."""
     with pytest.raises(SystemExit) as stop:
         main(arguments)

@@ -9,10 +9,12 @@ from collections import Counter
 from importlib.metadata import version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile far more than they compute: leave LLVM's slow passes out, and give it each program in one piece.
+# Tests compile far more than they compute: leave LLVM's slow passes out, and give it each program
+# in one piece.
 FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 FAST_COMPILE += " --xla_cpu_parallel_codegen_split_count=1"
-if version("jaxlib").startswith("0.10."):  # emit fusions without MLIR; XLA ends a process whose flags it does not know
+# Emit fusions without MLIR; XLA ends a process whose flags it does not know
+if version("jaxlib").startswith("0.10."):
     FAST_COMPILE += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILE}"
 
@@ -21,14 +23,18 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="gptjax-tests-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.02"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-    # JAX writes an entry in place: one that reads it half written warns, compiles by itself, and loses nothing. Commands and
-    # these tests' own processes check the entries (see below); what a test runs with JAX alone does not.
+    # JAX writes an entry in place: one that reads it half written warns, compiles by itself, and
+    # loses nothing. Commands and these tests' own processes check the entries (see below); what a
+    # test runs with JAX alone does not.
     HALF_WRITTEN = "ignore:Error reading persistent compilation cache entry:UserWarning"
-    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), HALF_WRITTEN]))
+    os.environ["PYTHONWARNINGS"] = ",".join(
+        filter(None, [os.environ.get("PYTHONWARNINGS"), HALF_WRITTEN])
+    )
 
 from jaxtyping import install_import_hook
 
-install_import_hook(("gptjax.ops", "gptjax.models"), "beartype.beartype")  # before anything imports them
+# Before anything imports them
+install_import_hook(("gptjax.ops", "gptjax.models"), "beartype.beartype")
 
 from pathlib import Path
 
@@ -41,12 +47,19 @@ from gptjax.xla.cache import replace_damaged_programs
 
 replace_damaged_programs()  # before anything is compiled
 jax.config.update("jax_enable_x64", True)
-jax.config.update("jax_num_cpu_devices", 8)  # simulated, for tests/test_mesh.py; everything else uses the first
+# Simulated, for tests/test_mesh.py; everything else uses the first
+jax.config.update("jax_num_cpu_devices", 8)
 
-# Deterministic, so that a failure is the code's; no deadline, because compiling takes as long as it takes.
-hypothesis.settings.register_profile("gptjax", deadline=None, derandomize=True, max_examples=8, database=None)
-# For a mutation run, `--hypothesis-profile mutation`: whether an example fails matters, not which one is the smallest.
-hypothesis.settings.register_profile("mutation", parent=hypothesis.settings.get_profile("gptjax"), phases=[Phase.generate])
+# Deterministic, so that a failure is the code's; no deadline, because compiling takes as long as it
+# takes.
+hypothesis.settings.register_profile(
+    "gptjax", deadline=None, derandomize=True, max_examples=8, database=None
+)
+# For a mutation run, `--hypothesis-profile mutation`: whether an example fails matters, not which
+# one is the smallest.
+hypothesis.settings.register_profile(
+    "mutation", parent=hypothesis.settings.get_profile("gptjax"), phases=[Phase.generate]
+)
 hypothesis.settings.load_profile("gptjax")
 
 ROOT = Path(__file__).parents[1]
@@ -61,7 +74,9 @@ def strict():
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Real data that is not part of the project; tests that need it are skipped where it is absent."""
+    """Real data that is not part of the project; tests that need it are skipped where it is
+    absent.
+    """
     path = Path(os.environ.get("GPTJAX_SHARED", ROOT.parent / "shared"))
     if not path.is_dir():
         pytest.skip("needs the data that GPTJAX_SHARED names")
@@ -69,9 +84,17 @@ def shared() -> Path:
 
 
 def pytest_terminal_summary(terminalreporter):
-    """The score of the errors planted in tests/verify/test_mutations.py, and the faults of tests/faults."""
-    reports = {name: [r for r in terminalreporter.stats.get(name, []) if r.when == "call"] for name in ("passed", "failed")}
-    found, missed = (sum("test_mutations.py::test_an_error_in_" in r.nodeid for r in group) for group in reports.values())
+    """The score of the errors planted in tests/verify/test_mutations.py, and the faults of
+    tests/faults.
+    """
+    reports = {
+        name: [r for r in terminalreporter.stats.get(name, []) if r.when == "call"]
+        for name in ("passed", "failed")
+    }
+    found, missed = (
+        sum("test_mutations.py::test_an_error_in_" in r.nodeid for r in group)
+        for group in reports.values()
+    )
     if found or missed:
         terminalreporter.write_line(f"planted errors found: {found} of {found + missed}")
     faults: Counter[str] = Counter()

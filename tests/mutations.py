@@ -7,7 +7,9 @@ WORDS = [0, 1, 2, 127, 128, 255, 256, 2**15, 2**16 - 1, 2**20, 2**31 - 1, 2**31,
 
 @st.composite
 def mutated(draw: st.DrawFn, content: bytes, header: int = 4) -> bytes:
-    """``content`` after one to three of: a byte or a word changed, often one of the first ``header``; a cut; a copy; an end."""
+    """``content`` after one to three of: a byte or a word changed, often one of the first
+    ``header``; a cut; a copy; an end.
+    """
     out = bytearray(content)
     for _ in range(draw(st.integers(1, 3))):
         at = draw(st.integers(0, max(len(out) - 1, 0)))

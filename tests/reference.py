@@ -43,7 +43,9 @@ def gelu(x: np.ndarray) -> np.ndarray:
 
 
 def attention(x: np.ndarray, w: Any) -> np.ndarray:
-    """(T, C) -> (T, C), causal, with its four products: head by head, summed as they are projected back."""
+    """(T, C) -> (T, C), causal, with its four products: head by head, summed as they are projected
+    back.
+    """
     T = len(x)
     out = np.zeros_like(x) + w.attprojb
     for h in range(w.qw.shape[1]):

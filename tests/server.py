@@ -17,7 +17,9 @@ class Site:
         self.files: dict[str, bytes] = {}
         self.headers: dict[str, str] = {}
         self.failures: list[Any] = []
-        """For the next requests, one each: an HTTP status, or after how many bytes the connection breaks."""
+        """For the next requests, one each: an HTTP status, or after how many bytes the connection
+        breaks.
+        """
         self.requests: list[tuple[str, str | None]] = []
         """Path and Range header of each request so far."""
         self.ranges = True

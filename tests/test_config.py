@@ -1,7 +1,12 @@
+import ast
+from pathlib import Path
+
 import pytest
 
+from gptjax import config
 from gptjax.config import Architecture, ModelConfig
 from gptjax.errors import ConfigError
+from gptjax.models.params import param_shapes
 from tests.models import tiny
 
 
@@ -10,7 +15,33 @@ def test_preset_fills_what_is_not_given():
     assert (cfg.num_layers, cfg.num_heads, cfg.channels) == (3, 16, 1024)
 
 
-@pytest.mark.parametrize(("vocab_size", "padded"), [(1, 128), (128, 128), (129, 256), (50257, 50304)])
+def test_the_vocabulary_is_the_tokenizers_unless_it_is_given():
+    cfg = ModelConfig(preset="124m")
+    assert (cfg.vocab_size, cfg.with_vocabulary(65).vocab_size) == (0, 65)
+    assert tiny.config(vocab_size=11).with_vocabulary(65).vocab_size == 11
+    assert "Vp" not in cfg.axis_sizes
+    with pytest.raises(ConfigError, match="model.vocab_size is not known yet"):
+        param_shapes(cfg)
+    for architecture in (
+        lambda: cfg.architecture,
+        lambda: Architecture(num_layers=1, num_heads=1, channels=8, vocab_size=0),
+    ):
+        with pytest.raises(ConfigError, match="model.vocab_size must be at least 1, not 0"):
+            architecture()
+
+
+def test_it_imports_nothing_of_the_package_but_errors():
+    imported = {
+        node.module
+        for node in ast.walk(ast.parse(Path(config.__file__).read_text()))
+        if isinstance(node, ast.ImportFrom)
+    }
+    assert {name for name in imported if name.startswith("gptjax")} == {"gptjax.errors"}
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "padded"), [(1, 128), (128, 128), (129, 256), (50257, 50304)]
+)
 def test_vocabulary_is_padded_to_a_multiple_of_128(vocab_size, padded):
     assert tiny.config(vocab_size=vocab_size).padded_vocab_size == padded
 
@@ -19,10 +50,14 @@ def test_vocabulary_is_padded_to_a_multiple_of_128(vocab_size, padded):
     ("changes", "message"),
     [
         ({"preset": None, "channels": 0}, "model.channels is missing"),
-        ({"channels": 10, "num_heads": 4}, "model.channels 10 does not divide by model.num_heads 4"),
+        (
+            {"channels": 10, "num_heads": 4},
+            "model.channels 10 does not divide by model.num_heads 4",
+        ),
         ({"num_layers": -1}, "model.num_layers must be at least 1"),
         ({"dropout": 1.0}, r"model.dropout must be in \[0, 1\)"),
         ({"dropout_mlp": -0.1}, r"model.dropout_mlp must be in \[0, 1\)"),
+        ({"vocab_size": -1}, "model.vocab_size must be at least 0, not -1"),
         ({"loss_chunks": 0}, "model.loss_chunks must be at least 1"),
     ],
 )
@@ -47,14 +82,18 @@ def test_auto_picks_by_platform_and_length():
     assert resolved("rocm", 4096) == ("bfloat16", "blockwise")
 
 
-@pytest.mark.parametrize("changes", [{"dropout": 0.1}, {"dtype": "float32"}, {"num_heads": 3}, {"num_heads": 256}])
+@pytest.mark.parametrize(
+    "changes", [{"dropout": 0.1}, {"dtype": "float32"}, {"num_heads": 3}, {"num_heads": 256}]
+)
 def test_auto_avoids_cudnn_where_it_cannot_serve(changes):
     assert resolved("cuda", 4096, **changes)[1] == "blockwise"
     with pytest.raises(ConfigError, match="model.attention cudnn"):
         resolved("cuda", 4096, attention="cudnn", **changes)
 
 
-@pytest.mark.parametrize(("changes", "seq_len"), [({"dropout": 0.1}, 1024), ({"dtype": "float64"}, 1024), ({}, 1023)])
+@pytest.mark.parametrize(
+    ("changes", "seq_len"), [({"dropout": 0.1}, 1024), ({"dtype": "float64"}, 1024), ({}, 1023)]
+)
 def test_auto_avoids_splash_where_it_cannot_serve(changes, seq_len):
     assert resolved("tpu", seq_len, **changes)[1] == "blockwise"
     with pytest.raises(ConfigError, match="model.attention splash"):
@@ -64,7 +103,10 @@ def test_auto_avoids_splash_where_it_cannot_serve(changes, seq_len):
 
 
 def test_explicit_choices_stay():
-    assert resolved("cuda", 64, dtype="float32", attention="materialised") == ("float32", "materialised")
+    assert resolved("cuda", 64, dtype="float32", attention="materialised") == (
+        "float32",
+        "materialised",
+    )
     with pytest.raises(ConfigError, match="needs an NVIDIA GPU, not cpu"):
         resolved("cpu", attention="cudnn")
 

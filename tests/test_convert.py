@@ -43,7 +43,7 @@ def run(tmp_path, request):
     cfg = tiny.config(dtype="float32", layers=request.param, vocab_size=262, dropout=0.1)
     optimizer = make_optimizer(OptimConfig(), 10, cfg)
     writer = CheckpointWriter(tmp_path / "run" / "checkpoints", keep=1)
-    writer.save(3, init_state(jax.random.key(3), cfg, optimizer), cfg, {})
+    writer.save(3, init_state(jax.random.key(3), cfg, optimizer), cfg, optimizer, {})
     writer.close()
     BPE.save(tmp_path / "run" / "tokenizer.json")
     return tmp_path / "run"
@@ -53,14 +53,30 @@ def convert(*args):
     assert main([str(arg) for arg in args]) == 0
 
 
-FILES = {  # SHA-256 of a model of fixed numbers in each format: what others have written stays what is written
+# SHA-256 of a model of fixed numbers in each format: what others have written stays what is written
+FILES = {
     ("m.bin", "float32"): "d75a8a94593779e6ef7c484218109f7b8c3aeb39e0be5bbb2e6434deba5b2634",
     ("m.bin", "bfloat16"): "c8eca45c1fd348ceb45f4d2ac61996c982ddb999a29f667f6f07e526b407fd3a",
-    ("m.safetensors", "float32"): "3f427ed6617ee502a27aab5c61e1d52ae8c95bc1572c838986e042d2e1ae113c",
-    ("m.safetensors", "bfloat16"): "a46b6650fe4402091e5179226731bc49a30f1d5dbd6aeb29f883617c87cd872e",
-    ("hf/model.safetensors", "float32"): "a443e670a64daabc023941c878ffc784350a702914f4f320f74e181c0ca61695",
-    ("hf/model.safetensors", "bfloat16"): "476898871b2db648bad59678bcf5b0c6dc088908aa5da00689b0f4bccdf4dd1f",
-    ("hf/config.json", "float32"): "561c8172f6e00e70a015697b45b3e71fe12c6191d929dd603d795170b06304bd",
+    (
+        "m.safetensors",
+        "float32",
+    ): "3f427ed6617ee502a27aab5c61e1d52ae8c95bc1572c838986e042d2e1ae113c",
+    (
+        "m.safetensors",
+        "bfloat16",
+    ): "a46b6650fe4402091e5179226731bc49a30f1d5dbd6aeb29f883617c87cd872e",
+    (
+        "hf/model.safetensors",
+        "float32",
+    ): "a443e670a64daabc023941c878ffc784350a702914f4f320f74e181c0ca61695",
+    (
+        "hf/model.safetensors",
+        "bfloat16",
+    ): "476898871b2db648bad59678bcf5b0c6dc088908aa5da00689b0f4bccdf4dd1f",
+    (
+        "hf/config.json",
+        "float32",
+    ): "561c8172f6e00e70a015697b45b3e71fe12c6191d929dd603d795170b06304bd",
 }
 
 
@@ -68,7 +84,8 @@ FILES = {  # SHA-256 of a model of fixed numbers in each format: what others hav
 def test_the_bytes_of_a_format_do_not_change(tmp_path, name, dtype):
     header = np.zeros(256, "<i4")
     header[:8] = 20240326, 1, 12, 11, 2, 2, 8, 0  # version 1, whose vocabulary has no pad rows
-    numbers = np.arange(11 * 8 + 12 * 8 + 2 * (12 * 8 * 8 + 13 * 8) + 2 * 8) % 251 / 64 - 2  # exact in 16 bits
+    # Exact in 16 bits
+    numbers = np.arange(11 * 8 + 12 * 8 + 2 * (12 * 8 * 8 + 13 * 8) + 2 * 8) % 251 / 64 - 2
     source = tmp_path / "source.bin"
     source.write_bytes(header.tobytes() + numbers.astype("<f4").tobytes())
     convert(source, tmp_path / name.split("/")[0], "--dtype", dtype)
@@ -184,17 +201,29 @@ print("PEAK", peak[0] - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
-    "way", [("big.bin", "hf"), ("hf", "back.bin"), ("big.bin", "m.safetensors"), ("head", "back.bin"), ("run", "m.safetensors")]
+    "way",
+    [
+        ("big.bin", "hf"),
+        ("hf", "back.bin"),
+        ("big.bin", "m.safetensors"),
+        ("head", "back.bin"),
+        ("run", "m.safetensors"),
+    ],
 )
 def test_one_tensor_at_a_time_is_in_memory(model, tmp_path, way):
-    """Of a model of 208 MB whose largest tensor has 16 MB, at most one and a half of those is held at once.
+    """Of a model of 208 MB whose largest tensor has 16 MB, at most one and a half of those is held
+    at once.
 
     A run is tried with one tensor of 128 MB, beside which TensorStore's own buffers are small.
     """
     layers, vocab_size, largest = (1, 65536, 128) if way[0] == "run" else (16, 8192, 16)
-    cfg = tiny.config(dtype="float32", num_layers=layers, channels=512, vocab_size=vocab_size, max_seq_len=512)
+    cfg = tiny.config(
+        dtype="float32", num_layers=layers, channels=512, vocab_size=vocab_size, max_seq_len=512
+    )
     shapes = {(name, layer): shape for name, layer, shape in tensor_names(cfg)}
-    zeros = collect(cfg, lambda *place: np.zeros(shapes[place], np.float32), lambda *place: np.dtype("<f4"))
+    zeros = collect(
+        cfg, lambda *place: np.zeros(shapes[place], np.float32), lambda *place: np.dtype("<f4")
+    )
     llmc.write_model(tmp_path / "big.bin", zeros, cfg)
     if way[0] == "hf":
         convert(tmp_path / "big.bin", tmp_path / "hf")
@@ -206,13 +235,28 @@ def test_one_tensor_at_a_time_is_in_memory(model, tmp_path, way):
     small = model
     if way[0] == "run":
         small = tmp_path / "small"
-        for folder, size in ((small, dataclasses.replace(cfg, num_layers=1, channels=8, hidden=32)), (tmp_path / "run", cfg)):
+        for folder, size in (
+            (small, dataclasses.replace(cfg, num_layers=1, channels=8, hidden=32)),
+            (tmp_path / "run", cfg),
+        ):
             writer = CheckpointWriter(folder / "checkpoints", keep=1)
-            writer.save(1, init_state(jax.random.key(0), size, make_optimizer(OptimConfig(), 1, size)), size, {})
+            optimizer = make_optimizer(OptimConfig(), 1, size)
+            writer.save(1, init_state(jax.random.key(0), size, optimizer), size, optimizer, {})
             writer.close()
-    args = [str(small), str(tmp_path / "small.safetensors"), str(tmp_path / way[0]), str(tmp_path / way[1])]
+    args = [
+        str(small),
+        str(tmp_path / "small.safetensors"),
+        str(tmp_path / way[0]),
+        str(tmp_path / way[1]),
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    shown = subprocess.run([sys.executable, "-c", MEASURE, *args], capture_output=True, text=True, env=environment, check=True)
+    shown = subprocess.run(
+        [sys.executable, "-c", MEASURE, *args],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=True,
+    )
     assert float(shown.stdout.split("PEAK")[1]) < 1.5 * largest
 
 
@@ -237,7 +281,9 @@ def test_what_is_no_longer_there_afterwards_is_said(run, model, tmp_path, capsys
     assert "tokenizer  none (" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("content", [b"PK\x03\x04" + bytes(range(256)) * 8, b"\x80\x02}" + b"\xff\xfe" * 900])
+@pytest.mark.parametrize(
+    "content", [b"PK\x03\x04" + bytes(range(256)) * 8, b"\x80\x02}" + b"\xff\xfe" * 900]
+)
 def test_inspect_does_not_take_anything_for_ids(tmp_path, capsys, content):
     (tmp_path / "pytorch_model.bin").write_bytes(content + bytes(len(content) % 2))
     with pytest.raises(SystemExit):
@@ -253,4 +299,7 @@ def test_inspect_of_hugging_faces_tokenizer_and_of_a_state_that_cannot_be(run, t
     np.array([llmc.STATE_MAGIC, 99, -5, 7, *[0] * 252], "<i4").tofile(tmp_path / "s.bin")
     with pytest.raises(SystemExit):
         main([str(tmp_path / "s.bin"), "--inspect"])
-    assert "is an invalid llm.c debug state: version 99, -5 x 7 tokens in 1024 bytes" in capsys.readouterr().err
+    assert (
+        "is an invalid llm.c debug state: version 99, -5 x 7 tokens in 1024 bytes"
+        in capsys.readouterr().err
+    )

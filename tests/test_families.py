@@ -1,7 +1,8 @@
-"""A family that the package does not know goes through every command: nothing in the package changes for it.
+"""A family that the package does not know goes through every command: nothing in the package
+changes for it.
 
-Its gradient on a mesh, the figures of its plan, and its proof have tests beside GPT-2's: tests/parallel/test_sharding.py,
-tests/plan/test_predict.py and tests/verify/test_references.py.
+Its gradient on a mesh, the figures of its plan, and its proof have tests beside GPT-2's:
+tests/parallel/test_sharding.py, tests/plan/test_predict.py and tests/verify/test_references.py.
 """
 
 import json
@@ -38,7 +39,14 @@ CONFIG = {
     },
     "data": {"batch_size": 8, "seq_len": 16, "tokenizer": "byte"},
     "optim": {"learning_rate": 1e-2, "warmup_steps": 1},
-    "train": {"steps": 4, "eval_every": 2, "eval_tokens": 64, "sample_tokens": 4, "checkpoint_every": 2, "verify_every": 3},
+    "train": {
+        "steps": 4,
+        "eval_every": 2,
+        "eval_tokens": 64,
+        "sample_tokens": 4,
+        "checkpoint_every": 2,
+        "verify_every": 3,
+    },
 }
 
 
@@ -59,7 +67,14 @@ def folder(tmp_path_factory):
 
 
 def trained(folder, *args):
-    where = ["--data.dataset", folder / "text.txt", "--data.root", folder / "data", "--runs", folder / "runs"]
+    where = [
+        "--data.dataset",
+        folder / "text.txt",
+        "--data.root",
+        folder / "data",
+        "--runs",
+        folder / "runs",
+    ]
     assert train.main([str(x) for x in ("--config", folder / "mlp.yaml", *where, *args)]) == 0
 
 
@@ -95,21 +110,54 @@ def test_it_resumes_from_its_checkpoint_bit_for_bit(folder):
 
 
 def test_it_trains_alike_on_eight_devices(folder):
-    trained(folder, "--name", "mesh", "--mesh.data", 2, "--mesh.fsdp", 2, "--mesh.tensor", 2, "--model.layers", "scan")
-    np.testing.assert_allclose(losses(folder / "runs" / "mesh"), losses(folder / "runs" / "mlp"), rtol=1e-5)
+    trained(
+        folder,
+        "--name",
+        "mesh",
+        "--mesh.data",
+        2,
+        "--mesh.fsdp",
+        2,
+        "--mesh.tensor",
+        2,
+        "--model.layers",
+        "scan",
+    )
+    np.testing.assert_allclose(
+        losses(folder / "runs" / "mesh"), losses(folder / "runs" / "mlp"), rtol=1e-5
+    )
 
 
 def test_it_is_planned(folder, capsys):
-    assert plan.main(["--config", str(folder / "mlp.yaml"), "--topology", "h100:8", "--mesh.fsdp", "8", "--predict"]) == 0
+    assert (
+        plan.main(
+            [
+                "--config",
+                str(folder / "mlp.yaml"),
+                "--topology",
+                "h100:8",
+                "--mesh.fsdp",
+                "8",
+                "--predict",
+            ]
+        )
+        == 0
+    )
     assert "parameters" in capsys.readouterr().out
 
 
 def test_its_cached_logits_equal_uncached_ones(family):
     cfg = tiny.config(family=family)
-    params, tokens, padding = tiny.params(cfg), tiny.batch(cfg, B=2, T=5).inputs, jnp.zeros(2, jnp.int32)
+    params, tokens, padding = (
+        tiny.params(cfg),
+        tiny.batch(cfg, B=2, T=5).inputs,
+        jnp.zeros(2, jnp.int32),
+    )
     expected = jax.jit(transformer.logits, static_argnames="cfg")(params, tokens, cfg=cfg)
     weights = store_for_decoding(params, cfg)
-    logits, cache = jax.jit(prefill, static_argnames=("slots", "cfg"))(weights, tokens[:, :3], padding, slots=8, cfg=cfg)
+    logits, cache = jax.jit(prefill, static_argnames=("slots", "cfg"))(
+        weights, tokens[:, :3], padding, slots=8, cfg=cfg
+    )
     np.testing.assert_allclose(logits, expected[:, 2], rtol=1e-12, atol=1e-14)
     for at in (3, 4):
         step = jax.jit(decode, static_argnames="cfg")
@@ -118,7 +166,11 @@ def test_its_cached_logits_equal_uncached_ones(family):
 
 
 def test_it_becomes_safetensors_and_both_forms_write_and_score_the_same(folder, capsys):
-    run, file, figures = folder / "runs" / "mlp", folder / "mlp.safetensors", folder / "figures.json"
+    run, file, figures = (
+        folder / "runs" / "mlp",
+        folder / "mlp.safetensors",
+        folder / "figures.json",
+    )
     assert convert.main([str(run), str(file)]) == 0
     for one, other in zip(weights(file), weights(run), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -129,9 +181,21 @@ def test_it_becomes_safetensors_and_both_forms_write_and_score_the_same(folder, 
         prompt = ["--prompt", "The cat", "--max_new_tokens", "8", "--json"]
         assert generate.main(["--checkpoint", checkpoint, *prompt, *tokenizer]) == 0
         texts.append(json.loads(capsys.readouterr().out)["ids"])
-        data = ["--dataset", str(folder / "text.txt"), "--root", str(folder / "data"), "--tokens", "64", "--seq_len", "16"]
+        data = [
+            "--dataset",
+            str(folder / "text.txt"),
+            "--root",
+            str(folder / "data"),
+            "--tokens",
+            "64",
+            "--seq_len",
+            "16",
+        ]
         figures.unlink(missing_ok=True)
-        assert evaluate.main(["--checkpoint", checkpoint, *data, *tokenizer, "--json", str(figures)]) == 0
+        assert (
+            evaluate.main(["--checkpoint", checkpoint, *data, *tokenizer, "--json", str(figures)])
+            == 0
+        )
         scores.append(json.loads(figures.read_text())["loss"])
     assert len(texts[0]) == 8
     assert texts[0] == texts[1]

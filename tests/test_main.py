@@ -23,7 +23,9 @@ def test_it_lists_the_commands_that_there_are(capsys):
 
 
 def test_it_runs_as_a_module():
-    listed = subprocess.run([sys.executable, "-m", "gptjax"], check=True, capture_output=True, text=True, cwd=ROOT)
+    listed = subprocess.run(
+        [sys.executable, "-m", "gptjax"], check=True, capture_output=True, text=True, cwd=ROOT
+    )
     assert listed.stdout.startswith(f"gptjax {gptjax.__version__}\n")
     assert not listed.stderr
 

@@ -1,6 +1,8 @@
-"""The same weights in Hugging Face's GPT-2 on PyTorch: our forward is GPT-2's, and so are gradient and AdamW steps.
+"""The same weights in Hugging Face's GPT-2 on PyTorch: our forward is GPT-2's, and so are gradient
+and AdamW steps.
 
-Against PyTorch itself where it is installed (the [parity] extra), and everywhere against what it computed once.
+Against PyTorch itself where it is installed (the [parity] extra), and everywhere against what it
+computed once.
 """
 
 import dataclasses
@@ -16,7 +18,7 @@ from gptjax.formats import llmc
 from gptjax.models import transformer
 from gptjax.models.batch import Batch
 from gptjax.train import step as steps
-from gptjax.train.optimizer import init_opt_state, make_optimizer
+from gptjax.train.optimizer import make_optimizer
 from gptjax.train.step import TrainState
 from gptjax.weights import load_weights, open_weights, write_weights
 from tests.compare import relative_l2
@@ -38,7 +40,11 @@ def live(dtype):
 SOURCES = [
     pytest.param(lambda: (torch_gpt2.load(), "float32"), id="file"),
     *(
-        pytest.param(lambda d=d: (live(d), d), id=d, marks=[pytest.mark.parity, pytest.mark.filterwarnings("default")])
+        pytest.param(
+            lambda d=d: (live(d), d),
+            id=d,
+            marks=[pytest.mark.parity, pytest.mark.filterwarnings("default")],
+        )
         for d in ("float32", "float64")
     ),
 ]
@@ -54,12 +60,20 @@ def ours(theirs):
     """Configuration, parameters and batch."""
     found, dtype = theirs
     cfg = tiny.config(**SIZES, layers="scan", dtype=dtype)
-    padded = found["params"]._replace(wte=np.pad(found["params"].wte, ((0, cfg.padded_vocab_size - V), (0, 0))))
-    return cfg, jax.tree.map(jnp.asarray, padded), Batch(jnp.asarray(found["ids"][:, :-1]), jnp.asarray(found["ids"][:, 1:]))
+    padded = found["params"]._replace(
+        wte=np.pad(found["params"].wte, ((0, cfg.padded_vocab_size - V), (0, 0)))
+    )
+    return (
+        cfg,
+        jax.tree.map(jnp.asarray, padded),
+        Batch(jnp.asarray(found["ids"][:, :-1]), jnp.asarray(found["ids"][:, 1:])),
+    )
 
 
 def assert_close(mine, expected, tolerance: float):
-    """Tensor by tensor as PyTorch has them: the gradient of the keys' bias alone is rounding, in both."""
+    """Tensor by tensor as PyTorch has them: the gradient of the keys' bias alone is rounding, in
+    both.
+    """
     mine, expected = fuse(mine), fuse(expected)
     mine["wte"] = mine["wte"][:V]
     for name, theirs in expected.items():
@@ -71,7 +85,10 @@ def assert_close(mine, expected, tolerance: float):
 def test_logits_loss_and_all_gradients(theirs):
     found, dtype = theirs
     cfg, params, batch = ours(theirs)
-    assert relative_l2(transformer.logits(params, batch.inputs, cfg), found["logits"]) <= TOLERANCE[dtype]
+    assert (
+        relative_l2(transformer.logits(params, batch.inputs, cfg), found["logits"])
+        <= TOLERANCE[dtype]
+    )
     loss, grads = transformer.loss_and_grad(params, batch, cfg)
     assert float(loss) == pytest.approx(found["losses"][0], rel=TOLERANCE[dtype])
     assert_close(grads, found["grads"], TOLERANCE[dtype])
@@ -86,11 +103,14 @@ def test_ten_adamw_steps(theirs):
         beta1=beta1, beta2=beta2, eps=torch_gpt2.ADAMW["eps"], grad_clip=0,
     )  # fmt: skip
     optimizer = make_optimizer(config, torch_gpt2.STEPS, cfg)
-    state = TrainState(params, init_opt_state(optimizer, params))
+    state = TrainState(params, optimizer.transform.init(params))
     batches = jax.tree.map(lambda x: x[None], batch)
     compiled = steps.compile_step(cfg, optimizer, "manual", state, batches, jax.random.key(0))
-    for step, loss in enumerate(found["losses"]):
-        state, metrics = steps.run_step(compiled, state, batches, jax.random.key(0), step)
+    buffer = steps.gradient_buffer(params)
+    for step, loss in enumerate(found["losses"], 1):
+        state, buffer, metrics = steps.run_step(
+            compiled, state, buffer, batches, jax.random.key(0), step
+        )
         assert float(metrics.loss) == pytest.approx(loss, rel=TOLERANCE[dtype]), step
     assert found["losses"][-1] < found["losses"][0] - 0.3
     assert_close(state.params, found["trained"], TOLERANCE[dtype])
@@ -131,7 +151,9 @@ def test_transformers_loads_what_we_write(transformers, tmp_path):
     llmc.write_model(tmp_path / "m.bin", tiny.params(cfg, jnp.float32), cfg)
     source = open_weights(str(tmp_path / "m.bin"))._replace(tokenizer=bpe)
     write_weights(source, tmp_path / "hf", "hf", np.dtype(np.float32))
-    model, report = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    model, report = transformers.GPT2LMHeadModel.from_pretrained(
+        tmp_path / "hf", output_loading_info=True
+    )
     assert not any(report.values()), report
     ids = np.array([bpe.encode("the cat sat")])
     assert relative_l2(our_logits(tmp_path / "m.bin", ids), their_logits(model, ids)) < 1e-5
@@ -144,9 +166,11 @@ def test_transformers_loads_what_we_write(transformers, tmp_path):
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("how", [{}, {"max_shard_size": "50KB"}, {"inner": True}])
 def test_we_load_what_transformers_writes(transformers, tmp_path, how):
-    """In one file, in several, and without the language model's head, as the hub's own gpt2 has it."""
+    """In one file, in several, and without the language model's head, as the hub's own gpt2 has
+    it.
+    """
     sizes = {"n_layer": 2, "n_head": 4, "n_embd": 32, "vocab_size": V, "n_positions": 24}
-    model = transformers.GPT2LMHeadModel(transformers.ModelConfig(**sizes))
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
     how = dict(how)
     (model.transformer if how.pop("inner", False) else model).save_pretrained(tmp_path, **how)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1 or "max_shard_size" not in how

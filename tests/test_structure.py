@@ -14,7 +14,8 @@ from tests.conftest import ROOT
 PACKAGE = ROOT / "gptjax"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-# A room imports only from the rooms before its own. Commands, each room's __main__ among them, come last and import no other.
+# A room imports only from the rooms before its own. Commands, each room's __main__ among them, come
+# last and import no other.
 ORDER = (
     "errors",
     "config",
@@ -58,7 +59,11 @@ def imports_of(path: Path) -> set[str]:
 
 def level(module: str) -> int:
     room, *rest = module.removeprefix("gptjax.").split(".")
-    return len(ORDER) if rest == ["__main__"] or room in COMMAND_MODULES | {"__main__"} else ORDER.index(room)
+    return (
+        len(ORDER)
+        if rest == ["__main__"] or room in COMMAND_MODULES | {"__main__"}
+        else ORDER.index(room)
+    )
 
 
 def test_the_package_has_few_rooms_and_each_has_its_place_in_the_order():
@@ -139,18 +144,28 @@ def test_modules_and_public_classes_of_one_name_mean_one_thing():
 
 
 def test_the_one_custom_derivative_binds_the_network_to_its_backward():
-    """Ops stay free of custom derivatives, or JAX's gradient of the forward would be no reference."""
+    """Ops stay free of custom derivatives, or JAX's gradient of the forward would be no
+    reference.
+    """
     uses = {name_of(p) for p in MODULES if re.search(r"custom_[vj][jv]p\b(?!``)", p.read_text())}
     assert uses == {"gptjax.models.transformer"}
 
 
 def test_ops_know_neither_the_mesh_nor_barriers():
     ops = {name_of(p): imports_of(p) for p in (PACKAGE / "ops").glob("*.py")}
-    sharded = {name for name, found in ops.items() if any(m.startswith("gptjax.parallel") for m in found)}
+    sharded = {
+        name for name, found in ops.items() if any(m.startswith("gptjax.parallel") for m in found)
+    }
     held_back = {name for name, found in ops.items() if "gptjax.xla.barrier" in found}
-    assert sharded == {"gptjax.ops.splash"}, "XLA cannot split a kernel over devices: it is called under shard_map"
-    assert held_back == {"gptjax.ops.kv_cache"}, "the cache is updated in place only after it has been read"
-    assert {axis for axis in RULES if RULES[axis].compute or RULES[axis].param}, "the mesh's rules are in one table"
+    assert sharded == {"gptjax.ops.splash"}, (
+        "XLA cannot split a kernel over devices: it is called under shard_map"
+    )
+    assert held_back == {"gptjax.ops.kv_cache"}, (
+        "the cache is updated in place only after it has been read"
+    )
+    assert {axis for axis in RULES if RULES[axis].compute or RULES[axis].param}, (
+        "the mesh's rules are in one table"
+    )
 
 
 # --- The rest of the house ---
@@ -168,19 +183,32 @@ def test_every_module_has_a_test_of_its_own(path):
     if path == PACKAGE / "__main__.py":
         places = [folder / "test_main.py"]
     elif path.stem == "__init__":
-        places = [folder / f"test_{path.parent.name}.py", folder.parent / f"test_{path.parent.name}.py"]
+        places = [
+            folder / f"test_{path.parent.name}.py",
+            folder.parent / f"test_{path.parent.name}.py",
+        ]
     else:
         places = [folder / f"test_{'command' if path.stem == '__main__' else path.stem}.py"]
     assert any(place.exists() for place in places), places[0]
 
 
 def test_what_draws_and_logs_is_imported_where_it_is_used():
-    """A run pays for the extras' imports only if it asks for them; `gptjax.plot.figures` is the notebooks' alone."""
+    """A run pays for the extras' imports only if it asks for them; `gptjax.plot.figures` is the
+    notebooks' alone.
+    """
     assert not any("gptjax.plot.figures" in imports_of(path) for path in MODULES)
     for path in set(MODULES) - {PACKAGE / "plot" / "figures.py"}:
         for node in ast.parse(path.read_text()).body:
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", "")]
-            assert not {str(name).split(".")[0] for name in names} & {"matplotlib", "tensorboard", "wandb"}, path
+            names = (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [getattr(node, "module", "")]
+            )
+            assert not {str(name).split(".")[0] for name in names} & {
+                "matplotlib",
+                "tensorboard",
+                "wandb",
+            }, path
 
 
 def test_nothing_is_left_to_be_filled_in():
@@ -188,7 +216,8 @@ def test_nothing_is_left_to_be_filled_in():
         assert not re.search(r"@[A-Z]+@|TODO|FIXME", path.read_text()), path
 
 
-# What reads by itself: the system's and this package's own files, what JAX has just written, and prompts from named pipes.
+# What reads by itself: the system's and this package's own files, what JAX has just written, and
+# prompts from named pipes.
 READS_ITSELF = {
     "gptjax.files",
     "gptjax.xla.cache",
@@ -199,9 +228,17 @@ READS_ITSELF = {
 }
 
 
-@pytest.mark.parametrize("path", [p for p in MODULES if name_of(p) not in READS_ITSELF], ids=name_of)
+@pytest.mark.parametrize(
+    "path", [p for p in MODULES if name_of(p) not in READS_ITSELF], ids=name_of
+)
 def test_files_are_opened_in_one_place(path):
-    """Files that come from elsewhere are read through gptjax.files, which opens no device and no named pipe."""
+    """Files that come from elsewhere are read through gptjax.files, which opens no device and no
+    named pipe.
+    """
     reads = r'\.read_text\(|\.read_bytes\(|open\([^)]*"r[bt]?"|\bopen\(path\)|(?<!\w)open\(\)|fromfile\(path'
-    found = [line for line in path.read_text().splitlines() if re.search(reads, line) and "open_file(" not in line]
+    found = [
+        line
+        for line in path.read_text().splitlines()
+        if re.search(reads, line) and "open_file(" not in line
+    ]
     assert not found, "use gptjax.files"

@@ -30,12 +30,14 @@ def assert_same(a, b):
 
 @pytest.fixture
 def run(tmp_path):
-    """The folder of a run with checkpoints after 1 and 2 steps, and the parameters of the second."""
+    """The folder of a run with checkpoints after 1 and 2 steps, and the parameters of the
+    second.
+    """
     writer = CheckpointWriter(tmp_path / "checkpoints", keep=2)
     optimizer = make_optimizer(OptimConfig(), 10, CFG)
     for step in (1, 2):
         state = init_state(jax.random.key(step), CFG, optimizer)
-        writer.save(step, state, CFG, {})
+        writer.save(step, state, CFG, optimizer, {})
     writer.close()
     return tmp_path, state.params
 
@@ -58,10 +60,13 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before_it(run):
         file.write_bytes(bytes(len(file.read_bytes())))
     with pytest.warns(UserWarning, match="step_00000002 is damaged and was set aside"):
         _, found = load_weights(str(folder))
-    before = init_state(jax.random.key(1), CFG, make_optimizer(OptimConfig(), 10)).params
+    before = init_state(jax.random.key(1), CFG, make_optimizer(OptimConfig(), 10, CFG)).params
     assert_same(found, before)
     assert not np.array_equal(found.wte, params.wte)
-    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["damaged-step_00000002", "step_00000001"]
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == [
+        "damaged-step_00000002",
+        "step_00000001",
+    ]
 
 
 def test_a_run_has_the_tokenizer_that_it_was_trained_with_or_none(run):
@@ -69,15 +74,18 @@ def test_a_run_has_the_tokenizer_that_it_was_trained_with_or_none(run):
     folder, _ = run
     own, other = Characters("abc"), Characters("abd")
     writer = CheckpointWriter(folder / "checkpoints", keep=1)
-    state = init_state(jax.random.key(1), CFG, make_optimizer(OptimConfig(), 10))
-    writer.save(3, state, CFG, {"tokenizer": own.sha256})
+    optimizer = make_optimizer(OptimConfig(), 10, CFG)
+    state = init_state(jax.random.key(1), CFG, optimizer)
+    writer.save(3, state, CFG, optimizer, {"tokenizer": own.sha256})
     writer.close()
     own.save(folder / "tokenizer.json")
     assert open_weights(str(folder)).tokenizer == own
     other.save(folder / "tokenizer.json")
     source = open_weights(str(folder))
     assert source.tokenizer is None
-    assert source.note == f"{folder / 'tokenizer.json'} is not the one that the run was trained with"
+    assert (
+        source.note == f"{folder / 'tokenizer.json'} is not the one that the run was trained with"
+    )
 
 
 def test_an_llm_c_model(tmp_path):
@@ -102,7 +110,13 @@ def test_over_a_mesh(tmp_path, layers):
     _, found = load_weights(str(tmp_path / "m.bin"), cfg, mesh)
     jax.tree.map(np.testing.assert_array_equal, found, params)
     layouts = param_shardings(mesh, param_axes(cfg))
-    assert all(jax.tree.leaves(jax.tree.map(lambda x, layout: x.sharding.is_equivalent_to(layout, x.ndim), found, layouts)))
+    assert all(
+        jax.tree.leaves(
+            jax.tree.map(
+                lambda x, layout: x.sharding.is_equivalent_to(layout, x.ndim), found, layouts
+            )
+        )
+    )
     assert found.wte.addressable_shards[0].data.shape == (64, 4)
 
 
@@ -136,13 +150,21 @@ def hub(tmp_path, monkeypatch):
         site.headers = {"X-Repo-Commit": revision}
         listed = [*names, "pytorch_model.bin"]
         answers = {
-            "revision/main": {"id": "someone/tiny", "sha": revision, "siblings": [{"rfilename": name} for name in listed]},
-            f"tree/{revision}": [{"type": "file", "oid": "1", "size": 1, "path": name} for name in listed],
+            "revision/main": {
+                "id": "someone/tiny",
+                "sha": revision,
+                "siblings": [{"rfilename": name} for name in listed],
+            },
+            f"tree/{revision}": [
+                {"type": "file", "oid": "1", "size": 1, "path": name} for name in listed
+            ],
         }
         for question, answer in answers.items():
             site.files[f"api/models/someone/tiny/{question}"] = json.dumps(answer).encode()
         for name in names:
-            site.files[f"someone/tiny/resolve/{revision}/{name}"] = (tmp_path / "hf" / name).read_bytes()
+            site.files[f"someone/tiny/resolve/{revision}/{name}"] = (
+                tmp_path / "hf" / name
+            ).read_bytes()
         monkeypatch.setenv("HF_ENDPOINT", site.url)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
         yield site
@@ -162,7 +184,10 @@ def test_a_model_of_the_hub_is_fetched_once_and_then_offline(hub):
 
 
 def test_a_model_that_the_hub_lacks_or_that_cannot_be_reached(hub, monkeypatch):
-    sentence = "is not in the Hugging Face cache, nor to be downloaded .*: go online once, or download its config.json"
+    sentence = (
+        "is not in the Hugging Face cache, nor to be downloaded .*: go online once, or download "
+        "its config.json"
+    )
     with pytest.raises(CheckpointError, match=f"hf:someone/else {sentence}"):
         load_weights("hf:someone/else")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")

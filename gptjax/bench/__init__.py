@@ -1,1 +1,1 @@
-"""What the hardware gives, and what of it is used: ``python -m gptjax.bench``."""
+"""Benchmarks of training and decoding: ``python -m gptjax.bench``."""

@@ -1,11 +1,17 @@
 """Time the real work of a configuration: ``python -m gptjax.bench --config configs/124m.yaml``.
 
-The training step by default, ``--what decode`` decoding, ``--what data`` the corpus, ``--what loop`` what training does beside
-its steps; ``--what program`` times nothing and counts the step's operations as lowered for ``--platform cuda``, which need not
-be here. ``--compare`` adds the other ways that the step can be computed, ``--peer torch`` the same work in PyTorch. All run
-in turns, so that a noisy machine disturbs all alike. The floor is the step's matrix products at the rate of one, and one pass
-of AdamW over memory, both measured now; of decoding, reading all weights once a token. The batch is random ids, the weights
-are fresh ones.
+``--what`` chooses the work: the training step (the default), ``decode`` for sampling, ``data`` for
+tokenizing and batching the corpus, ``loop`` for the overhead of the training loop. ``--compare``
+adds the other ways to compute the step, ``--peer`` the same work in PyTorch. Contenders run
+interleaved, one round after another, so that a noisy machine disturbs all alike. The batch is
+random ids and the weights are fresh.
+
+The floor is measured in the same run: for a step, its matrix products at the rate of one large
+product, and one pass of AdamW over memory; for decoding, one read of all weights a token.
+
+``--what program`` times nothing. It counts the step's operations as lowered for ``--platform``,
+without needing that hardware. With ``--hlo FOLDER`` it writes the programs compiled for an H100
+(cuda), a TPU v5e (tpu) or the CPU.
 """
 
 import dataclasses
@@ -21,36 +27,47 @@ import jax
 from gptjax import cli
 from gptjax.bench import ceiling, data, loop, program, steps, torch_peer
 from gptjax.bench.profile import OpTime, profile
-from gptjax.bench.timing import Timing, in_turns
+from gptjax.bench.timing import Timing, time_interleaved
+from gptjax.cli.options import parse
 from gptjax.config import BenchConfig
-from gptjax.datasets import find_corpus
+from gptjax.datasets import find_corpus, vocabulary, vocabulary_without_corpus
 from gptjax.datasets.batches import BatchShape
 from gptjax.errors import ConfigError, naming
 from gptjax.models.params import flops_per_token
+from gptjax.plan.topology import open_devices, parse_topology, start
 from gptjax.train.metrics import human_bytes, peak_flops
 from gptjax.xla.backend import platform_name, start_jax
 
 PROG = "python -m gptjax.bench"
-OPS = 12  # lines of a profile
+OPS = 12  # listed in a profile
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status."""
     with cli.reported_errors(PROG):
-        cfg, _ = cli.parse(BenchConfig, PROG, __doc__ or "", argv)
+        cfg, _ = parse(BenchConfig, PROG, __doc__ or "", argv)
         cfg = dataclasses.replace(cfg, what="decode") if cfg.decode else cfg
         if cfg.json and not Path(cfg.json).absolute().parent.is_dir():
-            raise ConfigError(f"{cfg.json} cannot be written: there is no folder {Path(cfg.json).absolute().parent}")
+            raise ConfigError(
+                f"{cfg.json} cannot be written: there is no folder "
+                f"{Path(cfg.json).absolute().parent}"
+            )
+        # The other modes read the corpus
+        if not cfg.model.vocab_size and cfg.what in ("step", "decode", "program"):
+            size, whose = vocabulary_without_corpus(cfg.data.tokenizer)
+            print(f"vocabulary of {size:,} ids, of {whose}")
+            cfg = dataclasses.replace(cfg, model=cfg.model.with_vocabulary(size))
         cli.keep_freed_memory()
         if cfg.what == "data":
             record = time_data(cfg)
         elif cfg.what == "loop":
             record = time_loop(cfg)
         elif cfg.what == "program":
-            record = count_program(cfg)
+            record = write_programs(cfg, Path(cfg.hlo)) if cfg.hlo else count_program(cfg)
         else:
             if cfg.peer == "torch":
-                os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave a GPU's memory to both
+                # JAX and PyTorch share the GPU's memory
+                os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
             start_jax(cfg.model.dtype)
             record = time_model(cfg)
         if cfg.json:
@@ -61,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def time_model(cfg: BenchConfig) -> dict[str, Any]:
-    """Print a row for each contender; returns all figures.
+    """Time the step or decoding, and print a row for each contender; returns all figures.
 
     Raises:
         GptjaxError: the model does not fit the sequence, or the peer is not installed.
@@ -72,11 +89,15 @@ def time_model(cfg: BenchConfig) -> dict[str, Any]:
         tokens = cfg.optim.accumulate * cfg.data.batch_size * cfg.data.seq_len
         ours, theirs = steps.step_contenders(cfg, cfg.compare), torch_peer.step_contenders
     else:
-        tokens, ours, theirs = steps.NEW, steps.decode_contenders(cfg), torch_peer.decode_contenders
+        tokens, ours, theirs = (
+            steps.NEW_TOKENS,
+            steps.decode_contenders(cfg),
+            torch_peer.decode_contenders,
+        )
     device = f"{platform_name()} ({jax.devices()[0].device_kind}), {os.cpu_count()} cores"
     print(f"{device}, jax {jax.__version__}, {model.dtype}, {tokens:,} tokens", flush=True)
     rivals = theirs(cfg) if cfg.peer == "torch" else iter(())
-    timings = in_turns([*ours, *rivals], cfg.rounds)
+    timings = time_interleaved([*ours, *rivals], cfg.rounds)
     best = ceiling.measure(model, min(tokens, cfg.data.batch_size * cfg.data.seq_len))
     if cfg.what == "step":
         floor = ceiling.step_floor(model, tokens, cfg.data.seq_len, best)
@@ -84,11 +105,22 @@ def time_model(cfg: BenchConfig) -> dict[str, Any]:
     else:
         floor, peak = tokens * ceiling.decode_floor(model, best), None
     work = tokens * flops_per_token(model, cfg.data.seq_len)
-    rows = [figures(timing, timings[0], tokens, floor, work / peak if peak else None) for timing in timings]
+    rows = [
+        figures(timing, timings[0], tokens, floor, work / peak if peak else None)
+        for timing in timings
+    ]
     print(table(rows))
-    rate = f"{best.flops / 1e9:,.0f} GFLOP/s, {best.bandwidth / 1e9:,.1f} GB/s, {best.reading / 1e9:,.1f} GB/s where only read"
+    rate = (
+        f"{best.flops / 1e9:,.0f} GFLOP/s, {best.bandwidth / 1e9:,.1f} GB/s, "
+        f"{best.reading / 1e9:,.1f} GB/s where only read"
+    )
     print(f"{'floor':<24} {floor * 1e3:.1f} ms at {rate}")
-    record = {"device": device, "jax": jax.__version__, "tokens": tokens, "floor_ms": floor * 1e3} | best._asdict()
+    record = {
+        "device": device,
+        "jax": jax.__version__,
+        "tokens": tokens,
+        "floor_ms": floor * 1e3,
+    } | best._asdict()
     record["rows"] = rows
     if cfg.profile:
         times = profile(timings[0].contender.run)
@@ -97,16 +129,31 @@ def time_model(cfg: BenchConfig) -> dict[str, Any]:
     return record
 
 
-def figures(timing: Timing, first: Timing, tokens: int, floor: float, ideal: float | None) -> dict[str, Any]:
-    """One row, in numbers."""
+def figures(
+    timing: Timing, first: Timing, tokens: int, floor: float, ideal: float | None
+) -> dict[str, Any]:
+    """One row's numbers.
+
+    Args:
+        timing: of this row.
+        first: of the first row, the reference for ``ratio``.
+        tokens: in one run.
+        floor: least possible seconds for one run.
+        ideal: seconds of one run at the device's peak, for ``mfu``; None if that is unknown.
+
+    """
     row = {"name": timing.contender.name} | timing.contender.facts
-    row |= {"ms": timing.median * 1e3, "spread": timing.spread, "tokens_per_s": tokens / timing.median}
+    row |= {
+        "ms": timing.median * 1e3,
+        "spread": timing.spread,
+        "tokens_per_s": tokens / timing.median,
+    }
     row |= {"of_floor": timing.median / floor, "ratio": timing.median / first.median}
     return row if ideal is None else row | {"mfu": ideal / timing.median}
 
 
 def table(rows: list[dict[str, Any]], ratio: str = ".2f") -> str:
-    """A line for each row; what no row has is left out."""
+    """Format the rows as a table, without columns that are empty in every row."""
     columns = {
         "": ("name", 24, str),
         "compile s": ("compile_s", 9, "{:.1f}".format),
@@ -119,11 +166,18 @@ def table(rows: list[dict[str, Any]], ratio: str = ".2f") -> str:
         "/ floor": ("of_floor", 7, "{:.2f}".format),
         "ratio": ("ratio", 5, f"{{:{ratio}}}".format),
     }
-    shown = {head: column for head, column in columns.items() if any(column[0] in row for row in rows)}
+    shown = {
+        head: column for head, column in columns.items() if any(column[0] in row for row in rows)
+    }
 
     def line(cells: list[str]) -> str:
         widths = [width for _, width, _ in shown.values()]
-        return " ".join([f"{cells[0]:<{widths[0]}}", *(f"{c:>{w}}" for c, w in zip(cells[1:], widths[1:], strict=True))])
+        return " ".join(
+            [
+                f"{cells[0]:<{widths[0]}}",
+                *(f"{c:>{w}}" for c, w in zip(cells[1:], widths[1:], strict=True)),
+            ]
+        )
 
     def cell(row: dict[str, Any], key: str, form: Any) -> str:
         return form(row[key]) if key in row else "-"
@@ -133,26 +187,33 @@ def table(rows: list[dict[str, Any]], ratio: str = ".2f") -> str:
 
 
 def profile_table(times: list[OpTime]) -> str:
-    """The ops that take the longest, and the rest in one line."""
+    """Format the `OPS` slowest ops, and the sum of the rest."""
     total = sum(time.seconds for time in times)
     top, rest = times[:OPS], times[OPS:]
     if rest:
-        top = [*top, OpTime(f"{len(rest)} more", sum(t.seconds for t in rest), sum(t.kernels for t in rest))]
+        top = [
+            *top,
+            OpTime(f"{len(rest)} more", sum(t.seconds for t in rest), sum(t.kernels for t in rest)),
+        ]
     lines = [f"{'op':<44} {'ms':>9} {'share':>6} {'kernels':>7}"]
-    lines += [f"{t.op[:44]:<44} {t.seconds * 1e3:>9.1f} {t.seconds / total:>6.1%} {t.kernels:>7,}" for t in top]
+    lines += [
+        f"{t.op[:44]:<44} {t.seconds * 1e3:>9.1f} {t.seconds / total:>6.1%} {t.kernels:>7,}"
+        for t in top
+    ]
     return "\n".join(lines)
 
 
 def time_loop(cfg: BenchConfig) -> dict[str, Any]:
-    """Print milliseconds a step, with the spread of the rounds and the ratio to the steps alone.
+    """Time the training loop; print milliseconds a step, the spread of the rounds and the ratio to
+    the bare steps.
 
     Raises:
         GptjaxError: the run cannot be set up as configured.
 
     """
-    count = loop.length(cfg)
+    count = loop.steps_per_round(cfg)
     with loop.contenders(cfg) as found:
-        timings = in_turns(found, cfg.rounds)
+        timings = time_interleaved(found, cfg.rounds)
     tokens = cfg.optim.accumulate * cfg.data.batch_size * cfg.data.seq_len
     rows: list[dict[str, Any]] = []
     for timing in timings:
@@ -160,62 +221,127 @@ def time_loop(cfg: BenchConfig) -> dict[str, Any]:
         ratio = timing.median / timings[0].median
         rows.append({"name": timing.contender.name, "ms": seconds * 1e3, "spread": timing.spread})
         rows[-1] |= {"tokens_per_s": tokens / seconds, "ratio": ratio}
-    print(f"{platform_name()} ({jax.devices()[0].device_kind}), {os.cpu_count()} cores, {count} steps of {tokens:,} tokens")
+    print(
+        f"{platform_name()} ({jax.devices()[0].device_kind}), {os.cpu_count()} cores, {count} "
+        f"steps of {tokens:,} tokens"
+    )
     print(table(rows, ".3f"))
     return {"steps": count, "tokens": tokens, "rows": rows}
 
 
 def count_program(cfg: BenchConfig) -> dict[str, Any]:
-    """Print each operation with how often it runs and the gigabytes of its results, for both backwards.
+    """Print how often each operation runs and the gigabytes of its results, for both backwards.
 
     Raises:
         GptjaxError: the model does not fit the sequence or the platform.
 
     """
+    if cfg.platform:
+        start(parse_topology("cpu:1"))  # lowering needs none of this machine's devices
     start_jax(cfg.model.dtype)
     platform = cfg.platform or platform_name()
     model = cfg.model.resolve(platform, cfg.data.seq_len)
-    if model.attention == "cudnn" and platform_name() != "cuda":  # JAX asks for cuDNN's version when it traces
-        model = dataclasses.replace(model, attention="blockwise")
-    found = {way: program.lowered_step(cfg, model, way, platform) for way in ("manual", "autodiff")}
+    found = {way: program.lowered_step(cfg, model, way, platform) for way in program.BACKWARDS}
     tokens = cfg.optim.accumulate * cfg.data.batch_size * cfg.data.seq_len
-    print(f"lowered for {platform}, {model.dtype}, attention {model.attention}, layers {model.layers}, {tokens:,} tokens")
+    print(
+        f"lowered for {platform}, {model.dtype}, attention {model.attention}, layers "
+        f"{model.layers}, {tokens:,} tokens"
+    )
     print(f"{'operation':<24}" + "".join(f" {way:>8} {'GB':>7}" for way in found))
-    names = sorted(set().union(*(ops.times for ops in found.values())), key=lambda n: -max(o.nbytes[n] for o in found.values()))
+    names = sorted(
+        set().union(*(ops.times for ops in found.values())),
+        key=lambda n: -max(o.nbytes[n] for o in found.values()),
+    )
     for name in names:
-        print(f"{name:<24}" + "".join(f" {o.times[name]:>8,} {o.nbytes[name] / 1e9:>7.2f}" for o in found.values()))
+        print(
+            f"{name:<24}"
+            + "".join(f" {o.times[name]:>8,} {o.nbytes[name] / 1e9:>7.2f}" for o in found.values())
+        )
     return {
-        way: {name: {"times": ops.times[name], "nbytes": ops.nbytes[name]} for name in ops.times} for way, ops in found.items()
+        way: {name: {"times": ops.times[name], "nbytes": ops.nbytes[name]} for name in ops.times}
+        for way, ops in found.items()
     }
 
 
-def time_data(cfg: BenchConfig) -> dict[str, Any]:
-    """Print tokens a second of each way, with the spread of its rounds and the ratio to the first.
+def write_programs(cfg: BenchConfig, folder: Path) -> dict[str, Any]:
+    """Compile the step with both backwards, write each program's text to the folder and print a row
+    for each file.
 
     Raises:
-        GptjaxError: the corpus cannot be had.
+        GptjaxError: the compiler is not installed, the model does not fit the platform, or a file
+            cannot be written.
+
+    """
+    if cfg.platform is None:
+        start_jax(cfg.model.dtype)
+    topology = program.target(cfg, cfg.platform or platform_name())
+    start(topology)
+    start_jax(cfg.model.dtype)
+    devices = open_devices(topology)
+    model = cfg.model.resolve(topology.platform, cfg.data.seq_len)
+    with naming(str(folder)):
+        folder.mkdir(parents=True, exist_ok=True)
+    tokens = cfg.optim.accumulate * cfg.data.batch_size * cfg.data.seq_len
+    print(
+        f"compiled for {topology.kind}, {model.dtype}, attention {model.attention}, layers "
+        f"{model.layers}, {tokens:,} tokens"
+    )
+    print(f"{'file':<24} {'temporaries':>11}")
+    record: dict[str, Any] = {}
+    for backward in program.BACKWARDS:
+        for name in program.NAMES:  # an earlier run for another platform may have left more files
+            (folder / f"{backward}-{name}.txt").unlink(missing_ok=True)
+        for found in program.compiled_step(cfg, model, backward, devices):
+            path = folder / f"{backward}-{found.name}.txt"
+            with naming(str(path)):
+                path.write_text(found.text)
+            print(f"{path.name:<24} {human_bytes(found.temporary_bytes):>11}", flush=True)
+            record[path.name] = {"temporary_bytes": found.temporary_bytes}
+    return record
+
+
+def time_data(cfg: BenchConfig) -> dict[str, Any]:
+    """Time tokenizing and batching; print tokens a second, the spread of the rounds and the ratio
+    to the first way.
+
+    Raises:
+        GptjaxError: the corpus cannot be found or prepared.
 
     """
     chosen = cfg.data
-    corpus = find_corpus(chosen.dataset, chosen.root, chosen.tokenizer, chosen.column, chosen.tokens)
+    corpus = find_corpus(
+        chosen.dataset, chosen.root, chosen.tokenizer, chosen.column, chosen.tokens
+    )
+    cfg = dataclasses.replace(cfg, model=cfg.model.with_vocabulary(vocabulary(corpus)))
     shape = BatchShape(cfg.optim.accumulate, chosen.batch_size, chosen.seq_len)
-    parts = {"tokens to batches": data.loading(corpus.train, shape, chosen.order, cfg.model.vocab_size, cfg.rounds)}
+    sections = {
+        "tokens to batches": data.loading(
+            corpus.train, shape, chosen.order, cfg.model.vocab_size, cfg.rounds
+        )
+    }
     if corpus.tokenizer:
-        parts = {"text to tokens": data.tokenizing(corpus.tokenizer, corpus.train, cfg.rounds)} | parts
+        sections = {
+            "text to tokens": data.tokenizing(corpus.tokenizer, corpus.train, cfg.rounds)
+        } | sections
     start_jax(cfg.model.dtype)
-    (step,) = in_turns(list(steps.step_contenders(cfg, False)), cfg.rounds)
-    eaten = shape.accumulate * shape.batch_size * shape.seq_len
-    parts["the training step"] = {step.contender.name: [eaten / seconds for seconds in step.seconds]}
-    print(f"{corpus.folder}, {os.cpu_count()} cores, batches of {shape.accumulate} x {shape.batch_size} x {shape.seq_len}")
+    (step,) = time_interleaved(list(steps.step_contenders(cfg, False)), cfg.rounds)
+    tokens = shape.accumulate * shape.batch_size * shape.seq_len
+    sections["the training step"] = {
+        step.contender.name: [tokens / seconds for seconds in step.seconds]
+    }
+    print(
+        f"{corpus.folder}, {os.cpu_count()} cores, batches of {shape.accumulate} x "
+        f"{shape.batch_size} x {shape.seq_len}"
+    )
     record: dict[str, Any] = {}
-    for part, ways in parts.items():
+    for section, ways in sections.items():
         first = statistics.median(next(iter(ways.values())))
-        print(f"{part:<18} {'tokens a second':>16} {'spread':>8} {'ratio':>6}")
+        print(f"{section:<18} {'tokens a second':>16} {'spread':>8} {'ratio':>6}")
         for name, rates in ways.items():
             median = statistics.median(rates)
             spread = (max(rates) - min(rates)) / median
             print(f"{name:<18} {median:>16,.0f} {spread:>8.0%} {median / first:>6.2f}")
-            record.setdefault(part, {})[name] = {"tokens_per_s": median, "spread": spread}
+            record.setdefault(section, {})[name] = {"tokens_per_s": median, "spread": spread}
     return record
 
 

@@ -1,4 +1,4 @@
-"""What the device could do at best: its matrix products and its memory, measured now, and the floor that they set."""
+"""Measured rates of matrix products and memory on this device, and the time bounds they imply."""
 
 import statistics
 import time
@@ -14,33 +14,47 @@ from gptjax.xla.products import contract
 
 ROUNDS = 7
 STREAM_BYTES = 512_000_000  # beyond any cache
-ADAMW_PASSES = 7  # reads parameter, gradient, both moments; writes parameter and both moments
+ADAMW_PASSES = 7  # over float32 arrays like the parameters: AdamW reads four and writes three
 
 
 class Ceiling(NamedTuple):
-    """Of this device, in this dtype."""
+    """Measured rates of this device."""
 
     flops: float
-    """FLOP/s of the model's largest matrix product in a block."""
+    """FLOP/s of a block's largest matrix product, in the compute dtype."""
     bandwidth: float
-    """Bytes a second of an array that is read and written."""
+    """Bytes a second, reading and writing an array in place."""
     reading: float
-    """Bytes a second of an array that is only read."""
+    """Bytes a second, only reading an array."""
 
 
 def measure(cfg: ModelConfig, tokens: int) -> Ceiling:
-    """Time the product of (tokens, C) and (C, 4 C) in the compute dtype, and passes over memory."""
+    """Time the product of (tokens, C) and (C, 4 C) in the compute dtype, and passes over
+    `STREAM_BYTES` of memory.
+    """
     C = cfg.channels
     x, w = jnp.ones((tokens, C), cfg.compute_dtype), jnp.ones((C, 4 * C), cfg.compute_dtype)
     repeats = max(1, round(2e10 / (8 * tokens * C * C)))
 
     @jax.jit
     def products(x: Any, w: Any) -> Any:
-        return jax.lax.fori_loop(0, repeats, lambda _, x: contract("tc,cf->tf", x, w)[:, :C] * jnp.asarray(1e-3, x.dtype), x)
+        return jax.lax.fori_loop(
+            0,
+            repeats,
+            lambda _, x: contract("tc,cf->tf", x, w)[:, :C] * jnp.asarray(1e-3, x.dtype),
+            x,
+        )
 
     stream = jnp.ones(STREAM_BYTES // 4, jnp.float32)
     scale = jax.jit(lambda x: x * 1.0001, donate_argnums=0)
-    flops = repeats * 8 * tokens * C * C / _median_seconds(lambda: jax.block_until_ready(products(x, w)))
+    flops = (
+        repeats
+        * 8
+        * tokens
+        * C
+        * C
+        / _median_seconds(lambda: jax.block_until_ready(products(x, w)))
+    )
 
     def once() -> None:
         nonlocal stream
@@ -48,7 +62,9 @@ def measure(cfg: ModelConfig, tokens: int) -> Ceiling:
 
     rows = jax.jit(lambda x: x.reshape(-1, 1000).sum(1))
     written = 2 * STREAM_BYTES / _median_seconds(once)
-    return Ceiling(flops, written, STREAM_BYTES / _median_seconds(lambda: jax.block_until_ready(rows(stream))))
+    return Ceiling(
+        flops, written, STREAM_BYTES / _median_seconds(lambda: jax.block_until_ready(rows(stream)))
+    )
 
 
 def _median_seconds(run: Callable[[], Any]) -> float:
@@ -62,10 +78,15 @@ def _median_seconds(run: Callable[[], Any]) -> float:
 
 
 def step_floor(cfg: ModelConfig, tokens: int, seq_len: int, ceiling: Ceiling) -> float:
-    """Seconds of a training step that only multiplies matrices and makes one pass of AdamW over memory."""
-    return tokens * flops_per_token(cfg, seq_len) / ceiling.flops + ADAMW_PASSES * 4 * num_params(cfg) / ceiling.bandwidth
+    """Lower bound in seconds for a training step: its matrix products plus one AdamW pass over
+    memory.
+    """
+    return (
+        tokens * flops_per_token(cfg, seq_len) / ceiling.flops
+        + ADAMW_PASSES * 4 * num_params(cfg) / ceiling.bandwidth
+    )
 
 
 def decode_floor(cfg: ModelConfig, ceiling: Ceiling) -> float:
-    """Seconds of a token that only reads every weight once."""
+    """Lower bound in seconds for decoding a token: one read of every weight."""
     return num_params(cfg) * cfg.compute_dtype.itemsize / ceiling.reading

@@ -1,4 +1,4 @@
-"""How fast text becomes tokens and tokens become batches, each in turns with what others do for it."""
+"""Throughput of tokenizing and batching, compared with how other projects do it."""
 
 import mmap
 import os
@@ -20,28 +20,33 @@ BATCHES = 2000
 
 
 def tokenizing(tokenizer: Tokenizer, shards: list[Shard], rounds: int) -> dict[str, list[float]]:
-    """Tokens a second, of each round, of the corpus's own text.
+    """Measure tokens per second in each round of encoding the corpus.
 
-    Ours is what preparing a corpus does, in threads; ``tiktoken alone`` encodes piece by piece in one; ``in one go`` is
-    nanoGPT's preparation of a small corpus: the whole text at once, and one array of the list.
+    ``ours`` prepares a corpus in threads, as this package does; ``tiktoken alone`` encodes pieces
+    sequentially in one thread; ``in one go`` encodes all of the text with one call and converts the
+    list to an array, as nanoGPT does for a small corpus.
     """
     ids = np.concatenate([shard.tokens[:TEXT_CHARACTERS] for shard in shards])[:TEXT_CHARACTERS]
     text = tokenizer.decode(ids.tolist())[:TEXT_CHARACTERS]
     size = 1 << 18
     pieces = [Piece(0, text[i : i + size]) for i in range(0, len(text), size)]
-    ways: dict[str, Callable[[], int]] = {"ours": lambda: sum(part.size for part in encode(tokenizer, pieces))}
+    ways: dict[str, Callable[[], int]] = {
+        "ours": lambda: sum(part.size for part in encode(tokenizer, pieces))
+    }
     if isinstance(tokenizer, BytePairEncoding):
         alone = tokenizer.encoding.encode_ordinary
         ways["tiktoken alone"] = lambda: sum(len(alone(piece.text)) for piece in pieces)
         ways["in one go"] = lambda: np.array(alone(text), np.uint16).size
-    return _in_turns(ways, rounds)
+    return _interleaved(ways, rounds)
 
 
-def loading(shards: list[Shard], shape: BatchShape, order: Order, vocab_size: int, rounds: int) -> dict[str, list[float]]:
-    """Tokens a second, of each round, of batches from the shards.
+def loading(
+    shards: list[Shard], shape: BatchShape, order: Order, vocab_size: int, rounds: int
+) -> dict[str, list[float]]:
+    """Measure tokens per second in each round of reading batches from the shards.
 
-    ``cold`` starts with the shards dropped from the system's cache and from every map of them; ``random crops``
-    is nanoGPT's way: every row of a batch from a random place, copied out of a memory map.
+    ``cold`` first drops the shards from the system's page cache; ``random crops`` copies each row
+    of a batch from a random position in a memory map, as nanoGPT does.
     """
     whole = TrainingBatches(shards, shape, order, 0, vocab_size)
 
@@ -54,7 +59,9 @@ def loading(shards: list[Shard], shape: BatchShape, order: Order, vocab_size: in
         batches = TrainingBatches(shards, shape, order, 0, vocab_size)
         return sum(next(batches).inputs.size for _ in range(BATCHES))
 
-    return _in_turns({"cold": cold, "warm": ours, "random crops": lambda: sum(_crops(shards[0], shape))}, rounds)
+    return _interleaved(
+        {"cold": cold, "warm": ours, "random crops": lambda: sum(_crops(shards[0], shape))}, rounds
+    )
 
 
 def _crops(shard: Shard, shape: BatchShape) -> Iterator[int]:
@@ -63,22 +70,28 @@ def _crops(shard: Shard, shape: BatchShape) -> Iterator[int]:
     for _ in range(BATCHES):
         starts = rng.integers(0, shard.tokens.size - shape.seq_len - 1, rows)
         inputs, _ = (
-            np.stack([shard.tokens[s + shift : s + shift + shape.seq_len].astype(np.int64) for s in starts]) for shift in (0, 1)
+            np.stack(
+                [
+                    shard.tokens[s + shift : s + shift + shape.seq_len].astype(np.int64)
+                    for s in starts
+                ]
+            )
+            for shift in (0, 1)
         )
         yield inputs.size
 
 
 def forget(shard: Shard) -> None:
-    """Drop a shard from the system's cache. What is mapped stays there, so first no page of it must be."""
+    """Unmap a shard's pages and drop them from the page cache; mapped pages would stay."""
     mapped: Any = shard.tokens
     if hasattr(os, "posix_fadvise"):
         mapped._mmap.madvise(mmap.MADV_DONTNEED)
         with shard.path.open("rb") as file:
-            os.fsync(file.fileno())  # only what is on disk can be dropped
+            os.fsync(file.fileno())  # dirty pages cannot be dropped
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _in_turns(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+def _interleaved(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, run in ways.items():

@@ -1,4 +1,4 @@
-"""What the training loop costs beside its steps."""
+"""Overhead of the training loop beyond its steps."""
 
 import contextlib
 import dataclasses
@@ -22,33 +22,46 @@ from gptjax.train.trainer import Trainer
 from gptjax.verify.live import LiveCheck
 
 
-def length(cfg: Config) -> int:
-    """Steps of a round: as many as lie between two validations."""
+def steps_per_round(cfg: Config) -> int:
+    """Number of steps between two validations."""
     return cfg.train.eval_every or cfg.train.steps
 
 
 @contextlib.contextmanager
 def contenders(cfg: Config) -> Iterator[list[Contender]]:
-    """`length` steps by themselves; in the loop that logs each and ends with a checkpoint; and with all that is configured.
+    """Three contenders of `steps_per_round` steps each: bare steps, the loop with logging and a
+    final checkpoint, and the loop as configured.
 
-    The run lives in a temporary folder, its lines go to the null device.
+    The run has a temporary folder, and its output goes to the null device.
 
     Raises:
         GptjaxError: the run cannot be set up as configured.
 
     """
-    count = length(cfg)
-    plain = dataclasses.replace(cfg.train, eval_every=0, sample_every=0, sample_tokens=0, checkpoint_every=0, verify_every=0)
+    count = steps_per_round(cfg)
+    plain = dataclasses.replace(
+        cfg.train, eval_every=0, sample_every=0, sample_tokens=0, checkpoint_every=0, verify_every=0
+    )
     with contextlib.ExitStack() as cleanup:
         folder = cleanup.enter_context(tempfile.TemporaryDirectory())
         nowhere = cleanup.enter_context(Path(os.devnull).open("w"))
-        run = cleanup.enter_context(owned(set_up(dataclasses.replace(cfg, runs=folder, resume=None))))
+        run = cleanup.enter_context(
+            owned(set_up(dataclasses.replace(cfg, runs=folder, resume=None)))
+        )
         fill_folder(run)
         shapes = steps.step_arguments(run.model, run.optimizer, run.shape, run.mesh)
-        compiled = steps.compile_step(run.model, run.optimizer, cfg.train.backward, *shapes, run.mesh)
-        writer = cleanup.enter_context(contextlib.closing(CheckpointWriter(run.folder / "checkpoints", 1)))
-        records = cleanup.enter_context(contextlib.closing(MetricsFile(run.folder / "metrics.jsonl", 0)))
-        trainer = Trainer(run, compiled, steps.make_state(run.key, run.model, run.optimizer, run.mesh))
+        compiled = steps.compile_step(
+            run.model, run.optimizer, cfg.train.backward, *shapes, run.mesh
+        )
+        writer = cleanup.enter_context(
+            contextlib.closing(CheckpointWriter(run.folder / "checkpoints", 1))
+        )
+        records = cleanup.enter_context(
+            contextlib.closing(MetricsFile(run.folder / "metrics.jsonl", 0))
+        )
+        trainer = Trainer(
+            run, compiled, steps.make_state(run.key, run.model, run.optimizer, run.mesh)
+        )
 
         def fit(train: TrainConfig, hooks: bool) -> None:
             nonlocal trainer
@@ -57,7 +70,14 @@ def contenders(cfg: Config) -> Iterator[list[Contender]]:
             trainer = Trainer(goal_run, compiled, trainer.state, trainer.done)
             if hooks:
                 with contextlib.redirect_stdout(nowhere):
-                    add_hooks(trainer, records, Loggers([], print), writer, Display(goal.steps), LiveCheck(trainer))
+                    add_hooks(
+                        trainer,
+                        records,
+                        Loggers([], print),
+                        writer,
+                        Display(goal.steps),
+                        LiveCheck(trainer),
+                    )
                     trainer.fit()
             else:
                 trainer.fit()

@@ -1,4 +1,4 @@
-"""Where a step's time goes: the kernels that JAX's profiler saw, summed by op."""
+"""Kernel times of JAX's profiler, summed by op."""
 
 import gzip
 import json
@@ -16,20 +16,20 @@ RUNS = 3
 
 
 class OpTime(NamedTuple):
-    """All kernels of one op."""
+    """The kernels of one op, summed."""
 
     op: str
     seconds: float
-    """In one run, all threads added up."""
+    """In one run, summed over threads."""
     kernels: int
-    """How many, in one run."""
+    """Their number in one run."""
 
 
 def profile(run: Callable[[], Any]) -> list[OpTime]:
-    """`RUNS` runs under the profiler; the longest op first.
+    """Profile `RUNS` runs and list the ops, slowest first.
 
     Raises:
-        FormatError: the profiler wrote nothing that is known here.
+        FormatError: the profiler wrote no trace in the expected format.
 
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -44,7 +44,9 @@ def profile(run: Callable[[], Any]) -> list[OpTime]:
 
 
 def summed(events: list[dict[str, Any]], runs: int) -> list[OpTime]:
-    """Durations of the events that are kernels, which are those with an ``hlo_op``, by the op's name without its number."""
+    """Sum the durations of kernels, the events with an ``hlo_op``, by the op's name without its
+    number.
+    """
     totals: dict[str, tuple[float, int]] = {}
     for event in events:
         op = event.get("args", {}).get("hlo_op")
@@ -52,5 +54,8 @@ def summed(events: list[dict[str, Any]], runs: int) -> list[OpTime]:
             name = re.sub(r"(\.\d+)+(\.clone)?$", "", op)
             seconds, count = totals.get(name, (0.0, 0))
             totals[name] = seconds + event["dur"] * 1e-6, count + 1
-    times = [OpTime(name, seconds / runs, round(count / runs)) for name, (seconds, count) in totals.items()]
+    times = [
+        OpTime(name, seconds / runs, round(count / runs))
+        for name, (seconds, count) in totals.items()
+    ]
     return sorted(times, key=lambda t: -t.seconds)

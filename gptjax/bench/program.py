@@ -1,4 +1,4 @@
-"""What a compiler is given: the step as lowered to StableHLO, for hardware that need not be here."""
+"""The programs of a training step, lowered or compiled for hardware that need not be present."""
 
 import math
 from collections import Counter
@@ -8,24 +8,33 @@ import jax
 
 from gptjax.config import Backward, Config, ModelConfig
 from gptjax.datasets.batches import BatchShape
+from gptjax.errors import ConfigError
+from gptjax.plan.compiled import mesh_of
+from gptjax.plan.predict import Work
+from gptjax.plan.topology import Topology, parse_topology
 from gptjax.train import step as steps
 from gptjax.train.optimizer import make_optimizer
+from gptjax.xla.gpu import assumed_cudnn
+
+BACKWARDS: tuple[Backward, ...] = ("manual", "autodiff")
+COMPILED_FOR = {"cpu": "cpu", "cuda": "h100", "tpu": "v5e"}  # the device to compile for
+NAMES = ("gradient", "update", "update-params", "update-rest")
 
 
 class Operations(NamedTuple):
-    """Operations by name (StableHLO's, and of a kernel that is called its own)."""
+    """Operations by name: StableHLO's, or the target of a custom call."""
 
     times: Counter[str]
-    """How often each runs in a step."""
+    """Runs in a step."""
     nbytes: Counter[str]
-    """Bytes of its results, summed over them: what it would write if nothing were fused."""
+    """Bytes of the results of all runs, as if nothing were fused."""
 
 
 def lowered_step(cfg: Config, model: ModelConfig, backward: Backward, platform: str) -> Operations:
-    """Operations of a training step: of its gradient and of its update, whole.
+    """Count the operations of a training step, gradient and update, lowered for a platform.
 
     Args:
-        cfg: whose batch and optimizer it is.
+        cfg: gives the batch and the optimizer.
         model: resolved for the platform.
         backward: ``manual`` or ``autodiff``.
         platform: ``cpu``, ``cuda``, ``rocm`` or ``tpu``.
@@ -36,21 +45,90 @@ def lowered_step(cfg: Config, model: ModelConfig, backward: Backward, platform: 
     state, batch, key = steps.step_arguments(model, optimizer, shape)
     functions = steps.step_functions(model, optimizer, backward)
     number = jax.ShapeDtypeStruct((), "int32")
-    loss, g, norm = jax.eval_shape(functions.gradient, state.params, batch, key, number, state.params)
+    with assumed_cudnn():
+        loss, g, norm = jax.eval_shape(
+            functions.gradient, state.params, batch, key, number, state.params
+        )
     calls: list[tuple[Any, tuple[Any, ...]]] = [
         (functions.gradient, (state.params, batch, key, number, g)),
         (functions.update, (state.params, state.opt_state, g, loss, norm, number)),
     ]
     found = Operations(Counter(), Counter())
     for function, arguments in calls:
-        module = function.trace(*arguments).lower(lowering_platforms=(platform,)).compiler_ir("stablehlo")
+        with assumed_cudnn():
+            lowered = function.trace(*arguments).lower(lowering_platforms=(platform,))
+        module = lowered.compiler_ir("stablehlo")
         for total, more in zip(found, operations(module), strict=True):
             total.update(more)
     return found
 
 
+class Program(NamedTuple):
+    """One compiled program of a step."""
+
+    name: str
+    """One of `NAMES`: the update is one program or two."""
+    text: str
+    """The compiled HLO."""
+    temporary_bytes: int
+    """Per device, excluding arguments and results."""
+
+
+def target(cfg: Config, platform: str) -> Topology:
+    """The devices to compile for: H100s or CPUs, as many as the mesh has, or one TPU v5e.
+
+    Raises:
+        ConfigError: there is no compiler for the platform.
+
+    """
+    if platform not in COMPILED_FOR:
+        raise ConfigError(
+            f"hlo cannot compile for platform {platform}, only for " + ", ".join(COMPILED_FOR)
+        )
+    count = math.prod(max(1, size) for size in cfg.mesh.shape)
+    return parse_topology(
+        f"{COMPILED_FOR[platform]}:" + ("1x1" if platform == "tpu" else str(count))
+    )
+
+
+def compiled_step(
+    cfg: Config, model: ModelConfig, backward: Backward, devices: list[Any]
+) -> list[Program]:
+    """Compile a training step as training compiles it, for devices that need not be present.
+
+    Args:
+        cfg: gives the batch, the optimizer and the mesh.
+        model: resolved for the devices' platform.
+        backward: ``manual`` or ``autodiff``.
+        devices: of `gptjax.plan.topology.open_devices`.
+
+    Returns:
+        The programs of one step, in execution order.
+
+    Raises:
+        ConfigError: the mesh does not fit the devices or the model.
+
+    """
+    optimizer = make_optimizer(cfg.optim, cfg.train.steps, model)
+    shape = BatchShape(cfg.optim.accumulate, cfg.data.batch_size, cfg.data.seq_len)
+    # Training on JAX's default device has no mesh
+    alone = len(devices) == 1 and devices[0].platform == "cpu"
+    mesh = None if alone else mesh_of(Work(model, shape, cfg.mesh.shape), devices)
+    with assumed_cudnn():
+        arguments = steps.step_arguments(model, optimizer, shape, mesh)
+        compiled = steps.compile_step(model, optimizer, backward, *arguments, mesh)
+    found = compiled.gradient, *compiled.updates
+    names = NAMES[:2] if len(compiled.updates) == 1 else (NAMES[0], *NAMES[2:])
+    return [
+        Program(name, program.as_text() or "", steps.temporary_bytes(program))
+        for name, program in zip(names, found, strict=True)
+    ]
+
+
 def operations(module: Any) -> Operations:
-    """Those that a StableHLO module runs: of a function as often as it is called, of a loop's body once."""
+    """Count the operations that a StableHLO module runs; a function counts once per call, a loop's
+    body once.
+    """
     functions = {op.attributes["sym_name"].value: op for op in module.body.operations}
     known: dict[str, Operations] = {}
 
@@ -64,14 +142,18 @@ def operations(module: Any) -> Operations:
 
 
 def _walk(parent: Any, found: Operations, of_function: Any) -> None:
-    for op in (op for region in parent.regions for block in region.blocks for op in block.operations):
+    for op in (
+        op for region in parent.regions for block in region.blocks for op in block.operations
+    ):
         name = op.operation.name
         if name == "func.call":
             for total, more in zip(found, of_function(op.attributes["callee"].value), strict=True):
                 total.update(more)
         elif name.startswith("stablehlo.") and name != "stablehlo.return":
             name = (
-                op.attributes["call_target_name"].value if name == "stablehlo.custom_call" else name.removeprefix("stablehlo.")
+                op.attributes["call_target_name"].value
+                if name == "stablehlo.custom_call"
+                else name.removeprefix("stablehlo.")
             )
             found.times[name] += 1
             found.nbytes[name] += sum(_nbytes(result.type) for result in op.results)
@@ -79,11 +161,11 @@ def _walk(parent: Any, found: Operations, of_function: Any) -> None:
             _walk(op, found, of_function)
 
 
-REDUCERS = ("reduce", "scatter", "sort", "reduce_window")  # their regions say how two numbers become one
+REDUCERS = ("reduce", "scatter", "sort", "reduce_window")  # their regions only combine two numbers
 
 
 def _nbytes(kind: Any) -> int:
-    """Bytes of a tensor; a token has none."""
+    """Bytes of a tensor type; a token's are 0."""
     if not hasattr(kind, "shape"):
         return 0
     return math.prod(kind.shape) * max(1, getattr(kind.element_type, "width", 8) // 8)

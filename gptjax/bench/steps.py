@@ -1,4 +1,4 @@
-"""Our training step and our decoding, in every way they can be configured."""
+"""Contenders of this package: the training step in every configuration, and decoding."""
 
 import dataclasses
 import time
@@ -21,19 +21,19 @@ from gptjax.train import step as steps
 from gptjax.train.optimizer import make_optimizer
 from gptjax.xla.backend import platform_name
 
-PROMPT, NEW = 16, 256  # tokens of a decoding
-GREEDY, COMMON = Sampler(temperature=0), Sampler(0.8, top_k=50, top_p=0.95)
+PROMPT_TOKENS, NEW_TOKENS = 16, 256
+GREEDY, FILTERED = Sampler(temperature=0), Sampler(0.8, top_k=50, top_p=0.95)
 
 
 def random_batch(cfg: Config) -> Batch:
-    """(A, B, T) random ids, on the host."""
+    """A batch of (A, B, T) random ids, on the host."""
     shape = cfg.optim.accumulate, cfg.data.batch_size, cfg.data.seq_len + 1
     ids = np.random.default_rng(cfg.seed).integers(0, cfg.model.vocab_size, shape, np.int32)
     return Batch(ids[..., :-1], ids[..., 1:])
 
 
 def variants(model: ModelConfig, backward: Any) -> list[tuple[str, ModelConfig, Any]]:
-    """Name, configuration and backward: first what is configured, then each choice that can be made otherwise."""
+    """(name, configuration, backward): first as configured, then with each choice changed."""
     other = "autodiff" if backward == "manual" else "manual"
     layers = "scan" if model.layers == "unroll" else "unroll"
     found = [(f"{backward}, {model.layers}", model, backward)]
@@ -41,8 +41,16 @@ def variants(model: ModelConfig, backward: Any) -> list[tuple[str, ModelConfig, 
         (f"{backward}, {layers}", {"layers": layers}, backward),
         (f"{other}, {model.layers}", {}, other),
         (f"{other}, {layers}", {"layers": layers}, other),
-        *((f"recompute {r}", {"recompute": r}, backward) for r in ("none", "gelu", "block") if r != model.recompute),
-        *((f"attention {a}", {"attention": a}, backward) for a in ATTENTION_IMPLEMENTATIONS if a != model.attention),
+        *(
+            (f"recompute {r}", {"recompute": r}, backward)
+            for r in ("none", "gelu", "block")
+            if r != model.recompute
+        ),
+        *(
+            (f"attention {a}", {"attention": a}, backward)
+            for a in ATTENTION_IMPLEMENTATIONS
+            if a != model.attention
+        ),
     ]
     for name, changed, way in others:
         found.append((name, dataclasses.replace(model, **changed), way))
@@ -50,7 +58,9 @@ def variants(model: ModelConfig, backward: Any) -> list[tuple[str, ModelConfig, 
 
 
 def step_contenders(cfg: Config, compare: bool) -> Iterator[Contender]:
-    """The configured training step, and with ``compare`` each of its `variants`; those of one layout share their state."""
+    """The configured training step, and with ``compare`` all its `variants`; variants with the same
+    layout share a state.
+    """
     platform, seq_len = platform_name(), cfg.data.seq_len
     batch = jax.device_put(random_batch(cfg))
     key = jax.random.key(cfg.seed)
@@ -62,7 +72,7 @@ def step_contenders(cfg: Config, compare: bool) -> Iterator[Contender]:
         try:
             model = choice.resolve(platform, seq_len)
         except ConfigError:
-            continue  # a kernel where it does not run
+            continue  # attention kernel unavailable for this platform or shape
         if model.layers not in states:
             states[model.layers] = jax.block_until_ready(steps.make_state(key, model, optimizer))
             buffers[model.layers] = steps.gradient_buffer(states[model.layers].params)
@@ -75,31 +85,48 @@ def step_contenders(cfg: Config, compare: bool) -> Iterator[Contender]:
         }
 
         def run(compiled: Any = compiled, layers: str = model.layers) -> None:
-            states[layers], buffers[layers], metrics = steps.run_step(compiled, states[layers], buffers[layers], batch, key, 1)
+            states[layers], buffers[layers], metrics = steps.run_step(
+                compiled, states[layers], buffers[layers], batch, key, 1
+            )
             jax.block_until_ready((states[layers], metrics))
 
         yield Contender(name, run, facts)
 
 
 def decode_contenders(cfg: Config) -> Iterator[Contender]:
-    """Decoding of `NEW` tokens after a prompt of `PROMPT`: greedy, with filters, and greedy with weights in 8 bits.
+    """Decoding of `NEW_TOKENS` after `PROMPT_TOKENS`: greedy, with top-k and top-p, and greedy with
+    8-bit weights.
 
     Raises:
-        ConfigError: the model has too few positions.
+        ConfigError: the model has too few positions for the tokens.
 
     """
     model = dataclasses.replace(cfg.model, layers="unroll")
     model = model.resolve(platform_name(), min(cfg.data.seq_len, cfg.model.max_seq_len))
-    if model.max_seq_len < PROMPT + NEW:
-        raise ConfigError(f"decoding {NEW} tokens after {PROMPT} needs model.max_seq_len {PROMPT + NEW}")
+    if model.max_seq_len < PROMPT_TOKENS + NEW_TOKENS:
+        raise ConfigError(
+            f"decoding {NEW_TOKENS} tokens after {PROMPT_TOKENS} needs model.max_seq_len "
+            f"{PROMPT_TOKENS + NEW_TOKENS}"
+        )
     fresh = jax.jit(partial(init_params, cfg=model))(jax.random.key(cfg.seed))
     weights = {int8: store_for_decoding(fresh, model, int8) for int8 in (False, True)}
     prompts = random_prompt(cfg).tolist()
-    drawn = f"top {COMMON.top_k}, top p {COMMON.top_p}"
-    for name, int8, sampler in ("greedy", False, GREEDY), (drawn, False, COMMON), ("greedy, int8", True, GREEDY):
+    drawn = f"top {FILTERED.top_k}, top p {FILTERED.top_p}"
+    for name, int8, sampler in (
+        ("greedy", False, GREEDY),
+        (drawn, False, FILTERED),
+        ("greedy, int8", True, GREEDY),
+    ):
 
         def run(params: Any = weights[int8], sampler: Sampler = sampler) -> None:
-            sample(params, prompts, jax.random.key(0), cfg=model, new_tokens=NEW, sampler=sampler)
+            sample(
+                params,
+                prompts,
+                jax.random.key(0),
+                cfg=model,
+                new_tokens=NEW_TOKENS,
+                sampler=sampler,
+            )
 
         began = time.perf_counter()
         run()
@@ -107,5 +134,7 @@ def decode_contenders(cfg: Config) -> Iterator[Contender]:
 
 
 def random_prompt(cfg: Config) -> np.ndarray:
-    """(1, `PROMPT`) ids."""
-    return np.random.default_rng(cfg.seed).integers(0, cfg.model.vocab_size, (1, PROMPT), np.int32)
+    """(1, `PROMPT_TOKENS`) random ids."""
+    return np.random.default_rng(cfg.seed).integers(
+        0, cfg.model.vocab_size, (1, PROMPT_TOKENS), np.int32
+    )

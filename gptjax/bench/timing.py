@@ -1,11 +1,13 @@
-"""Contenders that do the same work, timed in turns, so that a noisy machine disturbs all alike."""
+"""Interleaved timing of contenders that do the same work, so that a noisy machine disturbs all
+alike.
+"""
 
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-WARMUP = 2  # rounds that are not counted
+WARMUP = 2  # untimed rounds
 
 
 class Contender(NamedTuple):
@@ -13,30 +15,31 @@ class Contender(NamedTuple):
 
     name: str
     run: Callable[[], Any]
-    """Does it once; returns when it is done."""
+    """Do the work once and block until it is done."""
     facts: dict[str, Any]
-    """What is known of it beside its time, in the units of its name: ``compile_s``, ``temporary_bytes``, ``total_bytes``."""
+    """Further figures, where known: ``compile_s``, ``temporary_bytes``, ``total_bytes``.
+    """
 
 
 class Timing(NamedTuple):
-    """One contender's times."""
+    """The seconds of a contender's rounds."""
 
     contender: Contender
     seconds: list[float]
 
     @property
     def median(self) -> float:
-        """Seconds."""
+        """The median round, in seconds."""
         return statistics.median(self.seconds)
 
     @property
     def spread(self) -> float:
-        """Between the slowest and the fastest round, relative to the median."""
+        """The slowest round less the fastest, relative to the median."""
         return (max(self.seconds) - min(self.seconds)) / self.median
 
 
-def in_turns(contenders: Sequence[Contender], rounds: int) -> list[Timing]:
-    """Each contender once a round, for `WARMUP` rounds and then ``rounds`` that count."""
+def time_interleaved(contenders: Sequence[Contender], rounds: int) -> list[Timing]:
+    """Run each contender once a round, for `WARMUP` rounds and then ``rounds`` timed ones."""
     timings = [Timing(contender, []) for contender in contenders]
     for n in range(WARMUP + rounds):
         for timing in timings:

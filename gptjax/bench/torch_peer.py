@@ -1,4 +1,6 @@
-"""The same work in PyTorch: `transformers`' GPT-2 with scaled-dot-product attention and fused AdamW, eager and compiled."""
+"""PyTorch contenders: the GPT-2 of `transformers` with scaled-dot-product attention and fused
+AdamW, eager and compiled.
+"""
 
 import copy
 import importlib
@@ -7,7 +9,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from gptjax.bench.steps import NEW, random_batch, random_prompt
+from gptjax.bench.steps import NEW_TOKENS, random_batch, random_prompt
 from gptjax.bench.timing import Contender
 from gptjax.config import Config
 from gptjax.errors import ConfigError
@@ -16,12 +18,18 @@ PRECISIONS = ("float32", "bfloat16")
 
 
 def load(cfg: Config) -> tuple[Any, Any, Any]:
-    """(the ``torch`` module, the model in training mode, the device): weights of its own, the vocabulary padded as ours.
+    """(the ``torch`` module, a fresh model in training mode, its device); the vocabulary is padded
+    to the same size as ours.
 
     Raises:
-        ConfigError: a package is missing.
+        ConfigError: a package is missing, or the model is no GPT-2.
 
     """
+    if cfg.model.family != "gpt2":
+        raise ConfigError(
+            "peer torch is the GPT-2 of transformers: it cannot be compared with "
+            f"model.family {cfg.model.family}"
+        )
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         torch: Any = importlib.import_module("torch")
@@ -29,28 +37,45 @@ def load(cfg: Config) -> tuple[Any, Any, Any]:
     except ImportError as error:
         raise ConfigError(f"peer torch needs {error.name}: pip install 'gptjax[parity]'") from error
     model = cfg.model
-    theirs = transformers.ModelConfig(
-        n_layer=model.num_layers, n_head=model.num_heads, n_embd=model.channels, vocab_size=model.padded_vocab_size,
-        n_positions=model.max_seq_len, embd_pdrop=model.dropout, attn_pdrop=model.dropout, resid_pdrop=model.dropout,
+    theirs = transformers.GPT2Config(
+        n_layer=model.num_layers,
+        n_head=model.num_heads,
+        n_embd=model.channels,
+        vocab_size=model.padded_vocab_size,
+        n_positions=model.max_seq_len,
+        embd_pdrop=model.dropout,
+        attn_pdrop=model.dropout,
+        resid_pdrop=model.dropout,
         attn_implementation="sdpa",
-    )  # fmt: skip
+        bos_token_id=None,
+        eos_token_id=None,
+    )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(cfg.seed)
-    torch.set_float32_matmul_precision("high")  # on a GPU TF32, which is PyTorch at its best; on a CPU float32 all the same
+    # TF32 on a GPU, PyTorch's fastest setting; no change on a CPU
+    torch.set_float32_matmul_precision("high")
     return torch, transformers.GPT2LMHeadModel(theirs).to(device), device
 
 
 def step_contenders(cfg: Config) -> Iterator[Contender]:
-    """Training steps in eager mode and through ``torch.compile``, in float32 and under bfloat16 autocast; one model for all."""
+    """Training steps of one model: eager and with ``torch.compile``, in float32 and under bfloat16
+    autocast.
+    """
     torch, model, device = load(cfg)
     model.train()
     optim = cfg.optim
     decayed = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
     adamw = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": rest, "weight_decay": 0.0}],
-        lr=optim.learning_rate, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True,
-    )  # fmt: skip
+        [
+            {"params": decayed, "weight_decay": optim.weight_decay},
+            {"params": rest, "weight_decay": 0.0},
+        ],
+        lr=optim.learning_rate,
+        betas=(optim.beta1, optim.beta2),
+        eps=optim.eps,
+        fused=True,
+    )
     batch = random_batch(cfg)
     inputs, targets = (torch.from_numpy(ids).long().to(device) for ids in batch[:2])
 
@@ -64,7 +89,9 @@ def step_contenders(cfg: Config) -> Iterator[Contender]:
 
             def step(forward: Any = forward, precision: str = precision) -> None:
                 for ids, labels in zip(inputs, targets, strict=True):
-                    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+                    with torch.autocast(
+                        device.type, torch.bfloat16, enabled=precision == "bfloat16"
+                    ):
                         loss = forward(ids, labels) / len(inputs)
                     loss.backward()
                 if optim.grad_clip:
@@ -74,11 +101,11 @@ def step_contenders(cfg: Config) -> Iterator[Contender]:
                 _wait(torch, device)
 
             name = f"torch {how}, {precision}"
-            yield Contender(name, step, _first(step))
+            yield Contender(name, step, _compile_facts(step))
 
 
 def decode_contenders(cfg: Config) -> Iterator[Contender]:
-    """Greedy ``generate`` with its cache, as many tokens as ours."""
+    """Greedy ``generate`` of `NEW_TOKENS` tokens with a key-value cache."""
     torch, model, device = load(cfg)
     model.eval()
     prompt = torch.from_numpy(random_prompt(cfg)).long().to(device)
@@ -88,18 +115,24 @@ def decode_contenders(cfg: Config) -> Iterator[Contender]:
         def run(cast: Any = cast) -> None:
             with torch.no_grad():
                 made = cast.generate(
-                    prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False,
+                    prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    max_new_tokens=NEW_TOKENS,
+                    min_new_tokens=NEW_TOKENS,
+                    do_sample=False,
                     pad_token_id=0,
-                )  # fmt: skip
+                )
             _wait(torch, device)
-            if made.shape[1] != prompt.shape[1] + NEW:
-                raise RuntimeError(f"transformers made {made.shape[1] - prompt.shape[1]} tokens, not {NEW}")
+            if made.shape[1] != prompt.shape[1] + NEW_TOKENS:
+                raise RuntimeError(
+                    f"transformers made {made.shape[1] - prompt.shape[1]} tokens, not {NEW_TOKENS}"
+                )
 
-        yield Contender(f"transformers, {precision}", run, _first(run))
+        yield Contender(f"transformers, {precision}", run, _compile_facts(run))
 
 
-def _first(run: Any) -> dict[str, float]:
-    """Seconds of the first run, in which ``torch.compile`` compiles."""
+def _compile_facts(run: Any) -> dict[str, float]:
+    """Time the first run, in which ``torch.compile`` compiles."""
     began = time.perf_counter()
     run()
     return {"compile_s": time.perf_counter() - began}

@@ -1,4 +1,4 @@
-"""Progress bars for what takes its time, on stderr, where that is a terminal."""
+"""Progress bars on stderr, shown only on a terminal."""
 
 import contextlib
 import time
@@ -21,31 +21,42 @@ LINE_EVERY_S = 60.0
 
 @contextlib.contextmanager
 def progress(what: str, total: int | None, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Show how far ``what`` is: call what this yields with the bytes, or characters, just done.
+    """Show a progress bar; call the yielded function with the number of bytes just done.
 
     Args:
         what: a few words before the bar.
-        total: bytes in all; None if nobody knows.
-        done: those done before.
+        total: bytes in all; None if unknown.
+        done: bytes done before.
 
     """
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bars:
         task = bars.add_task(what, total=total, completed=done)
         yield lambda count: bars.update(task, advance=count)
 
 
 @contextlib.contextmanager
 def counting(what: str, total: int) -> Iterator[Callable[[int, str], None]]:
-    """Show how many of ``total`` are done: call what this yields with those just done, and how it stands in a few words.
+    """Show how many of ``total`` are done; call the yielded function with the number just done and
+    a short status.
 
-    Where stderr is no terminal, a line every `LINE_EVERY_S` seconds stands in for the bar.
+    Where stderr is not a terminal, print a line every `LINE_EVERY_S` seconds instead of the bar.
     """
     columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}")
     times = TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    with Progress(*columns, *times, console=console, transient=True, disable=not console.is_terminal) as bars:
+    with Progress(
+        *columns, *times, console=console, transient=True, disable=not console.is_terminal
+    ) as bars:
         task = bars.add_task("", total=total)
         done, said = 0, time.monotonic()
 

@@ -1,4 +1,4 @@
-"""The standard streams of a command, also of one that is started without them."""
+"""The standard streams of a command, even one that is started without them."""
 
 import contextlib
 import os
@@ -11,9 +11,9 @@ from gptjax.files import read_stream
 
 @contextlib.contextmanager
 def whole_output() -> Iterator[None]:
-    """Write what is printed before the command ends, and let no file take the place of a standard stream.
+    """Flush stdout before the command ends, and keep opened files off the standard descriptors.
 
-    A closed stdin is not read, and of a closed stderr nothing is seen.
+    Output to a closed stderr is dropped.
 
     Raises:
         ConfigError: stdout is closed.
@@ -22,7 +22,7 @@ def whole_output() -> Iterator[None]:
     for number in range(3):
         try:
             os.fstat(number)
-        except OSError:  # the next file opened would be taken for the stream by what writes to its number
+        except OSError:  # the next file opened would get this number, and the stream's output
             os.open(os.devnull, os.O_RDWR)
     if sys.stderr is None:
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
@@ -37,16 +37,16 @@ def whole_output() -> Iterator[None]:
 
 
 def drop_output() -> None:
-    """Send what is left of stdout nowhere, so that Python does not fail on it once more as it ends."""
-    with contextlib.suppress(OSError):  # of a stdout that is no file
+    """Discard unwritten stdout, so that Python does not fail on it again at exit."""
+    with contextlib.suppress(OSError):  # stdout may not be a file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def standard_input(largest: int) -> bytes:
-    """All of stdin.
+    """Read all of stdin.
 
     Raises:
-        DataError: it is closed.
+        DataError: stdin is closed.
         FormatError: it is longer than ``largest`` bytes.
 
     """

@@ -1,4 +1,4 @@
-"""Token shards -> batches: deterministic from a seed, prefetched, resumable at an exact position."""
+"""Token shards -> batches: seeded, prefetched, resumable at an exact position."""
 
 import bisect
 from collections.abc import Iterator
@@ -18,8 +18,9 @@ PREFETCH_BATCHES = 4
 class Windows:
     """Shards cut into windows of T + 1 ids, each sharing its last id with the next window's first.
 
-    Window i reads ids i T .. i T + T of its shard. A shard's last, incomplete group of ``group`` windows is left out,
-    so that with ``group = B`` every batch of B windows in order lies within one shard: llm.c's reading order.
+    Window i reads ids i T .. i T + T of its shard. A shard's last, incomplete group of ``group``
+    windows is left out, so that with ``group = B`` every batch of B windows in order lies within
+    one shard: llm.c's reading order.
     """
 
     def __init__(self, shards: list[Shard], seq_len: int, group: int, vocab_size: int) -> None:
@@ -47,7 +48,8 @@ class Windows:
         if window.max() >= self.vocab_size:
             raise DataError(
                 f"{self.shards[i].path} holds token id {window.max()} near position {begin}, "
-                f"but model.vocab_size is {self.vocab_size}: raise it, or use the corpus that belongs to this model"
+                f"but model.vocab_size is {self.vocab_size}: raise it, or use the corpus that "
+                "belongs to this model"
             )
         return np.asarray(window, np.int32)
 
@@ -71,10 +73,12 @@ def to_batch(windows: np.ndarray) -> Batch:
 
 
 class TrainingBatches:
-    """An endless iterator of batches, each a `Batch` of (A, B, T) arrays (B / n of n processes), prefetched by a thread.
+    """An endless iterator of batches, each a `Batch` of (A, B, T) arrays (B / n of n processes),
+    prefetched by a thread.
 
-    ``sequential``: step n reads the tokens from n A B T on, as llm.c does, and starts over at the corpus's end.
-    ``shuffle``: windows in an order drawn from the seed, another one each time round the corpus.
+    ``sequential``: step n reads the tokens from n A B T on, as llm.c does, and starts over at the
+    corpus's end. ``shuffle``: windows in an order drawn from the seed, another one each time round
+    the corpus.
     """
 
     def __init__(
@@ -94,7 +98,8 @@ class TrainingBatches:
             order: see above.
             seed: of the shuffle.
             vocab_size: ids must be below it.
-            process: which of how many this one is; process p of n gets rows p B / n up to (p + 1) B / n of each micro-batch.
+            process: which of how many this one is; process p of n gets rows p B / n up to (p + 1) B
+                / n of each micro-batch.
 
         Raises:
             DataError: the shards are shorter than one batch.
@@ -103,20 +108,31 @@ class TrainingBatches:
         """
         index, count = process
         if shape.batch_size % count:
-            raise ConfigError(f"data.batch_size {shape.batch_size} cannot be shared out evenly among {count} processes")
+            raise ConfigError(
+                f"data.batch_size {shape.batch_size} cannot be shared out evenly among {count} "
+                "processes"
+            )
         per_step = shape.accumulate * shape.batch_size
-        windows = Windows(shards, shape.seq_len, shape.batch_size if order == "sequential" else 1, vocab_size)
+        windows = Windows(
+            shards, shape.seq_len, shape.batch_size if order == "sequential" else 1, vocab_size
+        )
         if len(windows) < per_step:
             raise DataError(
-                f"the training shards in {shards[0].path.parent} give {len(windows)} sequences of {shape.seq_len} tokens, "
-                f"but one step takes {per_step}: lower data.batch_size, data.seq_len or optim.accumulate, or bring more text"
+                f"the training shards in {shards[0].path.parent} give {len(windows)} sequences of "
+                f"{shape.seq_len} tokens, "
+                f"but one step takes {per_step}: lower data.batch_size, data.seq_len or "
+                "optim.accumulate, or bring more text"
             )
         dataset = grain.MapDataset.source(windows)
         if order == "shuffle":
             dataset = dataset.seed(seed).shuffle()
         rows = dataset.repeat().batch(shape.batch_size // count, drop_remainder=True)[index::count]
         dataset = rows.batch(shape.accumulate, drop_remainder=True)
-        self._iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH_BATCHES)))
+        self._iterator = iter(
+            dataset.to_iter_dataset(
+                grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH_BATCHES)
+            )
+        )
 
     def __iter__(self) -> "TrainingBatches":
         """The iterator itself."""
@@ -140,11 +156,14 @@ class TrainingBatches:
         self._iterator.set_state(position)
 
 
-def validation_batches(shards: list[Shard], tokens: int, batch_size: int, seq_len: int, vocab_size: int) -> list[Batch]:
-    """The first ``tokens`` targets of the shards in order, in whole sequences, the same whatever the batch size.
+def validation_batches(
+    shards: list[Shard], tokens: int, batch_size: int, seq_len: int, vocab_size: int
+) -> list[Batch]:
+    """The first ``tokens`` targets of the shards in order, in whole sequences, the same whatever
+    the batch size.
 
-    Each batch is (B, T); in the last one, sequences beyond the count are masked out. A corpus that is shorter than
-    ``tokens`` is used whole.
+    Each batch is (B, T); in the last one, sequences beyond the count are masked out. A corpus that
+    is shorter than ``tokens`` is used whole.
 
     Raises:
         DataError: the shards are shorter than one sequence.
@@ -154,14 +173,17 @@ def validation_batches(shards: list[Shard], tokens: int, batch_size: int, seq_le
     if not len(windows):
         total = sum(shard.tokens.size for shard in shards)
         raise DataError(
-            f"the validation shards in {shards[0].path.parent} hold {total} tokens, but one sequence takes {seq_len + 1}: "
+            f"the validation shards in {shards[0].path.parent} hold {total} tokens, but one "
+            f"sequence takes {seq_len + 1}: "
             "lower data.seq_len, or bring more text"
         )
     return list(in_order(windows, min(len(windows), -(-tokens // seq_len)), batch_size))
 
 
 def in_order(windows: Windows, count: int, batch_size: int) -> Iterator[Batch]:
-    """The first ``count`` windows in batches of (B, T); in the last one, what is beyond the count is masked out."""
+    """The first ``count`` windows in batches of (B, T); in the last one, what is beyond the count
+    is masked out.
+    """
     for begin in range(0, count, batch_size):
         rows = range(begin, begin + batch_size)
         batch = to_batch(np.stack([windows[min(i, count - 1)] for i in rows]))

@@ -1,4 +1,6 @@
-"""Files from the web: resumed, retried, verified, and under their own name only when they are whole."""
+"""Files from the web: resumed, retried, verified, and under their own name only when they are
+whole.
+"""
 
 import hashlib
 import re
@@ -25,9 +27,10 @@ class _InterruptedError(Exception):
 def fetch(url: str, path: Path, sha256: str | None = None) -> Path:
     """The file at ``path``, downloaded from ``url`` unless it is there already.
 
-    It arrives as ``NAME.partial`` and is renamed once complete. What an interrupted download left is gone on with where
-    the result can be verified: against ``sha256``, or against the SHA-256 that the Hugging Face hub announces for its
-    large files (header ``X-Linked-ETag``). Otherwise it starts over.
+    It arrives as ``NAME.partial`` and is renamed once complete. What an interrupted download left
+    is gone on with where the result can be verified: against ``sha256``, or against the SHA-256
+    that the Hugging Face hub announces for its large files (header ``X-Linked-ETag``). Otherwise it
+    starts over.
 
     Args:
         url: where it comes from.
@@ -41,7 +44,10 @@ def fetch(url: str, path: Path, sha256: str | None = None) -> Path:
     """
     if path.exists():
         if sha256 and _sha256(path) != sha256:
-            raise DataError(f"{path} is not what {url} holds: its SHA-256 is not {sha256}; remove it and try again")
+            raise DataError(
+                f"{path} is not what {url} holds: its SHA-256 is not {sha256}; remove it and try "
+                "again"
+            )
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
@@ -60,7 +66,10 @@ def fetch(url: str, path: Path, sha256: str | None = None) -> Path:
             _verify(partial, url, expected)
             partial.replace(path)
             return path
-    raise DataError(f"{url} cannot be downloaded ({reason}): go online and try again, or put the file at {path} yourself")
+    raise DataError(
+        f"{url} cannot be downloaded ({reason}): go online and try again, or put the file at "
+        f"{path} yourself"
+    )
 
 
 def _receive(url: str, partial: Path, sha256: str | None) -> str | None:
@@ -70,20 +79,27 @@ def _receive(url: str, partial: Path, sha256: str | None) -> str | None:
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={held}-"} if held else {})
         with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
             expected = sha256 or _announced(response)
-            if response.status_code == requests.codes.requested_range_not_satisfiable or (held and not expected):
+            if response.status_code == requests.codes.requested_range_not_satisfiable or (
+                held and not expected
+            ):
                 partial.unlink()
                 raise _InterruptedError("what an earlier attempt left cannot be gone on with")
             if response.status_code in AGAIN:
                 raise _InterruptedError(f"HTTP status {response.status_code}")
             if response.status_code not in (requests.codes.ok, requests.codes.partial_content):
                 raise DataError(
-                    f"{url} cannot be downloaded: the server answers with status {response.status_code}; "
-                    f"put the file at {partial.with_name(partial.name.removesuffix('.partial'))} yourself"
+                    f"{url} cannot be downloaded: the server answers with status "
+                    f"{response.status_code}; "
+                    f"put the file at {partial.with_name(partial.name.removesuffix('.partial'))} "
+                    "yourself"
                 )
             held = held if response.status_code == requests.codes.partial_content else 0
             length = response.headers.get("Content-Length")
             total = held + int(length) if length else None
-            with partial.open("ab" if held else "wb") as file, progress(f"downloading {partial.stem}", total, held) as advance:
+            with (
+                partial.open("ab" if held else "wb") as file,
+                progress(f"downloading {partial.stem}", total, held) as advance,
+            ):
                 for chunk in response.iter_content(CHUNK_BYTES):
                     with naming(partial):
                         file.write(chunk)
@@ -119,4 +135,7 @@ def _verify(partial: Path, url: str, expected: str | None) -> None:
     found = _sha256(partial)
     if found != expected:
         partial.unlink()
-        raise DataError(f"{url} has the SHA-256 {found}, but {expected} is expected: the download was removed, try again")
+        raise DataError(
+            f"{url} has the SHA-256 {found}, but {expected} is expected: the download was "
+            "removed, try again"
+        )

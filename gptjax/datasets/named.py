@@ -1,4 +1,6 @@
-"""The corpora that have a name: where each comes from, how it is split, what it is tokenized with by default."""
+"""The corpora that have a name: where each comes from, how it is split, what it is tokenized with
+by default.
+"""
 
 import hashlib
 import json
@@ -30,7 +32,9 @@ from gptjax.tokenizers import Tokenizer
 
 PYDOC_VOCAB_SIZE = 4096
 PYDOC_VAL_EVERY = 10
-TINYSHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+TINYSHAKESPEARE_URL = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+)
 TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 TINYSHAKESPEARE_VAL_TOKENS = 32_768
 OPENWEBTEXT_VAL_EVERY = 2000
@@ -48,7 +52,9 @@ class Wanted(NamedTuple):
 
 
 def hub(repo: str, file: str) -> str:
-    """The address of a file of a dataset on the Hugging Face hub, or on the mirror that ``HF_ENDPOINT`` names."""
+    """The address of a file of a dataset on the Hugging Face hub, or on the mirror that
+    ``HF_ENDPOINT`` names.
+    """
     return f"{_hub()}/datasets/{repo}/resolve/main/{file}"
 
 
@@ -57,11 +63,13 @@ def _hub() -> str:
 
 
 def pydoc(wanted: Wanted) -> Path:
-    """The embedded corpus: the Python language reference that CPython carries for ``help()``, about 0.5 MB of text.
+    """The embedded corpus: the Python language reference that CPython carries for ``help()``, about
+    0.5 MB of text.
 
-    Every tenth topic is held out for validation. Topics quote each other, so a paragraph that occurs in a held-out
-    topic is left out of the training text. A byte-level BPE is trained on the training text. Everything is kept in
-    ``root/pydoc-SIZE-HASH``, where SIZE is the vocabulary's and HASH the text's: it differs between Python versions.
+    Every tenth topic is held out for validation. Topics quote each other, so a paragraph that
+    occurs in a held-out topic is left out of the training text. A byte-level BPE is trained on the
+    training text. Everything is kept in ``root/pydoc-SIZE-HASH``, where SIZE is the vocabulary's
+    and HASH the text's: it differs between Python versions.
 
     Raises:
         DataError: this Python comes without the module ``pydoc_data.topics``.
@@ -84,32 +92,48 @@ def pydoc(wanted: Wanted) -> Path:
     held_out = documents[::PYDOC_VAL_EVERY]
     quoted = {paragraph.strip() for document in held_out for paragraph in document.split("\n\n")}
     rest = (d for i, d in enumerate(documents) if i % PYDOC_VAL_EVERY)
-    training = ["\n\n".join(p for p in document.split("\n\n") if p.strip() not in quoted) for document in rest]
-    train, val = ([Piece(n, document) for n, document in enumerate(split)] for split in (training, held_out))
+    training = [
+        "\n\n".join(p for p in document.split("\n\n") if p.strip() not in quoted)
+        for document in rest
+    ]
+    train, val = (
+        [Piece(n, document) for n, document in enumerate(split)] for split in (training, held_out)
+    )
     tokenizer = make_tokenizer(which, lambda: training, lambda: train + val)
     characters = sum(map(len, documents))
     return write_corpus(
-        folder, tokenizer, {"train": train, "val": val}, characters, {"text": "pydoc_data.topics", "sha256": digest}
+        folder,
+        tokenizer,
+        {"train": train, "val": val},
+        characters,
+        {"text": "pydoc_data.topics", "sha256": digest},
     )
 
 
 def _tinyshakespeare_text(root: Path) -> Path:
-    return fetch(TINYSHAKESPEARE_URL, root / "downloads" / "tinyshakespeare.txt", TINYSHAKESPEARE_SHA256)
+    return fetch(
+        TINYSHAKESPEARE_URL, root / "downloads" / "tinyshakespeare.txt", TINYSHAKESPEARE_SHA256
+    )
 
 
 def tinyshakespeare(wanted: Wanted) -> Path:
     """TinyShakespeare (1.1 MB), byte for byte as llm.c's ``dev/data/tinyshakespeare.py`` makes it.
 
-    End-of-text stands before the text and after each blank line; the first 32,768 tokens are for validation.
+    End-of-text stands before the text and after each blank line; the first 32,768 tokens are for
+    validation.
     """
     which = wanted.tokenizer or "gpt2"
     folder = wanted.root / f"tinyshakespeare-{folder_name(which)}"
     if folder.exists():
         return folder
     *begun, last = read_text(_tinyshakespeare_text(wanted.root), LARGEST).split("\n\n")
-    documents = [Piece(i, text) for i, text in enumerate([*(f"{part}\n\n" for part in begun), last])]
+    documents = [
+        Piece(i, text) for i, text in enumerate([*(f"{part}\n\n" for part in begun), last])
+    ]
     held_out = len(documents) // 10  # about what the first 32,768 tokens take: not to be trained on
-    tokenizer = make_tokenizer(which, lambda: (piece.text for piece in documents[held_out:]), lambda: documents)
+    tokenizer = make_tokenizer(
+        which, lambda: (piece.text for piece in documents[held_out:]), lambda: documents
+    )
 
     def write(into: Path) -> None:
         ids = np.concatenate(list(encode(tokenizer, documents)))
@@ -122,9 +146,15 @@ def tinyshakespeare(wanted: Wanted) -> Path:
 
 
 def shakespeare_char(wanted: Wanted) -> Path:
-    """TinyShakespeare by characters, as nanoGPT's ``data/shakespeare_char`` makes it: 65 of them, the last tenth held out."""
+    """TinyShakespeare by characters, as nanoGPT's ``data/shakespeare_char`` makes it: 65 of them,
+    the last tenth held out.
+    """
     which = wanted.tokenizer or "char"
-    folder = wanted.root / f"shakespeare-char-{folder_name(which)}" if which != "char" else wanted.root / "shakespeare-char"
+    folder = (
+        wanted.root / f"shakespeare-char-{folder_name(which)}"
+        if which != "char"
+        else wanted.root / "shakespeare-char"
+    )
     if folder.exists():
         return folder
     made = prepare_text([_tinyshakespeare_text(wanted.root)], wanted.root, "shakespeare", which)
@@ -134,25 +164,37 @@ def shakespeare_char(wanted: Wanted) -> Path:
 def tinystories(wanted: Wanted) -> Path:
     """TinyStories' GPT-4 version (Eldan & Li 2023; 2.2 GB), with its own validation file."""
     which = wanted.tokenizer or "gpt2"
-    folder = wanted.root / f"tinystories-{folder_name(which)}{f'-{wanted.tokens}' if wanted.tokens else ''}"
+    folder = (
+        wanted.root
+        / f"tinystories-{folder_name(which)}{f'-{wanted.tokens}' if wanted.tokens else ''}"
+    )
     if folder.exists():
         return folder
-    names: dict[Split, str] = {"train": "TinyStoriesV2-GPT4-train.txt", "val": "TinyStoriesV2-GPT4-valid.txt"}
+    names: dict[Split, str] = {
+        "train": "TinyStoriesV2-GPT4-train.txt",
+        "val": "TinyStoriesV2-GPT4-valid.txt",
+    }
     files = {
-        split: fetch(hub("roneneldan/TinyStories", name), wanted.root / "downloads" / name) for split, name in names.items()
+        split: fetch(hub("roneneldan/TinyStories", name), wanted.root / "downloads" / name)
+        for split, name in names.items()
     }
 
     def read(split: Split) -> Iterator[Piece]:
         return pieces([files[split]])
 
-    tokenizer = make_tokenizer(which, lambda: (p.text for p in read("train")), lambda: pieces(list(files.values())))
+    tokenizer = make_tokenizer(
+        which, lambda: (p.text for p in read("train")), lambda: pieces(list(files.values()))
+    )
     total = sum(path.stat().st_size for path in files.values())
     source: dict[str, object] = {"files": list(names.values())}
-    return write_corpus(folder, tokenizer, {s: read(s) for s in names}, total, source, wanted.tokens)
+    return write_corpus(
+        folder, tokenizer, {s: read(s) for s in names}, total, source, wanted.tokens
+    )
 
 
 def openwebtext(wanted: Wanted) -> Path:
-    """OpenWebText (Gokaslan & Cohen 2019; 9.0 billion GPT-2 tokens), part by part from the hub's Parquet files.
+    """OpenWebText (Gokaslan & Cohen 2019; 9.0 billion GPT-2 tokens), part by part from the hub's
+    Parquet files.
 
     Of each part every 2,000th document is for validation, nanoGPT's share.
     """
@@ -160,17 +202,23 @@ def openwebtext(wanted: Wanted) -> Path:
 
 
 def fineweb(wanted: Wanted) -> Path:
-    """FineWeb's 10-billion-token sample (Penedo et al. 2024), as modded-nanogpt keeps it: llm.c shards of 0.1 billion."""
+    """FineWeb's 10-billion-token sample (Penedo et al. 2024), as modded-nanogpt keeps it: llm.c
+    shards of 0.1 billion.
+    """
     return _shard_corpus(wanted, "fineweb", "kjj0/fineweb10B-gpt2", "fineweb_{}_{:06d}.bin", 103)
 
 
 def fineweb_edu(wanted: Wanted) -> Path:
     """FineWeb-Edu's sample of the same size, likewise."""
-    return _shard_corpus(wanted, "fineweb-edu", "kjj0/finewebedu10B-gpt2", "finewebedu_{}_{:06d}.bin", 99)
+    return _shard_corpus(
+        wanted, "fineweb-edu", "kjj0/finewebedu10B-gpt2", "finewebedu_{}_{:06d}.bin", 99
+    )
 
 
 def _shard_corpus(wanted: Wanted, name: str, repo: str, pattern: str, shards: int) -> Path:
-    """Shards as the hub holds them: those that are there stay, and as many more are fetched as the tokens asked for take."""
+    """Shards as the hub holds them: those that are there stay, and as many more are fetched as the
+    tokens asked for take.
+    """
     if wanted.tokenizer not in (None, "gpt2"):
         raise DataError(f"{name} comes tokenized with gpt2: leave data.tokenizer out")
     folder = wanted.root / name
@@ -185,10 +233,13 @@ def _shard_corpus(wanted: Wanted, name: str, repo: str, pattern: str, shards: in
 
 
 def _parquet_corpus(wanted: Wanted, name: str, listing: str) -> Path:
-    """Each Parquet file tokenized into one shard a split; the file itself goes once that is done."""
+    """Tokenize each Parquet file into one shard per split, then delete the file."""
     which = wanted.tokenizer or "gpt2"
     if which == "char" or which.startswith("bpe:"):
-        raise DataError(f"{name} comes in parts, so its tokenizer must exist before: train one, then name its file")
+        raise DataError(
+            f"{name} comes in parts, so its tokenizer must exist before: train one, then name its "
+            "file"
+        )
     import_arrow(Path(f"{name}'s Parquet"))  # before anything is downloaded
     tokenizer = tokenizers.find(which)
     folder = wanted.root / f"{name}-{folder_name(which)}"
@@ -218,8 +269,14 @@ def _until_enough(tokens: int | None, parts: Iterator[int]) -> None:
 def _tokenize_part(url: str, folder: Path, number: int, tokenizer: Tokenizer) -> None:
     source = fetch(url, folder / f"part_{number:06d}.parquet")
     for split in ("val", "train"):  # train last: it says that the part is done
-        kept = (p for p in pieces([source]) if (p.document % OPENWEBTEXT_VAL_EVERY == 0) == (split == "val"))
-        write_shard(folder / f"{split}_{number:06d}.bin", encode(tokenizer, kept), id_dtype(tokenizer))
+        kept = (
+            p
+            for p in pieces([source])
+            if (p.document % OPENWEBTEXT_VAL_EVERY == 0) == (split == "val")
+        )
+        write_shard(
+            folder / f"{split}_{number:06d}.bin", encode(tokenizer, kept), id_dtype(tokenizer)
+        )
     source.unlink()
 
 
@@ -228,10 +285,17 @@ def _listed(listing: str, kept: Path) -> list[str]:
     fetch(f"{_hub()}/api/datasets/{listing}", kept)
     try:
         addresses = json.loads(read_small(kept, LARGEST))
-        if not addresses or not isinstance(addresses, list) or not all(isinstance(x, str) for x in addresses):
+        if (
+            not addresses
+            or not isinstance(addresses, list)
+            or not all(isinstance(x, str) for x in addresses)
+        ):
             raise ValueError("it is empty, or of something else")
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{kept} should list the addresses of Parquet files, but {error}: remove it and try again") from error
+        raise DataError(
+            f"{kept} should list the addresses of Parquet files, but {error}: remove it and try "
+            "again"
+        ) from error
     return addresses
 
 

@@ -1,4 +1,6 @@
-"""Text -> token shards: split by document, tokenized in parallel, kept under the hash of what went in."""
+"""Text -> token shards: split by document, tokenized in parallel, kept under the hash of what went
+in.
+"""
 
 import collections
 import hashlib
@@ -38,17 +40,22 @@ class Scan(NamedTuple):
     characters: int
 
 
-def prepare_text(files: list[Path], root: Path, name: str, tokenizer: str, column: str | None = None) -> Path:
-    """The folder of token shards made from ``files``: ``root/NAME-TOKENIZER-HASH``, made unless it is there.
+def prepare_text(
+    files: list[Path], root: Path, name: str, tokenizer: str, column: str | None = None
+) -> Path:
+    """The folder of token shards made from ``files``: ``root/NAME-TOKENIZER-HASH``, made unless it
+    is there.
 
-    HASH is that of the files' content. Of ``MIN_DOCUMENTS`` or more documents every tenth is held out for validation, or
-    so many fewer that they are about ``VAL_CHARACTERS``; of fewer, the last tenth of the text, as nanoGPT does.
+    HASH is that of the files' content. Of ``MIN_DOCUMENTS`` or more documents every tenth is held
+    out for validation, or so many fewer that they are about ``VAL_CHARACTERS``; of fewer, the last
+    tenth of the text, as nanoGPT does.
 
     Args:
         files: as `gptjax.datasets.text.find_files` gives them.
         root: the folder that corpora are kept in.
         name: for the folder.
-        tokenizer: gpt2, byte, char, bpe:SIZE (trained on the training text), or a file; see `make_tokenizer`.
+        tokenizer: gpt2, byte, char, bpe:SIZE (trained on the training text), or a file; see
+            `make_tokenizer`.
         column: see `gptjax.datasets.text.pieces`.
 
     Raises:
@@ -69,9 +76,18 @@ def prepare_text(files: list[Path], root: Path, name: str, tokenizer: str, colum
     def read(split: Split) -> Iterator[Piece]:
         return of_split(pieces(files, column), scan, split)
 
-    made = make_tokenizer(tokenizer, lambda: (piece.text for piece in read("train")), lambda: pieces(files, column))
-    source = {"files": [str(path) for path in files], "sha256": digest, "column": column, **scan._asdict()}
-    return write_corpus(folder, made, {"train": read("train"), "val": read("val")}, scan.characters, source)
+    made = make_tokenizer(
+        tokenizer, lambda: (piece.text for piece in read("train")), lambda: pieces(files, column)
+    )
+    source = {
+        "files": [str(path) for path in files],
+        "sha256": digest,
+        "column": column,
+        **scan._asdict(),
+    }
+    return write_corpus(
+        folder, made, {"train": read("train"), "val": read("val")}, scan.characters, source
+    )
 
 
 def folder_name(tokenizer: str) -> str:
@@ -88,12 +104,14 @@ def folder_name(tokenizer: str) -> str:
     return f"{re.sub(r'[^A-Za-z0-9]+', '-', found.name)}-{digest[:8]}"
 
 
-def make_tokenizer(which: str, training: Callable[[], Iterable[str]], everything: Callable[[], Iterable[Piece]]) -> Tokenizer:
+def make_tokenizer(
+    which: str, training: Callable[[], Iterable[str]], everything: Callable[[], Iterable[Piece]]
+) -> Tokenizer:
     """The tokenizer that a word or a path stands for; trained, where it has to be, on the text.
 
     Args:
-        which: ``char`` (every character of the whole text, as nanoGPT), ``bpe:SIZE`` (a byte-level BPE trained on the
-            training text), or what `gptjax.tokenizers.find` knows.
+        which: ``char`` (every character of the whole text, as nanoGPT), ``bpe:SIZE`` (a byte-level
+            BPE trained on the training text), or what `gptjax.tokenizers.find` knows.
         training: gives the training text.
         everything: gives all of it.
 
@@ -129,7 +147,8 @@ def of_split(text: Iterable[Piece], scan: Scan, split: Split) -> Iterator[Piece]
         every = max(VAL_EVERY, scan.characters // VAL_CHARACTERS)
         yield from (piece for piece in text if (piece.document % every == 0) == (split == "val"))
         return
-    left = scan.characters * (VAL_EVERY - 1) // VAL_EVERY  # characters of the training text still to come
+    # Characters of the training text still to come
+    left = scan.characters * (VAL_EVERY - 1) // VAL_EVERY
     for document, part in text:
         kept = part[:left] if split == "train" else part[left:]
         left = max(0, left - len(part))
@@ -137,10 +156,14 @@ def of_split(text: Iterable[Piece], scan: Scan, split: Split) -> Iterator[Piece]
             yield Piece(document, kept)
 
 
-def encode(tokenizer: Tokenizer, text: Iterable[Piece], workers: int | None = None) -> Iterator[np.ndarray]:
-    """The ids of the pieces in order, each document after an end-of-text id where the tokenizer has one.
+def encode(
+    tokenizer: Tokenizer, text: Iterable[Piece], workers: int | None = None
+) -> Iterator[np.ndarray]:
+    """The ids of the pieces in order, each document after an end-of-text id where the tokenizer has
+    one.
 
-    Threads do it, since tiktoken lets go of the interpreter's lock; no more pieces are read ahead than they can use.
+    Threads do it, since tiktoken lets go of the interpreter's lock; no more pieces are read ahead
+    than they can use.
 
     Returns:
         arrays (n,), of `id_dtype`.
@@ -181,7 +204,8 @@ def write_corpus(
     source: dict[str, object],
     tokens: int | None = None,
 ) -> Path:
-    """Tokenize each split into shards of ``SHARD_TOKENS`` ids in ``folder``, which appears once everything is in it.
+    """Tokenize each split into shards of ``SHARD_TOKENS`` ids in ``folder``, which appears once
+    everything is in it.
 
     Of the training split the first ``tokens`` are enough, if that is given.
     """
@@ -190,7 +214,12 @@ def write_corpus(
         with progress("tokenizing", characters) as advance:
             for split, parts in text.items():
                 ids = encode(tokenizer, _counted(parts, advance))
-                write_shards(into, split, _first(ids, tokens) if split == "train" else ids, id_dtype(tokenizer))
+                write_shards(
+                    into,
+                    split,
+                    _first(ids, tokens) if split == "train" else ids,
+                    id_dtype(tokenizer),
+                )
         tokenizer.save(into / TOKENIZER_FILE)
         (into / SOURCE_FILE).write_text(json.dumps(source, indent=1))
 
@@ -208,7 +237,8 @@ def _first(ids: Iterator[np.ndarray], tokens: int | None) -> Iterator[np.ndarray
 
 
 def write_shards(into: Path, split: str, ids: Iterable[np.ndarray], dtype: np.dtype) -> None:
-    """Write ids as ``SPLIT_000000.bin``, ``SPLIT_000001.bin``... of ``SHARD_TOKENS`` ids each but the last.
+    """Write ids as ``SPLIT_000000.bin``, ``SPLIT_000001.bin``... of ``SHARD_TOKENS`` ids each but
+    the last.
 
     Raises:
         DataError: there is not a single id.

@@ -1,7 +1,7 @@
 """Text from files: plain, JSON lines or Parquet, as it is or compressed, in pieces that fit memory.
 
-A corpus is a sequence of documents. A plain text file is one, or several where ``<|endoftext|>`` separates them (as in
-TinyStories); of JSON lines and Parquet each row is one.
+A corpus is a sequence of documents. A plain text file is one, or several where ``<|endoftext|>``
+separates them (as in TinyStories); of JSON lines and Parquet each row is one.
 """
 
 import contextlib
@@ -27,7 +27,9 @@ COMPRESSED = (".gz", ".zst")
 
 
 class Piece(NamedTuple):
-    """A document, or where it is long a part of it. Tokenized one by one, pieces give the ids of the whole."""
+    """A document, or where it is long a part of it. Tokenized one by one, pieces give the ids of
+    the whole.
+    """
 
     document: int
     """Counts up from 0 through all files."""
@@ -35,7 +37,8 @@ class Piece(NamedTuple):
 
 
 def find_files(dataset: str) -> list[Path]:
-    """The text files that a path, a folder (searched to the bottom) or a glob pattern stands for, sorted.
+    """The text files that a path, a folder (searched to the bottom) or a glob pattern stands for,
+    sorted.
 
     Raises:
         DataError: there are none.
@@ -43,7 +46,11 @@ def find_files(dataset: str) -> list[Path]:
     """
     path = Path(dataset)
     if path.is_dir():
-        found = [p for p in path.rglob("*") if p.is_file() and kind_of(p) in SUFFIXES and not p.name.startswith(".")]
+        found = [
+            p
+            for p in path.rglob("*")
+            if p.is_file() and kind_of(p) in SUFFIXES and not p.name.startswith(".")
+        ]
     elif path.is_file():
         found = [path]
     else:
@@ -61,7 +68,8 @@ def pieces(files: list[Path], column: str | None = None) -> Iterator[Piece]:
 
     Args:
         files: of any kind that this module knows; an unknown suffix is taken for plain text.
-        column: of JSON lines and Parquet, the one that holds the text; None for ``text``, or else the first that holds text.
+        column: of JSON lines and Parquet, the one that holds the text; None for ``text``, or else
+            the first that holds text.
 
     Raises:
         FormatError: a file is not what its name says, or is not UTF-8.
@@ -70,11 +78,15 @@ def pieces(files: list[Path], column: str | None = None) -> Iterator[Piece]:
     """
     document = -1
     for path in files:
-        read = {".jsonl": _json_lines, ".ndjson": _json_lines, ".parquet": _parquet}.get(kind_of(path), _plain)
+        read = {".jsonl": _json_lines, ".ndjson": _json_lines, ".parquet": _parquet}.get(
+            kind_of(path), _plain
+        )
         before = -1
         found = None if path.suffix in COMPRESSED else recognise(path)
         if found and not (read == _parquet and found == "a Parquet file"):
-            raise FormatError(f"{path} is {found}, not {'a Parquet file' if read == _parquet else 'text'}")
+            raise FormatError(
+                f"{path} is {found}, not {'a Parquet file' if read == _parquet else 'text'}"
+            )
         try:
             for number, text in read(path, column):
                 if text:
@@ -82,7 +94,8 @@ def pieces(files: list[Path], column: str | None = None) -> Iterator[Piece]:
                     yield Piece(document, text)
         except UnicodeDecodeError as error:
             raise FormatError(
-                f"{path} is not UTF-8 text: {error.reason} ({error.object[error.start : error.end]!r})"
+                f"{path} is not UTF-8 text: {error.reason} "
+                f"({error.object[error.start : error.end]!r})"
             ) from error
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise FormatError(f"{path} is damaged: {error}") from error
@@ -101,7 +114,9 @@ def _text(path: Path) -> Iterator[io.TextIOWrapper]:
             binary: Any = stack.enter_context(gzip.open(stack.enter_context(open_file(path))))
         elif path.suffix == ".zst":
             check_file(path)
-            binary = stack.enter_context(io.BufferedReader(import_arrow(path).input_stream(str(path), compression="zstd")))
+            binary = stack.enter_context(
+                io.BufferedReader(import_arrow(path).input_stream(str(path), compression="zstd"))
+            )
         else:
             binary = stack.enter_context(open_file(path))
         try:
@@ -116,7 +131,8 @@ def _plain(path: Path, column: str | None) -> Iterator[tuple[int, str]]:
     number, rest, begun = 0, "", False
 
     def part(text: str) -> tuple[int, str]:
-        return number, text.lstrip("\n") if number and not begun else text  # the separator stands on a line of its own
+        # The separator stands on a line of its own
+        return number, text.lstrip("\n") if number and not begun else text
 
     with _text(path) as file:
         while chunk := file.read(PIECE):
@@ -132,10 +148,12 @@ def _plain(path: Path, column: str | None) -> Iterator[tuple[int, str]]:
 
 
 def _safe_cut(text: str) -> int:
-    """Where a long text can be cut so that its parts' ids are those of the whole: before a space or newline that follows none.
+    """Where a long text can be cut so that its parts' ids are those of the whole: before a space or
+    newline that follows none.
 
-    GPT-2's pattern starts a new word there in any case. 0 for a short text, or one without such a place in its last
-    `PIECE` characters: nobody looks for one in the rest twice. A text of `LONGEST` without one is cut at its end.
+    GPT-2's pattern starts a new word there in any case. 0 for a short text, or one without such a
+    place in its last `PIECE` characters: nobody looks for one in the rest twice. A text of
+    `LONGEST` without one is cut at its end.
     """
     end = len(text) if len(text) > PIECE else 0
     last = max(end - PIECE, 0)
@@ -153,7 +171,9 @@ def _json_lines(path: Path, column: str | None) -> Iterator[tuple[int, str]]:
     with _text(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), "")):
             if len(line) == LONGEST_LINE:
-                raise FormatError(f"{path}, line {number + 1} is longer than {LONGEST_LINE} characters")
+                raise FormatError(
+                    f"{path}, line {number + 1} is longer than {LONGEST_LINE} characters"
+                )
             if not line.strip():
                 continue
             try:
@@ -161,9 +181,16 @@ def _json_lines(path: Path, column: str | None) -> Iterator[tuple[int, str]]:
             except (ValueError, RecursionError) as error:
                 raise FormatError(f"{path}, line {number + 1} is not JSON: {error}") from error
             row = row if isinstance(row, dict) else {"text": row}
-            name = name or ("text" if "text" in row else next((k for k, v in row.items() if isinstance(v, str)), "text"))
+            name = name or (
+                "text"
+                if "text" in row
+                else next((k for k, v in row.items() if isinstance(v, str)), "text")
+            )
             if not isinstance(row.get(name), str):
-                raise DataError(f"{path}, line {number + 1} has no text in {name!r}, only {', '.join(row)}: set data.column")
+                raise DataError(
+                    f"{path}, line {number + 1} has no text in {name!r}, only {', '.join(row)}: "
+                    "set data.column"
+                )
             yield number, _whole(row[name])
 
 
@@ -180,10 +207,17 @@ def _parquet(path: Path, column: str | None) -> Iterator[tuple[int, str]]:
     try:
         with parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
-            texts = [f.name for f in schema if arrow.types.is_string(f.type) or arrow.types.is_large_string(f.type)]
+            texts = [
+                f.name
+                for f in schema
+                if arrow.types.is_string(f.type) or arrow.types.is_large_string(f.type)
+            ]
             name = column or ("text" if "text" in texts else next(iter(texts), "text"))
             if name not in texts:
-                raise DataError(f"{path} has no column {name!r} that holds text, only {', '.join(texts) or 'none'}")
+                raise DataError(
+                    f"{path} has no column {name!r} that holds text, only "
+                    f"{', '.join(texts) or 'none'}"
+                )
             number = 0
             for batch in file.iter_batches(1024, columns=[name]):
                 for text in batch.column(0).to_pylist():
@@ -206,5 +240,7 @@ def import_arrow(path: Path) -> Any:
     try:
         import pyarrow
     except ImportError as error:
-        raise DataError(f"{path} needs a package more to be read: pip install 'gptjax[data]'") from error
+        raise DataError(
+            f"{path} needs a package more to be read: pip install 'gptjax[data]'"
+        ) from error
     return pyarrow

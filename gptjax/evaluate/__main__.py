@@ -1,8 +1,9 @@
 """Evaluate a model: ``python -m gptjax.evaluate --checkpoint runs/124m --dataset tinyshakespeare``.
 
-On a corpus: loss, perplexity and bits per byte over the first ``--tokens`` of a split, in windows of ``--seq_len`` that follow
-each other; a token sees what its window holds before it. On HellaSwag (``--dataset hellaswag``, llm.c's ``hellaswag_val.bin``
-or a ``.jsonl`` like the original's): acc and acc_norm as llm.c computes them. Standard errors are over windows or questions.
+On a corpus: loss, perplexity and bits per byte over the first ``--tokens`` of a split, in windows
+of ``--seq_len`` that follow each other; a token sees what its window holds before it. On HellaSwag
+(``--dataset hellaswag``, llm.c's ``hellaswag_val.bin`` or a ``.jsonl`` like the original's): acc
+and acc_norm as llm.c computes them. Standard errors are over windows or questions.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from typing import Any
 import jax
 
 from gptjax import cli, datasets, tokenizers
+from gptjax.cli.options import parse
 from gptjax.cli.progress import counting
 from gptjax.config import Config, DataConfig, EvaluateConfig, ModelConfig
 from gptjax.datasets import Corpus
@@ -39,14 +41,19 @@ def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status 0; bad input raises SystemExit(2)."""
     began = time.perf_counter()
     with cli.reported_errors(PROG, "lower batch_size"):
-        cfg, _ = cli.parse(EvaluateConfig, PROG, __doc__ or "", argv)
+        cfg, _ = parse(EvaluateConfig, PROG, __doc__ or "", argv)
         cli.keep_freed_memory()
         keep_compiled_programs()
         cli.quiet_libraries()
         cli.replace_unprintable()
         source = open_weights(cfg.checkpoint)
         tokenizer = tokenizer_of(cfg, source)
-        how: dict[str, Any] = {"attention": "auto", "dropout": 0.0, "layers": "unroll", "recompute": "none"}
+        how: dict[str, Any] = {
+            "attention": "auto",
+            "dropout": 0.0,
+            "layers": "unroll",
+            "recompute": "none",
+        }
         model = dataclasses.replace(source.cfg, dtype=cfg.dtype, **how)
         start_jax(model.dtype)
         show("device", f"{platform_name()} ({jax.devices()[0].device_kind}), jax {jax.__version__}")
@@ -59,9 +66,15 @@ def main(argv: list[str] | None = None) -> int:
         seconds = time.perf_counter() - began
         show("took", f"{seconds:.1f} s")
         if cfg.json:
-            settings = {"checkpoint": cfg.checkpoint, "dataset": cfg.dataset, "dtype": model.resolve(platform_name(), 1).dtype}
+            settings = {
+                "checkpoint": cfg.checkpoint,
+                "dataset": cfg.dataset,
+                "dtype": model.resolve(platform_name(), 1).dtype,
+            }
             with naming(cfg.json):
-                Path(cfg.json).write_text(json.dumps(settings | figures | {"seconds": seconds}, indent=1) + "\n")
+                Path(cfg.json).write_text(
+                    json.dumps(settings | figures | {"seconds": seconds}, indent=1) + "\n"
+                )
             show("wrote", cfg.json)
     return 0
 
@@ -74,11 +87,14 @@ def show(name: str, value: str) -> None:
 # --- A corpus ---
 
 
-def evaluate_corpus(cfg: EvaluateConfig, source: Source, model: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def evaluate_corpus(
+    cfg: EvaluateConfig, source: Source, model: ModelConfig, tokenizer: Tokenizer | None
+) -> dict[str, Any]:
     """Print the figures of a corpus, and return them.
 
     Raises:
-        GptjaxError: the corpus cannot be had, is too short, or was tokenized with another tokenizer than the model's.
+        GptjaxError: the corpus cannot be had, is too short, or was tokenized with another tokenizer
+            than the model's.
 
     """
     if cfg.examples is not None:
@@ -87,10 +103,13 @@ def evaluate_corpus(cfg: EvaluateConfig, source: Source, model: ModelConfig, tok
     model = model.resolve(platform_name(), seq_len)
     corpus = open_corpus(cfg, tokenizer, source.note)
     corpus = datasets.fitted(common_tokenizer(corpus, tokenizer), model.vocab_size)
-    windows = Windows(corpus.val if cfg.split == "val" else corpus.train, seq_len, 1, model.vocab_size)
+    windows = Windows(
+        corpus.val if cfg.split == "val" else corpus.train, seq_len, 1, model.vocab_size
+    )
     if not len(windows):
         raise DataError(
-            f"no {cfg.split} shard of {corpus.folder} holds the {seq_len + 1} tokens of one window: lower seq_len, "
+            f"no {cfg.split} shard of {corpus.folder} holds the {seq_len + 1} tokens of one "
+            "window: lower seq_len, "
             "or bring more text"
         )
     count = min(len(windows), -(-cfg.wanted // seq_len)) if cfg.wanted else len(windows)
@@ -98,16 +117,27 @@ def evaluate_corpus(cfg: EvaluateConfig, source: Source, model: ModelConfig, tok
     show("tokenizer", describe_tokenizer(corpus, tokenizer, source.note))
     params = load_params(source, model)
     with counting("scoring", count) as advance:
-        found = score_corpus(params, in_order(windows, count, cfg.batch_size), model, corpus.tokenizer, advance)
+        found = score_corpus(
+            params, in_order(windows, count, cfg.batch_size), model, corpus.tokenizer, advance
+        )
     size = f", {found.bytes:,} bytes" if found.bytes is not None else ""
-    show("scored", f"{found.tokens:,} tokens{size}, {found.sequences:,} windows of {seq_len}, {model.dtype}")
+    show(
+        "scored",
+        f"{found.tokens:,} tokens{size}, {found.sequences:,} windows of {seq_len}, {model.dtype}",
+    )
     show("loss", f"{plus_minus(found.loss)} nats a token")
     show("perplexity", plus_minus(found.perplexity, 3))
     if found.bits_per_byte:
         show("bits/byte", plus_minus(found.bits_per_byte))
     else:
         show("bits/byte", "not known: that takes the tokenizer that made the ids; give --tokenizer")
-    counts = {"split": cfg.split, "sha256": corpus.sha256, "seq_len": seq_len, "tokens": found.tokens, "bytes": found.bytes}
+    counts = {
+        "split": cfg.split,
+        "sha256": corpus.sha256,
+        "seq_len": seq_len,
+        "tokens": found.tokens,
+        "bytes": found.bytes,
+    }
     return counts | {
         "windows": found.sequences,
         **as_json("loss", found.loss),
@@ -117,22 +147,34 @@ def evaluate_corpus(cfg: EvaluateConfig, source: Source, model: ModelConfig, tok
 
 
 def open_corpus(cfg: EvaluateConfig, tokenizer: Tokenizer | None, note: str) -> Corpus:
-    """The corpus; text and named ones are tokenized with the model's tokenizer, where that is known.
+    """The corpus; text and named ones are tokenized with the model's tokenizer, where that is
+    known.
 
-    What a run was trained on is taken as the run had it, so that it is not made twice. ``note`` says why the model's own
-    tokenizer, where one would be expected, cannot be had.
+    What a run was trained on is taken as the run had it, so that it is not made twice. ``note``
+    says why the model's own tokenizer, where one would be expected, cannot be had.
 
     Raises:
-        GptjaxError: as `gptjax.datasets.find_corpus` and `data_of_run`; or text cannot be tokenized as the model's was.
+        GptjaxError: as `gptjax.datasets.find_corpus` and `data_of_run`; or text cannot be tokenized
+            as the model's was.
 
     """
     trained = data_of_run(Path(cfg.checkpoint))
-    if trained and trained.dataset == cfg.dataset and not cfg.tokenizer and cfg.column in (None, trained.column):
-        return datasets.find_corpus(cfg.dataset, cfg.root, trained.tokenizer, trained.column, trained.tokens)
-    wanted = cfg.wanted if cfg.split == "train" else 1  # of a corpus in parts, no more than is looked at
+    if (
+        trained
+        and trained.dataset == cfg.dataset
+        and not cfg.tokenizer
+        and cfg.column in (None, trained.column)
+    ):
+        return datasets.find_corpus(
+            cfg.dataset, cfg.root, trained.tokenizer, trained.column, trained.tokens
+        )
+    # Of a corpus in parts, no more than is looked at
+    wanted = cfg.wanted if cfg.split == "train" else 1
     are_ids = datasets.holds_shards(Path(cfg.dataset))
     if note and not tokenizer and not are_ids:
-        raise ConfigError(f"{cfg.checkpoint} comes without a tokenizer ({note}): name it, as in --tokenizer gpt2")
+        raise ConfigError(
+            f"{cfg.checkpoint} comes without a tokenizer ({note}): name it, as in --tokenizer gpt2"
+        )
     if tokenizer is None or are_ids:
         return datasets.find_corpus(cfg.dataset, cfg.root, None, cfg.column, wanted)
     with tempfile.TemporaryDirectory() as folder:
@@ -143,7 +185,8 @@ def open_corpus(cfg: EvaluateConfig, tokenizer: Tokenizer | None, note: str) -> 
 
 
 def data_of_run(folder: Path) -> DataConfig | None:
-    """The section ``data`` of a run's ``config.yaml``; None if this is no run, or one without that file.
+    """The section ``data`` of a run's ``config.yaml``; None if this is no run, or one without that
+    file.
 
     Raises:
         ConfigError: the file is not the configuration of a run.
@@ -153,13 +196,16 @@ def data_of_run(folder: Path) -> DataConfig | None:
     if not (folder / "checkpoints").is_dir() or not os.path.lexists(file):
         return None
     try:
-        return cli.parse(Config, PROG, "", ["--config", str(file)])[0].data
+        return parse(Config, PROG, "", ["--config", str(file)])[0].data
     except ConfigError as error:
-        raise ConfigError(f"{file} cannot be used ({error}): correct it, or remove it to evaluate without it") from error
+        raise ConfigError(
+            f"{file} cannot be used ({error}): correct it, or remove it to evaluate without it"
+        ) from error
 
 
 def common_tokenizer(corpus: Corpus, tokenizer: Tokenizer | None) -> Corpus:
-    """The corpus with the model's tokenizer, where that is known: shards that do not name theirs are taken to be made with it.
+    """The corpus with the model's tokenizer, where that is known: shards that do not name theirs
+    are taken to be made with it.
 
     Raises:
         DataError: they do, and it is another.
@@ -170,20 +216,25 @@ def common_tokenizer(corpus: Corpus, tokenizer: Tokenizer | None) -> Corpus:
     known = corpus.tokenizer
     if corpus.tokenizer_is_kept and known and not known.same_as(tokenizer):
         raise DataError(
-            f"{corpus.folder} was tokenized with {known.name} of {known.vocab_size} ids, but the model's tokenizer is "
-            f"{tokenizer.name} of {tokenizer.vocab_size}: name the text itself, or shards made with that tokenizer"
+            f"{corpus.folder} was tokenized with {known.name} of {known.vocab_size} ids, but the "
+            "model's tokenizer is "
+            f"{tokenizer.name} of {tokenizer.vocab_size}: name the text itself, or shards made "
+            "with that tokenizer"
         )
     return corpus._replace(tokenizer=tokenizer)
 
 
 def describe_tokenizer(corpus: Corpus, of_model: Tokenizer | None, note: str) -> str:
-    """Which tokenizer the corpus is read with, and how that is known; ``note`` says why the checkpoint has none."""
+    """Which tokenizer the corpus is read with, and how that is known; ``note`` says why the
+    checkpoint has none.
+    """
     if not corpus.tokenizer:
         return "not known" + f" ({note})" * bool(note)
     named = f"{corpus.tokenizer.name}, {corpus.tokenizer.vocab_size} ids"
     if corpus.tokenizer_is_kept:
         return named
-    return f"{named}, {'taken from the model' if of_model else 'assumed'}: the shards do not name theirs"
+    origin = "taken from the model" if of_model else "assumed"
+    return f"{named}, {origin}: the shards do not name theirs"
 
 
 # --- HellaSwag ---
@@ -199,13 +250,19 @@ def evaluate_questions(
 
     """
     if (cfg.tokens, cfg.seq_len, cfg.split, cfg.column) != (None, None, "val", None):
-        raise ConfigError("tokens, seq_len, split and column are of a corpus: HellaSwag is limited with examples")
+        raise ConfigError(
+            "tokens, seq_len, split and column are of a corpus: HellaSwag is limited with examples"
+        )
     questions = hellaswag.load_questions(file, tokenizer)[: cfg.examples]
     rows = hellaswag.make_rows(questions, model.max_seq_len, model.vocab_size)
     model = model.resolve(platform_name(), rows.scored.shape[1])
     show("questions", f"{len(questions):,} of {file}, at most {rows.scored.shape[1] + 1} tokens")
     if rows.cut:
-        show("cut", f"{rows.cut:,} contexts at their start, to fit the {model.max_seq_len} positions of the model")
+        show(
+            "cut",
+            f"{rows.cut:,} contexts at their start, to fit the {model.max_seq_len} positions of "
+            "the model",
+        )
     params = load_params(source, model)
     with counting("scoring", len(rows.ids)) as advance:
         found = hellaswag.score_questions(params, rows, model, cfg.batch_size, advance)
@@ -229,13 +286,15 @@ def tokenizer_of(cfg: EvaluateConfig, source: Source) -> Tokenizer | None:
     given = tokenizers.find(cfg.tokenizer) if cfg.tokenizer else None
     if given and source.tokenizer and not given.same_as(source.tokenizer):
         raise ConfigError(
-            f"{cfg.checkpoint} comes with the tokenizer {source.tokenizer.name} of {source.tokenizer.vocab_size} ids, "
+            f"{cfg.checkpoint} comes with the tokenizer {source.tokenizer.name} of "
+            f"{source.tokenizer.vocab_size} ids, "
             f"and {cfg.tokenizer} is another: leave --tokenizer out"
         )
     found = source.tokenizer or given
     if found and found.vocab_size > source.cfg.vocab_size:
         raise ConfigError(
-            f"the tokenizer {found.name} has {found.vocab_size} ids, but {cfg.checkpoint} knows {source.cfg.vocab_size}: "
+            f"the tokenizer {found.name} has {found.vocab_size} ids, but {cfg.checkpoint} knows "
+            f"{source.cfg.vocab_size}: "
             "name the tokenizer that belongs to it"
         )
     return found

@@ -18,8 +18,11 @@ from gptjax.tokenizers import Tokenizer
 compiled_losses = jax.jit(token_losses, static_argnames="cfg")
 
 
-def score(params: Any, batches: Iterable[Batch], cfg: ModelConfig) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Each batch, and the loss of each of its targets times its mask: (B, T) float64 in nats, without dropout.
+def score(
+    params: Any, batches: Iterable[Batch], cfg: ModelConfig
+) -> Iterator[tuple[Batch, np.ndarray]]:
+    """Each batch, and the loss of each of its targets times its mask: (B, T) float64 in nats,
+    without dropout.
 
     A batch's are fetched after the next one was dispatched. Batches of one shape are compiled once.
 
@@ -27,17 +30,22 @@ def score(params: Any, batches: Iterable[Batch], cfg: ModelConfig) -> Iterator[t
         CheckpointError: a loss is not finite.
 
     """
-    dispatched: Iterator[Any] = ((batch, compiled_losses(params, batch._replace(mask=None), cfg)) for batch in batches)
+    dispatched: Iterator[Any] = (
+        (batch, compiled_losses(params, batch._replace(mask=None), cfg)) for batch in batches
+    )
     for (batch, found), _ in itertools.pairwise(itertools.chain(dispatched, [None])):
         scored = np.asarray(found, np.float64) * (1 if batch.mask is None else batch.mask)
         if not np.isfinite(scored).all():
-            raise CheckpointError("the model gives losses that are not finite: it is damaged, or its training diverged")
+            raise CheckpointError(
+                "the model gives losses that are not finite: it is damaged, or its training "
+                "diverged"
+            )
         yield batch, scored
 
 
 class CorpusScore(NamedTuple):
-    """What came of it. Standard errors are over sequences, as if these were independent: where neighbours are of one
-    document, and alike, they are somewhat too small.
+    """What came of it. Standard errors are over sequences, as if these were independent: where
+    neighbours are of one document, and alike, they are somewhat too small.
     """
 
     tokens: int
@@ -47,7 +55,9 @@ class CorpusScore(NamedTuple):
     loss: Estimate
     """Nats a token, end-of-text included: a model has to predict where a text ends."""
     bits_per_byte: Estimate | None
-    """All the nats, those of end-of-text too, over the bytes of the text, to which end-of-text adds none."""
+    """All the nats, those of end-of-text too, over the bytes of the text, to which end-of-text adds
+    none.
+    """
 
     @property
     def perplexity(self) -> Estimate:
@@ -57,7 +67,9 @@ class CorpusScore(NamedTuple):
 
 
 def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
-    """(V,) int64: the bytes of text that each id stands for; 0 for end-of-text, -1 for an id that the tokenizer lacks."""
+    """(V,) int64: the bytes of text that each id stands for; 0 for end-of-text, -1 for an id that
+    the tokenizer lacks.
+    """
     lengths = np.full(max(vocab_size, tokenizer.vocab_size), -1)
     lengths[: tokenizer.vocab_size] = [len(piece) for piece in tokenizer.pieces]
     if tokenizer.end_of_text is not None:
@@ -104,5 +116,7 @@ def score_corpus(
         sequences=len(all_nats),
         bytes=size,
         loss=ratio(all_nats, all_tokens),
-        bits_per_byte=ratio(all_nats, np.concatenate(sizes)).scaled(1 / math.log(2)) if size else None,
+        bits_per_byte=ratio(all_nats, np.concatenate(sizes)).scaled(1 / math.log(2))
+        if size
+        else None,
     )

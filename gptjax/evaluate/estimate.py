@@ -19,13 +19,16 @@ class Estimate(NamedTuple):
 
 
 def ratio(above: npt.ArrayLike, below: npt.ArrayLike) -> Estimate:
-    """The sum of ``above`` over that of ``below``, observed in n pairs that are independent of each other: (n,) each.
+    """The sum of ``above`` over that of ``below``, observed in n pairs that are independent of each
+    other: (n,) each.
 
-    With r the ratio, the error is that of the mean of a - r b, over the mean of b (Cochran 1977, Sampling Techniques, 6.4):
+    With r the ratio, the error is that of the mean of a - r b, over the mean of b (Cochran 1977,
+    Sampling Techniques, 6.4):
 
         sqrt(sum (a - r b)^2 / (n - 1)) / (sqrt(n) mean b)
 
-    Where every b is 1 it is the sample's standard deviation over sqrt(n). Summed in float64, pairwise.
+    Where every b is 1 it is the sample's standard deviation over sqrt(n). Summed in float64,
+    pairwise.
     """
     a, b = np.broadcast_arrays(np.asarray(above, np.float64), np.asarray(below, np.float64))
     value = float(a.sum() / b.sum())

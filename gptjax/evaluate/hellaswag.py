@@ -1,7 +1,9 @@
-"""HellaSwag (Zellers et al. 2019): which of four endings goes on from a context? Scored as llm.c scores it.
+"""HellaSwag (Zellers et al. 2019): which of four endings goes on from a context? Scored as llm.c
+scores it.
 
-Each context is completed by each of its endings; the answer is the one whose tokens have the lowest loss in sum (acc), or in
-the mean (acc_norm). llm.c's ``dev/data/hellaswag.py`` gives both, its C programs the second one.
+Each context is completed by each of its endings; the answer is the one whose tokens have the lowest
+loss in sum (acc), or in the mean (acc_norm). llm.c's ``dev/data/hellaswag.py`` gives both, its C
+programs the second one.
 """
 
 import difflib
@@ -33,8 +35,9 @@ def find_questions(dataset: str, root: Path) -> Path | None:
     """The file of questions that ``dataset`` stands for; None where it stands for something else.
 
     Args:
-        dataset: ``hellaswag``, its 10,042 validation questions, which are downloaded to ``root/downloads`` and held against
-            the pinned SHA-256; an evaluation file of llm.c; or JSON lines, of which the first has ``endings``.
+        dataset: ``hellaswag``, its 10,042 validation questions, which are downloaded to
+            ``root/downloads`` and held against the pinned SHA-256; an evaluation file of llm.c; or
+            JSON lines, of which the first has ``endings``.
         root: the folder that corpora are kept in.
 
     Raises:
@@ -46,7 +49,9 @@ def find_questions(dataset: str, root: Path) -> Path | None:
     path = Path(dataset)
     if not path.exists() and difflib.get_close_matches(dataset, [NAME], 1, 0.8):
         raise DataError(f"there is no dataset {dataset}: did you mean {NAME}?")
-    if path.is_file() and (_begins_with_endings(path) if path.suffix == ".jsonl" else is_questions(path)):
+    if path.is_file() and (
+        _begins_with_endings(path) if path.suffix == ".jsonl" else is_questions(path)
+    ):
         return path
     return None
 
@@ -54,16 +59,21 @@ def find_questions(dataset: str, root: Path) -> Path | None:
 def _begins_with_endings(path: Path) -> bool:
     with open_file(path) as file:
         try:
-            first = next((line for line in iter(partial(file.readline, LONGEST_LINE), b"") if line.strip()), b"")
+            first = next(
+                (line for line in iter(partial(file.readline, LONGEST_LINE), b"") if line.strip()),
+                b"",
+            )
             return "endings" in json.loads(first)
         except (ValueError, TypeError, RecursionError):
             return False
 
 
 def read_jsonl(path: Path, tokenizer: Tokenizer) -> list[Question]:
-    """The questions of JSON lines like the original's: ``ctx``, four ``endings`` and ``label``, the right one's index.
+    """The questions of JSON lines like the original's: ``ctx``, four ``endings`` and ``label``, the
+    right one's index.
 
-    A blank goes before each ending, and context and ending are tokenized each by itself, as llm.c does.
+    A blank goes before each ending, and context and ending are tokenized each by itself, as llm.c
+    does.
 
     Raises:
         FormatError: a line is not such an object.
@@ -80,13 +90,24 @@ def read_jsonl(path: Path, tokenizer: Tokenizer) -> list[Question]:
                 context, endings, label = row["ctx"], row["endings"], row["label"]
             except (ValueError, TypeError, KeyError, RecursionError) as error:
                 reason = f"there is no {error}" if isinstance(error, KeyError) else str(error)[:100]
-                raise FormatError(f"line {number} of {path} is no question with ctx, endings and label: {reason}") from error
+                raise FormatError(
+                    f"line {number} of {path} is no question with ctx, endings and label: {reason}"
+                ) from error
             texts = [context, *endings] if isinstance(endings, list) else []
-            if len(texts) != 1 + ENDINGS or not all(isinstance(text, str) and text for text in texts):
-                raise FormatError(f"line {number} of {path} does not have a context and {ENDINGS} endings of text")
+            if len(texts) != 1 + ENDINGS or not all(
+                isinstance(text, str) and text for text in texts
+            ):
+                raise FormatError(
+                    f"line {number} of {path} does not have a context and {ENDINGS} endings of text"
+                )
             if type(label) is not int or not 0 <= label < ENDINGS:
-                raise FormatError(f"line {number} of {path} has the label {str(label)[:20]!r}: 0 to {ENDINGS - 1} is expected")
-            tokens = [tokenizer.encode(text) for text in (context, *(f" {ending}" for ending in endings))]
+                raise FormatError(
+                    f"line {number} of {path} has the label {str(label)[:20]!r}: 0 to "
+                    f"{ENDINGS - 1} is expected"
+                )
+            tokens = [
+                tokenizer.encode(text) for text in (context, *(f" {ending}" for ending in endings))
+            ]
             questions.append(Question(tokens[0], tokens[1:], label))
     return questions
 
@@ -96,18 +117,22 @@ def load_questions(path: Path, tokenizer: Tokenizer | None) -> list[Question]:
 
     Raises:
         FormatError: it is damaged.
-        DataError: text cannot be tokenized; or the file's ids are GPT-2's, and the tokenizer's are not.
+        DataError: text cannot be tokenized; or the file's ids are GPT-2's, and the tokenizer's are
+            not.
 
     """
     if is_questions(path):
         if tokenizer and not is_gpt2(tokenizer):
             raise DataError(
-                f"{path} holds GPT-2's ids, but the model's tokenizer is {tokenizer.name} of {tokenizer.vocab_size} ids: "
+                f"{path} holds GPT-2's ids, but the model's tokenizer is {tokenizer.name} of "
+                f"{tokenizer.vocab_size} ids: "
                 f"evaluate on {NAME} or a .jsonl, whose text is tokenized with it"
             )
         return read_questions(path)
     if not tokenizer:
-        raise DataError(f"{path} is text, and no tokenizer is known for the model: give --tokenizer, gpt2 say")
+        raise DataError(
+            f"{path} is text, and no tokenizer is known for the model: give --tokenizer, gpt2 say"
+        )
     return read_jsonl(path, tokenizer)
 
 
@@ -117,7 +142,9 @@ class Rows(NamedTuple):
     ids: np.ndarray
     """(R, T + 1) int32, 0 after the end. T is the longest that occurs, or the model's."""
     scored: np.ndarray
-    """(R, T) bool: targets that are the ending's, the first of them predicted by the context's last token."""
+    """(R, T) bool: targets that are the ending's, the first of them predicted by the context's last
+    token.
+    """
     labels: np.ndarray
     """(R / 4,) the right endings."""
     cut: int
@@ -128,17 +155,28 @@ def make_rows(questions: list[Question], max_seq_len: int, vocab_size: int) -> R
     """Lay the questions out for a model.
 
     Raises:
-        DataError: there are none, an id is beyond the vocabulary, or an ending is longer than the model's sequences.
+        DataError: there are none, an id is beyond the vocabulary, or an ending is longer than the
+            model's sequences.
 
     """
-    rows = [(question.context + ending, len(ending)) for question in questions for ending in question.endings]
+    rows = [
+        (question.context + ending, len(ending))
+        for question in questions
+        for ending in question.endings
+    ]
     if not rows:
         raise DataError("there is not one question to ask")
     longest, largest = max(length for _, length in rows), max(max(ids) for ids, _ in rows)
     if longest > max_seq_len:
-        raise DataError(f"an ending has {longest} tokens, but the model takes sequences of at most {max_seq_len}")
+        raise DataError(
+            f"an ending has {longest} tokens, but the model takes sequences of at most "
+            f"{max_seq_len}"
+        )
     if largest >= vocab_size:
-        raise DataError(f"a question has token id {largest}, but model.vocab_size is {vocab_size}: tokenize it for this model")
+        raise DataError(
+            f"a question has token id {largest}, but model.vocab_size is {vocab_size}: tokenize "
+            "it for this model"
+        )
     T = min(max_seq_len, max(len(ids) for ids, _ in rows) - 1)
     padded = np.zeros((len(rows), T + 1), np.int32)
     scored = np.zeros((len(rows), T), bool)
@@ -161,8 +199,13 @@ class Accuracy(NamedTuple):
 
 
 def accuracy(sums: np.ndarray, lengths: np.ndarray, labels: np.ndarray) -> Accuracy:
-    """Of summed losses and numbers of tokens, (4 n,) each, and the right endings, (n,). Of equals the first is the answer."""
-    right = [(x.reshape(-1, ENDINGS).argmin(1) == labels).astype(np.float64) for x in (sums, sums / lengths)]
+    """Of summed losses and numbers of tokens, (4 n,) each, and the right endings, (n,). Of equals
+    the first is the answer.
+    """
+    right = [
+        (x.reshape(-1, ENDINGS).argmin(1) == labels).astype(np.float64)
+        for x in (sums, sums / lengths)
+    ]
     return Accuracy(len(labels), *(ratio(r, 1.0) for r in right))
 
 
@@ -194,7 +237,9 @@ def score_questions(
         sums[done : done + len(new)] = new
         done += len(new)
         n = done // ENDINGS
-        so_far = accuracy(sums[: n * ENDINGS], lengths[: n * ENDINGS], rows.labels[:n]) if n else None
+        so_far = (
+            accuracy(sums[: n * ENDINGS], lengths[: n * ENDINGS], rows.labels[:n]) if n else None
+        )
         advance(len(new), f"acc_norm {so_far.acc_norm.value:.4f}" if so_far else "")
     return accuracy(sums, lengths, rows.labels)
 

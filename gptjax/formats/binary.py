@@ -1,4 +1,6 @@
-"""What llm.c's files share: a header of 256 little-endian int32, then numbers without gaps up to the end of the file."""
+"""llm.c's common file layout: a header of 256 little-endian int32, then arrays without gaps up to
+the end of the file.
+"""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -13,11 +15,11 @@ HEADER_BYTES = 1024
 
 
 def read_header(path: Path, kind: str) -> tuple[list[int], int]:
-    """The 256 numbers of the header, and the size of the whole file in bytes.
+    """Read the 256 numbers of the header, and the file's size in bytes.
 
     Args:
         path: the file.
-        kind: what it should be, for the messages.
+        kind: the expected kind of file, for error messages.
 
     Raises:
         FormatError: it cannot be read, or is shorter than a header.
@@ -30,7 +32,9 @@ def read_header(path: Path, kind: str) -> tuple[list[int], int]:
     except OSError as error:
         raise FormatError(f"{kind} {path} cannot be read: {error.strerror or error}") from error
     if len(start) < HEADER_BYTES:
-        raise FormatError(f"{kind} {path} is truncated: {size} bytes, but its header alone takes {HEADER_BYTES}")
+        raise FormatError(
+            f"{kind} {path} is truncated: {size} bytes, but its header alone takes {HEADER_BYTES}"
+        )
     return np.frombuffer(start, "<i4").tolist(), size
 
 
@@ -38,13 +42,16 @@ def check_size(path: Path, kind: str, size: int, expected: int, announced: str) 
     """Raise `FormatError` unless the file has exactly the size that its header implies."""
     if size != expected:
         raise FormatError(
-            f"{kind} {path} is {'truncated' if size < expected else 'malformed'}: its header announces {announced}, "
+            f"{kind} {path} is {'truncated' if size < expected else 'malformed'}: its header "
+            f"announces {announced}, "
             f"{expected} bytes, but the file has {size}; write it again"
         )
 
 
-def write_file(path: str | os.PathLike[str], header: Sequence[int], arrays: Iterable[np.ndarray]) -> None:
-    """Write header and arrays, one after the other, durably: either the whole file appears under its name, or nothing does.
+def write_file(
+    path: str | os.PathLike[str], header: Sequence[int], arrays: Iterable[np.ndarray]
+) -> None:
+    """Write header and arrays durably and atomically.
 
     Raises:
         OSError: it cannot be written; the message names the file.

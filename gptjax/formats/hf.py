@@ -1,7 +1,7 @@
-"""Hugging Face's models: a folder with ``config.json`` and one or several safetensors files.
+"""Hugging Face models: a folder with ``config.json`` and one or several safetensors files.
 
-`CONVENTIONS` says how ``transformers`` keeps each family. Where ``lm_head.weight`` is not a parameter
-of its own, it must repeat the token embedding.
+`CONVENTIONS` describes how ``transformers`` stores each family. If ``lm_head.weight`` is tied, it
+must equal the token embedding.
 """
 
 import dataclasses
@@ -18,39 +18,52 @@ from gptjax.errors import ConfigError, FormatError
 from gptjax.files import write_folder
 from gptjax.formats import safetensors
 from gptjax.formats.json_files import read_object
-from gptjax.formats.tables import FileTensor, Part, Table, each_layer, file_contents, file_tensors, open_params, table_of
+from gptjax.formats.tables import (
+    FileTensor,
+    Part,
+    Table,
+    each_layer,
+    file_contents,
+    file_tensors,
+    open_params,
+    table_of,
+)
 from gptjax.models.family import family_of
 from gptjax.models.params import INIT_STD
 
 KIND = "a Hugging Face folder"
-CONFIG_FILE, MODEL_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
+CONFIG_FILE, MODEL_FILE, INDEX_FILE = (
+    "config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+)
 HEAD = "lm_head.weight"
-HEAD_ROWS = 4096  # compared at a time
-LARGEST = 2**24  # of any size in config.json
+HEAD_ROWS = 4096  # rows compared at a time
+LARGEST = 2**24  # upper bound of any size in config.json
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 class Convention(NamedTuple):
-    """How ``transformers`` keeps a family."""
+    """How ``transformers`` stores a family."""
 
     title: str
     architecture: str
     """The class in ``transformers``."""
     expected: dict[str, tuple[Any, ...]]
-    """Fields of config.json, with the values for which the model is ours; the first is written."""
+    """Fields of config.json with their supported values; the first is written."""
     sizes: dict[str, tuple[str, ...]]
-    """Fields that hold a dimension of ours: all are written, the first that is there is read."""
+    """Fields that hold each dimension: all are written, the first one present is read."""
     implied: tuple[str, ...]
-    """Dimensions that are null in config.json where they have our default."""
+    """Dimensions written as null when they have our default."""
     dropout: tuple[str, ...]
-    """Fields that hold the dropout rate; they are written only."""
+    """Fields that hold the dropout rate; written, never read."""
     tensors: Table
     prefix: str
-    """Of the names in `tensors`; the hub's older files lack it."""
+    """Prefix of the names in `tensors`; older files on the hub lack it."""
     transposed: bool
     """Whether matrices are (out, in), as `torch.nn.Linear` has them."""
     ignored: re.Pattern[str]
-    """Tensors that are no parameters."""
+    """Tensors that are not parameters."""
 
 
 CONVENTIONS = {
@@ -102,25 +115,30 @@ CONVENTIONS = {
 
 
 def title(cfg: Architecture) -> str:
-    """What a folder of such a model is, in words."""
+    """Description of a folder that holds such a model."""
     return f"Hugging Face {CONVENTIONS[cfg.family].title}"
 
 
 def read_config(path: Path) -> Architecture:
-    """The model that ``config.json`` describes.
+    """Read the architecture from ``config.json``.
 
     Raises:
-        FormatError: it is missing, not JSON, or describes another model; the field is named.
+        FormatError: it is missing, not JSON, or describes an unsupported model; the message names
+            the field.
 
     """
     fields = read_object(path)
     family = fields.get("model_type", "gpt2")
     if not isinstance(family, str) or family not in CONVENTIONS:
-        raise FormatError(f"{path} has model_type {family!r}, but {KIND} of {', '.join(CONVENTIONS)} is expected")
+        raise FormatError(
+            f"{path} has model_type {family!r}, but {KIND} of {', '.join(CONVENTIONS)} is expected"
+        )
     theirs = CONVENTIONS[family]
     for name, values in theirs.expected.items():
         if fields.get(name, values[0]) not in values:
-            raise FormatError(f"{path} has {name} {fields[name]!r}, but this {theirs.title} has {values[0]!r}")
+            raise FormatError(
+                f"{path} has {name} {fields[name]!r}, but this {theirs.title} has {values[0]!r}"
+            )
     found: dict[str, Any] = {}
     for ours, names in theirs.sizes.items():
         name = next((name for name in names if name in fields), names[0])
@@ -137,34 +155,43 @@ def read_config(path: Path) -> Architecture:
 
 
 def read_model(folder: Path) -> tuple[Architecture, Any]:
-    """The model in a folder, and its parameters as `LazyTensor`s.
+    """Read the architecture from a folder, and its parameters as `LazyTensor`s.
 
     Raises:
         FormatError: a file is missing or damaged, or a tensor is missing, unknown, or has the wrong
-            shape; it is named.
+            shape; the message names it.
 
     """
     cfg = read_config(folder / CONFIG_FILE)
     files = _files(folder)
     if cfg.num_layers > len(files):
         raise FormatError(
-            f"{folder / CONFIG_FILE} announces {cfg.num_layers} layers, but there are {len(files)} tensors in all"
+            f"{folder / CONFIG_FILE} announces {cfg.num_layers} layers, but there are "
+            f"{len(files)} tensors in all"
         )
     theirs = CONVENTIONS[cfg.family]
     tensors = _tensors(cfg, any(name.startswith(theirs.prefix) for name in files))
     shapes = {name: tensor.shape for name, tensor, _ in each_layer(tensors, cfg)}
-    head = next(tensor.name for tensor in tensors if family_of(cfg).HEAD in [part.param for part in tensor.parts])
+    head = next(
+        tensor.name
+        for tensor in tensors
+        if family_of(cfg).HEAD in [part.param for part in tensor.parts]
+    )
     tied = HEAD in files and HEAD not in shapes
     if tied:
         shapes[HEAD] = shapes[head]
-    safetensors.check_names(folder, {name for name in files if not theirs.ignored.fullmatch(name)}, shapes)
+    safetensors.check_names(
+        folder, {name for name in files if not theirs.ignored.fullmatch(name)}, shapes
+    )
     dtypes: dict[str, np.dtype] = {}
     for path in set(files.values()):
         with safetensors.opened(path) as file:
             held = set(file.keys())
             for name in (name for name, place in files.items() if place == path and name in shapes):
                 if name not in held:
-                    raise FormatError(f"{path} lacks the tensor {name}, which {INDEX_FILE} says is in it")
+                    raise FormatError(
+                        f"{path} lacks the tensor {name}, which {INDEX_FILE} says is in it"
+                    )
                 dtypes[name] = safetensors.check_tensor(path, file, name, shapes[name])
 
     def read(tensor: FileTensor, layer: int | None, part: Part) -> np.ndarray:
@@ -172,8 +199,13 @@ def read_model(folder: Path) -> tuple[Architecture, Any]:
         return safetensors.read_slice(files[name], name, part.place)
 
     if tied and not _equal(files, HEAD, head, cfg.vocab_size):
-        raise FormatError(f"{files[HEAD]}: {HEAD} differs from the token embedding, but this {theirs.title} uses one for both")
-    return cfg, open_params(tensors, cfg, read, lambda tensor, layer: dtypes[tensor.name.format(layer)])
+        raise FormatError(
+            f"{files[HEAD]}: {HEAD} differs from the token embedding, but this {theirs.title} "
+            "uses one for both"
+        )
+    return cfg, open_params(
+        tensors, cfg, read, lambda tensor, layer: dtypes[tensor.name.format(layer)]
+    )
 
 
 def _tensors(cfg: Architecture, prefixed: bool) -> list[FileTensor]:
@@ -182,7 +214,9 @@ def _tensors(cfg: Architecture, prefixed: bool) -> list[FileTensor]:
     table = table_of(tables, cfg, KIND)
     theirs = CONVENTIONS[cfg.family]
     prefix = theirs.prefix if prefixed else ""
-    return file_tensors({prefix + name: params for name, params in table.items()}, cfg, transposed=theirs.transposed)
+    return file_tensors(
+        {prefix + name: params for name, params in table.items()}, cfg, transposed=theirs.transposed
+    )
 
 
 def _equal(files: dict[str, Path], a: str, b: str, rows: int) -> bool:
@@ -190,26 +224,33 @@ def _equal(files: dict[str, Path], a: str, b: str, rows: int) -> bool:
     with safetensors.opened(files[a]) as file_a, safetensors.opened(files[b]) as file_b:
         x, y = file_a.get_slice(a), file_b.get_slice(b)
         return all(
-            np.array_equal(x[i : min(i + HEAD_ROWS, rows)], y[i : min(i + HEAD_ROWS, rows)]) for i in range(0, rows, HEAD_ROWS)
+            np.array_equal(x[i : min(i + HEAD_ROWS, rows)], y[i : min(i + HEAD_ROWS, rows)])
+            for i in range(0, rows, HEAD_ROWS)
         )
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """The file that each tensor is in."""
+    """Map each tensor to its file."""
     if (folder / MODEL_FILE).exists():
         with safetensors.opened(folder / MODEL_FILE) as file:
             return dict.fromkeys(file.keys(), folder / MODEL_FILE)
     index = folder / INDEX_FILE
     if not index.exists():
         pickled = next((name for name in PICKLES if (folder / name).exists()), None)
-        reason = f"{pickled} is a pickle, which can run any code and is not read; " if pickled else ""
-        raise FormatError(f"{folder} holds neither {MODEL_FILE} nor {INDEX_FILE}: {reason}save it as safetensors")
+        reason = (
+            f"{pickled} is a pickle, which can run any code and is not read; " if pickled else ""
+        )
+        raise FormatError(
+            f"{folder} holds neither {MODEL_FILE} nor {INDEX_FILE}: {reason}save it as safetensors"
+        )
     places = read_object(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
         raise FormatError(f"{index} has no weight_map from tensors to files")
     missing = set(places.values()) - {path.name for path in folder.iterdir() if path.is_file()}
     if missing:
-        raise FormatError(f"{index} names the file {min(missing)[:100]!r}, which is not in {folder}")
+        raise FormatError(
+            f"{index} names the file {min(missing)[:100]!r}, which is not in {folder}"
+        )
     return {str(name): folder / place for name, place in places.items()}
 
 
@@ -222,19 +263,19 @@ def write_model(
     extra: Callable[[Path], None],
     dropout: float = 0.0,
 ) -> None:
-    """Write a folder that ``transformers`` loads; it appears once everything is in it.
+    """Write a folder that ``transformers`` can load; it appears only when complete.
 
     Args:
         folder: must not exist.
         params: in either layout, with or without pad rows.
         cfg: the model.
         dtype: one of `gptjax.formats.safetensors.DTYPES`.
-        end_of_text: id that begins and ends a text, if there is one.
-        extra: writes further files, of a tokenizer, into the folder.
-        dropout: the rate with which the model is trained.
+        end_of_text: id of the end-of-text token, if any.
+        extra: writes further files, such as a tokenizer, into the folder.
+        dropout: the rate used in training.
 
     Raises:
-        ConfigError: the format holds no model of that family.
+        ConfigError: the format does not support the family.
 
     """
     tensors = _tensors(cfg, prefixed=True)
@@ -257,7 +298,8 @@ def write_model(
     def fill(into: Path) -> None:
         (into / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n")
         found = file_contents(tensors, params, cfg, dtype)
-        safetensors.write(into / MODEL_FILE, found, {"format": "pt"})  # transformers refuses other formats
+        # Transformers rejects other values
+        safetensors.write(into / MODEL_FILE, found, {"format": "pt"})
         extra(into)
 
     write_folder(folder, fill)

@@ -1,4 +1,4 @@
-"""JSON files that come from elsewhere."""
+"""Untrusted JSON files."""
 
 import json
 import os
@@ -11,10 +11,11 @@ LARGEST = 1 << 26  # bytes: GPT-2's tokenizer.json has 3.6 million
 
 
 def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The JSON object that a file holds.
+    """Read a JSON object from a file.
 
     Raises:
-        FormatError: it cannot be read, is no regular file, is larger than `LARGEST`, or holds something else.
+        FormatError: it cannot be read, is no regular file, is larger than `LARGEST`, or holds
+            something else.
 
     """
     try:

@@ -1,4 +1,4 @@
-"""Tensors that stay in their file until they are used: what models are read into and written from."""
+"""Lazily read tensors, the form in which models are imported and exported."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -19,9 +19,9 @@ class LazyTensor:
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    """In the file."""
+    """Dtype in the file."""
     load: Callable[[], np.ndarray]
-    """Reads it, of `shape`."""
+    """Reads the tensor, with shape `shape`."""
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """NumPy's protocol."""
@@ -32,7 +32,9 @@ def tensor_names(cfg: Architecture) -> Iterator[tuple[str, int | None, tuple[int
     """Name, layer (None outside the blocks) and shape, without pad rows, of each parameter."""
     for name, layered, weight, shape in rows(cfg):
         shape = unpadded_shape(weight, shape, cfg)
-        yield from ((name, layer, shape) for layer in (range(cfg.num_layers) if layered else [None]))
+        yield from (
+            (name, layer, shape) for layer in (range(cfg.num_layers) if layered else [None])
+        )
 
 
 def unpadded_shape(weight: Weight, shape: tuple[int, ...], cfg: Architecture) -> tuple[int, ...]:
@@ -41,7 +43,9 @@ def unpadded_shape(weight: Weight, shape: tuple[int, ...], cfg: Architecture) ->
 
 
 def collect(
-    cfg: Architecture, load: Callable[[str, int | None], np.ndarray], dtype_of: Callable[[str, int | None], np.dtype]
+    cfg: Architecture,
+    load: Callable[[str, int | None], np.ndarray],
+    dtype_of: Callable[[str, int | None], np.dtype],
 ) -> Any:
     """The family's parameters as `LazyTensor`s, unrolled.
 
@@ -61,10 +65,13 @@ def collect(
 
 
 def stack_lazily(params: Any) -> Any:
-    """Turn unrolled `LazyTensor`s into stacked ones, (L, ...), which are read layer by layer."""
+    """Turn unrolled `LazyTensor`s into stacked ones, (L, ...), read layer by layer."""
 
     def stacked(*layers: LazyTensor) -> LazyTensor:
-        shape, dtype = (len(layers), *layers[0].shape), np.result_type(*(layer.dtype for layer in layers))
+        shape, dtype = (
+            (len(layers), *layers[0].shape),
+            np.result_type(*(layer.dtype for layer in layers)),
+        )
 
         def load() -> np.ndarray:
             array = np.empty(shape, dtype)
@@ -93,12 +100,14 @@ def tensor_of(params: Any, name: str, layer: int | None, cfg: Architecture) -> n
         array = np.asarray(getattr(params.blocks, name)[layer])
     else:
         array = np.asarray(getattr(params.blocks[layer], name))
-    padded = layer is None and any(row[:2] == (name, False) and row[2].axes[0] == "Vp" for row in rows(cfg))
+    padded = layer is None and any(
+        row[:2] == (name, False) and row[2].axes[0] == "Vp" for row in rows(cfg)
+    )
     return array[: cfg.vocab_size] if padded else array
 
 
 def pad_vocab(array: np.ndarray, weight: Weight, cfg: Architecture) -> np.ndarray:
-    """Pad a parameter that has a row for each id with zeros, up to the padded vocabulary."""
+    """Pad a parameter that has one row per id with zero rows, up to the padded vocabulary."""
     if weight.axes[0] != "Vp":
         return array
     return np.pad(array, [(0, cfg.padded_vocab_size - len(array)), *[(0, 0)] * (array.ndim - 1)])

@@ -1,8 +1,9 @@
-"""llm.c's evaluation files: multiple-choice questions as token ids, ``hellaswag_val.bin`` say.
+"""llm.c's evaluation files: multiple-choice questions as token ids, such as ``hellaswag_val.bin``.
 
-A header of 256 little-endian int32, ``[20240522, 1, number of examples, bytes of the longest, 0...]``, then uint16 alone: for
-each example 65535, its bytes (these five numbers included), its index, the right ending's, the number of endings, 4; then
-the context and each ending, as the number of its tokens and their ids. The ids are GPT-2's.
+A header of 256 little-endian int32, ``[20240522, 1, number of examples, bytes of the longest,
+0...]``, then uint16 alone: for each example 65535, its bytes (these five numbers included), its
+index, the right ending's, the number of endings, 4; then the context and each ending, as the number
+of its tokens and their ids. The ids are GPT-2's.
 """
 
 import os
@@ -20,11 +21,13 @@ START = 65535
 ENDINGS = 4
 FIXED = 5  # numbers before the context's length
 SHORTEST = FIXED + 2 * (1 + ENDINGS)  # numbers of an example of one token in each place
-LARGEST = 1 << 16  # examples: their index is a uint16
+LARGEST = 1 << 16  # examples, as their index is a uint16
 
 
 class Question(NamedTuple):
-    """A context, `ENDINGS` ways to go on from it, and which of them is right: token ids, at least one in each."""
+    """A context, `ENDINGS` possible endings, and the right one's index; each text has at least one
+    token id.
+    """
 
     context: list[int]
     endings: list[list[int]]
@@ -33,26 +36,34 @@ class Question(NamedTuple):
 
 
 def is_questions(path: Path) -> bool:
-    """Whether the file begins as an evaluation file of llm.c does."""
+    """Whether the file begins with the magic number of an llm.c evaluation file."""
     with open_file(path) as file:
         return file.read(4) == MAGIC.to_bytes(4, "little")
 
 
 def read_questions(path: str | os.PathLike[str]) -> list[Question]:
-    """All examples of a file.
+    """Read all examples of a file.
 
     Raises:
-        FormatError: not such a file: wrong magic or version, or an example that is not what its numbers say.
+        FormatError: wrong magic or version, or an inconsistent example.
 
     """
     path = Path(path)
     (magic, version, count, longest, *_), size = read_header(path, KIND)
     if magic != MAGIC or version != VERSION:
-        raise FormatError(f"{path} is not an {KIND}: it begins {magic}, {version} where {MAGIC}, {VERSION} is expected")
-    body = size - HEADER_BYTES
-    if not (1 <= count <= LARGEST and 0 < longest < LARGEST and 2 * SHORTEST * count <= body <= longest * count):
         raise FormatError(
-            f"{KIND} {path} is truncated or malformed: {count} examples of at most {longest} bytes do not fit its {size} bytes"
+            f"{path} is not an {KIND}: it begins {magic}, {version} where {MAGIC}, {VERSION} is "
+            "expected"
+        )
+    body = size - HEADER_BYTES
+    if not (
+        1 <= count <= LARGEST
+        and 0 < longest < LARGEST
+        and 2 * SHORTEST * count <= body <= longest * count
+    ):
+        raise FormatError(
+            f"{KIND} {path} is truncated or malformed: {count} examples of at most {longest} "
+            f"bytes do not fit its {size} bytes"
         )
     with open_file(path) as file:
         numbers = np.fromfile(file, "<u2", body // 2, offset=HEADER_BYTES).tolist()
@@ -62,18 +73,23 @@ def read_questions(path: str | os.PathLike[str]) -> list[Question]:
         question, length = _read_one(numbers, at, len(questions), longest // 2)
         if question is None:
             raise FormatError(
-                f"{KIND} {path} is truncated or malformed: example {len(questions)} of {count}, at byte "
-                f"{HEADER_BYTES + 2 * at} of {size}, is not one of {ENDINGS} endings; write it again"
+                f"{KIND} {path} is truncated or malformed: example {len(questions)} of {count}, "
+                "at byte "
+                f"{HEADER_BYTES + 2 * at} of {size}, is not one of {ENDINGS} endings; write it "
+                "again"
             )
         questions.append(question)
         at += length
     if 2 * at != body:
-        raise FormatError(f"{KIND} {path} is malformed: its {count} examples end at byte {HEADER_BYTES + 2 * at} of {size}")
+        raise FormatError(
+            f"{KIND} {path} is malformed: its {count} examples end at byte "
+            f"{HEADER_BYTES + 2 * at} of {size}"
+        )
     return questions
 
 
 def _read_one(numbers: list[int], at: int, index: int, longest: int) -> tuple[Question | None, int]:
-    """The example that begins at ``at``, and how many numbers it takes; None where it is not one."""
+    """Read the example at ``at``, and its length in numbers; None if it is invalid."""
     fixed = numbers[at : at + FIXED]
     if len(fixed) < FIXED:
         return None, 0

@@ -1,7 +1,7 @@
-"""What a file is, by its first bytes and its size: so that what is not read here is named, and not taken for something else.
+"""Identify a file by its content, so that an unsupported one is named, not mistaken for another.
 
-Two or four bytes alone could also begin a file of token ids, so that where a format has more to tell, more is looked at.
-Nothing is unpickled.
+A magic number of two or four bytes could also begin a file of token ids, so further structure is
+checked where a format has any. Nothing is unpickled.
 """
 
 import io
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from gptjax.files import open_file
 
-LOOKED_AT = 1024  # bytes
+LOOKED_AT = 1024  # bytes from the start
 LLMC = {
     20240326: "an llm.c model",
     20240327: "an llm.c debug state",
@@ -25,7 +25,7 @@ LLMC = {
     20240801: "a token shard",
     20240522: "an llm.c evaluation file",
 }
-"""By the number that llm.c's files begin with."""
+"""Descriptions of llm.c's files by magic number."""
 LLAMA2C_MAGIC = 0x616B3432
 SAFETENSORS = "a safetensors file"
 LARGEST_VOCABULARY = 1 << 26  # bytes of a llama2.c tokenizer
@@ -37,11 +37,11 @@ BEGINNINGS = {
     b"\xfd7zXZ\x00": "an xz file",
     b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.": "a PyTorch checkpoint (a pickle)",
 }
-TENSORFLOW_END = bytes.fromhex("57fb808b247547db")  # of the table that an .index is
+TENSORFLOW_END = bytes.fromhex("57fb808b247547db")  # end of an .index file
 
 
 def recognise(path: Path) -> str | None:
-    """What the file is, with its article: ``a llama2.c model (version 0)``; None for text, and for what is not known.
+    """Describe the file, as in ``a llama2.c model (version 0)``; None for text and unknown content.
 
     Raises:
         OSError: it cannot be read.
@@ -68,7 +68,13 @@ def recognise(path: Path) -> str | None:
         return "a TensorFlow checkpoint"
     if start[8:10] == b'{"' and int.from_bytes(start[:8], "little") <= size - 8:
         return SAFETENSORS
-    by_content = _zip(path, start) or _gzip(start) or _llama2c(start, size) or _protobuf(start) or _pickle(start, end)
+    by_content = (
+        _zip(path, start)
+        or _gzip(start)
+        or _llama2c(start, size)
+        or _protobuf(start)
+        or _pickle(start, end)
+    )
     return by_content or _tokenizer(path)
 
 
@@ -82,7 +88,11 @@ def _zip(path: Path, start: bytes) -> str | None:
         names = []
     if any(name.endswith("/data.pkl") for name in names):
         return "a PyTorch checkpoint (a zip of pickles)"
-    return "a NumPy archive (.npz)" if names and all(name.endswith(".npy") for name in names) else "a zip archive"
+    return (
+        "a NumPy archive (.npz)"
+        if names and all(name.endswith(".npy") for name in names)
+        else "a zip archive"
+    )
 
 
 def _gzip(start: bytes) -> str | None:
@@ -96,14 +106,18 @@ def _gzip(start: bytes) -> str | None:
 
 
 def _llama2c(start: bytes, size: int) -> str | None:
-    """Version 0 has no magic: its seven sizes must give exactly the file's."""
+    """Version 0 has no magic: its seven sizes must imply exactly the file's size."""
     if len(start) < 28:
         return None
     magic, version = struct.unpack_from("<Ii", start)
     if magic == LLAMA2C_MAGIC and 1 <= version <= 99:
         return f"a llama2.c model (version {version})"
     dim, hidden, layers, heads, kv_heads, vocabulary, positions = struct.unpack_from("<7i", start)
-    if min(dim, hidden, layers, heads, kv_heads, positions, abs(vocabulary)) < 1 or dim % heads or heads % kv_heads:
+    if (
+        min(dim, hidden, layers, heads, kv_heads, positions, abs(vocabulary)) < 1
+        or dim % heads
+        or heads % kv_heads
+    ):
         return None
     head = dim // heads
     block = 2 * dim + 2 * dim * dim + 2 * dim * kv_heads * head + 3 * dim * hidden
@@ -113,7 +127,9 @@ def _llama2c(start: bytes, size: int) -> str | None:
 
 
 def _protobuf(start: bytes) -> str | None:
-    """SentencePiece's begins with two pieces, each a text and its score; ONNX's with a version, and who wrote it."""
+    """SentencePiece models begin with two pieces, each a text and a score; ONNX models with a
+    version and the producer's name.
+    """
     piece = re.compile(rb"\n([\x07-\x7f])\n(.)", re.DOTALL)
     at = 0
     for _ in range(2):
@@ -142,7 +158,9 @@ def _pickle(start: bytes, end: bytes) -> str | None:
 
 
 def _tokenizer(path: Path) -> str | None:
-    """llama2.c's ``tokenizer.bin``: the longest token's length, then each one's score, length and bytes, up to the end."""
+    """llama2.c's ``tokenizer.bin``: the longest token's length, then each one's score, length and
+    bytes, up to the end.
+    """
     if not 16 <= path.stat().st_size <= LARGEST_VOCABULARY:
         return None
     with open_file(path) as file:
@@ -151,7 +169,11 @@ def _tokenizer(path: Path) -> str | None:
             if len(entry) < 8:
                 return None
             score, length = struct.unpack("<fI", entry)
-            if not math.isfinite(score) or not 1 <= length <= announced or len(file.read(length)) < length:
+            if (
+                not math.isfinite(score)
+                or not 1 <= length <= announced
+                or len(file.read(length)) < length
+            ):
                 return None
             longest = max(longest, length)
     return "a llama2.c tokenizer" if longest and longest == announced else None

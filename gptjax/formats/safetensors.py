@@ -1,8 +1,8 @@
-"""Safetensors, read by the library and written tensor by tensor, and models in it under our own names.
+"""Safetensors files: low-level reading and writing, and models under our own names.
 
-A file is a 64-bit length, a JSON header of that length with each tensor's dtype, shape and place, and
-the numbers (https://github.com/huggingface/safetensors). The library can only write a file whose
-tensors are all in memory.
+A file is a 64-bit length, a JSON header of that length with each tensor's dtype, shape and offsets,
+and the data (https://github.com/huggingface/safetensors). The library reads files; writing is our
+own, tensor by tensor, since the library needs all tensors in memory.
 """
 
 import dataclasses
@@ -22,11 +22,19 @@ from gptjax.config import Architecture
 from gptjax.errors import ConfigError, FormatError
 from gptjax.files import check_file, open_file, write_whole
 from gptjax.formats.lazy import LazyTensor
-from gptjax.formats.tables import FileTensor, Part, Table, each_layer, file_contents, file_tensors, open_params
+from gptjax.formats.tables import (
+    FileTensor,
+    Part,
+    Table,
+    each_layer,
+    file_contents,
+    file_tensors,
+    open_params,
+)
 from gptjax.models.family import family_of
 from gptjax.models.params import rows
 
-# Only for families whose files differ from the default, which is each parameter under its own name.
+# Families not listed store each parameter under its own name.
 TABLES: dict[str, Table] = {
     "gpt2": {
         "wte": "wte",
@@ -47,16 +55,22 @@ TABLES: dict[str, Table] = {
         "lnfb": "lnfb",
     }
 }
-REQUIRED = ("num_layers", "num_heads", "channels", "vocab_size", "max_seq_len")  # in the metadata of every model
-DTYPES = {"F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(jnp.bfloat16)}
+# In the metadata of every model
+REQUIRED = ("num_layers", "num_heads", "channels", "vocab_size", "max_seq_len")
+DTYPES = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(jnp.bfloat16),
+}
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """The library's handle on a file.
+    """Open a file with the library.
 
     Raises:
-        FormatError: it cannot be read, or is not such a file.
+        FormatError: it cannot be read, or is not a safetensors file.
 
     """
     try:
@@ -68,22 +82,28 @@ def opened(path: Path) -> Iterator[Any]:
 
 
 def check_tensor(path: Path, file: Any, name: str, shape: tuple[int, ...]) -> np.dtype:
-    """The dtype of a tensor; raises `FormatError` unless the file holds floating-point numbers so shaped under this name."""
+    """Return a tensor's dtype; raise `FormatError` unless it is floating-point with this shape."""
     found = file.get_slice(name)
     if tuple(found.get_shape()) != shape:
-        raise FormatError(f"{path}: the tensor {name} has the shape {found.get_shape()}, but {list(shape)} is expected")
+        raise FormatError(
+            f"{path}: the tensor {name} has the shape {found.get_shape()}, but {list(shape)} is "
+            "expected"
+        )
     if found.get_dtype() not in DTYPES:
-        raise FormatError(f"{path}: the tensor {name} holds {found.get_dtype()}, but one of {', '.join(DTYPES)} is expected")
+        raise FormatError(
+            f"{path}: the tensor {name} holds {found.get_dtype()}, but one of {', '.join(DTYPES)} "
+            "is expected"
+        )
     return DTYPES[found.get_dtype()]
 
 
 def write(path: Path, tensors: Mapping[str, LazyTensor], metadata: dict[str, str]) -> None:
-    """Write tensors one by one, durably: either the whole file appears under its name, or nothing does.
+    """Write tensors one by one, durably and atomically.
 
     Args:
         path: the file.
-        tensors: by name, in the order in which they are written; each is read when its turn comes.
-        metadata: text, for the header.
+        tensors: by name, in file order; each is read just before it is written.
+        metadata: strings for the header.
 
     """
     labels = {dtype: label for label, dtype in DTYPES.items()}
@@ -91,9 +111,13 @@ def write(path: Path, tensors: Mapping[str, LazyTensor], metadata: dict[str, str
     end = 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.dtype.itemsize * math.prod(tensor.shape)
-        header[name] = {"dtype": labels[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        header[name] = {
+            "dtype": labels[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # so that the numbers are aligned
+    text += b" " * (-len(text) % 8)  # aligns the data
     with write_whole(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
@@ -104,38 +128,45 @@ def is_model(path: Path) -> bool:
     """Whether the file looks like safetensors: a length below 100 MB, and a JSON object."""
     with open_file(path) as file:
         start = file.read(9)
-    return len(start) == 9 and int.from_bytes(start[:8], "little") < 100_000_000 and start[8:] == b"{"
+    return (
+        len(start) == 9 and int.from_bytes(start[:8], "little") < 100_000_000 and start[8:] == b"{"
+    )
 
 
 def read_model(path: Path) -> tuple[Architecture, Any]:
-    """A model under our own names, ``wte`` or ``fcw.3``, and its parameters as `LazyTensor`s.
+    """Read a model under our own names (``wte``, ``fcw.3``), with parameters as `LazyTensor`s.
 
     Raises:
-        FormatError: not such a file, or a tensor is missing, unknown, or has the wrong shape; it is
-            named.
+        FormatError: not a gptjax safetensors file, or a tensor is missing, unknown, or has the
+            wrong shape; the message names it.
 
     """
     with opened(path) as file:
         cfg = _architecture(path, file.metadata() or {})
         tensors = _tensors(cfg)
         check_names(path, set(file.keys()), (name for name, _, _ in each_layer(tensors, cfg)))
-        dtypes = {name: check_tensor(path, file, name, tensor.shape) for name, tensor, _ in each_layer(tensors, cfg)}
+        dtypes = {
+            name: check_tensor(path, file, name, tensor.shape)
+            for name, tensor, _ in each_layer(tensors, cfg)
+        }
 
     def read(tensor: FileTensor, layer: int | None, part: Part) -> np.ndarray:
         return read_slice(path, tensor.name.format(layer), part.place)
 
-    return cfg, open_params(tensors, cfg, read, lambda tensor, layer: dtypes[tensor.name.format(layer)])
+    return cfg, open_params(
+        tensors, cfg, read, lambda tensor, layer: dtypes[tensor.name.format(layer)]
+    )
 
 
 def read_slice(path: Path, name: str, index: tuple[slice, ...]) -> np.ndarray:
-    """Read part of a tensor; the rest of it stays in the file."""
+    """Read a slice of a tensor."""
     with opened(path) as file:
         array: np.ndarray = file.get_slice(name)[index]
         return array
 
 
 def _architecture(path: Path, metadata: dict[str, str]) -> Architecture:
-    """The model that a file's metadata describe; a field that is left out has its default."""
+    """The architecture in a file's metadata; missing fields have their default."""
     found: dict[str, Any] = {}
     for field in dataclasses.fields(Architecture):
         text = metadata.get(field.name)
@@ -147,7 +178,8 @@ def _architecture(path: Path, metadata: dict[str, str]) -> Architecture:
             found[field.name] = int(text or "")
         else:
             raise FormatError(
-                f"{path} does not say the model's {', '.join(REQUIRED)} in its metadata: it is not one of gptjax's; "
+                f"{path} does not say the model's {', '.join(REQUIRED)} in its metadata: it is "
+                "not one of gptjax's; "
                 "of a Hugging Face model name the folder, with its config.json"
             )
     try:
@@ -159,15 +191,20 @@ def _architecture(path: Path, metadata: dict[str, str]) -> Architecture:
 
 
 def _metadata(cfg: Architecture) -> dict[str, str]:
-    """What `_architecture` reads: the required fields, and others that differ from their default."""
+    """Metadata for `_architecture`: required fields, and others that differ from the default."""
     default = Architecture(**{name: getattr(cfg, name) for name in REQUIRED})
-    names = [*REQUIRED, *(f.name for f in dataclasses.fields(Architecture) if f.name not in REQUIRED)]
-    chosen = [name for name in names if name in REQUIRED or getattr(cfg, name) != getattr(default, name)]
+    names = [
+        *REQUIRED,
+        *(f.name for f in dataclasses.fields(Architecture) if f.name not in REQUIRED),
+    ]
+    chosen = [
+        name for name in names if name in REQUIRED or getattr(cfg, name) != getattr(default, name)
+    ]
     return {"format": "gptjax", **{name: str(getattr(cfg, name)) for name in chosen}}
 
 
 def check_names(path: Path, found: set[str], expected: Iterable[str]) -> None:
-    """Raise `FormatError` unless exactly these tensors are there; stops at the first one that is missing."""
+    """Raise `FormatError` unless exactly the expected tensors are present."""
     known = set()
     for name in expected:
         if name not in found:
@@ -176,11 +213,13 @@ def check_names(path: Path, found: set[str], expected: Iterable[str]) -> None:
     if found - known:
         odd = sorted(found - known)
         more = f" and {len(odd) - 5} more" if len(odd) > 5 else ""
-        raise FormatError(f"{path} holds tensors that this model does not have: {', '.join(odd[:5])}{more}")
+        raise FormatError(
+            f"{path} holds tensors that this model does not have: {', '.join(odd[:5])}{more}"
+        )
 
 
 def write_model(path: Path, params: Any, cfg: Architecture, dtype: np.dtype) -> None:
-    """Write a model in our own names, tensor by tensor.
+    """Write a model under our own names, tensor by tensor.
 
     Args:
         path: the file.
@@ -193,6 +232,6 @@ def write_model(path: Path, params: Any, cfg: Architecture, dtype: np.dtype) -> 
 
 
 def _tensors(cfg: Architecture) -> list[FileTensor]:
-    """The file's tensors: by the family's table, or else each parameter under its own name."""
+    """The file's tensors: by the family's table, by default each parameter under its own name."""
     own = {f"{name}.{{}}" if layered else name: name for name, layered, _, _ in rows(cfg)}
     return file_tensors(TABLES.get(cfg.family, own), cfg)

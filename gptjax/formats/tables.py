@@ -1,9 +1,9 @@
-"""How the tensors of a file hold the parameters of a model.
+"""Mapping between the tensors of a file and the parameters of a model.
 
-A format has one `Table` for each family: the file's names, and the parameters that each holds. Matrices
-in a file are (in, out) or (out, in), with the axes of heads merged. A tensor that holds several
-parameters, as GPT-2's ``c_attn`` holds queries, keys and values, has them side by side along their
-outputs. Everything else follows from the family's weight table.
+A format has one `Table` for each family: the file's names, and the parameters that each holds.
+Matrices in a file are (in, out) or (out, in), with the axes of heads merged. A tensor that holds
+several parameters, as GPT-2's ``c_attn`` holds queries, keys and values, has them side by side
+along their outputs. Everything else follows from the family's weight table.
 """
 
 import math
@@ -20,43 +20,45 @@ from gptjax.models.family import Weight
 from gptjax.models.params import rows
 
 Table = Mapping[str, str]
-"""A tensor's name, in which ``{}`` is the layer -> the names of its parameters.
+"""Tensor name, with ``{}`` for the layer -> the names of its parameters.
 
 For example ``{"layer.{}.qkv": "q k v"}``, a tensor that joins three parameters of a layer.
 """
 
 
 class Part(NamedTuple):
-    """A parameter's place in a tensor of a file."""
+    """One parameter within a tensor of a file."""
 
     param: str
     place: tuple[slice, ...]
-    """Where the tensor holds it."""
+    """Its index in the tensor."""
     shape: tuple[int, ...]
-    """The parameter's own, without pad rows."""
+    """The parameter's shape, without pad rows."""
     flat: tuple[int, ...]
-    """The same with merged axes, (in, out)."""
+    """The same shape with merged axes, (in, out)."""
     transposed: bool
 
     def to_file(self, array: np.ndarray) -> np.ndarray:
-        """The parameter as the file has it."""
+        """Convert the parameter to file layout."""
         array = array.reshape(self.flat)
         return array.T if self.transposed else array
 
     def from_file(self, array: np.ndarray) -> np.ndarray:
-        """The parameter, from the file's numbers at `place`; leading axes, of stacked layers, stay."""
+        """Convert the file's values at `place` to the parameter; leading layer axes are
+        preserved.
+        """
         array = array.swapaxes(-1, -2) if self.transposed else array
         return array.reshape(*array.shape[: array.ndim - len(self.flat)], *self.shape)
 
 
 class FileTensor(NamedTuple):
-    """One tensor of a file, or one a layer."""
+    """One tensor of a file, or one per layer."""
 
     name: str
-    """In the file; ``{}`` is the layer."""
+    """Name in the file; ``{}`` is the layer."""
     layered: bool
     shape: tuple[int, ...]
-    """In the file, one layer's."""
+    """Shape in the file, for one layer."""
     parts: tuple[Part, ...]
 
 
@@ -64,11 +66,14 @@ def table_of(tables: Mapping[str, Table], cfg: Architecture, kind: str) -> Table
     """The table of a model's family.
 
     Raises:
-        ConfigError: the format, ``kind`` in words, has none.
+        ConfigError: the format, described by ``kind``, has none.
 
     """
     if cfg.family not in tables:
-        raise ConfigError(f"{kind} holds a model of {' or '.join(tables)}, not of {cfg.family}: write safetensors instead")
+        raise ConfigError(
+            f"{kind} holds a model of {' or '.join(tables)}, not of {cfg.family}: write "
+            "safetensors instead"
+        )
     return tables[cfg.family]
 
 
@@ -81,13 +86,15 @@ def file_tensors(
         table: the format's, for the model's family.
         cfg: the model.
         transposed: matrices are (out, in).
-        vocab_rows: rows of a table with one row for each id, padding included; by default there is no padding.
+        vocab_rows: rows of tables with one row per id, padding included; by default no padding.
 
     """
-    found_as = {row[:2]: row for row in rows(cfg)}  # a name may be in the blocks and outside them
+    found_as = {row[:2]: row for row in rows(cfg)}  # a name can be in both
     found = []
     for name, params in table.items():
-        held = [found_as.get((param, "{}" in name)) or found_as[param, True] for param in params.split()]
+        held = [
+            found_as.get((param, "{}" in name)) or found_as[param, True] for param in params.split()
+        ]
         _, layered, first, _ = held[0]
         turned = transposed and first.kind == "matrix"
         parts: list[Part] = []
@@ -101,7 +108,9 @@ def file_tensors(
         sizes = [*flat[:-1], outputs]
         if first.axes[0] == "Vp" and vocab_rows:
             sizes[0] = vocab_rows
-        found.append(FileTensor(name, layered, tuple(sizes[::-1] if turned else sizes), tuple(parts)))
+        found.append(
+            FileTensor(name, layered, tuple(sizes[::-1] if turned else sizes), tuple(parts))
+        )
     return found
 
 
@@ -111,8 +120,10 @@ def merged(weight: Weight, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(axes) for axes in (shape[:inputs], shape[inputs:]) if axes)
 
 
-def each_layer(tensors: list[FileTensor], cfg: Architecture) -> Iterator[tuple[str, FileTensor, int | None]]:
-    """Name, tensor and layer (None outside the blocks) of all that a file holds, in order."""
+def each_layer(
+    tensors: list[FileTensor], cfg: Architecture
+) -> Iterator[tuple[str, FileTensor, int | None]]:
+    """Name, tensor and layer (None outside the blocks) of each tensor in a file, in order."""
     for tensor in tensors:
         for layer in range(cfg.num_layers) if tensor.layered else [None]:
             yield tensor.name.format(layer), tensor, layer
@@ -124,32 +135,38 @@ def open_params(
     read: Callable[[FileTensor, int | None, Part], np.ndarray],
     dtype_of: Callable[[FileTensor, int | None], np.dtype],
 ) -> Any:
-    """A model's parameters, which stay in the file until they are used: `LazyTensor`s, unrolled.
+    """A model's parameters as `LazyTensor`s, unrolled.
 
     Args:
         tensors: the file's.
         cfg: the model.
-        read: ``read(tensor, layer, part)`` gives what the file has at ``part.place`` of a tensor.
+        read: ``read(tensor, layer, part)`` reads ``part.place`` of a tensor from the file.
         dtype_of: ``dtype_of(tensor, layer)`` is a tensor's dtype.
 
     """
-    places = {(part.param, tensor.layered): (tensor, part) for tensor in tensors for part in tensor.parts}
+    places = {
+        (part.param, tensor.layered): (tensor, part) for tensor in tensors for part in tensor.parts
+    }
 
     def load(name: str, layer: int | None) -> np.ndarray:
         tensor, part = places[name, layer is not None]
         return part.from_file(read(tensor, layer, part))
 
-    return collect(cfg, load, lambda name, layer: dtype_of(places[name, layer is not None][0], layer))
+    return collect(
+        cfg, load, lambda name, layer: dtype_of(places[name, layer is not None][0], layer)
+    )
 
 
-def file_contents(tensors: list[FileTensor], params: Any, cfg: Architecture, dtype: np.dtype) -> dict[str, LazyTensor]:
-    """All tensors of a file by name, in order; each is made from its parameters when it is read.
+def file_contents(
+    tensors: list[FileTensor], params: Any, cfg: Architecture, dtype: np.dtype
+) -> dict[str, LazyTensor]:
+    """All tensors of a file by name, in order, each computed lazily from its parameters.
 
     Args:
         tensors: the file's.
         params: as `tensor_of` takes them.
         cfg: the model.
-        dtype: of all that is written.
+        dtype: of every tensor written.
 
     """
     return {
@@ -158,8 +175,10 @@ def file_contents(tensors: list[FileTensor], params: Any, cfg: Architecture, dty
     }
 
 
-def join(tensor: FileTensor, layer: int | None, params: Any, cfg: Architecture, dtype: np.dtype) -> np.ndarray:
-    """One tensor of a file from its parameters, in ``dtype``, without pad rows."""
+def join(
+    tensor: FileTensor, layer: int | None, params: Any, cfg: Architecture, dtype: np.dtype
+) -> np.ndarray:
+    """Build one tensor of a file from its parameters, in ``dtype``, without pad rows."""
     arrays = (part.to_file(tensor_of(params, part.param, layer, cfg)) for part in tensor.parts)
     if len(tensor.parts) == 1:
         return next(arrays).astype(dtype, copy=False)

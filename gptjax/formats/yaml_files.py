@@ -1,4 +1,6 @@
-"""YAML as configurations are written: plain values in sections, without what lets a small file stand for a large one."""
+"""YAML configurations: plain values in sections, without aliases, which let a small file expand
+into a huge one.
+"""
 
 import os
 from typing import Any
@@ -10,20 +12,20 @@ from gptjax.errors import FormatError
 from gptjax.files import read_text
 
 LARGEST = 1 << 16  # bytes: the longest configuration has 3,000
-DEEPEST = 16  # sections and lists in each other
+DEEPEST = 16  # nested sections and lists
 LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class AliasError(yaml.YAMLError):
-    """A value that is used again by an alias: ten lines can stand for 10^9 values, or for one without an end."""
+    """A value reused by an alias: ten lines can expand to 10^9 values, or without end."""
 
 
 def load(text: str) -> Any:
-    """The value of a document, by the rules of jsonargparse, for which ``1e-3`` is a number.
+    """Parse a document by the rules of jsonargparse, where ``1e-3`` is a number.
 
     Raises:
-        yaml.YAMLError: it is not YAML, has an alias (``*name``) or a key twice, is nested too deeply, or holds what no
-            value can be made of.
+        yaml.YAMLError: it is not YAML, has an alias (``*name``) or a key twice, is nested too
+        deeply, or holds an invalid value.
 
     """
     try:
@@ -34,7 +36,7 @@ def load(text: str) -> Any:
 
 
 def read_mapping(path: str | os.PathLike[str]) -> dict[Any, Any]:
-    """The mapping that a file holds.
+    """Read a mapping from a file.
 
     Raises:
         FormatError: it is no regular file of at most `LARGEST` bytes, or holds something else.
@@ -51,7 +53,7 @@ def read_mapping(path: str | os.PathLike[str]) -> dict[Any, Any]:
 
 
 def _check(root: yaml.Node | None) -> None:
-    """Raise a YAMLError for what `load` refuses beyond YAML's own rules."""
+    """Raise a YAMLError for valid YAML that `load` refuses."""
     seen: set[int] = set()
     waiting = [(root, 0)] if root else []
     while waiting:
@@ -66,7 +68,10 @@ def _check(root: yaml.Node | None) -> None:
             keys: set[str] = set()
             for key, value in node.value:
                 if isinstance(key, yaml.ScalarNode) and key.value in keys:
-                    raise yaml.YAMLError(f"{key.value} is given again on line {key.start_mark.line + 1}: leave one out")
+                    raise yaml.YAMLError(
+                        f"{key.value} is given again on line {key.start_mark.line + 1}: leave one "
+                        "out"
+                    )
                 keys.add(key.value if isinstance(key, yaml.ScalarNode) else "")
                 waiting += [(key, depth + 1), (value, depth + 1)]
         elif isinstance(node, yaml.SequenceNode):

@@ -1,8 +1,9 @@
 """Continue text: ``python -m gptjax.generate --checkpoint runs/124m --prompt "Once upon a time"``.
 
-The checkpoint is a run, a Hugging Face GPT-2 folder, an llm.c model ``.bin``, safetensors in our names, or ``hf:NAME`` on the
-hub. A single text is shown token by token, several of them once they are whole. Without a prompt the model begins by itself.
-A text that outgrows the model's context goes on from its newer part, at least half a context, which is read anew.
+The checkpoint is a run, a Hugging Face GPT-2 folder, an llm.c model ``.bin``, safetensors in our
+names, or ``hf:NAME`` on the hub. A single text is shown token by token, several of them once they
+are whole. Without a prompt the model begins by itself. A text that outgrows the model's context
+goes on from its newer part, at least half a context, which is read anew.
 """
 
 import contextlib
@@ -17,8 +18,9 @@ from typing import Any, NamedTuple
 import jax
 
 from gptjax import cli, tokenizers
+from gptjax.cli.options import parse
 from gptjax.cli.streams import standard_input
-from gptjax.config import ModelConfig, Sampler
+from gptjax.config import MOST_SAMPLES, GenerateConfig, ModelConfig
 from gptjax.errors import ConfigError, DataError
 from gptjax.files import read_stream
 from gptjax.generate.engine import CHUNK, Rules
@@ -31,9 +33,6 @@ from gptjax.xla.backend import platform_name, start_jax
 from gptjax.xla.cache import keep_compiled_programs
 
 PROG = "python -m gptjax.generate"
-MOST_TOKENS = 1 << 24  # of one continuation, which is held in memory
-MOST_SAMPLES = (1 << 31) - 1  # continuations, of all prompts: each has a random stream of its own, by its number
-MOST_AT_ONCE = 1 << 16  # continuations
 MOST_BYTES = 1 << 24  # of a file of prompts
 RESET, END = "/reset", "/end"  # what an interactive session understands
 
@@ -49,15 +48,13 @@ class Model(NamedTuple):
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status 0; bad input raises SystemExit(2)."""
     with cli.reported_errors(PROG, "lower batch_size"):
-        args: Any = _parser().parse_args(argv)
-        for name, most in {"max_new_tokens": MOST_TOKENS, "num_samples": MOST_SAMPLES, "batch_size": MOST_AT_ONCE}.items():
-            if not 1 <= args[name] <= most:
-                raise ConfigError(f"{name} must be from 1 to {most}, not {args[name]}")
-        if not 0 <= args.seed < 2**32:
-            raise ConfigError(f"seed must be from 0 to {2**32 - 1}, not {args.seed}")
+        args, _ = parse(GenerateConfig, PROG, __doc__ or "", argv)
         prompts = read_prompts(args)
         if args.num_samples * len(prompts) > MOST_SAMPLES:
-            raise ConfigError(f"num_samples {args.num_samples} is too many: at most {MOST_SAMPLES:,} can be made at once")
+            raise ConfigError(
+                f"num_samples {args.num_samples} is too many: at most {MOST_SAMPLES:,} can be "
+                "made at once"
+            )
         cli.keep_freed_memory()
         keep_compiled_programs()
         cli.quiet_libraries()
@@ -70,37 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> cli.Parser:
-    parser = cli.Parser(prog=PROG, description=__doc__)
-    add = parser.add_argument
-    add("--checkpoint", required=True, type=str, help="the model: see above")
-    add("--prompt", nargs="+", default=[], type=str, help="text to continue, or several")
-    add("--prompts", type=str | None, help="file with a prompt a line; - is standard input")
-    add("--num_samples", default=1, type=int, help="continuations of each prompt")
-    add("--max_new_tokens", default=256, type=int, help="length of a continuation, unless something ends it before")
-    parser.add_class_arguments(Sampler)
-    add("--seed", default=0, type=int, help="the same seed gives the same text, on one kind of device and in one dtype")
-    add("--batch_size", default=32, type=int, help="continuations made at a time; it changes none of them")
-    add("--stop", nargs="+", default=[], type=str, help="text before which a continuation ends, or several")
-    add("--ignore_end", action="store_true", help="go on after end-of-text, too")
-    add("--show_tokens", action="store_true", help="list id and token, a line each, in place of the text")
-    add("--logprobs", action="store_true", help="also list the log-probability that the model gave each token")
-    add("--json", action="store_true", help="write one JSON object a continuation, a line each")
-    add(
-        "--interactive", action="store_true", help=f"go on with what you type, line by line; {RESET} forgets it all, {END} ends"
-    )
-    add("--tokenizer", type=str | None, help="gpt2, byte or a tokenizer file, for a checkpoint that comes without one")
-    add(
-        "--dtype",
-        default="auto",
-        choices=["auto", "float32", "bfloat16", "float64"],
-        help="of what is computed, and of weights",
-    )
-    add("--int8", action="store_true", help="keep the weights in 8 bits: faster, a little less exact")
-    return parser
-
-
-def read_prompts(args: Any) -> list[str]:
+def read_prompts(args: GenerateConfig) -> list[str]:
     """What to continue; one empty prompt where nothing is given.
 
     Raises:
@@ -110,9 +77,16 @@ def read_prompts(args: Any) -> list[str]:
 
     """
     if sum([bool(args.prompt), args.prompts is not None, args.interactive]) > 1:
-        raise ConfigError("prompt, prompts and interactive each say what to continue: leave all but one out")
-    if args.interactive and (args.json or args.show_tokens or args.logprobs or args.num_samples > 1):
-        raise ConfigError("interactive shows one text as it comes: leave json, show_tokens, logprobs and num_samples out")
+        raise ConfigError(
+            "prompt, prompts and interactive each say what to continue: leave all but one out"
+        )
+    if args.interactive and (
+        args.json or args.show_tokens or args.logprobs or args.num_samples > 1
+    ):
+        raise ConfigError(
+            "interactive shows one text as it comes: leave json, show_tokens, logprobs and "
+            "num_samples out"
+        )
     for text in [*args.prompt, *args.stop]:
         if not text.isprintable() and any("\ud800" <= c <= "\udfff" for c in text):
             raise DataError("prompt and stop must be UTF-8 text")
@@ -122,46 +96,60 @@ def read_prompts(args: Any) -> list[str]:
         if args.prompts == "-":
             data = standard_input(MOST_BYTES)
         else:
-            with Path(args.prompts).open("rb") as file:  # also a named pipe: a shell makes one of <(command)
+            # Also a named pipe: a shell makes one of <(command)
+            with Path(args.prompts).open("rb") as file:
                 data = read_stream(file, f"prompts {args.prompts}", MOST_BYTES)
         text = io.StringIO(data.decode("utf-8-sig"), newline=None).read()
     except OSError as error:
-        raise DataError(f"prompts {args.prompts} cannot be read: {error.strerror or error}") from error
+        raise DataError(
+            f"prompts {args.prompts} cannot be read: {error.strerror or error}"
+        ) from error
     except UnicodeDecodeError as error:
-        raise DataError(f"prompts {args.prompts} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+        raise DataError(
+            f"prompts {args.prompts} is not UTF-8 text: {error.reason} at byte {error.start}"
+        ) from error
     if not text:
         raise DataError(f"prompts {args.prompts} holds no line")
     return text.removesuffix("\n").split("\n")
 
 
-def load(args: Any) -> Model:
+def load(args: GenerateConfig) -> Model:
     """The checkpoint as `store_for_decoding` keeps it, and its tokenizer.
 
     Raises:
         GptjaxError: there is none, it is damaged, or its tokenizer is not known or not its own.
 
     """
-    sampler = Sampler(**{field.name: args[field.name] for field in dataclasses.fields(Sampler)})
     source = open_weights(args.checkpoint)
     tokenizer = tokenizers.find(args.tokenizer) if args.tokenizer else source.tokenizer
     if not tokenizer:
         reason = f" ({source.note})" if source.note else ""
-        raise ConfigError(f"{args.checkpoint} comes without a tokenizer{reason}: name it, as in --tokenizer gpt2")
+        raise ConfigError(
+            f"{args.checkpoint} comes without a tokenizer{reason}: name it, as in --tokenizer gpt2"
+        )
     if tokenizer.vocab_size > source.cfg.vocab_size:
         raise ConfigError(
-            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, more than the {source.cfg.vocab_size} of "
+            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, more than the "
+            f"{source.cfg.vocab_size} of "
             f"{args.checkpoint}: it was trained with another"
         )
-    wanted = dataclasses.replace(source.cfg, dtype=args.dtype, layers="unroll", attention="auto", dropout=0.0)
+    wanted = dataclasses.replace(
+        source.cfg, dtype=args.dtype, layers="unroll", attention="auto", dropout=0.0
+    )
     start_jax(wanted.dtype)
     cfg: ModelConfig = wanted.resolve(platform_name(), 1)
     params = load_params(source, cfg)
     end = None if args.ignore_end else tokenizer.end_of_text
-    return Model(store_for_decoding(params, cfg, args.int8), tokenizer, Rules(cfg, sampler, tokenizer.vocab_size, end))
+    return Model(
+        store_for_decoding(params, cfg, args.int8),
+        tokenizer,
+        Rules(cfg, args.sampler, tokenizer.vocab_size, end),
+    )
 
 
-def write(model: Model, prompts: list[str], args: Any) -> None:
-    """Continue each prompt ``num_samples`` times, ``batch_size`` at a time, and print each batch once it is done.
+def write(model: Model, prompts: list[str], args: GenerateConfig) -> None:
+    """Continue each prompt ``num_samples`` times, ``batch_size`` at a time, and print each batch
+    once it is done.
 
     Raises:
         ConfigError: there would be more than `MOST_SAMPLES`.
@@ -170,7 +158,8 @@ def write(model: Model, prompts: list[str], args: Any) -> None:
     total = len(prompts) * args.num_samples
     if total > MOST_SAMPLES:
         raise ConfigError(
-            f"{len(prompts)} prompts x {args.num_samples} num_samples are more than {MOST_SAMPLES}: ask for fewer"
+            f"{len(prompts)} prompts x {args.num_samples} num_samples are more than "
+            f"{MOST_SAMPLES}: ask for fewer"
         )
     ids = [prompt_ids(model.tokenizer, prompt) for prompt in prompts]
     plain = not (args.json or args.show_tokens or args.logprobs)
@@ -183,7 +172,9 @@ def write(model: Model, prompts: list[str], args: Any) -> None:
     for first in range(0, total, args.batch_size):
         numbers = range(first, min(first + args.batch_size, total))
         samples = [Sample(model.tokenizer, ids[i // args.num_samples], args.stop) for i in numbers]
-        for texts in continued(model.params, samples, model.rules, key, args.max_new_tokens, chunk, first):
+        for texts in continued(
+            model.params, samples, model.rules, key, args.max_new_tokens, chunk, first
+        ):
             if streaming:
                 show(texts[0])
         made += sum(len(sample.ids) for sample in samples)
@@ -197,7 +188,9 @@ def write(model: Model, prompts: list[str], args: Any) -> None:
             show((prompt + sample.stream.text if plain else sample.listing(args.logprobs)) + "\n")
     if streaming:
         show("\n")
-    print(f"{made} tokens in {time.perf_counter() - began:.1f} s, compiling included", file=sys.stderr)
+    print(
+        f"{made} tokens in {time.perf_counter() - began:.1f} s, compiling included", file=sys.stderr
+    )
 
 
 def as_json(record: dict[str, Any]) -> str:
@@ -210,8 +203,10 @@ def as_json(record: dict[str, Any]) -> str:
     return line
 
 
-def converse(model: Model, args: Any) -> None:
-    """Continue what is typed, with all that was said before in view. Ctrl-C ends an answer, Ctrl-D the session."""
+def converse(model: Model, args: GenerateConfig) -> None:
+    """Continue what is typed, with all that was said before in view. Ctrl-C ends an answer, Ctrl-D
+    the session.
+    """
     with contextlib.suppress(ImportError):  # not on Windows
         import readline  # noqa: F401  # gives input() its history
     said: list[int] = []
@@ -236,16 +231,22 @@ def converse(model: Model, args: Any) -> None:
         sample = Sample(model.tokenizer, said, args.stop)
         key = jax.random.fold_in(jax.random.key(args.seed), turn)
         with contextlib.suppress(KeyboardInterrupt):
-            for texts in continued(model.params, [sample], model.rules, key, args.max_new_tokens, 1):
+            for texts in continued(
+                model.params, [sample], model.rules, key, args.max_new_tokens, 1
+            ):
                 show(texts[0])
         said += sample.seen()
         show("\n")
 
 
 def show(text: str) -> None:
-    """Write text now; on a terminal, a placeholder for the control characters that a model may well produce."""
+    """Write text now; on a terminal, a placeholder for the control characters that a model may well
+    produce.
+    """
     if sys.stdout.isatty():
-        text = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+        text = "".join(
+            c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
+        )
     sys.stdout.write(text)
     sys.stdout.flush()
 

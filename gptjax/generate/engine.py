@@ -1,7 +1,9 @@
-"""Prompts in, tokens out, a few at a time: prefill, then a compiled loop over a cache of keys and values.
+"""Prompts in, tokens out, a few at a time: prefill, then a compiled loop over a cache of keys and
+values.
 
-A sequence that outgrows the model's context goes on from its newer part: see `window_start`. What is drawn for a row depends
-on its prompt, its seed and its index alone, not on the rows beside it or on how many tokens are asked for at a time.
+A sequence that outgrows the model's context goes on from its newer part: see `window_start`. What
+is drawn for a row depends on its prompt, its seed and its index alone, not on the rows beside it or
+on how many tokens are asked for at a time.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +22,8 @@ from gptjax.models.decode import decode, prefill
 from gptjax.xla.products import accumulation_dtype
 
 CHUNK = 32  # tokens between looks at what was drawn, unless told otherwise
-LEAST_PREFILL = 16  # prompts are padded to this times a power of two, so that few programs are compiled
+# Prompts are padded to this times a power of two, so that few programs are compiled
+LEAST_PREFILL = 16
 DEFAULT = Sampler()
 SLOTS = 64  # the cache's length is a multiple of this, for the same reason
 
@@ -38,7 +41,9 @@ class Rules(NamedTuple):
 
 
 class Decoding(NamedTuple):
-    """Sequences that are being continued. The newest token of each has been drawn, and not yet been read."""
+    """Sequences that are being continued. The newest token of each has been drawn, and not yet been
+    read.
+    """
 
     cache: Any
     padding: Int[Array, " B"]
@@ -56,14 +61,18 @@ class Drawn(NamedTuple):
 
     tokens: Any
     logprobs: Any
-    """Natural logarithms of the probabilities that the model gave them, before temperature and filters."""
+    """Natural logarithms of the probabilities that the model gave them, before temperature and
+    filters.
+    """
 
 
 def window_start(length: int, context: int) -> int:
-    """Where the part of a sequence begins that the model sees: 0 until it is longer than the context.
+    """Where the part of a sequence begins that the model sees: 0 until it is longer than the
+    context.
 
-    From then on, the last tokens, at least half a context of them: the start moves on by half a context whenever the sequence
-    would not fit, and the part is read anew, since GPT-2's positions are absolute.
+    From then on, the last tokens, at least half a context of them: the start moves on by half a
+    context whenever the sequence would not fit, and the part is read anew, since GPT-2's positions
+    are absolute.
     """
     half = max(1, context // 2)
     return max(0, -(-(length - context) // half)) * half
@@ -79,7 +88,8 @@ def generate(
     fetch: Callable[[Any], np.ndarray] = np.asarray,
     first: int = 0,
 ) -> Iterator[Drawn]:
-    """Continue each prompt by ``new_tokens``, a few at a time; a row that is done repeats its end, and when all are, it ends.
+    """Continue each prompt by ``new_tokens``, a few at a time; a row that is done repeats its end,
+    and when all are, it ends.
 
     Args:
         params: parameters, or what `gptjax.models.decode.store_for_decoding` makes of them.
@@ -105,7 +115,9 @@ def generate(
     state, starts, drawn = None, [0] * len(rows), 0
     while drawn < new_tokens and not done.all():
         left = new_tokens - drawn
-        readable = context + 1 - max(len(row) - start for row, start in zip(rows, starts, strict=True))
+        readable = (
+            context + 1 - max(len(row) - start for row, start in zip(rows, starts, strict=True))
+        )
         if state and readable > 0:
             count = min(left, chunk, readable)
             state, tokens, logprobs = _advance(params, state, rules, count)
@@ -113,10 +125,15 @@ def generate(
             count = 1
             starts = [window_start(len(row), context) for row in rows]
             windows = [row[start:] for row, start in zip(rows, starts, strict=True)]
-            state, tokens, logprobs = _start(params, *_padded(windows, rules, left), rules, keys, drawn, done)
+            state, tokens, logprobs = _start(
+                params, *_padded(windows, rules, left), rules, keys, drawn, done
+            )
         new = Drawn(fetch(tokens)[:, :count], fetch(logprobs)[:, :count])
         if not np.isfinite(new.logprobs).all():
-            raise CheckpointError("the model gives probabilities that are not finite: it is damaged, or its training diverged")
+            raise CheckpointError(
+                "the model gives probabilities that are not finite: it is damaged, or its "
+                "training diverged"
+            )
         done = fetch(state.done)
         drawn += count
         for row, ids in zip(rows, new.tokens.tolist(), strict=True):
@@ -135,13 +152,22 @@ def sample(
     allowed: int | None = None,
     fetch: Callable[[Any], np.ndarray] = np.asarray,
 ) -> np.ndarray:
-    """Continue each prompt by ``new_tokens`` ids below ``allowed``, by default all: (B, new_tokens). See `generate`."""
+    """Continue each prompt by ``new_tokens`` ids below ``allowed``, by default all: (B,
+    new_tokens). See `generate`.
+    """
     rules = Rules(cfg, sampler, allowed or cfg.vocab_size, None)
-    return np.concatenate([new.tokens for new in generate(params, prompts, rules, key, new_tokens, fetch=fetch)], axis=1)
+    return np.concatenate(
+        [new.tokens for new in generate(params, prompts, rules, key, new_tokens, fetch=fetch)],
+        axis=1,
+    )
 
 
-def _padded(windows: list[list[int]], rules: Rules, new_tokens: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """(ids padded on the left, the padding of each row, slots of the cache), of few different sizes."""
+def _padded(
+    windows: list[list[int]], rules: Rules, new_tokens: int
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """(ids padded on the left, the padding of each row, slots of the cache), of few different
+    sizes.
+    """
     longest = max(map(len, windows))
     size = LEAST_PREFILL
     while size < longest:
@@ -154,20 +180,36 @@ def _padded(windows: list[list[int]], rules: Rules, new_tokens: int) -> tuple[np
 
 @partial(jax.jit, static_argnames=("slots", "rules"))
 def _start(
-    params: Any, ids: Array, padding: Array, slots: int, rules: Rules, keys: Any, drawn: Any, done: Any
+    params: Any,
+    ids: Array,
+    padding: Array,
+    slots: int,
+    rules: Rules,
+    keys: Any,
+    drawn: Any,
+    done: Any,
 ) -> tuple[Decoding, Array, Array]:
     """Read the prompts and draw one token a row."""
     logits, cache = prefill(params, ids, padding, slots, rules.cfg)
     token, logprob, done = _next(logits, rules, keys, drawn, done)
-    state = Decoding(cache, padding, jnp.int32(ids.shape[1]), token, jnp.int32(drawn + 1), done, keys)
+    state = Decoding(
+        cache, padding, jnp.int32(ids.shape[1]), token, jnp.int32(drawn + 1), done, keys
+    )
     return state, token[:, None], logprob[:, None]
 
 
 @partial(jax.jit, static_argnames="rules", donate_argnames="state")
-def _advance(params: Any, state: Decoding, rules: Rules, count: Any) -> tuple[Decoding, Array, Array]:
-    """``count`` times: read the newest token of each row, and draw the next; it stops when all rows are done."""
+def _advance(
+    params: Any, state: Decoding, rules: Rules, count: Any
+) -> tuple[Decoding, Array, Array]:
+    """``count`` times: read the newest token of each row, and draw the next; it stops when all rows
+    are done.
+    """
     B = state.token.shape[0]
-    room = jnp.full((B, CHUNK), 0 if rules.end is None else rules.end, jnp.int32), jnp.zeros((B, CHUNK), jnp.float32)
+    room = (
+        jnp.full((B, CHUNK), 0 if rules.end is None else rules.end, jnp.int32),
+        jnp.zeros((B, CHUNK), jnp.float32),
+    )
 
     def more(carry: Any) -> Array:
         i, state, _ = carry
@@ -175,17 +217,23 @@ def _advance(params: Any, state: Decoding, rules: Rules, count: Any) -> tuple[De
 
     def step(carry: Any) -> Any:
         i, state, room = carry
-        logits, cache = decode(params, state.token, state.padding, state.cache, state.slot, rules.cfg)
+        logits, cache = decode(
+            params, state.token, state.padding, state.cache, state.slot, rules.cfg
+        )
         token, logprob, done = _next(logits, rules, state.keys, state.drawn, state.done)
         room = tuple(r.at[:, i].set(x) for r, x in zip(room, (token, logprob), strict=True))
-        new = Decoding(cache, state.padding, state.slot + 1, token, state.drawn + 1, done, state.keys)
+        new = Decoding(
+            cache, state.padding, state.slot + 1, token, state.drawn + 1, done, state.keys
+        )
         return i + 1, new, room
 
     _, state, (tokens, logprobs) = jax.lax.while_loop(more, step, (jnp.int32(0), state, room))
     return state, tokens, logprobs
 
 
-def _next(logits: Float[Array, "B V"], rules: Rules, keys: Any, drawn: Any, done: Array) -> tuple[Array, Array, Array]:
+def _next(
+    logits: Float[Array, "B V"], rules: Rules, keys: Any, drawn: Any, done: Array
+) -> tuple[Array, Array, Array]:
     """(token, its log-probability, whether the row is done) of each row."""
     logits = logits[:, : rules.allowed].astype(accumulation_dtype(logits))
     token = choose(jax.vmap(partial(jax.random.fold_in, data=drawn))(keys), logits, rules.sampler)

@@ -11,16 +11,22 @@ from gptjax.tokenizers import Tokenizer, printable
 class Sample:
     """One continuation as it grows."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str] = ()
+    ) -> None:
         """Nothing is drawn yet."""
         self.tokenizer, self.prompt = tokenizer, prompt
         self.stream = TextStream(tokenizer, stops)
         self.ids: list[int] = []
         self.logprobs: list[float] = []
         self.finish: Literal["length", "end", "stop"] | None = None
-        """``end``: end-of-text came; ``stop``: a stop string did; ``length``: neither did; None: it is not finished."""
+        """``end``: end-of-text came; ``stop``: a stop string did; ``length``: neither did; None: it
+        is not finished.
+        """
 
-    def take(self, ids: Sequence[int], logprobs: Sequence[float], end: int | None, last: bool) -> str:
+    def take(
+        self, ids: Sequence[int], logprobs: Sequence[float], end: int | None, last: bool
+    ) -> str:
         """Add tokens up to the one that ends it; returns the text that has become certain."""
         text = ""
         for token, logprob in zip(ids, logprobs, strict=True):
@@ -51,7 +57,9 @@ class Sample:
         return found | {"logprobs": self.logprobs} if logprobs else found
 
     def listing(self, logprobs: bool) -> str:
-        """``id token`` of each token, a line each, with the log-probability in between if asked for."""
+        """``id token`` of each token, a line each, with the log-probability in between if asked
+        for.
+        """
         lines = []
         for token, logprob in zip(self.ids, self.logprobs, strict=True):
             middle = f"{logprob:9.4f} " if logprobs else ""
@@ -60,11 +68,21 @@ class Sample:
 
 
 def continued(
-    params: Any, samples: Sequence[Sample], rules: Rules, key: Any, new_tokens: int, chunk: int = CHUNK, first: int = 0
+    params: Any,
+    samples: Sequence[Sample],
+    rules: Rules,
+    key: Any,
+    new_tokens: int,
+    chunk: int = CHUNK,
+    first: int = 0,
 ) -> Iterator[list[str]]:
-    """Let all samples grow until each is finished, yielding what each has gained in text; see `generate`."""
+    """Let all samples grow until each is finished, yielding what each has gained in text; see
+    `generate`.
+    """
     left = new_tokens
-    for new in generate(params, [sample.prompt for sample in samples], rules, key, new_tokens, chunk, first=first):
+    for new in generate(
+        params, [sample.prompt for sample in samples], rules, key, new_tokens, chunk, first=first
+    ):
         left -= new.tokens.shape[1]
         rows = zip(samples, new.tokens.tolist(), new.logprobs.tolist(), strict=True)
         yield [sample.take(ids, logprobs, rules.end, left == 0) for sample, ids, logprobs in rows]

@@ -14,14 +14,18 @@ from gptjax.xla.products import accumulation_dtype
 BLOCK = 128  # ids that are drawn from together
 
 
-def choose(keys: Key[Array, " B"], logits: Float[Array, "B V"], sampler: Sampler) -> Int[Array, " B"]:
+def choose(
+    keys: Key[Array, " B"], logits: Float[Array, "B V"], sampler: Sampler
+) -> Int[Array, " B"]:
     """The next id of each row, drawn with its own key."""
     logits = logits.astype(accumulation_dtype(logits))
     if sampler.temperature == 0:
         best = logits == logits.max(-1, keepdims=True)
         ids = jnp.arange(logits.shape[1], dtype=jnp.int32)
-        return jnp.where(best, ids[None], ids[-1]).min(-1)  # the first of equals; faster than argmax on CPU
-    below = logits - logits.max(-1, keepdims=True)  # first, or a low temperature magnifies how the best one is rounded
+        # The first of equals; faster than argmax on CPU
+        return jnp.where(best, ids[None], ids[-1]).min(-1)
+    # First, or a low temperature magnifies how the best one is rounded
+    below = logits - logits.max(-1, keepdims=True)
     return draw(keys, filtered(below / sampler.temperature, sampler))
 
 
@@ -37,16 +41,21 @@ def filtered(logits: Float[Array, "B V"], sampler: Sampler) -> Float[Array, "B V
     return logits
 
 
-def _fewer_above(logits: Float[Array, "B V"], weigh: Callable[[Array], Array], limit: float) -> Bool[Array, "B V"]:
-    """The tokens for which all likelier ones together weigh less than ``limit``; ``weigh`` takes their probabilities.
+def _fewer_above(
+    logits: Float[Array, "B V"], weigh: Callable[[Array], Array], limit: float
+) -> Bool[Array, "B V"]:
+    """The tokens for which all likelier ones together weigh less than ``limit``; ``weigh`` takes
+    their probabilities.
 
-    The least probability of theirs is found by halving the range of its bits, which are ordered as the numbers are: 31 passes
-    over the vocabulary, which on CPU take a twentieth of the time of `jax.lax.top_k` or of sorting GPT-2's 50,257 logits.
+    The least probability of theirs is found by halving the range of its bits, which are ordered as
+    the numbers are: 31 passes over the vocabulary, which on CPU take a twentieth of the time of
+    `jax.lax.top_k` or of sorting GPT-2's 50,257 logits.
     """
     p = jax.nn.softmax(logits, -1)
     integer = jnp.dtype(f"int{8 * p.dtype.itemsize}")
     bits = lax.bitcast_convert_type(p, integer)
-    blocked, weights = _blocks(bits, 0), _blocks(weigh(p), 0)  # in two dimensions XLA's CPU compiler sums faster
+    # In two dimensions XLA's CPU compiler sums faster
+    blocked, weights = _blocks(bits, 0), _blocks(weigh(p), 0)
 
     def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
@@ -61,11 +70,14 @@ def _fewer_above(logits: Float[Array, "B V"], weigh: Callable[[Array], Array], l
 
 def _blocks(x: Array, fill: float) -> Array:
     """(B, V) -> (B, N, `BLOCK`), filled up."""
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % BLOCK)), constant_values=fill).reshape(x.shape[0], -1, BLOCK)
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % BLOCK)), constant_values=fill).reshape(
+        x.shape[0], -1, BLOCK
+    )
 
 
 def draw(keys: Key[Array, " B"], logits: Float[Array, "B V"]) -> Int[Array, " B"]:
-    """An id of each row from softmax(logits): first a block of `BLOCK` ids by its probability, then one of the block.
+    """An id of each row from softmax(logits): first a block of `BLOCK` ids by its probability, then
+    one of the block.
 
     That takes 521 random numbers for GPT-2's vocabulary, not one for each of its 50,257 ids.
     """

@@ -8,10 +8,11 @@ from gptjax.tokenizers import Tokenizer
 
 
 class TextStream:
-    """Text of tokens that arrive one after the other, shown as soon as no later token can change it.
+    """Text of tokens that arrive one after the other, shown as soon as no later token can change
+    it.
 
-    A character may span tokens, and a stop string too: what may still become either is held back. The text ends before the
-    first stop string.
+    A character may span tokens, and a stop string too: what may still become either is held back.
+    The text ends before the first stop string.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
@@ -39,15 +40,17 @@ class TextStream:
 
     def _undecided(self) -> int:
         """Length of the longest end of what is held that is the beginning of a stop string."""
-        lengths = (n for stop in self.stops for n in range(1, len(stop)) if self._held.endswith(stop[:n]))
+        lengths = (
+            n for stop in self.stops for n in range(1, len(stop)) if self._held.endswith(stop[:n])
+        )
         return max(lengths, default=0)
 
 
 def prompt_ids(tokenizer: Tokenizer | None, prompt: str) -> list[int]:
     """At least one id to start a sample from.
 
-    Those of the prompt; if it is empty, end-of-text, or a line end where there is none. Without a tokenizer, or where its
-    vocabulary has no line end, the first id.
+    Those of the prompt; if it is empty, end-of-text, or a line end where there is none. Without a
+    tokenizer, or where its vocabulary has no line end, the first id.
 
     Raises:
         DataError: the vocabulary lacks a character of the prompt, other than a line end.

@@ -1,4 +1,4 @@
-"""Models as pure functions over a pytree of parameters: the families, and the one network that runs any of them."""
+"""Models as pure functions of a pytree: the families, and the network that runs any of them."""
 
 from typing import Any
 

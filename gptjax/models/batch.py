@@ -1,4 +1,7 @@
-"""Token ids for the model, checked: one that is not in a table would be looked up as another one, silently."""
+"""Batches of token ids, and their validation.
+
+JAX clamps an index outside a table, so an invalid id would silently be read as another.
+"""
 
 from typing import Any, NamedTuple
 
@@ -9,14 +12,15 @@ from jaxtyping import Array, Int
 from gptjax.config import ModelConfig
 from gptjax.ops import IGNORE_INDEX
 
-NAMED = 3  # ids that an error names
+NAMED = 3  # invalid ids that an error lists
 Ids = Int[Array, "B T"] | Int[np.ndarray, "B T"]
 
 
 class Batch(NamedTuple):
-    """Token ids and, at each position, the id that comes next: arrays of JAX or NumPy, (B, T) int32.
+    """Token ids and, at each position, the next id: JAX or NumPy arrays, (B, T) int32.
 
-    A target of `IGNORE_INDEX` does not count; ``mask``, if given, (B, T) float, weighs each target (0 leaves it out).
+    A target of `IGNORE_INDEX` does not count. The optional ``mask``, (B, T) float, weights each
+    target; 0 excludes it.
     """
 
     inputs: Any
@@ -25,25 +29,30 @@ class Batch(NamedTuple):
 
 
 def checked_ids(name: str, ids: Any, cfg: ModelConfig, ignored: bool = False) -> Int[Array, "B T"]:
-    """Ids as an array of JAX's, (B, T).
+    """Validate ids and return them as a JAX array, (B, T).
 
-    The shape is checked under `jax.jit`, too; the ids themselves only in a NumPy array, which can be looked at for free.
+    The shape is always checked, under `jax.jit` too; the ids only in a NumPy array, where reading
+    them needs no device transfer.
 
     Args:
-        name: what the error calls them.
-        ids: an array of JAX's or NumPy's.
+        name: the ids' name in errors.
+        ids: a JAX or NumPy array.
         cfg: the model's dimensions.
         ignored: whether `IGNORE_INDEX` is allowed.
 
     Raises:
-        ValueError: they are no (B, T) integers, T is more than ``cfg.max_seq_len``, or one is outside the vocabulary.
+        ValueError: the ids are not (B, T) integers, T exceeds ``cfg.max_seq_len``, or an id is
+            outside the vocabulary.
 
     """
     if len(ids.shape) != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise ValueError(f"{name} must be integers of shape (B, T), not {ids.dtype} of shape {ids.shape}")
+        raise ValueError(
+            f"{name} must be integers of shape (B, T), not {ids.dtype} of shape {ids.shape}"
+        )
     if ids.shape[1] > cfg.max_seq_len:
         raise ValueError(
-            f"{name} are {ids.shape[1]} tokens long and the model reads at most max_seq_len {cfg.max_seq_len}: cut them shorter"
+            f"{name} are {ids.shape[1]} tokens long and the model reads at most "
+            f"max_seq_len {cfg.max_seq_len}: cut them shorter"
         )
     if isinstance(ids, np.ndarray):
         outside = (ids < 0) | (ids >= cfg.vocab_size)
@@ -51,20 +60,27 @@ def checked_ids(name: str, ids: Any, cfg: ModelConfig, ignored: bool = False) ->
             outside &= ids != IGNORE_INDEX
         places = np.argwhere(outside).tolist()
         if places:
-            named = ", ".join(f"{ids[row, column]} at [{row}, {column}]" for row, column in places[:NAMED])
+            named = ", ".join(
+                f"{ids[row, column]} at [{row}, {column}]" for row, column in places[:NAMED]
+            )
             more = f" and {len(places) - NAMED} more" if len(places) > NAMED else ""
-            raise ValueError(f"{name} must be ids from 0 to {cfg.vocab_size - 1}, not {named}{more}")
+            raise ValueError(
+                f"{name} must be ids from 0 to {cfg.vocab_size - 1}, not {named}{more}"
+            )
     return jnp.asarray(ids)
 
 
 def checked_batch(batch: Batch, cfg: ModelConfig) -> Batch:
-    """A batch as arrays of JAX's.
+    """Validate a batch and return it as JAX arrays.
 
     Raises:
-        ValueError: as in `checked_ids`, or the shapes differ.
+        ValueError: `checked_ids` rejects an array, or the shapes differ.
 
     """
-    inputs, targets = checked_ids("inputs", batch.inputs, cfg), checked_ids("targets", batch.targets, cfg, ignored=True)
+    inputs, targets = (
+        checked_ids("inputs", batch.inputs, cfg),
+        checked_ids("targets", batch.targets, cfg, ignored=True),
+    )
     for name, x in (("targets", targets), ("mask", batch.mask)):
         if x is not None and x.shape != inputs.shape:
             raise ValueError(f"{name} must have the inputs' shape {inputs.shape}, not {x.shape}")

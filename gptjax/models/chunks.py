@@ -1,4 +1,4 @@
-"""The classifier's rows, cut into chunks: on a mesh each device's share of the rows into as many."""
+"""The classifier's rows cut into chunks; on a mesh, each device's share is cut."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +11,9 @@ from gptjax.ops import target_weights
 from gptjax.parallel.sharding import num_shards, sum_to_param_layout
 
 
-def row_chunks(h: Float[Array, "B T C"], targets: Any, mask: Any, chunks: int, count: Any) -> list[tuple[Array, ...]]:
+def row_chunks(
+    h: Float[Array, "B T C"], targets: Any, mask: Any, chunks: int, count: Any
+) -> list[tuple[Array, ...]]:
     """(rows of h, targets, weights), flattened to (B T, ...) and cut into ``chunks``."""
     weights = target_weights(targets, mask, count)
     rows = h.reshape(-1, h.shape[-1]), targets.reshape(-1), weights.reshape(-1)
@@ -20,25 +22,31 @@ def row_chunks(h: Float[Array, "B T C"], targets: Any, mask: Any, chunks: int, c
     if n == 1:
         return [tuple(r[i : i + size] for r in rows) for i in range(0, targets.size, size)]
     shares = [_split_shares(r) for r in rows]
-    return [tuple(_merge_shares(r[:, i : i + size]) for r in shares) for i in range(0, targets.size // n, size)]
+    return [
+        tuple(_merge_shares(r[:, i : i + size]) for r in shares)
+        for i in range(0, targets.size // n, size)
+    ]
 
 
 def join_chunks(chunks: Sequence[Array], like: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
-    """Rows in `row_chunks`, put together in the shape of ``like``."""
+    """Concatenate the rows of `row_chunks` into the shape of ``like``."""
     if _shares() == 1:
         return jnp.concatenate(chunks).reshape(like.shape)
     return jnp.concatenate([_split_shares(c) for c in chunks], 1).reshape(like.shape)
 
 
 def sum_of_shares(f: Callable[..., Array], *rows: Array) -> Array:
-    """``f(*rows)``, a sum over rows, as one term a share, (n, ...): `total` sends only the sum over all chunks."""
+    """``f(*rows)``, a sum over rows, with one term per share, (n, ...).
+
+    Keeping the terms apart lets `total` communicate once for all chunks.
+    """
     if _shares() == 1:
         return f(*rows)
     return jax.vmap(f)(*(_split_shares(r) for r in rows))
 
 
 def total(terms: Array) -> Float[Array, "Vp C"]:
-    """The sum of `sum_of_shares`'s terms, cut as the classifier is kept."""
+    """The sum of `sum_of_shares`'s terms, in the classifier's param layout."""
     return terms if _shares() == 1 else sum_to_param_layout(terms, "Vp", "C")
 
 
@@ -47,7 +55,7 @@ def _shares() -> int:
 
 
 def _split_shares(rows: Array) -> Array:
-    """(n N, ...) -> (n, N, ...), one of the n for each share of the rows."""
+    """(n N, ...) -> (n, N, ...), where n is the number of shares."""
     return rows.reshape(_shares(), -1, *rows.shape[1:])
 
 

@@ -1,8 +1,8 @@
-"""What a model family is.
+"""The interface of a model family.
 
-A family is a module with a weight table and pairs of forward and backward. Everything else is a function of those: the
-network and its gradient (`gptjax.models.transformer`), decoding, initialisation, counts, sharding, checkpoints, plans.
-`Family` is the interface, `FAMILIES` the registry.
+A family is a module with a weight table and pairs of forward and backward. Everything else derives
+from those: the network and its gradient (`gptjax.models.transformer`), decoding, initialisation,
+counts, sharding, checkpoints, plans. `Family` is the interface, `FAMILIES` the registry.
 """
 
 from typing import Any, Literal, NamedTuple, Protocol
@@ -15,20 +15,21 @@ class Weight(NamedTuple):
     """One row of a family's table of weights."""
 
     axes: tuple[str, ...]
-    """Logical axes, by their letters in the legend of `gptjax.ops`."""
+    """Logical axes, as letters of the legend in `gptjax.ops`."""
     kind: Literal["matrix", "table", "vector"]
-    """A matrix multiplies activations, a table is looked up, a vector is added or multiplies element by element."""
+    """A matrix multiplies activations; a table is looked up; a vector acts elementwise."""
     init: Literal["normal", "residual", "zeros", "ones"]
-    """N(0, 0.02^2); the same divided by sqrt(2 L), for projections into the residual stream; or constant."""
+    """N(0, 0.02^2), divided by sqrt(2 L) for projections into the residual stream; or constant."""
     inputs: int = 1
-    """How many of a matrix's first axes are inputs."""
+    """The number of a matrix's leading input axes."""
 
 
 class Family(Protocol):
-    """What every family module offers.
+    """The functions and names of every family module.
 
-    ``params`` is a NamedTuple with one entry ``blocks``: the layers, each a NamedTuple of its own, in a tuple where layers are
-    unrolled, or in one with stacked arrays, (L, ...), where they are scanned. The rest is outside the blocks.
+    ``params`` is a NamedTuple. Its entry ``blocks`` holds the layers: a tuple of one `Block` per
+    layer when they are unrolled, a single `Block` of stacked (L, ...) arrays when they are scanned.
+    The other entries are the weights outside the blocks.
     """
 
     Params: Any
@@ -36,36 +37,42 @@ class Family(Protocol):
     Block: Any
     """The class of one layer's weights."""
     HEAD: str
-    """The field of ``Params`` that is the classifier's matrix, (Vp, C): a table, or a weight of its own."""
+    """The field of ``Params`` that is the classifier's matrix, (Vp, C), tied or untied."""
 
     def weights(self, cfg: Architecture) -> Any:
-        """``Params`` of `Weight`; ``blocks`` is one layer's ``Block`` of them."""
+        """A ``Params`` of `Weight`, whose ``blocks`` is a single layer's ``Block``."""
 
     def embed_fwd(self, params: Any, tokens: Any, positions: Any, cfg: ModelConfig) -> Any:
-        """(B, T) ids and (T) or (B, T) positions -> (B, T, C), the residual stream in the compute dtype."""
+        """(B, T) ids, (T) or (B, T) positions -> (B, T, C) residual stream in the compute dtype."""
 
-    def embed_bwd(self, params: Any, tokens: Any, positions: Any, dhead: Any, dx: Any) -> dict[str, Any]:
-        """Gradients of the tables by name; ``dhead``, the gradient of the classifier's matrix, is included."""
+    def embed_bwd(
+        self, params: Any, tokens: Any, positions: Any, dhead: Any, dx: Any
+    ) -> dict[str, Any]:
+        """Gradients by name of the tables and the classifier, whose own gradient is ``dhead``."""
 
-    def block_fwd(self, w: Any, x: Any, positions: Any, cfg: ModelConfig, attend: Any, key: Any) -> Any:
-        """(y, saved) of one layer, with all that `block_bwd` needs in ``saved``, a NamedTuple.
+    def block_fwd(
+        self, w: Any, x: Any, positions: Any, cfg: ModelConfig, attend: Any, key: Any
+    ) -> Any:
+        """(y, saved) of one layer; ``saved`` is a NamedTuple of everything `block_bwd` needs.
 
-        ``attend(q, k, v) -> (o, saved)`` says what the queries look at: the sequence itself in training, a cache in
-        decoding. What it saves, in decoding the updated cache, is kept in ``saved.att``; None where there is no attention.
-        ``key`` turns dropout on.
+        ``attend(q, k, v) -> (o, saved)`` attends to the sequence itself in training, to a cache in
+        decoding. ``saved.att`` holds what it saves (in decoding, the updated cache), or None
+        without attention. ``key`` turns dropout on.
         """
 
-    def block_bwd(self, w: Any, saved: Any, dx: Any, positions: Any, cfg: ModelConfig, attend_bwd: Any) -> Any:
+    def block_bwd(
+        self, w: Any, saved: Any, dx: Any, positions: Any, cfg: ModelConfig, attend_bwd: Any
+    ) -> Any:
         """(dx, dw) of `block_fwd`."""
 
     def discard(self, saved: Any) -> Any:
-        """``saved`` without what `recompute` computes again: the setting ``recompute gelu``.
+        """Drop from ``saved`` what `recompute` recomputes, under the setting ``recompute gelu``.
 
-        In the forward that array carries `jax.ad_checkpoint.checkpoint_name` `RECOMPUTED`.
+        The forward labels that array `RECOMPUTED` with `jax.ad_checkpoint.checkpoint_name`.
         """
 
     def recompute(self, saved: Any, dx: Any, cfg: ModelConfig) -> Any:
-        """`discard` undone, once ``dx``, the gradient of the block's output, is there."""
+        """Undo `discard` once ``dx``, the gradient of the block's output, is available."""
 
     def norm_fwd(self, params: Any, x: Any) -> Any:
         """(h, saved) of the final norm."""
@@ -81,11 +88,13 @@ def family_of(cfg: Architecture) -> Any:
     """The module of a configuration's family.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: the family is unknown.
 
     """
     from gptjax.models import FAMILIES
 
     if cfg.family not in FAMILIES:
-        raise ConfigError(f"model.family {cfg.family!r} is not known: choose one of {', '.join(FAMILIES)}")
+        raise ConfigError(
+            f"model.family {cfg.family!r} is not known: choose one of {', '.join(FAMILIES)}"
+        )
     return FAMILIES[cfg.family]

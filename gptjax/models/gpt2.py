@@ -48,7 +48,10 @@ class Block(NamedTuple):
 
 
 class Params(NamedTuple):
-    """All weights, or anything shaped like them; ``blocks`` is a tuple of L `Block`s, or one with (L, ...) arrays."""
+    """All weights, or anything shaped like them.
+
+    ``blocks`` is a tuple of L `Block`s, or a single `Block` of (L, ...) arrays.
+    """
 
     wte: Any
     wpe: Any
@@ -58,7 +61,7 @@ class Params(NamedTuple):
 
 
 def weights(cfg: Architecture) -> Params:
-    """The weight table. Names are llm.c's; linear weights are (in, out), as Hugging Face stores GPT-2."""
+    """The weight table, with llm.c's names and Hugging Face's (in, out) linear weights."""
     return Params(
         wte=Weight(("Vp", "C"), "table", "normal"),
         wpe=Weight(("T", "C"), "table", "normal"),
@@ -85,7 +88,9 @@ def weights(cfg: Architecture) -> Params:
     )
 
 
-def embed_fwd(params: Params, tokens: Int[Array, "B T"], positions: Int[Array, "..."], cfg: ModelConfig) -> Array:
+def embed_fwd(
+    params: Params, tokens: Int[Array, "B T"], positions: Int[Array, "..."], cfg: ModelConfig
+) -> Array:
     """``x[b, t] = wte[tokens[b, t]] + wpe[positions[t]]``, in the compute dtype."""
     x = embedding_fwd(tokens, params.wte)
     p = embedding_fwd(positions, params.wpe)
@@ -93,9 +98,13 @@ def embed_fwd(params: Params, tokens: Int[Array, "B T"], positions: Int[Array, "
 
 
 def embed_bwd(
-    params: Params, tokens: Int[Array, "B T"], positions: Int[Array, " T"], dhead: Array, dx: Float[Array, "B T C"]
+    params: Params,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, " T"],
+    dhead: Array,
+    dx: Float[Array, "B T C"],
 ) -> dict[str, Array]:
-    """Gradients of wte, which is the classifier too, and wpe."""
+    """Gradients of wpe and of wte, which is also the classifier."""
     dx = dx.astype(dhead.dtype)
     dwpe = embedding_bwd(positions, jnp.zeros_like(params.wpe), dx.sum(0))
     dwte = embedding_bwd(tokens, dhead, dx)
@@ -126,7 +135,7 @@ def block_fwd(
     attend: Any,
     key: Any = None,
 ) -> tuple[Float[Array, "B T C"], BlockSaved]:
-    """One pre-norm transformer block: ``x += attention(layernorm(x))``, then ``x += mlp(layernorm(x))``."""
+    """A pre-norm block: ``x += attention(layernorm(x))``, then ``x += mlp(layernorm(x))``."""
     key1, key2, key3 = (None,) * 3 if key is None else jax.random.split(key, 3)
     h1, ln1 = layernorm_fwd(x, w.ln1w, w.ln1b)
     q, qkv = linear_fwd(h1, w.qw, w.qb)
@@ -148,9 +157,17 @@ def block_fwd(
 
 
 def block_bwd(
-    w: Block, saved: BlockSaved, dx: Float[Array, "B T C"], positions: Any, cfg: ModelConfig, attend_bwd: Any
+    w: Block,
+    saved: BlockSaved,
+    dx: Float[Array, "B T C"],
+    positions: Any,
+    cfg: ModelConfig,
+    attend_bwd: Any,
 ) -> tuple[Float[Array, "B T C"], Block]:
-    """(dx, dw) of `block_fwd`: its lines from the last to the first. A residual branch adds its gradient to the stream's."""
+    """(dx, dw) of `block_fwd`, whose lines it mirrors from the last to the first.
+
+    A residual branch adds its gradient to the stream's.
+    """
     dm = dropout_bwd(saved.drop2, cfg.dropout, dx)
     dg, dfcprojw, dfcprojb = linear_bwd(saved.fcproj, w.fcprojw, dm)
     dg = dropout_bwd(saved.dropmlp, cfg.dropout_mlp, dg)
@@ -187,12 +204,12 @@ def block_bwd(
 
 
 def discard(saved: BlockSaved) -> BlockSaved:
-    """Drop GELU's output, which `recompute` computes again."""
+    """Drop GELU's output, which `recompute` restores."""
     return saved._replace(fcproj=None)
 
 
 def recompute(saved: BlockSaved, dx: Float[Array, "B T C"], cfg: ModelConfig) -> BlockSaved:
-    """Compute GELU's output again, from its input."""
+    """Recompute GELU's output from its input."""
     g = gelu_again(dx, saved.gelu)
     return saved._replace(fcproj=dropout_bwd(saved.dropmlp, cfg.dropout_mlp, g))
 
@@ -202,7 +219,9 @@ def norm_fwd(params: Params, x: Float[Array, "B T C"]) -> tuple[Float[Array, "B 
     return layernorm_fwd(x, params.lnfw, params.lnfb)
 
 
-def norm_bwd(params: Params, saved: Any, dh: Float[Array, "B T C"]) -> tuple[Float[Array, "B T C"], dict[str, Array]]:
+def norm_bwd(
+    params: Params, saved: Any, dh: Float[Array, "B T C"]
+) -> tuple[Float[Array, "B T C"], dict[str, Array]]:
     """(dx, gradients) of `norm_fwd`."""
     dx, dlnfw, dlnfb = layernorm_bwd(saved, params.lnfw, dh)
     return dx, {"lnfw": dlnfw, "lnfb": dlnfb}

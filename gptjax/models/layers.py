@@ -1,7 +1,8 @@
-"""The ops as the models' blocks call them: with the barriers that XLA needs, and on weights in any storage.
+"""The ops for the models' blocks: with the barriers that XLA needs, on weights in any storage.
 
-Each is the op of `gptjax.ops` by the same name, computing the same numbers. Barriers decide what the backward stores and what
-it computes again. Nothing here knows of a mesh: `gptjax.models.transformer` lays out a block's weights and gradients.
+Each computes the same numbers as the op of the same name in `gptjax.ops`. Barriers decide what the
+backward stores and what it recomputes. This module ignores the mesh: `gptjax.models.transformer`
+lays out a block's weights and gradients.
 """
 
 from typing import Any
@@ -29,33 +30,42 @@ __all__ = [
 
 
 def linear_fwd(x: Array, w: Any, b: Array | None = None) -> tuple[Array, Any]:
-    """`ops.linear_fwd`; decoding brings weights that are stored in another way."""
-    return quantized_linear(x, w, b) if isinstance(w, OutIn | Quantized) else ops.linear_fwd(x, w, b)
+    """`ops.linear_fwd`, also on weights stored for decoding."""
+    return (
+        quantized_linear(x, w, b) if isinstance(w, OutIn | Quantized) else ops.linear_fwd(x, w, b)
+    )
 
 
 def linear_bwd(x: Array, w: Array, dy: Array) -> tuple[Array, Array, Array]:
-    """`ops.linear_bwd`; on CPU the weight's gradient comes before dx goes on, so that x and dy are freed."""
+    """`ops.linear_bwd`; on CPU dx waits for the weight's gradient, which frees x and dy early."""
     dx, dw, db = ops.linear_bwd(x, w, dy)
     return cpu_barrier((dw, db), dx), dw, db
 
 
 def layernorm_bwd(saved: Any, w: Array, dy: Array) -> tuple[Array, Array, Array]:
-    """`ops.layernorm_bwd`; the statistics wait for dy, else their broadcasts are computed in the forward and stored."""
+    """`ops.layernorm_bwd`; its statistics wait for dy.
+
+    Otherwise XLA computes their broadcasts in the forward and stores them.
+    """
     saved = saved._replace(mean=barrier(dy, saved.mean), rstd=barrier(dy, saved.rstd))
     dx, dw, db = ops.layernorm_bwd(saved, w, dy)
     return cpu_barrier((dw, db), dx), dw, db
 
 
 def gelu_bwd(x: Array, dy: Array) -> Array:
-    """`ops.gelu_bwd`; x waits for dy, else tanh(u) is computed in the forward and stored."""
+    """`ops.gelu_bwd`; x waits for dy, or XLA computes tanh(u) in the forward and stores it."""
     return ops.gelu_bwd(barrier(dy, x), dy)
 
 
 def gelu_again(dx: Array, x: Array) -> Array:
-    """`ops.gelu_fwd` of x, computed in the backward once dx is there."""
+    """`ops.gelu_fwd` of x, recomputed in the backward once dx is available."""
     return ops.gelu_fwd(barrier(dx, x))[0]
 
 
 def embedding_fwd(ids: Int[Array, "..."], table: Any) -> Float[Array, "..."]:
-    """`ops.embedding_fwd`; decoding brings a table that is stored in another way."""
-    return table_rows(table, ids) if isinstance(table, OutIn | Quantized) else ops.embedding_fwd(ids, table)
+    """`ops.embedding_fwd`, also of a table stored for decoding."""
+    return (
+        table_rows(table, ids)
+        if isinstance(table, OutIn | Quantized)
+        else ops.embedding_fwd(ids, table)
+    )

@@ -1,4 +1,4 @@
-"""Parameters as functions of a family's weight table: shapes, initial values, weight decay, counts, the layers' layout."""
+"""Parameters from a family's weight table: shapes, initial values, decay, counts, layer layout."""
 
 import math
 from typing import Any
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key
 
 from gptjax.config import Architecture
+from gptjax.errors import ConfigError
 from gptjax.models.family import Weight, family_of
 from gptjax.xla.random import normal
 
@@ -15,7 +16,7 @@ INIT_STD = 0.02
 
 
 def is_weight(x: Any) -> bool:
-    """Whether x is a row of a weight table: a leaf for `jax.tree.map`."""
+    """True if x is a row of a weight table, a leaf for `jax.tree.map`."""
     return isinstance(x, Weight)
 
 
@@ -24,50 +25,71 @@ def weight_table(cfg: Architecture, layered: bool = True) -> Any:
 
     Args:
         cfg: the model.
-        layered: the blocks' axes begin with L, as in stacked parameters; else they are one layer's.
+        layered: prepend L to the blocks' axes, as in stacked parameters, instead of returning
+            those of a single layer.
+
+    Raises:
+        ConfigError: the vocabulary size is not known yet.
 
     """
+    if not cfg.vocab_size:
+        raise ConfigError(
+            "model.vocab_size is not known yet: give it, "
+            "or take the tokenizer's with ModelConfig.with_vocabulary"
+        )
     table = family_of(cfg).weights(cfg)
     if not layered:
         return table
-    stacked = jax.tree.map(lambda w: w._replace(axes=("L", *w.axes)), table.blocks, is_leaf=is_weight)
+    stacked = jax.tree.map(
+        lambda w: w._replace(axes=("L", *w.axes)), table.blocks, is_leaf=is_weight
+    )
     return table._replace(blocks=stacked)
 
 
 def param_axes(cfg: Any) -> Any:
-    """The logical axes of each tensor, in the layout that ``cfg.layers`` runs on."""
+    """The logical axes of each tensor, in the layout of ``cfg.layers``."""
     table = weight_table(cfg, layered=cfg.layers == "scan")
     axes = jax.tree.map(lambda w: w.axes, table, is_leaf=is_weight)
     return axes if cfg.layers == "scan" else axes._replace(blocks=(axes.blocks,) * cfg.num_layers)
 
 
 def param_shapes(cfg: Architecture, layered: bool = True) -> Any:
-    """The shape of each tensor, as `weight_table`."""
+    """The shape of each tensor, in the structure of `weight_table`."""
     sizes = cfg.axis_sizes
-    return jax.tree.map(lambda w: tuple(sizes[axis] for axis in w.axes), weight_table(cfg, layered), is_leaf=is_weight)
+    return jax.tree.map(
+        lambda w: tuple(sizes[axis] for axis in w.axes),
+        weight_table(cfg, layered),
+        is_leaf=is_weight,
+    )
 
 
 def rows(cfg: Architecture) -> list[tuple[str, bool, Weight, tuple[int, ...]]]:
-    """(name, whether each layer has one, `Weight`, shape) of each tensor in order; a shape is one layer's."""
+    """(name, is per layer, `Weight`, shape of one layer) of each tensor, in order."""
     table, shapes = weight_table(cfg, layered=False), param_shapes(cfg, layered=False)
     found = []
     for name, weight, shape in zip(table._fields, table, shapes, strict=True):
         if name == "blocks":
-            found += [(n, True, *row) for n, *row in zip(weight._fields, weight, shape, strict=True)]
+            found += [
+                (n, True, *row) for n, *row in zip(weight._fields, weight, shape, strict=True)
+            ]
         else:
             found.append((name, False, weight, shape))
     return found
 
 
 def init_params(key: Key[Array, ""], cfg: Any, dtype: Any = jnp.float32) -> Any:
-    """Initial parameters (Radford et al. 2019, section 2.3), in the layout that ``cfg.layers`` runs on.
+    """Initial parameters (Radford et al. 2019, section 2.3), in the layout of ``cfg.layers``.
 
-    Weights and embeddings are N(0, 0.02^2), those of the projections into the residual stream divided by sqrt(2 L); biases
-    0; gains 1. The vocabulary's pad rows are 0. The values do not depend on the layout.
+    Weights and embeddings are N(0, 0.02^2); projections into the residual stream are divided by
+    sqrt(2 L). Biases are 0, gains 1, and the vocabulary's pad rows 0. The values do not depend on
+    the layout.
     """
     table: Any = weight_table(cfg)
     structure: Any = jax.tree.structure(table, is_leaf=is_weight)
-    weights, shapes = jax.tree.leaves(table, is_leaf=is_weight), structure.flatten_up_to(param_shapes(cfg))
+    weights, shapes = (
+        jax.tree.leaves(table, is_leaf=is_weight),
+        structure.flatten_up_to(param_shapes(cfg)),
+    )
 
     def draw(index: int, weight: Weight, shape: tuple[int, ...]) -> Array:
         if weight.init in ("zeros", "ones"):
@@ -76,24 +98,30 @@ def init_params(key: Key[Array, ""], cfg: Any, dtype: Any = jnp.float32) -> Any:
         x = std * normal(jax.random.fold_in(key, index), shape, dtype)
         return x.at[cfg.vocab_size :].set(0) if weight.axes[0] == "Vp" else x
 
-    params = structure.unflatten([draw(i, *row) for i, row in enumerate(zip(weights, shapes, strict=True))])
+    params = structure.unflatten(
+        [draw(i, *row) for i, row in enumerate(zip(weights, shapes, strict=True))]
+    )
     return params if cfg.layers == "scan" else unstack(params, cfg.num_layers)
 
 
 def decay_mask(params: Any, cfg: Architecture) -> Any:
-    """True for each tensor that weight decay applies to: matrices and tables, as in llm.c and nanoGPT."""
+    """True for tensors with weight decay: matrices and tables, as in llm.c and nanoGPT."""
     return per_tensor(lambda weight: weight.kind != "vector", params, cfg)
 
 
 def per_tensor(f: Any, params: Any, cfg: Architecture) -> Any:
-    """``f(weight)`` for each tensor, in the structure of ``params``, whatever the layout of their layers."""
+    """``f(weight)`` for each tensor, in the structure of ``params`` (stacked layers or not)."""
     table = weight_table(cfg, layered=False)
     values = jax.tree.map(f, table, is_leaf=is_weight)
-    return values if is_stacked(params.blocks) else values._replace(blocks=(values.blocks,) * cfg.num_layers)
+    return (
+        values
+        if is_stacked(params.blocks)
+        else values._replace(blocks=(values.blocks,) * cfg.num_layers)
+    )
 
 
 def num_params(cfg: Architecture) -> int:
-    """Parameters that a token can use: everything but the vocabulary's pad rows."""
+    """The number of parameters, without the vocabulary's pad rows."""
     return num_padded_params(cfg) - sum(
         (cfg.padded_vocab_size - cfg.vocab_size) * math.prod(shape[1:])
         for _, _, weight, shape in rows(cfg)
@@ -102,24 +130,31 @@ def num_params(cfg: Architecture) -> int:
 
 
 def num_padded_params(cfg: Architecture) -> int:
-    """All parameters, the vocabulary's pad rows included."""
-    return sum(math.prod(shape) * (cfg.num_layers if layered else 1) for _, layered, _, shape in rows(cfg))
+    """The number of parameters, including the vocabulary's pad rows."""
+    return sum(
+        math.prod(shape) * (cfg.num_layers if layered else 1) for _, layered, _, shape in rows(cfg)
+    )
 
 
 def num_block_params(cfg: Architecture) -> int:
-    """Parameters that a token is multiplied with in all blocks: those of their matrices."""
+    """The number of parameters in the matrices of all blocks."""
     return cfg.num_layers * sum(
-        math.prod(shape) for _, layered, weight, shape in rows(cfg) if layered and weight.kind == "matrix"
+        math.prod(shape)
+        for _, layered, weight, shape in rows(cfg)
+        if layered and weight.kind == "matrix"
     )
 
 
 def num_matrix_params(cfg: Architecture) -> int:
-    """Parameters that a token is multiplied with: the blocks' matrices and the classifier, its padding included."""
+    """The number of parameters in the blocks' matrices and the padded classifier."""
     return num_block_params(cfg) + cfg.padded_vocab_size * cfg.channels
 
 
 def flops_per_token(cfg: Architecture, seq_len: int) -> int:
-    """FLOPs of forward and backward a token: 6 N + 12 L C T (llm.c's and PaLM's convention; N includes padding)."""
+    """FLOPs of forward and backward per token: 6 N + 12 L C T.
+
+    This is llm.c's and PaLM's convention; N includes padding.
+    """
     return 6 * num_padded_params(cfg) + 12 * cfg.num_layers * cfg.channels * seq_len
 
 
@@ -129,27 +164,35 @@ def head_of(params: Any, cfg: Architecture) -> Any:
 
 
 def tensor_at(path: Any) -> tuple[str, int | None]:
-    """(name, layer) of the tensor at a path of `jax.tree_util`; the layer is None outside the blocks and where stacked."""
+    """(name, layer) of the tensor at a `jax.tree_util` path.
+
+    The layer is None outside the blocks and for stacked layers.
+    """
     names = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
     layers = [key.idx for key in path if isinstance(key, jax.tree_util.SequenceKey)]
     return names[-1], layers[-1] if layers else None
 
 
 def is_stacked(blocks: Any) -> bool:
-    """Whether the layers are stacked in the arrays of one block."""
+    """True if the layers are stacked in the arrays of a single block."""
     return hasattr(blocks, "_fields")
 
 
 def stack(params: Any) -> Any:
-    """Blocks as one, of (L, ...) arrays: the layout for scanned layers."""
+    """Stack the blocks into (L, ...) arrays, the layout for scanned layers."""
     if is_stacked(params.blocks):
         return params
     return params._replace(blocks=jax.tree.map(lambda *layers: jnp.stack(layers), *params.blocks))
 
 
 def unstack(params: Any, num_layers: int | None = None) -> Any:
-    """Blocks as a tuple of L: the layout for unrolled layers, where no gradient is copied into a stack."""
+    """Split the blocks into a tuple of L, the layout for unrolled layers.
+
+    It saves copying each layer's gradient into a stack.
+    """
     if not is_stacked(params.blocks):
         return params
     L = num_layers or len(jax.tree.leaves(params.blocks)[0])
-    return params._replace(blocks=tuple(jax.tree.map(lambda x, i=i: x[i], params.blocks) for i in range(L)))
+    return params._replace(
+        blocks=tuple(jax.tree.map(lambda x, i=i: x[i], params.blocks) for i in range(L))
+    )

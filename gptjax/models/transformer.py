@@ -1,7 +1,8 @@
-"""The network over any family: the forward, and its backward derived by hand.
+"""The network for any family: the forward, and its hand-derived backward.
 
-`loss` is the plain forward: differentiating it with JAX is the reference. `loss_and_grad` is the backward written out.
-`loss_manual` binds the two, so that ``jax.grad(loss_manual)`` runs the hand-written backward; nothing else does.
+`loss` is the plain forward; differentiating it with JAX gives the reference. `loss_and_grad` is the
+backward written out. `loss_manual` binds the two: ``jax.grad(loss_manual)`` runs the hand-written
+backward, and no other `jax.grad` does.
 """
 
 import math
@@ -31,22 +32,34 @@ from gptjax.parallel.sharding import compute_layout, num_shards, param_layout
 from gptjax.xla.barrier import barrier, cpu_barrier
 from gptjax.xla.products import contract
 
-# --- One block, and the stack of blocks with what each recompute setting keeps ---
+# --- One block, and the stack of blocks under each recompute setting ---
 
 
 def training_block(
-    attend: Any, w: Any, x: Float[Array, "B T C"], positions: Any, cfg: ModelConfig, key: Key[Array, ""] | None
+    attend: Any,
+    w: Any,
+    x: Float[Array, "B T C"],
+    positions: Any,
+    cfg: ModelConfig,
+    key: Key[Array, ""] | None,
 ) -> tuple[Float[Array, "B T C"], Any]:
-    """The family's block attending to its own sequence by ``attend``, `attention_fwd` or `attention`; ``key``: dropout."""
+    """The family's block, attending to its own sequence.
+
+    ``attend`` is `attention_fwd` or `attention`; ``key`` turns dropout on.
+    """
     att_key, key = (None, None) if key is None else jax.random.split(key)
     attend = partial(attend, cfg.attention, rate=cfg.dropout, key=att_key)
     return family_of(cfg).block_fwd(to_compute(w, cfg), x, positions, cfg, attend, key)
 
 
 def blocks_fwd(
-    blocks: Any, x: Float[Array, "B T C"], positions: Any, cfg: ModelConfig, keys: Key[Array, " L"] | None
+    blocks: Any,
+    x: Float[Array, "B T C"],
+    positions: Any,
+    cfg: ModelConfig,
+    keys: Key[Array, " L"] | None,
 ) -> tuple[Float[Array, "B T C"], Any]:
-    """All layers in turn. Saved: per layer, what ``cfg.recompute`` says to keep."""
+    """All layers, first to last. Saved: per layer, what ``cfg.recompute`` does not recompute."""
 
     def body(x: Array, w_key: tuple[Any, Any]) -> tuple[Array, Any]:
         w, key = w_key
@@ -59,19 +72,26 @@ def blocks_fwd(
 
 
 def blocks_bwd(
-    blocks: Any, saved: Any, dx: Float[Array, "B T C"], positions: Any, cfg: ModelConfig, keys: Key[Array, " L"] | None
+    blocks: Any,
+    saved: Any,
+    dx: Float[Array, "B T C"],
+    positions: Any,
+    cfg: ModelConfig,
+    keys: Key[Array, " L"] | None,
 ) -> tuple[Float[Array, "B T C"], Any]:
     """(dx, dblocks) of `blocks_fwd`, from the last layer to the first."""
     family = family_of(cfg)
 
     def body(dx: Array, w_key_saved: tuple[Any, Any, Any]) -> tuple[Array, Any]:
         w, key, saved = w_key_saved
-        dx = compute_layout(dx, "B", None, None)  # else a scan over layers may carry it cut along channels
+        # Without this, a scan over layers may carry dx sharded along channels.
+        dx = compute_layout(dx, "B", None, None)
         if cfg.recompute == "block":
             _, saved = training_block(attention_fwd, w, barrier(dx, saved), positions, cfg, key)
         elif cfg.recompute == "gelu":
             saved = family.recompute(saved, dx, cfg)
-        if num_shards("fsdp") > 1:  # else what the forward gathered is kept until here
+        # Gather again instead of keeping the forward's gathered weights until now.
+        if num_shards("fsdp") > 1:
             w = jax.tree.map(partial(barrier, dx), w)
         attend_bwd = partial(attention_bwd, cfg.attention, rate=cfg.dropout)
         dx, dw = family.block_bwd(to_compute(w, cfg), saved, dx, positions, cfg, attend_bwd)
@@ -80,10 +100,13 @@ def blocks_bwd(
     return over_layers(body, dx, (blocks, keys, saved), cfg, reverse=True)
 
 
-def over_layers(body: Any, carry: Any, xs: Any, cfg: ModelConfig, reverse: bool = False) -> tuple[Any, Any]:
-    """`jax.lax.scan` of ``body`` over the layers, or the same unrolled.
+def over_layers(
+    body: Any, carry: Any, xs: Any, cfg: ModelConfig, reverse: bool = False
+) -> tuple[Any, Any]:
+    """`jax.lax.scan` of ``body`` over the layers, or the same loop unrolled.
 
-    ``xs`` is a tuple whose entries hold one value a layer, stacked when scanned, in a sequence when unrolled, or None.
+    Each entry of the tuple ``xs`` is None or holds one value per layer: stacked when scanned, in a
+    sequence when unrolled.
     """
     if cfg.layers == "scan":
         return lax.scan(body, carry, xs, reverse=reverse)
@@ -94,7 +117,7 @@ def over_layers(body: Any, carry: Any, xs: Any, cfg: ModelConfig, reverse: bool 
 
 
 def to_compute(w: Any, cfg: ModelConfig) -> Any:
-    """A block's weights where they are computed with: on a mesh gathered over fsdp, matrices in the compute dtype."""
+    """A block's weights for computing: on a mesh, gathered over fsdp, matrices in compute dtype."""
     if num_shards() == 1:
         return w
     table = weight_table(cfg, layered=False).blocks
@@ -107,7 +130,9 @@ def to_compute(w: Any, cfg: ModelConfig) -> Any:
 
 
 def to_params(dw: Any, w: Any, cfg: ModelConfig) -> Any:
-    """A block's gradient as its weights are kept: in their dtype, on a mesh scattered over fsdp."""
+    """A block's gradient in its weights' dtype and, on a mesh, their layout, scattered over
+    fsdp.
+    """
     dw = jax.tree.map(lambda dw, w: dw.astype(w.dtype), dw, w)
     if num_shards() == 1:
         return dw
@@ -116,7 +141,7 @@ def to_params(dw: Any, w: Any, cfg: ModelConfig) -> Any:
     def scatter(weight: Any, x: Array) -> Array:
         if weight.kind != "matrix":
             return param_layout(x, *weight.axes)
-        # Flat, as it is summed: XLA's TPU compiler scatters no sum of more axes.
+        # Flat, because XLA's TPU compiler makes no reduce-scatter of a sum with more axes.
         inputs, outputs = weight.axes[0], weight.axes[weight.inputs]
         flat = x.reshape(math.prod(x.shape[: weight.inputs]), -1)
         return param_layout(flat, inputs, outputs).reshape(x.shape)
@@ -128,18 +153,21 @@ def to_params(dw: Any, w: Any, cfg: ModelConfig) -> Any:
 
 
 def split_key(key: Key[Array, ""] | None, cfg: ModelConfig) -> tuple[Any, Any]:
-    """Keys of the embedding's dropout and of each layer."""
+    """Dropout keys of the embedding and of each layer, or None without dropout."""
     if key is None or not (cfg.dropout or cfg.dropout_mlp):
         return None, None
     key, block_key = jax.random.split(key)
     return key, jax.random.split(block_key, cfg.num_layers)
 
 
-def embed_fwd(params: Any, inputs: Int[Array, "B T"], positions: Int[Array, " T"], cfg: ModelConfig) -> Array:
+def embed_fwd(
+    params: Any, inputs: Int[Array, "B T"], positions: Int[Array, " T"], cfg: ModelConfig
+) -> Array:
     """The family's embedding.
 
-    On a mesh each device looks up its part of the channels for the rows of all fsdp devices, in the compute dtype; then rows
-    and channels are exchanged. Left to XLA, activations stay cut along channels, which sends up to 3.5 times as much.
+    On a mesh, each device looks up its share of the channels for the rows of all fsdp devices, in
+    the compute dtype; an all-to-all then exchanges rows and channels. By default XLA keeps the
+    activations sharded along channels, which sends up to 3.5 times as much.
     """
     x = family_of(cfg).embed_fwd(params, param_layout(inputs, "B", None), positions, cfg)
     return compute_layout(param_layout(x, "B", None, "C"), "B", None, None)
@@ -159,12 +187,12 @@ def embed_bwd(
 
 
 def positions_of(inputs: Int[Array, "B T"]) -> Int[Array, " T"]:
-    """0, 1, 2...: where each token stands."""
+    """Positions 0, 1, 2... of the tokens."""
     return jnp.arange(inputs.shape[1], dtype=jnp.int32)
 
 
 def hidden(params: Any, inputs: Ids, cfg: ModelConfig, key: Key[Array, ""] | None = None) -> Array:
-    """(B, T) ids -> (B, T, C), the final norm's output: the plain forward up to the classifier."""
+    """(B, T) ids -> (B, T, C) output of the final norm: the plain forward up to the classifier."""
     inputs = checked_ids("inputs", inputs, cfg)
     family, positions = family_of(cfg), positions_of(inputs)
     key, keys = split_key(key, cfg)
@@ -177,7 +205,9 @@ def hidden(params: Any, inputs: Ids, cfg: ModelConfig, key: Key[Array, ""] | Non
     if cfg.recompute == "block":
         body = jax.checkpoint(body)
     elif cfg.recompute == "gelu":
-        body = jax.checkpoint(body, policy=jax.checkpoint_policies.save_anything_except_these_names(RECOMPUTED))
+        body = jax.checkpoint(
+            body, policy=jax.checkpoint_policies.save_anything_except_these_names(RECOMPUTED)
+        )
     x, _ = over_layers(body, x, (params.blocks, keys), cfg)
     return family.norm_fwd(params, x)[0]
 
@@ -189,19 +219,24 @@ def logits(params: Any, inputs: Ids, cfg: ModelConfig) -> Float[Array, "B T V"]:
 
 
 def loss(
-    params: Any, batch: Batch, cfg: ModelConfig, key: Key[Array, ""] | None = None, count: Float[Array, ""] | None = None
+    params: Any,
+    batch: Batch,
+    cfg: ModelConfig,
+    key: Key[Array, ""] | None = None,
+    count: Float[Array, ""] | None = None,
 ) -> Float[Array, ""]:
     """Mean cross-entropy of the targets in nats: the plain forward, free of custom derivatives.
 
     Args:
         params: in the layout of ``cfg.layers``.
-        batch: ids below ``cfg.vocab_size``; at most ``cfg.max_seq_len`` long.
-        cfg: `ModelConfig.resolve`d; static under jit.
+        batch: ids below ``cfg.vocab_size``, at most ``cfg.max_seq_len`` long.
+        cfg: resolved (`ModelConfig.resolve`); static under jit.
         key: turns dropout on.
-        count: divides the summed loss in place of this batch's own count of targets; see `gptjax.ops.target_weights`.
+        count: divides the summed loss instead of this batch's number of targets; see
+            `gptjax.ops.target_weights`.
 
     Raises:
-        ValueError: a sequence is too long, or a NumPy array holds an id outside the vocabulary; see `checked_batch`.
+        ValueError: `checked_batch` rejects the batch, for example because a sequence is too long.
 
     """
     batch = checked_batch(batch, cfg)
@@ -219,9 +254,13 @@ def loss(
 
 
 def loss_and_grad(
-    params: Any, batch: Batch, cfg: ModelConfig, key: Key[Array, ""] | None = None, count: Float[Array, ""] | None = None
+    params: Any,
+    batch: Batch,
+    cfg: ModelConfig,
+    key: Key[Array, ""] | None = None,
+    count: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], Any]:
-    """`loss` and its gradient with respect to every parameter, by the backward derived by hand. Arguments as in `loss`."""
+    """`loss` and its gradient by the hand-derived backward; arguments as in `loss`."""
     batch = checked_batch(batch, cfg)
     family, positions = family_of(cfg), positions_of(batch.inputs)
     key, keys = split_key(key, cfg)
@@ -246,7 +285,8 @@ def classifier_and_grad(
 ) -> tuple[Float[Array, ""], Float[Array, "B T C"], Float[Array, "Vp C"]]:
     """(loss, dh, dhead) of the classifier ``scores = h head^T`` and the cross-entropy.
 
-    Forward and backward of a chunk of rows follow each other, so a chunk's scores live only as long as the chunk.
+    The backward of a chunk of rows directly follows its forward, so only one chunk's scores are in
+    memory at a time.
     """
     value: list[Array] = []
     dh: list[Array] = []
@@ -258,7 +298,11 @@ def classifier_and_grad(
         dscores = cross_entropy_bwd(saved, cfg.vocab_size)
         dh.append(contract("nv,vc->nc", dscores, w))
         dw = sum_of_shares(
-            lambda dscores, x: jnp.einsum("nv,nc->vc", dscores, x, preferred_element_type=head.dtype), dscores, x
+            lambda dscores, x: jnp.einsum(
+                "nv,nc->vc", dscores, x, preferred_element_type=head.dtype
+            ),
+            dscores,
+            x,
         )
         dhead = dw if dhead is None else dhead + dw
         value.append(nll)
@@ -268,14 +312,17 @@ def classifier_and_grad(
 def token_losses(params: Any, batch: Batch, cfg: ModelConfig) -> Float[Array, "B T"]:
     """-log p of each target in nats, without dropout; 0 at `IGNORE_INDEX`. Their mean is `loss`.
 
-    The mask has no part in it. One sequence's scores of the whole vocabulary are in memory at a time. Arguments as in `loss`.
+    The mask is ignored. The scores of only one sequence are in memory at a time. Arguments as in
+    `loss`.
     """
     batch = checked_batch(batch, cfg)
     x = hidden(params, batch.inputs, cfg)
     head = head_of(params, cfg).astype(x.dtype)
 
     def one_token(scores: Array, target: Array) -> Array:
-        return cross_entropy_fwd(scores[None], target[None], jnp.ones(1, scores.dtype), cfg.vocab_size)[0]
+        return cross_entropy_fwd(
+            scores[None], target[None], jnp.ones(1, scores.dtype), cfg.vocab_size
+        )[0]
 
     def one_sequence(x_targets: tuple[Array, Array]) -> Array:
         x, targets = x_targets
@@ -290,7 +337,11 @@ def token_losses(params: Any, batch: Batch, cfg: ModelConfig) -> Float[Array, "B
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def loss_manual(
-    params: Any, batch: Batch, cfg: ModelConfig, key: Key[Array, ""] | None = None, count: Float[Array, ""] | None = None
+    params: Any,
+    batch: Batch,
+    cfg: ModelConfig,
+    key: Key[Array, ""] | None = None,
+    count: Float[Array, ""] | None = None,
 ) -> Float[Array, ""]:
     """`loss`, whose derivative under `jax.grad` is `loss_and_grad`'s."""
     return loss(params, batch, cfg, key, count)
@@ -298,5 +349,10 @@ def loss_manual(
 
 loss_manual.defvjp(
     lambda params, batch, cfg, key=None, count=None: loss_and_grad(params, batch, cfg, key, count),
-    lambda cfg, grads, dloss: (jax.tree.map(lambda g: g * dloss.astype(g.dtype), grads), None, None, None),
+    lambda cfg, grads, dloss: (
+        jax.tree.map(lambda g: g * dloss.astype(g.dtype), grads),
+        None,
+        None,
+        None,
+    ),
 )

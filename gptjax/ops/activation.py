@@ -1,4 +1,4 @@
-"""GELU in the tanh form that GPT-2 was trained with (Hendrycks and Gimpel 2016, arXiv:1606.08415)."""
+"""GELU in GPT-2's tanh approximation (Hendrycks and Gimpel 2016, arXiv:1606.08415)."""
 
 import math
 
@@ -16,11 +16,12 @@ CUBIC = 0.044715
 def gelu_fwd(x: Float[Array, "B T F"]) -> tuple[Float[Array, "B T F"], Float[Array, "B T F"]]:
     """``y = x (1 + t) / 2`` with ``t = tanh(u)`` and ``u = SLOPE (x + CUBIC x^3)``.
 
-    Derivation of the backward: tanh' = 1 - t^2 and u' = SLOPE (1 + 3 CUBIC x^2), so by the product rule
+    Derivation of the backward: tanh' = 1 - t^2 and u' = SLOPE (1 + 3 CUBIC x^2). By the product
+    rule,
 
         dx = dy [(1 + t) / 2 + x (1 - t^2) u' / 2]
 
-    Saved: x alone; t is recomputed from it.
+    Saved: x; the backward recomputes t.
     """
     xf = x.astype(accumulation_dtype(x))
     t = jnp.tanh(SLOPE * (xf + CUBIC * xf * xf * xf))

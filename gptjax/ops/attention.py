@@ -1,7 +1,8 @@
 """Causal multi-head attention: one interface, four implementations.
 
-``materialised`` stores the (T, S) probabilities; ``blockwise`` never does (memory linear in T); ``cudnn`` is NVIDIA's
-fused kernel, ``splash`` one for TPU. `attention_fwd` and `attention_bwd` choose among them by name.
+``materialised`` stores the (T, S) probabilities; ``blockwise`` never does (memory linear in T);
+``cudnn`` is NVIDIA's fused kernel; ``splash`` is JAX's TPU kernel. `attention_fwd` and
+`attention_bwd` select one by name.
 """
 
 import math
@@ -24,21 +25,26 @@ ATTENTION_IMPLEMENTATIONS = ("materialised", "blockwise", "cudnn", "splash")
 
 @partial(jax.jit, static_argnames=("implementation", "rate"))
 def attention_fwd(
-    implementation: str, q: Heads, k: Heads, v: Heads, rate: float = 0.0, key: Key[Array, ""] | None = None
+    implementation: str,
+    q: Heads,
+    k: Heads,
+    v: Heads,
+    rate: float = 0.0,
+    key: Key[Array, ""] | None = None,
 ) -> tuple[Heads, Any]:
-    """Each position attends to itself and those before it; see `materialised_fwd` for the equation.
+    """Causal self-attention with the chosen implementation; `materialised_fwd` has the equation.
 
     Args:
-        implementation: one of `ATTENTION_IMPLEMENTATIONS`. All compute the same function, up to rounding and, with
-            dropout, up to which probabilities are dropped.
+        implementation: one of `ATTENTION_IMPLEMENTATIONS`. All compute the same function, up to
+            rounding and, with dropout, up to which probabilities are dropped.
         q: queries (B, T, H, D).
         k: keys (B, T, H, D).
         v: values (B, T, H, D).
-        rate: dropout on the attention probabilities; ``cudnn`` and ``splash`` do not offer it.
-        key: random key of the dropout, None to leave it out.
+        rate: dropout on the attention probabilities; ``cudnn`` and ``splash`` do not support it.
+        key: dropout's random key; None disables dropout.
 
     Raises:
-        ValueError: unknown implementation, or dropout asked of one that has none.
+        ValueError: the implementation is unknown or does not support the requested dropout.
 
     """
     match implementation:
@@ -48,17 +54,28 @@ def attention_fwd(
             return blockwise_fwd(q, k, v, rate, key)
         case "cudnn" | "splash":
             if rate and key is not None:
-                message = "attention has no dropout: use attention materialised or blockwise, or dropout 0"
-                raise ValueError(f"{implementation} {message}")
+                raise ValueError(
+                    f"{implementation} attention has no dropout: "
+                    "use attention materialised or blockwise, or dropout 0"
+                )
             return cudnn_fwd(q, k, v) if implementation == "cudnn" else splash_fwd(q, k, v)
-    raise ValueError(f"attention must be one of {', '.join(ATTENTION_IMPLEMENTATIONS)}, not {implementation}")
+    raise ValueError(
+        f"attention must be one of {', '.join(ATTENTION_IMPLEMENTATIONS)}, not {implementation}"
+    )
 
 
 @partial(jax.jit, static_argnames=("implementation", "rate"))
 def attention(
-    implementation: str, q: Heads, k: Heads, v: Heads, rate: float = 0.0, key: Key[Array, ""] | None = None
+    implementation: str,
+    q: Heads,
+    k: Heads,
+    v: Heads,
+    rate: float = 0.0,
+    key: Key[Array, ""] | None = None,
 ) -> tuple[Heads, None]:
-    """`attention_fwd` with nothing saved, for JAX to differentiate: a kernel then brings its own rule."""
+    """`attention_fwd` for JAX to differentiate: it saves nothing, and kernels use their own
+    rules.
+    """
     kernels = {"cudnn": _cudnn, "splash": splash}
     if implementation in kernels and not (rate and key is not None):
         return kernels[implementation](q, k, v), None
@@ -66,7 +83,9 @@ def attention(
 
 
 @partial(jax.jit, static_argnames=("implementation", "rate"))
-def attention_bwd(implementation: str, saved: Any, do: Heads, rate: float = 0.0) -> tuple[Heads, Heads, Heads]:
+def attention_bwd(
+    implementation: str, saved: Any, do: Heads, rate: float = 0.0
+) -> tuple[Heads, Heads, Heads]:
     """(dq, dk, dv) of `attention_fwd`; ``do`` is the gradient of its output."""
     match implementation:
         case "materialised":
@@ -95,9 +114,10 @@ def materialised_fwd(
     key: Key[Array, ""] | None = None,
     visible: Bool[Array, "*any T S"] | None = None,
 ) -> tuple[Heads, MaterialisedSaved]:
-    """``o = dropout(p) v`` with ``p = softmax(s)`` over the keys, ``s = q k^T / sqrt(D)`` where ``visible``, else -inf.
+    """``o = dropout(p) v``, ``p = softmax(s)`` over the keys, ``s = q k^T / sqrt(D)``.
 
-    ``visible`` defaults to the causal triangle; decoding, whose keys come from a cache, passes its own.
+    Scores that are not ``visible`` are -inf. ``visible`` defaults to the causal triangle; decoding
+    passes its own, because its keys come from a cache.
 
     Derivation of the backward, with r = dropout(p):
 
@@ -118,7 +138,9 @@ def materialised_fwd(
     return contract("bhts,bshd->bthd", r, v), MaterialisedSaved(q, k, v, p, keep)
 
 
-def materialised_bwd(saved: MaterialisedSaved, do: Heads, rate: float = 0.0) -> tuple[Heads, Heads, Heads]:
+def materialised_bwd(
+    saved: MaterialisedSaved, do: Heads, rate: float = 0.0
+) -> tuple[Heads, Heads, Heads]:
     """(dq, dk, dv) of `materialised_fwd`."""
     q, k, v, p, keep = saved
     acc = accumulation_dtype(q)
@@ -135,9 +157,12 @@ def materialised_bwd(saved: MaterialisedSaved, do: Heads, rate: float = 0.0) -> 
 
 
 def cudnn_fwd(q: Heads, k: Heads, v: Heads) -> tuple[Heads, Any]:
-    """`materialised_fwd` by cuDNN's flash-attention kernel. Saved: JAX's handle on the kernel's own backward.
+    """`materialised_fwd` by cuDNN's flash-attention kernel.
 
-    Needs a CUDA GPU of compute capability 8.0 or later, a 16-bit dtype, and D a multiple of 8 and at most 128.
+    Needs a CUDA GPU of compute capability 8.0 or later, a 16-bit dtype, and D a multiple of 8 and
+    at most 128.
+
+    Saved: JAX's handle on the kernel's own backward.
     """
     return jax.vjp(_cudnn, q, k, v)
 

@@ -13,13 +13,14 @@ from gptjax.xla.random import bernoulli
 def dropout_fwd(
     x: Float[Array, "*shape"], rate: float, key: Key[Array, ""] | None
 ) -> tuple[Float[Array, "*shape"], Bool[Array, "*shape"] | None]:
-    """``y = x keep / (1 - rate)`` where each element of ``keep`` is 1 with probability 1 - rate, else 0.
+    """``y = x keep / (1 - rate)``, ``keep`` being 1 with probability 1 - rate and otherwise 0.
 
     With ``key=None`` (evaluation) or ``rate=0`` this is the identity and nothing is saved.
 
-    The map is linear in x, so the backward is the same map applied to dy: ``dx = dy keep / (1 - rate)``.
+    Derivation of the backward: the map is linear and diagonal in x, so ``dx = dy keep / (1 -
+    rate)``.
 
-    Saved: keep, one byte an element, so that the random bits are drawn once.
+    Saved: keep, one byte an element, to draw the random bits only once.
 
     Raises:
         ValueError: the rate is outside [0, 1).
@@ -34,7 +35,9 @@ def dropout_fwd(
 
 
 @partial(jax.jit, static_argnames="rate")
-def dropout_bwd(keep: Bool[Array, "*shape"] | None, rate: float, dy: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+def dropout_bwd(
+    keep: Bool[Array, "*shape"] | None, rate: float, dy: Float[Array, "*shape"]
+) -> Float[Array, "*shape"]:
     """``dx`` of `dropout_fwd`."""
     if keep is None:
         return dy

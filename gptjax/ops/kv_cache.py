@@ -13,22 +13,27 @@ from gptjax.xla.products import accumulation_dtype
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer in S slots, some of them not written yet."""
+    """Keys and values of one layer in S slots, some not yet written."""
 
     k: Float[Array, "B H S D"]
     v: Float[Array, "B H S D"]
 
 
 def cached_attention(
-    q: Heads, k: Heads, v: Heads, cache: LayerCache, slot: Int[Array, ""], visible: Bool[Array, "B S"]
+    q: Heads,
+    k: Heads,
+    v: Heads,
+    cache: LayerCache,
+    slot: Int[Array, ""],
+    visible: Bool[Array, "B S"],
 ) -> tuple[Heads, LayerCache]:
-    """`gptjax.ops.attention.materialised_fwd` of one position, T = 1, over itself and the ``visible`` slots.
+    """Attention of one position, T = 1, to itself and to the ``visible`` slots.
+
+    Computes the position's own score separately and writes the cache only after reading it. XLA
+    then updates the cache in place instead of copying all of it for each token.
 
     Returns:
         The output, and the cache with the position's own key and value in ``slot``.
-
-    The position's own score is computed apart, so that the cache is read as it was and changed only after that: XLA then
-    changes it in place, where it would copy all of it for each token.
 
     """
     acc = accumulation_dtype(q)
@@ -40,9 +45,14 @@ def cached_attention(
     top = jnp.maximum(s.max(-1, keepdims=True), own)
     e, e_own = jnp.exp(s - top), jnp.exp(own - top)
     total = e.sum(-1, keepdims=True) + e_own
-    o = jnp.einsum("bhs,bhsd->bhd", (e / total).astype(v.dtype), cache.v, preferred_element_type=acc)
+    o = jnp.einsum(
+        "bhs,bhsd->bhd", (e / total).astype(v.dtype), cache.v, preferred_element_type=acc
+    )
     o = (o + e_own / total * v1.astype(acc)).astype(q.dtype)[:, None]
     k1, v1 = cpu_barrier(o, k1), cpu_barrier(o, v1)
     return o, LayerCache(
-        *(lax.dynamic_update_slice_in_dim(c, x[:, :, None], slot, 2) for c, x in zip(cache, (k1, v1), strict=True))
+        *(
+            lax.dynamic_update_slice_in_dim(c, x[:, :, None], slot, 2)
+            for c, x in zip(cache, (k1, v1), strict=True)
+        )
     )

@@ -15,8 +15,8 @@ def linear_fwd(
 ) -> tuple[Float[Array, "B T *O"], Float[Array, "B T *I"]]:
     """``y = x w + b``, computed in x's dtype; without ``b``, ``y = x w``.
 
-    Inputs and outputs may have several axes, which count as one: w of (C, H, D) takes channels to heads, (H, D, C) heads to
-    channels.
+    Inputs and outputs may have several axes, which are flattened into one: w of shape (C, H, D)
+    maps channels to heads; (H, D, C) maps heads to channels.
 
     Derivation of the backward, for one row: y_o = sum_i x_i w_io + b_o, so
 
@@ -24,7 +24,7 @@ def linear_fwd(
         dw_io = x_i dy_o             summed over all rows: dw = x^T dy
         db_o  = dy_o                 summed over all rows
 
-    Saved: x, which dw needs; dx needs only the weight.
+    Saved: x, for dw; dx needs only the weight.
     """
     xi, io, outputs = _flat(x), _matrix(w, x.ndim - 2), w.shape[x.ndim - 2 :]
     y = contract("bti,io->bto", xi, io.astype(x.dtype)).reshape(*x.shape[:2], *outputs)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gptjax.xla.products import accumulation_dtype
 
-IGNORE_INDEX = -1  # a target with this id does not count
+IGNORE_INDEX = -1  # targets with this id do not count
 
 
 def target_weights(
@@ -18,10 +18,11 @@ def target_weights(
     mask: Float[Array, "B T"] | None = None,
     count: Float[Array, ""] | None = None,
 ) -> Float[Array, "B T"]:
-    """The weight of each target in the mean loss: its mask (1 without one; 0 at `IGNORE_INDEX`) over ``count``.
+    """The weight of each target in the mean loss: its mask divided by ``count``.
 
-    ``count`` defaults to the sum of the masks. A caller that splits a batch passes the whole batch's, so that the
-    pieces' losses add up to the batch's. Where nothing counts, all weights are 0 and so is the loss.
+    The mask defaults to 1 and is 0 at `IGNORE_INDEX`. ``count`` defaults to the sum of the masks;
+    a caller that splits a batch passes the full batch's count, so that the losses add up to the
+    batch's. If no target counts, all weights and the loss are 0.
     """
     weights = jnp.ones(targets.shape) if mask is None else mask
     weights = jnp.where(targets == IGNORE_INDEX, jnp.zeros((), weights.dtype), weights)
@@ -30,7 +31,7 @@ def target_weights(
 
 
 class CrossEntropySaved(NamedTuple):
-    """What `cross_entropy_bwd` needs: the arguments, and of each row lse and q."""
+    """What `cross_entropy_bwd` needs: the arguments, and each row's lse and q."""
 
     logits: Float[Array, "N Vp"]
     lse: Float[Array, " N"]
@@ -41,23 +42,29 @@ class CrossEntropySaved(NamedTuple):
 
 @partial(jax.jit, static_argnames="vocab_size")
 def cross_entropy_fwd(
-    logits: Float[Array, "N Vp"], targets: Int[Array, " N"], weights: Float[Array, " N"], vocab_size: int
+    logits: Float[Array, "N Vp"],
+    targets: Int[Array, " N"],
+    weights: Float[Array, " N"],
+    vocab_size: int,
 ) -> tuple[Float[Array, ""], CrossEntropySaved]:
-    """``loss = -sum_n weights_n log p[n, targets_n]``, p the softmax of the logits below ``vocab_size``; the rest is padding.
+    """``loss = -sum_n weights_n log p[n, targets_n]``, p the softmax over ``vocab_size`` logits.
 
-    With lse = log sum_{v != t} exp(logits_v), the other tokens' share, -log p_t = log(1 + exp(lse - logits_t)): the softplus
-    of a difference, which stays accurate where p_t is nearly 1. There log p_t and p_t - 1 would cancel.
+    The remaining columns are padding. With lse = log sum_{v != t} exp(logits_v) over the other
+    tokens, -log p_t = log(1 + exp(lse - logits_t)): the softplus of a difference, which stays
+    accurate when p_t is nearly 1, where log p_t and p_t - 1 would cancel.
 
     Derivation of the backward: softplus' = sigmoid, so with q = sigmoid(lse - logits_t) = 1 - p_t
 
-        dlogits[n, t] = -dloss weights_n q_n,   dlogits[n, v] = dloss weights_n q_n exp(logits[n, v] - lse_n),   0 in padding
+        dlogits[n, t] = -dloss weights_n q_n
+        dlogits[n, v] = dloss weights_n q_n exp(logits[n, v] - lse_n),   0 in padding
 
-    Saved: the logits, from which each element is one exponential away, and two numbers a row.
+    Saved: the logits, one exponential away from each element, and two numbers a row.
     """
     x = _exclude_padding(logits.astype(accumulation_dtype(logits)), vocab_size)
     others = jnp.where(_is_target(x, targets), -jnp.inf, x)
-    least = jnp.finfo(x.dtype)  # for a vocabulary of one, where there are no others
-    peak = lax.stop_gradient(jnp.maximum(others.max(-1), least.min))  # the shift cancels, so no gradient flows through it
+    least = jnp.finfo(x.dtype)  # for a vocabulary of one, which has no other tokens
+    # The shift cancels, so no gradient flows through it.
+    peak = lax.stop_gradient(jnp.maximum(others.max(-1), least.min))
     lse = peak + jnp.log(jnp.maximum(jnp.exp(others - peak[:, None]).sum(-1), least.tiny))
     odds = lse - jnp.take_along_axis(x, jnp.maximum(targets, 0)[:, None], axis=1)[:, 0]
     weights = weights.astype(x.dtype)
@@ -66,7 +73,9 @@ def cross_entropy_fwd(
 
 
 @partial(jax.jit, static_argnames="vocab_size")
-def cross_entropy_bwd(saved: CrossEntropySaved, vocab_size: int, dloss: Float[Array, ""] | float = 1.0) -> Float[Array, "N Vp"]:
+def cross_entropy_bwd(
+    saved: CrossEntropySaved, vocab_size: int, dloss: Float[Array, ""] | float = 1.0
+) -> Float[Array, "N Vp"]:
     """``dlogits`` of `cross_entropy_fwd`."""
     logits, lse, q, targets, weights = saved
     x = _exclude_padding(logits.astype(lse.dtype), vocab_size)

@@ -24,9 +24,10 @@ class LayerNormSaved(NamedTuple):
 def layernorm_fwd(
     x: Float[Array, "B T C"], w: Float[Array, " C"], b: Float[Array, " C"]
 ) -> tuple[Float[Array, "B T C"], LayerNormSaved]:
-    """``y = n w + b`` with ``n = (x - mean) rstd`` and ``rstd = 1 / sqrt(var + EPS)`` over the channels.
+    """``y = n w + b``, ``n = (x - mean) rstd``, ``rstd = 1 / sqrt(var + EPS)`` over the channels.
 
-    Derivation of the backward. Let dn = dy w. Moving x_j changes n_i directly, through the mean, and through rstd:
+    Derivation of the backward. Let dn = dy w. Moving x_j changes n_i directly, through the mean,
+    and through rstd:
 
         dn_i/dx_j = rstd (delta_ij - 1/C - n_i n_j / C)
 
@@ -35,13 +36,15 @@ def layernorm_fwd(
         dx = rstd (dn - mean(dn) - n mean(dn n))
         dw = sum over rows of dy n,   db = sum over rows of dy
 
-    Saved: x, mean and rstd. n is two flops away from them, and a residual network keeps x alive anyway.
+    Saved: x, mean and rstd. They give n in two flops, and a residual network keeps x alive anyway.
     """
     xf = x.astype(accumulation_dtype(x))
     mean = xf.mean(-1, keepdims=True)
     rstd = lax.rsqrt(jnp.square(xf - mean).mean(-1, keepdims=True) + EPS)
     n = (xf - mean) * rstd
-    y = n * jnp.broadcast_to(w.astype(n.dtype), n.shape) + jnp.broadcast_to(b.astype(n.dtype), n.shape)
+    y = n * jnp.broadcast_to(w.astype(n.dtype), n.shape) + jnp.broadcast_to(
+        b.astype(n.dtype), n.shape
+    )
     return y.astype(x.dtype), LayerNormSaved(x, mean, rstd)
 
 

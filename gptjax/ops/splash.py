@@ -1,4 +1,4 @@
-"""Attention by JAX's splash kernel for TPU, written in Pallas: blocks of scores that stay in the core's own memory."""
+"""Attention by JAX's splash kernel for TPU, a Pallas kernel that keeps scores in on-core memory."""
 
 import math
 from typing import Any
@@ -11,16 +11,18 @@ from gptjax.config import SPLASH_MULTIPLE
 from gptjax.parallel.sharding import RULES, num_shards
 
 LANES = SPLASH_MULTIPLE
-LARGEST_BLOCK = 512  # rows of queries, and of keys, handled at once
+LARGEST_BLOCK = 512  # rows of queries, and of keys, in a block
 
 Heads = Float[Array, "B T H D"]
 
 
 def splash_fwd(q: Heads, k: Heads, v: Heads) -> tuple[Heads, Any]:
-    """`materialised_fwd` by the kernel. Saved: JAX's handle on the kernel's own backward, which holds q, k, v, o and lse.
+    """`materialised_fwd` by the splash kernel, which skips blocks above the diagonal.
 
-    Needs a TPU, or `jax.experimental.pallas.tpu.force_tpu_interpret_mode`, a dtype of at most 32 bits, and T a multiple of
-    `LANES`. Blocks above the diagonal are skipped.
+    Needs a TPU (or `jax.experimental.pallas.tpu.force_tpu_interpret_mode`), a dtype of at most 32
+    bits, and T a multiple of `LANES`.
+
+    Saved: JAX's handle on the kernel's own backward, which holds q, k, v, o and lse.
     """
     return jax.vjp(splash, q, k, v)
 
@@ -30,24 +32,34 @@ def splash(q: Heads, k: Heads, v: Heads) -> Heads:
     T, D = q.shape[1], q.shape[3]
 
     def one_device(q: Heads, k: Heads, v: Heads) -> Heads:
-        heads_first = (x.swapaxes(1, 2) for x in (q * (1 / math.sqrt(D)), k, v))  # the kernel does not scale
+        # The kernel does not scale the scores.
+        heads_first = (x.swapaxes(1, 2) for x in (q * (1 / math.sqrt(D)), k, v))
         return jax.vmap(_kernel(T, q.shape[2]))(*heads_first).swapaxes(1, 2)
 
     if num_shards() == 1:
         return one_device(q, k, v)
-    cut = PartitionSpec(
-        RULES["B"].compute, None, RULES["H"].compute, None
-    )  # XLA cannot split a kernel: each device runs its own
-    return jax.shard_map(one_device, in_specs=(cut, cut, cut), out_specs=cut, check_vma=False)(q, k, v)
+    # XLA cannot partition a kernel, so each device runs its own.
+    cut = PartitionSpec(RULES["B"].compute, None, RULES["H"].compute, None)
+    return jax.shard_map(one_device, in_specs=(cut, cut, cut), out_specs=cut, check_vma=False)(
+        q, k, v
+    )
 
 
 def _kernel(T: int, H: int) -> Any:
-    """(H, T, D) queries, keys and values -> (H, T, D)."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel  # only a TPU needs it
+    """The kernel that maps (H, T, D) queries, keys and values to (H, T, D)."""
+    # Imported here because only a TPU needs it.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     block = max(size for size in range(LANES, LARGEST_BLOCK + 1, LANES) if T % size == 0)
-    names = "block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute"
+    names = (
+        "block_q",
+        "block_kv",
+        "block_kv_compute",
+        "block_q_dkv",
+        "block_kv_dkv",
+        "block_kv_dkv_compute",
+    )
     blocks: dict[str, Any] = dict.fromkeys(names, block)
     sizes = kernel.BlockSizes(use_fused_bwd_kernel=True, **blocks)
     mask = masks.MultiHeadMask([masks.CausalMask((T, T))] * H)

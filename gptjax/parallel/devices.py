@@ -1,11 +1,13 @@
 """What devices can do at most: one table, from their makers' data sheets.
 
-NVIDIA: the data sheets of A100, H100, H200 and L4 Tensor Core GPUs. Those of the last three give bfloat16 with sparsity, twice
-what is dense, and all give NVLink and PCIe as both directions together. Between machines, the reference architecture of DGX
-BasePOD: eight GPUs and eight adapters of 400 Gb/s.
+NVIDIA: the data sheets of A100, H100, H200 and L4 Tensor Core GPUs. Those of the last three give
+bfloat16 with sparsity, twice what is dense, and all give NVLink and PCIe as both directions
+together. Between machines, the reference architecture of DGX BasePOD: eight GPUs and eight adapters
+of 400 Gb/s.
 
-Google: docs.cloud.google.com/tpu/docs/v3, v4, v5e, v5p and v6e, which give the links of v5e, v5p and v6e as both directions
-together. A v4 chip has six links of 400 Gb/s each way (Zu et al. 2024, "Resiliency at Scale"), a v3 pod sums 340 TB/s.
+Google: docs.cloud.google.com/tpu/docs/v3, v4, v5e, v5p and v6e, which give the links of v5e, v5p
+and v6e as both directions together. A v4 chip has six links of 400 Gb/s each way (Zu et al. 2024,
+"Resiliency at Scale"), a v3 pod sums 340 TB/s.
 """
 
 from typing import NamedTuple
@@ -21,7 +23,9 @@ class Device(NamedTuple):
     bandwidth: float
     """Bytes a second between it and its memory."""
     link: float
-    """Bytes a second that it can send to its neighbours, over all its links at once, in one direction."""
+    """Bytes a second that it can send to its neighbours, over all its links at once, in one
+    direction.
+    """
     neighbours: int
     """Devices that these links connect; beyond, there is a network."""
 
@@ -54,5 +58,7 @@ DEVICES = {  # by JAX's `device_kind`
 
 
 def device_of(device_kind: str) -> Device | None:
-    """The row of a device that JAX names so, or None where there is none: NVIDIA L40 is no NVIDIA L4."""
+    """The row of a device that JAX names so, or None where there is none: NVIDIA L40 is no NVIDIA
+    L4.
+    """
     return DEVICES.get(device_kind)

@@ -1,8 +1,10 @@
-"""How a run of many processes ends when one of them fails, dies or hangs: all of them, in bounded time, with one sentence.
+"""How a run of many processes ends when one of them fails, dies or hangs: all of them, in bounded
+time, with one sentence.
 
-JAX's coordination service notices a process that is gone, too, but from a thread of its own, which aborts the process with a
-stack trace for a last word. So each process tells the others through the service's store that it is alive, and ends by itself
-when one falls silent; what JAX notices, in twice the time, is left for a process whose Python hangs.
+JAX's coordination service notices a process that is gone, too, but from a thread of its own, which
+aborts the process with a stack trace for a last word. So each process tells the others through the
+service's store that it is alive, and ends by itself when one falls silent; what JAX notices, in
+twice the time, is left for a process whose Python hangs.
 """
 
 import contextlib
@@ -21,9 +23,20 @@ import jax
 
 from gptjax.parallel import processes
 
-SIGNS = ("Gloo", "NCCL", "coordination service", "UNAVAILABLE", "Connection closed", "Connection reset", "heartbeat", "barrier")
+SIGNS = (
+    "Gloo",
+    "NCCL",
+    "coordination service",
+    "UNAVAILABLE",
+    "Connection closed",
+    "Connection reset",
+    "heartbeat",
+    "barrier",
+)
 BEATS = 10  # signs of life, at least, within the time after which a process counts as lost
-LINGER = 5.0  # seconds that an error of this process waits for the same one of process 0, and process 0 for those that ask
+# Seconds that an error of this process waits for the same one of process 0, and process 0 for those
+# that ask
+LINGER = 5.0
 ALIVE = "gptjax/alive/"
 ENDING = threading.Lock()  # whoever has it has the last word, so nobody gives it back
 
@@ -35,7 +48,9 @@ def tells_of_a_lost_process(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def watched(prog: str, timeout: float) -> Iterator[None]:
-    """End this process with a sentence once another has given no sign of life for ``timeout`` seconds; nothing to do alone."""
+    """End this process with a sentence once another has given no sign of life for ``timeout``
+    seconds; nothing to do alone.
+    """
     if not processes.are_many():
         yield
         return
@@ -48,13 +63,17 @@ def watched(prog: str, timeout: float) -> Iterator[None]:
         yield
         ended.set()
         beat.join()  # so that it says nothing later
-        processes.store().key_value_set(f"{ALIVE}{jax.process_index()}", "done", allow_overwrite=True)
+        processes.store().key_value_set(
+            f"{ALIVE}{jax.process_index()}", "done", allow_overwrite=True
+        )
     finally:
         ended.set()
 
 
 class _Seen:
-    """When each process was last seen to have said something new, in seconds; infinitely late once it is done."""
+    """When each process was last seen to have said something new, in seconds; infinitely late once
+    it is done.
+    """
 
     def __init__(self, count: int) -> None:
         self.said = [""] * count
@@ -84,22 +103,33 @@ def _beat(prog: str, interval: float, seen: _Seen, ended: threading.Event) -> No
 
 
 def _watch(prog: str, timeout: float, seen: _Seen, ended: threading.Event) -> None:
-    """Look for a process that is silent, until the end; if process 0 is, nothing is heard of the others either."""
+    """Look for a process that is silent, until the end; if process 0 is, nothing is heard of the
+    others either.
+    """
     interval, me = timeout / BEATS, jax.process_index()
     patience = timeout - 2 * interval
     awake = looked = time.monotonic()
     while not ended.wait(min(interval, 1.0)):
         now = time.monotonic()
-        if now - looked > interval + 1:  # this process was held up, and has heard of nobody meanwhile
+        # This process was held up, and has heard of nobody meanwhile
+        if now - looked > interval + 1:
             awake = now
         looked = now
-        silent = [i for i, when in enumerate(seen.when) if now - max(when, awake) > patience and i != me]
+        silent = [
+            i for i, when in enumerate(seen.when) if now - max(when, awake) > patience and i != me
+        ]
         if ended.is_set():
             return
-        if now - seen.asked > 1 and _is_gone(jax._src.distributed.global_state.coordinator_address or ""):
+        if now - seen.asked > 1 and _is_gone(
+            jax._src.distributed.global_state.coordinator_address or ""
+        ):
             _end(prog, "process 0 is gone")
         if silent:
-            _end(prog, f"process {silent[0]} of {len(seen.when)} has given no sign of life for {patience:.0f} s")
+            _end(
+                prog,
+                f"process {silent[0]} of {len(seen.when)} has given no sign of life for "
+                f"{patience:.0f} s",
+            )
 
 
 def _is_gone(address: str) -> bool:
@@ -115,9 +145,11 @@ def _is_gone(address: str) -> bool:
 
 
 def _delay_abort() -> None:
-    """Give Python some seconds to say what happened when JAX's thread aborts the process: it does once process 0 is gone.
+    """Give Python some seconds to say what happened when JAX's thread aborts the process: it does
+    once process 0 is gone.
 
-    The signal's handler is libc's `sleep`. It gets the signal's number, 6, as its seconds; the abort goes on after them.
+    The signal's handler is libc's `sleep`. It gets the signal's number, 6, as its seconds; the
+    abort goes on after them.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):  # no such library here
         libc: Any = ctypes.CDLL(None)
@@ -126,7 +158,9 @@ def _delay_abort() -> None:
 
 
 def speaks(message: str) -> bool:
-    """Whether this process has to print the error that ends it: not if process 0 ends with the same one."""
+    """Whether this process has to print the error that ends it: not if process 0 ends with the same
+    one.
+    """
     with contextlib.suppress(Exception):  # of a store, or a backend, that is no more or never was
         if not processes.are_many():
             return True
@@ -142,7 +176,8 @@ def speaks(message: str) -> bool:
 
 @contextlib.contextmanager
 def ending_together(prog: str) -> Iterator[None]:
-    """With several processes, end this one at once when the block fails, with a sentence if another is lost.
+    """With several processes, end this one at once when the block fails, with a sentence if another
+    is lost.
 
     Otherwise it would wait at its exit for the others, and they for it.
     """
@@ -160,7 +195,9 @@ def ending_together(prog: str) -> Iterator[None]:
 
 
 def _wait_for_those_who_ask() -> None:
-    """Keep the store, which ends with process 0, until the others have its error, or are too late."""
+    """Keep the store, which ends with process 0, until the others have its error, or are too
+    late.
+    """
     deadline = time.monotonic() + LINGER
     with contextlib.suppress(Exception):
         processes.store().key_value_try_get("gptjax/error")
@@ -173,7 +210,8 @@ def _wait_for_those_who_ask() -> None:
 def _end(prog: str, reason: str) -> None:
     ENDING.acquire()
     print(
-        f"{prog}: error: another process was lost ({reason}): start them all again with --resume auto, to go on from the "
+        f"{prog}: error: another process was lost ({reason}): start them all again with --resume "
+        "auto, to go on from the "
         "newest checkpoint",
         file=sys.stderr,
     )

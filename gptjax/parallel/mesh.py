@@ -1,4 +1,6 @@
-"""The mesh of devices that a run computes on, and arrays laid out over it by the rules of `gptjax.parallel.sharding`."""
+"""The mesh of devices that a run computes on, and arrays laid out over it by the rules of
+`gptjax.parallel.sharding`.
+"""
 
 import itertools
 import math
@@ -25,7 +27,9 @@ OPTIONS = {  # the option that sets the size of an axis that a mesh cuts
 LISTED = 4  # valid meshes that the error about an invalid one names
 
 
-def make_mesh(cfg: MeshConfig, sizes: dict[str, int], batch_size: int, devices: Sequence[Any] | None = None) -> Mesh | None:
+def make_mesh(
+    cfg: MeshConfig, sizes: dict[str, int], batch_size: int, devices: Sequence[Any] | None = None
+) -> Mesh | None:
     """The mesh, or None for one device.
 
     Args:
@@ -35,7 +39,8 @@ def make_mesh(cfg: MeshConfig, sizes: dict[str, int], batch_size: int, devices: 
         devices: those there are; by default all of JAX's. In one process some may stay idle.
 
     Raises:
-        ConfigError: there are fewer devices, or something cannot be cut evenly; it lists what would work.
+        ConfigError: there are fewer devices, or something cannot be cut evenly; it lists what would
+            work.
 
     """
     devices = jax.devices() if devices is None else devices
@@ -51,18 +56,28 @@ def make_mesh(cfg: MeshConfig, sizes: dict[str, int], batch_size: int, devices: 
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def mesh_shape(cfg: MeshConfig, sizes: dict[str, int], batch_size: int, devices: int, processes: int = 1) -> tuple[int, ...]:
-    """(data, fsdp, tensor) of the mesh that `make_mesh` makes of so many devices; raises as it does."""
+def mesh_shape(
+    cfg: MeshConfig, sizes: dict[str, int], batch_size: int, devices: int, processes: int = 1
+) -> tuple[int, ...]:
+    """(data, fsdp, tensor) of the mesh that `make_mesh` makes of so many devices; raises as it
+    does.
+    """
     shape = _resolve(cfg.shape, devices)
-    obstacle = _miscounted(cfg.shape, shape, devices, processes) or _uneven(shape, sizes, batch_size)
+    obstacle = _miscounted(cfg.shape, shape, devices, processes) or _uneven(
+        shape, sizes, batch_size
+    )
     if obstacle:
-        raise ConfigError(f"{obstacle}: {_alternatives(cfg.shape, sizes, batch_size, devices, processes)}")
+        raise ConfigError(
+            f"{obstacle}: {_alternatives(cfg.shape, sizes, batch_size, devices, processes)}"
+        )
     return shape
 
 
 def describe_mesh(mesh: Mesh) -> str:
     """``8 devices: data 2 x fsdp 2 x tensor 2``."""
-    return f"{mesh.size} devices: " + " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    return f"{mesh.size} devices: " + " x ".join(
+        f"{axis} {size}" for axis, size in mesh.shape.items()
+    )
 
 
 def _resolve(shape: tuple[int, ...], devices: int) -> tuple[int, ...]:
@@ -71,9 +86,13 @@ def _resolve(shape: tuple[int, ...], devices: int) -> tuple[int, ...]:
     return tuple(max(devices // known, 1) if size == -1 else size for size in shape)
 
 
-def _miscounted(asked: tuple[int, ...], shape: tuple[int, ...], devices: int, processes: int) -> str | None:
+def _miscounted(
+    asked: tuple[int, ...], shape: tuple[int, ...], devices: int, processes: int
+) -> str | None:
     """Why the mesh does not fit the number of devices; None if it does."""
-    named = "the mesh " + " x ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, asked, strict=True))
+    named = "the mesh " + " x ".join(
+        f"{axis} {size}" for axis, size in zip(MESH_AXES, asked, strict=True)
+    )
     there_are = f"there {'is 1 device' if devices == 1 else f'are {devices} devices'}"
     count = math.prod(shape)
     if -1 in asked and count != devices:
@@ -81,7 +100,10 @@ def _miscounted(asked: tuple[int, ...], shape: tuple[int, ...], devices: int, pr
     if count > devices:
         return f"{named} takes {count} devices, but {there_are}"
     if count < devices and processes > 1:
-        return f"{named} takes {count} devices, but {there_are} in {processes} processes, which must all take part"
+        return (
+            f"{named} takes {count} devices, but {there_are} in {processes} processes, which must "
+            "all take part"
+        )
     return None
 
 
@@ -99,7 +121,9 @@ def _uneven(shape: tuple[int, ...], sizes: dict[str, int], batch_size: int) -> s
     return None
 
 
-def _alternatives(asked: tuple[int, ...], sizes: dict[str, int], batch_size: int, devices: int, processes: int) -> str:
+def _alternatives(
+    asked: tuple[int, ...], sizes: dict[str, int], batch_size: int, devices: int, processes: int
+) -> str:
     """The valid meshes of all devices in words, those most like the requested one first."""
     each = devices // processes  # that hold whole rows, or parts of the same: see `row_share`
 
@@ -119,10 +143,17 @@ def _alternatives(asked: tuple[int, ...], sizes: dict[str, int], batch_size: int
     whole = -(-batch_size // devices) * devices
     shapes = of(batch_size)
     axes = f"({', '.join(MESH_AXES)})"
-    head = f"of {devices} devices, {axes} can be" if devices > 1 else f"of 1 device, {axes} can only be"
+    head = (
+        f"of {devices} devices, {axes} can be"
+        if devices > 1
+        else f"of 1 device, {axes} can only be"
+    )
     if not shapes:
         shapes = of(whole)
-        head = f"no mesh takes all {devices} devices with data.batch_size {batch_size}, but with {whole}, {axes} can be"
+        head = (
+            f"no mesh takes all {devices} devices with data.batch_size {batch_size}, but with "
+            f"{whole}, {axes} can be"
+        )
     shown = [f"({', '.join(map(str, shape))})" for shape in sorted(shapes, key=unlike)[:LISTED]]
     more = ", or others" if len(shapes) > LISTED else ""
     return f"{head} {' or '.join(filter(None, [', '.join(shown[:-1]), shown[-1]]))}{more}"
@@ -144,20 +175,26 @@ def param_shardings(mesh: Mesh, axes: Any) -> Any:
 
 
 def shardings(mesh: Mesh, axes: Any, tree: Any) -> Any:
-    """The layout of a tree: arrays shaped like a parameter as it is, all others whole on every device.
+    """The layout of a tree: arrays shaped like a parameter as it is, all others whole on every
+    device.
 
-    Optimizers keep trees of the parameters' structure, in which some leaves are missing or, as in Adafactor, smaller.
+    Optimizers keep trees of the parameters' structure, in which some leaves are missing or, as in
+    Adafactor, smaller.
     """
 
     def layout(axes: tuple[str, ...], x: Any) -> NamedSharding:
         sizes = [math.prod(mesh.shape[name] for name in RULES[axis].param) for axis in axes]
-        cut = len(axes) == x.ndim and not any(n % size for n, size in zip(x.shape, sizes, strict=True))
+        cut = len(axes) == x.ndim and not any(
+            n % size for n, size in zip(x.shape, sizes, strict=True)
+        )
         return NamedSharding(mesh, param_spec(axes)) if cut else replicated(mesh)
 
     def layouts(x: Any) -> Any:
         if not is_params(x):
             return replicated(mesh)
-        return jax.tree.map(lambda axes, leaf: jax.tree.map(partial(layout, axes), leaf), axes, x, is_leaf=_is_axes)
+        return jax.tree.map(
+            lambda axes, leaf: jax.tree.map(partial(layout, axes), leaf), axes, x, is_leaf=_is_axes
+        )
 
     def is_params(x: Any) -> bool:
         return isinstance(x, type(axes))
@@ -180,15 +217,20 @@ def row_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
 
 
 def abstract(mesh: Mesh | None, axes: Any, tree: Any) -> Any:
-    """Shapes of a tree with the layout of `shardings`, for lowering a function; nothing is allocated."""
+    """Shapes of a tree with the layout of `shardings`, for lowering a function; nothing is
+    allocated.
+    """
     if mesh is None:
         return tree
     layout = shardings(mesh, axes, tree)
-    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, layout)
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, layout
+    )
 
 
 def row_share(mesh: Mesh | None, batch_size: int) -> tuple[int, int]:
-    """(i, n): this process reads the i-th of n equal shares of a batch's rows; processes that hold the same rows read the same.
+    """(i, n): this process reads the i-th of n equal shares of a batch's rows; processes that hold
+    the same rows read the same.
 
     Raises:
         ConfigError: the devices lie so that processes hold unequal or overlapping rows.
@@ -201,21 +243,27 @@ def row_share(mesh: Mesh | None, batch_size: int) -> tuple[int, int]:
     for device, (where, _) in places.items():
         rows.setdefault(device.process_index, set()).update(range(batch_size)[where])
     groups = sorted({tuple(sorted(held)) for held in rows.values()})
-    if sorted(row for group in groups for row in group) != list(range(batch_size)) or len({*map(len, groups)}) > 1:
+    if (
+        sorted(row for group in groups for row in group) != list(range(batch_size))
+        or len({*map(len, groups)}) > 1
+    ):
         raise ConfigError(
-            f"data.batch_size {batch_size} cannot be shared out evenly among {len(rows)} processes on this mesh: "
+            f"data.batch_size {batch_size} cannot be shared out evenly among {len(rows)} "
+            "processes on this mesh: "
             "make mesh.tensor a divisor or a multiple of the devices of one process"
         )
     return groups.index(tuple(sorted(rows[jax.process_index()]))), len(groups)
 
 
 def place_rows(mesh: Mesh | None, batch: Any, shares: int = 1) -> Any:
-    """Arrays of tokens, (..., B / shares, T) in this process, laid out over the mesh as (..., B, T); as they are without one.
+    """Arrays of tokens, (..., B / shares, T) in this process, laid out over the mesh as (..., B,
+    T); as they are without one.
 
     Args:
         mesh: of all processes.
         batch: a tree of NumPy arrays: this process's rows.
-        shares: into how many the rows are cut, see `row_share`; 1 where each process has all of them.
+        shares: into how many the rows are cut, see `row_share`; 1 where each process has all of
+            them.
 
     """
     if mesh is None:
@@ -239,12 +287,18 @@ def place_rows(mesh: Mesh | None, batch: Any, shares: int = 1) -> Any:
 
 
 def place(array: Any, sharding: Any) -> jax.Array:
-    """An array that every process has, in float32, laid out; on the default device where there is no layout."""
+    """An array that every process has, in float32, laid out; on the default device where there is
+    no layout.
+    """
     if sharding is None:
         return jax.numpy.asarray(array, jax.numpy.float32)
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: np.asarray(array[index], np.float32))
+    return jax.make_array_from_callback(
+        array.shape, sharding, lambda index: np.asarray(array[index], np.float32)
+    )
 
 
 def whole(mesh: Mesh | None, x: Any) -> Any:
-    """Arrays brought together, whole on every device, so that any process can read them; small ones only."""
+    """Arrays brought together, whole on every device, so that any process can read them; small ones
+    only.
+    """
     return x if mesh is None else jax.jit(lambda x: x, out_shardings=replicated(mesh))(x)

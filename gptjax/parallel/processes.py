@@ -1,8 +1,9 @@
 """Many processes that train one model: how they start, agree, and end.
 
-Each process runs the same command on devices of its own, and JAX makes one mesh of them all. What is on the host has to be the
-same everywhere, or they would wait for each other forever: what one decides, `agreed` tells the others. They agree through the
-key-value store that JAX's coordination service, in process 0, keeps; Orbax has a name for it.
+Each process runs the same command on devices of its own, and JAX makes one mesh of them all. What
+is on the host has to be the same everywhere, or they would wait for each other forever: what one
+decides, `agreed` tells the others. They agree through the key-value store that JAX's coordination
+service, in process 0, keeps; Orbax has a name for it.
 """
 
 import contextlib
@@ -31,20 +32,28 @@ def start(cfg: DistributedConfig) -> None:
         ConfigError: they cannot be reached, or there are some that JAX does not see.
 
     """
-    if jax.distributed.is_initialized() or not (cfg.process or (cfg.detect and not clusters.is_alone(os.environ))):
+    if jax.distributed.is_initialized() or not (
+        cfg.process or (cfg.detect and not clusters.is_alone(os.environ))
+    ):
         return
     told: dict[str, Any] = {}
     if cfg.process:
-        told = {"coordinator_address": cfg.coordinator, "num_processes": cfg.count_of, "process_id": cfg.index_of}
+        told = {
+            "coordinator_address": cfg.coordinator,
+            "num_processes": cfg.count_of,
+            "process_id": cfg.index_of,
+        }
         told["cluster_detection_method"] = "deactivate"
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
     try:
         with clusters.without_advice():
             jax.distributed.initialize(
                 **told,
-                heartbeat_timeout_seconds=2 * cfg.timeout,  # `gptjax.parallel.heartbeat` comes first, and says it better
+                # `gptjax.parallel.heartbeat` comes first, and says it better
+                heartbeat_timeout_seconds=2 * cfg.timeout,
                 initialization_timeout=max(cfg.timeout, 60),
-                shutdown_timeout_seconds=max(cfg.timeout, 300),  # JAX's own: process 0 may be closing its loggers
+                # JAX's own: process 0 may be closing its loggers
+                shutdown_timeout_seconds=max(cfg.timeout, 300),
             )
     except Exception as error:
         if not cfg.process and "must be called before" in str(error):
@@ -54,7 +63,8 @@ def start(cfg: DistributedConfig) -> None:
             return
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"the processes cannot join ({reason[:200]}): give each distributed.coordinator HOST:PORT and "
+            f"the processes cannot join ({reason[:200]}): give each distributed.coordinator "
+            "HOST:PORT and "
             "distributed.process N/M, or distributed.detect false to train alone"
         ) from error
 
@@ -105,11 +115,15 @@ def require_same(options: Any) -> None:
 
     """
     if agreed("options", lambda: repr(options)) != repr(options):
-        raise ConfigError("this process was given other options than process 0: give all of them the same")
+        raise ConfigError(
+            "this process was given other options than process 0: give all of them the same"
+        )
 
 
 def first_then_others(name: str, f: Callable[[], Any]) -> Any:
-    """``f()`` in every process, once it is done in process 0, so that what it keeps on disk is made once."""
+    """``f()`` in every process, once it is done in process 0, so that what it keeps on disk is made
+    once.
+    """
     results: list[Any] = []
 
     def run() -> str:
@@ -121,14 +135,16 @@ def first_then_others(name: str, f: Callable[[], Any]) -> Any:
 
 
 def together(name: str, f: Callable[[], T]) -> T:
-    """``f()`` in every process; where it fails in one it fails in all, once all are done with it. ``f`` waits for no other.
+    """``f()`` in every process; where it fails in one it fails in all, once all are done with it.
+    ``f`` waits for no other.
 
     Args:
         name: of what is done, each time another.
         f: what is done.
 
     Raises:
-        GptjaxError: in all processes, if it was raised in any; whatever else ``f`` raises if that is the only process.
+        GptjaxError: in all processes, if it was raised in any; whatever else ``f`` raises if that
+            is the only process.
         RuntimeError: in all processes, if anything else was raised in any.
 
     """
@@ -141,7 +157,10 @@ def together(name: str, f: Callable[[], T]) -> T:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         said = json.dumps([isinstance(error, GptjaxError), reason])
     store().key_value_set(f"gptjax/{name}/{jax.process_index()}", said)
-    told = [store().blocking_key_value_get(f"gptjax/{name}/{i}", PREPARING_HOURS * 3_600_000) for i in range(count)]
+    told = [
+        store().blocking_key_value_get(f"gptjax/{name}/{i}", PREPARING_HOURS * 3_600_000)
+        for i in range(count)
+    ]
     failed = [(*json.loads(words), i) for i, words in enumerate(told) if words]
     if not failed:
         return cast(T, result)
@@ -153,8 +172,9 @@ def together(name: str, f: Callable[[], T]) -> T:
 class Stop:
     """When to stop: at once where there is one process, else at a step that all agree on.
 
-    A process that got a signal says before it starts step n that n + 1 is the last. No other knows step n's loss before that
-    one has joined in it, so whoever asks once it has that loss is told in time.
+    A process that got a signal says before it starts step n that n + 1 is the last. No other knows
+    step n's loss before that one has joined in it, so whoever asks once it has that loss is told in
+    time.
     """
 
     def __init__(self, done: int = 0, steps: int = 2**31) -> None:
@@ -170,7 +190,9 @@ class Stop:
         self._deciding = threading.Lock()
 
     def receive(self, name: str) -> int:
-        """Take a signal. Returns the step after which training will stop, unless another process was asked before."""
+        """Take a signal. Returns the step after which training will stop, unless another process
+        was asked before.
+        """
         with self._deciding:
             self.received.append(name)
             return min(self._last, self._steps)
@@ -195,12 +217,15 @@ class Stop:
                 self.name = self.received[0] if self.received else ""
             return bool(self.name)
         try:
-            last, self.name = store().key_value_try_get("gptjax/stop").split()
+            last, name = store().key_value_try_get("gptjax/stop").split()
         except Exception as error:
             if "NOT_FOUND" not in str(error):
                 raise
             return False
-        return step >= int(last)
+        if step < int(last):
+            return False
+        self.name = name
+        return True
 
 
 def store() -> Any:

@@ -1,12 +1,15 @@
-"""The one table of which mesh axis cuts which axis of an array, `RULES`, and the layouts that follow from it.
+"""The one table of which mesh axis cuts which axis of an array, `RULES`, and the layouts that
+follow from it.
 
-The mesh has three axes. ``data`` copies the model and shares out the batch's rows. ``fsdp`` shares out the rows too, and cuts
-each parameter that has channels, with its gradient and moments, along them: a layer's are gathered while it is computed.
-``tensor`` cuts the work on one token: the heads, the MLP's hidden units and the vocabulary.
+The mesh has three axes. ``data`` copies the model and shares out the batch's rows. ``fsdp`` shares
+out the rows too, and cuts each parameter that has channels, with its gradient and moments, along
+them: a layer's are gathered while it is computed. ``tensor`` cuts the work on one token: the heads,
+the MLP's hidden units and the vocabulary.
 
-The functions of the model stay as they are: `on_mesh` traces one for a mesh, and XLA splits it by the layouts of its
-arguments and of the few values that `compute_layout` and `param_layout` name. Without a mesh both are the identity: one
-device runs the program that it would run if this module did not exist.
+The functions of the model stay as they are: `on_mesh` traces one for a mesh, and XLA splits it by
+the layouts of its arguments and of the few values that `compute_layout` and `param_layout` name.
+Without a mesh both are the identity: one device runs the program that it would run if this module
+did not exist.
 """
 
 import math
@@ -62,8 +65,8 @@ def param_layout(x: Array, *axes: str | None) -> Array:
 def sum_to_param_layout(terms: Array, *axes: str | None) -> Array:
     """(n, ...), a term for each share of the rows -> their sum, in `param_layout`.
 
-    It is scattered over the mesh axes that cut it, and only the parts are summed over the others. Left to XLA, all of it
-    would be summed over all devices, and then cut.
+    It is scattered over the mesh axes that cut it, and only the parts are summed over the others.
+    Left to XLA, all of it would be summed over all devices, and then cut.
     """
     compute, param = ([getattr(RULES[axis], place) for axis in axes] for place in Rule._fields)
     shares = RULES["B"].compute
@@ -79,7 +82,9 @@ def sum_to_param_layout(terms: Array, *axes: str | None) -> Array:
 
 
 def num_shards(*axes: str) -> int:
-    """How many parts these mesh axes, or all of them, make in the mesh that is traced for; 1 without one."""
+    """How many parts these mesh axes, or all of them, make in the mesh that is traced for; 1
+    without one.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape[axis] for axis in axes or MESH_AXES) if not mesh.empty else 1
 

@@ -1,14 +1,18 @@
-"""Plan a run before paying for it: ``python -m gptjax.plan --config configs/1558m.yaml --topology v5e:16x16``.
+"""Plan a run before paying for it: ``python -m gptjax.plan --config configs/1558m.yaml --topology
+v5e:16x16``.
 
-The topology names devices that need not be here: ``v5e:4x4``, ``v6e:4x4``, ``v4:2x2x4`` and ``v5p:2x2x4`` are TPU slices by the
-shape of their torus, ``h100:8``, ``h200:8`` or ``a100:8`` GPUs by their number (``cuda:8`` is ``h100:8``), ``cpu:8`` simulated
-CPUs. Every option of training is one here too. Where the mesh is left at one device, the plan shares the model out by fsdp over
-as many devices as leave 16 channels each, and copies it over the rest; the batch is rounded up to whole rows on every device.
+The topology names devices that need not be here: ``v5e:4x4``, ``v6e:4x4``, ``v4:2x2x4`` and
+``v5p:2x2x4`` are TPU slices by the shape of their torus, ``h100:8``, ``h200:8`` or ``a100:8`` GPUs
+by their number (``cuda:8`` is ``h100:8``), ``cpu:8`` simulated CPUs. The configuration is that of
+training. Where the mesh is left at one device, the plan shares the model out by fsdp over as many
+devices as leave 16 channels each, and copies it over the rest; the batch is rounded up to whole
+rows on every device.
 
-For TPU the step is compiled ahead of time by libtpu (``pip install 'gptjax[tpu]'``), for CPU by XLA: memory and collectives
-are then the compiler's. For GPUs, and with ``--predict``, they are predicted from shapes; a compiler adds to that.
-Times are floors at the rates of makers' data sheets, which no program can beat and few reach.
-The last line is the command that trains as planned, on as many tokens as ``--tokens`` says.
+For TPU the step is compiled ahead of time by libtpu (``pip install 'gptjax[tpu]'``), for CPU by
+XLA: memory and collectives are then the compiler's. For GPUs, and with ``--predict``, they are
+predicted from shapes; a compiler adds to that. Times are floors at the rates of makers' data
+sheets, which no program can beat and few reach. The last line is the command that trains as
+planned, on as many tokens as ``--tokens`` says.
 """
 
 import dataclasses
@@ -19,7 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from gptjax import cli
+from gptjax.cli.options import parse
 from gptjax.config import MeshConfig, ModelConfig, PlanConfig
+from gptjax.datasets import vocabulary_without_corpus
 from gptjax.datasets.batches import BatchShape
 from gptjax.errors import ConfigError, naming
 from gptjax.parallel.mesh import mesh_shape
@@ -38,9 +44,12 @@ CHANNELS = 16  # that each device keeps of a weight at least, where the plan cho
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status."""
     with cli.reported_errors(PROG):
-        cfg, file = cli.parse(PlanConfig, PROG, __doc__ or "", argv)
+        cfg, file = parse(PlanConfig, PROG, __doc__ or "", argv)
         if cfg.json and not Path(cfg.json).absolute().parent.is_dir():
-            raise ConfigError(f"{cfg.json} cannot be written: there is no folder {Path(cfg.json).absolute().parent}")
+            raise ConfigError(
+                f"{cfg.json} cannot be written: there is no folder "
+                f"{Path(cfg.json).absolute().parent}"
+            )
         topology = parse_topology(cfg.topology)
         start(topology)
         start_jax(cfg.model.dtype)
@@ -49,8 +58,14 @@ def main(argv: list[str] | None = None) -> int:
             with naming(cfg.json):
                 Path(cfg.json).write_text(json.dumps(record, indent=1) + "\n")
             print(f"wrote {cfg.json}")
-        machines = f"on each of {topology.hosts} machines" if topology.hosts > 1 else "on one machine"
-        train = f"in one process {machines}:\n  {record['train']}" if record["train"] else "not so: it does not fit"
+        machines = (
+            f"on each of {topology.hosts} machines" if topology.hosts > 1 else "on one machine"
+        )
+        train = (
+            f"in one process {machines}:\n  {record['train']}"
+            if record["train"]
+            else "not so: it does not fit"
+        )
         print(f"{'train':<12} {train}")
     return 0
 
@@ -62,10 +77,19 @@ def plan(cfg: PlanConfig, file: Path | None, topology: Topology) -> dict[str, An
         GptjaxError: the topology, the mesh or the model is invalid.
 
     """
-    model = cfg.model.resolve(topology.platform, cfg.data.seq_len)
+    size, whose = vocabulary_without_corpus(cfg.data.tokenizer)
+    if not cfg.model.vocab_size:
+        print(f"{'vocabulary':<12} {size:,} ids, of {whose}")
+    asked = cfg.model.with_vocabulary(size)
+    model = asked.resolve(topology.platform, cfg.data.seq_len)
     cfg, chosen = settle(cfg, model, topology)
-    work = Work(model, BatchShape(cfg.optim.accumulate, cfg.data.batch_size, cfg.data.seq_len), cfg.mesh.shape)
-    devices = None if cfg.predict or topology.platform == "cuda" else open_devices(topology)
+    work = Work(
+        model,
+        BatchShape(cfg.optim.accumulate, cfg.data.batch_size, cfg.data.seq_len),
+        cfg.mesh.shape,
+    )
+    predicted = cfg.predict or topology.platform == "cuda"
+    devices = None if predicted else open_devices(topology, ", or --predict for shapes alone")
     optimizer = make_optimizer(cfg.optim, cfg.train.steps, model)
     tokens = cfg.tokens or work.shape.tokens * cfg.train.steps
 
@@ -76,7 +100,7 @@ def plan(cfg: PlanConfig, file: Path | None, topology: Topology) -> dict[str, An
     print(describe(found, topology, chosen, cfg.train.backward), flush=True)
     plans: dict[str, Plan] = {model.attention: found}
     if cfg.compare:
-        for other in others(cfg.model, topology, cfg.data.seq_len, model):
+        for other in others(asked, topology, cfg.data.seq_len, model):
             plans[other.attention] = plan_of(work._replace(model=other), False)
         print(comparison(plans))
     command = train_command(cfg, file, topology) if found.total <= found.capacity else None
@@ -85,7 +109,8 @@ def plan(cfg: PlanConfig, file: Path | None, topology: Topology) -> dict[str, An
 
 
 def settle(cfg: PlanConfig, model: ModelConfig, topology: Topology) -> tuple[PlanConfig, list[str]]:
-    """The configuration with a mesh in numbers, whole rows on every device and the steps of a token budget.
+    """The configuration with a mesh in numbers, whole rows on every device and the steps of a token
+    budget.
 
     Returns:
         The configuration, and each choice that differs from what was configured, in words.
@@ -97,10 +122,15 @@ def settle(cfg: PlanConfig, model: ModelConfig, topology: Topology) -> tuple[Pla
     mesh, n, batch = cfg.mesh, topology.size, cfg.data.batch_size
     chosen = []
     if mesh == MeshConfig() and n > 1:
-        fits = [f for f in range(1, n + 1) if n % f == 0 and model.channels % f == 0 and model.channels // f >= CHANNELS]
+        fits = [
+            f
+            for f in range(1, n + 1)
+            if n % f == 0 and model.channels % f == 0 and model.channels // f >= CHANNELS
+        ]
         mesh = MeshConfig(fsdp=fits[-1] if fits else 1, data=-1)
         chosen.append("chosen, as none is configured")
-    shape = mesh_shape(mesh, model.axis_sizes, n * batch, n, topology.hosts)  # so many rows divide anyhow
+    # So many rows divide anyhow
+    shape = mesh_shape(mesh, model.axis_sizes, n * batch, n, topology.hosts)
     if math.prod(shape) < n:
         chosen.append(f"so {n - math.prod(shape)} devices stay idle: --mesh.data -1 takes all")
     shares = shape[0] * shape[1]
@@ -110,17 +140,26 @@ def settle(cfg: PlanConfig, model: ModelConfig, topology: Topology) -> tuple[Pla
     steps = cfg.train.steps
     if cfg.tokens:
         steps = math.ceil(cfg.tokens / (cfg.optim.accumulate * rounded * cfg.data.seq_len))
-    data, train = dataclasses.replace(cfg.data, batch_size=rounded), dataclasses.replace(cfg.train, steps=steps)
+    data, train = (
+        dataclasses.replace(cfg.data, batch_size=rounded),
+        dataclasses.replace(cfg.train, steps=steps),
+    )
     return dataclasses.replace(cfg, mesh=MeshConfig(*shape), data=data, train=train), chosen
 
 
-def others(model: ModelConfig, topology: Topology, seq_len: int, chosen: ModelConfig) -> list[ModelConfig]:
+def others(
+    model: ModelConfig, topology: Topology, seq_len: int, chosen: ModelConfig
+) -> list[ModelConfig]:
     """The model with every other attention that runs there."""
     found = []
     for attention in ("splash", "cudnn", "blockwise", "materialised"):
         if attention != chosen.attention:
             try:
-                found.append(dataclasses.replace(model, attention=attention).resolve(topology.platform, seq_len))
+                found.append(
+                    dataclasses.replace(model, attention=attention).resolve(
+                        topology.platform, seq_len
+                    )
+                )
             except ConfigError:
                 continue
     return found

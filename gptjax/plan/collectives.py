@@ -9,11 +9,21 @@ from typing import NamedTuple
 from gptjax.errors import FormatError
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-SIZES = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64} | {f"{s}{n}": n for s in "su" for n in (4, 8, 16, 32, 64)}
+SIZES = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64} | {
+    f"{s}{n}": n for s in "su" for n in (4, 8, 16, 32, 64)
+}
 
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALL = re.compile(rf"^(?:ROOT )?%?[\w.\-]+ = (.*?) ({'|'.join(KINDS)})(-start)?\(")
-_CALLERS = "calls", "to_apply", "body", "condition", "branch_computations", "true_computation", "false_computation"
+_CALLERS = (
+    "calls",
+    "to_apply",
+    "body",
+    "condition",
+    "branch_computations",
+    "true_computation",
+    "false_computation",
+)
 _CALLED = re.compile(rf"({'|'.join(_CALLERS)})=\{{?([^,}}]*(?:, ?%[^,}}]*)*)")
 
 
@@ -25,15 +35,18 @@ class Collective(NamedTuple):
     """Devices that take part in one."""
     times: float
     sent: float
-    """Bytes that each device sends, by a ring: of what is gathered or scattered all but its own part, of a sum twice that."""
+    """Bytes that each device sends, by a ring: of what is gathered or scattered all but its own
+    part, of a sum twice that.
+    """
 
 
 def collectives(text: str) -> list[Collective]:
     """Those that a program runs, as often as its loops run them.
 
-    A loop's turns are the number that XLA says, or else follow from what its condition compares with. An asynchronous
-    collective of a TPU appears in each of the fusions that it is spread over, on one channel, some of them in loops; it counts
-    as often as the one of them that runs least, which starts or ends it.
+    A loop's turns are the number that XLA says, or else follow from what its condition compares
+    with. An asynchronous collective of a TPU appears in each of the fusions that it is spread over,
+    on one channel, some of them in loops; it counts as often as the one of them that runs least,
+    which starts or ends it.
     """
     computations, entry = _parse(text)
     runs: dict[str, float] = defaultdict(float)
@@ -46,7 +59,9 @@ def collectives(text: str) -> list[Collective]:
                 key = (found.kind, spread[1]) if spread else (name, str(number))
                 if key not in channels or runs[name] < channels[key][1]:
                     channels[key] = found, runs[name]
-    return summed(found._replace(times=turns, sent=found.sent * turns) for found, turns in channels.values())
+    return summed(
+        found._replace(times=turns, sent=found.sent * turns) for found, turns in channels.values()
+    )
 
 
 def summed(collectives: Iterable[Collective]) -> list[Collective]:
@@ -60,7 +75,9 @@ def summed(collectives: Iterable[Collective]) -> list[Collective]:
 
 
 def bytes_sent(kind: str, nbytes: float, group: int) -> float:
-    """Bytes that each of ``group`` devices sends to gather, scatter, sum or exchange ``nbytes`` by a ring."""
+    """Bytes that each of ``group`` devices sends to gather, scatter, sum or exchange ``nbytes`` by
+    a ring.
+    """
     if kind == "collective-permute":
         return nbytes
     return (2 if kind == "all-reduce" else 1) * nbytes * (group - 1) / group
@@ -80,37 +97,61 @@ def _parse(text: str) -> tuple[dict[str, list[str]], str]:
     return computations, entry
 
 
-def _visit(computations: dict[str, list[str]], name: str, times: float, runs: dict[str, float]) -> None:
+def _visit(
+    computations: dict[str, list[str]], name: str, times: float, runs: dict[str, float]
+) -> None:
     """Add ``times`` to the runs of a computation, and of what it calls as often as it does."""
     runs[name] += times
     for line in computations.get(name, []):
         if "=%" not in line and "={" not in line:
             continue
         called = {kind: re.findall(r"%([\w.\-]+)", names) for kind, names in _CALLED.findall(line)}
-        turns = _turns(line, computations, called["condition"][0], called["body"][0]) if "body" in called else 1
+        turns = (
+            _turns(line, computations, called["condition"][0], called["body"][0])
+            if "body" in called
+            else 1
+        )
         for kind, names in called.items():
             for callee in names if kind != "condition" else ():
                 _visit(computations, callee, times * turns, runs)
 
 
 def _turns(line: str, computations: dict[str, list[str]], condition: str, body: str) -> int:
-    """Of a loop: XLA's number; or, from 0 to the constant that the condition compares with, by the constant that is added."""
+    """Of a loop: XLA's number; or, from 0 to the constant that the condition compares with, by the
+    constant that is added.
+    """
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', line):
         return int(known[1])
     constants = [
-        int(n) for line in computations.get(condition, []) for n in re.findall(r"[su]32\[\]\S* constant\((\d+)\)", line)
+        int(n)
+        for line in computations.get(condition, [])
+        for n in re.findall(r"[su]32\[\]\S* constant\((\d+)\)", line)
     ]
     return -(-max(constants, default=1) // _step(computations, condition, body))
 
 
 def _step(computations: dict[str, list[str]], condition: str, body: str) -> int:
-    """What a turn adds to the number that the condition compares: more than 1 where XLA has put several turns into one."""
-    compared = [re.search(r"[su]32\[\]\S* get-tuple-element\(.*index=(\d+)", line) for line in computations.get(condition, [])]
+    """What a turn adds to the number that the condition compares: more than 1 where XLA has put
+    several turns into one.
+    """
+    compared = [
+        re.search(r"[su]32\[\]\S* get-tuple-element\(.*index=(\d+)", line)
+        for line in computations.get(condition, [])
+    ]
     index = next((int(found[1]) for found in compared if found), None)
-    lines = dict(re.findall(r"^(?:ROOT )?%([\w.\-]+) = (.*)$", "\n".join(computations.get(body, [])), re.MULTILINE))
-    root = next((line for line in reversed(computations.get(body, [])) if line.startswith("ROOT")), "")
+    lines = dict(
+        re.findall(
+            r"^(?:ROOT )?%([\w.\-]+) = (.*)$", "\n".join(computations.get(body, [])), re.MULTILINE
+        )
+    )
+    root = next(
+        (line for line in reversed(computations.get(body, [])) if line.startswith("ROOT")), ""
+    )
     results = re.findall(r"%([\w.\-]+)", root.partition(" tuple(")[2].partition(")")[0])
-    added = re.search(r" add\(([^)]*)\)", lines.get(results[index], "") if index is not None and index < len(results) else "")
+    added = re.search(
+        r" add\(([^)]*)\)",
+        lines.get(results[index], "") if index is not None and index < len(results) else "",
+    )
     for name in re.findall(r"%([\w.\-]+)", added[1] if added else ""):
         if constant := re.search(r" constant\((\d+)\)", lines.get(name, "")):
             return int(constant[1])
@@ -122,13 +163,18 @@ def _collective(line: str, computation: str) -> Collective | None:
     if not call:
         return None
     shapes, kind, start = call.groups()
-    sizes = [_nbytes(*shape) for shape in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shapes) if shape != ("u32", "")]
+    sizes = [
+        _nbytes(*shape)
+        for shape in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shapes)
+        if shape != ("u32", "")
+    ]
     if start and kind in ("all-gather", "reduce-scatter", "collective-permute"):
         half = len(sizes) // 2  # operands, then as many results: the larger are whole
         sizes = [max(sum(sizes[:half]), sum(sizes[half:]))]
     group = 2 if kind == "collective-permute" else _group(line)
     nbytes = sum(sizes) * (group if kind == "reduce-scatter" and not start else 1)
-    if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):  # what XLA calls it on TPU
+    # What XLA calls it on TPU
+    if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"
     return Collective(kind, group, 1, bytes_sent(kind, nbytes, group))
 
@@ -140,7 +186,9 @@ def _nbytes(dtype: str, dimensions: str) -> float:
 
 def _group(line: str) -> int:
     """Devices in a group, in any of the three ways that HLO lists them."""
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\S+)? ?\{([^}]*)\}", line):
+    if mesh := re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\S+)? ?\{([^}]*)\}", line
+    ):
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", mesh[2]))
     if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
@@ -148,5 +196,8 @@ def _group(line: str) -> int:
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
         return len(listed[1].split(","))
     if "replica_groups=" in line:
-        raise FormatError(f"this XLA lists the devices of a collective in a way that is not known here: {line.strip()[:200]}")
+        raise FormatError(
+            "this XLA lists the devices of a collective in a way that is not known here: "
+            f"{line.strip()[:200]}"
+        )
     return 1

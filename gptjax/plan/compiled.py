@@ -1,4 +1,6 @@
-"""Memory, collectives and FLOPs of a compiled step, for simulated CPUs or, ahead of time, for TPUs."""
+"""Memory, collectives and FLOPs of a compiled step, for simulated CPUs or, ahead of time, for
+TPUs.
+"""
 
 import re
 import time
@@ -36,7 +38,9 @@ class TooLarge(NamedTuple):
     """Bytes on each device that the step needs, where the compiler says so."""
 
 
-def compile_work(work: Work, optimizer: Optimizer, backward: Backward, devices: list[Any]) -> Compiled | TooLarge:
+def compile_work(
+    work: Work, optimizer: Optimizer, backward: Backward, devices: list[Any]
+) -> Compiled | TooLarge:
     """Compile a step for arguments of which only the shapes exist."""
     mesh = mesh_of(work, devices)
     began = time.perf_counter()
@@ -51,14 +55,18 @@ def compile_work(work: Work, optimizer: Optimizer, backward: Backward, devices: 
     code = sum(program.memory_analysis().generated_code_size_in_bytes for program in programs)
     return Compiled(
         memory=step.memory | {"program": code},
-        collectives=summed(found for program in programs for found in collectives(program.as_text() or "")),
+        collectives=summed(
+            found for program in programs for found in collectives(program.as_text() or "")
+        ),
         flops=sum((program.cost_analysis() or {}).get("flops", 0.0) for program in programs),
         seconds=time.perf_counter() - began,
     )
 
 
 def mesh_of(work: Work, devices: list[Any]) -> Mesh:
-    """The mesh of the devices to compile for, even where it is a single one: its program is then that of no mesh."""
+    """The mesh of the devices to compile for, even where it is a single one: its program is then
+    that of no mesh.
+    """
     mesh = make_mesh(MeshConfig(*work.mesh), work.model.axis_sizes, work.shape.batch_size, devices)
     grid = np.array(devices[:1], dtype=object).reshape(1, 1, 1)
     return mesh or Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))

@@ -31,12 +31,16 @@ class Floor(NamedTuple):
         return max(self.products, self.memory) + self.collectives + self.update
 
     def efficiency(self, seconds: float) -> float:
-        """Of ``seconds`` a step, the part that it would take without collectives: the throughput of a device beside others."""
+        """Of ``seconds`` a step, the part that it would take without collectives: the throughput of
+        a device beside others.
+        """
         return (max(self.products, self.memory) + self.update) / seconds
 
 
 def step_floor(work: Work, device: Device, collectives: list[Collective]) -> Floor:
-    """From the products, the traffic of `step_traffic`, and the bytes of the collectives over links or network."""
+    """From the products, the traffic of `step_traffic`, and the bytes of the collectives over links
+    or network.
+    """
     traffic, update = step_traffic(work)
     return Floor(
         products=step_flops(work) / device.flops,
@@ -49,8 +53,9 @@ def step_floor(work: Work, device: Device, collectives: list[Collective]) -> Flo
 def sending_rate(mesh: tuple[int, ...], device: Device, group: int) -> float:
     """Bytes a second that a device can send in a collective among ``group`` of a mesh's devices.
 
-    A machine's devices are neighbours in the mesh. What a collective sends from one machine to another passes through the
-    adapters of all its devices in that machine: as rings do that take one each.
+    A machine's devices are neighbours in the mesh. What a collective sends from one machine to
+    another passes through the adapters of all its devices in that machine: as rings do that take
+    one each.
     """
     strides = [math.prod(mesh[i + 1 :]) for i, size in enumerate(mesh) if size == group] or [1]
     members = max(device.neighbours // min(strides), 1)

@@ -1,7 +1,8 @@
-"""Memory, FLOPs and collectives of a step on each device, from shapes and the sharding rules alone: nothing is compiled.
+"""Memory, FLOPs and collectives of a step on each device, from shapes and the sharding rules alone:
+nothing is compiled.
 
-The forward says what the hand-written backward saves, and `RULES` say what has to be sent. What a compiler adds or saves is not
-known here.
+The forward says what the hand-written backward saves, and `RULES` say what has to be sent. What a
+compiler adds or saves is not known here.
 """
 
 import dataclasses
@@ -62,11 +63,17 @@ class Work(NamedTuple):
     @property
     def block_matrices(self) -> list[Weight]:
         """The matrices of one layer, as rows of the weight table."""
-        return [weight for _, layered, weight, _ in rows(self.model) if layered and weight.kind == "matrix"]
+        return [
+            weight
+            for _, layered, weight, _ in rows(self.model)
+            if layered and weight.kind == "matrix"
+        ]
 
     def local_matrices(self, place: str = "compute") -> int:
         """Elements on one device of all layers' matrices."""
-        return self.model.num_layers * sum(self.local_elements(weight.axes, place) for weight in self.block_matrices)
+        return self.model.num_layers * sum(
+            self.local_elements(weight.axes, place) for weight in self.block_matrices
+        )
 
     @property
     def stream(self) -> int:
@@ -76,22 +83,38 @@ class Work(NamedTuple):
 
 def state_bytes(work: Work, optimizer: Optimizer) -> dict[str, int]:
     """Bytes on each device of parameters, optimizer state and gradients: exact."""
-    mesh: Any = AbstractMesh(work.mesh, MESH_AXES, axis_types=(AxisType.Auto,) * 3) if math.prod(work.mesh) > 1 else None
+    mesh: Any = (
+        AbstractMesh(work.mesh, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+        if math.prod(work.mesh) > 1
+        else None
+    )
     state = step_arguments(work.model, optimizer, work.shape, mesh)[0]
     params = bytes_per_device(state.params)
-    return {"parameters": params, "optimizer": bytes_per_device(state.opt_state), "gradients": params}
+    return {
+        "parameters": params,
+        "optimizer": bytes_per_device(state.opt_state),
+        "gradients": params,
+    }
 
 
 def saved_bytes(work: Work) -> int:
-    """Bytes on each device that the hand-written backward saves of a micro-batch's forward: all layers and the final norm."""
+    """Bytes on each device that the hand-written backward saves of a micro-batch's forward: all
+    layers and the final norm.
+    """
     model = work.model
     dropout = work.stream if model.dropout else 0  # a byte for each element of the embedding
-    layer = _nbytes(_stream(work)) if model.recompute == "block" else _block_bytes(work, discard=model.recompute == "gelu")
+    layer = (
+        _nbytes(_stream(work))
+        if model.recompute == "block"
+        else _block_bytes(work, discard=model.recompute == "gelu")
+    )
     return model.num_layers * layer + _norm_bytes(work) + dropout
 
 
 def _block_bytes(work: Work, discard: bool) -> int:
-    """Bytes that one block saves. cuDNN's and splash attention save what the blockwise one does: q, k, v, o, a row's lse."""
+    """Bytes that one block saves. cuDNN's and splash attention save what the blockwise one does: q,
+    k, v, o, a row's lse.
+    """
     attention: Any = "materialised" if work.model.attention == "materialised" else "blockwise"
     cfg: Any = dataclasses.replace(work.model, attention=attention)
     family = family_of(cfg)
@@ -111,24 +134,36 @@ def _norm_bytes(work: Work) -> int:
 
 
 def _weights(work: Work) -> Any:
-    """Shapes of the weights on one device where they are computed with; ``blocks`` is one layer's."""
+    """Shapes of the weights on one device where they are computed with; ``blocks`` is one
+    layer's.
+    """
     table: Any = weight_table(work.model, layered=False)
-    return jax.tree.map(lambda w: jax.ShapeDtypeStruct(work.local_shape(w.axes), jnp.float32), table, is_leaf=is_weight)
+    return jax.tree.map(
+        lambda w: jax.ShapeDtypeStruct(work.local_shape(w.axes), jnp.float32),
+        table,
+        is_leaf=is_weight,
+    )
 
 
 def _stream(work: Work) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((work.rows, work.shape.seq_len, work.model.channels), work.model.compute_dtype)
+    return jax.ShapeDtypeStruct(
+        (work.rows, work.shape.seq_len, work.model.channels), work.model.compute_dtype
+    )
 
 
 def _distinct_bytes(f: Callable[..., Any], *args: Any) -> int:
     """Bytes of the arrays that f returns, one that it returns twice counted once."""
     jaxpr = jax.make_jaxpr(f)(*args).jaxpr
     distinct = {_origin(jaxpr, var): var.aval for var in jaxpr.outvars}
-    return sum(_nbytes(x) for x in distinct.values() if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key))
+    return sum(
+        _nbytes(x) for x in distinct.values() if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    )
 
 
 def _origin(jaxpr: Any, var: Any) -> tuple[int, ...]:
-    """Where ``var`` is computed: the calls of jitted functions that lead there, and the innermost one's variable."""
+    """Where ``var`` is computed: the calls of jitted functions that lead there, and the innermost
+    one's variable.
+    """
     for eqn in jaxpr.eqns:
         if "jaxpr" in eqn.params and var in eqn.outvars:
             inner = eqn.params["jaxpr"].jaxpr
@@ -144,32 +179,51 @@ def _nbytes(x: Any) -> int:
 
 
 def working_bytes(work: Work) -> int:
-    """Bytes on each device beside what is saved, at the largest of two moments: the classifier, and one block's backward."""
+    """Bytes on each device beside what is saved, at the largest of two moments: the classifier, and
+    one block's backward.
+    """
     model, (_, fsdp, tensor) = work.model, work.mesh
     item, tokens = model.compute_dtype.itemsize, work.rows * work.shape.seq_len
     head = work.local_elements(HEAD)
-    scores = 2 * tokens * model.padded_vocab_size // tensor // model.loss_chunks  # and their gradient
-    gathered = item + 4 if fsdp > 1 else 0  # bytes of a weight, and of its gradient before it is scattered
+    # And their gradient
+    scores = 2 * tokens * model.padded_vocab_size // tensor // model.loss_chunks
+    # Bytes of a weight, and of its gradient before it is scattered
+    gathered = item + 4 if fsdp > 1 else 0
     classifier = item * (scores + work.stream) + head * gathered
-    outputs = sum(work.local_elements(weight.axes[weight.inputs :]) for weight in work.block_matrices)
-    two_largest = sum(sorted(work.local_elements(weight.axes) for weight in work.block_matrices)[-2:])  # at a time
+    outputs = sum(
+        work.local_elements(weight.axes[weight.inputs :]) for weight in work.block_matrices
+    )
+    # At a time
+    two_largest = sum(
+        sorted(work.local_elements(weight.axes) for weight in work.block_matrices)[-2:]
+    )
     backward = item * (tokens * outputs + 3 * work.stream) + two_largest * gathered
     if model.recompute == "block":
         backward += _block_bytes(work, discard=False)
     kept_in_compute_dtype = item * num_matrix_params(model) // (fsdp * tensor) if item < 4 else 0
     summed_gradients = state_elements(work) * 4 if work.shape.accumulate > 1 else 0
-    return max(classifier, backward) + kept_in_compute_dtype + summed_gradients + (_stays_gathered(work) if fsdp > 1 else 0)
+    return (
+        max(classifier, backward)
+        + kept_in_compute_dtype
+        + summed_gradients
+        + (_stays_gathered(work) if fsdp > 1 else 0)
+    )
 
 
 def _stays_gathered(work: Work) -> int:
     """Bytes of the weights that stay gathered over fsdp.
 
-    XLA gathers them for the forwards of all micro-batches at once, before the loop over them; and a block's recomputation
-    reuses those of its forward. Only for the backward are they gathered again. Scanned layers are gathered one at a time.
+    XLA gathers them for the forwards of all micro-batches at once, before the loop over them; and a
+    block's recomputation reuses those of its forward. Only for the backward are they gathered
+    again. Scanned layers are gathered one at a time.
     """
     model = work.model
     stays = model.layers == "unroll" and (work.shape.accumulate > 1 or model.recompute == "block")
-    return model.compute_dtype.itemsize * (work.local_matrices() + work.local_elements(HEAD)) if stays else 0
+    return (
+        model.compute_dtype.itemsize * (work.local_matrices() + work.local_elements(HEAD))
+        if stays
+        else 0
+    )
 
 
 def state_elements(work: Work) -> int:
@@ -181,12 +235,17 @@ def state_elements(work: Work) -> int:
 
 
 def step_flops(work: Work) -> float:
-    """FLOPs of the products of a step on one device: 6 a weight and token, 12 L C T of attention, and what is recomputed.
+    """FLOPs of the products of a step on one device: 6 a weight and token, 12 L C T of attention,
+    and what is recomputed.
 
     Attention is counted as if no block above the diagonal were skipped, as `flops_per_token` does.
     """
     model, T = work.model, work.shape.seq_len
-    recomputed = 2 * num_block_params(model) + 4 * model.num_layers * model.channels * T if model.recompute == "block" else 0
+    recomputed = (
+        2 * num_block_params(model) + 4 * model.num_layers * model.channels * T
+        if model.recompute == "block"
+        else 0
+    )
     token = 6 * num_matrix_params(model) + 12 * model.num_layers * model.channels * T + recomputed
     return token * work.shape.tokens / math.prod(work.mesh)
 
@@ -194,30 +253,41 @@ def step_flops(work: Work) -> float:
 def step_traffic(work: Work) -> tuple[float, float]:
     """Bytes that a device's memory must move at least in a step: (forward and backward, update).
 
-    Activations that are saved are written and read once, weights are read for each pass over them and scores moved three
-    times. The update reads and writes parameters and float32 moments once. Gradients are written once and read twice, first
-    for their norm.
+    Activations that are saved are written and read once, weights are read for each pass over them
+    and scores moved three times. The update reads and writes parameters and float32 moments once.
+    Gradients are written once and read twice, first for their norm.
     """
     model, A, item = work.model, work.shape.accumulate, work.model.compute_dtype.itemsize
     passes = 3 if model.recompute == "block" else 2
     weights = passes * num_matrix_params(model) // work.mesh[2] * item
     scores = 3 * work.rows * work.shape.seq_len * model.padded_vocab_size // work.mesh[2] * item
     sums = 8 * state_elements(work) if A > 1 else 0
-    return A * (2 * saved_bytes(work) + weights + scores + sums), (2 + 4 + 3) * 4 * state_elements(work)
+    return A * (2 * saved_bytes(work) + weights + scores + sums), (2 + 4 + 3) * 4 * state_elements(
+        work
+    )
 
 
 def step_collectives(work: Work) -> list[Collective]:
-    """The collectives that `RULES` make necessary in a step, those of vectors and single numbers aside.
+    """The collectives that `RULES` make necessary in a step, those of vectors and single numbers
+    aside.
 
-    Over fsdp each matrix is gathered for the forward and for each backward (see `_stays_gathered`), its gradient is scattered,
-    and the embedding is exchanged; over data the gradient is summed. Over tensor the residual stream is summed after each
-    matrix whose inputs are cut, and its gradient as often. Scanned layers gather their weights in each forward.
+    Over fsdp each matrix is gathered for the forward and for each backward (see `_stays_gathered`),
+    its gradient is scattered, and the embedding is exchanged; over data the gradient is summed.
+    Over tensor the residual stream is summed after each matrix whose inputs are cut, and its
+    gradient as often. Scanned layers gather their weights in each forward.
     """
     model, A, (data, fsdp, tensor) = work.model, work.shape.accumulate, work.mesh
     L, item = model.num_layers, model.compute_dtype.itemsize
-    matrices, head, count = work.local_matrices(), work.local_elements(HEAD), L * len(work.block_matrices)
+    matrices, head, count = (
+        work.local_matrices(),
+        work.local_elements(HEAD),
+        L * len(work.block_matrices),
+    )
     gathers = A + (A if model.layers == "scan" else 1)  # of each matrix
-    cut = sum(any("tensor" in RULES[axis].compute for axis in w.axes[: w.inputs]) for w in work.block_matrices)
+    cut = sum(
+        any("tensor" in RULES[axis].compute for axis in w.axes[: w.inputs])
+        for w in work.block_matrices
+    )
     again = cut - 1 if model.recompute == "block" else 0  # the block's output is not computed again
     streams, stream = L * (2 * cut + again) + 2, work.stream * item
 

@@ -13,17 +13,33 @@ from gptjax.train.metrics import human_bytes
 def describe(plan: Plan, topology: Topology, chosen: list[str], backward: str) -> str:
     """The plan of one step, for a person."""
     model, shape, mesh = plan.work.model, plan.work.shape, plan.work.mesh
-    each = f" of {human_bytes(topology.device.memory)} each" if topology.device else " simulated on this machine"
+    each = (
+        f" of {human_bytes(topology.device.memory)} each"
+        if topology.device
+        else " simulated on this machine"
+    )
     lines = {
         "topology": [f"{topology.name}: {topology.size} x {topology.kind}{each}"],
-        "mesh": [" x ".join(f"{axis} {n}" for axis, n in zip(MESH_AXES, mesh, strict=True)), *chosen],
-        "model": [f"{num_params(model):,} parameters", model.dtype, f"attention {model.attention}", f"layers {model.layers}"],
-        "step": [f"{shape.tokens:,} tokens ({shape.accumulate} x {shape.batch_size} x {shape.seq_len})"],
+        "mesh": [
+            " x ".join(f"{axis} {n}" for axis, n in zip(MESH_AXES, mesh, strict=True)),
+            *chosen,
+        ],
+        "model": [
+            f"{num_params(model):,} parameters",
+            model.dtype,
+            f"attention {model.attention}",
+            f"layers {model.layers}",
+        ],
+        "step": [
+            f"{shape.tokens:,} tokens ({shape.accumulate} x {shape.batch_size} x {shape.seq_len})"
+        ],
         "source": [f"memory and collectives {plan.source}"],
     }
     lines["model"] += [f"recompute {model.recompute}", f"backward {backward}"]
     text = [f"{name:<12} {', '.join(parts)}" for name, parts in lines.items()]
-    return "\n".join([*text, *_memory(plan), *_collectives(plan, topology.device), *_time(plan, topology.device)])
+    return "\n".join(
+        [*text, *_memory(plan), *_collectives(plan, topology.device), *_time(plan, topology.device)]
+    )
 
 
 def _memory(plan: Plan) -> list[str]:
@@ -37,8 +53,14 @@ def _memory(plan: Plan) -> list[str]:
     if plan.largest is not None:
         data, fsdp, _ = plan.work.mesh
         tokens = plan.largest * data * fsdp * plan.work.shape.seq_len
-        size = f"data.batch_size {plan.largest * data * fsdp:,} ({plan.largest} a device, {tokens:,} tokens)"
-        lines.append(f"{'largest':<12} {size if plan.largest else 'not even one row a device fits'}, {plan.searched}")
+        size = (
+            f"data.batch_size {plan.largest * data * fsdp:,} ({plan.largest} a device, {tokens:,} "
+            "tokens)"
+        )
+        lines.append(
+            f"{'largest':<12} {size if plan.largest else 'not even one row a device fits'}, "
+            f"{plan.searched}"
+        )
     elif plan.searched:
         lines.append(f"{'largest':<12} {plan.searched}")
     return lines
@@ -46,45 +68,83 @@ def _memory(plan: Plan) -> list[str]:
 
 def _collectives(plan: Plan, device: Device | None) -> list[str]:
     def at(c: Collective) -> str:
-        return f" at {sending_rate(plan.work.mesh, device, c.group) / 1e9:,.0f} GB/s" if device else ""
+        return (
+            f" at {sending_rate(plan.work.mesh, device, c.group) / 1e9:,.0f} GB/s" if device else ""
+        )
 
     found = plan.collectives
     lines = [f"{'sent':<12} {human_bytes(sum(c.sent for c in found))} by each device and step"]
-    return lines + [f"  {c.kind:<18} {c.times:>8,.0f} among {c.group:<4} {human_bytes(c.sent):>9}{at(c)}" for c in found]
+    return lines + [
+        f"  {c.kind:<18} {c.times:>8,.0f} among {c.group:<4} {human_bytes(c.sent):>9}{at(c)}"
+        for c in found
+    ]
 
 
 def _time(plan: Plan, device: Device | None) -> list[str]:
-    counted = f"; XLA counts {plan.compiler_flops / 1e9:,.4g}, loops once and kernels not" if plan.compiler_flops else ""
+    counted = (
+        f"; XLA counts {plan.compiler_flops / 1e9:,.4g}, loops once and kernels not"
+        if plan.compiler_flops
+        else ""
+    )
     lines = [f"{'products':<12} {plan.flops / 1e9:,.4g} GFLOP by each device and step{counted}"]
     if not plan.floor or not device:
-        return [*lines, f"{'floor':<12} not known: no data sheet gives this device's rate in {plan.work.model.dtype}"]
+        return [
+            *lines,
+            f"{'floor':<12} not known: no data sheet gives this device's rate in "
+            f"{plan.work.model.dtype}",
+        ]
     floor, tokens = plan.floor, plan.work.shape.tokens
-    parts = {"products": floor.products, "memory": floor.memory, "collectives": floor.collectives, "update": floor.update}
-    lines.append(f"{'floor':<12} " + ", ".join(f"{name} {seconds * 1e3:,.1f} ms" for name, seconds in parts.items()))
-    for name, seconds in {"all overlaps": floor.overlapped, "nothing sent does": floor.exposed}.items():
+    parts = {
+        "products": floor.products,
+        "memory": floor.memory,
+        "collectives": floor.collectives,
+        "update": floor.update,
+    }
+    lines.append(
+        f"{'floor':<12} "
+        + ", ".join(f"{name} {seconds * 1e3:,.1f} ms" for name, seconds in parts.items())
+    )
+    for name, seconds in {
+        "all overlaps": floor.overlapped,
+        "nothing sent does": floor.exposed,
+    }.items():
         days = plan.tokens / tokens * seconds / DAY
         rate = f"{tokens / seconds:,.0f} tokens/s, {days:,.2f} days for {plan.tokens:.3g} tokens"
-        lines.append(f"  {name:<17} {seconds * 1e3:,.1f} ms, {rate}, scaling efficiency {floor.efficiency(seconds):.0%}")
-    rates = f"{device.flops / 1e12:,.4g} TFLOP/s in bfloat16, {device.bandwidth / 1e9:,.4g} GB/s of memory"
+        lines.append(
+            f"  {name:<17} {seconds * 1e3:,.1f} ms, {rate}, scaling efficiency "
+            f"{floor.efficiency(seconds):.0%}"
+        )
+    rates = (
+        f"{device.flops / 1e12:,.4g} TFLOP/s in bfloat16, {device.bandwidth / 1e9:,.4g} GB/s of "
+        "memory"
+    )
     if any(sending_rate(plan.work.mesh, device, c.group) < device.link for c in plan.collectives):
         rates += f", {NETWORK / 1e9:,.0f} GB/s for each device between machines"
     return [
         *lines,
         f"{'assuming':<12} {rates}, and links that all send at once, at their maker's rates",
-        "  all overlaps      the slowest of products, memory and collectives hides the other two; the update follows",
-        "  nothing sent does the slower of products and memory hides the other; the collectives follow, then the update",
+        "  all overlaps      the slowest of products, memory and collectives hides the other two; "
+        "the update follows",
+        "  nothing sent does the slower of products and memory hides the other; the collectives "
+        "follow, then the update",
         "  efficiency        the time without collectives over the time",
     ]
 
 
 def comparison(plans: dict[str, Plan]) -> str:
     """A line for each implementation of attention."""
-    head = f"{'attention':<14} {'memory':>9} {'temporaries':>11} {'TFLOP':>8} {'by XLA':>8} {'sent':>9} {'floor ms':>9}"
+    head = (
+        f"{'attention':<14} {'memory':>9} {'temporaries':>11} {'TFLOP':>8} {'by XLA':>8} "
+        f"{'sent':>9} {'floor ms':>9}"
+    )
     lines = [head]
     for name, plan in plans.items():
         xla = f"{plan.compiler_flops / 1e12:.3f}" if plan.compiler_flops else "-"
         time = f"{plan.floor.overlapped * 1e3:,.1f}" if plan.floor else "-"
         sent = human_bytes(sum(c.sent for c in plan.collectives))
-        cells = f"{human_bytes(plan.total):>9} {human_bytes(plan.memory['temporaries']):>11} {plan.flops / 1e12:>8.3f}"
+        cells = (
+            f"{human_bytes(plan.total):>9} {human_bytes(plan.memory['temporaries']):>11} "
+            f"{plan.flops / 1e12:>8.3f}"
+        )
         lines.append(f"{name:<14} {cells} {xla:>8} {sent:>9} {time:>9}")
     return "\n".join(lines)

@@ -8,7 +8,14 @@ from gptjax.config import Backward
 from gptjax.plan.collectives import Collective
 from gptjax.plan.compiled import Compiled, compile_work
 from gptjax.plan.floor import Floor, step_floor
-from gptjax.plan.predict import Work, saved_bytes, state_bytes, step_collectives, step_flops, working_bytes
+from gptjax.plan.predict import (
+    Work,
+    saved_bytes,
+    state_bytes,
+    step_collectives,
+    step_flops,
+    working_bytes,
+)
 from gptjax.plan.topology import Topology
 from gptjax.train.optimizer import Optimizer
 
@@ -49,9 +56,15 @@ class Plan(NamedTuple):
     def record(self) -> dict[str, Any]:
         """All of it, for JSON."""
         plain = self._asdict() | {
-            "work": {"mesh": self.work.mesh, "shape": self.work.shape._asdict(), "dtype": self.work.model.dtype},
+            "work": {
+                "mesh": self.work.mesh,
+                "shape": self.work.shape._asdict(),
+                "dtype": self.work.model.dtype,
+            },
             "collectives": [c._asdict() for c in self.collectives],
-            "floor": self.floor and self.floor._asdict() | {"overlapped": self.floor.overlapped, "exposed": self.floor.exposed},
+            "floor": self.floor
+            and self.floor._asdict()
+            | {"overlapped": self.floor.overlapped, "exposed": self.floor.exposed},
         }
         return plain | {"total": self.total}
 
@@ -81,16 +94,27 @@ def make_plan(
     memory, sent, source = state | {"temporaries": predicted}, step_collectives(work), PREDICTED
     found = compile_work(work, optimizer, backward, devices) if devices else None
     if isinstance(found, Compiled):
-        memory, sent, source = found.memory, found.collectives, f"compiled for {topology.kind} in {found.seconds:.0f} s"
+        memory, sent, source = (
+            found.memory,
+            found.collectives,
+            f"compiled for {topology.kind} in {found.seconds:.0f} s",
+        )
     elif found:
         source = f"{PREDICTED}: the compiler refuses the step, {found.message}"
-    capacity = USABLE * (topology.device.memory if topology.device else _host_memory() / topology.size)
+    capacity = USABLE * (
+        topology.device.memory if topology.device else _host_memory() / topology.size
+    )
     largest, searched = None, ""
     if search and isinstance(found, Compiled):
-        largest, searched = _by_two(work, sum(memory.values()), capacity, optimizer, backward, devices or [])
+        largest, searched = _by_two(
+            work, sum(memory.values()), capacity, optimizer, backward, devices or []
+        )
     elif search:
         free = capacity - sum(state.values())
-        largest, searched = largest_that(lambda rows: temporary_bytes(work.with_rows(rows)) <= free), "by shapes"
+        largest, searched = (
+            largest_that(lambda rows: temporary_bytes(work.with_rows(rows)) <= free),
+            "by shapes",
+        )
     rated = topology.device and work.model.dtype == "bfloat16"
     return Plan(
         work=work,
@@ -116,7 +140,9 @@ def temporary_bytes(work: Work) -> int:
 
 
 def largest_that(fits: Callable[[int], bool]) -> int:
-    """The largest n for which ``fits`` holds, which it does up to some n and not after; 0 if not for 1."""
+    """The largest n for which ``fits`` holds, which it does up to some n and not after; 0 if not
+    for 1.
+    """
     most = 1
     while fits(most):
         most *= 2
@@ -128,7 +154,12 @@ def largest_that(fits: Callable[[int], bool]) -> int:
 
 
 def _by_two(
-    work: Work, total: int, capacity: float, optimizer: Optimizer, backward: Backward, devices: list[Any]
+    work: Work,
+    total: int,
+    capacity: float,
+    optimizer: Optimizer,
+    backward: Backward,
+    devices: list[Any],
 ) -> tuple[int | None, str]:
     """Through the totals of two compilations, of the configured rows and of twice as many."""
     twice = compile_work(work.with_rows(2 * work.rows), optimizer, backward, devices)

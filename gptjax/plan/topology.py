@@ -9,6 +9,7 @@ import jax
 
 from gptjax.errors import ConfigError
 from gptjax.parallel.devices import DEVICES, Device
+from gptjax.xla.gpu import open_h100s
 
 TPUS = {  # name: JAX's device_kind, the axes of its torus
     "v4": ("TPU v4", 3),
@@ -25,8 +26,13 @@ GPUS = {
     "cuda": "NVIDIA H100 80GB HBM3",
 }
 CPU = "cpu"
-PER_HOST = {"tpu": 4, "cuda": 8}  # devices of one machine, as libtpu describes slices and as GPUs are sold
-NAMES = "cpu:8; h100:8 or another GPU's name (" + ", ".join(GPUS) + "); v5e:4x4, v6e:4x4, v4:2x2x4 or v5p:2x2x4"
+# Devices of one machine, as libtpu describes slices and as GPUs are sold
+PER_HOST = {"tpu": 4, "cuda": 8}
+NAMES = (
+    "cpu:8; h100:8 or another GPU's name ("
+    + ", ".join(GPUS)
+    + "); v5e:4x4, v6e:4x4, v4:2x2x4 or v5p:2x2x4"
+)
 # libtpu asks the machine that it runs on what slice it is part of: of none.
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -71,10 +77,17 @@ def parse_topology(name: str) -> Topology:
     family, shape = (match[1].lower(), tuple(map(int, match[2].split("x")))) if match else ("", ())
     if family in TPUS:
         kind, axes = TPUS[family]
-        if len(shape) != axes or not all(_is_side(side) for side in shape) or math.prod(shape) > DEVICES[kind].neighbours:
-            example = " or ".join({2: ("2x2", "2x4", "4x4", "16x16"), 3: ("1x1x1", "2x2x1", "2x2x4", "4x4x8")}[axes])
+        if (
+            len(shape) != axes
+            or not all(_is_side(side) for side in shape)
+            or math.prod(shape) > DEVICES[kind].neighbours
+        ):
+            example = " or ".join(
+                {2: ("2x2", "2x4", "4x4", "16x16"), 3: ("1x1x1", "2x2x1", "2x2x4", "4x4x8")}[axes]
+            )
             raise ConfigError(
-                f"topology {name} is none: {family} is wired as {axes} numbers, each 1, 2 or a multiple of 4, "
+                f"topology {name} is none: {family} is wired as {axes} numbers, each 1, 2 or a "
+                "multiple of 4, "
                 f"at most {DEVICES[kind].neighbours} together, such as {example}"
             )
         return Topology(name, "tpu", kind, shape, DEVICES[kind])
@@ -84,7 +97,9 @@ def parse_topology(name: str) -> Topology:
         if family == CPU:
             return Topology(name, "cpu", "cpu", shape, None)
     raise ConfigError(
-        f"topology {name} is not known: it must be {NAMES}" if name else f"topology is missing: it must be {NAMES}"
+        f"topology {name} is not known: it must be {NAMES}"
+        if name
+        else f"topology is missing: it must be {NAMES}"
     )
 
 
@@ -93,13 +108,16 @@ def _is_side(n: int) -> bool:
 
 
 def start(topology: Topology) -> None:
-    """Let JAX compute on CPU alone, with as many devices as a topology of CPUs has; nothing else is taken.
+    """Let JAX compute on CPU alone, with as many devices as a topology of CPUs has; nothing else is
+    taken.
 
     Raises:
         ConfigError: JAX has started already, with fewer devices.
 
     """
-    os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
+    os.environ.update(
+        {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
+    )
     config: Any = jax.config
     config.update("jax_platforms", "cpu")
     if topology.platform == "cpu":
@@ -108,28 +126,54 @@ def start(topology: Topology) -> None:
         except RuntimeError as error:
             if len(jax.devices("cpu")) < topology.size:
                 raise ConfigError(
-                    f"JAX has started with {len(jax.devices('cpu'))} devices, too few for {topology.name}"
+                    f"JAX has started with {len(jax.devices('cpu'))} devices, too few for "
+                    f"{topology.name}"
                 ) from error
 
 
-def open_devices(topology: Topology) -> list[Any]:
-    """What to compile for: simulated CPUs, or the TPUs of a slice as libtpu describes it.
+def open_devices(topology: Topology, otherwise: str = "") -> list[Any]:
+    """The devices to compile for: simulated CPUs, H100s, or the TPUs of a slice as libtpu describes
+    it.
+
+    Args:
+        topology: its devices.
+        otherwise: what else the user can do without the compiler; it ends the error's sentence.
 
     Raises:
-        ConfigError: libtpu is not installed, or refuses the topology.
+        ConfigError: the compiler is not installed, or cannot compile for this topology.
 
     """
     if topology.platform == "cpu":
         return jax.devices("cpu")[: topology.size]
+    if topology.platform == "cuda":
+        if topology.kind != GPUS["h100"]:
+            raise ConfigError(
+                f"to compile for {topology.name} is not possible: of NVIDIA's GPUs only h100 is "
+                "described"
+            )
+        try:
+            return open_h100s(topology.size)
+        except NotImplementedError as error:  # JAX knows no platform of this name
+            message = (
+                f"to compile for {topology.name} needs jax-cuda12-plugin: pip install "
+                f"'gptjax[cuda-aot]'{otherwise}"
+            )
+            raise ConfigError(message) from error
     from jax.experimental import topologies
 
     single = {"chips_per_host_bounds": (1, 1, 1)} if topology.size == 1 else {}
-    both_cores = {"chip_config_name": "megacore"} if topology.kind == "TPU v4" else {}  # as one device, as on a TPU VM
+    # As one device, as on a TPU VM
+    both_cores = {"chip_config_name": "megacore"} if topology.kind == "TPU v4" else {}
     try:
         described = topologies.get_topology_desc(topology.name, "tpu", **single, **both_cores)
-    except (ImportError, RuntimeError) as error:  # JAX raises RuntimeError where there is no libtpu, or one that refuses
+    # JAX raises RuntimeError where there is no libtpu, or one that refuses
+    except (ImportError, RuntimeError) as error:
         if "not installed" in str(error):
-            message = f"to compile for {topology.name} needs libtpu: pip install 'gptjax[tpu]', or --predict for shapes alone"
+            message = (
+                f"to compile for {topology.name} needs libtpu: pip install 'gptjax[tpu]'{otherwise}"
+            )
             raise ConfigError(message) from error
-        raise ConfigError(f"libtpu refuses the topology {topology.name}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(
+            f"libtpu refuses the topology {topology.name}: {str(error).splitlines()[0]}"
+        ) from error
     return described.devices

@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from gptjax import cli
+from gptjax.cli.options import parse
 from gptjax.config import Config, ModelConfig
 from gptjax.errors import ConfigError
 from gptjax.plan.topology import Topology
@@ -20,21 +20,28 @@ def train_command(cfg: Config, file: Path | None, topology: Topology) -> str:
 
     Args:
         cfg: the configuration as planned.
-        file: the config file; without one, or with one that is not for training alone, options that differ from the defaults.
+        file: the config file; without one, or with one that is not for training alone, options that
+            differ from the defaults.
         topology: simulated CPUs have to be asked for.
 
     """
     options: list[str] = []
-    model_defaults: dict[str, Any] = {f"model.{field.name}": field.default for field in dataclasses.fields(ModelConfig)}
+    model_defaults: dict[str, Any] = {
+        f"model.{field.name}": field.default for field in dataclasses.fields(ModelConfig)
+    }
     configured = _options(Config(cfg.model)) | model_defaults
     with contextlib.suppress(ConfigError):
         if file:
-            configured = _options(cli.parse(Config, TRAIN, "", ["--config", str(file)])[0])
+            configured = _options(parse(Config, TRAIN, "", ["--config", str(file)])[0])
             options = ["--config", str(file)]
     for name, value in _options(cfg).items():
         if value != configured[name]:
             options += [f"--{name}", _as_text(value)]
-    simulated = f"JAX_NUM_CPU_DEVICES={topology.size} " if topology.platform == "cpu" and topology.size > 1 else ""
+    simulated = (
+        f"JAX_NUM_CPU_DEVICES={topology.size} "
+        if topology.platform == "cpu" and topology.size > 1
+        else ""
+    )
     return f"{simulated}{TRAIN} {shlex.join(options)}"
 
 
@@ -44,7 +51,10 @@ def _options(cfg: Config) -> dict[str, Any]:
     for field in dataclasses.fields(Config):
         value = getattr(cfg, field.name)
         if dataclasses.is_dataclass(value):
-            options |= {f"{field.name}.{part.name}": getattr(value, part.name) for part in dataclasses.fields(value)}
+            options |= {
+                f"{field.name}.{part.name}": getattr(value, part.name)
+                for part in dataclasses.fields(value)
+            }
         else:
             options[field.name] = value
     return options

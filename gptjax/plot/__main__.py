@@ -1,20 +1,21 @@
-"""Draw runs: ``python -m gptjax.plot runs/124m`` or ``python -m gptjax.plot runs/*``, also while they train.
+"""Draw runs: ``python -m gptjax.plot runs/124m`` or ``python -m gptjax.plot runs/*``, also while
+they train.
 
-A RUN is a run's folder or its ``metrics.jsonl``. Loss, validation loss, learning rate, gradient norm and throughput of all runs
-go into one picture, as far as they were measured: ``metrics.png`` in the folder of a single run, of several in the current
-folder. A picture that is there already is replaced. Of what differs from step to step, the line is a running mean and the faint
-line behind it is what was measured; a cross marks what was not finite.
+A RUN is a run's folder or its ``metrics.jsonl``. Loss, validation loss, learning rate, gradient
+norm and throughput of all runs go into one picture, as far as they were measured: ``metrics.png``
+in the folder of a single run, of several in the current folder. A picture that is there already is
+replaced. Of what differs from step to step, the line is a running mean and the faint line behind it
+is what was measured; a cross marks what was not finite.
 """
 
 import sys
-import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from gptjax import cli
-from gptjax.config import Horizontal
+from gptjax.cli.options import parse
+from gptjax.config import PlotConfig
 from gptjax.errors import ConfigError, DataError
 from gptjax.files import write_whole
 from gptjax.plot.curves import RunRecords, draw
@@ -25,25 +26,13 @@ PROG = "python -m gptjax.plot"
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status 0; bad input raises SystemExit(2)."""
-    parser = cli.Parser(prog=PROG, description=textwrap.dedent(__doc__ or ""))
-    parser.add_argument("runs", nargs="+", type=str, help="a run's folder or its metrics.jsonl")
-    parser.add_argument(
-        "--output", type=str | None, help="file to write, .png, .svg or .pdf; by default metrics.png, see above"
-    )
-    parser.add_argument(
-        "--x", default="steps", type=Horizontal, help="what runs are compared along; time is that spent in steps"
-    )
-    parser.add_argument(
-        "--smooth", type=int | None, help="steps in a running mean; by default a 25th of the longest run; 1 for none"
-    )
     with cli.reported_errors(PROG):
-        args: Any = parser.parse_args(argv)
-        if args.smooth is not None and args.smooth < 1:
-            raise ConfigError(f"--smooth must be at least 1, not {args.smooth}")
+        args, _ = parse(PlotConfig, PROG, __doc__ or "", argv)
         output = output_path(args.output, args.runs)
         runs = read_runs(args.runs, note=lambda text: print(f"{'note':<10} {text}"))
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of letters in a run's name that the font lacks, of axes without extent
+            # Of letters in a run's name that the font lacks, of axes without extent
+            warnings.simplefilter("ignore")
             picture = draw(runs, args.x, args.smooth)
             output.parent.mkdir(parents=True, exist_ok=True)
             with write_whole(output) as file:
@@ -71,7 +60,8 @@ def output_path(given: str | None, runs: Sequence[str]) -> Path:
 
 
 def read_runs(paths: Sequence[str], note: Callable[[str], None]) -> list[RunRecords]:
-    """The runs, each once, under names that tell them apart; ``note`` is told of one that is left out for want of a step.
+    """The runs, each once, under names that tell them apart; ``note`` is told of one that is left
+    out for want of a step.
 
     Raises:
         ConfigError: one is no run.
@@ -79,7 +69,12 @@ def read_runs(paths: Sequence[str], note: Callable[[str], None]) -> list[RunReco
         FormatError: a file is damaged.
 
     """
-    files = list(dict.fromkeys((path / "metrics.jsonl" if path.is_dir() else path).resolve() for path in map(Path, paths)))
+    files = list(
+        dict.fromkeys(
+            (path / "metrics.jsonl" if path.is_dir() else path).resolve()
+            for path in map(Path, paths)
+        )
+    )
     for path, given in zip(files, paths, strict=False):
         if not path.is_file():
             raise ConfigError(f"{given} is no run: there is no {path}")
@@ -90,12 +85,15 @@ def read_runs(paths: Sequence[str], note: Callable[[str], None]) -> list[RunReco
     if not found:
         raise DataError(f"{files[0]} has no step yet: nothing to draw")
     return [
-        RunRecords(name, records) for name, (_, records) in zip(short_names([path for path, _ in found]), found, strict=True)
+        RunRecords(name, records)
+        for name, (_, records) in zip(short_names([path for path, _ in found]), found, strict=True)
     ]
 
 
 def short_names(files: Sequence[Path]) -> list[str]:
-    """The names of the files' folders, with as many folders above them as it takes to tell them apart."""
+    """The names of the files' folders, with as many folders above them as it takes to tell them
+    apart.
+    """
     folders = [path.parent if path.name == "metrics.jsonl" else path for path in files]
     for count in range(1, max(len(folder.parts) for folder in folders) + 1):
         names = ["/".join(folder.parts[-count:]) for folder in folders]
@@ -113,7 +111,10 @@ def summary(run: RunRecords) -> str:
     validated = [(r["val_loss"], r["step"]) for r in run.records if r.get("val_loss") is not None]
     if validated:
         (last, step), (best, best_step) = validated[-1], min(validated)
-        parts.append(f"validation loss {_digits(last)}" + f" ({_digits(best)} after step {best_step:,})" * (best_step != step))
+        parts.append(
+            f"validation loss {_digits(last)}"
+            + f" ({_digits(best)} after step {best_step:,})" * (best_step != step)
+        )
     skipped = sum("skipped" in r for r in run.records)
     return ", ".join(parts + [f"{skipped} updates skipped"] * bool(skipped))
 

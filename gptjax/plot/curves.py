@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito, "Color Universal Design" (2008), less yellow, too light on white. After seven runs the dashes change.
+# Okabe and Ito, "Color Universal Design" (2008), less yellow, too light on white. After seven runs
+# the dashes change.
 COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"
 DASHES: tuple[Any, ...] = "-", (0, (5, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5))
 FAINT_RUNS = 6  # of more, what lies behind the running means would hide them
@@ -40,7 +41,9 @@ PANELS = (
     Panel("lr", "Learning rate", "learning rate", 1),
     Panel("grad_norm", "Gradient norm", "L2 norm before clipping", 1, smooth=True, scale="auto"),
     Panel("tokens_per_s", "Throughput", "tokens per second", 1, smooth=True),
-    Panel("gradient_error", "Gradient checks", "worst relative L2 error", 1, points=True, scale="log"),
+    Panel(
+        "gradient_error", "Gradient checks", "worst relative L2 error", 1, points=True, scale="log"
+    ),
 )
 
 
@@ -51,12 +54,18 @@ class RunRecords(NamedTuple):
     records: list[dict[str, Any]]
 
     def column(self, key: str) -> np.ndarray:
-        """The values of the records that have ``key``; NaN where one was not finite, or more than float32 holds."""
-        values = np.array([math.nan if r[key] is None else r[key] for r in self.records if key in r], np.float64)
+        """The values of the records that have ``key``; NaN where one was not finite, or more than
+        float32 holds.
+        """
+        values = np.array(
+            [math.nan if r[key] is None else r[key] for r in self.records if key in r], np.float64
+        )
         return np.where(np.abs(values) > np.finfo(np.float32).max, math.nan, values)
 
     def horizontal(self, x: Horizontal, key: str) -> np.ndarray:
-        """Where those records lie: steps, tokens, or seconds of training, without validations and samples."""
+        """Where those records lie: steps, tokens, or seconds of training, without validations and
+        samples.
+        """
         if x == "steps":
             every = self.column("step")
         elif x == "tokens":
@@ -71,19 +80,27 @@ class RunRecords(NamedTuple):
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     """The mean of the finite values of ``window`` steps around each one, NaN where there are none.
 
-    Near the start the window shrinks to stay centred, for a loss falls fastest there; at the end it is cut off.
+    Near the start the window shrinks to stay centred, for a loss falls fastest there; at the end it
+    is cut off.
     """
     here, last = np.arange(values.size), values.size - 1
     half = np.minimum(window // 2, here)
     bounds = np.stack([here - half, np.minimum(here + half, last) + 1], 1).ravel()
     finite = np.isfinite(values)
-    padded = np.append(np.where(finite, values, 0.0), 0.0), np.append(finite, False).astype(np.float64)
-    total, count = (np.add.reduceat(part, bounds)[::2] for part in padded)  # each window by itself: no cancellation
+    padded = (
+        np.append(np.where(finite, values, 0.0), 0.0),
+        np.append(finite, False).astype(np.float64),
+    )
+    # Each window by itself: no cancellation
+    total, count = (np.add.reduceat(part, bounds)[::2] for part in padded)
     return np.divide(total, count, out=np.full(values.size, np.nan), where=count > 0)
 
 
-def draw(runs: Sequence[RunRecords], x: Horizontal = "steps", smooth: int | None = None) -> "Figure":
-    """The picture of some runs, one panel for each quantity that any of them has, in the colours of the legend.
+def draw(
+    runs: Sequence[RunRecords], x: Horizontal = "steps", smooth: int | None = None
+) -> "Figure":
+    """The picture of some runs, one panel for each quantity that any of them has, in the colours of
+    the legend.
 
     Args:
         runs: at least one.
@@ -104,18 +121,29 @@ def draw(runs: Sequence[RunRecords], x: Horizontal = "steps", smooth: int | None
     for run in runs:
         if x != "steps" and not all("ms" in r and "tokens_per_s" in r for r in run.records):
             raise DataError(f"{run.name} does not say how long each step took, which --x {x} needs")
-    rows = [[p for p in PANELS if p.row == row and any(p.key in r for run in runs for r in run.records)] for row in (0, 1)]
+    rows = [
+        [p for p in PANELS if p.row == row and any(p.key in r for run in runs for r in run.records)]
+        for row in (0, 1)
+    ]
     rows = [row for row in rows if row]
     if not rows:
-        raise DataError(f"{runs[0].name} holds nothing to draw: no loss, learning rate or gradient norm")
-    window = (smooth or min(max(len(run.records) for run in runs) // 25, 1000)) | 1  # odd: as many before as after
-    styles = [(COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)]) for i in range(len(runs))]
+        raise DataError(
+            f"{runs[0].name} holds nothing to draw: no loss, learning rate or gradient norm"
+        )
+    # Odd: as many before as after
+    window = (smooth or min(max(len(run.records) for run in runs) // 25, 1000)) | 1
+    styles = [
+        (COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)])
+        for i in range(len(runs))
+    ]
 
     labels = [_shortened(run.name) for run in runs]
     columns = max(1, min(len(runs), int(WIDTH / (0.7 + 0.08 * max(map(len, labels))))))
     legend_height = 0.21 * math.ceil(len(runs) / columns) if len(runs) > 1 else 0
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)  # inches
-    figure = Figure((WIDTH, HEIGHT * len(rows) / 2 + legend_height), dpi=DPI, layout=layout, facecolor="white")
+    figure = Figure(
+        (WIDTH, HEIGHT * len(rows) / 2 + legend_height), dpi=DPI, layout=layout, facecolor="white"
+    )
     parts = figure.subfigures(len(rows), squeeze=False)[:, 0]
     unit, size = _time_unit(runs) if x == "time" else (x, 1.0)
     end = max(run.horizontal(x, "step")[-1] for run in runs) / size
@@ -123,28 +151,52 @@ def draw(runs: Sequence[RunRecords], x: Horizontal = "steps", smooth: int | None
         for axes, panel in zip(part.subplots(1, len(row), squeeze=False)[0], row, strict=True):
             axes.set_xlim(0, end * 1.02)
             for run, style in zip(runs, styles, strict=True):
-                _draw_run(axes, panel, run, run.horizontal(x, panel.key) / size, style, window, faint=len(runs) <= FAINT_RUNS)
+                _draw_run(
+                    axes,
+                    panel,
+                    run,
+                    run.horizontal(x, panel.key) / size,
+                    style,
+                    window,
+                    faint=len(runs) <= FAINT_RUNS,
+                )
             _dress(axes, panel, runs, unit, window)
     if len(runs) == 1:
         figure.suptitle(labels[0], fontsize=14, fontweight="bold", parse_math=False)
     else:
-        handles = [Line2D([], [], color=colour, linestyle=dash, linewidth=2) for colour, dash in styles]
-        legend = figure.legend(handles, ["run"] * len(runs), loc="outside lower center", ncols=columns, frameon=False)
+        handles = [
+            Line2D([], [], color=colour, linestyle=dash, linewidth=2) for colour, dash in styles
+        ]
+        legend = figure.legend(
+            handles, ["run"] * len(runs), loc="outside lower center", ncols=columns, frameon=False
+        )
         for text, label in zip(legend.get_texts(), labels, strict=True):
             text.set(text=label, fontsize=9, parse_math=False)  # as it is, were it _a or $b$
     return figure
 
 
 def _draw_run(
-    axes: "Axes", panel: Panel, run: RunRecords, where: np.ndarray, style: tuple[str, Any], window: int, faint: bool
+    axes: "Axes",
+    panel: Panel,
+    run: RunRecords,
+    where: np.ndarray,
+    style: tuple[str, Any],
+    window: int,
+    faint: bool,
 ) -> None:
     values, (colour, dash) = run.column(panel.key), style
-    shown: dict[str, Any] = {"color": colour, "linestyle": dash, "linewidth": 1.6, "solid_capstyle": "round"}
+    shown: dict[str, Any] = {
+        "color": colour,
+        "linestyle": dash,
+        "linewidth": 1.6,
+        "solid_capstyle": "round",
+    }
     if panel.points or values.size <= 2:
         shown |= {"marker": "o", "markersize": 3.5}
     if panel.smooth and window > 1:
         if faint:
-            axes.plot(where, values, color=colour, linewidth=0.7, alpha=0.3, zorder=1.5)  # behind all running means
+            # Behind all running means
+            axes.plot(where, values, color=colour, linewidth=0.7, alpha=0.3, zorder=1.5)
         values_shown = running_mean(values, window)
     else:
         values_shown = values
@@ -152,17 +204,33 @@ def _draw_run(
     bad = where[~np.isfinite(values)]
     if bad.size:
         heights = np.full(bad.size, 0.03)  # of the panel's
-        axes.plot(bad, heights, "x", color=colour, markersize=6, transform=axes.get_xaxis_transform(), clip_on=False)
+        axes.plot(
+            bad,
+            heights,
+            "x",
+            color=colour,
+            markersize=6,
+            transform=axes.get_xaxis_transform(),
+            clip_on=False,
+        )
 
 
 def _dress(axes: "Axes", panel: Panel, runs: Sequence[RunRecords], unit: str, window: int) -> None:
     """Title, labels, scale, ticks and grid."""
-    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+    from matplotlib.ticker import (
+        EngFormatter,
+        FuncFormatter,
+        LogLocator,
+        MaxNLocator,
+        NullFormatter,
+    )
 
     columns = [run.column(panel.key) for run in runs]
     finite = [column[np.isfinite(column)] for column in columns]
     notes = [f"mean of {window} steps"] * (panel.smooth and window > 1)
-    notes += ["\N{MULTIPLICATION SIGN} not finite"] * (sum(map(len, finite)) < sum(map(len, columns)))
+    notes += ["\N{MULTIPLICATION SIGN} not finite"] * (
+        sum(map(len, finite)) < sum(map(len, columns))
+    )
     plain = FuncFormatter(lambda value, _: _compact(value))
     finite = [column for column in finite if column.size]
     if not finite:
@@ -202,7 +270,11 @@ def _dress(axes: "Axes", panel: Panel, runs: Sequence[RunRecords], unit: str, wi
 
 def _time_unit(runs: Sequence[RunRecords]) -> tuple[str, float]:
     longest = max(run.horizontal("time", "step")[-1] for run in runs)
-    name, size = next((n, s) for n, s in (("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0)) if longest >= 2 * s or s == 1)
+    name, size = next(
+        (n, s)
+        for n, s in (("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
+        if longest >= 2 * s or s == 1
+    )
     return f"training time ({name})", size
 
 
@@ -216,4 +288,8 @@ def _compact(value: float) -> str:
 
 def _shortened(name: str) -> str:
     kept = NAME_LENGTH // 2
-    return name if len(name) <= NAME_LENGTH else f"{name[: kept - 1]}\N{HORIZONTAL ELLIPSIS}{name[-kept:]}"
+    return (
+        name
+        if len(name) <= NAME_LENGTH
+        else f"{name[: kept - 1]}\N{HORIZONTAL ELLIPSIS}{name[-kept:]}"
+    )

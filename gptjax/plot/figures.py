@@ -1,4 +1,6 @@
-"""What the notebooks share to show things: source code, tokens, heat maps, the diagram of a block. Needs matplotlib."""
+"""What the notebooks share to show things: source code, tokens, heat maps, the diagram of a block.
+Needs matplotlib.
+"""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -18,13 +20,22 @@ from gptjax.tokenizers import Tokenizer
 from gptjax.verify import Comparison, Row
 
 # Okabe and Ito's palette, which no kind of colour blindness confuses (jfly.uni-koeln.de/color).
-COLOURS = BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7"
+COLOURS = BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#E69F00",
+    "#56B4E9",
+    "#CC79A7",
+)
 GREY, PALE = "#6B7280", "#EEF0F3"
 WHITESPACE = str.maketrans(" \n\t", "␣↵→")
 
 
 def use_style() -> None:
-    """Set matplotlib to this project's look: `COLOURS`, thin frames, small type, a white background."""
+    """Set matplotlib to this project's look: `COLOURS`, thin frames, small type, a white
+    background.
+    """
     mpl.rcParams.update(
         {
             "axes.prop_cycle": cycler(color=COLOURS),
@@ -61,7 +72,9 @@ class SourceCode:
 
 
 def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
-    """Each id's text, for an axis: blanks and line ends are visible, and bytes that are no character are hexadecimal."""
+    """Each id's text, for an axis: blanks and line ends are visible, and bytes that are no
+    character are hexadecimal.
+    """
 
     def piece(token: int) -> str:
         raw = tokenizer.decode_bytes([token])
@@ -87,11 +100,13 @@ def heat_map(
     texts: Sequence[Sequence[str]] = (),
     bar: bool = True,
 ) -> None:
-    """Draw a matrix as colours: viridis, or for numbers of both signs purple to orange with 0 white.
+    """Draw a matrix as colours: viridis, or for numbers of both signs purple to orange with 0
+    white.
 
     Args:
         ax: where to draw.
-        values: (R, C); places that are not finite stay grey, with ``log`` also those that are not above 0.
+        values: (R, C); places that are not finite stay grey, with ``log`` also those that are not
+            above 0.
         label: what the colours are, with its unit.
         rows: names of the rows.
         columns: names of the columns.
@@ -105,7 +120,9 @@ def heat_map(
     values = np.ma.masked_invalid(np.asarray(values, np.float64))
     values = np.ma.masked_less_equal(values, 0) if log else values
     extent = float(abs(values).max())
-    low, high = limits or ((-extent, extent) if diverging else (float(values.min()), float(values.max())))
+    low, high = limits or (
+        (-extent, extent) if diverging else (float(values.min()), float(values.max()))
+    )
     norm = LogNorm(low, high) if log else Normalize(low, high)
     cmap = mpl.colormaps["PuOr_r" if diverging else "viridis"].with_extremes(bad=PALE)
     image = ax.imshow(values, norm=norm, cmap=cmap, aspect="auto", interpolation="nearest")
@@ -114,7 +131,8 @@ def heat_map(
     for names, axis in ((rows, ax.yaxis), (columns, ax.xaxis)):
         if len(names):
             axis.set_ticks(range(len(names)), names)
-        elif not isinstance(axis.get_major_locator(), FixedLocator):  # as it is if shared with axes that have names
+        # As it is if shared with axes that have names
+        elif not isinstance(axis.get_major_locator(), FixedLocator):
             axis.set_major_locator(MaxNLocator(integer=True))
     colours = cmap(norm(values))
     for i, line in enumerate(texts):
@@ -126,7 +144,9 @@ def heat_map(
         ax.figure.colorbar(image, ax=ax, label=label, pad=0.02)
 
 
-def by_layer(found: Comparison, value: Callable[[Row], float]) -> tuple[np.ndarray, list[str], list[str]]:
+def by_layer(
+    found: Comparison, value: Callable[[Row], float]
+) -> tuple[np.ndarray, list[str], list[str]]:
     """A number of each tensor of a gradient, laid out by layer.
 
     Args:
@@ -134,8 +154,9 @@ def by_layer(found: Comparison, value: Callable[[Row], float]) -> tuple[np.ndarr
         value: the number to show of a row.
 
     Returns:
-        (tensors, 2 + L) values, NaN where a tensor has no such place: tensors that a family lists before its blocks come
-        before the layers, the others after them; then the names of the rows and of the columns.
+        (tensors, 2 + L) values, NaN where a tensor has no such place: tensors that a family lists
+        before its blocks come before the layers, the others after them; then the names of the rows
+        and of the columns.
 
     """
     names = list(dict.fromkeys(row.tensor for row in found.rows))
@@ -144,11 +165,14 @@ def by_layer(found: Comparison, value: Callable[[Row], float]) -> tuple[np.ndarr
     first = next((i for i, row in enumerate(found.rows) if row.layer is not None), len(found.rows))
     for i, row in enumerate(found.rows):
         outside = 0 if i < first else layers + 1
-        values[names.index(row.tensor), outside if row.layer is None else 1 + row.layer] = value(row)
+        values[names.index(row.tensor), outside if row.layer is None else 1 + row.layer] = value(
+            row
+        )
     return values, names, ["embed", *map(str, range(layers)), "final"]
 
 
-# The diagram of GPT-2's block: each op of the two branches, the weights it uses, what it hands on, and in which shape.
+# The diagram of GPT-2's block: each op of the two branches, the weights it uses, what it hands on,
+# and in which shape.
 BRANCHES = (
     (
         ("layernorm", "ln1w ln1b", "h1", "B T C"),
@@ -163,14 +187,18 @@ BRANCHES = (
         ("linear", "fcprojw fcprojb", "m", "B T C"),
     ),
 )
-FIRST, STEP, WIDTH, HEIGHT = 1.75, 2.15, 1.2, 0.62  # of the boxes: where the first stands, and how far apart they are
-ROW, DOWN, ASIDE = 2.3, 0.95, 0.17  # from branch to branch, from a branch to its return, from an arrow to its gradient's
+# Of the boxes: where the first stands, and how far apart they are
+FIRST, STEP, WIDTH, HEIGHT = 1.75, 2.15, 1.2, 0.62
+# From branch to branch, from a branch to its return, from an arrow to its gradient's
+ROW, DOWN, ASIDE = 2.3, 0.95, 0.17
 
 
 def block_diagram(backward: bool = False) -> Figure:
-    """One block of GPT-2: the residual stream on the left, its two branches, what each op hands on and in which shape.
+    """One block of GPT-2: the residual stream on the left, its two branches, what each op hands on
+    and in which shape.
 
-    With ``backward`` the gradients too: they run against the arrows of the forward, and add up where it branched.
+    With ``backward`` the gradients too: they run against the arrows of the forward, and add up
+    where it branched.
     """
     fig, ax = plt.subplots(figsize=(9.2, 4.1))
     ax.set(xlim=(-0.9, 10.0), ylim=(-4.0, 0.85))
@@ -182,16 +210,40 @@ def block_diagram(backward: bool = False) -> Figure:
         ax.annotate("", points[-1], points[-2], arrowprops=style)
 
     def plus(x: float, y: float, colour: str) -> None:
-        ax.text(x, y, "+", color=colour, ha="center", va="center", fontsize=11, zorder=3, bbox=circle(colour))
+        ax.text(
+            x,
+            y,
+            "+",
+            color=colour,
+            ha="center",
+            va="center",
+            fontsize=11,
+            zorder=3,
+            bbox=circle(colour),
+        )
 
     def circle(colour: str) -> dict[str, Any]:
-        return {"boxstyle": "circle,pad=0.08", "facecolor": "white", "edgecolor": colour, "linewidth": 1.4}
+        return {
+            "boxstyle": "circle,pad=0.08",
+            "facecolor": "white",
+            "edgecolor": colour,
+            "linewidth": 1.4,
+        }
 
     def label(x: float, y: float, name: str, shape: str = "") -> None:
         ax.text(x, y + 0.08, name, color=BLUE, ha="center", va="bottom", fontsize=9, style="italic")
         ax.text(x, y + 0.34, shape, color=GREY, ha="center", va="bottom", fontsize=7)
         if backward:
-            ax.text(x, y - ASIDE - 0.1, d(name), color=VERMILLION, ha="center", va="top", fontsize=9, style="italic")
+            ax.text(
+                x,
+                y - ASIDE - 0.1,
+                d(name),
+                color=VERMILLION,
+                ha="center",
+                va="top",
+                fontsize=9,
+                style="italic",
+            )
 
     def d(name: str) -> str:
         return " ".join(f"d{part}" for part in name.split())
@@ -204,18 +256,43 @@ def block_diagram(backward: bool = False) -> Figure:
     for y in (0.62, bottom - 0.6):
         ax.text(0.12, y, "x", color=BLUE, fontsize=9, style="italic")
         ax.text(0.32, y + 0.01, "B T C", color=GREY, fontsize=7)
-        ax.text(aside - 0.12, y, "dx" if backward else "", color=VERMILLION, ha="right", fontsize=9, style="italic")
+        ax.text(
+            aside - 0.12,
+            y,
+            "dx" if backward else "",
+            color=VERMILLION,
+            ha="right",
+            fontsize=9,
+            style="italic",
+        )
     for i, branch in enumerate(BRANCHES):
         y, back = -ROW * i, -ROW * i - DOWN
         lefts = [FIRST + STEP * j - WIDTH / 2 for j in range(len(branch))]
         ends = [left + WIDTH for left in lefts]
         turn = ends[-1] + 0.95
         for j, (op, weights, name, shape) in enumerate(branch):
-            box = FancyBboxPatch((lefts[j], y - HEIGHT / 2), WIDTH, HEIGHT, boxstyle="round,pad=0,rounding_size=0.08")
+            box = FancyBboxPatch(
+                (lefts[j], y - HEIGHT / 2), WIDTH, HEIGHT, boxstyle="round,pad=0,rounding_size=0.08"
+            )
             box.set(facecolor=PALE, edgecolor=GREY)
             ax.add_patch(box)
-            ax.text(lefts[j] + WIDTH / 2, y + (0.1 if weights else 0), op, ha="center", va="center", fontsize=9)
-            ax.text(lefts[j] + WIDTH / 2, y - 0.14, weights, ha="center", va="center", fontsize=6.5, color=GREY)
+            ax.text(
+                lefts[j] + WIDTH / 2,
+                y + (0.1 if weights else 0),
+                op,
+                ha="center",
+                va="center",
+                fontsize=9,
+            )
+            ax.text(
+                lefts[j] + WIDTH / 2,
+                y - 0.14,
+                weights,
+                ha="center",
+                va="center",
+                fontsize=6.5,
+                color=GREY,
+            )
             following = lefts[j + 1] if j + 1 < len(branch) else turn
             label((ends[j] + following) / 2, y, name, shape)
         arrow((0, y), (lefts[0], y))

@@ -1,21 +1,25 @@
-"""Train a tokenizer, or turn text into ids and back: ``python -m gptjax.tokenizers train|encode|decode|export``.
+"""Train a tokenizer, or turn text into ids and back: ``python -m gptjax.tokenizers
+train|encode|decode|export``.
 
-``train --input stories.txt --vocab_size 2048 --output tokenizer.json`` trains a byte-level BPE; ``--kind char`` takes the
-text's characters. ``encode --tokenizer gpt2 some text`` prints ids, ``decode --tokenizer gpt2 15496 11`` text; both read
-standard input where nothing is given, and a token shard is written by ``encode --output`` and read by ``decode --input``.
-``export --tokenizer gpt2 --output gpt2_tokenizer.bin`` writes llm.c's file.
+``train --input stories.txt --vocab_size 2048 --output tokenizer.json`` trains a byte-level BPE;
+``--kind char`` takes the text's characters. ``encode --tokenizer gpt2 some text`` prints ids,
+``decode --tokenizer gpt2 15496 11`` text; both read standard input where nothing is given, and a
+token shard is written by ``encode --output`` and read by ``decode --input``. ``export --tokenizer
+gpt2 --output gpt2_tokenizer.bin`` writes llm.c's file.
 """
 
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gptjax import cli, tokenizers
+from gptjax.cli.options import described, parse
 from gptjax.cli.streams import standard_input
+from gptjax.config import DecodeConfig, EncodeConfig, ExportTokenizerConfig, TrainTokenizerConfig
 from gptjax.datasets.prepare import id_dtype, make_tokenizer
 from gptjax.datasets.text import Piece, find_files, pieces
 from gptjax.errors import ConfigError, DataError
@@ -30,46 +34,28 @@ MOST_BYTES = 1 << 28  # of standard input, which is held in memory
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status 0; bad input raises SystemExit(2)."""
     with cli.reported_errors(PROG):
-        args: Any = _parser().parse_args(argv)
-        if not args.command:
-            raise ConfigError("say what to do: train, encode, decode or export; --help explains each")
+        words = sys.argv[1:] if argv is None else argv
+        name, *rest = words or [""]
+        if name in ("-h", "--help", "--help_all"):
+            print(
+                described(__doc__ or ""),
+                "",
+                *(f"  {PROG} {name} --help" for name in COMMANDS),
+                sep="\n",
+            )
+            return 0
+        if name not in COMMANDS:
+            raise ConfigError(
+                "say what to do: train, encode, decode or export; --help explains each"
+            )
+        config_class, run = COMMANDS[name]
         cli.replace_unprintable()
-        {"train": train, "encode": encode, "decode": decode, "export": export}[args.command](args[args.command])
+        cfg, _ = parse(
+            config_class, f"{PROG} {name}", f"{config_class.__doc__}\n\n{run.__doc__}", rest
+        )
+        run(cfg)
         sys.stdout.flush()
     return 0
-
-
-def _parser() -> cli.Parser:
-    parser = cli.Parser(prog=PROG, description=__doc__)
-    commands = parser.add_subcommands(dest="command", required=False)
-
-    def command(name: str, does: str) -> cli.Parser:
-        sub = cli.Parser(description=does)
-        commands.add_subcommand(name, sub, help=does)
-        return sub
-
-    of = "gpt2, byte, a tokenizer.json, a folder that holds one, or llm.c's gpt2_tokenizer.bin"
-    sub = command("train", "Make a vocabulary from text.")
-    sub.add_argument(
-        "--input", required=True, nargs="+", type=str, help="files, folders or patterns of text, as for --data.dataset"
-    )
-    sub.add_argument("--column", type=str | None, help="of .jsonl and .parquet, the one that holds the text")
-    sub.add_argument("--kind", default="bpe", choices=["bpe", "char"], help="what to train")
-    sub.add_argument("--vocab_size", default=2048, type=int, help="of a BPE: 256 bytes, the merges, and end-of-text")
-    sub.add_argument("--output", default="tokenizer.json", type=str, help="file to write")
-    sub = command("encode", "Text to ids.")
-    sub.add_argument("--tokenizer", required=True, type=str, help=of)
-    sub.add_argument("--output", type=str | None, help="token shard to write, instead of printing the ids")
-    sub.add_argument("text", nargs="*", type=str, help="joined by spaces; standard input without, up to its last byte")
-    sub = command("decode", "Ids to text, byte for byte; on a terminal a line end follows.")
-    sub.add_argument("--tokenizer", required=True, type=str, help=of)
-    sub.add_argument("--input", type=str | None, help="token shard to read the ids from")
-    sub.add_argument("ids", nargs="*", type=int, help="standard input without")
-    sub = command("export", "Write llm.c's gpt2_tokenizer.bin.")
-    sub.add_argument("--tokenizer", required=True, type=str, help=of)
-    sub.add_argument("--version", default=2, type=int, choices=[1, 2], help="1 is for GPT-2's vocabulary alone")
-    sub.add_argument("--output", default="gpt2_tokenizer.bin", type=str, help="file to write")
-    return parser
 
 
 def refuse_existing(path: str | None) -> None:
@@ -78,7 +64,7 @@ def refuse_existing(path: str | None) -> None:
         raise ConfigError(f"{path} exists already: name another file, or remove it")
 
 
-def train(args: Any) -> None:
+def train(args: TrainTokenizerConfig) -> None:
     """Train, and say what came of it."""
     refuse_existing(args.output)
     files = [file for given in args.input for file in find_files(given)]
@@ -93,7 +79,7 @@ def train(args: Any) -> None:
     print(f"{named.vocab_size} ids in {args.output}")
 
 
-def encode(args: Any) -> None:
+def encode(args: EncodeConfig) -> None:
     """Print the ids of the text, or write them as a shard."""
     refuse_existing(args.output)
     tokenizer = tokenizers.find(args.tokenizer)
@@ -106,7 +92,7 @@ def encode(args: Any) -> None:
         print(*ids)
 
 
-def decode(args: Any) -> None:
+def decode(args: DecodeConfig) -> None:
     """Write the bytes that the ids stand for."""
     tokenizer = tokenizers.find(args.tokenizer)
     if args.input and args.ids:
@@ -114,7 +100,9 @@ def decode(args: Any) -> None:
     ids = open_shard(args.input).tokens if args.input else args.ids or _ids(_standard_input())
     for begin in range(0, len(ids), CHUNK):
         part = ids[begin : begin + CHUNK]
-        sys.stdout.buffer.write(tokenizer.decode_bytes(part if isinstance(part, list) else part.tolist()))
+        sys.stdout.buffer.write(
+            tokenizer.decode_bytes(part if isinstance(part, list) else part.tolist())
+        )
     if sys.stdout.isatty():
         sys.stdout.buffer.write(b"\n")
 
@@ -123,30 +111,48 @@ def _ids(text: str) -> list[int]:
     try:
         return [int(word) for word in text.split()]
     except ValueError as error:
-        raise DataError(f"ids are whole numbers with blanks between them: {str(error)[:100]}") from error
+        raise DataError(
+            f"ids are whole numbers with blanks between them: {str(error)[:100]}"
+        ) from error
 
 
-def export(args: Any) -> None:
+def export(args: ExportTokenizerConfig) -> None:
     """Write llm.c's file."""
     refuse_existing(args.output)
     tokenizer = tokenizers.find(args.tokenizer)
     if tokenizer.end_of_text is None:
         raise ConfigError(f"{args.tokenizer} has no end-of-text id, which llm.c's file needs")
     if not isinstance(tokenizer, tokenizers.BytePairEncoding):
-        raise ConfigError(f"{args.tokenizer} has ids that are not the ranks of its merges, as llm.c's file has them")
+        raise ConfigError(
+            f"{args.tokenizer} has ids that are not the ranks of its merges, as llm.c's file has "
+            "them"
+        )
     try:
-        llmc_tokenizer.write_tokenizer(args.output, tokenizer.pieces, tokenizer.end_of_text, args.version)
+        llmc_tokenizer.write_tokenizer(
+            args.output, tokenizer.pieces, tokenizer.end_of_text, args.version
+        )
     except ValueError as error:
         raise ConfigError(f"{args.tokenizer} does not fit llm.c's file: {error}") from error
-    print(f"{tokenizer.vocab_size} tokens in {args.output}, {Path(args.output).stat().st_size} bytes")
+    print(
+        f"{tokenizer.vocab_size} tokens in {args.output}, {Path(args.output).stat().st_size} bytes"
+    )
 
 
 def _standard_input() -> str:
     try:
         return standard_input(MOST_BYTES).decode()
     except UnicodeDecodeError as error:
-        raise DataError(f"standard input is not UTF-8 text: {error.reason} at byte {error.start}") from error
+        raise DataError(
+            f"standard input is not UTF-8 text: {error.reason} at byte {error.start}"
+        ) from error
 
+
+COMMANDS: dict[str, tuple[Any, Callable[[Any], None]]] = {
+    "train": (TrainTokenizerConfig, train),
+    "encode": (EncodeConfig, encode),
+    "decode": (DecodeConfig, decode),
+    "export": (ExportTokenizerConfig, export),
+}
 
 if __name__ == "__main__":
     sys.exit(main())

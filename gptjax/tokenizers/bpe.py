@@ -1,4 +1,4 @@
-"""Byte-level byte-pair encoding (Sennrich et al. 2016; Radford et al. 2019), which tiktoken runs."""
+"""Byte-level byte-pair encoding (Sennrich et al. 2016; Radford et al. 2019), run by tiktoken."""
 
 import base64
 import dataclasses
@@ -13,7 +13,9 @@ import tiktoken
 from gptjax.errors import DataError
 from gptjax.tokenizers.interface import END_OF_TEXT, Tokenizer
 
-GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+GPT2_PATTERN = (
+    r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+)
 GPT2_IDS = 50257
 LARGEST = 1 << 20  # ids
 LONGEST_RUN = 1 << 19  # of blanks; tiktoken's regular expression panics from about 2 ** 20 on
@@ -32,12 +34,18 @@ class BytePairEncoding(Tokenizer):
 
     name: str
     tokens: tuple[bytes, ...]
-    """The bytes of each id but end-of-text, in the order of their ids, which are the ranks of the merges."""
+    """The bytes of each id but end-of-text, in the order of their ids, which are the ranks of the
+    merges.
+    """
     kind = "bpe"
 
     def __post_init__(self) -> None:
         known = set(self.tokens)
-        if b"" in known or len(known) != len(self.tokens) or not all(bytes([b]) in known for b in range(256)):
+        if (
+            b"" in known
+            or len(known) != len(self.tokens)
+            or not all(bytes([b]) in known for b in range(256))
+        ):
             raise ValueError("its tokens are empty, repeat, or do not cover every byte")
 
     @functools.cached_property
@@ -45,7 +53,9 @@ class BytePairEncoding(Tokenizer):
         """What encodes; made when first asked for."""
         ranks = {token: rank for rank, token in enumerate(self.tokens)}
         special = {END_OF_TEXT: len(self.tokens)}
-        return tiktoken.Encoding(self.name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
+        return tiktoken.Encoding(
+            self.name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special
+        )
 
     def __reduce__(self) -> tuple[object, ...]:
         return BytePairEncoding, (self.name, self.tokens)
@@ -61,19 +71,25 @@ class BytePairEncoding(Tokenizer):
         return len(self.tokens)
 
     def encode(self, text: str) -> list[int]:
-        """See `Tokenizer`. Half a surrogate pair is encoded as U+FFFD; a run of blanks is cut every `LONGEST_RUN`."""
-        step = LONGEST_RUN // 2  # so long a run covers a multiple of this, and more: a search of the whole text takes longer
+        """See `Tokenizer`. Half a surrogate pair is encoded as U+FFFD; a run of blanks is cut every
+        `LONGEST_RUN`.
+        """
+        # So long a run covers a multiple of this, and more: a search of the whole text takes longer
+        step = LONGEST_RUN // 2
         if any(text[i : i + step // 2].isspace() for i in range(0, len(text), step)):
             return [i for part in _cut_blanks(text) for i in self.encoding.encode_ordinary(part)]
         return self.encoding.encode_ordinary(text)
 
     def merges(self) -> list[tuple[bytes, bytes]]:
-        """The two tokens that each token beyond the single bytes is made of, in the order of the merges.
+        """The two tokens that each token beyond the single bytes is made of, in the order of the
+        merges.
 
-        A token's bytes are merged with the ranks below its own; what is left are the two that its own merge joins.
+        A token's bytes are merged with the ranks below its own; what is left are the two that its
+        own merge joins.
 
         Raises:
-            DataError: a token is not the merge of two earlier ones, so that no list of merges makes it.
+            DataError: a token is not the merge of two earlier ones, so that no list of merges makes
+                it.
 
         """
         ranks = {token: rank for rank, token in enumerate(self.tokens)}
@@ -83,12 +99,17 @@ class BytePairEncoding(Tokenizer):
                 continue
             parts = _merge(token, ranks, rank)
             if len(parts) != 2:
-                raise DataError(f"token {rank} of {self.name}, {token!r}, is not the merge of two tokens before it")
+                raise DataError(
+                    f"token {rank} of {self.name}, {token!r}, is not the merge of two tokens "
+                    "before it"
+                )
             pairs.append((parts[0], parts[1]))
         return pairs
 
     def content(self) -> dict[str, object]:
-        """See `Tokenizer`. Also GPT-2's tokens are written out, so that its ids can be decoded without a network."""
+        """See `Tokenizer`. Also GPT-2's tokens are written out, so that its ids can be decoded
+        without a network.
+        """
         return {"tokens": [base64.b64encode(token).decode("ascii") for token in self.tokens]}
 
 
@@ -100,7 +121,9 @@ def _cut_blanks(text: str) -> Iterator[str]:
 
 
 def _merge(token: bytes, ranks: dict[bytes, int], below: int) -> list[bytes]:
-    """The parts that are left of ``token`` once every merge of a rank under ``below`` is made, lowest first."""
+    """The parts that are left of ``token`` once every merge of a rank under ``below`` is made,
+    lowest first.
+    """
     parts = [bytes([b]) for b in token]
     while len(parts) > 1:
         joined = [ranks.get(left + right, below) for left, right in itertools.pairwise(parts)]
@@ -114,7 +137,8 @@ def _merge(token: bytes, ranks: dict[bytes, int], below: int) -> list[bytes]:
 
 @functools.cache
 def gpt2() -> BytePairEncoding:
-    """GPT-2's own BPE, 50,257 ids. tiktoken downloads its two files once and keeps them (``TIKTOKEN_CACHE_DIR``).
+    """GPT-2's own BPE, 50,257 ids. tiktoken downloads its two files once and keeps them
+    (``TIKTOKEN_CACHE_DIR``).
 
     Raises:
         DataError: not cached, and no network to fetch it.
@@ -122,12 +146,15 @@ def gpt2() -> BytePairEncoding:
     """
     try:
         encoding = tiktoken.get_encoding("gpt2")
-    except (OSError, ValueError) as error:  # requests' errors are OSErrors; a cached file of the wrong hash a ValueError
+    # Requests' errors are OSErrors; a cached file of the wrong hash a ValueError
+    except (OSError, ValueError) as error:
         raise DataError(
             "GPT-2's vocabulary is neither in tiktoken's cache nor to be downloaded: "
             "set TIKTOKEN_CACHE_DIR to a folder that holds it, or go online once"
         ) from error
-    return BytePairEncoding("gpt2", tuple(map(encoding.decode_single_token_bytes, range(encoding.n_vocab - 1))))
+    return BytePairEncoding(
+        "gpt2", tuple(map(encoding.decode_single_token_bytes, range(encoding.n_vocab - 1)))
+    )
 
 
 def byte() -> BytePairEncoding:
@@ -136,13 +163,16 @@ def byte() -> BytePairEncoding:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, name: str) -> BytePairEncoding:
-    """A byte-level BPE trained on ``texts`` with GPT-2's splitting pattern: 256 bytes, the merges, then end-of-text.
+    """A byte-level BPE trained on ``texts`` with GPT-2's splitting pattern: 256 bytes, the merges,
+    then end-of-text.
 
-    A word of more than `LONGEST_WORD` bytes is trained on in parts of that length: the trainer's time grows with the square of
-    it. Ctrl-C ends the call at once; what the trainer then still counts is thrown away.
+    A word of more than `LONGEST_WORD` bytes is trained on in parts of that length: the trainer's
+    time grows with the square of it. Ctrl-C ends the call at once; what the trainer then still
+    counts is thrown away.
 
     Raises:
-        ValueError: the texts are too short for that many merges, or fewer than 257 ids are asked for.
+        ValueError: the texts are too short for that many merges, or fewer than 257 ids are asked
+            for.
 
     """
     from tokenizers import Regex, models, pre_tokenizers, trainers  # only training needs them
@@ -155,17 +185,23 @@ def train_bpe(texts: Iterable[str], vocab_size: int, name: str) -> BytePairEncod
     parts = pre_tokenizers.Split(Regex(f".{{{LONGEST_WORD}}}"), "isolated")
     bpe.pre_tokenizer = pre_tokenizers.Sequence([words, parts])
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False
+    )
     _interruptible(lambda texts: bpe.train_from_iterator(texts, trainer), texts)
     by_id = sorted(bpe.get_vocab().items(), key=lambda item: item[1])
     if len(by_id) != vocab_size - 1:
-        raise ValueError(f"the text is too short for a vocabulary of {vocab_size}: it gives {len(by_id) + 1} ids")
+        raise ValueError(
+            f"the text is too short for a vocabulary of {vocab_size}: it gives {len(by_id) + 1} ids"
+        )
     to_byte = {character: byte for byte, character in PRINTABLE.items()}
     return BytePairEncoding(name, tuple(bytes(to_byte[c] for c in token) for token, _ in by_id))
 
 
 def _interruptible(work: Callable[[Iterable[str]], None], texts: Iterable[str]) -> None:
-    """Call ``work(texts)`` in a thread, since signals wait for native code in the main one. Its errors are raised here."""
+    """Call ``work(texts)`` in a thread, since signals wait for native code in the main one. Its
+    errors are raised here.
+    """
     errors: list[BaseException] = []
     stopped = threading.Event()
 
@@ -196,8 +232,8 @@ def _printable() -> dict[int, str]:
 
 
 PRINTABLE = _printable()
-"""GPT-2's stand-in for each byte, in ``vocab.json`` and ``merges.txt``: printable Latin-1 is itself, the rest count up
-from U+0100."""
+"""GPT-2's stand-in for each byte, in ``vocab.json`` and ``merges.txt``: printable Latin-1 is
+itself, the rest count up from U+0100."""
 
 
 def printable(token: bytes) -> str:

@@ -15,7 +15,8 @@ class Characters(Tokenizer):
     """One id for each character, in the order of their code points. There is no end-of-text.
 
     Raises:
-        ValueError: there are no characters, or they are not sorted, repeat, or include half of a surrogate pair.
+        ValueError: there are no characters, or they are not sorted, repeat, or include half of a
+            surrogate pair.
 
     """
 
@@ -47,8 +48,10 @@ class Characters(Tokenizer):
         if unknown.size:
             position = int(unknown[0])
             raise DataError(
-                f"the character {text[position]!r} (U+{points[position]:04X}) at position {position} of the text is not among "
-                f"the {self.vocab_size} of the vocabulary {self.name}: leave it out, or train a vocabulary on text that has it"
+                f"the character {text[position]!r} (U+{points[position]:04X}) at position "
+                f"{position} of the text is not among "
+                f"the {self.vocab_size} of the vocabulary {self.name}: leave it out, or train a "
+                "vocabulary on text that has it"
             )
         return ids.tolist()
 

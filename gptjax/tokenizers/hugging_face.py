@@ -1,4 +1,6 @@
-"""What Hugging Face's ``tokenizers`` wrote and no ranks of merges express: that library itself encodes it."""
+"""What Hugging Face's ``tokenizers`` wrote and no ranks of merges express: that library itself
+encodes it.
+"""
 
 import dataclasses
 import functools
@@ -11,18 +13,37 @@ from gptjax.tokenizers.bpe import LARGEST, PRINTABLE
 from gptjax.tokenizers.interface import Tokenizer
 
 BYTES = {character: byte for byte, character in PRINTABLE.items()}
-FILE_SETTINGS = {"version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer", "post_processor"}
+FILE_SETTINGS = {
+    "version",
+    "truncation",
+    "padding",
+    "added_tokens",
+    "normalizer",
+    "pre_tokenizer",
+    "post_processor",
+}
 FILE_SETTINGS |= {"decoder", "model"}
-MODEL_SETTINGS = {"type", "vocab", "merges", "unk_token", "fuse_unk", "byte_fallback", "ignore_merges", "dropout"}
+MODEL_SETTINGS = {
+    "type",
+    "vocab",
+    "merges",
+    "unk_token",
+    "fuse_unk",
+    "byte_fallback",
+    "ignore_merges",
+    "dropout",
+}
 MODEL_SETTINGS |= {"continuing_subword_prefix", "end_of_word_suffix"}
 
 
 @dataclasses.dataclass(frozen=True)
 class HuggingFace(Tokenizer):
-    """A byte-level BPE in a ``tokenizer.json``: merges and ids in any order, added tokens, ``ignore_merges``.
+    """A byte-level BPE in a ``tokenizer.json``: merges and ids in any order, added tokens,
+    ``ignore_merges``.
 
-    Special tokens are never found in text; other added tokens are, as the library does it. A setting that changes ids and
-    that this project could not keep to where it encodes text in parts, or decodes bytes one by one, is refused.
+    Special tokens are never found in text; other added tokens are, as the library does it. A
+    setting that changes ids and that this project could not keep to where it encodes text in parts,
+    or decodes bytes one by one, is refused.
 
     Raises:
         ValueError: the library cannot read it, or it has such a setting; the message names it.
@@ -43,13 +64,21 @@ class HuggingFace(Tokenizer):
             if _bytes_of(text) != text.encode():
                 raise ValueError(f"its added token {text!r} would be decoded as other text")
             if not token["special"] and (token["rstrip"] or re.search(r"\S\s", text)):
-                raise ValueError(f"its added token {text!r} reaches over blanks, where a long text may be cut")
+                raise ValueError(
+                    f"its added token {text!r} reaches over blanks, where a long text may be cut"
+                )
         if self.end_of_text is not None:
             if not 0 <= self.end_of_text < self.vocab_size:
-                raise ValueError(f"its end-of-text is {self.end_of_text}, but it has {self.vocab_size} ids")
+                raise ValueError(
+                    f"its end-of-text is {self.end_of_text}, but it has {self.vocab_size} ids"
+                )
             end = self.library.id_to_token(self.end_of_text)
-            if end in map("".join, content["model"]["merges"]) or self.end_of_text in self._ids(end):
-                raise ValueError(f"its end-of-text, {end!r}, is no special token: text could hold it")
+            if end in map("".join, content["model"]["merges"]) or self.end_of_text in self._ids(
+                end
+            ):
+                raise ValueError(
+                    f"its end-of-text, {end!r}, is no special token: text could hold it"
+                )
 
     @functools.cached_property
     def library(self) -> Any:
@@ -69,7 +98,9 @@ class HuggingFace(Tokenizer):
 
     @functools.cached_property
     def _missing(self) -> frozenset[int]:
-        """Bytes that no token stands for alone; the library leaves them out of a text, or puts its ``unk_token``."""
+        """Bytes that no token stands for alone; the library leaves them out of a text, or puts its
+        ``unk_token``.
+        """
         known = set(self.library.get_vocab(with_added_tokens=False))
         return frozenset(byte for byte, character in PRINTABLE.items() if character not in known)
 
@@ -84,7 +115,8 @@ class HuggingFace(Tokenizer):
         lost = self._missing and self._missing.intersection(text.encode())
         if lost:
             raise DataError(
-                f"the text has the byte 0x{min(lost):02X}, which the vocabulary {self.name} lacks: leave the character out, "
+                f"the text has the byte 0x{min(lost):02X}, which the vocabulary {self.name} "
+                "lacks: leave the character out, "
                 "or name another tokenizer"
             )
         return self._ids(text)
@@ -115,10 +147,12 @@ def read_library(source: str) -> Any:
 
 
 def canonical(content: dict[str, Any], end_of_text: str | None) -> tuple[str, int | None]:
-    """The content of a ``tokenizer.json`` as the library writes it, end-of-text made special; and its id.
+    """The content of a ``tokenizer.json`` as the library writes it, end-of-text made special; and
+    its id.
 
     Raises:
-        ValueError: see `check`; or the library cannot read it, or gives added tokens other ids than the file does.
+        ValueError: see `check`; or the library cannot read it, or gives added tokens other ids than
+            the file does.
 
     """
     from tokenizers import AddedToken
@@ -127,7 +161,10 @@ def canonical(content: dict[str, Any], end_of_text: str | None) -> tuple[str, in
     library = read_library(json.dumps(content))
     for token in content.get("added_tokens") or []:
         if library.token_to_id(token["content"]) != token["id"]:
-            raise ValueError(f"its added token {token['content']!r} has another id than its library gives it, {token['id']}")
+            raise ValueError(
+                f"its added token {token['content']!r} has another id than its library gives it, "
+                f"{token['id']}"
+            )
     if end_of_text is None:
         return _content(library), None
     end = library.token_to_id(end_of_text)
@@ -142,20 +179,37 @@ def _content(library: Any) -> str:
 
 
 def check(content: dict[str, Any]) -> None:
-    """Raise ValueError for what is not kept to here, or what the library would not survive, in a ``tokenizer.json``."""
-    model, before, after = content["model"], content.get("pre_tokenizer") or {}, content.get("post_processor") or {}
+    """Raise ValueError for what is not kept to here, or what the library would not survive, in a
+    ``tokenizer.json``.
+    """
+    model, before, after = (
+        content["model"],
+        content.get("pre_tokenizer") or {},
+        content.get("post_processor") or {},
+    )
     if model.get("type", "BPE") != "BPE":
         raise ValueError(f"its model is {model['type']}, not BPE")
     for setting in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model.get(setting):
-            raise ValueError(f"its {setting} is {model[setting]!r}, which is not supported: nothing or false is expected")
+            raise ValueError(
+                f"its {setting} is {model[setting]!r}, which is not supported: nothing or false "
+                "is expected"
+            )
     for setting in ("normalizer", "truncation", "padding"):
         if content.get(setting):
-            raise ValueError(f"it changes the text or its ids (its {setting}), which is not supported")
-    if before.get("type") != "ByteLevel" or before["add_prefix_space"] or not before.get("use_regex", True):
+            raise ValueError(
+                f"it changes the text or its ids (its {setting}), which is not supported"
+            )
+    if (
+        before.get("type") != "ByteLevel"
+        or before["add_prefix_space"]
+        or not before.get("use_regex", True)
+    ):
         raise ValueError("it cuts text otherwise than GPT-2 does (its pre_tokenizer)")
     if after.get("type", "ByteLevel") != "ByteLevel":
-        raise ValueError("it may add tokens to every text (its post_processor), which is not supported")
+        raise ValueError(
+            "it may add tokens to every text (its post_processor), which is not supported"
+        )
     if (content.get("decoder") or {}).get("type") != "ByteLevel":
         raise ValueError("it does not decode bytes (its decoder): ByteLevel is expected")
     unknown = sorted({*(content.keys() - FILE_SETTINGS), *(model.keys() - MODEL_SETTINGS)})
@@ -165,9 +219,13 @@ def check(content: dict[str, Any]) -> None:
     ids = {*model["vocab"].values(), *(token["id"] for token in added)}
     tokens = {*model["vocab"], *(token["content"] for token in added)}
     if ids != set(range(len(tokens))) or not tokens or "" in tokens or len(tokens) > LARGEST:
-        raise ValueError(f"the ids of its {len(tokens)} tokens have gaps, repeat, or are more than {LARGEST}")
+        raise ValueError(
+            f"the ids of its {len(tokens)} tokens have gaps, repeat, or are more than {LARGEST}"
+        )
 
 
 def _bytes_of(token: str) -> bytes:
-    """The bytes of a token, as the library's byte-level decoder has it: what is not all stand-ins of bytes is text."""
+    """The bytes of a token, as the library's byte-level decoder has it: what is not all stand-ins
+    of bytes is text.
+    """
     return bytes(map(BYTES.__getitem__, token)) if BYTES.keys() >= set(token) else token.encode()

@@ -15,7 +15,9 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
 
 
 class Tokenizer(abc.ABC):
-    """Text <-> token ids. Immutable and compared by value; may be used by several threads at once, and pickled."""
+    """Text <-> token ids. Immutable and compared by value; may be used by several threads at once,
+    and pickled.
+    """
 
     kind: ClassVar[str]
     """What the file it is saved as calls it."""
@@ -52,7 +54,9 @@ class Tokenizer(abc.ABC):
         return len(self.pieces)
 
     def same_as(self, other: "Tokenizer") -> bool:
-        """Whether both give the same ids for any text, and the same text for any ids, whatever their names."""
+        """Whether both give the same ids for any text, and the same text for any ids, whatever
+        their names.
+        """
         return self.kind == other.kind and self.content() == other.content()
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
@@ -61,15 +65,21 @@ class Tokenizer(abc.ABC):
         return b"".join(pieces[i] if 0 <= i < len(pieces) else REPLACEMENT for i in ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of some ids; a cut character at either end becomes U+FFFD, an id outside the vocabulary likewise."""
+        """Text of some ids; a cut character at either end becomes U+FFFD, an id outside the
+        vocabulary likewise.
+        """
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it as one JSON file, for `gptjax.tokenizers.load`, durably: the whole file appears, or nothing does."""
+        """Write it as one JSON file, for `gptjax.tokenizers.load`, durably: the whole file appears,
+        or nothing does.
+        """
         with write_whole(Path(path)) as file:
             file.write(json.dumps({"kind": self.kind, "name": self.name} | self.content()).encode())
 
     @property
     def sha256(self) -> str:
         """Hash of all but the name, by which a run knows its own tokenizer."""
-        return hashlib.sha256(json.dumps({"kind": self.kind} | self.content(), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(
+            json.dumps({"kind": self.kind} | self.content(), sort_keys=True).encode()
+        ).hexdigest()

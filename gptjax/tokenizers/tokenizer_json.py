@@ -1,8 +1,9 @@
-"""Hugging Face's ``tokenizer.json``, and the ``vocab.json`` and ``merges.txt`` before it: byte-level BPEs, as GPT-2's.
+"""Hugging Face's ``tokenizer.json``, and the ``vocab.json`` and ``merges.txt`` before it:
+byte-level BPEs, as GPT-2's.
 
-One whose ids are the ranks of its merges becomes a `BytePairEncoding`, if each token is what its own merge makes of those
-before it: then the lowest rank first gives the same ids, whichever pairs the file lists. Any other is encoded by the library
-that wrote it, see `HuggingFace`.
+One whose ids are the ranks of its merges becomes a `BytePairEncoding`, if each token is what its
+own merge makes of those before it: then the lowest rank first gives the same ids, whichever pairs
+the file lists. Any other is encoded by the library that wrote it, see `HuggingFace`.
 """
 
 import json
@@ -34,7 +35,9 @@ def write(folder: Path, tokenizer: Tokenizer) -> None:
 
     """
     if isinstance(tokenizer, HuggingFace):
-        (folder / FILE).write_text(json.dumps(json.loads(tokenizer.source), indent=2, ensure_ascii=False), "utf-8")
+        (folder / FILE).write_text(
+            json.dumps(json.loads(tokenizer.source), indent=2, ensure_ascii=False), "utf-8"
+        )
         end = tokenizer.end_of_text
         ends = {} if end is None else {"eos_token": tokenizer.library.id_to_token(end)}
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **ends}
@@ -66,9 +69,11 @@ def _byte_level(theirs: Any) -> Any:
 
 
 def read(path: Path) -> Tokenizer:
-    """The tokenizer in a ``tokenizer.json``, or in a folder that holds one, or ``vocab.json`` and ``merges.txt``.
+    """The tokenizer in a ``tokenizer.json``, or in a folder that holds one, or ``vocab.json`` and
+    ``merges.txt``.
 
-    End-of-text is what ``tokenizer_config.json`` beside it calls ``eos_token``, else ``<|endoftext|>``, if it has that.
+    End-of-text is what ``tokenizer_config.json`` beside it calls ``eos_token``, else
+    ``<|endoftext|>``, if it has that.
 
     Raises:
         FormatError: there is none, it is damaged, or it would not encode as the library does.
@@ -91,13 +96,19 @@ def _of_two_files(folder: Path) -> dict[str, Any]:
     vocabulary = read_object(folder / "vocab.json")
     try:
         lines = read_text(folder / "merges.txt", LARGEST).split("\n")
-        pairs: Any = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+        pairs: Any = [
+            tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")
+        ]
     except (OSError, ValueError) as error:
         raise FormatError(f"{folder / 'merges.txt'} cannot be read: {error}") from error
     try:
-        content: dict[str, Any] = json.loads(_byte_level(Tokenizer(models.BPE(vocabulary, pairs))).to_str())
+        content: dict[str, Any] = json.loads(
+            _byte_level(Tokenizer(models.BPE(vocabulary, pairs))).to_str()
+        )
     except Exception as error:  # the library knows no narrower one
-        raise FormatError(f"{folder / 'vocab.json'} holds no byte-level BPE that is known here: {error}") from error
+        raise FormatError(
+            f"{folder / 'vocab.json'} holds no byte-level BPE that is known here: {error}"
+        ) from error
     return content
 
 
@@ -122,8 +133,8 @@ def _checked(name: str, content: dict[str, Any], end: str | None) -> Tokenizer:
 def _as_ranks(found: HuggingFace) -> BytePairEncoding | None:
     """The same tokenizer as ranks of merges; None if it is not the same.
 
-    Where all of a token's bytes are left as two parts once every merge of a lower rank is made, and these two are its listed
-    pair, no other pair can ever join to it.
+    Where all of a token's bytes are left as two parts once every merge of a lower rank is made, and
+    these two are its listed pair, no other pair can ever join to it.
     """
     content = json.loads(found.source)
     added = [token["content"] for token in content["added_tokens"]]
@@ -131,7 +142,9 @@ def _as_ranks(found: HuggingFace) -> BytePairEncoding | None:
         return None
     try:
         ranks = BytePairEncoding(found.name, found.pieces[:-1])
-        same = [(printable(a), printable(b)) for a, b in ranks.merges()] == [tuple(p) for p in content["model"]["merges"]]
+        same = [(printable(a), printable(b)) for a, b in ranks.merges()] == [
+            tuple(p) for p in content["model"]["merges"]
+        ]
     except (ValueError, DataError):
         return None
     return ranks if same else None

@@ -1,10 +1,11 @@
 """Train a model: ``python -m gptjax.train --config configs/124m.yaml``.
 
-Every option of the config file is also an option here, as in ``--optim.learning_rate 1e-3``; the command line wins.
-A run is kept in ``runs/NAME``: ``config.yaml`` as resolved, ``metrics.jsonl``, ``tokenizer.json``, ``checkpoints/``,
-and a ``lock`` that the training process holds.
-``python -m gptjax.plot runs/NAME`` draws it; ``--log.tensorboard`` or ``--log.wandb PROJECT`` log it there, too.
-Ctrl-C, SIGTERM or SIGHUP saves a checkpoint and ends; ``--resume auto`` goes on from the newest one as if never interrupted.
+Every option of the config file is also an option here, as in ``--optim.learning_rate 1e-3``; the
+command line wins. A run is kept in ``runs/NAME``: ``config.yaml`` as resolved, ``metrics.jsonl``,
+``tokenizer.json``, ``checkpoints/``, and a ``lock`` that the training process holds. ``python -m
+gptjax.plot runs/NAME`` draws it; ``--log.tensorboard`` or ``--log.wandb PROJECT`` log it there,
+too. Ctrl-C, SIGTERM or SIGHUP saves a checkpoint and ends; ``--resume auto`` goes on from the
+newest one as if never interrupted.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ import time
 import jax
 
 from gptjax import cli
+from gptjax.cli.options import parse
 from gptjax.config import Config
 from gptjax.generate.stream import prompt_ids
 from gptjax.parallel import heartbeat, processes
@@ -28,7 +30,7 @@ from gptjax.train.setup import Run, fill_folder, owned, resolved, restore, set_u
 from gptjax.train.signals import stopping
 from gptjax.train.trainer import DivergedError, Trainer, WrongGradientError
 from gptjax.verify.live import LiveCheck
-from gptjax.weights import load_weights
+from gptjax.weights import load_weights, open_weights
 from gptjax.xla.backend import start_jax
 from gptjax.xla.cache import keep_compiled_programs
 
@@ -37,10 +39,12 @@ FAILED = 1  # exit status
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command. Returns the exit status: 0 done or stopped by a signal, 1 failed; bad input raises SystemExit(2)."""
+    """Run the command. Returns the exit status: 0 done or stopped by a signal, 1 failed; bad input
+    raises SystemExit(2).
+    """
     less = "lower data.batch_size, set model.recompute block"
     with heartbeat.ending_together(PROG), cli.reported_errors(PROG, less, heartbeat.speaks):
-        cfg, file = cli.parse(Config, PROG, __doc__ or "", argv)
+        cfg, file = parse(Config, PROG, __doc__ or "", argv)
         cli.keep_freed_memory()
         keep_compiled_programs()
         cli.quiet_libraries()
@@ -50,7 +54,8 @@ def main(argv: list[str] | None = None) -> int:
         with heartbeat.watched(PROG, cfg.distributed.timeout):
             try:
                 train(dataclasses.replace(cfg, name=cfg.name or (file.stem if file else "run")))
-            except (DivergedError, WrongGradientError) as error:  # in all processes, so none of them is lost
+            # In all processes, so none of them is lost
+            except (DivergedError, WrongGradientError) as error:
                 if processes.is_first():
                     print(f"{PROG}: error: {error}", file=sys.stderr)
                 return FAILED
@@ -61,14 +66,16 @@ def train(cfg: Config) -> None:
     """Train as configured, to the last step or to a signal.
 
     Raises:
-        GptjaxError: anything about the configuration, corpus, checkpoint or disk that a person can mend.
+        GptjaxError: anything about the configuration, corpus, checkpoint or disk that a person can
+            mend.
         DivergedError: ``train.max_nonfinite`` steps in a row were not finite.
         WrongGradientError: a check that ``train.verify_every`` asks for failed.
 
     """
     display = Display(cfg.train.steps, quiet=not processes.is_first())
-    new = set_up(cfg)
-    prompt_ids(new.corpus.tokenizer, cfg.train.sample_prompt)  # better an error now than after the last step
+    new = set_up(with_vocabulary(cfg))
+    # Better an error now than after the last step
+    prompt_ids(new.corpus.tokenizer, cfg.train.sample_prompt)
     with owned(new) as run:
         display.print(describe(run))
         restored = restore(run) if cfg.resume else None
@@ -78,14 +85,20 @@ def train(cfg: Config) -> None:
         if done < cfg.train.steps:
             display.print(_train(run, restored, display))
         else:
-            display.print(f"nothing to do: {done} of {cfg.train.steps} steps are done; raise train.steps to go on")
+            display.print(
+                f"nothing to do: {done} of {cfg.train.steps} steps are done; raise train.steps to "
+                "go on"
+            )
 
 
 def _train(run: Run, restored: Restored | None, display: Display) -> str:
-    """Train a run that has its folder, from the beginning or from a checkpoint. Returns the last line to print."""
+    """Train a run that has its folder, from the beginning or from a checkpoint. Returns the last
+    line to print.
+    """
     cfg, done = run.cfg, restored.step if restored else 0
     state = restored.state if restored else initial_state(run)
-    loggers = open_loggers(cfg.log, run.folder, done, resolved(run), display.print)  # what they lack is told before compiling
+    # What they lack is told before compiling
+    loggers = open_loggers(cfg.log, run.folder, done, resolved(run), display.print)
     began = time.perf_counter()
     shapes = steps.step_arguments(run.model, run.optimizer, run.shape, run.mesh)
     compiled = steps.compile_step(run.model, run.optimizer, cfg.train.backward, *shapes, run.mesh)
@@ -97,9 +110,12 @@ def _train(run: Run, restored: Restored | None, display: Display) -> str:
         display.print(f"{'init':<10} {cfg.init}, val loss {trainer.validation_loss():.4f}")
     stop = processes.Stop(done, cfg.train.steps)
     with contextlib.ExitStack() as cleanup:
-        cleanup.enter_context(stopping(PROG, stop, display))  # first in, so last out: until all is on disk
+        # First in, so last out: until all is on disk
+        cleanup.enter_context(stopping(PROG, stop, display))
         cleanup.enter_context(loggers)
-        records = MetricsFile(run.folder / "metrics.jsonl", done) if processes.is_first() else NoMetrics()
+        records = (
+            MetricsFile(run.folder / "metrics.jsonl", done) if processes.is_first() else NoMetrics()
+        )
         cleanup.enter_context(contextlib.closing(records))
         writer = CheckpointWriter(run.folder / "checkpoints", cfg.train.keep_checkpoints)
         cleanup.enter_context(contextlib.closing(writer))
@@ -107,15 +123,38 @@ def _train(run: Run, restored: Restored | None, display: Display) -> str:
         add_hooks(trainer, records, loggers, writer, display, LiveCheck(trainer))
         trainer.fit(stop)
     if trainer.saved < trainer.done:
-        newest = f"the newest checkpoint is after step {trainer.saved}" if trainer.saved else "there is no checkpoint"
-        return f"ended after step {trainer.done} without a checkpoint of it; in {run.folder} {newest}"
+        newest = (
+            f"the newest checkpoint is after step {trainer.saved}"
+            if trainer.saved
+            else "there is no checkpoint"
+        )
+        return (
+            f"ended after step {trainer.done} without a checkpoint of it; in {run.folder} {newest}"
+        )
     if stop.name and trainer.done < cfg.train.steps:
         display.print(f"stopped by {stop.name} after step {trainer.done}; go on with --resume auto")
     return f"saved in {run.folder}"
 
 
+def with_vocabulary(cfg: Config) -> Config:
+    """Take the vocabulary's size from the weights that ``init`` names, where the model does not
+    give it.
+
+    Raises:
+        GptjaxError: the weights cannot be read.
+
+    """
+    if not cfg.init or cfg.model.vocab_size:
+        return cfg
+    size = processes.first_then_others(
+        "vocabulary", lambda: open_weights(str(cfg.init)).cfg.vocab_size
+    )
+    return dataclasses.replace(cfg, model=cfg.model.with_vocabulary(size))
+
+
 def initial_state(run: Run) -> steps.TrainState | None:
-    """The parameters that ``init`` names and a fresh optimizer; None where parameters are to be drawn.
+    """The parameters that ``init`` names and a fresh optimizer; None where parameters are to be
+    drawn.
 
     Raises:
         GptjaxError: the weights cannot be had, or are of other dimensions.

@@ -1,8 +1,9 @@
 """Checkpoints of a run: atomic, asynchronous, verified when read.
 
-Orbax writes each to a temporary folder and renames it, so one cut off by a crash never counts. Each carries a JSON document
-with a checksum of every array, taken on the device when it was saved, and the document's own SHA-256: what is restored is what
-was saved, or it is not used. No other file in it is believed: one that is damaged leads to other arrays, or to an error.
+Orbax writes each to a temporary folder and renames it, so one cut off by a crash never counts. Each
+carries a JSON document with a checksum of every array, taken on the device when it was saved, and
+the document's own SHA-256: what is restored is what was saved, or it is not used. No other file in
+it is believed: one that is damaged leads to other arrays, or to an error.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -30,7 +32,7 @@ from gptjax.config import DIMENSIONS, ModelConfig
 from gptjax.errors import CheckpointError, ConfigError, GptjaxError
 from gptjax.files import set_aside
 from gptjax.formats.lazy import collect
-from gptjax.models.params import param_axes, rows, stack, unstack
+from gptjax.models.params import is_stacked, param_axes, rows, stack, unstack
 from gptjax.parallel import mesh as meshes
 from gptjax.parallel import processes
 from gptjax.parallel.heartbeat import tells_of_a_lost_process
@@ -39,7 +41,12 @@ from gptjax.train.step import TrainState, init_state
 
 PREFIX = "step"
 CHUNK_BYTES = 1 << 22  # of an array: what is written, and read to verify it, at a time
-NOT_DAMAGE = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", os.strerror(errno.EACCES), os.strerror(errno.EMFILE))
+NOT_DAMAGE = (
+    "RESOURCE_EXHAUSTED",
+    "PERMISSION_DENIED",
+    os.strerror(errno.EACCES),
+    os.strerror(errno.EMFILE),
+)
 T = TypeVar("T")
 
 
@@ -62,13 +69,22 @@ class CheckpointWriter:
             step_prefix=PREFIX,
             step_format_fixed_length=8,
             cleanup_tmp_directories=True,
-            lightweight_initialize=True,  # reads no metadata of older checkpoints: a damaged one keeps nobody from saving
+            # Reads no metadata of older checkpoints: a damaged one keeps nobody from saving
+            lightweight_initialize=True,
         )
         with _write_errors(folder):
             self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
-    def save(self, step: int, state: TrainState, cfg: ModelConfig, optimizer: Optimizer, meta: dict[str, Any]) -> None:
-        """Start saving the state after ``step`` steps; returns as soon as the state may change again.
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        cfg: ModelConfig,
+        optimizer: Optimizer,
+        meta: dict[str, Any],
+    ) -> None:
+        """Start saving the state after ``step`` steps; returns as soon as the state may change
+        again.
 
         Args:
             step: steps done.
@@ -78,7 +94,8 @@ class CheckpointWriter:
             meta: anything JSON that resuming needs.
 
         Raises:
-            CheckpointError: this save was declined, or it, or an earlier one in the background, could not be written.
+            CheckpointError: this save was declined, or it, or an earlier one in the background,
+                could not be written.
 
         """
         content = {
@@ -92,9 +109,14 @@ class CheckpointWriter:
         with _write_errors(self.folder):
             in_chunks = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
             arrays = ocp.args.StandardSave(state, jax.tree.map(lambda _: in_chunks, state))
-            saving = self._manager.save(step, args=ocp.args.Composite(state=arrays, info=ocp.args.JsonSave(info)))
+            saving = self._manager.save(
+                step, args=ocp.args.Composite(state=arrays, info=ocp.args.JsonSave(info))
+            )
         if not saving:
-            raise CheckpointError(f"step {step} was not saved: {self.folder} holds a later checkpoint; choose another --name")
+            raise CheckpointError(
+                f"step {step} was not saved: {self.folder} holds a later checkpoint; choose "
+                "another --name"
+            )
 
     def check(self) -> None:
         """Raise the `CheckpointError` of a save that failed in the background, if one did."""
@@ -113,24 +135,32 @@ class CheckpointWriter:
             self._manager.close()
 
 
-def restore_newest(folder: Path, cfg: ModelConfig, optimizer: Optimizer, mesh: Mesh | None = None) -> Restored | None:
-    """The newest checkpoint in ``folder`` that reads back as it was saved, in the layout of ``cfg``; None if there is none.
+def restore_newest(
+    folder: Path, cfg: ModelConfig, optimizer: Optimizer, mesh: Mesh | None = None
+) -> Restored | None:
+    """The newest checkpoint in ``folder`` that reads back as it was saved, in the layout of
+    ``cfg``; None if there is none.
 
-    Whatever mesh it was saved from, it is read to lie over ``mesh``. A damaged one is renamed to ``damaged-...`` with a
-    warning, and the one before it is tried: by all processes, if any of them finds it damaged.
+    Whatever mesh it was saved from, it is read to lie over ``mesh``. A damaged one is renamed to
+    ``damaged-...`` with a warning, and the one before it is tried: by all processes, if any of them
+    finds it damaged.
 
     Raises:
         GptjaxError: the model's dimensions differ, or there are checkpoints but all are damaged.
 
     """
-    return _newest_whole(folder, lambda path, step: _restore(path, step, cfg, optimizer, mesh), processes.agreed)
+    found = _newest_whole(
+        folder, lambda path, step: _restore(path, step, cfg, optimizer, mesh), processes.agreed
+    )
+    return found and found._replace(state=_in_layout(found.state, cfg, optimizer, mesh))
 
 
 def open_newest(folder: Path) -> tuple[ModelConfig, Any, dict[str, Any]]:
-    """The model of the newest whole checkpoint in ``folder``, its parameters, verified now, read when used, and its ``meta``.
+    """The model of the newest whole checkpoint in ``folder``, its parameters, verified now, read
+    when used, and its ``meta``.
 
-    A damaged one is renamed to ``damaged-...`` with a warning, and the one before it is tried. The run may be training
-    meanwhile: what it is still writing is left alone.
+    A damaged one is renamed to ``damaged-...`` with a warning, and the one before it is tried. The
+    run may be training meanwhile: what it is still writing is left alone.
 
     Raises:
         CheckpointError: there is none, or all are damaged.
@@ -142,17 +172,24 @@ def open_newest(folder: Path) -> tuple[ModelConfig, Any, dict[str, Any]]:
     return found
 
 
-def _newest_whole(folder: Path, read: Callable[[Path, int], T], agreed: Callable[[str, Callable[[], str]], str]) -> T | None:
-    """What ``read(path, step)`` makes of the newest checkpoint that it can read; None if there is no checkpoint at all.
+def _newest_whole(
+    folder: Path, read: Callable[[Path, int], T], agreed: Callable[[str, Callable[[], str]], str]
+) -> T | None:
+    """What ``read(path, step)`` makes of the newest checkpoint that it can read; None if there is
+    no checkpoint at all.
 
-    ``read`` raises `GptjaxError` for what is no damage, anything else for what is. ``agreed`` is `processes.agreed` if all
-    processes read the same checkpoint.
+    ``read`` raises `GptjaxError` for what is no damage, anything else for what is. ``agreed`` is
+    `processes.agreed` if all processes read the same checkpoint.
     """
     names = ocp.path.step.standard_name_format(step_prefix=PREFIX, step_format_fixed_length=8)
     tried: set[int] = set()
 
     def steps() -> set[int]:  # finished ones only: what is being written has another name
-        return {found.step for found in names.find_all(folder.absolute())} - tried if folder.is_dir() else set()
+        return (
+            {found.step for found in names.find_all(folder.absolute())} - tried
+            if folder.is_dir()
+            else set()
+        )
 
     def newest() -> str:
         return json.dumps([max(steps(), default=None), bool(list(folder.glob("damaged-*")))])
@@ -182,9 +219,14 @@ def _newest_whole(folder: Path, read: Callable[[Path, int], T], agreed: Callable
             tried.add(step)
             done = agreed(f"{path.name} set aside", put_aside)
             if done and processes.is_first():
-                warnings.warn(f"checkpoint {path} is damaged and {done}: {reason[:200]}", stacklevel=3)
+                warnings.warn(
+                    f"checkpoint {path} is damaged and {done}: {reason[:200]}", stacklevel=3
+                )
     if tried or some_were_damaged:
-        raise CheckpointError(f"no checkpoint in {folder} can be read: all are damaged, so start afresh without --resume")
+        raise CheckpointError(
+            f"no checkpoint in {folder} can be read: all are damaged, so start afresh without "
+            "--resume"
+        )
     return None
 
 
@@ -199,7 +241,9 @@ class _Info(NamedTuple):
 
 def _digest(content: Any) -> str:
     """SHA-256 of JSON in its canonical form."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()
 
 
 def _read_info(path: Path, step: int) -> _Info:
@@ -221,7 +265,12 @@ def _read_info(path: Path, step: int) -> _Info:
         raise ValueError("what it says of itself does not match its checksum")
     try:
         of_step = content["step"]
-        info = _Info(ModelConfig(**content["model"]), content["optimizer"], content["arrays"], content["meta"])
+        info = _Info(
+            ModelConfig(**content["model"]),
+            content["optimizer"],
+            content["arrays"],
+            content["meta"],
+        )
     except (ConfigError, KeyError, TypeError) as error:
         raise of_another_version from error
     if of_step != step:
@@ -258,7 +307,8 @@ def _open(path: Path, step: int) -> tuple[ModelConfig, Any, dict[str, Any]]:
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise CheckpointError(
-                f"checkpoint {path} changed while it was read ({reason[:200]}): if its run is training and has dropped it "
+                f"checkpoint {path} changed while it was read ({reason[:200]}): if its run is "
+                "training and has dropped it "
                 "for a newer one, try again"
             ) from error
         return found[0] if layer is not None and info.model.layers == "scan" else found
@@ -266,38 +316,59 @@ def _open(path: Path, step: int) -> tuple[ModelConfig, Any, dict[str, Any]]:
     return info.model, collect(info.model, load, lambda *place: np.dtype(np.float32)), info.meta
 
 
-def _stored(cfg: ModelConfig) -> Iterator[tuple[str, str, tuple[int, ...], dict[int | None, tuple[int, int]]]]:
-    """Each array that parameters are kept in: tensor, its own name, its shape, and where in it each layer's rows begin and end.
+def _stored(
+    cfg: ModelConfig,
+) -> Iterator[tuple[str, str, tuple[int, ...], dict[int | None, tuple[int, int]]]]:
+    """Each array that parameters are kept in: tensor, its own name, its shape, and where in it each
+    layer's rows begin and end.
 
     The layer is None outside the blocks; the vocabulary's pad rows, which come last, are nobody's.
     """
     for name, layered, weight, shape in rows(cfg):
         if not layered:
-            yield name, f"params.{name}", shape, {None: (0, cfg.vocab_size if weight.axes[0] == "Vp" else shape[0])}
+            yield (
+                name,
+                f"params.{name}",
+                shape,
+                {None: (0, cfg.vocab_size if weight.axes[0] == "Vp" else shape[0])},
+            )
         elif cfg.layers == "scan":
             stacked = (cfg.num_layers, *shape)
-            yield name, f"params.blocks.{name}", stacked, {layer: (layer, layer + 1) for layer in range(cfg.num_layers)}
+            yield (
+                name,
+                f"params.blocks.{name}",
+                stacked,
+                {layer: (layer, layer + 1) for layer in range(cfg.num_layers)},
+            )
         else:
             for layer in range(cfg.num_layers):
                 yield name, f"params.blocks.{layer}.{name}", shape, {layer: (0, shape[0])}
 
 
 def _reader() -> ocp.Checkpointer:
-    """What reads a checkpoint without waiting for other processes, which may be doing something else, or fail to read it."""
+    """What reads a checkpoint without waiting for other processes, which may be doing something
+    else, or fail to read it.
+    """
     me = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
-    handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=alone))
+    handler = ocp.CompositeCheckpointHandler(
+        composite_options=ocp.CompositeOptions(multiprocessing_options=alone)
+    )
     return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 def _open_array(path: Path, key: str) -> Any:
-    """One array of a checkpoint where Orbax keeps it: as zarr, in a database of the checkpoint's arrays."""
+    """One array of a checkpoint where Orbax keeps it: as zarr, in a database of the checkpoint's
+    arrays.
+    """
     store = {"driver": "ocdbt", "base": f"file://{path / 'state'}/", "path": f"{key}/"}
     return tensorstore.open({"driver": "zarr", "kvstore": store}, open=True, read=True).result()
 
 
 def _read(array: Any, start: int, stop: int, into: np.ndarray | None = None) -> int:
-    """Read rows of a stored array in parts of about `CHUNK_BYTES`; what `_checksums` says of them, where they stand in it."""
+    """Read rows of a stored array in parts of about `CHUNK_BYTES`; what `_checksums` says of them,
+    where they stand in it.
+    """
     width, total = math.prod(array.shape[1:]), 0
     rows = max(1, CHUNK_BYTES // (4 * width))
     for first in range(start, stop, rows):
@@ -315,12 +386,18 @@ def _on_device(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)
 
 
-def _restore(path: Path, step: int, cfg: ModelConfig, optimizer: Optimizer, mesh: Mesh | None) -> Restored:
-    """One checkpoint; if any process cannot read its part of it, none has it."""
+def _restore(
+    path: Path, step: int, cfg: ModelConfig, optimizer: Optimizer, mesh: Mesh | None
+) -> Restored:
+    """One checkpoint, in the layout it was saved in; if any process cannot read its part of it,
+    none has it.
+    """
 
-    def read() -> tuple[TrainState, Any, _Info]:
+    def read() -> tuple[TrainState, _Info]:
         if not path.is_dir() and not processes.is_first():
-            raise CheckpointError(f"there is no {path} here: --runs must be a folder that all processes share")
+            raise CheckpointError(
+                f"there is no {path} here: --runs must be a folder that all processes share"
+            )
         info = _read_info(path, step)
         as_saved = dataclasses.replace(cfg, layers=info.model.layers)
         shapes = jax.eval_shape(lambda key: init_state(key, as_saved, optimizer), jax.random.key(0))
@@ -328,23 +405,47 @@ def _restore(path: Path, step: int, cfg: ModelConfig, optimizer: Optimizer, mesh
         now = {f"model.{name}": getattr(cfg, name) for name in DIMENSIONS} | _kind(optimizer)
         for name, value in saved.items():
             if value != now.get(name):
-                raise CheckpointError(f"{path} was trained with {name} {value}, not {now.get(name)}: give it that value")
-        arrays = ocp.args.StandardRestore(meshes.abstract(mesh, param_axes(as_saved), shapes) if mesh else _on_device(shapes))
-        return _reader().restore(path, args=ocp.args.Composite(state=arrays)).state, shapes, info
+                raise CheckpointError(
+                    f"{path} was trained with {name} {value}, not {now.get(name)}: give it that "
+                    "value"
+                )
+        # It factors the stack, not each layer
+        if info.model.layers != cfg.layers and optimizer.cfg.name == "adafactor":
+            raise CheckpointError(
+                f"{path} was trained with model.layers {info.model.layers}: give it that value"
+            )
+        arrays = ocp.args.StandardRestore(
+            meshes.abstract(mesh, param_axes(as_saved), shapes) if mesh else _on_device(shapes)
+        )
+        return _reader().restore(path, args=ocp.args.Composite(state=arrays)).state, info
 
     def check() -> None:
         if _sums(state) != info.sums:
             raise ValueError("its checksums do not match")
 
-    state, shapes, info = processes.together(f"{path.name} read", _not_damage(path)(read))
+    state, info = processes.together(f"{path.name} read", _not_damage(path)(read))
     _not_damage(path)(check)()  # with the others; the sums are the same in all
-    if info.model.layers != cfg.layers:
-        if optimizer.cfg.name == "adafactor":  # its factors of stacked layers are not those of single ones
-            raise CheckpointError(f"{path} was trained with model.layers {info.model.layers}: give it that value")
-        convert = lambda s: _each_params(stack if cfg.layers == "scan" else unstack, s)  # noqa: E731
-        as_now = jax.eval_shape(convert, shapes)
-        state = jax.jit(convert, out_shardings=meshes.shardings(mesh, param_axes(cfg), as_now) if mesh else None)(state)
     return Restored(state, step, info.meta)
+
+
+def _in_layout(
+    state: TrainState, cfg: ModelConfig, optimizer: Optimizer, mesh: Mesh | None
+) -> TrainState:
+    """The state with its layers, and what the optimizer keeps for them, stacked or not as
+    ``cfg.layers`` says.
+    """
+    if is_stacked(state.params.blocks) == (cfg.layers == "scan"):
+        return state
+    one = stack if cfg.layers == "scan" else partial(unstack, num_layers=cfg.num_layers)
+    is_params = lambda tree: hasattr(tree, "blocks")  # noqa: E731
+
+    def convert(state: Any) -> Any:
+        return jax.tree.map(lambda x: one(x) if is_params(x) else x, state, is_leaf=is_params)
+
+    shapes = jax.eval_shape(lambda key: init_state(key, cfg, optimizer), jax.random.key(0))
+    return jax.jit(
+        convert, out_shardings=meshes.shardings(mesh, param_axes(cfg), shapes) if mesh else None
+    )(state)
 
 
 @contextlib.contextmanager
@@ -354,18 +455,15 @@ def _not_damage(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         if isinstance(error, MemoryError) or any(sign in str(error) for sign in NOT_DAMAGE):
-            raise CheckpointError(f"checkpoint {path} cannot be read: {str(error)[:200]}") from error
+            raise CheckpointError(
+                f"checkpoint {path} cannot be read: {str(error)[:200]}"
+            ) from error
         raise
 
 
 def _kind(optimizer: Optimizer) -> dict[str, str | None]:
     """The options that decide what the optimizer's state is."""
     return {"optim.name": optimizer.cfg.name, "optim.mu_dtype": optimizer.cfg.mu_dtype}
-
-
-def _each_params(f: Any, tree: Any) -> Any:
-    is_params = lambda x: hasattr(x, "blocks")  # noqa: E731
-    return jax.tree.map(lambda x: f(x) if is_params(x) else x, tree, is_leaf=is_params)
 
 
 def _sums(tree: Any) -> dict[str, int]:
@@ -379,8 +477,11 @@ def _checksums(tree: Any) -> Any:
     """A 32-bit checksum of each array."""
 
     def checksum(x: Array) -> Array:
-        words = lax.bitcast_convert_type(x, jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint32).astype(jnp.uint32)
-        place = jnp.zeros(words.shape, jnp.uint32)  # in the flat array, which would bring a cut one together
+        words = lax.bitcast_convert_type(
+            x, jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint32
+        ).astype(jnp.uint32)
+        # In the flat array, which would bring a cut one together
+        place = jnp.zeros(words.shape, jnp.uint32)
         for axis, size in enumerate(words.shape):
             place = place * size + lax.broadcasted_iota(jnp.uint32, words.shape, axis)
         return _mixed(words, place).sum(dtype=jnp.uint32)
@@ -389,7 +490,8 @@ def _checksums(tree: Any) -> Any:
 
 
 def _mixed(words: Any, place: Any) -> Any:
-    """Words hashed with their places (Wellons' lowbias32), to be added up: any changed word or pair of swapped ones shows.
+    """Words hashed with their places (Wellons' lowbias32), to be added up: any changed word or pair
+    of swapped ones shows.
 
     One changed word always does, since the hash is one-to-one; of other changes 1 in 2^32 escapes.
     """
@@ -401,18 +503,27 @@ def _mixed(words: Any, place: Any) -> Any:
 
 @contextlib.contextmanager
 def _write_errors(folder: Path) -> Iterator[None]:
-    """Turn what Orbax raises while writing into `CheckpointError`; the system's own words for it are deep in its message.
+    """Turn what Orbax raises while writing into `CheckpointError`; the system's own words for it
+    are deep in its message.
 
-    A process that is lost meanwhile is no fault of the disk: that goes on to `gptjax.parallel.heartbeat.ending_together`.
+    A process that is lost meanwhile is no fault of the disk: that goes on to
+    `gptjax.parallel.heartbeat.ending_together`.
     """
     try:
         yield
     except Exception as error:
         if tells_of_a_lost_process(error):
             raise
-        known = (os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES))
-        reason = next((words for words in known if words in str(error)), str(error)[:300] or type(error).__name__)
+        known = (
+            os.strerror(code)
+            for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+        )
+        reason = next(
+            (words for words in known if words in str(error)),
+            str(error)[:300] or type(error).__name__,
+        )
         raise CheckpointError(
-            f"the checkpoint in {folder} cannot be written ({reason}): free space or choose another --runs folder; "
+            f"the checkpoint in {folder} cannot be written ({reason}): free space or choose "
+            "another --runs folder; "
             "earlier checkpoints are untouched"
         ) from error

@@ -28,13 +28,15 @@ class RunInUseError(CheckpointError):
 def owned(runs: Path, name: str, resume: str | None) -> Iterator[Path]:
     """The folder of a run, which is this process's alone until the block ends, however it ends.
 
-    A new run gets a new folder, ``NAME``, ``NAME-2``, ``NAME-3``... One that never got as far as to have its configuration
-    written is no run: the block leaves none behind, and what a kill leaves is used again.
+    A new run gets a new folder, ``NAME``, ``NAME-2``, ``NAME-3``... One that never got as far as to
+    have its configuration written is no run: the block leaves none behind, and what a kill leaves
+    is used again.
 
     Args:
         runs: where runs are kept.
         name: the run's.
-        resume: ``auto`` for the newest run of that name, or else a new one; the folder of a run; None for a new one.
+        resume: ``auto`` for the newest run of that name, or else a new one; the folder of a run;
+            None for a new one.
 
     Raises:
         CheckpointError: the folder to resume is not a run's, or another process is training it.
@@ -43,7 +45,9 @@ def owned(runs: Path, name: str, resume: str | None) -> Iterator[Path]:
     if resume is not None and resume != "auto":
         folder = Path(resume)
         if not (folder / "checkpoints").is_dir():
-            raise CheckpointError(f"--resume {resume} is not the folder of a run: it has no checkpoints/ in it")
+            raise CheckpointError(
+                f"--resume {resume} is not the folder of a run: it has no checkpoints/ in it"
+            )
         lock = _lock(folder)
     else:
         folder, lock = _newest(runs, name) if resume else _new(runs, name, _numbers(runs, name))
@@ -68,7 +72,8 @@ def _newest(runs: Path, name: str) -> tuple[Path, TextIO]:
                     lock = _lock(folder)
                     if is_run(folder):
                         return folder, lock
-                    unused = folder, kept.enter_context(lock)  # or two that look at once would each find it locked
+                    # Or two that look at once would each find it locked
+                    unused = folder, kept.enter_context(lock)
         kept.pop_all()
     return unused or _new(runs, name, numbers, resume=True)
 
@@ -91,7 +96,8 @@ def _new(runs: Path, name: str, numbers: list[int], resume: bool = False) -> tup
             if resume:
                 raise
             continue
-        if resume or not is_run(folder):  # to resume is to take what another process has just begun, or to be refused
+        # To resume is to take what another process has just begun, or to be refused
+        if resume or not is_run(folder):
             break
         lock.close()
     return folder, lock
@@ -103,7 +109,9 @@ def is_run(folder: Path) -> bool:
 
 
 def _is_unused(folder: Path) -> bool:
-    """Whether nothing is in the folder, or only the lock of a process that ended before it trained."""
+    """Whether nothing is in the folder, or only the lock of a process that ended before it
+    trained.
+    """
     with contextlib.suppress(OSError):
         return set(os.listdir(folder)) <= {LOCK_FILE}
     return False
@@ -111,7 +119,10 @@ def _is_unused(folder: Path) -> bool:
 
 def _numbers(runs: Path, name: str) -> list[int]:
     """Those of the folders of this name, the newest first."""
-    matches = (re.fullmatch(re.escape(name) + r"(?:-([1-9]\d*))?", path.name) for path in runs.glob(f"{glob.escape(name)}*"))
+    matches = (
+        re.fullmatch(re.escape(name) + r"(?:-([1-9]\d*))?", path.name)
+        for path in runs.glob(f"{glob.escape(name)}*")
+    )
     return sorted({int(match[1] or 1) for match in matches if match}, reverse=True)
 
 
@@ -120,7 +131,8 @@ def _numbered(runs: Path, name: str, number: int) -> Path:
 
 
 def _lock(folder: Path) -> TextIO:
-    """Lock a run's folder until what this returns is closed, or the process ends; its file says which one it is.
+    """Lock a run's folder until what this returns is closed, or the process ends; its file says
+    which one it is.
 
     Raises:
         RunInUseError: another process has the lock.
@@ -149,8 +161,13 @@ def _flock(file: TextIO, folder: Path) -> None:
     except BlockingIOError as error:
         time.sleep(0.1)  # in which the other writes its name
         owner = file.read(300).strip() or "another process"
-        raise RunInUseError(f"{folder} is being trained by {owner}: wait until it ends, or stop it") from error
+        raise RunInUseError(
+            f"{folder} is being trained by {owner}: wait until it ends, or stop it"
+        ) from error
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-        warnings.warn(f"{folder} cannot be locked on this file system: start no second process on it", stacklevel=2)
+        warnings.warn(
+            f"{folder} cannot be locked on this file system: start no second process on it",
+            stacklevel=2,
+        )

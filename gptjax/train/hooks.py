@@ -1,4 +1,6 @@
-"""What a run does between its steps: logging, validation, samples, checkpoints, checks of the gradient."""
+"""What a run does between its steps: logging, validation, samples, checkpoints, checks of the
+gradient.
+"""
 
 from collections.abc import Callable
 
@@ -10,7 +12,8 @@ from gptjax.train.samples import sample_text
 from gptjax.train.setup import checkpoint_meta
 from gptjax.train.trainer import Record, Trainer, WrongGradientError
 
-NOTABLE = {"val_loss", "skipped", "gradient_error"}  # a step with one of them gets its line whatever log_every says
+# A step with one of them gets its line whatever log_every says
+NOTABLE = {"val_loss", "skipped", "gradient_error"}
 
 
 def add_hooks(
@@ -21,7 +24,9 @@ def add_hooks(
     display: Display,
     check: Callable[[Batch], Record],
 ) -> None:
-    """Add what a run does between its steps, as configured; ``check`` checks the gradient of a batch."""
+    """Add what a run does between its steps, as configured; ``check`` checks the gradient of a
+    batch.
+    """
     run, cfg = trainer.run, trainer.run.cfg.train
 
     def save() -> None:
@@ -31,7 +36,10 @@ def add_hooks(
         records.write(record)
         loggers.write(record)
         step = record["step"]
-        display.step(record, line=step % cfg.log_every == 0 or step == cfg.steps or not NOTABLE.isdisjoint(record))
+        display.step(
+            record,
+            line=step % cfg.log_every == 0 or step == cfg.steps or not NOTABLE.isdisjoint(record),
+        )
         writer.check()
 
     def checkpoint() -> None:
@@ -39,7 +47,10 @@ def add_hooks(
             save()
             trainer.saved = trainer.done
         else:
-            display.print(f"{display.of(trainer.done)} | no checkpoint: the parameters give a loss that is not finite")
+            display.print(
+                f"{display.of(trainer.done)} | no checkpoint: the parameters give a loss that is "
+                "not finite"
+            )
 
     def print_sample() -> None:
         text = sample_text(run, trainer.state.params, trainer.done)
@@ -50,13 +61,16 @@ def add_hooks(
         try:
             return check(batch)
         except WrongGradientError:
-            if trainer.saved < trainer.done:  # the parameters in question, for `gptjax.verify --checkpoint`
+            # The parameters in question, for `gptjax.verify --checkpoint`
+            if trainer.saved < trainer.done:
                 save()
             raise
 
     trainer.listen(log)
     trainer.before_step(verify, cfg.verify_every)
-    trainer.measure(lambda: {"val_loss": trainer.validation_loss()}, cfg.eval_every, at_end=cfg.eval_every > 0)
+    trainer.measure(
+        lambda: {"val_loss": trainer.validation_loss()}, cfg.eval_every, at_end=cfg.eval_every > 0
+    )
     trainer.after_step(checkpoint, cfg.checkpoint_every, when_stopped=True)
     if cfg.sample_tokens:
         trainer.after_step(print_sample, cfg.sample_every)

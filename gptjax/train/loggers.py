@@ -1,7 +1,9 @@
-"""TensorBoard and Weights & Biases beside ``metrics.jsonl``: the same numbers, the samples and the configuration.
+"""TensorBoard and Weights & Biases beside ``metrics.jsonl``: the same numbers, the samples and the
+configuration.
 
-``metrics.jsonl`` stays what resuming and plotting read. These are extras, imported only where a run asks for them; one that
-fails in the middle of training is left out from then on, and training goes on.
+``metrics.jsonl`` stays what resuming and plotting read. These are extras, imported only where a run
+asks for them; one that fails in the middle of training is left out from then on, and training goes
+on.
 """
 
 import contextlib
@@ -23,7 +25,12 @@ from gptjax.errors import ConfigError
 from gptjax.files import read_text
 
 # The chart of each number: both programs group charts by what stands before the slash.
-CHARTS = {"val_loss": "val/loss", "ms": "speed/ms", "tokens_per_s": "speed/tokens_per_s", "mfu": "speed/mfu"}
+CHARTS = {
+    "val_loss": "val/loss",
+    "ms": "speed/ms",
+    "tokens_per_s": "speed/tokens_per_s",
+    "mfu": "speed/mfu",
+}
 ID_FILE = "wandb_id"
 
 
@@ -43,16 +50,19 @@ class Logger(Protocol):
 
 
 class TensorBoard:
-    """Events in a folder, one file each time that training starts, each step on disk as soon as it is known.
+    """Events in a folder, one file each time that training starts, each step on disk as soon as it
+    is known.
 
-    TensorBoard's `EventFileWriter` writes from a thread, so that a kill loses what it holds and a full disk shows late; this
-    writes the same records at once.
+    TensorBoard's `EventFileWriter` writes from a thread, so that a kill loses what it holds and a
+    full disk shows late; this writes the same records at once.
     """
 
     title = "TensorBoard"
 
     def __init__(self, folder: Path, done: int, config: dict[str, Any]) -> None:
-        """Start a file; TensorBoard drops earlier events of steps after ``done``, left by a run that was cut off."""
+        """Start a file; TensorBoard drops earlier events of steps after ``done``, left by a run
+        that was cut off.
+        """
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.plugins.text.summary_v2 import text_pb
@@ -61,7 +71,9 @@ class TensorBoard:
         self._event, self._summary, self._text_summary = Event, Summary, text_pb
         folder.mkdir(parents=True, exist_ok=True)
         # TensorBoard reads a folder's files in the order of their names.
-        self._file = (folder / f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}").open("xb")
+        self._file = (
+            folder / f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
+        ).open("xb")
         self._records = RecordWriter(self._file)
         self._add(file_version="brain.Event:2")
         self._add(step=done + 1 if done else 0, session_log=SessionLog(status=SessionLog.START))
@@ -69,12 +81,18 @@ class TensorBoard:
 
     def write(self, record: dict[str, Any]) -> None:
         """All numbers of a step as one event."""
-        values = [self._summary.Value(tag=tag, simple_value=value) for tag, value in _charts(record).items()]
+        values = [
+            self._summary.Value(tag=tag, simple_value=value)
+            for tag, value in _charts(record).items()
+        ]
         self._add(step=record["step"], summary=self._summary(value=values))
 
     def text(self, name: str, text: str, step: int) -> None:
         """The text as it is: TensorBoard renders Markdown, in which indented lines are code."""
-        self._add(step=step, summary=self._text_summary(name, textwrap.indent(text, "    ", lambda _: True)))
+        self._add(
+            step=step,
+            summary=self._text_summary(name, textwrap.indent(text, "    ", lambda _: True)),
+        )
 
     def close(self, failed: bool) -> None:
         """Close the file."""
@@ -88,9 +106,10 @@ class TensorBoard:
 class WeightsAndBiases:
     """A run of Weights & Biases, its files under ``FOLDER/wandb``, named as the folder.
 
-    The run's id is kept in the folder, and a resumed run goes on under it. W&B cannot take steps back: those that it has had
-    already, from a run that was cut off after its last checkpoint, stay as they were. The environment says the rest:
-    ``WANDB_MODE=offline`` keeps everything on disk, for ``wandb sync``; ``WANDB_API_KEY``, ``WANDB_TAGS``...
+    The run's id is kept in the folder, and a resumed run goes on under it. W&B cannot take steps
+    back: those that it has had already, from a run that was cut off after its last checkpoint, stay
+    as they were. The environment says the rest: ``WANDB_MODE=offline`` keeps everything on disk,
+    for ``wandb sync``; ``WANDB_API_KEY``, ``WANDB_TAGS``...
     """
 
     title = "Weights & Biases"
@@ -155,7 +174,11 @@ class WeightsAndBiases:
 
 
 def _charts(record: dict[str, Any]) -> dict[str, float]:
-    return {CHARTS.get(key, f"train/{key}"): float(value) for key, value in record.items() if key != "step"}
+    return {
+        CHARTS.get(key, f"train/{key}"): float(value)
+        for key, value in record.items()
+        if key != "step"
+    }
 
 
 class Loggers:
@@ -186,7 +209,10 @@ class Loggers:
             except Exception as error:  # whatever goes wrong in there, training goes on
                 self._loggers.remove(logger)
                 reason = " ".join(str(error).split()) or type(error).__name__
-                self._warn(f"{logger.title} failed and is left out from here on: {reason}; metrics.jsonl has every step")
+                self._warn(
+                    f"{logger.title} failed and is left out from here on: {reason}; metrics.jsonl "
+                    "has every step"
+                )
 
 
 def check_installed(cfg: LogConfig) -> None:
@@ -201,11 +227,16 @@ def check_installed(cfg: LogConfig) -> None:
             if wanted:
                 importlib.import_module(package)
         except ImportError as error:
-            raise ConfigError(f"log.{package} needs {error.name}: pip install 'gptjax[{package}]'") from error
+            raise ConfigError(
+                f"log.{package} needs {error.name}: pip install 'gptjax[{package}]'"
+            ) from error
 
 
-def open_loggers(cfg: LogConfig, folder: Path, done: int, config: dict[str, Any], warn: Callable[[str], None]) -> Loggers:
-    """The loggers that ``cfg`` asks for, of the run in ``folder``, after ``done`` steps; none in any process but the first.
+def open_loggers(
+    cfg: LogConfig, folder: Path, done: int, config: dict[str, Any], warn: Callable[[str], None]
+) -> Loggers:
+    """The loggers that ``cfg`` asks for, of the run in ``folder``, after ``done`` steps; none in
+    any process but the first.
 
     Raises:
         ConfigError: Weights & Biases has no login or no network.

@@ -1,4 +1,6 @@
-"""What a run reports: one JSON object a step in a file, and a line or a progress bar for the person watching."""
+"""What a run reports: one JSON object a step in a file, and a line or a progress bar for the person
+watching.
+"""
 
 import contextlib
 import json
@@ -35,11 +37,17 @@ class MetricsFile:
     """``metrics.jsonl``: one JSON object a step, each on disk as soon as it is known."""
 
     def __init__(self, path: Path, last_step: int) -> None:
-        """Open for appending; records of steps after ``last_step``, left by a run that was cut off, are dropped."""
+        """Open for appending; records of steps after ``last_step``, left by a run that was cut off,
+        are dropped.
+        """
         if path.exists():
             partial = path.with_name(path.name + ".partial")
             with naming(path), open_file(path) as file, partial.open("wb") as kept:
-                kept.writelines(line.rstrip(b"\r\n") + b"\n" for line in _lines(file) if _step_of(line) <= last_step)
+                kept.writelines(
+                    line.rstrip(b"\r\n") + b"\n"
+                    for line in _lines(file)
+                    if _step_of(line) <= last_step
+                )
             partial.replace(path)
         self.path = path
         self._file = path.open("a")
@@ -52,7 +60,10 @@ class MetricsFile:
 
         """
         with naming(self.path):
-            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+            finite = {
+                k: None if isinstance(v, float) and not math.isfinite(v) else v
+                for k, v in record.items()
+            }
             self._file.write(json.dumps(finite, allow_nan=False) + "\n")
             self._file.flush()
 
@@ -72,7 +83,9 @@ class NoMetrics:
 
 
 def _lines(file: BufferedReader) -> Iterator[bytes]:
-    """The lines of a file; one that no step's record could fill comes in parts, so that it does not fill memory."""
+    """The lines of a file; one that no step's record could fill comes in parts, so that it does not
+    fill memory.
+    """
     return iter(lambda: file.readline(LONGEST_LINE), b"")
 
 
@@ -98,10 +111,19 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         for number, line in enumerate(_lines(file), 1):
             try:
                 record = json.loads(line)
-                if not all(value is None or isinstance(value, int | float) for value in record.values()):
+                if not all(
+                    value is None or isinstance(value, int | float) for value in record.values()
+                ):
                     raise TypeError
                 records[int(record["step"])] = record
-            except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            except (
+                ValueError,
+                KeyError,
+                TypeError,
+                AttributeError,
+                OverflowError,
+                RecursionError,
+            ) as error:
                 if (records or line[:1] == b"{") and not line.endswith(b"\n"):
                     break
                 raise FormatError(
@@ -125,7 +147,9 @@ class Meter:
         self._clock = time.perf_counter()
 
     def record(self, step: int, metrics: StepMetrics) -> dict[str, Any]:
-        """The record of a step; `nonfinite` counts the steps in a row, up to this one, whose update was skipped."""
+        """The record of a step; `nonfinite` counts the steps in a row, up to this one, whose update
+        was skipped.
+        """
         loss, norm, learning_rate, finite = (x.item() for x in jax.device_get(metrics))
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
@@ -140,7 +164,9 @@ class Meter:
 
 
 class Output:
-    """Standard output that a run outlives: once nobody reads it any more, what is written goes nowhere."""
+    """Standard output that a run outlives: once nobody reads it any more, what is written goes
+    nowhere.
+    """
 
     def __init__(self) -> None:
         """Where it is closed, nothing is ever shown."""
@@ -181,8 +207,14 @@ class Display:
     def __init__(self, steps: int, quiet: bool = False) -> None:
         """Nothing is drawn before `running`, nor anything where it is to be ``quiet``."""
         self.steps = steps
-        self.console = Console(file=cast(IO[str], Output()), highlight=False, soft_wrap=True, emoji=False, quiet=quiet)
-        columns = TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}")
+        self.console = Console(
+            file=cast(IO[str], Output()), highlight=False, soft_wrap=True, emoji=False, quiet=quiet
+        )
+        columns = (
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(),
+            TextColumn("{task.description}"),
+        )
         times = TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
         bar = Progress(*columns, *times, console=self.console, transient=True)
         self.bar = bar if self.console.is_terminal else None
@@ -204,7 +236,9 @@ class Display:
 
     def print(self, text: str) -> None:
         """Lines that stay; control characters, which a model may well produce, are replaced."""
-        safe = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+        safe = "".join(
+            c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
+        )
         self.console.print(safe, markup=False)
         self.console.file.flush()
 
@@ -222,7 +256,9 @@ class Display:
 
 
 def format_step(record: dict[str, Any]) -> str:
-    """``loss 4.1234 | norm 1.02 | lr 6.00e-04 | 612.3 ms | 418 tok/s``, with MFU and validation loss where measured."""
+    """``loss 4.1234 | norm 1.02 | lr 6.00e-04 | 612.3 ms | 418 tok/s``, with MFU and validation
+    loss where measured.
+    """
     parts = [
         f"loss {record['loss']:.4f}",
         f"norm {record['grad_norm']:.2f}",

@@ -16,7 +16,8 @@ from gptjax.models.family import Weight
 from gptjax.models.params import decay_mask, per_tensor
 from gptjax.xla import native
 
-MUON_RMS = 0.2  # root mean square of an AdamW update, which Muon's is scaled to (Liu et al. 2025, arXiv:2502.16982)
+# Root mean square of an AdamW update, which Muon's is scaled to (Liu et al. 2025, arXiv:2502.16982)
+MUON_RMS = 0.2
 
 
 def make_schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:
@@ -28,11 +29,15 @@ def make_schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:
         "constant": lambda: optax.constant_schedule(peak),
         "linear": lambda: optax.linear_schedule(peak, final, rest),
         "cosine": lambda: optax.cosine_decay_schedule(peak, rest, alpha=cfg.final_fraction),
-        "wsd": lambda: optax.linear_schedule(peak, final, decay_steps, transition_begin=max(rest - decay_steps, 0)),
+        "wsd": lambda: optax.linear_schedule(
+            peak, final, decay_steps, transition_begin=max(rest - decay_steps, 0)
+        ),
     }[cfg.schedule]()
     if not cfg.warmup_steps:
         return after
-    warmup = optax.linear_schedule(peak / cfg.warmup_steps, peak * (1 + 1 / cfg.warmup_steps), cfg.warmup_steps)
+    warmup = optax.linear_schedule(
+        peak / cfg.warmup_steps, peak * (1 + 1 / cfg.warmup_steps), cfg.warmup_steps
+    )
     return optax.join_schedules([warmup, after], [cfg.warmup_steps])
 
 
@@ -40,7 +45,9 @@ class Optimizer(NamedTuple):
     """An optimizer of optax's, after clipping, and what the fast path needs to know of it."""
 
     transform: optax.GradientTransformation
-    """``optax.chain(clipping, optimizer)``: its state is the run's, whichever path computes the update."""
+    """``optax.chain(clipping, optimizer)``: its state is the run's, whichever path computes the
+    update.
+    """
     schedule: optax.Schedule
     cfg: OptimConfig
     decays: Callable[[Any], Any]
@@ -75,53 +82,85 @@ def make_optimizer(cfg: OptimConfig, steps: int, model: Architecture) -> Optimiz
     decays = partial(decay_mask, cfg=model)
     clip = optax.clip_by_global_norm(cfg.grad_clip) if cfg.grad_clip else optax.identity()
     adamw = partial(optax.adamw, schedule, cfg.beta1, cfg.beta2, cfg.eps, mu_dtype=cfg.mu_dtype)
-    decay, rate = optax.add_decayed_weights(cfg.weight_decay, decays), optax.scale_by_learning_rate(schedule)
+    decay, rate = (
+        optax.add_decayed_weights(cfg.weight_decay, decays),
+        optax.scale_by_learning_rate(schedule),
+    )
 
     def muon() -> optax.GradientTransformation:
-        """Muon for matrices, AdamW for the rest; in either, what the other has is an `optax.MaskedNode`."""
+        """Muon for matrices, AdamW for the rest; in either, what the other has is an
+        `optax.MaskedNode`.
+        """
         absent = optax.MaskedNode()
         matrices = optax.contrib.muon(
             schedule,
             beta=cfg.momentum,
             weight_decay=cfg.weight_decay,
             mu_dtype=cfg.mu_dtype,
-            muon_weight_dimension_numbers=lambda params: per_tensor(lambda w: _muon_axes(w) or absent, params, model),
+            muon_weight_dimension_numbers=lambda params: per_tensor(
+                lambda w: _muon_axes(w) or absent, params, model
+            ),
             consistent_rms=MUON_RMS,
         )
         others = adamw(
             weight_decay=cfg.weight_decay,
-            mask=lambda params: per_tensor(lambda w: absent if w.kind == "matrix" else w.kind == "table", params, model),
+            mask=lambda params: per_tensor(
+                lambda w: absent if w.kind == "matrix" else w.kind == "table", params, model
+            ),
         )
-        kinds = lambda params: per_tensor(lambda w: "muon" if w.kind == "matrix" else "adamw", params, model)  # noqa: E731
+
+        def kinds(params: Any) -> Any:
+            return per_tensor(lambda w: "muon" if w.kind == "matrix" else "adamw", params, model)
+
         return optax.partition({"muon": matrices, "adamw": others}, kinds)
 
     def adafactor() -> optax.GradientTransformation:
-        """Its own decay is not scaled by the learning rate; this one is, as every other optimizer's here."""
-        decay = optax.add_decayed_weights(-cfg.weight_decay, decays)  # the direction is already negative
-        return optax.chain(optax.adafactor(None), decay, optax.scale_by_learning_rate(schedule, flip_sign=False))
+        """Its own decay is not scaled by the learning rate; this one is, as every other optimizer's
+        here.
+        """
+        # The direction is already negative
+        decay = optax.add_decayed_weights(-cfg.weight_decay, decays)
+        return optax.chain(
+            optax.adafactor(None), decay, optax.scale_by_learning_rate(schedule, flip_sign=False)
+        )
 
     made = {
         "adamw": lambda: adamw(weight_decay=cfg.weight_decay, mask=decays),
         "muon": muon,
-        "lion": lambda: optax.lion(schedule, cfg.beta1, cfg.beta2, cfg.mu_dtype, cfg.weight_decay, decays),
+        "lion": lambda: optax.lion(
+            schedule, cfg.beta1, cfg.beta2, cfg.mu_dtype, cfg.weight_decay, decays
+        ),
         "adafactor": adafactor,
-        "sgd": lambda: optax.chain(optax.trace(cfg.momentum, accumulator_dtype=cfg.mu_dtype), decay, rate),
+        "sgd": lambda: optax.chain(
+            optax.trace(cfg.momentum, accumulator_dtype=cfg.mu_dtype), decay, rate
+        ),
     }[cfg.name]()
     return Optimizer(optax.chain(clip, made), schedule, cfg, decays)
 
 
 def _muon_axes(weight: Weight) -> optax.contrib.MuonDimensionNumbers | None:
-    """A matrix's input and output axes, counted from the last, so that stacked layers are left apart."""
+    """A matrix's input and output axes, counted from the last, so that stacked layers are left
+    apart.
+    """
     if weight.kind != "matrix":
         return None
     n = len(weight.axes)
-    return optax.contrib.MuonDimensionNumbers(tuple(range(-n, weight.inputs - n)), tuple(range(weight.inputs - n, 0)))
+    return optax.contrib.MuonDimensionNumbers(
+        tuple(range(-n, weight.inputs - n)), tuple(range(weight.inputs - n, 0))
+    )
 
 
 def update(
-    optimizer: Optimizer, params: Any, state: Any, grads: Any, loss: Float[Array, ""], norm: Float[Array, ""], step: Array
+    optimizer: Optimizer,
+    params: Any,
+    state: Any,
+    grads: Any,
+    loss: Float[Array, ""],
+    norm: Float[Array, ""],
+    step: Array,
 ) -> tuple[Any, Any, StepMetrics]:
-    """One step: (parameters, state, metrics), all unchanged, counters included, where loss or norm are not finite.
+    """One step: (parameters, state, metrics), all unchanged, counters included, where loss or norm
+    are not finite.
 
     Args:
         optimizer: any.
@@ -137,11 +176,17 @@ def update(
     changes, new_state = optimizer.transform.update(grads, state, params)
     new = optax.apply_updates(params, changes), new_state
     params, state = jax.tree.map(partial(jnp.where, finite), new, (params, state))
-    return params, state, StepMetrics(loss, norm, jnp.asarray(optimizer.schedule(step), jnp.float32), finite)
+    return (
+        params,
+        state,
+        StepMetrics(loss, norm, jnp.asarray(optimizer.schedule(step), jnp.float32), finite),
+    )
 
 
 class Scalars(NamedTuple):
-    """What all tensors share in one step; a moment becomes ``keep * moment + (1 - keep) * x``, x ``clip * g`` or its square."""
+    """What all tensors share in one step; a moment becomes ``keep * moment + (1 - keep) * x``, x
+    ``clip * g`` or its square.
+    """
 
     keep1: Any
     take1: Any
@@ -168,8 +213,9 @@ def fused_update(
 ) -> tuple[Any, Any, StepMetrics]:
     """`update` of AdamW, on optax's own state, in one pass over memory.
 
-    Gradients are scaled down to a global norm of at most ``grad_clip`` (Pascanu et al. 2013, arXiv:1211.5063). Then, for each
-    parameter p with its gradient g, at the n-th step (Loshchilov and Hutter 2019, arXiv:1711.05101, as in optax)::
+    Gradients are scaled down to a global norm of at most ``grad_clip`` (Pascanu et al. 2013,
+    arXiv:1211.5063). Then, for each parameter p with its gradient g, at the n-th step (Loshchilov
+    and Hutter 2019, arXiv:1711.05101, as in optax)::
 
         m = beta1 m + (1 - beta1) g
         v = beta2 v + (1 - beta2) g^2
@@ -202,11 +248,18 @@ def fused_update(
         finite=finite,
     )
     tensors = [jax.tree.leaves(tree) for tree in (params, adam.mu, adam.nu, grads)]
-    decays = [cfg.weight_decay if decays else 0.0 for decays in jax.tree.leaves(optimizer.decays(params))]
+    decays = [
+        cfg.weight_decay if decays else 0.0 for decays in jax.tree.leaves(optimizer.decays(params))
+    ]
     if native_code:
-        updated: Any = native.adamw(jnp.stack([jnp.asarray(x, jnp.float32) for x in scalars]), tensors, decays, cfg.eps)
+        updated: Any = native.adamw(
+            jnp.stack([jnp.asarray(x, jnp.float32) for x in scalars]), tensors, decays, cfg.eps
+        )
     else:
-        updated = zip(*(_adamw(scalars, *tensor, cfg.eps) for tensor in zip(*tensors, decays, strict=True)), strict=True)
+        updated = zip(
+            *(_adamw(scalars, *tensor, cfg.eps) for tensor in zip(*tensors, decays, strict=True)),
+            strict=True,
+        )
     params, mu, nu = (jax.tree.unflatten(jax.tree.structure(params), leaves) for leaves in updated)
     counted = lambda tree: jax.tree.map(lambda n: jnp.where(finite, n + 1, n), tree)  # noqa: E731
     clip_state, (_, *rest) = state
@@ -219,11 +272,17 @@ def fused_update(
 def _adamw(
     scalars: Scalars, p: Array, m: Array, v: Array, g: Array, weight_decay: float, eps: float
 ) -> tuple[Array, Array, Array]:
-    """(parameter, first moment, second moment) after one step of one tensor; each element depends on its own alone."""
+    """(parameter, first moment, second moment) after one step of one tensor; each element depends
+    on its own alone.
+    """
     s = Scalars(*(jnp.asarray(x, p.dtype) for x in scalars))
     finite = scalars.finite
     new_m = s.keep1 * m.astype(p.dtype) + s.take1 * g
     new_v = s.keep2 * v + jnp.square(s.take2 * g)
     direction = new_m * s.correct1 / (jnp.sqrt(new_v * s.correct2) + eps) + weight_decay * p
     new_p = p - s.learning_rate * direction
-    return jnp.where(finite, new_p, p), jnp.where(finite, new_m.astype(m.dtype), m), jnp.where(finite, new_v, v)
+    return (
+        jnp.where(finite, new_p, p),
+        jnp.where(finite, new_m.astype(m.dtype), m),
+        jnp.where(finite, new_v, v),
+    )

@@ -13,10 +13,17 @@ from gptjax.xla.backend import platform_name
 def describe(run: Run) -> str:
     """What will be trained, and on what: a few lines."""
     model, shape, corpus = run.model, run.shape, run.corpus
-    train, val = (sum(shard.tokens.size for shard in shards) for shards in (corpus.train, corpus.val))
-    vocabulary = f"{corpus.tokenizer.vocab_size} ids" if corpus.tokenizer else "unknown, so samples show ids"
+    train, val = (
+        sum(shard.tokens.size for shard in shards) for shards in (corpus.train, corpus.val)
+    )
+    vocabulary = (
+        f"{corpus.tokenizer.vocab_size} ids" if corpus.tokenizer else "unknown, so samples show ids"
+    )
     gflop = flops_per_token(model, shape.seq_len) * shape.tokens / 1e9
-    processes = f"{jax.process_count()} processes; should one be lost, all end within {run.cfg.distributed.timeout} s"
+    processes = (
+        f"{jax.process_count()} processes; should one be lost, all end within "
+        f"{run.cfg.distributed.timeout} s"
+    )
     idle = jax.device_count() - (run.mesh.size if run.mesh else 1)
     lines = {
         "device": [
@@ -40,7 +47,11 @@ def describe(run: Run) -> str:
             f"recompute {model.recompute}",
             f"backward {run.cfg.train.backward}",
         ],
-        "corpus": [str(corpus.folder), f"{train:,} training and {val:,} validation tokens", f"sha256 {corpus.sha256[:16]}"],
+        "corpus": [
+            str(corpus.folder),
+            f"{train:,} training and {val:,} validation tokens",
+            f"sha256 {corpus.sha256[:16]}",
+        ],
         "tokenizer": [vocabulary],
         "step": [
             f"{shape.tokens:,} tokens ({shape.accumulate} x {shape.batch_size} x {shape.seq_len})",

@@ -1,4 +1,6 @@
-"""A training run before its first step: everything checked, every ``auto`` decided, its folder its own."""
+"""A training run before its first step: everything checked, every ``auto`` decided, its folder its
+own.
+"""
 
 import contextlib
 import dataclasses
@@ -62,11 +64,17 @@ def set_up(cfg: Config) -> Run:
     start_jax(cfg.model.dtype)
     processes.require_same(dataclasses.replace(cfg, distributed=DistributedConfig()))
     model = cfg.model.resolve(platform_name(), cfg.data.seq_len)
+    # Better an error now than after a download
+    make_mesh(cfg.mesh, model.axis_sizes, cfg.data.batch_size)
+    data = cfg.data
+    find = partial(
+        datasets.find_corpus, data.dataset, data.root, data.tokenizer, data.column, data.tokens
+    )
+    corpus = processes.first_then_others("corpus", find)
+    model = model if model.vocab_size else model.with_vocabulary(datasets.vocabulary(corpus))
+    corpus = datasets.fitted(corpus, model.vocab_size)
     mesh = make_mesh(cfg.mesh, model.axis_sizes, cfg.data.batch_size)
     share = row_share(mesh, cfg.data.batch_size)
-    data = cfg.data
-    find = partial(datasets.find_corpus, data.dataset, data.root, data.tokenizer, data.column, data.tokens)
-    corpus = datasets.fitted(processes.first_then_others("corpus", find), model.vocab_size)
     shape = BatchShape(cfg.optim.accumulate, cfg.data.batch_size, cfg.data.seq_len)
     return Run(
         cfg=cfg,
@@ -74,7 +82,9 @@ def set_up(cfg: Config) -> Run:
         shape=shape,
         corpus=corpus,
         batches=TrainingBatches(corpus.train, shape, data.order, cfg.seed, model.vocab_size, share),
-        val=validation_batches(corpus.val, cfg.train.eval_tokens, shape.batch_size, shape.seq_len, model.vocab_size),
+        val=validation_batches(
+            corpus.val, cfg.train.eval_tokens, shape.batch_size, shape.seq_len, model.vocab_size
+        ),
         optimizer=make_optimizer(cfg.optim, cfg.train.steps, model),
         key=whole(mesh, jax.random.key(cfg.seed)),
         mesh=mesh,
@@ -84,43 +94,55 @@ def set_up(cfg: Config) -> Run:
 
 @contextlib.contextmanager
 def owned(run: Run) -> Iterator[Run]:
-    """The run with its folder, which until the block ends no other run can have; the first process sees to that.
+    """The run with its folder, which until the block ends no other run can have; the first process
+    sees to that.
 
     Raises:
-        CheckpointError: the folder to resume is not a run's, or a run that is being trained owns it.
+        CheckpointError: the folder to resume is not a run's, or a run that is being trained owns
+            it.
 
     """
     cfg = run.cfg
     with contextlib.ExitStack() as until_the_end:
-        own = lambda: str(until_the_end.enter_context(folders.owned(Path(cfg.runs), cfg.name or "run", cfg.resume)))  # noqa: E731
+
+        def own() -> str:
+            folder = folders.owned(Path(cfg.runs), cfg.name or "run", cfg.resume)
+            return str(until_the_end.enter_context(folder))
+
         yield run._replace(folder=Path(processes.agreed("folder", own)))
 
 
 def restore(run: Run) -> Restored | None:
-    """The newest checkpoint in the run's folder, the batches moved to its position; None where there is none.
+    """The newest checkpoint in the run's folder, the batches moved to its position; None where
+    there is none.
 
     Raises:
-        CheckpointError: the model or the order of the batches differs from the checkpoint's, all checkpoints are damaged,
-            or a folder is named that has none.
+        CheckpointError: the model or the order of the batches differs from the checkpoint's, all
+            checkpoints are damaged, or a folder is named that has none.
 
     """
     folder = run.folder / "checkpoints"
     restored = restore_newest(folder, run.model, run.optimizer, run.mesh)
     if not restored and run.cfg.resume != "auto":
-        raise CheckpointError(f"{folder} holds no checkpoint to resume from; --resume auto would start the run afresh")
+        raise CheckpointError(
+            f"{folder} holds no checkpoint to resume from; --resume auto would start the run afresh"
+        )
     if restored:
         now = _identity(run)
         for key, value in restored.meta["identity"].items():
             if now[key] != value:
                 raise CheckpointError(
-                    f"{run.folder} was trained with {key} {value}, not {now[key]}: give it that value to resume"
+                    f"{run.folder} was trained with {key} {value}, not {now[key]}: give it that "
+                    "value to resume"
                 )
         run.batches.seek(restored.meta["position"])
     return restored
 
 
 def checkpoint_meta(run: Run) -> dict[str, Any]:
-    """What a checkpoint keeps beside the arrays: which batches the run reads, where it is in them, and with what tokenizer."""
+    """What a checkpoint keeps beside the arrays: which batches the run reads, where it is in them,
+    and with what tokenizer.
+    """
     tokenizer = run.corpus.tokenizer.sha256 if run.corpus.tokenizer else None
     return {"identity": _identity(run), "position": run.batches.position(), "tokenizer": tokenizer}
 
@@ -128,17 +150,23 @@ def checkpoint_meta(run: Run) -> dict[str, Any]:
 def _identity(run: Run) -> dict[str, Any]:
     settings = dataclasses.asdict(run.cfg)
     split = ((key, *key.rpartition(".")[::2]) for key in RESUME_KEYS)
-    values = {key: settings[section][name] if section else settings[name] for key, section, name in split}
+    values = {
+        key: settings[section][name] if section else settings[name] for key, section, name in split
+    }
     return values | {"the corpus": run.corpus.sha256}
 
 
 def resolved(run: Run) -> dict[str, Any]:
     """The configuration with every ``auto`` decided, as nested dicts: what repeats the run."""
-    return dataclasses.asdict(dataclasses.replace(run.cfg, model=run.model, resume=None, distributed=DistributedConfig()))
+    return dataclasses.asdict(
+        dataclasses.replace(run.cfg, model=run.model, resume=None, distributed=DistributedConfig())
+    )
 
 
 def fill_folder(run: Run) -> None:
-    """Write the configuration as resolved, and the tokenizer, into the run's folder: in the first process."""
+    """Write the configuration as resolved, and the tokenizer, into the run's folder: in the first
+    process.
+    """
     if not processes.is_first():
         return
     if run.corpus.tokenizer:

@@ -18,19 +18,24 @@ PATIENCE = 1.0  # seconds for the display to let go of the terminal
 
 @contextlib.contextmanager
 def stopping(prog: str, stop: Stop, display: Display) -> Iterator[None]:
-    """Until the block ends, tell ``stop`` of Ctrl-C, SIGTERM and SIGHUP, and the person when training will stop.
+    """Until the block ends, tell ``stop`` of Ctrl-C, SIGTERM and SIGHUP, and the person when
+    training will stop.
 
-    A Ctrl-C after that ends the process: without Python's finalization, which would take JAX's and Orbax's threads by surprise.
-    What was being saved keeps its temporary name, and does not count.
+    A Ctrl-C after that ends the process: without Python's finalization, which would take JAX's and
+    Orbax's threads by surprise. What was being saved keeps its temporary name, and does not count.
 
-    Python runs its handlers between two of its own instructions, of which there are none while a step is computed. So a
-    thread handles what arrives, which is told through a pipe. A signal that this process was started to ignore, as SIGHUP by
-    ``nohup``, stays ignored.
+    Python runs its handlers between two of its own instructions, of which there are none while a
+    step is computed. So a thread handles what arrives, which is told through a pipe. A signal that
+    this process was started to ignore, as SIGHUP by ``nohup``, stays ignored.
     """
     arriving, arrived = os.pipe()
     os.set_blocking(arrived, False)
     watcher = threading.Thread(target=_watch, args=(prog, arriving, stop, display), daemon=True)
-    previous = {number: signal.getsignal(number) for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN}
+    previous = {
+        number: signal.getsignal(number)
+        for number in STOPPING
+        if signal.getsignal(number) != signal.SIG_IGN
+    }
     wakeup = signal.set_wakeup_fd(arrived, warn_on_full_buffer=False)
     for number in previous:
         signal.signal(number, lambda *_: None)
@@ -55,7 +60,11 @@ def _watch(prog: str, arriving: int, stop: Stop, display: Display) -> None:
         last = stop.receive(name)
         if not asked_before:
             again = " again" if name == "SIGINT" else ""
-            _within(PATIENCE, display.print, f"stopping after step {last}, saving; Ctrl-C{again} quits without saving")
+            _within(
+                PATIENCE,
+                display.print,
+                f"stopping after step {last}, saving; Ctrl-C{again} quits without saving",
+            )
         elif name == "SIGINT":
             _within(PATIENCE, display.close)
             with contextlib.suppress(OSError, AttributeError):
@@ -64,7 +73,9 @@ def _watch(prog: str, arriving: int, stop: Stop, display: Display) -> None:
 
 
 def _within(seconds: float, f: Callable[..., None], *args: Any) -> None:
-    """``f(*args)``, but go on after so many seconds: whoever reads the output may have stopped to."""
+    """``f(*args)``, but go on after so many seconds: whoever reads the output may have stopped
+    to.
+    """
     thread = threading.Thread(target=f, args=args, daemon=True)
     thread.start()
     thread.join(seconds)

@@ -21,7 +21,8 @@ from gptjax.parallel.sharding import on_mesh
 from gptjax.train.optimizer import Optimizer, StepMetrics, fused_update, update
 from gptjax.xla import native
 
-COPIED = 1 / 8  # of the parameters: an update that needs more room beside them copies what it is to overwrite
+# Of the parameters: an update that needs more room beside them copies what it is to overwrite
+COPIED = 1 / 8
 MEMORY_SCHEDULER: dict[str, Any] = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
@@ -34,23 +35,31 @@ class TrainState(NamedTuple):
 
 
 def init_state(key: Key[Array, ""], cfg: ModelConfig, optimizer: Optimizer) -> TrainState:
-    """Fresh parameters and optimizer state; pure, to be traced for its shapes: `make_state` makes them."""
+    """Fresh parameters and optimizer state; pure, to be traced for its shapes: `make_state` makes
+    them.
+    """
     params = init_params(key, cfg)
     return TrainState(params, optimizer.transform.init(params))
 
 
-def make_state(key: Key[Array, ""], cfg: ModelConfig, optimizer: Optimizer, mesh: Mesh | None = None) -> TrainState:
-    """What `init_state` says, in no more memory than a step: the room for drawing the parameters is free before the rest.
+def make_state(
+    key: Key[Array, ""], cfg: ModelConfig, optimizer: Optimizer, mesh: Mesh | None = None
+) -> TrainState:
+    """What `init_state` says, in no more memory than a step: the room for drawing the parameters is
+    free before the rest.
 
     On a mesh each device draws its own part; the values are the same.
     """
     draw = jax.jit(
-        lambda key: init_params(key, cfg), out_shardings=meshes.param_shardings(mesh, param_axes(cfg)) if mesh else None
+        lambda key: init_params(key, cfg),
+        out_shardings=meshes.param_shardings(mesh, param_axes(cfg)) if mesh else None,
     )
     return add_optimizer(compile_for_memory(draw.lower(key))(key), cfg, optimizer, mesh)
 
 
-def add_optimizer(params: Any, cfg: ModelConfig, optimizer: Optimizer, mesh: Mesh | None = None) -> TrainState:
+def add_optimizer(
+    params: Any, cfg: ModelConfig, optimizer: Optimizer, mesh: Mesh | None = None
+) -> TrainState:
     """The parameters and a fresh optimizer's state, laid out as they are."""
     params = jax.block_until_ready(params)
     init = lambda params: optimizer.transform.init(params)  # noqa: E731
@@ -61,7 +70,8 @@ def add_optimizer(params: Any, cfg: ModelConfig, optimizer: Optimizer, mesh: Mes
 def step_arguments(
     cfg: ModelConfig, optimizer: Optimizer, shape: tuple[int, int, int], mesh: Mesh | None = None
 ) -> tuple[TrainState, Batch, Any]:
-    """Shapes of a step's (state, batch, key), on a mesh with their layout: what `compile_step` needs; nothing is allocated.
+    """Shapes of a step's (state, batch, key), on a mesh with their layout: what `compile_step`
+    needs; nothing is allocated.
 
     Args:
         cfg: resolved.
@@ -71,8 +81,12 @@ def step_arguments(
 
     """
     key = jax.eval_shape(lambda: jax.random.key(0))
-    state = meshes.abstract(mesh, param_axes(cfg), jax.eval_shape(lambda key: init_state(key, cfg, optimizer), key))
-    ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=meshes.row_sharding(mesh, 3) if mesh else None)
+    state = meshes.abstract(
+        mesh, param_axes(cfg), jax.eval_shape(lambda key: init_state(key, cfg, optimizer), key)
+    )
+    ids = jax.ShapeDtypeStruct(
+        shape, jnp.int32, sharding=meshes.row_sharding(mesh, 3) if mesh else None
+    )
     return state, Batch(ids, ids), meshes.abstract(mesh, param_axes(cfg), key)
 
 
@@ -140,12 +154,15 @@ class CompiledStep(NamedTuple):
 class StepFunctions(NamedTuple):
     """The training step as jitted functions, to be lowered; their buffers are donated.
 
-    Gradient and update are separate, because in one program XLA copies what is donated. So it does in ``update`` where it
-    does not merge the outputs, as on CPU. The two parts then need no copy, but read more.
+    Gradient and update are separate, because in one program XLA copies what is donated. So it does
+    in ``update`` where it does not merge the outputs, as on CPU. The two parts then need no copy,
+    but read more.
     """
 
     gradient: Any
-    """(params, batch, key, step, buffer) -> (loss, gradient, its norm). The gradient is written over ``buffer``."""
+    """(params, batch, key, step, buffer) -> (loss, gradient, its norm). The gradient is written
+    over ``buffer``.
+    """
     update: Any
     """(params, opt_state, gradient, loss, norm, step) -> (params, opt_state, metrics)."""
     update_params: Any
@@ -155,15 +172,25 @@ class StepFunctions(NamedTuple):
 
 
 def step_functions(
-    cfg: ModelConfig, optimizer: Optimizer, backward: Backward, mesh: Mesh | None = None, native_code: bool = False
+    cfg: ModelConfig,
+    optimizer: Optimizer,
+    backward: Backward,
+    mesh: Mesh | None = None,
+    native_code: bool = False,
 ) -> StepFunctions:
-    """The training step: a gradient, then an update, whole or in two parts; ``native_code`` is `fused_update`'s."""
+    """The training step: a gradient, then an update, whole or in two parts; ``native_code`` is
+    `fused_update`'s.
+    """
 
-    def gradient(params: Any, batch: Batch, key: Any, step: Array, buffer: Any) -> tuple[Array, Any, Array]:
+    def gradient(
+        params: Any, batch: Batch, key: Any, step: Array, buffer: Any
+    ) -> tuple[Array, Any, Array]:
         loss, grads = mean_loss_and_grad(params, batch, step_key(key, step, cfg), cfg, backward)
         return loss, grads, optax.tree.norm(grads)
 
-    def whole(params: Any, opt_state: Any, grads: Any, loss: Array, norm: Array, step: Array) -> Any:
+    def whole(
+        params: Any, opt_state: Any, grads: Any, loss: Array, norm: Array, step: Array
+    ) -> Any:
         if optimizer.fused:
             return fused_update(optimizer, params, opt_state, grads, loss, norm, native_code)
         return update(optimizer, params, opt_state, grads, loss, norm, step - 1)
@@ -174,9 +201,16 @@ def step_functions(
         state = step_arguments(cfg, optimizer, (1, 1, 1))[0]
         params, opt_state = meshes.shardings(mesh, param_axes(cfg), state)
         everywhere = meshes.replicated(mesh)
-        layouts = [(everywhere, params, everywhere), (params, opt_state, everywhere), params, (opt_state, everywhere)]
+        layouts = [
+            (everywhere, params, everywhere),
+            (params, opt_state, everywhere),
+            params,
+            (opt_state, everywhere),
+        ]
     return StepFunctions(
-        gradient=jax.jit(on_mesh(mesh, gradient), donate_argnums=4, keep_unused=True, out_shardings=layouts[0]),
+        gradient=jax.jit(
+            on_mesh(mesh, gradient), donate_argnums=4, keep_unused=True, out_shardings=layouts[0]
+        ),
         update=jax.jit(whole, donate_argnums=(0, 1), out_shardings=layouts[1]),
         update_params=jax.jit(parts[0], donate_argnums=0, out_shardings=layouts[2]),
         update_rest=jax.jit(parts[1], donate_argnums=1, out_shardings=layouts[3]),
@@ -184,9 +218,17 @@ def step_functions(
 
 
 def compile_step(
-    cfg: ModelConfig, optimizer: Optimizer, backward: Backward, state: Any, batch: Any, key: Any, mesh: Mesh | None = None
+    cfg: ModelConfig,
+    optimizer: Optimizer,
+    backward: Backward,
+    state: Any,
+    batch: Any,
+    key: Any,
+    mesh: Mesh | None = None,
 ) -> CompiledStep:
-    """Compile the training step for arguments of these shapes: arrays or `jax.ShapeDtypeStruct`s, laid out over the mesh."""
+    """Compile the training step for arguments of these shapes: arrays or `jax.ShapeDtypeStruct`s,
+    laid out over the mesh.
+    """
     all_float32 = all(x.dtype in (jnp.float32, jnp.int32) for x in jax.tree.leaves(state))
     native_code = mesh is None and optimizer.fused and all_float32 and native.available()
     functions = step_functions(cfg, optimizer, backward, mesh, native_code)
@@ -196,12 +238,22 @@ def compile_step(
     loss, _, norm = lowered.out_info
     scalars = tuple(jax.ShapeDtypeStruct((), x.dtype) for x in (loss, norm))
     gradient = compile_for_memory(lowered, mesh)
-    arguments = state.params, state.opt_state, g, *meshes.abstract(mesh, param_axes(cfg), scalars), number
+    arguments = (
+        state.params,
+        state.opt_state,
+        g,
+        *meshes.abstract(mesh, param_axes(cfg), scalars),
+        number,
+    )
     updates: tuple[Any, ...] = ()
     if native_code or platform_of(mesh) != "cpu":
         updates = (functions.update.lower(*arguments).compile(),)
-    if not native_code and (not updates or temporary_bytes(*updates) > bytes_per_device(g) * COPIED):
-        updates = tuple(f.lower(*arguments).compile() for f in (functions.update_params, functions.update_rest))
+    if not native_code and (
+        not updates or temporary_bytes(*updates) > bytes_per_device(g) * COPIED
+    ):
+        updates = tuple(
+            f.lower(*arguments).compile() for f in (functions.update_params, functions.update_rest)
+        )
     memory = {
         "parameters": bytes_per_device(state.params),
         "optimizer": bytes_per_device(state.opt_state),
@@ -214,8 +266,8 @@ def compile_step(
 def gradient_buffer(params: Any) -> Any:
     """Zeros like the parameters, for the first step's gradient to be written over.
 
-    Were each gradient to be allocated anew, the arrays of glibc's allocator would lie as close as they must only for some
-    steps: it took 1.6 times the predicted memory for gradients of 774M.
+    Were each gradient to be allocated anew, the arrays of glibc's allocator would lie as close as
+    they must only for some steps: it took 1.6 times the predicted memory for gradients of 774M.
     """
     zeros = lambda params: jax.tree.map(jnp.zeros_like, params)  # noqa: E731
     return jax.jit(zeros, out_shardings=jax.tree.map(lambda x: x.sharding, params))(params)
@@ -224,7 +276,8 @@ def gradient_buffer(params: Any) -> Any:
 def run_step(
     compiled: CompiledStep, state: TrainState, buffer: Any, batch: Batch, key: Any, step: int
 ) -> tuple[TrainState, Any, StepMetrics]:
-    """Dispatch one step; returns at once, with arrays still being computed. ``state`` and ``buffer`` are consumed.
+    """Dispatch one step; returns at once, with arrays still being computed. ``state`` and
+    ``buffer`` are consumed.
 
     Args:
         compiled: of `compile_step`.
@@ -259,7 +312,9 @@ def temporary_bytes(*programs: Any) -> int:
 
 
 def compile_for_memory(lowered: jax.stages.Lowered, mesh: Mesh | None = None) -> Any:
-    """Compile, on CPU with the scheduler that keeps few arrays alive at once, if this XLA has it."""
+    """Compile, on CPU with the scheduler that keeps few arrays alive at once, if this XLA has
+    it.
+    """
     if platform_of(mesh) == "cpu":
         try:
             return lowered.compile(compiler_options=MEMORY_SCHEDULER)
@@ -271,7 +326,8 @@ def compile_for_memory(lowered: jax.stages.Lowered, mesh: Mesh | None = None) ->
 
 @functools.cache
 def make_eval_loss(cfg: ModelConfig, mesh: Mesh | None = None) -> Any:
-    """A jitted ``(params, batch) -> (summed loss, targets counted)``, without dropout; every process has the whole batch.
+    """A jitted ``(params, batch) -> (summed loss, targets counted)``, without dropout; every
+    process has the whole batch.
 
     The same function for the same arguments, so that it is compiled once.
     """

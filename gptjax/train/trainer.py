@@ -12,10 +12,19 @@ from gptjax.parallel.processes import Stop
 from gptjax.train.metrics import Meter, peak_flops
 from gptjax.train.optimizer import StepMetrics
 from gptjax.train.setup import Run
-from gptjax.train.step import CompiledStep, TrainState, evaluate, gradient_buffer, make_eval_loss, run_step
+from gptjax.train.step import (
+    CompiledStep,
+    TrainState,
+    evaluate,
+    gradient_buffer,
+    make_eval_loss,
+    run_step,
+)
 
 Record = dict[str, Any]
-"""What is known of one step: its number, loss, gradient norm, learning rate, times, and what hooks measure."""
+"""What is known of one step: its number, loss, gradient norm, learning rate, times, and what hooks
+measure.
+"""
 
 
 class DivergedError(Exception):
@@ -34,7 +43,9 @@ class Hook(NamedTuple):
     at_end: bool
     """Whether it is also called after the last step."""
     when_stopped: bool
-    """Whether it is called after the step at which a signal stopped the run, and else not at all there."""
+    """Whether it is called after the step at which a signal stopped the run, and else not at all
+    there.
+    """
     call: Any
 
     def due(self, step: int) -> bool:
@@ -54,7 +65,9 @@ class Trainer:
         self.steps = run.cfg.train.steps
         flops = flops_per_token(run.model, run.shape.seq_len) * run.shape.tokens
         peak = peak_flops(jax.devices()[0].device_kind, run.model.dtype)
-        self.meter = Meter(run.shape.tokens, flops, peak * (run.mesh.size if run.mesh else 1) if peak else None)
+        self.meter = Meter(
+            run.shape.tokens, flops, peak * (run.mesh.size if run.mesh else 1) if peak else None
+        )
         self._before: list[Hook] = []
         self._measures: list[Hook] = []
         self._after: list[Hook] = []
@@ -62,14 +75,18 @@ class Trainer:
         self._pending: tuple[int, StepMetrics] | None = None
 
     def before_step(self, call: Callable[[Batch], Record], every: int) -> None:
-        """Add a hook that is called with the batch of a step to come; what it returns joins that step's record."""
+        """Add a hook that is called with the batch of a step to come; what it returns joins that
+        step's record.
+        """
         self._before.append(Hook(every, False, False, call))
 
     def measure(self, call: Callable[[], Record], every: int, at_end: bool = True) -> None:
         """Add a hook whose numbers, of the state after a step, join that step's record."""
         self._measures.append(Hook(every, at_end, False, call))
 
-    def after_step(self, call: Callable[[], None], every: int, at_end: bool = True, when_stopped: bool = False) -> None:
+    def after_step(
+        self, call: Callable[[], None], every: int, at_end: bool = True, when_stopped: bool = False
+    ) -> None:
         """Add a hook that is called once a step's record is out."""
         self._after.append(Hook(every, at_end, when_stopped, call))
 
@@ -80,7 +97,8 @@ class Trainer:
     def fit(self, stop: Stop | None = None) -> None:
         """Train to the last step, or to the one at which ``stop`` says so.
 
-        A step's numbers are fetched after the next step was dispatched, so that the device never waits for the host.
+        A step's numbers are fetched after the next step was dispatched, so that the device never
+        waits for the host.
 
         Raises:
             DivergedError: ``train.max_nonfinite`` steps in a row were not finite.
@@ -97,7 +115,9 @@ class Trainer:
                     found |= hook.call(batch)
                     self.meter.restart()
             stop.say(step)
-            self.state, self.buffer, metrics = run_step(self.compiled, self.state, self.buffer, batch, self.run.key, step)
+            self.state, self.buffer, metrics = run_step(
+                self.compiled, self.state, self.buffer, batch, self.run.key, step
+            )
             self._flush()
             self._pending, self.done = (step, metrics), step
             self._between(found, last=step == self.steps, stopping=stop.now(step))
@@ -108,7 +128,9 @@ class Trainer:
         def due(hook: Hook) -> bool:
             return hook.when_stopped if stopping else hook.due(self.done) or (last and hook.at_end)
 
-        measures, after = ([hook for hook in hooks if due(hook)] for hooks in (self._measures, self._after))
+        measures, after = (
+            [hook for hook in hooks if due(hook)] for hooks in (self._measures, self._after)
+        )
         if measures or after or found or last or stopping:
             self._flush(found, measures)
             for hook in after:
@@ -129,15 +151,20 @@ class Trainer:
             good = f"the checkpoint after step {self.saved} is the last good one"
             left = good if self.saved else "there is no checkpoint yet"
             raise DivergedError(
-                f"{self.meter.nonfinite} losses or gradients in a row were not finite, up to step {record['step']}: "
+                f"{self.meter.nonfinite} losses or gradients in a row were not finite, up to step "
+                f"{record['step']}: "
                 f"stopped; {left}; lower optim.learning_rate or raise optim.warmup_steps"
             )
 
     def validation_loss(self) -> float:
         """Mean loss over the validation batches, in nats."""
-        return evaluate(make_eval_loss(self.run.model, self.run.mesh), self.state.params, self.run.val)
+        return evaluate(
+            make_eval_loss(self.run.model, self.run.mesh), self.state.params, self.run.val
+        )
 
     def is_finite(self) -> bool:
-        """Whether the parameters give a finite loss: a finite step can still leave some that are not fit to go on from."""
+        """Whether the parameters give a finite loss: a finite step can still leave some that are
+        not fit to go on from.
+        """
         eval_loss = make_eval_loss(self.run.model, self.run.mesh)
         return math.isfinite(evaluate(eval_loss, self.state.params, self.run.val[:1]))

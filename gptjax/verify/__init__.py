@@ -1,4 +1,5 @@
-"""Prove a hand-written gradient: ``python -m gptjax.verify`` for GPT-2's, `check` and `compare` for yours.
+"""Prove a hand-written gradient: ``python -m gptjax.verify`` for GPT-2's, `check` and `compare` for
+yours.
 
 ::
 

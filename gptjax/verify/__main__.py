@@ -1,11 +1,12 @@
 """Check the hand-written backward: ``python -m gptjax.verify --config configs/124m.yaml``.
 
-Compares the gradient that a training step of this configuration computes, from all its micro-batches and on its mesh, tensor
-by tensor, with JAX's gradient of the plain forward on one device (autodiff), with differences of that forward
-(finite-difference), or with another program's gradient (an llm.c debug state file), then loss and logits, Hessian-vector
-products, and each op by itself. Reads the same configuration as training. Where something is wrong, the first op, walking the
-backward from the loss, that gives another gradient than JAX's is named, or the program that alone differs: the one on the
-mesh, or the accumulated one.
+Compares the gradient that a training step of this configuration computes, from all its
+micro-batches and on its mesh, tensor by tensor, with JAX's gradient of the plain forward on one
+device (autodiff), with differences of that forward (finite-difference), or with another program's
+gradient (an llm.c debug state file), then loss and logits, Hessian-vector products, and each op by
+itself. Reads the same configuration as training. Where something is wrong, the first op, walking
+the backward from the loss, that gives another gradient than JAX's is named, or the program that
+alone differs: the one on the mesh, or the accumulated one.
 
 Exit status 0 when everything holds, 1 when something is wrong, 2 for bad input.
 """
@@ -23,7 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax import cli
-from gptjax.config import VerifyConfig
+from gptjax.cli.options import parse
+from gptjax.config import ModelConfig, VerifyConfig
+from gptjax.datasets import vocabulary_without_corpus
 from gptjax.errors import ConfigError
 from gptjax.formats import llmc
 from gptjax.models.batch import Batch
@@ -38,7 +41,7 @@ from gptjax.verify.model import Subject
 from gptjax.verify.ops import check_ops
 from gptjax.verify.proof import Report
 from gptjax.verify.saved_report import environment, write_report
-from gptjax.weights import load_weights
+from gptjax.weights import load_weights, open_weights
 from gptjax.xla.backend import platform_name, start_jax
 
 PROG = "python -m gptjax.verify"
@@ -49,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status; bad input raises SystemExit(2)."""
     began = time.perf_counter()
     with cli.reported_errors(PROG):
-        cfg, _ = cli.parse(VerifyConfig, PROG, __doc__ or "", argv)
+        cfg, _ = parse(VerifyConfig, PROG, __doc__ or "", argv)
         cli.keep_freed_memory()
         cli.quiet_libraries()
         check_writable(cfg)
@@ -59,11 +62,18 @@ def main(argv: list[str] | None = None) -> int:
         if cfg.explain:
             print(explain(subject))
             return 0
-        print("\n".join(f"{name:<10} {value}" for name, value in facts.items()), end="\n\n", flush=True)
-        with jax.default_matmul_precision("highest"):  # of float32: elsewhere than on CPU the default rounds its inputs
+        print(
+            "\n".join(f"{name:<10} {value}" for name, value in facts.items()),
+            end="\n\n",
+            flush=True,
+        )
+        # Of float32: elsewhere than on CPU the default rounds its inputs
+        with jax.default_matmul_precision("highest"):
             report = make_report(cfg, subject, state)
         seconds, peak = time.perf_counter() - began, peak_memory()
-        report = dataclasses.replace(report, environment=facts | {"took": f"{seconds:.0f} s, {human_bytes(peak)} at most"})
+        report = dataclasses.replace(
+            report, environment=facts | {"took": f"{seconds:.0f} s, {human_bytes(peak)} at most"}
+        )
         print(report)
         print(f"took {report.environment['took']}")
         keep(cfg, report, subject)
@@ -74,7 +84,8 @@ def keep(cfg: VerifyConfig, report: Report, subject: Subject) -> None:
     """Write the files that were asked for.
 
     Raises:
-        OSError: one cannot be written. Where the gradient is wrong it is only told, so that the verdict is the exit status.
+        OSError: one cannot be written. Where the gradient is wrong it is only told, so that the
+            verdict is the exit status.
 
     """
     try:
@@ -95,7 +106,8 @@ def check_writable(cfg: VerifyConfig) -> None:
     """Find out before the work whether its results can be kept.
 
     Raises:
-        ConfigError: a file to write is a folder, or lies in one that does not exist or may not be written to.
+        ConfigError: a file to write is a folder, or lies in one that does not exist or may not be
+            written to.
         OSError: the export's folder cannot be made.
 
     """
@@ -115,20 +127,31 @@ def check_writable(cfg: VerifyConfig) -> None:
 
 
 def make_subject(cfg: VerifyConfig) -> tuple[Subject, llmc.DebugState | None, dict[str, str]]:
-    """Model, parameters and batch; another program's results, if they are the reference; and a description.
+    """Model, parameters and batch; another program's results, if they are the reference; and a
+    description.
 
     Raises:
         GptjaxError: something of it does not exist or does not fit together.
 
     """
-    settings = dataclasses.replace(cfg.model, dtype=cfg.dtype)
+    settings, whose = known_vocabulary(cfg)
+    cfg, settings = (
+        dataclasses.replace(cfg, model=settings),
+        dataclasses.replace(settings, dtype=cfg.dtype),
+    )
     from_file = cfg.reference not in ("autodiff", "finite-difference")
     if from_file or cfg.export:
         settings = dataclasses.replace(settings, dropout=0.0, dropout_mlp=0.0)
     if from_file and not Path(cfg.reference).is_file():
-        raise ConfigError(f"reference must be autodiff, finite-difference or a file: there is no file {cfg.reference}")
+        raise ConfigError(
+            "reference must be autodiff, finite-difference or a file: there is no file "
+            f"{cfg.reference}"
+        )
     if from_file and cfg.checkpoint is None:
-        raise ConfigError(f"the gradients in {cfg.reference} are those of certain parameters: give their file as --checkpoint")
+        raise ConfigError(
+            f"the gradients in {cfg.reference} are those of certain parameters: give their file "
+            "as --checkpoint"
+        )
     state = llmc.read_debug_state(cfg.reference, settings) if from_file else None
     seq_len = state.inputs.shape[1] if state else cfg.data.seq_len
     resolved = settings.resolve(platform_name(), seq_len)
@@ -138,30 +161,70 @@ def make_subject(cfg: VerifyConfig) -> tuple[Subject, llmc.DebugState | None, di
     else:
         params = jax.jit(lambda: model.noisy_params(key, resolved))()
     if state:
-        batch, tokens = Batch(jnp.asarray(state.inputs)[None], jnp.asarray(state.targets)[None]), "of the reference"
+        batch, tokens = (
+            Batch(jnp.asarray(state.inputs)[None], jnp.asarray(state.targets)[None]),
+            "of the reference",
+        )
     elif cfg.batch == "corpus":
-        batch, tokens = jax.tree.map(jnp.asarray, next(set_up(cfg).batches)), f"the first of {cfg.data.dataset}"
+        batch, tokens = (
+            jax.tree.map(jnp.asarray, next(set_up(cfg).batches)),
+            f"the first of {cfg.data.dataset}",
+        )
     else:
-        size = (1 if cfg.export else cfg.optim.accumulate, cfg.data.batch_size, cfg.data.seq_len + 1)
+        size = (
+            1 if cfg.export else cfg.optim.accumulate,
+            cfg.data.batch_size,
+            cfg.data.seq_len + 1,
+        )
         generator = np.random.default_rng(cfg.seed)
         ids = generator.integers(0, resolved.vocab_size, size, np.int32)
         left_out = generator.random(size) < (0 if cfg.export else 1 / 8)
         targets = np.where(left_out, IGNORE_INDEX, ids)[..., 1:]
         batch = Batch(jnp.asarray(ids[..., :-1]), jnp.asarray(targets))
-        tokens = f"random, seed {cfg.seed}, {np.count_nonzero(targets != IGNORE_INDEX)} of them to be predicted"
+        tokens = (
+            f"random, seed {cfg.seed}, {np.count_nonzero(targets != IGNORE_INDEX)} of them to be "
+            "predicted"
+        )
     mesh = make_mesh(cfg.mesh, resolved.axis_sizes, batch.inputs.shape[1])
-    subject = Subject(resolved, params, batch, key if resolved.dropout or resolved.dropout_mlp else None, mesh)
-    return subject, state, describe(cfg, subject, tokens)
+    subject = Subject(
+        resolved, params, batch, key if resolved.dropout or resolved.dropout_mlp else None, mesh
+    )
+    return subject, state, describe(cfg, subject, tokens, whose)
 
 
-def describe(cfg: VerifyConfig, subject: Subject, tokens: str) -> dict[str, str]:
-    """What is checked, and on what."""
+def known_vocabulary(cfg: VerifyConfig) -> tuple[ModelConfig, str]:
+    """The model with the size of its vocabulary, and whose that is, in words; nothing where it is
+    configured.
+
+    Raises:
+        GptjaxError: the checkpoint, the corpus or the tokenizer cannot be read.
+
+    """
+    if cfg.model.vocab_size:
+        return cfg.model, ""
+    if cfg.checkpoint is not None:
+        size, whose = open_weights(cfg.checkpoint).cfg.vocab_size, "the checkpoint"
+    elif cfg.batch == "corpus":
+        size, whose = set_up(cfg).model.vocab_size, "the corpus"
+    else:
+        size, whose = vocabulary_without_corpus(cfg.data.tokenizer)
+    return cfg.model.with_vocabulary(size), whose
+
+
+def describe(cfg: VerifyConfig, subject: Subject, tokens: str, whose: str) -> dict[str, str]:
+    """What is checked, and on what; ``whose`` vocabulary it is, if nobody configured it."""
     resolved, (A, B, T) = subject.cfg, subject.batch.inputs.shape
     dropouts = f"dropout {resolved.dropout}"
     if resolved.dropout_mlp:
         dropouts += f", in the MLP {resolved.dropout_mlp}"
+    vocabulary = f"vocabulary {resolved.vocab_size:,}" + (f" of {whose}" if whose else "")
     parts = {
-        "model": [f"{num_params(resolved):,} parameters", f"{resolved.num_layers} layers", dropouts],
+        "model": [
+            f"{num_params(resolved):,} parameters",
+            f"{resolved.num_layers} layers",
+            dropouts,
+            vocabulary,
+        ],
         "compute": [
             resolved.dtype,
             f"attention {resolved.attention}",
@@ -171,10 +234,16 @@ def describe(cfg: VerifyConfig, subject: Subject, tokens: str) -> dict[str, str]
             *([describe_mesh(subject.mesh)] if subject.mesh else []),
         ],
         "parameters": [cfg.checkpoint or f"initial ones with noise, seed {cfg.seed}"],
-        "batch": [f"{B} x {T} tokens, {tokens}" if A == 1 else f"{A} micro-batches of {B} x {T} tokens, {tokens}"],
+        "batch": [
+            f"{B} x {T} tokens, {tokens}"
+            if A == 1
+            else f"{A} micro-batches of {B} x {T} tokens, {tokens}"
+        ],
         "reference": [cfg.reference],
     }
-    checked = dataclasses.replace(cfg, model=resolved, layers=False, explain=False, json=None, html=None, export=None)
+    checked = dataclasses.replace(
+        cfg, model=resolved, layers=False, explain=False, json=None, html=None, export=None
+    )
     return {name: ", ".join(part) for name, part in parts.items()} | environment(checked)
 
 
@@ -190,9 +259,13 @@ def make_report(cfg: VerifyConfig, subject: Subject, state: llmc.DebugState | No
 
 
 def export(folder: Path, subject: Subject) -> None:
-    """Write ``gpt2_124M.bin`` and ``gpt2_124M_debug_state.bin``, which are the names that llm.c's test looks for."""
+    """Write ``gpt2_124M.bin`` and ``gpt2_124M_debug_state.bin``, which are the names that llm.c's
+    test looks for.
+    """
     found = model.by_hand(subject)
-    inputs, targets, logits = (np.asarray(x) for x in (subject.batch.inputs[0], subject.batch.targets[0], found.logits))
+    inputs, targets, logits = (
+        np.asarray(x) for x in (subject.batch.inputs[0], subject.batch.targets[0], found.logits)
+    )
     state = llmc.DebugState(inputs, targets, logits, float(found.loss), stack(found.params))
     llmc.write_model(folder / "gpt2_124M.bin", subject.params, subject.cfg)
     llmc.write_debug_state(folder / "gpt2_124M_debug_state.bin", state, subject.cfg)
@@ -204,7 +277,9 @@ def peak_memory() -> float:
     stats: dict[str, Any] = jax.devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 if __name__ == "__main__":

@@ -12,44 +12,60 @@ from gptjax.verify.rows import Comparison, Row, quotient
 from gptjax.verify.tolerance import LAMBDA, unit_roundoff
 from gptjax.verify.tolerance import tolerance as tolerance_of
 
-DEEP = 1_000_000  # roundings on the way to a gradient, where nothing tells how many: GPT-2 124M has some 300,000
+# Roundings on the way to a gradient, where nothing tells how many: GPT-2 124M has some 300,000
+DEEP = 1_000_000
 
 
-def compare(ours: Any, reference: Any, tolerance: Any = None, autodiff: Any = None, dtype: Any = None) -> Comparison:
+def compare(
+    ours: Any, reference: Any, tolerance: Any = None, autodiff: Any = None, dtype: Any = None
+) -> Comparison:
     """Compare two gradients leaf by leaf.
 
     Args:
         ours: any pytree of floating-point arrays or numbers.
         reference: the same tree, in any dtype at least as precise.
-        tolerance: largest relative L2 error, one number or a tree of one a leaf; by default what rounding explains
-            after `DEEP` roundings in each of the two.
-        autodiff: JAX's gradient in the precision of ``ours``, to judge 16-bit results by: ours may be no further from
-            the reference than this one, but for the scatter of two random errors, which is taken to be that of norms of as
-            many independent numbers as the last axis has.
-        dtype: whose units in the last place the errors are told in; by default that of each leaf of ``ours``.
+        tolerance: largest relative L2 error, one number or a tree of one a leaf; by default what
+            rounding explains after `DEEP` roundings in each of the two.
+        autodiff: JAX's gradient in the precision of ``ours``, to judge 16-bit results by: ours may
+            be no further from the reference than this one, but for the scatter of two random
+            errors, which is taken to be that of norms of as many independent numbers as the last
+            axis has.
+        dtype: whose units in the last place the errors are told in; by default that of each leaf of
+            ``ours``.
 
     Returns:
-        A row for each leaf, named by `leaf_names`. Errors are relative to the leaf's norm. A leaf of the reference that is
-        smaller than the rounding of the whole is zero but for rounding, as is the gradient of a bias of attention's keys,
-        which moves all scores of a query alike: its error is relative to the norm of the whole.
+        A row for each leaf, named by `leaf_names`. Errors are relative to the leaf's norm. A leaf
+        of the reference that is smaller than the rounding of the whole is zero but for rounding, as
+        is the gradient of a bias of attention's keys, which moves all scores of a query alike: its
+        error is relative to the norm of the whole.
 
     Raises:
-        ValueError: the trees or the shapes differ, or a leaf is not of floating-point numbers; the message names the first
-            such leaf. Or there is no leaf.
+        ValueError: the trees or the shapes differ, or a leaf is not of floating-point numbers; the
+            message names the first such leaf. Or there is no leaf.
 
     """
     tree: Any = jax.tree.structure(ours)
     if jax.tree.structure(reference) != tree:
-        raise ValueError(f"the gradients have different structures: {tree} and {jax.tree.structure(reference)}")
+        raise ValueError(
+            f"the gradients have different structures: {tree} and {jax.tree.structure(reference)}"
+        )
     if not tree.num_leaves:
         raise ValueError("there is nothing to compare: the gradients have no arrays")
     ours, reference = jax.tree.map(jnp.asarray, (ours, reference))
-    names, pairs = leaf_names(ours), list(zip(jax.tree.leaves(ours), jax.tree.leaves(reference), strict=True))
+    names, pairs = (
+        leaf_names(ours),
+        list(zip(jax.tree.leaves(ours), jax.tree.leaves(reference), strict=True)),
+    )
     for (tensor, _), (a, b) in zip(names, pairs, strict=True):
         if a.shape != b.shape:
-            raise ValueError(f"{tensor} has shape {a.shape} in one gradient and {b.shape} in the other")
+            raise ValueError(
+                f"{tensor} has shape {a.shape} in one gradient and {b.shape} in the other"
+            )
         if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in (a, b)):
-            raise ValueError(f"{tensor} is {a.dtype} in one gradient and {b.dtype} in the other, not floating-point")
+            raise ValueError(
+                f"{tensor} is {a.dtype} in one gradient and {b.dtype} in the other, not "
+                "floating-point"
+            )
     if tolerance is None or isinstance(tolerance, float):
         limits = [_default_tolerance(a, b) if tolerance is None else tolerance for a, b in pairs]
     else:
@@ -65,7 +81,10 @@ def compare(ours: Any, reference: Any, tolerance: Any = None, autodiff: Any = No
     whole = math.hypot(*(leaf.reference for leaf in measured))
     rows = tuple(_row(leaf, whole) for leaf in measured)
     wrong = {row.tensor for row in rows if not row.ok and row.layer is not None}
-    return Comparison(rows, tuple(_row(_together(group), whole, name not in wrong) for name, group in groups.items()))
+    return Comparison(
+        rows,
+        tuple(_row(_together(group), whole, name not in wrong) for name, group in groups.items()),
+    )
 
 
 def _default_tolerance(ours: Any, reference: Any) -> float:
@@ -95,7 +114,9 @@ class _Measured(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    """Of two arrays: squares of L2 norms, in units of a power of two each, so that none under- or overflows."""
+    """Of two arrays: squares of L2 norms, in units of a power of two each, so that none under- or
+    overflows.
+    """
 
     reference: tuple[Array, Array]
     ours: tuple[Array, Array]
@@ -113,7 +134,12 @@ def _sums(ours: Array, reference: Array) -> _Sums:
     error = jnp.abs(a - b)
     at = jnp.argmax(error)
     (a, a_unit), (b, b_unit), (e, e_unit) = map(_in_units, (a, b, error))
-    squares = (jnp.vdot(b, b), b_unit), (jnp.vdot(a, a), a_unit), jnp.vdot(a, b), (jnp.vdot(e, e), e_unit)
+    squares = (
+        (jnp.vdot(b, b), b_unit),
+        (jnp.vdot(a, a), a_unit),
+        jnp.vdot(a, b),
+        (jnp.vdot(e, e), e_unit),
+    )
     return _Sums(*squares, error[at], at, jnp.abs(b).max() * b_unit)
 
 
@@ -126,14 +152,23 @@ def _in_units(x: Array) -> tuple[Array, Array]:
 
 
 def _measure(
-    name: tuple[str, int | None], ours: Array, reference: Array, tolerance: float, autodiff: Any, dtype: Any
+    name: tuple[str, int | None],
+    ours: Array,
+    reference: Array,
+    tolerance: float,
+    autodiff: Any,
+    dtype: Any,
 ) -> _Measured:
     def norm(square: Any, unit: Any) -> float:
         return math.sqrt(square) * float(unit)
 
     sums = jax.device_get(_sums(ours, reference))
     product = float(sums.product) * float(sums.reference[1]) * float(sums.ours[1])
-    rival = None if autodiff is None else norm(*jax.device_get(_sums(jnp.asarray(autodiff), reference).error))
+    rival = (
+        None
+        if autodiff is None
+        else norm(*jax.device_get(_sums(jnp.asarray(autodiff), reference).error))
+    )
     return _Measured(
         *name,
         ours.shape,
@@ -189,23 +224,32 @@ def _row(m: _Measured, whole: float, layers_ok: bool = True) -> Row:
         ulps=None if zero else quotient(m.max_error, ulp(m.largest, m.dtype)),
         tolerance=m.tolerance,
         ratio=None if rival is None else quotient(m.error, rival),
-        ratio_tolerance=None if rival is None else 1 + LAMBDA / math.sqrt(2 * (m.shape or (1,))[-1]),
+        ratio_tolerance=None
+        if rival is None
+        else 1 + LAMBDA / math.sqrt(2 * (m.shape or (1,))[-1]),
         layers_ok=layers_ok,
     )
 
 
 def ulp(x: float, dtype: Any) -> float:
-    """The distance from |x| to the next larger number of ``dtype``; of 0, the smallest normal number."""
+    """The distance from |x| to the next larger number of ``dtype``; of 0, the smallest normal
+    number.
+    """
     info = jnp.finfo(dtype)
-    return float(info.eps) * 2.0 ** math.floor(math.log2(abs(x))) if math.isfinite(x) and x else float(info.tiny)
+    return (
+        float(info.eps) * 2.0 ** math.floor(math.log2(abs(x)))
+        if math.isfinite(x) and x
+        else float(info.tiny)
+    )
 
 
 def leaf_names(tree: Any) -> list[tuple[str, int | None]]:
     """The (tensor, layer) of each leaf.
 
-    The first index into a sequence on the way to a leaf is its layer, if what the layers have there is of one shape. The
-    tensor is then named by the way from the layer on, where that tells it from every other tensor, else by the whole way
-    but the index. Without layers, and for entries of a plain tuple or list, the index belongs to the name.
+    The first index into a sequence on the way to a leaf is its layer, if what the layers have there
+    is of one shape. The tensor is then named by the way from the layer on, where that tells it from
+    every other tensor, else by the whole way but the index. Without layers, and for entries of a
+    plain tuple or list, the index belongs to the name.
     """
     paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(tree), strict=True)
     layers = [_layer(path) for path in paths]
@@ -213,7 +257,8 @@ def leaf_names(tree: Any) -> list[tuple[str, int | None]]:
     for path, at, leaf in zip(paths, layers, leaves, strict=True):
         shapes.setdefault(_tensor(path, at), set()).add(jnp.shape(leaf))
     layers = [
-        at if len(path) > 1 and len(shapes[_tensor(path, at)]) == 1 else None for path, at in zip(paths, layers, strict=True)
+        at if len(path) > 1 and len(shapes[_tensor(path, at)]) == 1 else None
+        for path, at in zip(paths, layers, strict=True)
     ]
     full = [_tensor(path, at) for path, at in zip(paths, layers, strict=True)]
     short = [
@@ -231,7 +276,9 @@ def leaf_names(tree: Any) -> list[tuple[str, int | None]]:
 
 def _layer(path: Any) -> int | None:
     """Where on the way the first index into a sequence is."""
-    return next((i for i, key in enumerate(path) if isinstance(key, jax.tree_util.SequenceKey)), None)
+    return next(
+        (i for i, key in enumerate(path) if isinstance(key, jax.tree_util.SequenceKey)), None
+    )
 
 
 def _tensor(path: Any, at: int | None) -> str:

@@ -54,5 +54,8 @@ def explain(subject: Subject) -> str:
         largest[name] = max(value, largest.get(name, 0.0))
     rows = {"loss": allowed.loss, "logits": allowed.logits} | largest
     lines = [["tensor", "n", "tolerance"]]
-    lines += [[name, f"{(value / LAMBDA / u) ** 2 / theirs:,.0f}", f"{value:.1e}"] for name, value in rows.items()]
+    lines += [
+        [name, f"{(value / LAMBDA / u) ** 2 / theirs:,.0f}", f"{value:.1e}"]
+        for name, value in rows.items()
+    ]
     return text + "\n" + aligned(lines)

@@ -1,7 +1,9 @@
-"""Derivatives from values of the function alone: Richardson-extrapolated central differences, in float64.
+"""Derivatives from values of the function alone: Richardson-extrapolated central differences, in
+float64.
 
-A central difference (f(x + h d) - f(x - h d)) / 2h has an error in even powers of h. Halving h and combining removes one
-power after another (Richardson 1911); the two best entries of the triangle that results estimate its error (Ridders 1982).
+A central difference (f(x + h d) - f(x - h d)) / 2h has an error in even powers of h. Halving h and
+combining removes one power after another (Richardson 1911); the two best entries of the triangle
+that results estimate its error (Ridders 1982).
 """
 
 import itertools
@@ -24,7 +26,9 @@ LEVELS = 6  # halvings, the first value included: two evaluations of f each
 RANDOM_DIRECTIONS = 3
 RANDOM = "random direction"
 TOLERANCE = unit_roundoff(jnp.float64) ** 0.5
-"""What a plain one-sided difference could reach at best, 1.1e-8; extrapolation must do better than that."""
+"""What a plain one-sided difference could reach at best, 1.1e-8; extrapolation must do better than
+that.
+"""
 
 
 class Derivative(NamedTuple):
@@ -35,7 +39,9 @@ class Derivative(NamedTuple):
 
 
 def extrapolate(differences: Sequence[Any]) -> Derivative:
-    """The best value from central differences at h, h/2, h/4...: arrays of one shape, each element by itself."""
+    """The best value from central differences at h, h/2, h/4...: arrays of one shape, each element
+    by itself.
+    """
     row = [np.asarray(d, np.float64) for d in differences]
     best, least = row[0], np.full_like(row[0], np.inf)
     power = 1.0
@@ -50,12 +56,17 @@ def extrapolate(differences: Sequence[Any]) -> Derivative:
 
 
 def directional(f: Callable[[Any], Any], x: Any, direction: Any) -> Derivative:
-    """Derivative of a scalar ``f`` at the pytree ``x`` along ``direction``, a tree of arrays or, for 0, None."""
+    """Derivative of a scalar ``f`` at the pytree ``x`` along ``direction``, a tree of arrays or,
+    for 0, None.
+    """
 
     def at(h: float) -> float:
         tree: Any = jax.tree.structure(x)
         leaves = jax.tree.leaves(x)
-        moved = [p if d is None else _moved(p, d, h) for p, d in zip(leaves, tree.flatten_up_to(direction), strict=True)]
+        moved = [
+            p if d is None else _moved(p, d, h)
+            for p, d in zip(leaves, tree.flatten_up_to(direction), strict=True)
+        ]
         return float(f(tree.unflatten(moved)))
 
     steps = [STEP / 2**level for level in range(LEVELS)]
@@ -68,13 +79,17 @@ def _moved(x: Array, direction: Array, h: float) -> Array:
 
 
 def elementwise(f: Callable[..., Any], args: Sequence[Array], dy: Array) -> list[Array]:
-    """Derivative of ``<f(*args), dy>`` with respect to each element of each argument, for small arguments of one dtype."""
+    """Derivative of ``<f(*args), dy>`` with respect to each element of each argument, for small
+    arguments of one dtype.
+    """
     flat, unravel = ravel_pytree(list(args))
 
     @jax.jit
     def differences(h: float) -> Array:
         def along(direction: Array) -> Array:
-            forth, back = (jnp.vdot(f(*unravel(flat + sign * h * direction)), dy) for sign in (1, -1))
+            forth, back = (
+                jnp.vdot(f(*unravel(flat + sign * h * direction)), dy) for sign in (1, -1)
+            )
             return (forth - back) / (2 * h)
 
         return jax.vmap(along)(jnp.eye(flat.size, dtype=flat.dtype))
@@ -84,9 +99,15 @@ def elementwise(f: Callable[..., Any], args: Sequence[Array], dy: Array) -> list
 
 
 def check_directions(
-    f: Callable[[Any], Any], x: Any, gradient: Any, layers: bool = False, seed: int = 0, tolerance: float = TOLERANCE
+    f: Callable[[Any], Any],
+    x: Any,
+    gradient: Any,
+    layers: bool = False,
+    seed: int = 0,
+    tolerance: float = TOLERANCE,
 ) -> Comparison:
-    """``<gradient, d>`` against the difference of ``f`` along random d: through everything, then along each tensor.
+    """``<gradient, d>`` against the difference of ``f`` along random d: through everything, then
+    along each tensor.
 
     Args:
         f: scalar function of a float64 pytree.
@@ -94,12 +115,14 @@ def check_directions(
         gradient: a pytree like ``x``.
         layers: one direction a leaf instead of one a tensor.
         seed: of the directions.
-        tolerance: largest relative error; `LAMBDA` times the estimated error of a difference where that is larger.
+        tolerance: largest relative error; `LAMBDA` times the estimated error of a difference where
+            that is larger.
 
     Returns:
-        A row for each direction. ``norm`` is the size of the derivative; ``relative_l2`` the error relative to it, or to the
-        root mean square of derivatives along such directions where that is larger: one may be near zero by chance. A tensor
-        whose gradient is zero but for rounding is judged by the root mean square of derivatives through everything.
+        A row for each direction. ``norm`` is the size of the derivative; ``relative_l2`` the error
+        relative to it, or to the root mean square of derivatives along such directions where that
+        is larger: one may be near zero by chance. A tensor whose gradient is zero but for rounding
+        is judged by the root mean square of derivatives through everything.
 
     """
     tree: Any = jax.tree.structure(x)
@@ -107,10 +130,14 @@ def check_directions(
     groups: dict[tuple[str, int | None], list[int]] = {}
     for i, (tensor, layer) in enumerate(leaf_names(x)):
         groups.setdefault((tensor, layer if layers else None), []).append(i)
-    groups = {(f"{RANDOM} {n + 1}", None): list(range(len(leaves))) for n in range(RANDOM_DIRECTIONS)} | groups
+    groups = {
+        (f"{RANDOM} {n + 1}", None): list(range(len(leaves))) for n in range(RANDOM_DIRECTIONS)
+    } | groups
     generator = np.random.default_rng(seed)
     sizes = [float(jnp.sqrt(jnp.mean(jnp.square(x)))) or 1.0 for x in leaves]
-    slopes = [size * float(jnp.linalg.norm(g.ravel())) for size, g in zip(sizes, gradients, strict=True)]
+    slopes = [
+        size * float(jnp.linalg.norm(g.ravel())) for size, g in zip(sizes, gradients, strict=True)
+    ]
     unit = max(unit_roundoff(g.dtype) for g in gradients)
     rows = []
     for (tensor, layer), members in groups.items():
@@ -120,7 +147,9 @@ def check_directions(
         typical = math.hypot(*(slopes[i] for i in members))
         if typical <= unit * math.hypot(*slopes):
             typical = math.hypot(*slopes)
-        expected = sum(float(jnp.vdot(gradients[i].astype(jnp.float64), direction[i])) for i in members)
+        expected = sum(
+            float(jnp.vdot(gradients[i].astype(jnp.float64), direction[i])) for i in members
+        )
         found, doubt = directional(f, x, tree.unflatten(direction))
         scale = max(abs(found), typical)
         error = abs(expected - found) / scale if scale else abs(expected - found)

@@ -1,4 +1,6 @@
-"""The report as one self-contained web page: tables, a heat map of errors by tensor and layer, the environment."""
+"""The report as one self-contained web page: tables, a heat map of errors by tensor and layer, the
+environment.
+"""
 
 import math
 from html import escape
@@ -44,7 +46,8 @@ def as_html(report: Report) -> str:
     """The whole page."""
     verdict = "good" if report else "bad"
     sections = [
-        f"<h1>gptjax: is the hand-written gradient right?</h1><div class='verdict {verdict}'>{escape(report.closing)}</div>",
+        "<h1>gptjax: is the hand-written gradient right?</h1><div class='verdict "
+        f"{verdict}'>{escape(report.closing)}</div>",
         _section(
             "Gradient by tensor",
             f"Against {report.reference}; all layers of a tensor together.",
@@ -54,19 +57,39 @@ def as_html(report: Report) -> str:
     if report.widened:
         sections.append(f"<p>{escape(WIDENED)}.</p>")
     if any(row.layer is not None for row in report.gradient.rows):
-        sections.append(_section("Gradient by tensor and layer", "log10 of the relative L2 error.", _heat_map(report.gradient)))
+        sections.append(
+            _section(
+                "Gradient by tensor and layer",
+                "log10 of the relative L2 error.",
+                _heat_map(report.gradient),
+            )
+        )
     if report.forward is not None:
         sections.append(_section("Forward", "Loss and logits.", _rows(report.forward.rows)))
     if report.curvature is not None:
         text = "Forward over the hand-written reverse, along a random vector."
         sections.append(_section("Hessian-vector product", text, _rows(report.curvature.tensors)))
     if report.ops:
-        sections.append(_section("Ops", "Each by itself at a small shape, worst argument.", _table(ops_cells(report.ops))))
-    facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in report.environment.items())
+        sections.append(
+            _section(
+                "Ops",
+                "Each by itself at a small shape, worst argument.",
+                _table(ops_cells(report.ops)),
+            )
+        )
+    facts = "".join(
+        f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>"
+        for name, value in report.environment.items()
+    )
     sections.append(f"<h2>Environment</h2><dl>{facts}</dl>")
-    head = "<meta charset='utf-8'><meta name='viewport' content='width=device-width'><title>gptjax verify</title>"
+    head = (
+        "<meta charset='utf-8'><meta name='viewport' content='width=device-width'><title>gptjax "
+        "verify</title>"
+    )
     head += f"<style>{STYLE}</style>"
-    return f"<!doctype html><html lang='en'><head>{head}</head><body>{''.join(sections)}</body></html>"
+    return (
+        f"<!doctype html><html lang='en'><head>{head}</head><body>{''.join(sections)}</body></html>"
+    )
 
 
 def _section(title: str, text: str, body: str) -> str:
@@ -93,7 +116,14 @@ def _heat_map(found: Comparison) -> str:
     by_place = {(row.tensor, row.layer): row for row in found.rows}
     tensors = list(dict.fromkeys(row.tensor for row in found.rows if row.layer is not None))
     single = [row for row in found.rows if row.layer is None]
-    low = math.floor(math.log10(min((row.relative_l2 for row in found.rows if 0 < row.relative_l2 < math.inf), default=1e-16)))
+    low = math.floor(
+        math.log10(
+            min(
+                (row.relative_l2 for row in found.rows if 0 < row.relative_l2 < math.inf),
+                default=1e-16,
+            )
+        )
+    )
     high = max(math.ceil(math.log10(max(row.tolerance for row in found.rows))), low + 1)
     lines = []
     for layer in sorted({row.layer for row in found.rows if row.layer is not None}):
@@ -103,7 +133,10 @@ def _heat_map(found: Comparison) -> str:
     grid = f"<table class='heat'><thead><tr><th>layer</th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
     colours = ", ".join(f"rgb{colour}" for colour in SCALE)
     ramp = f"<div class='ramp' style='background: linear-gradient(to right, {colours})'></div>"
-    legend = f"<div class='legend'>{low}{ramp}{high}, where the tolerance ends; outlined where wrong</div>"
+    legend = (
+        f"<div class='legend'>{low}{ramp}{high}, where the tolerance ends; outlined where "
+        "wrong</div>"
+    )
     if single:
         names = "".join(f"<th>{escape(row.tensor)}</th>" for row in single)
         values = "".join(_colour(row, low, high) for row in single)
@@ -116,12 +149,27 @@ def _colour(row: Row | None, low: int, high: int) -> str:
     if row is None:
         return "<td></td>"
     error = row.relative_l2
-    text = f"{math.log10(error):.1f}" if 0 < error < math.inf else "exact" if error == 0 else str(error)
-    part = min(max((math.log10(error) - low) / (high - low), 0.0), 1.0) if 0 < error < math.inf else float(error != 0)
+    text = (
+        f"{math.log10(error):.1f}"
+        if 0 < error < math.inf
+        else "exact"
+        if error == 0
+        else str(error)
+    )
+    part = (
+        min(max((math.log10(error) - low) / (high - low), 0.0), 1.0)
+        if 0 < error < math.inf
+        else float(error != 0)
+    )
     at = part * (len(SCALE) - 1)
     i = min(int(at), len(SCALE) - 2)
-    red, green, blue = (round(a + (at - i) * (b - a)) for a, b in zip(SCALE[i], SCALE[i + 1], strict=True))
+    red, green, blue = (
+        round(a + (at - i) * (b - a)) for a, b in zip(SCALE[i], SCALE[i + 1], strict=True)
+    )
     ink = "#000" if 0.299 * red + 0.587 * green + 0.114 * blue > 130 else "#fff"
     kind = "" if row.ok else " class='bad'"
     title = f"{row.tensor}[{row.layer}]: {error:.2e}, tolerance {row.tolerance:.1e}"
-    return f"<td{kind} style='background: rgb({red}, {green}, {blue}); color: {ink}' title='{escape(title)}'>{text}</td>"
+    return (
+        f"<td{kind} style='background: rgb({red}, {green}, {blue}); color: {ink}' "
+        f"title='{escape(title)}'>{text}</td>"
+    )

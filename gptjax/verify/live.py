@@ -18,7 +18,8 @@ class LiveCheck:
         self.trainer = trainer
 
     def __call__(self, batch: Any) -> dict[str, float]:
-        """Return the worst relative L2 error over the tensors of the gradient to come; nothing if it is not finite.
+        """Return the worst relative L2 error over the tensors of the gradient to come; nothing if
+        it is not finite.
 
         Raises:
             WrongGradientError: the gradient is wrong; the report is in the run's folder.
@@ -27,11 +28,15 @@ class LiveCheck:
         trainer, run, step = self.trainer, self.trainer.run, self.trainer.done + 1
 
         def step_gradient(params: Any, batch: Any, key: Any, number: Any) -> tuple[Any, Any]:
-            loss, trainer.buffer, _ = trainer.compiled.gradient(params, batch, key, np.int32(number), trainer.buffer)
+            loss, trainer.buffer, _ = trainer.compiled.gradient(
+                params, batch, key, np.int32(number), trainer.buffer
+            )
             return loss, trainer.buffer
 
         manual = run.cfg.train.backward == "manual"
-        found = against_live(step_gradient if manual else None, run.model, trainer.state.params, batch, run.key, step)
+        found = against_live(
+            step_gradient if manual else None, run.model, trainer.state.params, batch, run.key, step
+        )
         if found is None:
             return {}
         if found:
@@ -39,4 +44,6 @@ class LiveCheck:
         facts = {"run": str(run.folder), "step": str(step), **environment(run.cfg)}
         page, data = (run.folder / f"verify-step-{step}{suffix}" for suffix in (".html", ".json"))
         write_report(dataclasses.replace(found, environment=facts), data, page)
-        raise WrongGradientError(f"step {step}: {found.closing}; the report is in {page} and {data.name}")
+        raise WrongGradientError(
+            f"step {step}: {found.closing}; the report is in {page} and {data.name}"
+        )

@@ -1,7 +1,8 @@
-"""Everything that is differentiated of a model, by hand and by JAX, on given parameters and tokens, in a given precision.
+"""Everything that is differentiated of a model, by hand and by JAX, on given parameters and tokens,
+in a given precision.
 
-By hand it is the program that a training step runs: of all its micro-batches, on its mesh. By JAX it is the plain forward of
-one micro-batch after the other, on one device.
+By hand it is the program that a training step runs: of all its micro-batches, on its mesh. By JAX
+it is the plain forward of one micro-batch after the other, on one device.
 """
 
 import dataclasses
@@ -67,7 +68,9 @@ class Derivatives(NamedTuple):
     params: Any
     """Gradient with respect to the parameters, the layers in a tuple."""
     embeddings: Float[Array, "B T C"]
-    """Gradient with respect to the tokens' embeddings, of the first micro-batch by itself, as are the logits."""
+    """Gradient with respect to the tokens' embeddings, of the first micro-batch by itself, as are
+    the logits.
+    """
 
     def gradient(self) -> Any:
         """The two gradients in one tree, for `compare`."""
@@ -84,16 +87,22 @@ def _gradient_class(fields: tuple[str, ...]) -> Any:
 
 
 def noisy_params(key: Any, cfg: ModelConfig) -> Any:
-    """Initial parameters with noise on all but the vocabulary's pad rows, so that no gradient is zero by symmetry."""
+    """Initial parameters with noise on all but the vocabulary's pad rows, so that no gradient is
+    zero by symmetry.
+    """
     params = init_params(key, cfg)
     tree: Any = jax.tree.structure(params)
     keys = tree.unflatten(list(jax.random.split(jax.random.fold_in(key, 1), tree.num_leaves)))
-    noisy = jax.tree.map(lambda x, k: x + NOISE * jax.random.normal(k, x.shape, x.dtype), params, keys)
+    noisy = jax.tree.map(
+        lambda x, k: x + NOISE * jax.random.normal(k, x.shape, x.dtype), params, keys
+    )
     return padded_rows(noisy, cfg, lambda x: x.at[cfg.vocab_size :].set(0))
 
 
 def padded_rows(params: Any, cfg: ModelConfig, f: Callable[[Any], Any]) -> Any:
-    """``params`` with ``f`` applied to each tensor that has a row for each id of the padded vocabulary."""
+    """``params`` with ``f`` applied to each tensor that has a row for each id of the padded
+    vocabulary.
+    """
     table = per_tensor(lambda weight: weight, params, cfg)
     return jax.tree.map(lambda x, weight: f(x) if weight.axes[0] == "Vp" else x, params, table)
 
@@ -104,7 +113,9 @@ def by_hand(subject: Subject) -> Derivatives:
 
     @jax.jit
     def run(params: Any, batch: Batch, key: Any) -> Derivatives:
-        (loss, grads), calls = trace.record(partial(transformer.loss_and_grad, cfg=subject.cfg), params, batch, key=key)
+        (loss, grads), calls = trace.record(
+            partial(transformer.loss_and_grad, cfg=subject.cfg), params, batch, key=key
+        )
         scores = jnp.concatenate([call.ins[0] for call in calls if call.op == "cross_entropy_fwd"])
         embeddings = [call.ins[-1] for call in calls if call.op == "embedding_bwd"][-1]
         return Derivatives(loss, _logits(scores, batch, subject.cfg), unstack(grads), embeddings)
@@ -145,13 +156,19 @@ def _autodiff_of_one(cfg: ModelConfig) -> Any:
                 return [call.outs[0] + taps.pop().astype(call.outs[0].dtype), *call.outs[1:]]
             return call.outs
 
-        value = trace.run(partial(transformer.loss, cfg=cfg), params, batch, key=key, on_call=on_call)
+        value = trace.run(
+            partial(transformer.loss, cfg=cfg), params, batch, key=key, on_call=on_call
+        )
         return value, _logits(scores[0], batch, cfg)
 
     @jax.jit
     def run(params: Any, batch: Batch, key: Any) -> Derivatives:
-        tap = jnp.zeros((*batch.inputs.shape, cfg.channels), jnp.result_type(*jax.tree.leaves(params)))
-        (value, logits), (grads, embeddings) = jax.value_and_grad(loss, (0, 1), has_aux=True)(params, tap, batch, key)
+        tap = jnp.zeros(
+            (*batch.inputs.shape, cfg.channels), jnp.result_type(*jax.tree.leaves(params))
+        )
+        (value, logits), (grads, embeddings) = jax.value_and_grad(loss, (0, 1), has_aux=True)(
+            params, tap, batch, key
+        )
         return Derivatives(value, logits, unstack(grads), embeddings)
 
     return run
@@ -180,8 +197,12 @@ def micro_batches(subject: Subject) -> list[tuple[Batch, Any]]:
 
 
 def shares(batch: Batch) -> list[float]:
-    """Of the targets that count, the share of each micro-batch: the mean of all is the sum of their means times these."""
-    mask = np.ones(batch.targets.shape) if batch.mask is None else np.asarray(batch.mask, np.float64)
+    """Of the targets that count, the share of each micro-batch: the mean of all is the sum of their
+    means times these.
+    """
+    mask = (
+        np.ones(batch.targets.shape) if batch.mask is None else np.asarray(batch.mask, np.float64)
+    )
     counts = np.where(np.asarray(batch.targets) == IGNORE_INDEX, 0.0, mask).sum((1, 2))
     return (counts / (counts.sum() or 1.0)).tolist()
 
@@ -201,23 +222,30 @@ def parameter_dtype(subject: Subject) -> Any:
 
 
 def exact(subject: Subject, dtype: Literal["float64", "float32"] = "float64") -> Subject:
-    """The same in a wider dtype, where a kernel for attention gives way to one that computes in it."""
+    """The same in a wider dtype, where a kernel for attention gives way to one that computes in
+    it.
+    """
     cfg = dataclasses.replace(subject.cfg, dtype=dtype)
     if cfg.attention in ("cudnn", "splash"):
-        cfg = dataclasses.replace(cfg, attention="auto").resolve("cpu", subject.batch.inputs.shape[-1])
+        cfg = dataclasses.replace(cfg, attention="auto").resolve(
+            "cpu", subject.batch.inputs.shape[-1]
+        )
     return subject._replace(cfg=cfg)
 
 
 def tolerances(subject: Subject, reference_dtype: Any = jnp.float64) -> Derivatives:
     """What rounding explains of each leaf, the reference's rounding included.
 
-    Of one micro-batch by itself, and of the sum of all. On a mesh no sum is longer than on one device.
+    Of one micro-batch by itself, and of the sum of all. On a mesh no sum is longer than on one
+    device.
     """
     batch, key = micro_batches(subject)[0]
     one = subject._replace(batch=jax.tree.map(lambda x: x[None], batch), key=key, mesh=None)
     found = gradient_variances(lambda params: by_hand(one._replace(params=params)), one.params)
     added = (subject.num_micro_batches - 1) * unit_roundoff(parameter_dtype(subject)) ** 2
-    found = found._replace(loss=found.loss + added, params=jax.tree.map(lambda v: v + added, found.params))
+    found = found._replace(
+        loss=found.loss + added, params=jax.tree.map(lambda v: v + added, found.params)
+    )
     mine = unit_roundoff(subject.cfg.compute_dtype)
     theirs = (unit_roundoff(reference_dtype) / mine) ** 2
     allowed: Derivatives = jax.tree.map(lambda v: tolerance(v, v * theirs), found)
@@ -227,9 +255,10 @@ def tolerances(subject: Subject, reference_dtype: Any = jnp.float64) -> Derivati
 def widened(allowed: Any, gradient: Callable[[Any], Any], params: Any, dtype: Any) -> Any:
     """Tolerances that take into account how far rounding moves this very gradient.
 
-    Near a minimum, say, where terms cancel, the roundings on the way are magnified by more than the margin of
-    `gptjax.verify.tolerance`. JAX's own gradient tells: each parameter is moved by one unit in the last place, up or down at
-    random, and of what then moves, `LAMBDA` times counts as rounding, where that is more than ``allowed``.
+    Near a minimum, say, where terms cancel, the roundings on the way are magnified by more than the
+    margin of `gptjax.verify.tolerance`. JAX's own gradient tells: each parameter is moved by one
+    unit in the last place, up or down at random, and of what then moves, `LAMBDA` times counts as
+    rounding, where that is more than ``allowed``.
 
     Args:
         allowed: a tuple of trees of tolerances, of a value or a gradient each.
@@ -245,10 +274,15 @@ def widened(allowed: Any, gradient: Callable[[Any], Any], params: Any, dtype: An
         return x * (1 + float(jnp.finfo(dtype).eps) * jax.random.rademacher(key, x.shape, x.dtype))
 
     tree: Any = jax.tree.structure(params)
-    moved = tree.unflatten([move(x, jax.random.fold_in(key, i)) for i, x in enumerate(jax.tree.leaves(params))])
+    moved = tree.unflatten(
+        [move(x, jax.random.fold_in(key, i)) for i, x in enumerate(jax.tree.leaves(params))]
+    )
     parts = zip(gradient(moved), gradient(params), strict=True)
     rows = [row for ours, reference in parts for row in compare(ours, reference, 1.0).rows]
     limits: Any = jax.tree.structure(allowed)
     return limits.unflatten(
-        [max(limit, LAMBDA * row.relative_l2) for limit, row in zip(jax.tree.leaves(allowed), rows, strict=True)]
+        [
+            max(limit, LAMBDA * row.relative_l2)
+            for limit, row in zip(jax.tree.leaves(allowed), rows, strict=True)
+        ]
     )

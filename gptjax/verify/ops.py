@@ -1,4 +1,6 @@
-"""The ops one by one, at small shapes: the hand-derived backward against JAX's and against differences of the forward."""
+"""The ops one by one, at small shapes: the hand-derived backward against JAX's and against
+differences of the forward.
+"""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -44,19 +46,25 @@ class OpError(NamedTuple):
     @property
     def ok(self) -> bool:
         """Within both tolerances."""
-        return self.autodiff <= self.autodiff_tolerance and self.difference <= self.difference_tolerance
+        return (
+            self.autodiff <= self.autodiff_tolerance
+            and self.difference <= self.difference_tolerance
+        )
 
 
 def op_cases() -> list[OpCase]:
     """Every op, at a small shape with all axes of different sizes."""
     key = jax.random.key(0)
     tokens = jax.random.randint(key, (2, 9), 0, 5, jnp.int32)
-    targets = jax.random.randint(key, (6,), 0, 13, jnp.int32).at[0].set(ops.IGNORE_INDEX)  # its weight is 0
+    # Its weight is 0
+    targets = jax.random.randint(key, (6,), 0, 13, jnp.int32).at[0].set(ops.IGNORE_INDEX)
     weights = jnp.linspace(0.0, 0.3, 6, dtype=jnp.float32)
     weights = weights.astype(jnp.bfloat16).astype(jnp.float32)  # exact in every dtype
 
     def embedding_bwd(table: Any, dy: Any) -> Any:
-        """The backward adds to what it is given, so it is given something, which is then taken away."""
+        """The backward adds to what it is given, so it is given something, which is then taken
+        away.
+        """
         return (ops.embedding_bwd(tokens, jnp.ones_like(table), dy) - 1,)
 
     def linear(name: str, x: tuple[int, ...], *weights: tuple[int, ...]) -> OpCase:
@@ -72,14 +80,22 @@ def op_cases() -> list[OpCase]:
     def dropped(name: str, fwd: Any, bwd: Any) -> OpCase:
         forward = lambda q, k, v: fwd(q, k, v, 0.2, key)  # noqa: E731
         heads = ((2, 9, 3, 4),) * 3
-        return OpCase(name, lambda *a: forward(*a)[0], lambda q, k, v, do: bwd(forward(q, k, v)[1], do, 0.2), heads)
+        return OpCase(
+            name,
+            lambda *a: forward(*a)[0],
+            lambda q, k, v, do: bwd(forward(q, k, v)[1], do, 0.2),
+            heads,
+        )
 
     def in_blocks(q: Any, k: Any, v: Any, rate: float, key: Any) -> Any:
         return blockwise_fwd(q, k, v, rate, key, block_size=4)
 
     return [
-        OpCase("embedding", lambda table: ops.embedding_fwd(tokens, table), embedding_bwd, ((5, 8),)),
-        linear("linear", (3, 9, 8), (8, 2), (2,)),  # few outputs: the other form of the weight's gradient on CPU
+        OpCase(
+            "embedding", lambda table: ops.embedding_fwd(tokens, table), embedding_bwd, ((5, 8),)
+        ),
+        # Few outputs: the other form of the weight's gradient on CPU
+        linear("linear", (3, 9, 8), (8, 2), (2,)),
         linear("linear into heads", (2, 9, 8), (8, 3, 2), (3, 2)),
         linear("linear out of heads", (2, 9, 3, 2), (3, 2, 8), (8,)),
         linear("linear without bias", (2, 9, 8), (8, 6)),
@@ -120,30 +136,45 @@ def check_ops(dtype: str = "float64") -> list[OpError]:
 def check_op(case: OpCase, dtype: str = "float64") -> OpError:
     """Both comparisons of one op, at random arguments."""
     by_jax, by_differences = op_against_autodiff(case, dtype), op_against_differences(case)
-    return OpError(case.name, by_jax.relative_l2, by_jax.tolerance, by_differences.relative_l2, by_differences.tolerance)
+    return OpError(
+        case.name,
+        by_jax.relative_l2,
+        by_jax.tolerance,
+        by_differences.relative_l2,
+        by_differences.tolerance,
+    )
 
 
 def op_against_autodiff(case: OpCase, dtype: str = "float64") -> Row:
-    """The backward in ``dtype`` against JAX's gradient of the forward in float64: its worst argument."""
+    """The backward in ``dtype`` against JAX's gradient of the forward in float64: its worst
+    argument.
+    """
     exact, dy = _arguments(case)
     rounded = [x.astype(dtype) for x in (*exact, dy)]
     reference = jax.jit(lambda dy, *xs: list(jax.vjp(case.forward, *xs)[1](dy)))(dy, *exact)
-    allowed = [tolerance(v, v) for v in jax.tree.leaves(gradient_variances(case.backward, *rounded))]
+    allowed = [
+        tolerance(v, v) for v in jax.tree.leaves(gradient_variances(case.backward, *rounded))
+    ]
     return compare(list(jax.jit(case.backward)(*rounded)), reference, allowed).worst
 
 
 def op_against_differences(case: OpCase) -> Row:
-    """The backward against differences of the forward, element by element, both in float64: its worst argument."""
+    """The backward against differences of the forward, element by element, both in float64: its
+    worst argument.
+    """
     exact, dy = _arguments(case)
     differences = finite_difference.elementwise(case.forward, exact, dy)
-    return compare(list(jax.jit(case.backward)(*exact, dy)), differences, finite_difference.TOLERANCE).worst
+    return compare(
+        list(jax.jit(case.backward)(*exact, dy)), differences, finite_difference.TOLERANCE
+    ).worst
 
 
 def _arguments(case: OpCase) -> tuple[list[Array], Array]:
     keys = jax.random.split(jax.random.key(1), len(case.shapes) + 1)
     # Numbers that every dtype holds exactly, so that all differentiate at the same place.
     exact = [
-        jax.random.normal(k, shape, jnp.bfloat16).astype(jnp.float64) for k, shape in zip(keys[1:], case.shapes, strict=True)
+        jax.random.normal(k, shape, jnp.bfloat16).astype(jnp.float64)
+        for k, shape in zip(keys[1:], case.shapes, strict=True)
     ]
     y = jax.eval_shape(case.forward, *exact)
     return exact, jax.random.normal(keys[0], y.shape, jnp.bfloat16).astype(jnp.float64)

@@ -18,7 +18,8 @@ Reference = Literal["autodiff", "finite-difference"]
 
 
 WIDENED = (
-    f"{LAMBDA:g} times what JAX's own gradient moves by, when each parameter moves by a unit in the last place, is allowed "
+    f"{LAMBDA:g} times what JAX's own gradient moves by, when each parameter moves by a unit in "
+    "the last place, is allowed "
     "where that is more than the derived tolerance"
 )
 
@@ -49,7 +50,9 @@ class Report:
     def __bool__(self) -> bool:
         """Whether everything is within its tolerance."""
         parts = (self.gradient, self.forward, self.curvature)
-        return all(bool(part) for part in parts if part is not None) and all(op.ok for op in self.ops)
+        return all(bool(part) for part in parts if part is not None) and all(
+            op.ok for op in self.ops
+        )
 
     @property
     def closing(self) -> str:
@@ -64,11 +67,16 @@ class Report:
             parts = {"THE FORWARD": self.forward, "A HESSIAN-VECTOR PRODUCT": self.curvature}
             wrong = [name for name, part in parts.items() if part is not None and not part]
             wrong += [f"THE OP {op.op}" for op in self.ops if not op.ok]
-            return f"{' AND '.join(wrong)} IS WRONG, though the gradients agree with {self.reference}"
+            return (
+                f"{' AND '.join(wrong)} IS WRONG, though the gradients agree with {self.reference}"
+            )
         wrong_count = sum(not row.ok for row in self.gradient.rows)
         where = f"; first at {self.parting}" if self.parting else ""
         if not self.parting and not self.reference.startswith("autodiff"):
-            where = "; but it is JAX's own gradient of this forward, so look at the reference and its parameters"
+            where = (
+                "; but it is JAX's own gradient of this forward, so look at the reference and "
+                "its parameters"
+            )
         verdict = f"{wrong_count} OF {len(self.gradient.rows)} GRADIENTS ARE WRONG"
         return f"{verdict}: the worst, {place}, by {worst.relative_l2:.1e}{where}"
 
@@ -79,7 +87,9 @@ class Report:
         if self.forward is not None:
             parts["forward"] = table(self.forward.rows)
         if self.curvature is not None:
-            parts["Hessian-vector product"] = table(self.curvature.rows if self.layers else self.curvature.tensors)
+            parts["Hessian-vector product"] = table(
+                self.curvature.rows if self.layers else self.curvature.tensors
+            )
         if self.ops:
             parts["ops, each by itself"] = ops_table(self.ops)
         texts = [f"{name}\n{text}" for name, text in parts.items()]
@@ -99,49 +109,74 @@ def check(
     """Prove a hand-written gradient, of any function of any pytree.
 
     Args:
-        loss: ``loss(params, *batch)``, a scalar, of functions that JAX differentiates by itself: no custom derivatives.
-        loss_and_grad: ``loss_and_grad(params, *batch)``, the same scalar and its gradient, shaped like ``params``.
-        params: arrays of floating-point numbers. In float64 (``jax.config.update("jax_enable_x64", True)``) errors show
-            that rounding hides in float32.
+        loss: ``loss(params, *batch)``, a scalar, of functions that JAX differentiates by itself: no
+            custom derivatives.
+        loss_and_grad: ``loss_and_grad(params, *batch)``, the same scalar and its gradient, shaped
+            like ``params``.
+        params: arrays of floating-point numbers. In float64 (``jax.config.update("jax_enable_x64",
+            True)``) errors show that rounding hides in float32.
         batch: further arguments.
-        reference: ``autodiff``: `jax.grad` of ``loss``; ``finite-difference``: values of ``loss`` along random directions,
-            for which ``params`` must be float64.
-        largest_error: relative L2 error allowed; by default what rounding explains, see `gptjax.verify.tolerance`, or for
-            differences `gptjax.verify.finite_difference.TOLERANCE`.
+        reference: ``autodiff``: `jax.grad` of ``loss``; ``finite-difference``: values of ``loss``
+            along random directions, for which ``params`` must be float64.
+        largest_error: relative L2 error allowed; by default what rounding explains, see
+            `gptjax.verify.tolerance`, or for differences
+            `gptjax.verify.finite_difference.TOLERANCE`.
 
     Returns:
-        The report. Where ops are jitted functions named ``OP_fwd`` and ``OP_bwd``, it names the first op that is wrong:
-        those of which ``OP_bwd`` has the gradient of the op's result as its last argument, and returns the gradients of
-        the floating-point arguments of ``OP_fwd`` in their order, where either may end before the other.
+        The report. Where ops are jitted functions named ``OP_fwd`` and ``OP_bwd``, it names the
+        first op that is wrong: those of which ``OP_bwd`` has the gradient of the op's result as its
+        last argument, and returns the gradients of the floating-point arguments of ``OP_fwd`` in
+        their order, where either may end before the other.
 
     Raises:
-        ValueError: there is no such reference, the gradient is not shaped like the parameters, or they are not float64 for
-            differences.
+        ValueError: there is no such reference, the gradient is not shaped like the parameters, or
+            they are not float64 for differences.
 
     """
     if reference not in get_args(Reference):
-        raise ValueError(f"reference must be one of {', '.join(get_args(Reference))}, not {reference}")
+        raise ValueError(
+            f"reference must be one of {', '.join(get_args(Reference))}, not {reference}"
+        )
     value, gradient = jax.jit(loss_and_grad)(params, *batch)
     variances = gradient_variances(loss_and_grad, params, *batch)
-    allowed = jax.tree.map(lambda v: tolerance(v, v) if largest_error is None else largest_error, variances)
+    allowed = jax.tree.map(
+        lambda v: tolerance(v, v) if largest_error is None else largest_error, variances
+    )
     structure: Any = jax.tree.structure(gradient)
     if structure != jax.tree.structure(params):
-        raise ValueError(f"the gradient has the structure {structure}, not the parameters': {jax.tree.structure(params)}")
+        raise ValueError(
+            f"the gradient has the structure {structure}, not the parameters': "
+            f"{jax.tree.structure(params)}"
+        )
     if reference == "finite-difference":
         if any(x.dtype != jnp.float64 for x in jax.tree.leaves(params)):
-            raise ValueError("differences need float64 parameters: jax.config.update('jax_enable_x64', True) first")
+            raise ValueError(
+                "differences need float64 parameters: jax.config.update('jax_enable_x64', True) "
+                "first"
+            )
         plain = jax.jit(loss)
         expected = plain(params, *batch)
         limit = finite_difference.TOLERANCE if largest_error is None else largest_error
-        found = finite_difference.check_directions(lambda p: plain(p, *batch), params, gradient, tolerance=limit)
+        found = finite_difference.check_directions(
+            lambda p: plain(p, *batch), params, gradient, tolerance=limit
+        )
     else:
         expected, derivative = jax.jit(jax.value_and_grad(loss))(params, *batch)
         found = compare(gradient, derivative, allowed[1])
     forward = compare({"loss": value}, {"loss": expected}, {"loss": allowed[0]})
-    return Report(found, forward, reference=reference, parting=None if found else locate(loss, loss_and_grad, params, *batch))
+    return Report(
+        found,
+        forward,
+        reference=reference,
+        parting=None if found else locate(loss, loss_and_grad, params, *batch),
+    )
 
 
-def locate(loss: Callable[..., Any], loss_and_grad: Callable[..., Any], params: Any, *batch: Any) -> Parting | None:
+def locate(
+    loss: Callable[..., Any], loss_and_grad: Callable[..., Any], params: Any, *batch: Any
+) -> Parting | None:
     """`trace.first_parting` with the tolerance that rounding gives the gradient as a whole."""
     variance = max(jax.tree.leaves(gradient_variances(loss_and_grad, params, *batch)))
-    return trace.first_parting(loss, loss_and_grad, params, *batch, largest=tolerance(variance, variance))
+    return trace.first_parting(
+        loss, loss_and_grad, params, *batch, largest=tolerance(variance, variance)
+    )

@@ -40,7 +40,9 @@ from gptjax.verify.trace import Parting
 
 
 def against_autodiff(subject: Subject) -> Report:
-    """The gradient and forward against JAX's in float64; in 16 bits also against JAX's own distance from there."""
+    """The gradient and forward against JAX's in float64; in 16 bits also against JAX's own distance
+    from there.
+    """
     dtype = subject.cfg.compute_dtype
     narrow = dtype.itemsize < 4
     mine, truth = by_hand(subject), by_autodiff(exact(subject))
@@ -55,11 +57,15 @@ def against_autodiff(subject: Subject) -> Report:
 
     report = _judged(judge, tolerances(subject), subject)
     curvature = None if narrow else against_hessian(subject)
-    return dataclasses.replace(report, curvature=curvature, parting=_blame(report.gradient, mine, subject))
+    return dataclasses.replace(
+        report, curvature=curvature, parting=_blame(report.gradient, mine, subject)
+    )
 
 
 def jaxs_own(subject: Subject) -> Derivatives:
-    """`by_autodiff`, on a mesh of the program that runs there, whose 16-bit sums are cut as the hand-written ones are."""
+    """`by_autodiff`, on a mesh of the program that runs there, whose 16-bit sums are cut as the
+    hand-written ones are.
+    """
     found = by_autodiff(subject)
     if subject.mesh is None:
         return found
@@ -112,13 +118,22 @@ def against_file(subject: Subject, state: DebugState) -> Report:
 
     def judge(allowed: Derivatives) -> Report:
         found = compare(grads, theirs, allowed.params, dtype=dtype)
-        return Report(found, compare(mine.forward(), values, allowed.forward(), dtype=dtype), reference="the file")
+        return Report(
+            found,
+            compare(mine.forward(), values, allowed.forward(), dtype=dtype),
+            reference="the file",
+        )
 
     report = _judged(judge, tolerances(subject, jnp.float32), subject, dtype)
     return dataclasses.replace(report, parting=_blame(report.gradient, mine, subject))
 
 
-def _judged(judge: Callable[[Derivatives], Report], allowed: Derivatives, subject: Subject, dtype: Any = None) -> Report:
+def _judged(
+    judge: Callable[[Derivatives], Report],
+    allowed: Derivatives,
+    subject: Subject,
+    dtype: Any = None,
+) -> Report:
     """The report with the derived tolerances, or, if it is not good, with the `widened` ones."""
     report = judge(allowed)
     if report:
@@ -127,12 +142,15 @@ def _judged(judge: Callable[[Derivatives], Report], allowed: Derivatives, subjec
     def gradient(params: Any) -> Derivatives:
         return by_autodiff(subject._replace(params=params))
 
-    report = judge(widened(allowed, gradient, parameters(subject), dtype or subject.cfg.compute_dtype))
+    report = judge(
+        widened(allowed, gradient, parameters(subject), dtype or subject.cfg.compute_dtype)
+    )
     return dataclasses.replace(report, widened=True)
 
 
 def against_hessian(subject: Subject) -> Comparison:
-    """The Hessian times a random vector: forward over the hand-written reverse, against forward over JAX's in float64.
+    """The Hessian times a random vector: forward over the hand-written reverse, against forward
+    over JAX's in float64.
 
     Of the first micro-batch, on one device.
     """
@@ -141,7 +159,9 @@ def against_hessian(subject: Subject) -> Comparison:
     leaves = jax.tree.leaves(subject.params)
     keys = jax.random.split(jax.random.key(2), len(leaves))
     draw = jax.jit(
-        lambda keys: tree.unflatten([jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)])
+        lambda keys: tree.unflatten(
+            [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+        )
     )
     vector = draw(keys)
 
@@ -149,26 +169,34 @@ def against_hessian(subject: Subject) -> Comparison:
         batch, key = micro_batches(of)[0]
 
         def run(params: Any, vector: Any) -> Any:
-            return unstack(jax.jvp(lambda p: gradient(p, batch, of.cfg, key), (params,), (vector,))[1])
+            return unstack(
+                jax.jvp(lambda p: gradient(p, batch, of.cfg, key), (params,), (vector,))[1]
+            )
 
         return run, (parameters(of), parameters(of._replace(params=vector)))
 
     ours, args = product(lambda *a: transformer.loss_and_grad(*a)[1], subject)
     mine = jax.jit(ours)(*args)
     theirs_rounding = (unit_roundoff(jnp.float64) / unit_roundoff(subject.cfg.compute_dtype)) ** 2
-    allowed = jax.tree.map(lambda v: tolerance(v, v * theirs_rounding), gradient_variances(ours, *args))
+    allowed = jax.tree.map(
+        lambda v: tolerance(v, v * theirs_rounding), gradient_variances(ours, *args)
+    )
     theirs, args = product(jax.grad(transformer.loss), double)
     return compare(mine, jax.jit(theirs)(*args), allowed)
 
 
-def against_live(run: Any, cfg: ModelConfig, params: Any, batch: Batch, key: Any, step: int) -> Report | None:
-    """The gradient of a training step, as that step computes it, against JAX's in the same precision.
+def against_live(
+    run: Any, cfg: ModelConfig, params: Any, batch: Batch, key: Any, step: int
+) -> Report | None:
+    """The gradient of a training step, as that step computes it, against JAX's in the same
+    precision.
 
-    In 16 bits it is judged as elsewhere, by JAX's own distance from a more precise gradient, here in float32. Both sides add
-    micro-batches by the same code.
+    In 16 bits it is judged as elsewhere, by JAX's own distance from a more precise gradient, here
+    in float32. Both sides add micro-batches by the same code.
 
     Args:
-        run: the compiled ``run(params, batch, key, step) -> (loss, gradient)`` on trial; None compiles the hand-written one.
+        run: the compiled ``run(params, batch, key, step) -> (loss, gradient)`` on trial; None
+            compiles the hand-written one.
         cfg: resolved.
         params: the live parameters.
         batch: (A, B, T) tokens, A micro-batches.
@@ -176,7 +204,8 @@ def against_live(run: Any, cfg: ModelConfig, params: Any, batch: Batch, key: Any
         step: number of the step.
 
     Returns:
-        The report; None where JAX's own gradient is not finite, so that there is nothing to compare with.
+        The report; None where JAX's own gradient is not finite, so that there is nothing to compare
+        with.
 
     """
     at = jnp.int32(step)
@@ -196,7 +225,9 @@ def against_live(run: Any, cfg: ModelConfig, params: Any, batch: Batch, key: Any
         found = compare(gradient, reference, allowed[1], rival, cfg.compute_dtype)
         return Report(found, compare({"loss": loss}, {"loss": expected}, {"loss": allowed[0]}))
 
-    allowed = _step_tolerances(cfg, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (batch, key)))
+    allowed = _step_tolerances(
+        cfg, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (batch, key))
+    )
     report = judge(allowed)
     if not report:
         limits = widened(allowed, lambda p: own(p, *args[1:]), params, cfg.compute_dtype)
@@ -226,7 +257,9 @@ def _step_tolerances(cfg: ModelConfig, batch_and_key: Any) -> Any:
 
 
 def _blame(found: Comparison, mine: Derivatives, subject: Subject) -> Parting | None:
-    """What makes a gradient wrong; None if it is right, or if it is JAX's own, so that the reference differs."""
+    """What makes a gradient wrong; None if it is right, or if it is JAX's own, so that the
+    reference differs.
+    """
     if found:
         return None
     parting = _locate(subject)
@@ -245,25 +278,36 @@ def _program(found: Comparison, subject: Subject) -> Parting | None:
     """The mesh or the accumulation, if the gradient is right without it."""
     error = found.worst.relative_l2
     if subject.mesh is not None and _is_jaxs_own(subject._replace(mesh=None)):
-        return Parting("the program on the mesh", "it alone differs, and on one device the gradient is right", error)
+        return Parting(
+            "the program on the mesh",
+            "it alone differs, and on one device the gradient is right",
+            error,
+        )
     one = subject._replace(batch=jax.tree.map(lambda x: x[:1], subject.batch))
     if subject.num_micro_batches > 1 and _is_jaxs_own(one):
-        return Parting("the accumulated program", "it alone differs, and of one micro-batch the gradient is right", error)
+        return Parting(
+            "the accumulated program",
+            "it alone differs, and of one micro-batch the gradient is right",
+            error,
+        )
     return None
 
 
 def _locate(subject: Subject) -> Parting | None:
-    """Where the gradient leaves JAX's: of the first micro-batch, on one device, with unrolled layers and nothing recomputed.
+    """Where the gradient leaves JAX's: of the first micro-batch, on one device, with unrolled
+    layers and nothing recomputed.
 
-    So every op shows by itself. A 16-bit gradient is followed in a wider precision first, where an error stands out from the
-    rounding.
+    So every op shows by itself. A 16-bit gradient is followed in a wider precision first, where an
+    error stands out from the rounding.
     """
     cfg = dataclasses.replace(subject.cfg, layers="unroll", recompute="none", loss_chunks=1)
     plain = subject._replace(cfg=cfg, params=unstack(subject.params))
     widest: Any = "float64" if jax.dtypes.canonicalize_dtype("float64") == "float64" else "float32"
     for of in (exact(plain, widest), plain) if cfg.compute_dtype.itemsize < 4 else (plain,):
         batch, key = micro_batches(of)[0]
-        loss, loss_and_grad = (partial(f, cfg=of.cfg, key=key) for f in (transformer.loss, transformer.loss_and_grad))
+        loss, loss_and_grad = (
+            partial(f, cfg=of.cfg, key=key) for f in (transformer.loss, transformer.loss_and_grad)
+        )
         parting = locate(loss, loss_and_grad, parameters(of), batch)
         if parting:
             return parting

@@ -17,16 +17,23 @@ class Row(NamedTuple):
     norm: float
     """The reference's L2 norm."""
     relative_l2: float
-    """|ours - reference| / |reference|, L2 norms; 0 where both are all zero. Where the reference is zero but for rounding, the
-    norm of the whole gradient takes its place: see `gptjax.verify.compare`."""
+    """|ours - reference| / |reference|, L2 norms; 0 where both are all zero. Where the reference is
+    zero but for rounding, the norm of the whole gradient takes its place: see
+    `gptjax.verify.compare`."""
     max_error: float | None
-    """Largest |ours - reference| of an element, None where only the whole tensor was compared, as are the next three."""
+    """Largest |ours - reference| of an element, None where only the whole tensor was compared, as
+    are the next three.
+    """
     place: tuple[int, ...] | None
     """Where that element is; in a tensor of all layers, the layer comes first."""
     cosine: float | None
-    """Cosine of the angle between the two; None also where the reference is zero but for rounding, as are the ulps."""
+    """Cosine of the angle between the two; None also where the reference is zero but for rounding,
+    as are the ulps.
+    """
     ulps: float | None
-    """max_error in units in the last place of the reference's largest element, in the checked dtype."""
+    """max_error in units in the last place of the reference's largest element, in the checked
+    dtype.
+    """
     tolerance: float
     """Largest relative_l2 that rounding explains."""
     ratio: float | None = None
@@ -44,7 +51,11 @@ class Row(NamedTuple):
     def excess(self) -> float:
         """The error, or the ratio to JAX's, in units of what is allowed, whichever is larger."""
         worst = quotient(self.relative_l2, self.tolerance)
-        return worst if self.ratio is None else float(np.maximum(worst, quotient(self.ratio, self.ratio_tolerance or 1.0)))
+        return (
+            worst
+            if self.ratio is None
+            else float(np.maximum(worst, quotient(self.ratio, self.ratio_tolerance or 1.0)))
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +108,13 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
         "": lambda r: "ok" if r.ok else "WRONG",
     }
     texts = {name: [f(row) for row in rows] for name, f in columns.items()}
-    filled = {name: column for name, column in texts.items() if any(cell is not None for cell in column)}
-    return [list(filled), *(["-" if c is None else c for c in line] for line in zip(*filled.values(), strict=True))]
+    filled = {
+        name: column for name, column in texts.items() if any(cell is not None for cell in column)
+    }
+    return [
+        list(filled),
+        *(["-" if c is None else c for c in line] for line in zip(*filled.values(), strict=True)),
+    ]
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
@@ -106,5 +122,8 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     justify = [str.ljust, *[str.rjust] * (len(widths) - 1)]
     return "\n".join(
-        "  ".join(f(cell, width) for f, cell, width in zip(justify, line, widths, strict=True)).rstrip() for line in lines
+        "  ".join(
+            f(cell, width) for f, cell, width in zip(justify, line, widths, strict=True)
+        ).rstrip()
+        for line in lines
     )

@@ -1,4 +1,6 @@
-"""What is kept of a check: its report as JSON and as a web page, with the environment that it was made in."""
+"""What is kept of a check: its report as JSON and as a web page, with the environment that it was
+made in.
+"""
 
 import dataclasses
 import hashlib
@@ -39,14 +41,19 @@ def environment(settings: Any) -> dict[str, str]:
     }
 
 
-def write_report(report: Report, json_file: str | Path | None, html_file: str | Path | None) -> None:
+def write_report(
+    report: Report, json_file: str | Path | None, html_file: str | Path | None
+) -> None:
     """Write the report to the files that are named.
 
     Raises:
         OSError: a file cannot be written; it has the file's name.
 
     """
-    for path, text in ((json_file, lambda: json.dumps(as_json(report), indent=1)), (html_file, lambda: as_html(report))):
+    for path, text in (
+        (json_file, lambda: json.dumps(as_json(report), indent=1)),
+        (html_file, lambda: as_html(report)),
+    ):
         if path:
             with naming(path):
                 Path(path).write_text(text() + "\n", encoding="utf-8")

@@ -1,14 +1,17 @@
 """How large an error rounding alone explains, derived from the program itself.
 
-A product of n factors 1 + delta, the deltas independent with mean zero and at most the unit roundoff u, is within LAMBDA
-sqrt(n) u of 1 with a probability of at least 1 - 2 exp(-LAMBDA^2 / 2), to first order in u (Higham and Mary 2019,
-doi:10.1137/18M1226312, theorem 2.4). Each term of a sum of n collects at most n such factors, and a gradient is a chain of
-sums, so the variances n u^2 of all sums on the way add up. `variances` follows every value of a jaxpr from the inputs to the
-outputs and keeps, for each, the largest sum over all ways that lead to it; `tolerance` is LAMBDA times its root.
+A product of n factors 1 + delta, the deltas independent with mean zero and at most the unit
+roundoff u, is within LAMBDA sqrt(n) u of 1 with a probability of at least 1 - 2 exp(-LAMBDA^2 / 2),
+to first order in u (Higham and Mary 2019, doi:10.1137/18M1226312, theorem 2.4). Each term of a sum
+of n collects at most n such factors, and a gradient is a chain of sums, so the variances n u^2 of
+all sums on the way add up. `variances` follows every value of a jaxpr from the inputs to the
+outputs and keeps, for each, the largest sum over all ways that lead to it; `tolerance` is LAMBDA
+times its root.
 
-That is a model of rounding, not a bound. It leaves out how much a step magnifies the error of its input relative to its
-output, and leaves a margin: n terms of mixed signs, and sums kept in several registers at once, stay well below it. Where
-the margin is not enough, `gptjax.verify.model.widened` measures the magnification.
+That is a model of rounding, not a bound. It leaves out how much a step magnifies the error of its
+input relative to its output, and leaves a margin: n terms of mixed signs, and sums kept in several
+registers at once, stay well below it. Where the margin is not enough, `gptjax.verify.model.widened`
+measures the magnification.
 """
 
 import math
@@ -21,32 +24,70 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 LAMBDA = 4.0
 # Exact whatever the values: they move, copy, compare or negate.
-# fmt: off
-EXACT = {
-    "abs", "argmax", "argmin", "bitcast_convert_type", "broadcast_in_dim", "concatenate", "copy", "dynamic_slice",
-    "dynamic_update_slice", "expand_dims", "gather", "iota", "max", "min", "name", "neg", "optimization_barrier",
-    "pad", "random_bits", "random_fold_in", "random_seed", "random_split", "random_unwrap", "random_wrap",
-    "reduce_max", "reduce_min", "reshape", "rev", "select_n", "sign", "slice", "split", "squeeze", "stop_gradient",
-    "transpose",
-}
-# fmt: on
+EXACT = frozenset(
+    [
+        "abs",
+        "argmax",
+        "argmin",
+        "bitcast_convert_type",
+        "broadcast_in_dim",
+        "concatenate",
+        "copy",
+        "dynamic_slice",
+        "dynamic_update_slice",
+        "expand_dims",
+        "gather",
+        "iota",
+        "max",
+        "min",
+        "name",
+        "neg",
+        "optimization_barrier",
+        "pad",
+        "random_bits",
+        "random_fold_in",
+        "random_seed",
+        "random_split",
+        "random_unwrap",
+        "random_wrap",
+        "reduce_max",
+        "reduce_min",
+        "reshape",
+        "rev",
+        "select_n",
+        "sign",
+        "slice",
+        "split",
+        "squeeze",
+        "stop_gradient",
+        "transpose",
+    ]
+)
 BARRIER = "barrier"  # the name that `gptjax.xla.barrier.barrier` has in a traced program
 
 
 def unit_roundoff(dtype: Any) -> float:
-    """U of a floating-point dtype, half the distance from 1 to the next number; 0 for integers, which do not round."""
+    """U of a floating-point dtype, half the distance from 1 to the next number; 0 for integers,
+    which do not round.
+    """
     return float(jnp.finfo(dtype).eps) / 2 if jnp.issubdtype(dtype, jnp.floating) else 0.0
 
 
 def tolerance(variance: float, reference_variance: float = 0.0) -> float:
-    """Largest relative L2 distance that rounding explains between two results of these `variances`."""
+    """Largest relative L2 distance that rounding explains between two results of these
+    `variances`.
+    """
     return LAMBDA * math.sqrt(variance + reference_variance)
 
 
 def gradient_variances(f: Callable[..., Any], *args: Any) -> Any:
-    """`variances` of ``f(*args)``, in the shape of its result. Arguments may be `jax.ShapeDtypeStruct`s; nothing runs."""
+    """`variances` of ``f(*args)``, in the shape of its result. Arguments may be
+    `jax.ShapeDtypeStruct`s; nothing runs.
+    """
     closed, shape = jax.make_jaxpr(f, return_shape=True)(*args)
-    return jax.tree.unflatten(jax.tree.structure(shape), variances(closed, [0.0] * len(closed.in_avals)))
+    return jax.tree.unflatten(
+        jax.tree.structure(shape), variances(closed, [0.0] * len(closed.in_avals))
+    )
 
 
 def variances(closed: ClosedJaxpr, inputs: list[float]) -> list[float]:
@@ -79,11 +120,16 @@ def _equation(eqn: Any, ins: list[float]) -> list[float]:
             inner = params[key]
             return _walk(getattr(inner, "jaxpr", inner), ins)
     worst = max(ins, default=0.0)
-    return [worst + _own_variance(eqn, v.aval) if hasattr(v.aval, "dtype") else worst for v in eqn.outvars]
+    return [
+        worst + _own_variance(eqn, v.aval) if hasattr(v.aval, "dtype") else worst
+        for v in eqn.outvars
+    ]
 
 
 def _own_variance(eqn: Any, out: Any) -> float:
-    """N u^2 of one primitive: n products or terms in the dtype they are summed in, and one rounding to a narrower result."""
+    """N u^2 of one primitive: n products or terms in the dtype they are summed in, and one rounding
+    to a narrower result.
+    """
     u = 0.0 if jax.dtypes.issubdtype(out.dtype, jax.dtypes.extended) else unit_roundoff(out.dtype)
     terms = _terms(eqn)
     if terms is None:
@@ -93,7 +139,9 @@ def _own_variance(eqn: Any, out: Any) -> float:
 
 
 def _terms(eqn: Any) -> int | None:
-    """How many roundings of the summation's dtype an element of the result has seen; None for one of its own dtype."""
+    """How many roundings of the summation's dtype an element of the result has seen; None for one
+    of its own dtype.
+    """
     name = eqn.primitive.name
     first: Any = eqn.invars[0].aval if eqn.invars else None
     if name in EXACT:
@@ -113,7 +161,9 @@ def _terms(eqn: Any) -> int | None:
 
 
 def _scan(params: Any, ins: list[float]) -> list[float]:
-    """The body, again and again, until the growth of a turn is steady; the remaining turns grow by as much each."""
+    """The body, again and again, until the growth of a turn is steady; the remaining turns grow by
+    as much each.
+    """
     consts, carries, length = params["num_consts"], params["num_carry"], params["length"]
     body = params["jaxpr"].jaxpr
     carry, xs = ins[consts : consts + carries], ins[consts + carries :]

@@ -1,10 +1,12 @@
-"""Where two gradients part: the first op, walking the backward from the loss, whose result is not JAX's.
+"""Where two gradients part: the first op, walking the backward from the loss, whose result is not
+JAX's.
 
-Functions named ``OP_fwd`` and ``OP_bwd`` and jitted show up in the jaxpr of a hand-written gradient as calls under their
-names. `record` runs the jaxpr and keeps what goes in and out of each call. `cotangents` runs the plain forward, of the same
-``OP_fwd`` calls, and has JAX differentiate the loss with respect to the result of each. Walking the recorded backward calls
-in turn, `first_parting` finds the first one that receives another gradient than JAX's, or makes another of it than JAX's
-own derivative of the forward call does.
+Functions named ``OP_fwd`` and ``OP_bwd`` and jitted show up in the jaxpr of a hand-written gradient
+as calls under their names. `record` runs the jaxpr and keeps what goes in and out of each call.
+`cotangents` runs the plain forward, of the same ``OP_fwd`` calls, and has JAX differentiate the
+loss with respect to the result of each. Walking the recorded backward calls in turn,
+`first_parting` finds the first one that receives another gradient than JAX's, or makes another of
+it than JAX's own derivative of the forward call does.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +24,15 @@ from gptjax.verify.tolerance import BARRIER
 ADDS = ("embedding",)  # ops whose backward adds to the gradients that it is given
 PLAIN = ("attention",)  # ops that the plain forward calls without the suffix
 # What a weight may pass on its way to an op: its values stay, up to rounding.
-SAME = {"broadcast_in_dim", "convert_element_type", "copy", "reshape", "sharding_constraint", "squeeze", "transpose"}
+SAME = {
+    "broadcast_in_dim",
+    "convert_element_type",
+    "copy",
+    "reshape",
+    "sharding_constraint",
+    "squeeze",
+    "transpose",
+}
 
 
 class Call(NamedTuple):
@@ -65,7 +75,9 @@ def record(f: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, list[
 
 
 def cotangents(loss: Callable[..., Any], *args: Any) -> list[Any]:
-    """Gradient of the scalar ``loss(*args)`` with respect to the first result of each of its op calls, by JAX, in order."""
+    """Gradient of the scalar ``loss(*args)`` with respect to the first result of each of its op
+    calls, by JAX, in order.
+    """
     shapes = jax.eval_shape(lambda: [call.outs[0] for call in record(loss, *args)[1]])
 
     def tapped(taps: list[Any]) -> Any:
@@ -75,8 +87,11 @@ def cotangents(loss: Callable[..., Any], *args: Any) -> list[Any]:
     return jax.jit(jax.grad(tapped))([jnp.zeros(s.shape, s.dtype) for s in shapes])
 
 
-def run(f: Callable[..., Any], *args: Any, on_call: Callable[[Call], list[Any]], **kwargs: Any) -> Any:
-    """``f(*args, **kwargs)``; ``on_call`` sees every op call and says what its results shall be. May be traced by jit.
+def run(
+    f: Callable[..., Any], *args: Any, on_call: Callable[[Call], list[Any]], **kwargs: Any
+) -> Any:
+    """``f(*args, **kwargs)``; ``on_call`` sees every op call and says what its results shall be.
+    May be traced by jit.
 
     The first argument holds the weights, by whose names the calls are told apart.
     """
@@ -84,8 +99,11 @@ def run(f: Callable[..., Any], *args: Any, on_call: Callable[[Call], list[Any]],
     jaxpr = closed.jaxpr
     values: dict[Any, Any] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
     values.update(zip(jaxpr.invars, jax.tree.leaves((args, kwargs)), strict=True))
-    weights: dict[Any, tuple[str, int | None]] = dict(zip(jaxpr.invars, leaf_names(args[0]), strict=False))
-    latest: tuple[str, int | None] = "", None  # the weight used last: an op without weights is found by it
+    weights: dict[Any, tuple[str, int | None]] = dict(
+        zip(jaxpr.invars, leaf_names(args[0]), strict=False)
+    )
+    # The weight used last: an op without weights is found by it
+    latest: tuple[str, int | None] = "", None
     for eqn in jaxpr.eqns:
         ins = [v.val if isinstance(v, Literal) else values[v] for v in eqn.invars]
         outs = eqn.primitive.bind(*ins, **eqn.primitive.get_bind_params(eqn.params))
@@ -95,14 +113,18 @@ def run(f: Callable[..., Any], *args: Any, on_call: Callable[[Call], list[Any]],
         if op.endswith(("_fwd", "_bwd")) or op in PLAIN:
             used = [weights[v] for v in eqn.invars if not isinstance(v, Literal) and v in weights]
             latest = used[0] if used else latest
-            outs = on_call(Call(op, _place(op, *latest, bool(used)), ins, outs, eqn.params["jaxpr"]))
+            outs = on_call(
+                Call(op, _place(op, *latest, bool(used)), ins, outs, eqn.params["jaxpr"])
+            )
         values.update(zip(eqn.outvars, outs, strict=True))
     flat = [v.val if isinstance(v, Literal) else values[v] for v in jaxpr.outvars]
     return jax.tree.unflatten(jax.tree.structure(shape), flat)
 
 
 def _passed_on(eqn: Any, name: str, weights: dict[Any, Any]) -> dict[Any, Any]:
-    """The results that are a weight still, cast, reshaped, laid out or held back by a barrier, with the weight's name."""
+    """The results that are a weight still, cast, reshaped, laid out or held back by a barrier, with
+    the weight's name.
+    """
     pairs: list[tuple[Any, Any]] = []
     if eqn.primitive.name in SAME:
         pairs = [(eqn.outvars[0], eqn.invars[0])]
@@ -121,13 +143,19 @@ def _place(op: str, weight: str, layer: int | None, used: bool) -> str:
 
 
 def first_parting(
-    loss: Callable[..., Any], loss_and_grad: Callable[..., Any], params: Any, *rest: Any, largest: float
+    loss: Callable[..., Any],
+    loss_and_grad: Callable[..., Any],
+    params: Any,
+    *rest: Any,
+    largest: float,
 ) -> Parting | None:
-    """Where the hand-written gradient first leaves JAX's gradient of ``loss``; None where it does not.
+    """Where the hand-written gradient first leaves JAX's gradient of ``loss``; None where it does
+    not.
 
     Args:
         loss: the plain forward ``loss(params, *rest)``, free of custom derivatives.
-        loss_and_grad: ``loss_and_grad(params, *rest) -> (loss, gradient)``, of the same ``OP_fwd`` calls as ``loss``.
+        loss_and_grad: ``loss_and_grad(params, *rest) -> (loss, gradient)``, of the same ``OP_fwd``
+            calls as ``loss``.
         params: first argument of both.
         rest: their other arguments.
         largest: relative L2 error that rounding explains in the gradient as a whole.
@@ -141,7 +169,9 @@ def first_parting(
         for ours, theirs in zip(forward, plain, strict=True):
             error = _error([ours.outs[0]], [theirs.outs[0]])
             if not error <= largest:
-                return Parting(ours.place, f"{ours.op} gives another value than in the plain forward", error)
+                return Parting(
+                    ours.place, f"{ours.op} gives another value than in the plain forward", error
+                )
         received = iter(cotangents(loss, params, *rest))
     else:
         received = iter([None] * len(forward))
@@ -151,7 +181,9 @@ def first_parting(
             continue
         if not waiting or waiting[-1][0].base != call.base:
             due = waiting[-1][0].place if waiting else "the end"
-            return Parting(call.place, f"{call.op} is called where the mirror of the forward has {due}", 1.0)
+            return Parting(
+                call.place, f"{call.op} is called where the mirror of the forward has {due}", 1.0
+            )
         found = _wrong_here(*waiting.pop(), call, largest)
         if found:
             return found
@@ -161,7 +193,11 @@ def first_parting(
         return None
     name = worst.tensor if worst.layer is None else f"{worst.tensor}[{worst.layer}]"
     named = any(call.op.endswith("_bwd") for call in calls)
-    what = "every op is right, but what they give is put together wrongly" if named else "no jitted OP_bwd tells where"
+    what = (
+        "every op is right, but what they give is put together wrongly"
+        if named
+        else "no jitted OP_bwd tells where"
+    )
     return Parting(f"gradient of {name}", what, worst.relative_l2)
 
 
@@ -173,7 +209,11 @@ def _wrong_here(forward: Call, received: Any, backward: Call, largest: float) ->
     if given and received is not None:
         error = _error([dy], [received])
         if not error <= largest:
-            return Parting(forward.place, f"{backward.op} receives a wrong gradient, though every op before it is right", error)
+            return Parting(
+                forward.place,
+                f"{backward.op} receives a wrong gradient, though every op before it is right",
+                error,
+            )
     derivatives = _derivative(forward, dy)
     count = min(len(derivatives), len(backward.outs))  # of the arguments that this call has
     expected, found = derivatives[:count], backward.outs[:count]
@@ -182,7 +222,9 @@ def _wrong_here(forward: Call, received: Any, backward: Call, largest: float) ->
         expected = [e + b for e, b in zip(expected, before, strict=True)]
     shapes = [[x.shape for x in side] for side in (found, expected)]
     if shapes[0] != shapes[1]:
-        return Parting(forward.place, f"{backward.op} returns shapes {shapes[0]}, not {shapes[1]}", 1.0)
+        return Parting(
+            forward.place, f"{backward.op} returns shapes {shapes[0]}, not {shapes[1]}", 1.0
+        )
     error = _error(found, expected)
     if error <= largest:
         return None
@@ -190,7 +232,9 @@ def _wrong_here(forward: Call, received: Any, backward: Call, largest: float) ->
 
 
 def _derivative(forward: Call, dy: Array) -> list[Array]:
-    """JAX's gradient of the call's first result with respect to each of its floating-point arguments."""
+    """JAX's gradient of the call's first result with respect to each of its floating-point
+    arguments.
+    """
     return _vjp(forward.jaxpr, forward.ins, dy)
 
 

@@ -19,7 +19,8 @@ def start_jax(dtype: str) -> None:
         jax.devices()
     except Exception as error:  # JAX raises RuntimeError, AssertionError and others
         raise ConfigError(
-            f"JAX cannot start: {str(error) or 'no such device'}; unset JAX_PLATFORMS to use what there is"
+            f"JAX cannot start: {str(error) or 'no such device'}; unset JAX_PLATFORMS to use what "
+            "there is"
         ) from error
 
 

@@ -14,23 +14,26 @@ from gptjax.parallel.sharding import num_shards
 def barrier(first: Any, x: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
     """x, available only once the arrays of ``first`` are.
 
-    XLA merges equal expressions: what a backward means to compute again from x would otherwise be taken from the forward
-    and stored in between. `jax.lax.optimization_barrier` would prevent that too, but XLA's CPU compiler drops it, so x
-    gets zeros added that depend on ``first``. An infinity or NaN in the first element of an array of ``first`` therefore
-    makes all of x NaN. On a mesh that element lives on one device and sending it takes time, so there it is JAX's barrier.
+    XLA merges equal expressions: what a backward means to compute again from x would otherwise be
+    taken from the forward and stored in between. `jax.lax.optimization_barrier` would prevent that
+    too, but XLA's CPU compiler drops it, so x gets zeros added that depend on ``first``. An
+    infinity or NaN in the first element of an array of ``first`` therefore makes all of x NaN. On a
+    mesh that element lives on one device and sending it takes time, so there it is JAX's barrier.
     """
     if num_shards() > 1:
         return lax.optimization_barrier((first, x))[1]
     nothing = jnp.zeros((), x.dtype)
     for a in jax.tree.leaves(first):
         if a.size:
-            nothing += (0 * a[(0,) * a.ndim]).astype(x.dtype)  # 0 times a number may be NaN, so XLA keeps it
+            # 0 times a number may be NaN, so XLA keeps it
+            nothing += (0 * a[(0,) * a.ndim]).astype(x.dtype)
     return x + nothing
 
 
 def cpu_barrier(first: Any, x: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
     """x; on CPU a `barrier` after ``first``.
 
-    XLA's CPU scheduler leaves weight gradients for last and keeps their operands in memory until then.
+    XLA's CPU scheduler leaves weight gradients for last and keeps their operands in memory until
+    then.
     """
     return lax.platform_dependent(first, x, cpu=barrier, default=lambda first, x: x)

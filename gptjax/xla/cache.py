@@ -1,6 +1,8 @@
-"""What is compiled for this machine's processor, kept so that the next start need not compile it again.
+"""What is compiled for this machine's processor, kept so that the next start need not compile it
+again.
 
-Compiled code runs with this user's rights. So it is read only from where nobody else can put it, and only whole.
+Compiled code runs with this user's rights. So it is read only from where nobody else can put it,
+and only whole.
 """
 
 import contextlib
@@ -25,12 +27,19 @@ class NotPrivateError(OSError):
 def processor() -> str:
     """The kind of processor: 12 hex digits. What was compiled for one kind may crash another."""
     cpuinfo = Path("/proc/cpuinfo")
-    kind = re.search(r"^(?:flags|Features)\s*:.*", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
-    return hashlib.sha256(f"{platform.machine()} {kind[0] if kind else platform.processor()}".encode()).hexdigest()[:12]
+    kind = (
+        re.search(r"^(?:flags|Features)\s*:.*", cpuinfo.read_text(), re.MULTILINE)
+        if cpuinfo.exists()
+        else None
+    )
+    return hashlib.sha256(
+        f"{platform.machine()} {kind[0] if kind else platform.processor()}".encode()
+    ).hexdigest()[:12]
 
 
 def compiled_folder() -> Path:
-    """The folder that JAX keeps its programs in, made; if it keeps none, or far away, ``~/.cache/gptjax/compiled-PROCESSOR``.
+    """The folder that JAX keeps its programs in, made; if it keeps none, or far away,
+    ``~/.cache/gptjax/compiled-PROCESSOR``.
 
     Raises:
         NotPrivateError: others can put programs there.
@@ -43,14 +52,19 @@ def compiled_folder() -> Path:
     if configured and "://" not in configured:
         folder = Path(configured)
     else:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptjax" / f"compiled-{processor()}"
+        folder = (
+            Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+            / "gptjax"
+            / f"compiled-{processor()}"
+        )
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     _assert_private(folder.stat(), folder)
     return folder
 
 
 def read_private(path: Path) -> bytes:
-    """The content of a regular file that only this user or root can have written, read through one descriptor.
+    """The content of a regular file that only this user or root can have written, read through one
+    descriptor.
 
     Raises:
         NotPrivateError: it or its folder is someone else's, or others may write to it.
@@ -61,7 +75,9 @@ def read_private(path: Path) -> bytes:
     try:
         _assert_private(os.fstat(folder), path.parent)
         # Without O_NONBLOCK, opening a pipe would wait for a writer.
-        descriptor = os.open(path.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+        descriptor = os.open(
+            path.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder
+        )
     finally:
         os.close(folder)
     with open(descriptor, "rb") as file:
@@ -74,17 +90,21 @@ def read_private(path: Path) -> bytes:
 
 def _assert_private(status: os.stat_result, path: Path) -> None:
     if status.st_uid not in (os.geteuid(), 0):
-        raise NotPrivateError(f"{path} belongs to another user (uid {status.st_uid}), who could put programs there")
+        raise NotPrivateError(
+            f"{path} belongs to another user (uid {status.st_uid}), who could put programs there"
+        )
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise NotPrivateError(f"others may write to {path} and so put programs there")
 
 
 def keep_compiled_programs() -> None:
-    """Keep what JAX compiles in ``~/.cache/gptjax`` (``XDG_CACHE_HOME``), so that the next start need not compile it again.
+    """Keep what JAX compiles in ``~/.cache/gptjax`` (``XDG_CACHE_HOME``), so that the next start
+    need not compile it again.
 
-    ``JAX_COMPILATION_CACHE_DIR`` names another folder, ``JAX_ENABLE_COMPILATION_CACHE=false`` keeps nothing. Each kind of
-    processor has a folder. It is not limited in size, and may be deleted at any time. Where there is no place for it, nothing
-    is kept; nor where others could put programs of theirs, which is logged.
+    ``JAX_COMPILATION_CACHE_DIR`` names another folder, ``JAX_ENABLE_COMPILATION_CACHE=false`` keeps
+    nothing. Each kind of processor has a folder. It is not limited in size, and may be deleted at
+    any time. Where there is no place for it, nothing is kept; nor where others could put programs
+    of theirs, which is logged.
     """
     config: Any = jax.config
     replace_damaged_programs()
@@ -92,7 +112,8 @@ def keep_compiled_programs() -> None:
         folder = compiled_folder()
     except NotPrivateError as error:
         logging.getLogger(__name__).warning(
-            "nothing compiled is kept or used: %s; delete the folder, or name one of your own in JAX_COMPILATION_CACHE_DIR",
+            "nothing compiled is kept or used: %s; delete the folder, or name one of your own in "
+            "JAX_COMPILATION_CACHE_DIR",
             error,
         )
         config.update("jax_enable_compilation_cache", False)
@@ -106,10 +127,12 @@ def keep_compiled_programs() -> None:
 
 
 class CheckedPrograms:
-    """JAX's store of compiled programs, each with a checksum: a damaged one is removed, so that JAX stores it anew.
+    """JAX's store of compiled programs, each with a checksum: a damaged one is removed, so that JAX
+    stores it anew.
 
-    JAX itself warns of one at every start and never replaces it, because it stores only what is absent, and where its
-    compression has no checksum of its own it runs what it reads. The names differ from JAX's, whose entries have no checksum.
+    JAX itself warns of one at every start and never replaces it, because it stores only what is
+    absent, and where its compression has no checksum of its own it runs what it reads. The names
+    differ from JAX's, whose entries have no checksum.
     """
 
     def __init__(self, store: Any) -> None:
@@ -141,14 +164,17 @@ def _checked(key: str) -> str:
 def replace_damaged_programs() -> None:
     """Let JAX store its programs in `CheckedPrograms`. Call before it compiles.
 
-    JAX has no public way to do so; where a later one lacks what this relies on, it works as it does by itself.
+    JAX has no public way to do so; where a later one lacks what this relies on, it works as it does
+    by itself.
     """
     try:
         from jax._src import compilation_cache as jaxs
 
         make = jaxs.get_file_cache
     except (ImportError, AttributeError):
-        logging.getLogger(__name__).info("this version of JAX warns of damaged programs and does not replace them")
+        logging.getLogger(__name__).info(
+            "this version of JAX warns of damaged programs and does not replace them"
+        )
         return
     if getattr(make, "checked", False):
         return

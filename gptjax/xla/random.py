@@ -1,8 +1,10 @@
-"""Random numbers, bits and normal ones equal to `jax.random`'s, in one pass that the compiler fuses with what uses them.
+"""Random numbers, bits and normal ones equal to `jax.random`'s, in one pass that the compiler fuses
+with what uses them.
 
-On CPU, JAX runs the 20 rounds of its generator as a loop over whole arrays: drawing the weights of 124M takes twice as long so.
-The generator is Threefry-2x32 (Salmon et al., Parallel random numbers: as easy
-as 1, 2, 3, 2011), with an element's index as its counter, so that each device draws its own part and no other.
+On CPU, JAX runs the 20 rounds of its generator as a loop over whole arrays: drawing the weights of
+124M takes twice as long so. The generator is Threefry-2x32 (Salmon et al., Parallel random numbers:
+as easy as 1, 2, 3, 2011), with an element's index as its counter, so that each device draws its own
+part and no other.
 """
 
 import math
@@ -19,12 +21,17 @@ PARITY = 0x1BD11BDA
 
 
 def random_bits(key: Key[Array, ""], shape: tuple[int, ...]) -> UInt32[Array, "..."]:
-    """32 random bits an element: `jax.random.bits`, which also draws them where the key is another generator's."""
+    """32 random bits an element: `jax.random.bits`, which also draws them where the key is another
+    generator's.
+    """
     if str(jax.random.key_impl(key)) != "threefry2x32" or math.prod(shape) >= 2**32:
         return jax.random.bits(key, shape, jnp.uint32)
     strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     counter = sum(
-        (lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride) for axis, stride in enumerate(strides)),
+        (
+            lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride)
+            for axis, stride in enumerate(strides)
+        ),
         jnp.zeros(shape, jnp.uint32),
     )
     first, second = _threefry(jax.random.key_data(key), jnp.zeros(shape, jnp.uint32), counter)
@@ -35,8 +42,11 @@ def normal(key: Key[Array, ""], shape: tuple[int, ...], dtype: Any) -> Float[Arr
     """Standard normal numbers: `jax.random.normal`, which also draws those that are not float32."""
     if dtype != jnp.float32:
         return jax.random.normal(key, shape, dtype)
-    above = np.nextafter(np.float32(-1), np.float32(0))  # where the inverse of the error function is finite
-    one_to_two = lax.bitcast_convert_type(random_bits(key, shape) >> np.uint32(9) | np.uint32(0x3F800000), jnp.float32)
+    # Where the inverse of the error function is finite
+    above = np.nextafter(np.float32(-1), np.float32(0))
+    one_to_two = lax.bitcast_convert_type(
+        random_bits(key, shape) >> np.uint32(9) | np.uint32(0x3F800000), jnp.float32
+    )
     uniform = jnp.maximum(above, (one_to_two - 1) * (np.float32(1) - above) + above)
     return np.float32(np.sqrt(2)) * lax.erf_inv(uniform)
 

@@ -15,14 +15,21 @@ from gptjax.formats.token_shards import open_shard, write_shard
 def test_every_way_makes_the_same_tokens(tmp_path, monkeypatch):
     """What is timed is the same work: the counts behind the rates agree."""
     counts = {}
-    monkeypatch.setattr(data, "_in_turns", lambda ways, rounds: counts.update({name: run() for name, run in ways.items()}))
+    monkeypatch.setattr(
+        data,
+        "_interleaved",
+        lambda ways, rounds: counts.update({name: run() for name, run in ways.items()}),
+    )
     monkeypatch.setattr(data, "BATCHES", 3)
     tokenizer = tokenizers.byte()
-    write_shard(tmp_path / "train.bin", np.frombuffer(b"It was the best of times. " * 500, np.uint8))
+    write_shard(
+        tmp_path / "train.bin", np.frombuffer(b"It was the best of times. " * 500, np.uint8)
+    )
     shards = [open_shard(tmp_path / "train.bin")]
     data.tokenizing(tokenizer, shards, 1)
     data.loading(shards, BatchShape(1, 2, 8), "shuffle", 257, 1)
-    assert counts.pop("ours") == counts["in one go"] + 1 == counts.pop("tiktoken alone") + 1  # the document's end-of-text
+    # The document's end-of-text
+    assert counts.pop("ours") == counts["in one go"] + 1 == counts.pop("tiktoken alone") + 1
     assert counts == {"in one go": 13_000, "cold": 48, "warm": 48, "random crops": 48}
 
 
@@ -46,5 +53,7 @@ def cached_pages(path):
     with path.open("r+b") as file, mmap.mmap(file.fileno(), size) as mapped:
         pages = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
         address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
-        assert ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), pages) == 0
+        assert (
+            ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), pages) == 0
+        )
         return sum(page & 1 for page in pages)

@@ -10,8 +10,15 @@ def event(op, dur, **changes):
 
 
 def test_kernels_add_up_by_op_without_their_numbers():
-    events = [event("dot.12", 30.0), event("dot.7.clone", 10.0), event("fusion", 5.0), event("dot.12", 20.0)]
-    found = summed([*events, {"ph": "M", "name": "process_name"}, {"ph": "X", "dur": 9.0, "name": "python"}], 2)
+    events = [
+        event("dot.12", 30.0),
+        event("dot.7.clone", 10.0),
+        event("fusion", 5.0),
+        event("dot.12", 20.0),
+    ]
+    found = summed(
+        [*events, {"ph": "M", "name": "process_name"}, {"ph": "X", "dur": 9.0, "name": "python"}], 2
+    )
     assert [(t.op, t.kernels) for t in found] == [("dot", 2), ("fusion", 0)]
     assert [t.seconds for t in found] == pytest.approx([30e-6, 2.5e-6])
 

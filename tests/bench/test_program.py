@@ -1,4 +1,6 @@
-"""Operations of small programs, counted by hand, and those of a step against the model's dimensions."""
+"""Operations of small programs, counted by hand, and those of a step against the model's
+dimensions.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,10 @@ X = jax.ShapeDtypeStruct((4, 8), jnp.bfloat16)
 
 def count(function, *arguments, platform="cpu"):
     return program.operations(
-        jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).compiler_ir("stablehlo")
+        jax.jit(function)
+        .trace(*arguments)
+        .lower(lowering_platforms=(platform,))
+        .compiler_ir("stablehlo")
     )
 
 
@@ -46,9 +51,14 @@ def test_a_kernel_goes_by_its_own_name():
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
 def test_the_products_of_a_step(platform):
-    """Of each block's four matrices three products, of the classifier too, and of materialised attention six."""
-    cfg = Config(data=DataConfig(batch_size=2, seq_len=8), model=tiny.config(dtype="float32", attention="materialised"))
+    """Three products of each of a block's six matrices and of the classifier, and six of
+    materialised attention.
+    """
+    cfg = Config(
+        data=DataConfig(batch_size=2, seq_len=8),
+        model=tiny.config(dtype="float32", attention="materialised"),
+    )
     model = cfg.model.resolve(platform, 8)
     for backward in ("manual", "autodiff"):
         found = program.lowered_step(cfg, model, backward, platform)
-        assert found.times["dot_general"] == model.num_layers * (3 * 4 + 6) + 3
+        assert found.times["dot_general"] == model.num_layers * (3 * 6 + 6) + 3

@@ -1,21 +1,21 @@
 import time
 
 from gptjax.bench import timing
-from gptjax.bench.timing import Contender, Timing, in_turns
+from gptjax.bench.timing import Contender, Timing, time_interleaved
 
 
 def test_contenders_take_turns_and_the_first_rounds_do_not_count(monkeypatch):
     monkeypatch.setattr(timing, "WARMUP", 2)
     order = []
     contenders = [Contender(name, lambda name=name: order.append(name), {}) for name in "abc"]
-    found = in_turns(contenders, 3)
+    found = time_interleaved(contenders, 3)
     assert "".join(order) == "abc" * 5
     assert [len(t.seconds) for t in found] == [3, 3, 3]
 
 
 def test_what_is_timed_is_the_run():
-    (found,) = in_turns([Contender("sleep", lambda: time.sleep(0.02), {})], 3)
-    assert 0.02 <= found.median < 0.2
+    (found,) = time_interleaved([Contender("sleep", lambda: time.sleep(0.02), {})], 3)
+    assert 0.02 <= found.median < 2
 
 
 def test_median_and_spread():

@@ -1,4 +1,6 @@
-"""That PyTorch is given the same work: as large a model, the same batches, an update of every weight."""
+"""That PyTorch is given the same work: as large a model, the same batches, an update of every
+weight.
+"""
 
 import numpy as np
 import pytest
@@ -6,7 +8,7 @@ import pytest
 from gptjax.bench import torch_peer
 from gptjax.bench.steps import random_batch
 from gptjax.config import Config, DataConfig, ModelConfig, OptimConfig
-from gptjax.models.params import param_shapes
+from gptjax.models.params import num_padded_params
 
 MODEL = ModelConfig(num_layers=2, num_heads=2, channels=8, vocab_size=11, max_seq_len=12)
 CFG = Config(
@@ -24,12 +26,16 @@ def peer(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f: f)
     loaded = torch_peer.load(CFG)
     monkeypatch.setattr(torch_peer, "load", lambda cfg: loaded)
-    return torch, loaded[1], {contender.name: contender for contender in torch_peer.step_contenders(CFG)}
+    return (
+        torch,
+        loaded[1],
+        {contender.name: contender for contender in torch_peer.step_contenders(CFG)},
+    )
 
 
 def test_the_model_is_as_large_as_ours(peer):
     _, model, _ = peer
-    assert sum(p.numel() for p in model.parameters()) == sum(int(np.prod(shape)) for shape in param_shapes(MODEL))
+    assert sum(p.numel() for p in model.parameters()) == num_padded_params(MODEL)
 
 
 @pytest.mark.parametrize("how", ["eager", "compile"])

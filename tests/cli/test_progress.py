@@ -6,7 +6,8 @@ from gptjax.cli import progress
 
 
 @pytest.mark.parametrize(
-    ("every", "lines"), [(0.0, ["scoring 300/1,200 | acc 0.5", "scoring 1,200/1,200 | acc 0.6"]), (60.0, [])]
+    ("every", "lines"),
+    [(0.0, ["scoring 300/1,200 | acc 0.5", "scoring 1,200/1,200 | acc 0.6"]), (60.0, [])],
 )
 def test_lines_stand_in_for_the_bar(every, lines, monkeypatch, capsys):
     monkeypatch.setattr(progress, "LINE_EVERY_S", every)

@@ -21,7 +21,9 @@ def batches(shards, A=1, B=2, T=4, order="sequential", seed=0):
 
 
 def test_sequential_reads_as_llm_c_does():
-    """Step n reads ids n B T .. n B T + B T, targets one further; at the end it starts over, leaving the rest out."""
+    """Step n reads ids n B T .. n B T + B T, targets one further; at the end it starts over,
+    leaving the rest out.
+    """
     reader = batches([shard(30)])  # (30 - 1) // 8 = 3 batches a round
     for n in (0, 1, 2, 0, 1):
         batch = next(reader)
@@ -57,8 +59,16 @@ def test_shuffle_sees_every_window_once_a_round_in_an_order_of_the_seed():
     for seen in rounds:
         assert sorted(seen) == list(range(0, 48, 4))
     assert rounds[0] != rounds[1] != sorted(rounds[1])
-    again = [int(x) for b in itertools.islice(batches([shard(49)], order="shuffle"), 6) for x in b.inputs[0, :, 0]]
-    other = [int(x) for b in itertools.islice(batches([shard(49)], order="shuffle", seed=1), 6) for x in b.inputs[0, :, 0]]
+    again = [
+        int(x)
+        for b in itertools.islice(batches([shard(49)], order="shuffle"), 6)
+        for x in b.inputs[0, :, 0]
+    ]
+    other = [
+        int(x)
+        for b in itertools.islice(batches([shard(49)], order="shuffle", seed=1), 6)
+        for x in b.inputs[0, :, 0]
+    ]
     assert again == rounds[0] != other
 
 
@@ -77,10 +87,14 @@ def test_position_is_restored_exactly(order):
 @pytest.mark.parametrize("order", ["sequential", "shuffle"])
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_processes_share_out_the_rows_of_every_batch(order, count):
-    """Side by side, the processes' batches are the single process's, round after round: nothing twice, nothing missing."""
+    """Side by side, the processes' batches are the single process's, round after round: nothing
+    twice, nothing missing.
+    """
     shape, shards = BatchShape(3, 4, 2), [shard(101)]
     whole = TrainingBatches(shards, shape, order, 0, VOCAB)
-    parts = [TrainingBatches(shards, shape, order, 0, VOCAB, (index, count)) for index in range(count)]
+    parts = [
+        TrainingBatches(shards, shape, order, 0, VOCAB, (index, count)) for index in range(count)
+    ]
     for _ in range(9):  # past the end of the first round
         rows = [next(part).inputs for part in parts]
         assert {r.shape for r in rows} == {(3, 4 // count, 2)}
@@ -88,7 +102,9 @@ def test_processes_share_out_the_rows_of_every_batch(order, count):
 
 
 def test_rows_that_processes_cannot_share_out():
-    with pytest.raises(ConfigError, match="batch_size 4 cannot be shared out evenly among 3 processes"):
+    with pytest.raises(
+        ConfigError, match="batch_size 4 cannot be shared out evenly among 3 processes"
+    ):
         TrainingBatches([shard(101)], BatchShape(1, 4, 2), "shuffle", 0, VOCAB, (0, 3))
 
 
@@ -105,7 +121,10 @@ def test_id_beyond_the_vocabulary_is_named():
     tokens[33] = VOCAB
     windows = Windows([Shard(Path("corpus/train.bin"), tokens)], 4, 1, VOCAB)
     windows[7]
-    with pytest.raises(DataError, match="train.bin holds token id 1000 near position 32, but model.vocab_size is 1000"):
+    with pytest.raises(
+        DataError,
+        match="train.bin holds token id 1000 near position 32, but model.vocab_size is 1000",
+    ):
         windows[8]
     reader = TrainingBatches(windows.shards, BatchShape(1, 2, 4), "sequential", 0, VOCAB)
     with pytest.raises(DataError, match="token id 1000"):
@@ -120,10 +139,14 @@ def test_id_that_would_be_negative_as_int32_is_named(tokens):
 
 
 def test_corpus_shorter_than_a_batch():
-    with pytest.raises(DataError, match="give 0 sequences of 4 tokens, but one step takes 2: lower data.batch_size"):
+    with pytest.raises(
+        DataError, match="give 0 sequences of 4 tokens, but one step takes 2: lower data.batch_size"
+    ):
         batches([shard(8)])
     next(batches([shard(9)]))
-    with pytest.raises(DataError, match="validation shards in corpus hold 4 tokens, but one sequence takes 5"):
+    with pytest.raises(
+        DataError, match="validation shards in corpus hold 4 tokens, but one sequence takes 5"
+    ):
         validation_batches([shard(4)], 100, 2, 4, VOCAB)
 
 

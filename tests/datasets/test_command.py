@@ -6,7 +6,10 @@ from gptjax.datasets.__main__ import main
 
 def test_prepares_text_and_says_what_it_made(tmp_path, capsys):
     (tmp_path / "tale.txt").write_text("It was the best of times. " * 100)
-    assert main([str(tmp_path / "tale.txt"), "--root", str(tmp_path / "data"), "--tokenizer", "char"]) == 0
+    assert (
+        main([str(tmp_path / "tale.txt"), "--root", str(tmp_path / "data"), "--tokenizer", "char"])
+        == 0
+    )
     shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert shown["train"] == "2,340 tokens in 1 shard"
     assert shown["val"] == "260 tokens in 1 shard"

@@ -31,7 +31,10 @@ def test_pydoc_holds_out_every_tenth_topic(pydoc):
 
 
 def test_pydoc_trains_on_no_paragraph_that_it_validates_on(pydoc):
-    texts = (text_of(pydoc, shards).replace(tokenizers.END_OF_TEXT, "\n\n") for shards in (pydoc.train, pydoc.val))
+    texts = (
+        text_of(pydoc, shards).replace(tokenizers.END_OF_TEXT, "\n\n")
+        for shards in (pydoc.train, pydoc.val)
+    )
     train, val = ({paragraph.strip() for paragraph in text.split("\n\n")} for text in texts)
     assert train & val <= {""}
     assert len(train) > 5 * len(val)
@@ -91,7 +94,9 @@ def test_shards_without_a_tokenizer_are_gpt2s_or_go_without(tmp_path, monkeypatc
 
 
 def test_nanogpts_folder_of_another_vocabulary(tmp_path, monkeypatch):
-    """Its ``meta.pkl`` says that GPT-2 did not make these ids, and is not opened: it is no pickle here."""
+    """Its ``meta.pkl`` says that GPT-2 did not make these ids, and is not opened: it is no pickle
+    here.
+    """
     monkeypatch.setattr(tokenizers, "gpt2", lambda: "the real one")
     for name in ("train.bin", "val.bin"):
         np.arange(65, dtype="<u2").tofile(tmp_path / name)
@@ -105,7 +110,9 @@ def test_nanogpts_folder_of_another_vocabulary(tmp_path, monkeypatch):
 
 
 def test_corpora_that_are_not_there(tmp_path):
-    with pytest.raises(DataError, match="is no file or folder, nor one of pydoc, .*: did you mean tinystories?"):
+    with pytest.raises(
+        DataError, match="is no file or folder, nor one of pydoc, .*: did you mean tinystories?"
+    ):
         datasets.find_corpus("tinystory", tmp_path)
     with pytest.raises(DataError, match="holds no text: a file, folder or pattern"):
         datasets.find_corpus(str(tmp_path), tmp_path)

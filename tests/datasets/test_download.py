@@ -92,7 +92,10 @@ def test_offline(monkeypatch, tmp_path):
     """One sentence that says what to put where; what had arrived stays for the next time."""
     monkeypatch.setattr(download, "PAUSE_S", 0.0)
     (tmp_path / "a.bin.partial").write_bytes(CONTENT[:10])
-    with pytest.raises(DataError, match=r"cannot be downloaded \(.*refused\): go online .* put the file at .*/a\.bin yourself"):
+    with pytest.raises(
+        DataError,
+        match=r"cannot be downloaded \(.*refused\): go online .* put the file at .*/a\.bin yourself",
+    ):
         fetch("http://127.0.0.1:9/a.bin", tmp_path / "a.bin", SHA256)
     assert (tmp_path / "a.bin.partial").read_bytes() == CONTENT[:10]
 
@@ -115,7 +118,9 @@ def test_a_file_put_there_by_hand_is_verified(site, tmp_path):
 
 def test_of_two_at_once_one_downloads_and_the_other_waits(site, tmp_path):
     with ThreadPoolExecutor(4) as pool:
-        made = [pool.submit(fetch, f"{site.url}/a.bin", tmp_path / "a.bin", SHA256) for _ in range(4)]
+        made = [
+            pool.submit(fetch, f"{site.url}/a.bin", tmp_path / "a.bin", SHA256) for _ in range(4)
+        ]
         assert all(future.result().read_bytes() == CONTENT for future in made)
     assert len(site.requests) == 1
     assert list(tmp_path.iterdir()) == [tmp_path / "a.bin"]

@@ -25,7 +25,9 @@ def site(monkeypatch):
     with serving() as site:
         monkeypatch.setenv("HF_ENDPOINT", site.url)
         monkeypatch.setattr(named, "TINYSHAKESPEARE_URL", f"{site.url}/input.txt")
-        monkeypatch.setattr(named, "TINYSHAKESPEARE_SHA256", hashlib.sha256(PLAY.encode()).hexdigest())
+        monkeypatch.setattr(
+            named, "TINYSHAKESPEARE_SHA256", hashlib.sha256(PLAY.encode()).hexdigest()
+        )
         site.files["input.txt"] = PLAY.encode()
         yield site
 
@@ -38,11 +40,15 @@ def test_tinyshakespeare_equals_llm_cs_files_byte_for_byte(shared, tmp_path, mon
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared / "tiktoken_cache"))
     tokenizers.gpt2.cache_clear()
     (tmp_path / "downloads").mkdir()
-    (tmp_path / "downloads" / "tinyshakespeare.txt").symlink_to(shared / "tinyshakespeare" / "input.txt")
+    (tmp_path / "downloads" / "tinyshakespeare.txt").symlink_to(
+        shared / "tinyshakespeare" / "input.txt"
+    )
     corpus = datasets.find_corpus("tinyshakespeare", tmp_path)
     for (shard,), count in ((corpus.train, 305_260), (corpus.val, 32_768)):
         assert shard.tokens.size == count
-        assert shard.path.read_bytes() == (shared / "tinyshakespeare" / shard.path.name).read_bytes()
+        assert (
+            shard.path.read_bytes() == (shared / "tinyshakespeare" / shard.path.name).read_bytes()
+        )
 
 
 def test_tinyshakespeare_has_a_document_a_speech(site, tmp_path):
@@ -51,7 +57,8 @@ def test_tinyshakespeare_has_a_document_a_speech(site, tmp_path):
     text = corpus.tokenizer.decode(np.concatenate([ids(corpus.val), ids(corpus.train)]).tolist())
     assert text == tokenizers.END_OF_TEXT + PLAY.replace("\n\n", f"\n\n{tokenizers.END_OF_TEXT}")
     site.files.clear()
-    assert datasets.find_corpus("tinyshakespeare", tmp_path, "byte").sha256 == corpus.sha256  # offline, once it is made
+    # Offline, once it is made
+    assert datasets.find_corpus("tinyshakespeare", tmp_path, "byte").sha256 == corpus.sha256
 
 
 def test_shakespeare_char_is_cut_as_nanogpt_cuts_it(site, tmp_path):
@@ -63,7 +70,8 @@ def test_shakespeare_char_is_cut_as_nanogpt_cuts_it(site, tmp_path):
     assert ids(corpus.val).tolist() == everything[n:]
     (tmp_path / "downloads" / "tinyshakespeare.txt").unlink()
     site.files.clear()
-    assert datasets.find_corpus("shakespeare-char", tmp_path).folder == corpus.folder  # offline, once it is there
+    # Offline, once it is there
+    assert datasets.find_corpus("shakespeare-char", tmp_path).folder == corpus.folder
 
 
 def test_a_changed_source_is_refused(site, tmp_path):
@@ -76,16 +84,27 @@ def test_tinystories_keeps_its_own_split(site, tmp_path):
     stories = {"train": [f"Tom has {n} cats." for n in range(500)], "valid": ["Ann has a dog."]}
     for split, texts in stories.items():
         content = "".join(f"{text}\n<|endoftext|>\n\n" for text in texts)
-        site.files[f"datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-{split}.txt"] = content.encode()
+        site.files[
+            f"datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-{split}.txt"
+        ] = content.encode()
     corpus = datasets.find_corpus("tinystories", tmp_path, "bpe:300")
     assert corpus.tokenizer.vocab_size == 300
-    found = [corpus.tokenizer.decode(ids(s).tolist()).split(tokenizers.END_OF_TEXT)[1:] for s in (corpus.train, corpus.val)]
+    found = [
+        corpus.tokenizer.decode(ids(s).tolist()).split(tokenizers.END_OF_TEXT)[1:]
+        for s in (corpus.train, corpus.val)
+    ]
     assert found == list(stories.values())
     some = datasets.find_corpus("tinystories", tmp_path, "byte", tokens=1000)
-    assert ids(some.train).tolist() == ids(datasets.find_corpus("tinystories", tmp_path, "byte").train)[:1000].tolist()
+    assert (
+        ids(some.train).tolist()
+        == ids(datasets.find_corpus("tinystories", tmp_path, "byte").train)[:1000].tolist()
+    )
 
 
-@pytest.mark.parametrize(("name", "repo"), [("fineweb", "kjj0/fineweb10B-gpt2"), ("fineweb-edu", "kjj0/finewebedu10B-gpt2")])
+@pytest.mark.parametrize(
+    ("name", "repo"),
+    [("fineweb", "kjj0/fineweb10B-gpt2"), ("fineweb-edu", "kjj0/finewebedu10B-gpt2")],
+)
 def test_fineweb_fetches_as_many_shards_as_are_wanted(site, tmp_path, name, repo):
     stem = name.replace("-", "")
     for split, number in (("val", 0), ("train", 1), ("train", 2), ("train", 3)):
@@ -106,7 +125,9 @@ def test_fineweb_fetches_as_many_shards_as_are_wanted(site, tmp_path, name, repo
 
 
 def test_openwebtext_is_tokenized_part_by_part(site, tmp_path, monkeypatch):
-    """Interrupted and gone on with, each part is fetched once, and its file removed once it is tokenized."""
+    """Interrupted and gone on with, each part is fetched once, and its file removed once it is
+    tokenized.
+    """
     monkeypatch.setattr(named, "OPENWEBTEXT_VAL_EVERY", 10)
     texts = [[f"part {part}, page {n}" for n in range(30)] for part in range(3)]
     for part, pages in enumerate(texts):
@@ -120,7 +141,8 @@ def test_openwebtext_is_tokenized_part_by_part(site, tmp_path, monkeypatch):
     site.files["part1"] = missing
     corpus = datasets.find_corpus("openwebtext", tmp_path / "data", "byte")
     train, val = (
-        corpus.tokenizer.decode(ids(s).tolist()).split(tokenizers.END_OF_TEXT)[1:] for s in (corpus.train, corpus.val)
+        corpus.tokenizer.decode(ids(s).tolist()).split(tokenizers.END_OF_TEXT)[1:]
+        for s in (corpus.train, corpus.val)
     )
     assert train == [page for pages in texts for n, page in enumerate(pages) if n % 10]
     assert val == [page for pages in texts for n, page in enumerate(pages) if n % 10 == 0]
@@ -131,7 +153,9 @@ def test_openwebtext_is_tokenized_part_by_part(site, tmp_path, monkeypatch):
     assert len(datasets.find_corpus("openwebtext", tmp_path / "data", "byte", tokens=1).train) == 1
 
 
-@pytest.mark.parametrize("name", ["tinyshakespeare", "shakespeare-char", "tinystories", "openwebtext", "fineweb"])
+@pytest.mark.parametrize(
+    "name", ["tinyshakespeare", "shakespeare-char", "tinystories", "openwebtext", "fineweb"]
+)
 def test_offline_the_way_out_is_named(name, tmp_path, monkeypatch):
     monkeypatch.setattr(download, "PAUSE_S", 0.0)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
@@ -150,5 +174,8 @@ def test_shards_of_the_hub_are_checked(site, tmp_path):
 @pytest.mark.parametrize("listing", [b"[]", b'{"error": "gone"}', b"[1]", b"[[", b"<html>"])
 def test_a_list_of_parts_that_is_none(site, tmp_path, listing):
     site.files["api/datasets/Skylion007/openwebtext/parquet/plain_text/train"] = listing
-    with pytest.raises(DataError, match="parts.json should list the addresses of Parquet files.*remove it and try again"):
+    with pytest.raises(
+        DataError,
+        match="parts.json should list the addresses of Parquet files.*remove it and try again",
+    ):
         datasets.find_corpus("openwebtext", tmp_path, "byte")

@@ -22,7 +22,9 @@ def stories(tmp_path):
 
 def split_text(corpus):
     return [
-        corpus.tokenizer.decode(np.concatenate([shard.tokens for shard in shards]).tolist()).split(tokenizers.END_OF_TEXT)[1:]
+        corpus.tokenizer.decode(np.concatenate([shard.tokens for shard in shards]).tolist()).split(
+            tokenizers.END_OF_TEXT
+        )[1:]
         for shards in (corpus.train, corpus.val)
     ]
 
@@ -42,7 +44,9 @@ def test_of_one_document_the_last_tenth_is_held_out(tmp_path):
     text = "To be, or not to be, that is the question. " * 23
     (tmp_path / "hamlet.txt").write_text(text)
     corpus = datasets.find_corpus(str(tmp_path / "hamlet.txt"), tmp_path / "data", "char")
-    train, val = (corpus.tokenizer.decode(shards[0].tokens.tolist()) for shards in (corpus.train, corpus.val))
+    train, val = (
+        corpus.tokenizer.decode(shards[0].tokens.tolist()) for shards in (corpus.train, corpus.val)
+    )
     assert (train, val) == (text[: int(0.9 * len(text))], text[int(0.9 * len(text)) :])
     assert corpus.tokenizer.vocab_size == len(set(text))
 
@@ -68,7 +72,9 @@ def test_shards_are_cut_at_their_size(stories, tmp_path, monkeypatch):
     cut = datasets.find_corpus(str(stories), tmp_path / "many", "byte")
     assert [shard.tokens.size for shard in cut.train[:-1]] == [1000] * (len(cut.train) - 1)
     assert len(cut.train) == -(-whole.train[0].tokens.size // 1000) > 2
-    np.testing.assert_array_equal(np.concatenate([shard.tokens for shard in cut.train]), whole.train[0].tokens)
+    np.testing.assert_array_equal(
+        np.concatenate([shard.tokens for shard in cut.train]), whole.train[0].tokens
+    )
 
 
 @pytest.mark.parametrize("tokenizer", ["bpe", "bpe:many", "bpe:100000", "nonesuch"])
@@ -106,13 +112,17 @@ def test_a_large_corpus_holds_out_no_more_than_it_needs():
     scan = count(documents)
     assert scan == Scan(1000, 1_000_000)
     large = scan._replace(characters=50 * prepare.VAL_CHARACTERS)
-    assert [piece.document for piece in of_split(documents, large, "val")] == list(range(0, 1000, 50))
+    assert [piece.document for piece in of_split(documents, large, "val")] == list(
+        range(0, 1000, 50)
+    )
     assert len(list(of_split(documents, large, "train"))) == 980
 
 
 def test_splits_of_pieces_share_out_the_text():
     """A boundary within a piece, and pieces of either side of it."""
-    parts = [Piece(n // 2, letters) for n, letters in enumerate(["abcd", "efgh", "ijkl", "mnop", "qrst"])]
+    parts = [
+        Piece(n // 2, letters) for n, letters in enumerate(["abcd", "efgh", "ijkl", "mnop", "qrst"])
+    ]
     train, val = (list(of_split(parts, count(parts), split)) for split in ("train", "val"))
     assert train == [*parts[:-1], Piece(2, "qr")]
     assert val == [Piece(2, "st")]
@@ -124,7 +134,11 @@ def test_ids_come_in_order_whatever_the_number_of_threads(workers):
     parts = [Piece(n // 3, f"piece {n} ") for n in range(100)]
     found = list(encode(tokenizer, parts, workers))
     assert {a.dtype for a in found} == {np.dtype(np.uint16)}
-    whole = [p for n in range(0, 100, 3) for p in (tokenizers.END_OF_TEXT, *(f"piece {m} " for m in range(n, min(n + 3, 100))))]
+    whole = [
+        p
+        for n in range(0, 100, 3)
+        for p in (tokenizers.END_OF_TEXT, *(f"piece {m} " for m in range(n, min(n + 3, 100))))
+    ]
     assert tokenizer.decode(np.concatenate(found).tolist()) == "".join(whole)
 
 
@@ -141,7 +155,9 @@ def test_no_more_is_read_ahead_than_the_threads_can_use():
 
 
 def test_a_tokenizer_file_is_known_by_its_content(stories, tmp_path):
-    """The same name for another vocabulary is another corpus, and another name for the same one is not."""
+    """The same name for another vocabulary is another corpus, and another name for the same one is
+    not.
+    """
     which = tmp_path / "tokenizer.json"
     folders = []
     for size in (260, 262):
@@ -151,11 +167,16 @@ def test_a_tokenizer_file_is_known_by_its_content(stories, tmp_path):
         folders.append(corpus.folder)
     assert folders[0] != folders[1]
     which.rename(tmp_path / "other.json")
-    assert datasets.find_corpus(str(stories), tmp_path / "data", str(tmp_path / "other.json")).folder == folders[1]
+    assert (
+        datasets.find_corpus(str(stories), tmp_path / "data", str(tmp_path / "other.json")).folder
+        == folders[1]
+    )
 
 
 def test_the_same_bytes_under_another_name_are_another_text(tmp_path):
-    content = gzip.compress(b"".join(json.dumps({"text": story}).encode() + b"\n" for story in STORIES), mtime=0)
+    content = gzip.compress(
+        b"".join(json.dumps({"text": story}).encode() + b"\n" for story in STORIES), mtime=0
+    )
     folders = set()
     for name in ("a.txt.gz", "a.jsonl.gz"):
         (tmp_path / name).write_bytes(content)

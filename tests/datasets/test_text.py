@@ -47,7 +47,9 @@ def test_plain_text_is_one_document_to_the_last_byte(tmp_path):
 
 def test_plain_text_is_cut_at_separators_that_stand_on_lines_of_their_own(tmp_path):
     """As TinyStories has it; the newlines around a separator are no part of the stories."""
-    path = written(tmp_path / "a.txt", "\nOne.\n<|endoftext|>\n\nTwo\n\nthree.\n<|endoftext|>\nFour.\n")
+    path = written(
+        tmp_path / "a.txt", "\nOne.\n<|endoftext|>\n\nTwo\n\nthree.\n<|endoftext|>\nFour.\n"
+    )
     assert documents(path) == {0: "\nOne.", 1: "Two\n\nthree.", 2: "Four.\n"}
 
 
@@ -111,7 +113,9 @@ def test_pieces_are_tokenized_as_the_whole(words, size, separators):
     found = {}
     for number, part in parts:
         found.setdefault(number, []).extend(regex.findall(GPT2_PATTERN, part))
-    assert found == {number: regex.findall(GPT2_PATTERN, document) for number, document in expected.items()}
+    assert found == {
+        number: regex.findall(GPT2_PATTERN, document) for number, document in expected.items()
+    }
 
 
 def test_a_long_document_comes_in_pieces(tmp_path):
@@ -130,7 +134,11 @@ def test_a_long_document_comes_in_pieces(tmp_path):
 def test_a_folder_is_searched_to_the_bottom_and_sorted(tmp_path):
     for name in ("b.txt", "a/c.jsonl.gz", "a/.hidden.txt", "a/picture.png", "d.parquet"):
         written(tmp_path / name, b"")
-    assert [str(p.relative_to(tmp_path)) for p in find_files(str(tmp_path))] == ["a/c.jsonl.gz", "b.txt", "d.parquet"]
+    assert [str(p.relative_to(tmp_path)) for p in find_files(str(tmp_path))] == [
+        "a/c.jsonl.gz",
+        "b.txt",
+        "d.parquet",
+    ]
 
 
 def test_a_pattern(tmp_path):
@@ -165,17 +173,23 @@ def test_a_damaged_file_is_named_in_one_sentence(tmp_path, name, content):
 
 
 def test_documents_count_without_the_empty_ones(tmp_path):
-    path = written(tmp_path / "a.jsonl", "".join(f'\n{{"text": ""}}\n{{"text": "{n}"}}\n' for n in range(40)))
+    path = written(
+        tmp_path / "a.jsonl", "".join(f'\n{{"text": ""}}\n{{"text": "{n}"}}\n' for n in range(40))
+    )
     assert documents(path) == {n: str(n) for n in range(40)}
 
 
 def test_the_first_rows_text_column_is_every_rows(tmp_path):
-    path = written(tmp_path / "a.jsonl", '{"content": "a", "url": "x"}\n{"url": "y", "content": "b"}\n')
+    path = written(
+        tmp_path / "a.jsonl", '{"content": "a", "url": "x"}\n{"url": "y", "content": "b"}\n'
+    )
     assert documents(path) == {0: "a", 1: "b"}
 
 
 def test_halves_of_surrogate_pairs_become_a_placeholder(tmp_path):
-    assert documents(written(tmp_path / "a.jsonl", r'{"text": "a\ud800b\ud83d\ude00"}')) == {0: "a\ufffdb\U0001f600"}
+    assert documents(written(tmp_path / "a.jsonl", r'{"text": "a\ud800b\ud83d\ude00"}')) == {
+        0: "a\ufffdb\U0001f600"
+    }
 
 
 def test_a_long_run_of_blanks_is_passed_over_at_once(tmp_path, monkeypatch):

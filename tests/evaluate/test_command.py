@@ -34,10 +34,17 @@ TEXT = "".join(f"The cat number {n} sat on the mat, and the dog saw it.\n" for n
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a text, the run ``tiny`` whose corpus it is, the same model in ``hf``, and ``m.bin``, another."""
+    """A folder with a text, the run ``tiny`` whose corpus it is, the same model in ``hf``, and
+    ``m.bin``, another.
+    """
     folder = tmp_path_factory.mktemp("evaluate")
     (folder / "text.txt").write_text(TEXT)
-    data = {"dataset": str(folder / "text.txt"), "tokenizer": "bpe:300", "column": None, "tokens": None}
+    data = {
+        "dataset": str(folder / "text.txt"),
+        "tokenizer": "bpe:300",
+        "column": None,
+        "tokens": None,
+    }
     corpus = find_corpus(data["dataset"], folder / "data", data["tokenizer"])
     writer = CheckpointWriter(folder / "tiny" / "checkpoints", keep=1)
     with jax.enable_x64(False):
@@ -45,7 +52,9 @@ def place(tmp_path_factory):
         writer.save(3, make_state(jax.random.key(0), CFG, optimizer), CFG, optimizer, {})
     writer.close()
     corpus.tokenizer.save(folder / "tiny" / "tokenizer.json")
-    (folder / "tiny" / "config.yaml").write_text(yaml.safe_dump({"model": dataclasses.asdict(CFG), "data": data}))
+    (folder / "tiny" / "config.yaml").write_text(
+        yaml.safe_dump({"model": dataclasses.asdict(CFG), "data": data})
+    )
     assert convert.main([str(folder / "tiny"), str(folder / "hf")]) == 0
     llmc.write_model(folder / "m.bin", OTHER_PARAMS, OTHER)
     return folder
@@ -56,14 +65,24 @@ def run(place, checkpoint, dataset, *args):
     out = place / "figures.json"
     options = ["--root", place / "data", "--json", out, *args]
     with jax.enable_x64(False):
-        assert main([str(x) for x in ("--checkpoint", place / checkpoint, "--dataset", dataset, *options)]) == 0
+        assert (
+            main(
+                [
+                    str(x)
+                    for x in ("--checkpoint", place / checkpoint, "--dataset", dataset, *options)
+                ]
+            )
+            == 0
+        )
     return json.loads(out.read_text())
 
 
 def test_the_figures_are_those_of_training(place, capsys):
-    """The loss is what training would find, on the same tokens, by a forward that sums on its own."""
+    """The loss equals that of training's validation on the same tokens."""
     prepared = set((place / "data").iterdir())
-    found = run(place, "tiny", place / "text.txt", "--seq_len", 16, "--tokens", 90, "--batch_size", 5)
+    found = run(
+        place, "tiny", place / "text.txt", "--seq_len", 16, "--tokens", 90, "--batch_size", 5
+    )
     (corpus,) = prepared
     batches = validation_batches([open_shard(corpus / "val_000000.bin")], 90, 2, 16, CFG.vocab_size)
     expected = evaluate(make_eval_loss(CFG), load_weights(str(place / "tiny"))[1], batches)
@@ -123,13 +142,20 @@ def test_shards_that_name_no_tokenizer(place, tmp_path, capsys):
 def test_hellaswag_in_both_forms(place, tmp_path, capsys):
     (tmp_path / "q.jsonl").write_text((json.dumps(ROW) + "\n") * 3)
     found = run(place, "tiny", tmp_path / "q.jsonl", "--examples", 2, "--batch_size", 3)
-    assert (found["questions"], found["cut"], found["acc"] in (0, 1), found["acc_stderr"]) == (2, 0, True, 0)
+    assert (found["questions"], found["cut"], found["acc"] in (0, 1), found["acc_stderr"]) == (
+        2,
+        0,
+        True,
+        0,
+    )
     out = capsys.readouterr().out
     assert "questions  2 of" in out
     assert f"acc_norm   {found['acc_norm']:.4f} ± 0.0000" in out
     (tmp_path / "e.bin").write_bytes(evaluation_file([EXAMPLE, [[7] * 12, *EXAMPLE[1:]]]))
     assert run(place, "m.bin", tmp_path / "e.bin")["cut"] == 1
-    assert "cut        1 contexts at their start, to fit the 12 positions" in capsys.readouterr().out
+    assert (
+        "cut        1 contexts at their start, to fit the 12 positions" in capsys.readouterr().out
+    )
 
 
 def test_lines_tell_how_far_it_is_where_there_is_no_terminal(place, capsys, monkeypatch):
@@ -146,7 +172,12 @@ def test_lines_tell_how_far_it_is_where_there_is_no_terminal(place, capsys, monk
         ("none", "text.txt", [], "none does not exist: name a run"),
         ("hf", "nonesuch", [], "nonesuch is no file or folder"),
         ("hf", "helaswag", [], "did you mean hellaswag?"),
-        ("hf", "text.txt", ["--seq_len", "33"], "data.seq_len 33 does not fit model.max_seq_len 32"),
+        (
+            "hf",
+            "text.txt",
+            ["--seq_len", "33"],
+            "data.seq_len 33 does not fit model.max_seq_len 32",
+        ),
         ("hf", "text.txt", ["--seq_len", "0"], "seq_len must be at least 1, not 0"),
         ("hf", "text.txt", ["--batch_size", "0"], "batch_size must be at least 1, not 0"),
         ("hf", "text.txt", ["--tokens", "-1"], "tokens must be at least 0, not -1"),
@@ -154,20 +185,42 @@ def test_lines_tell_how_far_it_is_where_there_is_no_terminal(place, capsys, monk
         ("hf", "text.txt", ["--dytpe", "float32"], "unknown option dytpe: did you mean dtype?"),
         ("hf", "text.txt", ["--json", "none/x.json"], "there is no folder"),
         ("hf", "text.txt", ["--examples", "5"], "examples is of HellaSwag's questions"),
-        ("hf", "text.txt", ["--tokenizer", "byte"], "comes with the tokenizer hf of 300 ids, and byte is another"),
+        (
+            "hf",
+            "text.txt",
+            ["--tokenizer", "byte"],
+            "comes with the tokenizer hf of 300 ids, and byte is another",
+        ),
         ("m.bin", "text.txt", ["--tokenizer", "byte"], "the tokenizer byte has 257 ids, but"),
         ("m.bin", "other", [], "the tokenizer of other has 257 ids, but model.vocab_size is 11"),
-        ("hf", "other", [], "other was tokenized with byte of 257 ids, but the model's tokenizer is hf of 300"),
+        (
+            "hf",
+            "other",
+            [],
+            "other was tokenized with byte of 257 ids, but the model's tokenizer is hf of 300",
+        ),
         ("hf", "large", ["--seq_len", "4"], "holds token id 300 near position"),
-        ("hf", "short", [], "no val shard of short holds the 33 tokens of one window: lower seq_len"),
+        (
+            "hf",
+            "short",
+            [],
+            "no val shard of short holds the 33 tokens of one window: lower seq_len",
+        ),
         ("hf", "cut.bin", [], "is truncated or malformed"),
         ("hf", "label.jsonl", [], "line 1 of label.jsonl has the label '7': 0 to 3 is expected"),
         ("m.bin", "q.jsonl", [], "no tokenizer is known for the model"),
         ("hf", "q.jsonl", ["--tokens", "5"], "HellaSwag is limited with examples"),
-        ("hf", "long.jsonl", [], "an ending has 501 tokens, but the model takes sequences of at most 32"),
+        (
+            "hf",
+            "long.jsonl",
+            [],
+            "an ending has 501 tokens, but the model takes sequences of at most 32",
+        ),
     ],
 )
-def test_bad_input_ends_in_one_sentence(place, tmp_path, checkpoint, dataset, args, message, capsys, monkeypatch):
+def test_bad_input_ends_in_one_sentence(
+    place, tmp_path, checkpoint, dataset, args, message, capsys, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text(TEXT)
     if dataset == "other":
@@ -177,12 +230,21 @@ def test_bad_input_ends_in_one_sentence(place, tmp_path, checkpoint, dataset, ar
     elif dataset == "short":
         shards(tmp_path / "short", range(10))
     (tmp_path / "cut.bin").write_bytes(evaluation_file([EXAMPLE])[:-2])
-    for name, row in {"q": ROW, "label": ROW | {"label": 7}, "long": ROW | {"endings": ["x" * 500] * 4}}.items():
+    for name, row in {
+        "q": ROW,
+        "label": ROW | {"label": 7},
+        "long": ROW | {"endings": ["x" * 500] * 4},
+    }.items():
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
     if dataset == "cut.bin":
         checkpoint = "m.bin"
     with jax.enable_x64(False):
-        expect_error(main, ["--checkpoint", str(place / checkpoint), "--dataset", dataset, *args], message, capsys)
+        expect_error(
+            main,
+            ["--checkpoint", str(place / checkpoint), "--dataset", dataset, *args],
+            message,
+            capsys,
+        )
     assert not (tmp_path / "data").exists() or dataset == "text.txt"
 
 
@@ -190,7 +252,10 @@ def test_bad_input_ends_in_one_sentence(place, tmp_path, checkpoint, dataset, ar
     ("content", "message"),
     [
         ("data: {dataset: 3}", "data.dataset: Expected a str"),
-        ("model: {preset: 124m}\ndata: {batch_size: 0}", "data.batch_size must be at least 1, not 0"),
+        (
+            "model: {preset: 124m}\ndata: {batch_size: 0}",
+            "data.batch_size must be at least 1, not 0",
+        ),
         ("data: [1, 2]", ""),
         ("model: {preset: 124m}\nseeed: 1", "unknown option seeed: did you mean seed?"),
         ("[", ""),
@@ -199,7 +264,9 @@ def test_bad_input_ends_in_one_sentence(place, tmp_path, checkpoint, dataset, ar
         (None, ""),
     ],
 )
-def test_the_configuration_of_a_run_is_checked_as_any_other(place, tmp_path, content, message, capsys):
+def test_the_configuration_of_a_run_is_checked_as_any_other(
+    place, tmp_path, content, message, capsys
+):
     run = tmp_path / "run"
     shutil.copytree(place / "tiny", run)
     file = run / "config.yaml"
@@ -208,7 +275,14 @@ def test_the_configuration_of_a_run_is_checked_as_any_other(place, tmp_path, con
         file.symlink_to(tmp_path / "none")
     else:
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    arguments = ["--checkpoint", str(run), "--dataset", str(place / "text.txt"), "--root", str(place / "data")]
+    arguments = [
+        "--checkpoint",
+        str(run),
+        "--dataset",
+        str(place / "text.txt"),
+        "--root",
+        str(place / "data"),
+    ]
     with jax.enable_x64(False):
         expect_error(main, arguments, f"error: {file} cannot be used ({message}", capsys)
 
@@ -219,13 +293,34 @@ def test_text_is_not_tokenized_as_the_model_was_not(place, tmp_path, capsys):
     shutil.copytree(place / "tiny", run)
     (run / "config.yaml").unlink()
     (run / "tokenizer.json").write_text("{}")
-    arguments = ["--checkpoint", str(run), "--seq_len", "4", "--root", str(place / "data"), "--dataset"]
+    arguments = [
+        "--checkpoint",
+        str(run),
+        "--seq_len",
+        "4",
+        "--root",
+        str(place / "data"),
+        "--dataset",
+    ]
     with jax.enable_x64(False):
-        expect_error(main, [*arguments, str(place / "text.txt")], "comes without a tokenizer", capsys)
+        expect_error(
+            main, [*arguments, str(place / "text.txt")], "comes without a tokenizer", capsys
+        )
         assert main([*arguments, str(shards(tmp_path / "ids", tokenizer=tokenizers.byte()))]) == 0
 
 
 def test_a_checkpoint_that_diverged(tmp_path, capsys):
-    llmc.write_model(tmp_path / "nan.bin", OTHER_PARAMS._replace(lnfb=OTHER_PARAMS.lnfb * np.nan), OTHER)
-    arguments = ["--checkpoint", str(tmp_path / "nan.bin"), "--dataset", str(shards(tmp_path / "a")), "--seq_len", "4"]
-    expect_error(main, arguments, "that are not finite: it is damaged, or its training diverged", capsys)
+    llmc.write_model(
+        tmp_path / "nan.bin", OTHER_PARAMS._replace(lnfb=OTHER_PARAMS.lnfb * np.nan), OTHER
+    )
+    arguments = [
+        "--checkpoint",
+        str(tmp_path / "nan.bin"),
+        "--dataset",
+        str(shards(tmp_path / "a")),
+        "--seq_len",
+        "4",
+    ]
+    expect_error(
+        main, arguments, "that are not finite: it is damaged, or its training diverged", capsys
+    )

@@ -28,12 +28,16 @@ class Ended(tokenizers.Characters):
 
 def found(batch_size=2, tokenizer=None, ids=IDS, advance=lambda n, text: None):
     windows = Windows([shard(1)._replace(tokens=np.array(ids, np.uint16))], 3, 1, CFG.vocab_size)
-    return score_corpus(PARAMS, in_order(windows, len(windows), batch_size), CFG, tokenizer, advance)
+    return score_corpus(
+        PARAMS, in_order(windows, len(windows), batch_size), CFG, tokenizer, advance
+    )
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 def test_a_model_whose_losses_are_known(batch_size):
-    """12 bits over 6 tokens; the windows' means, 4/3 and 8/3, are 2/3 off theirs, 2: their mean by sqrt(2 4/9 / 2)."""
+    """12 bits over 6 tokens; the windows' means, 4/3 and 8/3, are 2/3 off theirs, 2: their mean by
+    sqrt(2 4/9 / 2).
+    """
     score = found(batch_size)
     assert (score.tokens, score.sequences, score.bytes, score.bits_per_byte) == (6, 2, None, None)
     assert score.loss.value == pytest.approx(2 * math.log(2), rel=1e-6)
@@ -43,7 +47,9 @@ def test_a_model_whose_losses_are_known(batch_size):
 
 
 def test_bits_per_byte_count_the_end_of_text_but_not_its_bytes():
-    """The targets a b a c END a: 12 bits over 5 bytes, 3 of them in the first window; with é for the first a over 6."""
+    """The targets a b a c END a: 12 bits over 5 bytes, 3 of them in the first window; with é for
+    the first a over 6.
+    """
     tokenizer = Ended("abcé")
     score = found(tokenizer=tokenizer)
     assert score.bytes == 5
@@ -73,7 +79,9 @@ def test_what_is_told_on_the_way():
 def test_all_batches_are_traced_once(monkeypatch):
     """The last one too, which is not full."""
     traced = []
-    losses = jax.jit(lambda *args: traced.append(1) or transformer.token_losses(*args), static_argnums=2)
+    losses = jax.jit(
+        lambda *args: traced.append(1) or transformer.token_losses(*args), static_argnums=2
+    )
     monkeypatch.setattr(corpus, "compiled_losses", losses)
     found(batch_size=3, ids=IDS * 5)
     assert len(traced) == 1
@@ -81,7 +89,9 @@ def test_all_batches_are_traced_once(monkeypatch):
 
 def test_the_next_batch_is_dispatched_before_one_is_fetched():
     asked = []
-    windows = Windows([shard(13)._replace(tokens=np.array(IDS * 2, np.uint16))], 3, 1, CFG.vocab_size)
+    windows = Windows(
+        [shard(13)._replace(tokens=np.array(IDS * 2, np.uint16))], 3, 1, CFG.vocab_size
+    )
     batches = (asked.append(n) or batch for n, batch in enumerate(in_order(windows, 4, 1)))
     for n, _ in enumerate(corpus.score(PARAMS, batches, CFG)):
         assert len(asked) == min(n + 2, 4)

@@ -12,7 +12,7 @@ def test_of_shares_it_is_the_standard_error_of_a_mean():
 
 
 def test_a_ratio_of_sums_by_hand():
-    """(1 + 5) / (1 + 3) = 3/2; the residuals are -1/2 and 1/2, so sqrt(1/2 / 2) over a mean of 2."""
+    """(1 + 5) / (1 + 3) = 3/2; residuals -1/2 and 1/2, so sqrt(1/2 / 2) over a mean of 2."""
     assert ratio([1, 5], [1, 3]) == Estimate(1.5, pytest.approx(0.25))
 
 
@@ -22,7 +22,9 @@ def test_the_error_is_how_far_repetitions_are_apart():
     below = draw.integers(50, 150, (1000, 200)).astype(float)
     above = below * 3 + draw.normal(0, 20, below.shape)
     found = [ratio(a, b) for a, b in zip(above, below, strict=True)]
-    assert np.mean([f.error for f in found]) == pytest.approx(np.std([f.value for f in found]), rel=0.07)
+    assert np.mean([f.error for f in found]) == pytest.approx(
+        np.std([f.value for f in found]), rel=0.07
+    )
 
 
 def test_no_digits_are_lost_on_many_tokens():

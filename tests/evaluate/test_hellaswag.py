@@ -8,7 +8,14 @@ from gptjax import tokenizers
 from gptjax.errors import CheckpointError, DataError, FormatError
 from gptjax.evaluate import hellaswag
 from gptjax.evaluate.estimate import Estimate
-from gptjax.evaluate.hellaswag import accuracy, find_questions, load_questions, make_rows, read_jsonl, score_questions
+from gptjax.evaluate.hellaswag import (
+    accuracy,
+    find_questions,
+    load_questions,
+    make_rows,
+    read_jsonl,
+    score_questions,
+)
 from gptjax.formats.llmc_eval import Question
 from tests.formats.test_llmc_eval import EXAMPLE, evaluation_file
 from tests.models import tiny
@@ -32,10 +39,15 @@ def test_acc_goes_by_the_sum_and_acc_norm_by_the_mean():
     sums = np.array([4, 3, 8, 9, 2, 3, 4, 5, 1, 1, 1, 1.0])
     lengths = np.array([2, 1, 4, 9, 1, 3, 2, 1, 1, 2, 3, 1])
     found = accuracy(sums, lengths, np.array([3, 0, 0]))
-    third = pytest.approx(1 / 3)  # one right of three: the sample's variance is 1/3, its mean's a third of that
+    # One right of three: the sample's variance is 1/3, its mean's a third of that
+    third = pytest.approx(1 / 3)
     assert found.acc == (pytest.approx(2 / 3), third)
     assert found.acc_norm == (third, third)
-    assert accuracy(sums[:4], lengths[:4], np.array([3])) == (1, Estimate(0, None), Estimate(1, None))
+    assert accuracy(sums[:4], lengths[:4], np.array([3])) == (
+        1,
+        Estimate(0, None),
+        Estimate(1, None),
+    )
 
 
 def test_how_rows_are_laid_out():
@@ -47,7 +59,10 @@ def test_how_rows_are_laid_out():
 
 
 def test_a_context_that_does_not_fit_loses_its_start():
-    questions = [Question([1, 2, 3], [[4], [5, 6], [7], [8]], 0), Question([1], [[2], [3], [4], [5]], 0)]
+    questions = [
+        Question([1, 2, 3], [[4], [5, 6], [7], [8]], 0),
+        Question([1], [[2], [3], [4], [5]], 0),
+    ]
     rows = make_rows(questions, max_seq_len=3, vocab_size=9)
     assert rows.ids[:2].tolist() == [[1, 2, 3, 4], [2, 3, 5, 6]]
     assert rows.scored[:2].tolist() == [[False, False, True], [False, True, True]]
@@ -58,7 +73,10 @@ def test_a_context_that_does_not_fit_loses_its_start():
     ("questions", "message"),
     [
         ([], "not one question"),
-        ([Question([1], [[2], [3], [4] * 4, [5]], 0)], "an ending has 4 tokens, but the model takes sequences of at most 3"),
+        (
+            [Question([1], [[2], [3], [4] * 4, [5]], 0)],
+            "an ending has 4 tokens, but the model takes sequences of at most 3",
+        ),
         ([Question([9], [[2], [3], [4], [5]], 0)], "token id 9, but model.vocab_size is 9"),
     ],
 )
@@ -71,9 +89,12 @@ def test_questions_that_do_not_fit_the_model(questions, message):
 CFG = tiny.config(num_layers=1, vocab_size=5, dtype="float32", layers="scan")
 HALVES = [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 16]
 QUESTIONS = [
-    Question([3, 3, 3], [[0, 0, 0, 0], [2], [1, 1], [3]], 1),  # sums 4 3 4 4, means 1 3 2 4: acc takes 1, acc_norm 0
-    Question([4], [[3, 0], [4, 1, 0], [0, 0, 0], [1, 4]], 2),  # sums 5 7 3 6, means 2.5 2.3 1 3: both take 2
-    Question([0, 0], [[0, 3, 3], [4], [2, 1], [2, 2]], 0),  # sums 9 4 5 6, means 3 4 2.5 3: acc takes 1, acc_norm 2
+    # Sums 4 3 4 4, means 1 3 2 4: acc takes 1, acc_norm 0
+    Question([3, 3, 3], [[0, 0, 0, 0], [2], [1, 1], [3]], 1),
+    # Sums 5 7 3 6, means 2.5 2.3 1 3: both take 2
+    Question([4], [[3, 0], [4, 1, 0], [0, 0, 0], [1, 4]], 2),
+    # Sums 9 4 5 6, means 3 4 2.5 3: acc takes 1, acc_norm 2
+    Question([0, 0], [[0, 3, 3], [4], [2, 1], [2, 2]], 0),
 ]
 
 
@@ -81,7 +102,9 @@ QUESTIONS = [
 def test_a_model_whose_losses_are_known(batch_size):
     seen = []
     rows = make_rows(QUESTIONS, CFG.max_seq_len, CFG.vocab_size)
-    found = score_questions(tiny.unigram(CFG, HALVES), rows, CFG, batch_size, lambda n, text: seen.append((n, text)))
+    found = score_questions(
+        tiny.unigram(CFG, HALVES), rows, CFG, batch_size, lambda n, text: seen.append((n, text))
+    )
     assert (found.questions, found.acc.value, found.acc_norm.value) == (3, 2 / 3, 1 / 3)
     assert sum(n for n, _ in seen) == 12
     assert seen[-1][1] == "acc_norm 0.3333"
@@ -97,9 +120,13 @@ def test_losses_that_are_not_finite():
 def test_json_lines(tmp_path):
     """A blank goes before each ending."""
     path = tmp_path / "h.jsonl"
-    path.write_text(json.dumps(ROW) + "\n\n" + json.dumps(ROW | {"ctx": "é", "label": 0, "ind": 24}) + "\n")
+    path.write_text(
+        json.dumps(ROW) + "\n\n" + json.dumps(ROW | {"ctx": "é", "label": 0, "ind": 24}) + "\n"
+    )
     first, second = read_jsonl(path, BYTE)
-    assert first == Question(list(b"The cat"), [list(b" sat."), list(b" is"), list(b" !"), list(b" the")], 1)
+    assert first == Question(
+        list(b"The cat"), [list(b" sat."), list(b" is"), list(b" !"), list(b" the")], 1
+    )
     assert (second.context, second.label) == ([0xC3, 0xA9], 0)
 
 
@@ -109,8 +136,14 @@ def test_json_lines(tmp_path):
         (json.dumps(ROW | {"label": 4}), "line 2 of .* has the label '4': 0 to 3 is expected"),
         (json.dumps(ROW | {"label": "1"}), "has the label '1'"),
         (json.dumps(ROW | {"label": True}), "has the label 'True'"),
-        (json.dumps({"ctx": "a", "endings": []}), "no question with ctx, endings and label: there is no 'label'"),
-        (json.dumps(ROW | {"endings": ["a", "b", "c"]}), "does not have a context and 4 endings of text"),
+        (
+            json.dumps({"ctx": "a", "endings": []}),
+            "no question with ctx, endings and label: there is no 'label'",
+        ),
+        (
+            json.dumps(ROW | {"endings": ["a", "b", "c"]}),
+            "does not have a context and 4 endings of text",
+        ),
         (json.dumps(ROW | {"endings": ["a", "b", "c", ""]}), "4 endings"),
         (json.dumps(ROW | {"endings": "abcd"}), "4 endings"),
         (json.dumps(ROW | {"ctx": 5}), "4 endings"),
@@ -162,7 +195,9 @@ def test_which_tokenizer_a_file_goes_with(tmp_path, monkeypatch):
     (tmp_path / "q.jsonl").write_text(json.dumps(ROW))
     (tmp_path / "e.bin").write_bytes(evaluation_file([EXAMPLE]))
     assert load_questions(tmp_path / "e.bin", None)[0].label == 2
-    with pytest.raises(DataError, match="holds GPT-2's ids, but the model's tokenizer is byte of 257 ids"):
+    with pytest.raises(
+        DataError, match="holds GPT-2's ids, but the model's tokenizer is byte of 257 ids"
+    ):
         load_questions(tmp_path / "e.bin", BYTE)
     with pytest.raises(DataError, match="no tokenizer is known for the model: give --tokenizer"):
         load_questions(tmp_path / "q.jsonl", None)

@@ -1,6 +1,8 @@
-"""Commands in a process of which a standard stream is closed, or the folder removed: ``python -m tests.faults.forked``.
+"""Commands in a process of which a standard stream is closed, or the folder removed: ``python -m
+tests.faults.forked``.
 
-Each runs in a fork of this process, which has imported them all, so that they do not take seconds each to start.
+Each runs in a fork of this process, which has imported them all, so that they do not take seconds
+each to start.
 """
 
 import importlib
@@ -11,7 +13,18 @@ import sys
 import tempfile
 import traceback
 
-COMMANDS = ("train", "evaluate", "convert", "plot", "generate", "verify", "plan", "bench", "datasets", "tokenizers")
+COMMANDS = (
+    "train",
+    "evaluate",
+    "convert",
+    "plot",
+    "generate",
+    "verify",
+    "plan",
+    "bench",
+    "datasets",
+    "tokenizers",
+)
 STREAMS = ("stdin", "stdout", "stderr")
 LIMIT_S = 60
 
@@ -24,7 +37,9 @@ def main_of(command):
 
 
 def run(main, arguments, fault):
-    """Exit status, stdout and stderr of a command; ``fault`` is a stream that is closed, ``full`` or ``removed``."""
+    """Exit status, stdout and stderr of a command; ``fault`` is a stream that is closed, ``full``
+    or ``removed``.
+    """
     with tempfile.TemporaryDirectory() as folder:
         out, err = f"{folder}/out", f"{folder}/err"
         child = os.fork()
@@ -32,7 +47,9 @@ def run(main, arguments, fault):
             status = 99
             try:
                 signal.alarm(LIMIT_S)
-                os.dup2(os.open("/dev/full" if fault == "full" else out, os.O_CREAT | os.O_WRONLY), 1)
+                os.dup2(
+                    os.open("/dev/full" if fault == "full" else out, os.O_CREAT | os.O_WRONLY), 1
+                )
                 os.dup2(os.open(err, os.O_CREAT | os.O_WRONLY), 2)
                 sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
                 if fault in STREAMS:
@@ -60,4 +77,6 @@ def run(main, arguments, fault):
 if __name__ == "__main__":
     mains = {command: main_of(command) for command in COMMANDS}
     cases = json.load(sys.stdin)
-    print(json.dumps([run(mains[command], arguments, fault) for command, arguments, fault in cases]))
+    print(
+        json.dumps([run(mains[command], arguments, fault) for command, arguments, fault in cases])
+    )

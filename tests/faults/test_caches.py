@@ -1,4 +1,6 @@
-"""Damaged and planted files where compiled code is kept: none is loaded, and every start computes what it should."""
+"""Damaged and planted files where compiled code is kept: none is loaded, and every start computes
+what it should.
+"""
 
 import json
 import os
@@ -100,7 +102,10 @@ def plant(kept: Path, how: str) -> None:
         os.chown(kept.parent, NOBODY, NOBODY)
 
 
-@pytest.mark.parametrize("how", ["link", "pipe", "writable by the group", "writable by all", "in a folder writable by all"])
+@pytest.mark.parametrize(
+    "how",
+    ["link", "pipe", "writable by the group", "writable by all", "in a folder writable by all"],
+)
 def test_a_planted_library_is_never_loaded(code, kept, loaded, tally, how):
     plant(kept, how)
     native.library()
@@ -154,8 +159,14 @@ print(json.dumps(first_step(jnp.arange(5, dtype=jnp.float32), jnp.array([1, -2, 
 
 
 def test_every_start_computes_the_right_update(code, tmp_path, tally):
-    """Real starts, one after another in the same folder, each after other damage to all that is kept there."""
-    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    """Real starts, one after another in the same folder, each after other damage to all that is
+    kept there.
+    """
+    environment = {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     expected = np.arange(5) - 0.5 * (np.array([1, -1, 1, -1, 0]) + 0.1 * np.arange(5))
     generator = random.Random(0)
     damages = [None, *(generator.choice(DAMAGES) for _ in range(trials(2))), "writable by all"]
@@ -167,8 +178,12 @@ def test_every_start_computes_the_right_update(code, tmp_path, tally):
             for path in tmp_path.iterdir():
                 path.write_bytes(damage(path.read_bytes(), generator))
         command = [sys.executable, "-W", "error", "-c", START]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        result = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False
+        )
         told = "nothing compiled is kept or used" in result.stderr
-        right = result.returncode == 0 and np.allclose(json.loads(result.stdout), expected, rtol=1e-6)
+        right = result.returncode == 0 and np.allclose(
+            json.loads(result.stdout), expected, rtol=1e-6
+        )
         held += bool(right) and told == (damage == "writable by all")
     tally("starts after damage to all that is compiled", len(damages), held)

@@ -1,7 +1,8 @@
-"""Damaged checkpoints: whatever byte or file of the newest one changes, what is restored is what was saved.
+"""Damaged checkpoints: whatever byte or file of the newest one changes, what is restored is what
+was saved.
 
-Either the damage does no harm, and the newest comes back bit for bit, or it is set aside with a warning, and the one before it
-comes back bit for bit. There is no third outcome.
+Either the damage does no harm, and the newest comes back bit for bit, or it is set aside with a
+warning, and the one before it comes back bit for bit. There is no third outcome.
 """
 
 import random
@@ -21,7 +22,7 @@ from tests.faults.tally import trials
 from tests.models import tiny
 
 CFG = tiny.config(dtype="float32", num_layers=1)
-OPTIMIZER = make_optimizer(OptimConfig(), 10)
+OPTIMIZER = make_optimizer(OptimConfig(), 10, CFG)
 OLDER, NEWER = "step_00000003", "step_00000005"
 
 # Orbax drops a coroutine where it fails to read; Python then warns whenever it collects it.
@@ -40,31 +41,52 @@ def folder(states, tmp_path):
     """The checkpoints of steps 3 and 5."""
     writer = CheckpointWriter(tmp_path / "c", keep=2)
     for n, state in states.items():
-        writer.save(n, state, CFG, {"position": n})
+        writer.save(n, state, CFG, OPTIMIZER, {"position": n})
     writer.close()
     return tmp_path / "c"
 
 
 def restored(folder, states):
-    """The step that training goes on from; None if what it would go on with is not what was saved."""
+    """The step that training goes on from; None if what it would go on with is not what was
+    saved.
+    """
     found = restore_newest(folder, CFG, OPTIMIZER)
-    return found.step if found.meta == {"position": found.step} and same(found.state, states[found.step]) else None
+    return (
+        found.step
+        if found.meta == {"position": found.step} and same(found.state, states[found.step])
+        else None
+    )
 
 
 def opened(folder, states):
     """The step whose model every other command uses; None if it is of neither."""
     cfg, params, meta = open_newest(folder)
     found = jax.tree.map(np.asarray, params)
-    models = {n: state.params._replace(wte=state.params.wte[: CFG.vocab_size]) for n, state in states.items()}
-    return next((n for n, model in models.items() if (cfg, meta) == (CFG, {"position": n}) and same(found, model)), None)
+    models = {
+        n: state.params._replace(wte=state.params.wte[: CFG.vocab_size])
+        for n, state in states.items()
+    }
+    return next(
+        (
+            n
+            for n, model in models.items()
+            if (cfg, meta) == (CFG, {"position": n}) and same(found, model)
+        ),
+        None,
+    )
 
 
 def same(a, b):
-    return all(x.dtype == y.dtype and np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    return all(
+        x.dtype == y.dtype and np.array_equal(x, y)
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
 
 
 def holds(read, folder, states):
-    """Whether ``read`` gives the newest as it was, or sets it aside and gives the one before it. Undoes the setting aside."""
+    """Whether ``read`` gives the newest as it was, or sets it aside and gives the one before it.
+    Undoes the setting aside.
+    """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         step = read(folder, states)
@@ -82,14 +104,18 @@ def flips(file, positions, generator):
     content = file.read_bytes()
     for at in positions:
         changed = bytearray(content)
-        changed[at] ^= generator.choice([*(1 << bit for bit in range(8)), generator.randrange(1, 256)])
+        changed[at] ^= generator.choice(
+            [*(1 << bit for bit in range(8)), generator.randrange(1, 256)]
+        )
         file.write_bytes(changed)
         yield
     file.write_bytes(content)
 
 
 def test_every_byte_of_the_json_flipped(folder, states, tally):
-    """With no other checkpoint to go back to, so that the refusal is quick: the flip does no harm, or nothing is believed."""
+    """With no other checkpoint to go back to, so that the refusal is quick: the flip does no harm,
+    or nothing is believed.
+    """
     shutil.rmtree(folder / OLDER)
     file = folder / NEWER / "info" / "metadata"
     size, held = file.stat().st_size, 0
@@ -116,9 +142,15 @@ def test_every_byte_of_the_json_flipped(folder, states, tally):
 )
 def test_bytes_of_every_file_flipped(folder, states, tally, read, kind, pattern, few):
     generator = random.Random(f"{read.__name__} {pattern}")
-    places = [(path, at) for path in sorted((folder / NEWER).glob(pattern)) for at in range(path.stat().st_size)]
+    places = [
+        (path, at)
+        for path in sorted((folder / NEWER).glob(pattern))
+        for at in range(path.stat().st_size)
+    ]
     chosen = generator.sample(places, min(trials(few), len(places)))
-    held = sum(holds(read, folder, states) for path, at in chosen for _ in flips(path, [at], generator))
+    held = sum(
+        holds(read, folder, states) for path, at in chosen for _ in flips(path, [at], generator)
+    )
     tally(f"bytes of a checkpoint's {kind} flipped", len(chosen), held)
 
 
@@ -150,18 +182,29 @@ def swapped(path, other):
 @pytest.mark.parametrize("read", [restored, opened])
 @pytest.mark.parametrize("change", [cut, emptied, zeroed, nested, missing, swapped])
 def test_files_damaged_whole(folder, states, tally, change, read):
-    """Each file, and for the last two each folder, of the newest; ``swapped`` puts the other checkpoint's in its place."""
+    """Each file, and for the last two each folder, of the newest; ``swapped`` puts the other
+    checkpoint's in its place.
+    """
     newest, kept = folder / NEWER, folder.parent / "kept"
     shutil.copytree(newest, kept)
     of_folders = change in (missing, swapped)
-    names = [path.relative_to(newest) for path in newest.rglob("*") if "ocdbt.process_0" not in path.parts]
+    names = [
+        path.relative_to(newest)
+        for path in newest.rglob("*")
+        if "ocdbt.process_0" not in path.parts
+    ]
     names = sorted(name for name in names if of_folders or (newest / name).is_file())
     if change is swapped:  # the files of the database have random names
-        names = [name for name in (*names, newest.relative_to(newest)) if (folder / OLDER / name).exists()]
+        names = [
+            name
+            for name in (*names, newest.relative_to(newest))
+            if (folder / OLDER / name).exists()
+        ]
     generator = random.Random(f"{read.__name__} {change.__name__}")
     chosen = generator.sample(names, min(trials(len(names) if read is opened else 4), len(names)))
     if change is swapped and not any(str(name) == "state" for name in chosen):
-        chosen.append(next(name for name in names if str(name) == "state"))  # arrays that are whole, and are others
+        # Arrays that are whole, and are others
+        chosen.append(next(name for name in names if str(name) == "state"))
     held = 0
     for name in chosen:
         change(newest / name, folder / OLDER / name)
@@ -171,10 +214,12 @@ def test_files_damaged_whole(folder, states, tally, change, read):
     tally(f"files of a checkpoint {change.__name__}", len(chosen), held)
 
 
-@pytest.mark.parametrize("content", [b"[1, 2]", b"[" * 100_000, b'{"commit_timestamp_nsecs": 99999999999999999999999}'])
+@pytest.mark.parametrize(
+    "content", [b"[1, 2]", b"[" * 100_000, b'{"commit_timestamp_nsecs": 99999999999999999999999}']
+)
 def test_damaged_metadata_of_an_older_one_keeps_nobody_from_saving(folder, states, content):
     (folder / OLDER / "_CHECKPOINT_METADATA").write_bytes(content)
     writer = CheckpointWriter(folder, keep=2)
-    writer.save(7, states[5], CFG, {"position": 7})
+    writer.save(7, states[5], CFG, OPTIMIZER, {"position": 7})
     writer.close()
     assert sorted(path.name for path in folder.iterdir()) == [NEWER, "step_00000007"]

@@ -26,11 +26,15 @@ sys.exit(__main__.main(sys.argv[1:]))
 
 
 def at_once(arguments: list[str], play: str) -> list[tuple[int, str, str]]:
-    """Status, output and errors of processes that begin at the same time, once each has imported what it needs."""
+    """Status, output and errors of processes that begin at the same time, once each has imported
+    what it needs.
+    """
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PLAY": play}
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     command = [sys.executable, "-c", COMMAND, *arguments]
-    started = [subprocess.Popen(command, env=environment, text=True, **pipes) for _ in range(PROCESSES)]
+    started = [
+        subprocess.Popen(command, env=environment, text=True, **pipes) for _ in range(PROCESSES)
+    ]
     try:
         for process in started:
             assert process.stdout.readline() == "ready\n"
@@ -46,7 +50,9 @@ def at_once(arguments: list[str], play: str) -> list[tuple[int, str, str]]:
 
 @pytest.mark.parametrize("dataset", ["text", "shakespeare-char", "tinyshakespeare"])
 def test_one_corpus_prepared_by_four_processes_at_once(dataset, tally, tmp_path):
-    """All end well and say the same, the digest of its ids included, and nothing but the corpus is left."""
+    """All end well and say the same, the digest of its ids included, and nothing but the corpus is
+    left.
+    """
     tried = held = 0
     (tmp_path / "text.txt").write_text(TEXT)
     named = str(tmp_path / "text.txt") if dataset == "text" else dataset
@@ -57,7 +63,10 @@ def test_one_corpus_prepared_by_four_processes_at_once(dataset, tally, tmp_path)
             root = tmp_path / f"{trial}"
             ended = at_once([named, "--root", str(root), *tokenizer], f"{site.url}/input.txt")
             tried += PROCESSES
-            held += sum((status, out) == (0, ended[0][1]) and "Traceback" not in err for status, out, err in ended)
+            held += sum(
+                (status, out) == (0, ended[0][1]) and "Traceback" not in err
+                for status, out, err in ended
+            )
             left = [path.name for path in root.rglob("*")]
             assert not [name for name in left if "lock" in name or "partial" in name]
             assert len({path.name for path in root.iterdir()} - {"downloads"}) == 1, ended

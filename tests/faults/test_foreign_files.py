@@ -1,4 +1,6 @@
-"""Files of other programs where something else is expected: named for what they are, in one sentence."""
+"""Files of other programs where something else is expected: named for what they are, in one
+sentence.
+"""
 
 import pytest
 
@@ -7,12 +9,22 @@ from gptjax.datasets import __main__ as datasets
 from gptjax.tokenizers import __main__ as tokenizers
 from tests.formats.test_recognise import FILES
 
-OURS = {"a token shard", "an llm.c model", "an llm.c tokenizer", "an llm.c debug state", "an llm.c evaluation file"}
+OURS = {
+    "a token shard",
+    "an llm.c model",
+    "an llm.c tokenizer",
+    "an llm.c debug state",
+    "an llm.c evaluation file",
+}
 FOREIGN = sorted(FILES.keys() - OURS - {"a safetensors file"})
 PLACES = {
-    "a token shard": lambda path: tokenizers.main(["decode", "--tokenizer", "byte", "--input", path]),
+    "a token shard": lambda path: tokenizers.main(
+        ["decode", "--tokenizer", "byte", "--input", path]
+    ),
     "weights that are read here": lambda path: convert.main([path, f"{path}.safetensors"]),
-    "a tokenizer that is read here": lambda path: tokenizers.main(["encode", "--tokenizer", path, "text"]),
+    "a tokenizer that is read here": lambda path: tokenizers.main(
+        ["encode", "--tokenizer", path, "text"]
+    ),
     "text": lambda path: datasets.main([path, "--root", f"{path}-data", "--tokenizer", "byte"]),
 }
 
@@ -28,7 +40,9 @@ def test_a_foreign_file_is_named(expected, tally, tmp_path, capsys):
                 PLACES[expected](str(path))
             error = capsys.readouterr().err
             tried += 1
-            held += ended.value.code == 2 and error.endswith(f": error: {path} is {kind}, not {expected}\n")
+            held += ended.value.code == 2 and error.endswith(
+                f": error: {path} is {kind}, not {expected}\n"
+            )
     tally("foreign files, named where another is expected", tried, held)
 
 

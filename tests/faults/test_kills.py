@@ -1,4 +1,6 @@
-"""kill -9 at random points of one run, again and again; in the end it is the run that nobody killed, bit for bit."""
+"""kill -9 at random points of one run, again and again; in the end it is the run that nobody
+killed, bit for bit.
+"""
 
 import random
 import subprocess
@@ -7,7 +9,7 @@ import time
 import pytest
 
 from tests.faults.tally import trials
-from tests.test_train import assert_same_run, command, data_root, metrics_text, start  # noqa: F401
+from tests.train.test_command import assert_same_run, command, data_root, metrics_text, start  # noqa: F401
 
 KILLS = 20  # of one run, at most
 STEPS = 90
@@ -16,13 +18,24 @@ WINDOW = 4.0  # seconds after a start in which it imports, compiles and reads th
 
 @pytest.mark.parametrize("seed", range(trials(1)))
 def test_a_run_killed_at_random_points_is_the_run_that_was_not(command, tmp_path, tally, seed):  # noqa: F811
-    """A quarter of the kills may fall before training goes on, the others between or in two steps, or in a save."""
+    """A quarter of the kills may fall before training goes on, the others between or in two steps,
+    or in a save.
+    """
     rng = random.Random(seed)
-    common = [*command, "--train.steps", str(STEPS), "--train.sample_tokens", "0", "--seed", str(seed)]
+    common = [
+        *command,
+        "--train.steps",
+        str(STEPS),
+        "--train.sample_tokens",
+        "0",
+        "--seed",
+        str(seed),
+    ]
     common += ["--train.checkpoint_every", "1", "--train.eval_tokens", "6000"]
     straight = start(*common, "--name", "straight", "--train.eval_every", "0")
     assert straight.communicate(timeout=300)[1] == ""
-    killed = [*common, "--name", "killed", "--resume", "auto", "--train.eval_every", "1"]  # time to be killed in
+    # Time to be killed in
+    killed = [*common, "--name", "killed", "--resume", "auto", "--train.eval_every", "1"]
     kills, errors = 0, []
     while (process := start(*killed)) and kills < KILLS:
         if rng.random() < 0.25:

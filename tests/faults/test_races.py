@@ -10,7 +10,7 @@ import pytest
 from gptjax.train.folders import owned
 from tests.conftest import ROOT
 from tests.faults.tally import trials
-from tests.test_train import command, data_root, metrics, start  # noqa: F401
+from tests.train.test_command import command, data_root, metrics, start  # noqa: F401
 
 RACERS = 4
 # Takes a folder each time that it is told to, says which, and gives it back.
@@ -34,7 +34,9 @@ for line in sys.stdin:
 
 @pytest.fixture
 def race():
-    """``race(runs, resume)``: what each of some processes gets, or is told, that all want the folder of a run."""
+    """``race(runs, resume)``: what each of some processes gets, or is told, that all want the
+    folder of a run.
+    """
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
     racers = [subprocess.Popen([sys.executable, "-c", RACER], **pipes) for _ in range(RACERS)]
 
@@ -72,7 +74,9 @@ def test_one_resumes_and_the_others_name_it(race, tmp_path, tally, begun):
         if begun:
             (runs / "a" / "checkpoints").mkdir(parents=True)
         said = sorted(race(runs, "auto"))
-        held += said[-1] == "a" and all("/a is being trained by process " in words for words in said[:-1])
+        held += said[-1] == "a" and all(
+            "/a is being trained by process " in words for words in said[:-1]
+        )
     tally("resumes at once, four of a run", count, held)
 
 
@@ -83,12 +87,27 @@ def test_two_starts_and_two_resumes_of_the_command(command, tmp_path, tally):  #
     both = [start(*few), start(*few)]
     outputs = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
-    tally("starts at once, of the command", 2, sum(len(metrics(runs / name)) == 4 for name in ("tiny", "tiny-2")))
+    tally(
+        "starts at once, of the command",
+        2,
+        sum(len(metrics(runs / name)) == 4 for name in ("tiny", "tiny-2")),
+    )
     for folder in (runs / "tiny", runs / "tiny-2"):
         assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_00000004"]
 
-    long = [*command, "--train.steps", "1000000", "--train.eval_every", "0", "--train.checkpoint_every", "0"]
-    both = {process.pid: process for process in (start(*long, "--resume", "auto"), start(*long, "--resume", "auto"))}
+    long = [
+        *command,
+        "--train.steps",
+        "1000000",
+        "--train.eval_every",
+        "0",
+        "--train.checkpoint_every",
+        "0",
+    ]
+    both = {
+        process.pid: process
+        for process in (start(*long, "--resume", "auto"), start(*long, "--resume", "auto"))
+    }
     refused = None
     while refused is None:
         refused = next((process for process in both.values() if process.poll() is not None), None)
@@ -97,6 +116,10 @@ def test_two_starts_and_two_resumes_of_the_command(command, tmp_path, tally):  #
     named = re.search(r"error: \S+/tiny-2 is being trained by process (\d+) on ", error)
     trained.kill()
     trained.communicate()
-    tally("resumes at once, of the command", 1, refused.returncode == 2 and named and int(named[1]) == trained.pid)
+    tally(
+        "resumes at once, of the command",
+        1,
+        refused.returncode == 2 and named and int(named[1]) == trained.pid,
+    )
     with owned(runs, "tiny", "auto") as folder:  # the kill has set it free
         assert folder == runs / "tiny-2"

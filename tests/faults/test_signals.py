@@ -1,4 +1,6 @@
-"""What a person at a terminal does to a run: Ctrl-C, Ctrl-C again, a terminal that is closed, output that nobody reads."""
+"""What a person at a terminal does to a run: Ctrl-C, Ctrl-C again, a terminal that is closed,
+output that nobody reads.
+"""
 
 import contextlib
 import os
@@ -15,12 +17,15 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.faults.tally import trials
-from tests.test_train import arrays, command, data_root, metrics, start  # noqa: F401
+from tests.train.test_command import arrays, command, data_root, metrics, start  # noqa: F401
 
 CTRL_C = b"\x03"
 PATIENCE = 120.0  # seconds, on a machine that has other work
 # In a session of its own, whose terminal is standard input.
-LAUNCH = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, sys.argv[1:])"
+LAUNCH = (
+    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    "os.execv(sys.executable, sys.argv[1:])"
+)
 
 
 class Terminal:
@@ -29,7 +34,15 @@ class Terminal:
     def __init__(self, *args: str, before: str = "") -> None:
         """Start it; ``before`` is Python to run in its process first."""
         self.fd, theirs = pty.openpty()
-        launch = [sys.executable, "-c", f"{before}\n{LAUNCH}", sys.executable, "-m", "gptjax.train", *args]
+        launch = [
+            sys.executable,
+            "-c",
+            f"{before}\n{LAUNCH}",
+            sys.executable,
+            "-m",
+            "gptjax.train",
+            *args,
+        ]
         self.process = subprocess.Popen(
             launch,
             stdin=theirs,
@@ -93,7 +106,16 @@ def terminal():
 def endless(command):  # noqa: F811
     """The arguments of a run that ends only when it is stopped."""
     never = [f"--train.{name}=0" for name in ("eval_every", "sample_tokens", "checkpoint_every")]
-    return [*command, *never, "--train.steps", "1000000", "--name", "endless", "--optim.schedule", "constant"]
+    return [
+        *command,
+        *never,
+        "--train.steps",
+        "1000000",
+        "--name",
+        "endless",
+        "--optim.schedule",
+        "constant",
+    ]
 
 
 def test_ctrl_c_says_at_once_what_will_happen_and_saves(endless, tmp_path, terminal, tally):
@@ -101,7 +123,9 @@ def test_ctrl_c_says_at_once_what_will_happen_and_saves(endless, tmp_path, termi
     assert window.read_until("step      20/1000000"), window.shown
     window.type(CTRL_C)
     assert window.end() == 0, window.shown
-    said = re.search(r"stopping after step (\d+), saving; Ctrl-C again quits without saving\r\n", window.shown)
+    said = re.search(
+        r"stopping after step (\d+), saving; Ctrl-C again quits without saving\r\n", window.shown
+    )
     step = int(said[1])
     after = window.shown[said.end() :]
     assert f"stopped by SIGINT after step {step}; go on with --resume auto\r\n" in after
@@ -113,7 +137,9 @@ def test_ctrl_c_says_at_once_what_will_happen_and_saves(endless, tmp_path, termi
 
 
 def test_a_second_ctrl_c_ends_cleanly_whatever_is_being_saved(endless, tmp_path, terminal, tally):
-    """Each time the run goes on from what the last one left, or anew; the terminal gets its cursor back."""
+    """Each time the run goes on from what the last one left, or anew; the terminal gets its cursor
+    back.
+    """
     rng, tried, held = random.Random(0), trials(3), 0
     checkpoints = tmp_path / "runs" / "endless" / "checkpoints"
     for trial in range(tried):
@@ -129,7 +155,11 @@ def test_a_second_ctrl_c_ends_cleanly_whatever_is_being_saved(endless, tmp_path,
         if "saved in" in window.shown:  # it was saved before the second
             tried -= 1
             continue
-        held += status == 130 and window.shown.rstrip().endswith("error: interrupted") and "\x1b[?25h" in window.shown
+        held += (
+            status == 130
+            and window.shown.rstrip().endswith("error: interrupted")
+            and "\x1b[?25h" in window.shown
+        )
         for path in checkpoints.glob("step_????????"):
             assert len(arrays(checkpoints.parent, int(path.name[-8:]))) > 40
     tally("Ctrl-C twice", tried, held)
@@ -141,12 +171,16 @@ def test_a_closed_terminal_saves(endless, tmp_path, terminal, tally):
     window.close()  # the system sends SIGHUP
     assert window.process.wait(PATIENCE) == 0
     folder = tmp_path / "runs" / "endless"
-    assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step_{metrics(folder)[-1]['step']:08d}"]
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == [
+        f"step_{metrics(folder)[-1]['step']:08d}"
+    ]
     tally("a closed terminal", 1, 1)
 
 
 def test_what_nohup_ignores_stays_ignored(endless, tmp_path, terminal, tally):
-    window = terminal(*endless, before="import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)")
+    window = terminal(
+        *endless, before="import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)"
+    )
     assert window.read_until("step      20/1000000"), window.shown
     window.process.send_signal(signal.SIGHUP)
     before = metrics(tmp_path / "runs" / "endless")[-1]["step"]
@@ -171,7 +205,10 @@ def test_output_that_nobody_reads_ends_the_display_alone(command, tmp_path, tall
         assert process.wait(PATIENCE) == 0
     else:
         with contextlib.closing(process.stderr):
-            assert process.stderr.read() == "the output can no longer be written (Broken pipe); training goes on\n"
+            assert (
+                process.stderr.read()
+                == "the output can no longer be written (Broken pipe); training goes on\n"
+            )
         assert process.wait(PATIENCE) == 0
     folder = tmp_path / "runs" / "tiny"
     assert metrics(folder)[-1]["step"] == 20

@@ -24,7 +24,10 @@ LETTERS = "ab"
 BYTES = [tokenizers.printable(bytes([b])) for b in range(256)]
 SPACE = tokenizers.printable(b" ")
 WORDS = st.text(st.sampled_from(LETTERS), max_size=20)
-TEXTS = WORDS | st.text(st.sampled_from(LETTERS * 3 + "é\n<|>_ ") | st.characters(exclude_categories=["Cs"]), max_size=40)
+TEXTS = WORDS | st.text(
+    st.sampled_from(LETTERS * 3 + "é\n<|>_ ") | st.characters(exclude_categories=["Cs"]),
+    max_size=40,
+)
 
 
 @st.composite
@@ -40,7 +43,12 @@ def merge_lists(draw):
     return merges
 
 
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+BYTE_LEVEL = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": True,
+    "use_regex": True,
+}
 SETTINGS = [
     ("model", "dropout", 0.5),
     ("model", "unk_token", "a"),
@@ -51,7 +59,11 @@ SETTINGS = [
     ("model", "byte_fallback", True),
     ("model", "ignore_merges", True),
     ("model", "fuse_unk", True),
-    ("file", "truncation", {"max_length": 3, "stride": 0, "strategy": "LongestFirst", "direction": "Right"}),
+    (
+        "file",
+        "truncation",
+        {"max_length": 3, "stride": 0, "strategy": "LongestFirst", "direction": "Right"},
+    ),
     ("file", "normalizer", {"type": "Lowercase"}),
     ("file", "normalizer", {"type": "NFC"}),
     ("file", "pre_tokenizer", BYTE_LEVEL | {"add_prefix_space": True}),
@@ -60,7 +72,10 @@ SETTINGS = [
     (
         "file",
         "pre_tokenizer",
-        {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL]},
+        {
+            "type": "Sequence",
+            "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL],
+        },
     ),
     ("file", "post_processor", BYTE_LEVEL),
     ("file", "post_processor", {"type": "BertProcessing", "sep": ["a", 64], "cls": ["b", 65]}),
@@ -70,7 +85,9 @@ SETTINGS = [
 
 @st.composite
 def files(draw):
-    """The content of a ``tokenizer.json``, with merges in order or not, and settings that change what is encoded."""
+    """The content of a ``tokenizer.json``, with merges in order or not, and settings that change
+    what is encoded.
+    """
     merges = draw(merge_lists())
     tokens = [*BYTES, *dict.fromkeys(map("".join, merges))]
     tokens = draw(st.just(tokens) | st.permutations(tokens))
@@ -78,13 +95,28 @@ def files(draw):
     model = {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges}
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
     added = [{"content": "<|endoftext|>"} | dict.fromkeys(flags, True)] * draw(st.integers(0, 1))
-    for content in draw(st.just([]) | st.lists(st.sampled_from(["<ab>", "ab", "a b", "é", "_"]), unique=True, max_size=2)):
+    for content in draw(
+        st.just([])
+        | st.lists(st.sampled_from(["<ab>", "ab", "a b", "é", "_"]), unique=True, max_size=2)
+    ):
         added.append({"content": content} | {flag: draw(st.booleans()) for flag in flags})
     new = itertools.count(len(tokens))
     for token in added:
         token["id"] = model["vocab"].get(token["content"]) or next(new)
-    parts = {"normalizer": None, "pre_tokenizer": BYTE_LEVEL, "post_processor": None, "decoder": BYTE_LEVEL}
-    content = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, **parts, "model": model}
+    parts = {
+        "normalizer": None,
+        "pre_tokenizer": BYTE_LEVEL,
+        "post_processor": None,
+        "decoder": BYTE_LEVEL,
+    }
+    content = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        **parts,
+        "model": model,
+    }
     where, name, value = draw(st.just(("file", "version", "1.0")) | st.sampled_from(SETTINGS))
     (model if where == "model" else content)[name] = value
     return content
@@ -113,12 +145,19 @@ def test_a_tokenizer_json_encodes_as_its_library_or_is_refused(tally, tmp_path):
         for text in ["the he", *texts]:
             expected = theirs.encode(text).ids
             wrong.extend([(content["model"]["merges"], text)] * (ours.encode(text) != expected))
-            wrong.extend([(ours.name, text)] * (ours.decode(expected) != theirs.decode(expected, skip_special_tokens=False)))
+            wrong.extend(
+                [(ours.name, text)]
+                * (ours.decode(expected) != theirs.decode(expected, skip_special_tokens=False))
+            )
 
     one()
     assert all(counts.values()), counts
     assert not wrong, wrong[:3]
-    tally("tokenizer files against their own program", sum(counts.values()), sum(counts.values()) - len(wrong))
+    tally(
+        "tokenizer files against their own program",
+        sum(counts.values()),
+        sum(counts.values()) - len(wrong),
+    )
 
 
 def test_merge_lists_encode_as_their_library(tally, tmp_path):
@@ -131,10 +170,19 @@ def test_merge_lists_encode_as_their_library(tally, tmp_path):
     @given(merge_lists(), st.lists(TEXTS, min_size=8, max_size=8))
     def one(merges, texts):
         nonlocal tried, wrong
-        vocabulary = {token: i for i, token in enumerate([*BYTES, *dict.fromkeys(map("".join, merges)), "<|endoftext|>"])}
+        vocabulary = {
+            token: i
+            for i, token in enumerate(
+                [*BYTES, *dict.fromkeys(map("".join, merges)), "<|endoftext|>"]
+            )
+        }
         (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
-        (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges), ""]))
-        theirs = Tokenizer(models.BPE.from_file(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")))
+        (tmp_path / "merges.txt").write_text(
+            "\n".join(["#version: 0.2", *map(" ".join, merges), ""])
+        )
+        theirs = Tokenizer(
+            models.BPE.from_file(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+        )
         theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         theirs.decoder = decoders.ByteLevel()
         ours = tokenizer_json.read(tmp_path)
@@ -166,7 +214,9 @@ def test_training_a_tokenizer_obeys_signals(tally, number):
     tried = held = 0
     for _ in range(trials(1)):
         command = [sys.executable, "-c", TRAINING]
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         try:
             assert process.stdout.readline() == "counting\n"
             time.sleep(random.Random(tried).random())

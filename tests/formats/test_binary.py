@@ -10,7 +10,9 @@ def test_header_and_arrays_without_gaps(tmp_path):
     header, size = read_header(tmp_path / "x", "file")
     assert header == [1, 2] + 254 * [0]
     assert size == 1024 + 12 + 4
-    assert (tmp_path / "x").read_bytes()[1024:] == bytes.fromhex("00000000 01000000 02000000 0000c03f")
+    assert (tmp_path / "x").read_bytes()[1024:] == bytes.fromhex(
+        "00000000 01000000 02000000 0000c03f"
+    )
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path):
@@ -30,7 +32,10 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
 @pytest.mark.parametrize(("size", "word"), [(9, "truncated"), (11, "malformed")])
 def test_sizes(tmp_path, size, word):
     check_size(tmp_path / "x", "file", 10, 10, "ten")
-    with pytest.raises(FormatError, match=f"x is {word}: its header announces ten, 10 bytes, but the file has {size}"):
+    with pytest.raises(
+        FormatError,
+        match=f"x is {word}: its header announces ten, 10 bytes, but the file has {size}",
+    ):
         check_size(tmp_path / "x", "file", size, 10, "ten")
 
 

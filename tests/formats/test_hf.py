@@ -1,4 +1,6 @@
-"""Folders in Hugging Face's layout, made here by hand; tests/test_parity.py has `transformers` itself read and write them."""
+"""Folders in Hugging Face's layout, made here by hand; tests/test_parity.py has `transformers`
+itself read and write them.
+"""
 
 import json
 
@@ -25,7 +27,9 @@ def write(folder, dtype=FLOAT32):
 
 def assert_is_params(found):
     for name, layer, _ in tensor_names(CFG):
-        np.testing.assert_array_equal(tensor_of(found, name, layer, CFG), tensor_of(PARAMS, name, layer, CFG))
+        np.testing.assert_array_equal(
+            tensor_of(found, name, layer, CFG), tensor_of(PARAMS, name, layer, CFG)
+        )
 
 
 def edit(folder, change_tensors=lambda t: None, **fields):
@@ -34,12 +38,20 @@ def edit(folder, change_tensors=lambda t: None, **fields):
     change_tensors(tensors)
     safetensors.numpy.save_file(tensors, folder / hf.MODEL_FILE, {"format": "pt"})
     config = json.loads((folder / hf.CONFIG_FILE).read_text()) | fields
-    (folder / hf.CONFIG_FILE).write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    (folder / hf.CONFIG_FILE).write_text(
+        json.dumps({k: v for k, v in config.items() if v is not None})
+    )
 
 
 def test_what_is_written_is_read_back(tmp_path):
     cfg, found = hf.read_model(write(tmp_path / "m"))
-    assert (cfg.num_layers, cfg.num_heads, cfg.channels, cfg.vocab_size, cfg.max_seq_len) == (2, 2, 8, 11, 12)
+    assert (cfg.num_layers, cfg.num_heads, cfg.channels, cfg.vocab_size, cfg.max_seq_len) == (
+        2,
+        2,
+        8,
+        11,
+        12,
+    )
     assert_is_params(found)
 
 
@@ -61,8 +73,12 @@ def test_names_are_transformers(tmp_path):
     }
     for layer in range(2):
         for ours, theirs in layered.items():
-            np.testing.assert_array_equal(tensors[f"transformer.h.{layer}.{theirs}.weight"], expected[f"{ours}w"][layer])
-            np.testing.assert_array_equal(tensors[f"transformer.h.{layer}.{theirs}.bias"], expected[f"{ours}b"][layer])
+            np.testing.assert_array_equal(
+                tensors[f"transformer.h.{layer}.{theirs}.weight"], expected[f"{ours}w"][layer]
+            )
+            np.testing.assert_array_equal(
+                tensors[f"transformer.h.{layer}.{theirs}.bias"], expected[f"{ours}b"][layer]
+            )
 
 
 def test_hidden_units_are_null_where_they_are_four_times_the_channels(tmp_path):
@@ -75,7 +91,9 @@ def test_hidden_units_are_null_where_they_are_four_times_the_channels(tmp_path):
 
 
 def test_the_hubs_own_files(tmp_path):
-    """Without the prefix, with causal masks, and with the head that is the token embedding once more."""
+    """Without the prefix, with causal masks, and with the head that is the token embedding once
+    more.
+    """
     folder = write(tmp_path / "m")
 
     def change(tensors):
@@ -113,9 +131,15 @@ def test_several_files(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda p: p.update({"transformer.wpe.weight": "../secret.safetensors"}), "names the file '../secret.safetensors'"),
+        (
+            lambda p: p.update({"transformer.wpe.weight": "../secret.safetensors"}),
+            "names the file '../secret.safetensors'",
+        ),
         (lambda p: p.update({"transformer.wpe.weight": "none.safetensors"}), "which is not in"),
-        (lambda p: p.update({"transformer.wpe.weight": p["transformer.h.0.attn.c_attn.bias"]}), "which model.*says is in it"),
+        (
+            lambda p: p.update({"transformer.wpe.weight": p["transformer.h.0.attn.c_attn.bias"]}),
+            "which model.*says is in it",
+        ),
         (lambda p: p.pop("transformer.wpe.weight"), "lacks the tensor transformer.wpe.weight"),
         (lambda p: p.update({"x": 3}), "has no weight_map"),
     ],
@@ -132,12 +156,18 @@ def test_an_index_that_lies(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "bert"}, "has model_type 'bert', but a Hugging Face folder of gpt2 is expected"),
+        (
+            {"model_type": "bert"},
+            "has model_type 'bert', but a Hugging Face folder of gpt2 is expected",
+        ),
         ({"model_type": ["gpt2"]}, r"has model_type \['gpt2'\], but"),
         ({"activation_function": "gelu"}, "has activation_function 'gelu'"),
         ({"layer_norm_epsilon": 1e-6}, "has layer_norm_epsilon 1e-06"),
         ({"scale_attn_by_inverse_layer_idx": True}, "has scale_attn_by_inverse_layer_idx True"),
-        ({"n_inner": 99}, r"h\.\d\.mlp\.c_(fc|proj)\.(weight|bias) has the shape \[.*32.*\], but \[.*99.*\] is expected"),
+        (
+            {"n_inner": 99},
+            r"h\.\d\.mlp\.c_(fc|proj)\.(weight|bias) has the shape \[.*32.*\], but \[.*99.*\] is expected",
+        ),
         ({"n_inner": "wide"}, "has no usable n_inner: 'wide'"),
         ({"n_head": 3}, "describes an invalid model"),
         ({"n_layer": "two"}, "has no usable n_layer: 'two'"),
@@ -164,13 +194,19 @@ def test_a_head_of_its_own_is_refused(tmp_path):
 def test_pickles_are_not_read(tmp_path):
     folder = write(tmp_path / "m")
     (folder / hf.MODEL_FILE).rename(folder / "pytorch_model.bin")
-    with pytest.raises(FormatError, match=r"pytorch_model\.bin is a pickle, which can run any code and is not read"):
+    with pytest.raises(
+        FormatError, match=r"pytorch_model\.bin is a pickle, which can run any code and is not read"
+    ):
         hf.read_model(folder)
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"n_layer": ', "\ud800".encode("utf-8", "surrogatepass")])
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"n_layer": ', "\ud800".encode("utf-8", "surrogatepass")]
+)
 def test_a_damaged_config(tmp_path, content):
     folder = write(tmp_path / "m")
-    (folder / hf.CONFIG_FILE).write_bytes(content if isinstance(content, bytes) else content.encode())
+    (folder / hf.CONFIG_FILE).write_bytes(
+        content if isinstance(content, bytes) else content.encode()
+    )
     with pytest.raises(FormatError, match=r"config\.json is not"):
         hf.read_model(folder)

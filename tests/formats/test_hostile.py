@@ -1,6 +1,8 @@
-"""Every file that the project reads, damaged at random: it loads, or is refused in one sentence, in bounded memory.
+"""Every file that the project reads, damaged at random: it loads, or is refused in one sentence, in
+bounded memory.
 
-``GPTJAX_FUZZ=20000 pytest tests/formats/test_hostile.py`` tries that many cases of each format; by default it is a few.
+``GPTJAX_FUZZ=20000 pytest tests/formats/test_hostile.py`` tries that many cases of each format; by
+default it is a few.
 """
 
 import gzip
@@ -35,7 +37,9 @@ from tests.models.fused import fuse
 CASES = int(os.environ.get("GPTJAX_FUZZ", "40"))
 MOST_BYTES = 32 << 20  # the files have a few thousand
 MOST_SECONDS = 20  # they take milliseconds
-CFG = tiny.config(num_layers=1, channels=4, num_heads=2, vocab_size=5, max_seq_len=4, dtype="float32")
+CFG = tiny.config(
+    num_layers=1, channels=4, num_heads=2, vocab_size=5, max_seq_len=4, dtype="float32"
+)
 PARAMS = tiny.params(CFG, jnp.float32)
 BPE = tokenizers.train_bpe(["the cat sat on the mat"] * 9, 262, "cats")
 FLOAT32 = np.dtype("<f4")
@@ -58,7 +62,9 @@ def write_version_1(path):
     llmc.write_model(path, PARAMS, CFG)
     content = path.read_bytes()
     rows = 1024 + 4 * CFG.channels * CFG.vocab_size, 1024 + 4 * CFG.channels * CFG.padded_vocab_size
-    path.write_bytes(content[:4] + (1).to_bytes(4, "little") + content[8 : rows[0]] + content[rows[1] :])
+    path.write_bytes(
+        content[:4] + (1).to_bytes(4, "little") + content[8 : rows[0]] + content[rows[1] :]
+    )
 
 
 def write_version_4(path):
@@ -68,7 +74,11 @@ def write_version_4(path):
     for name, tensor in fuse(PARAMS).items():
         count = tensor.size
         part = content[offset : offset + 2 * count]
-        wide.append(np.frombuffer(part, jnp.bfloat16).astype("<f4").tobytes() if name.startswith("ln") else part)
+        wide.append(
+            np.frombuffer(part, jnp.bfloat16).astype("<f4").tobytes()
+            if name.startswith("ln")
+            else part
+        )
         offset += 2 * count
     path.write_bytes(content[:4] + (4).to_bytes(4, "little") + content[8:1024] + b"".join(wide))
 
@@ -80,7 +90,9 @@ def write_index(path):
     (path.parent / "model.safetensors").unlink()
     places = {name: f"model-{n % 2}.safetensors" for n, name in enumerate(sorted(tensors))}
     for place in set(places.values()):
-        save_file({name: tensors[name] for name in tensors if places[name] == place}, path.parent / place)
+        save_file(
+            {name: tensors[name] for name in tensors if places[name] == place}, path.parent / place
+        )
     path.write_text(json.dumps({"weight_map": places}))
 
 
@@ -101,7 +113,11 @@ FORMATS = {
         lambda p: llmc.write_debug_state(p, STATE, CFG, 1),
         lambda p: llmc.read_debug_state(p, CFG),
     ),
-    "llm.c debug state": ("s.bin", lambda p: llmc.write_debug_state(p, STATE, CFG), lambda p: llmc.read_debug_state(p, CFG)),
+    "llm.c debug state": (
+        "s.bin",
+        lambda p: llmc.write_debug_state(p, STATE, CFG),
+        lambda p: llmc.read_debug_state(p, CFG),
+    ),
     "llm.c tokenizer": (
         "t.bin",
         lambda p: llmc_tokenizer.write_tokenizer(p, BPE.pieces, 261),
@@ -109,15 +125,27 @@ FORMATS = {
     ),
     "uint16 shard": ("train.bin", lambda p: write_shard(p, np.arange(99)), shard),
     "uint32 shard": ("train.bin", lambda p: write_shard(p, np.arange(99), np.uint32), shard),
-    "uint16 without a header": ("train.bin", lambda p: np.arange(300, 399, dtype="<u2").tofile(p), shard),
+    "uint16 without a header": (
+        "train.bin",
+        lambda p: np.arange(300, 399, dtype="<u2").tofile(p),
+        shard,
+    ),
     "int32 without a header": ("train.bin", lambda p: np.arange(99, dtype="<i4").tofile(p), shard),
-    "our safetensors": ("m.safetensors", lambda p: safetensors.write_model(p, PARAMS, CFG, FLOAT32), weights),
+    "our safetensors": (
+        "m.safetensors",
+        lambda p: safetensors.write_model(p, PARAMS, CFG, FLOAT32),
+        weights,
+    ),
     "Hugging Face safetensors": (
         "hf/model.safetensors",
         lambda p: hf.write_model(p.parent, PARAMS, CFG, FLOAT32, None, lambda into: None),
         lambda p: weights(p.parent),
     ),
-    "Hugging Face index": ("hf/model.safetensors.index.json", write_index, lambda p: weights(p.parent)),
+    "Hugging Face index": (
+        "hf/model.safetensors.index.json",
+        write_index,
+        lambda p: weights(p.parent),
+    ),
     "Hugging Face config": (
         "hf/config.json",
         lambda p: hf.write_model(p.parent, PARAMS, CFG, FLOAT32, None, lambda into: None),
@@ -140,39 +168,75 @@ FORMATS = {
         lambda p: [question.endings[question.label] for question in llmc_eval.read_questions(p)],
     ),
     "Parquet": ("a.parquet", write_table, lambda p: list(pieces([p]))),
-    "gzip": ("a.txt.gz", lambda p: p.write_bytes(gzip.compress(b"some text " * 9, mtime=0)), lambda p: list(pieces([p]))),
+    "gzip": (
+        "a.txt.gz",
+        lambda p: p.write_bytes(gzip.compress(b"some text " * 9, mtime=0)),
+        lambda p: list(pieces([p])),
+    ),
     "Zstandard": (
         "a.txt.zst",
         lambda p: p.write_bytes(ZSTD.compress(b"some text " * 9, asbytes=True)),
         lambda p: list(pieces([p])),
     ),
-    "JSON lines": ("a.jsonl", lambda p: p.write_text(json.dumps({"text": "a"}) + "\n"), lambda p: list(pieces([p]))),
+    "JSON lines": (
+        "a.jsonl",
+        lambda p: p.write_text(json.dumps({"text": "a"}) + "\n"),
+        lambda p: list(pieces([p])),
+    ),
     "anything": ("m.bin", lambda p: llmc.write_model(p, PARAMS, CFG), lambda p: inspect(str(p))),
 }
 MAGIC = [20240326, 20240327, 20240520, 20240801, 20240328, 20240522]
 EXTREME = [0, 1, -1, 2, 7, 255, 2**15, 2**16, 2**24, 2**31 - 1, -(2**31), *MAGIC]
 
 
-NUMBERS = [b"0", b"-1", b"3", b"200000", b"16777217", b"1" * 30, b"1e400", b"0.5", b"null", b"true", b'""', b"[" * 3000]
+NUMBERS = [
+    b"0",
+    b"-1",
+    b"3",
+    b"200000",
+    b"16777217",
+    b"1" * 30,
+    b"1e400",
+    b"0.5",
+    b"null",
+    b"true",
+    b'""',
+    b"[" * 3000,
+]
 
 
 @st.composite
 def damage(draw, content: bytes) -> bytes:
     """The content after one to three blows."""
     for _ in range(draw(st.integers(1, 3))):
-        position = draw(st.integers(0, max(len(content) - 1, 0)) | st.integers(0, min(len(content), 80)))
-        how = draw(st.sampled_from(["byte", "byte", "number", "number", "digits", "cut", "grow", "swap", "repeat"]))
+        position = draw(
+            st.integers(0, max(len(content) - 1, 0)) | st.integers(0, min(len(content), 80))
+        )
+        how = draw(
+            st.sampled_from(
+                ["byte", "byte", "number", "number", "digits", "cut", "grow", "swap", "repeat"]
+            )
+        )
         rest = content[position:]
         if how == "byte":
             found = draw(st.binary(min_size=1, max_size=8))
             content = content[:position] + found + rest[len(found) :]
         elif how == "number":
             position -= position % 4
-            content = content[:position] + draw(st.sampled_from(EXTREME)).to_bytes(4, "little", signed=True) + rest[4:]
+            content = (
+                content[:position]
+                + draw(st.sampled_from(EXTREME)).to_bytes(4, "little", signed=True)
+                + rest[4:]
+            )
         elif how == "digits":
             found = re.search(rb"\d+", rest)
             if found:
-                content = content[:position] + rest[: found.start()] + draw(st.sampled_from(NUMBERS)) + rest[found.end() :]
+                content = (
+                    content[:position]
+                    + rest[: found.start()]
+                    + draw(st.sampled_from(NUMBERS))
+                    + rest[found.end() :]
+                )
         elif how == "cut":
             content = content[:position]
         elif how == "grow":

@@ -2,7 +2,14 @@ import jax
 import numpy as np
 import pytest
 
-from gptjax.formats.lazy import LazyTensor, collect, pad_vocab, stack_lazily, tensor_names, tensor_of
+from gptjax.formats.lazy import (
+    LazyTensor,
+    collect,
+    pad_vocab,
+    stack_lazily,
+    tensor_names,
+    tensor_of,
+)
 from gptjax.models.params import stack, weight_table
 from tests.models import tiny
 
@@ -44,7 +51,9 @@ def test_stacked_layers_are_read_layer_by_layer(lazily, reads):
     stacked = stack_lazily(lazily)
     assert stacked.blocks.fcb.shape == (CFG.num_layers, CFG.hidden)
     assert not reads
-    np.testing.assert_array_equal(stacked.blocks.fcb, stack(tiny.params(CFG, np.float32)).blocks.fcb)
+    np.testing.assert_array_equal(
+        stacked.blocks.fcb, stack(tiny.params(CFG, np.float32)).blocks.fcb
+    )
     assert reads == [("fcb", 0), ("fcb", 1)]
 
 

@@ -21,7 +21,9 @@ CFG = tiny.config(num_layers=2, channels=8, vocab_size=11, max_seq_len=12)  # 11
 
 def make_params():
     """Stacked, in NumPy's arrays."""
-    return jax.tree.map(np.asarray, tiny.params(dataclasses.replace(CFG, layers="scan"), jnp.float32))
+    return jax.tree.map(
+        np.asarray, tiny.params(dataclasses.replace(CFG, layers="scan"), jnp.float32)
+    )
 
 
 def make_state(params=None):
@@ -42,7 +44,9 @@ def assert_same(ours, theirs):
 
 @pytest.mark.parametrize("unrolled", [False, True])
 def test_model_bytes_are_llm_cs(tmp_path, unrolled):
-    """Header, then the 16 tensors in llm.c's order, matrices (out, in), padded vocabulary, nothing after them."""
+    """Header, then the 16 tensors in llm.c's order, matrices (out, in), padded vocabulary, nothing
+    after them.
+    """
     params = make_params()
     llmc.write_model(tmp_path / "m.bin", unstack(params) if unrolled else params, CFG)
     content = (tmp_path / "m.bin").read_bytes()
@@ -67,7 +71,13 @@ def test_the_size_of_124m_is_llm_cs():
 def test_what_is_written_is_read_back(tmp_path):
     llmc.write_model(tmp_path / "m.bin", make_params(), CFG)
     cfg, params = llmc.read_model(tmp_path / "m.bin")
-    assert (cfg.num_layers, cfg.num_heads, cfg.channels, cfg.vocab_size, cfg.max_seq_len) == (2, 2, 8, 11, 12)
+    assert (cfg.num_layers, cfg.num_heads, cfg.channels, cfg.vocab_size, cfg.max_seq_len) == (
+        2,
+        2,
+        8,
+        11,
+        12,
+    )
     assert_same(loaded(params), make_params())
     assert llmc.is_model(tmp_path / "m.bin")
     assert [p.name for p in tmp_path.iterdir()] == ["m.bin"]
@@ -76,7 +86,10 @@ def test_what_is_written_is_read_back(tmp_path):
 def test_bfloat16_is_rounded_once(tmp_path):
     llmc.write_model(tmp_path / "m.bin", make_params(), CFG, version=5)
     _, params = llmc.read_model(tmp_path / "m.bin")
-    assert_same(loaded(params), jax.tree.map(lambda x: np.asarray(jnp.asarray(x).astype(jnp.bfloat16)), make_params()))
+    assert_same(
+        loaded(params),
+        jax.tree.map(lambda x: np.asarray(jnp.asarray(x).astype(jnp.bfloat16)), make_params()),
+    )
 
 
 def as_version(version: int) -> bytes:
@@ -101,7 +114,9 @@ def test_versions_that_are_only_read(tmp_path, version):
     expected = make_params()
     np.testing.assert_array_equal(params.blocks.ln1w, expected.blocks.ln1w)
     for ours, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(np.asarray(ours, np.float32), theirs, rtol=0 if version == 1 else 2**-8)
+        np.testing.assert_allclose(
+            np.asarray(ours, np.float32), theirs, rtol=0 if version == 1 else 2**-8
+        )
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -111,7 +126,9 @@ def test_debug_state_there_and_back(tmp_path, version):
     content = (tmp_path / "s.bin").read_bytes()
     assert struct.unpack("<4i", content[:16]) == (20240327, version, 2, 5)
     rows = 11 if version == 1 else 128
-    assert len(content) == 1024 + 4 * (10 + 10 + 110 + 1 + num_padded_params(CFG) - (128 - rows) * 8)
+    assert len(content) == 1024 + 4 * (
+        10 + 10 + 110 + 1 + num_padded_params(CFG) - (128 - rows) * 8
+    )
     assert struct.unpack("<10i", content[1024:1064]) == tuple(range(10))
     assert struct.unpack("<f", content[1024 + 4 * 130 : 1024 + 4 * 131]) == (2.5,)
     found = llmc.read_debug_state(tmp_path / "s.bin", CFG)
@@ -179,7 +196,9 @@ def test_missing_and_short_files(tmp_path):
 
 def test_hidden_units_that_the_header_cannot_say(tmp_path):
     cfg = tiny.config(hidden=24)
-    with pytest.raises(ConfigError, match=r"this model has model.hidden 24 and model.channels 8: write safetensors"):
+    with pytest.raises(
+        ConfigError, match=r"this model has model.hidden 24 and model.channels 8: write safetensors"
+    ):
         llmc.write_model(tmp_path / "m.bin", tiny.params(cfg), cfg)
     assert list(tmp_path.iterdir()) == []
 

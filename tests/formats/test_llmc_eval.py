@@ -37,7 +37,10 @@ def path(tmp_path):
 def test_what_is_read(path):
     path.write_bytes(evaluation_file([EXAMPLE, [[50256], *EXAMPLE[1:]]]))
     assert is_questions(path)
-    assert read_questions(path) == [Question([7, 8, 9], EXAMPLE[1:], 2), Question([50256], EXAMPLE[1:], 2)]
+    assert read_questions(path) == [
+        Question([7, 8, 9], EXAMPLE[1:], 2),
+        Question([50256], EXAMPLE[1:], 2),
+    ]
 
 
 WHOLE = evaluation_file([EXAMPLE, EXAMPLE])
@@ -51,11 +54,20 @@ WHOLE = evaluation_file([EXAMPLE, EXAMPLE])
         (WHOLE[:-1], "truncated or malformed"),
         (WHOLE[:1024], "2 examples of at most 40 bytes do not fit its 1024 bytes"),
         (WHOLE + b"\0\0", "2 examples of at most 40 bytes do not fit its 1106 bytes"),
-        (evaluation_file([EXAMPLE], magic=20240520), "it begins 20240520, 1 where 20240522, 1 is expected"),
+        (
+            evaluation_file([EXAMPLE], magic=20240520),
+            "it begins 20240520, 1 where 20240522, 1 is expected",
+        ),
         (evaluation_file([EXAMPLE], version=2), "it begins 20240522, 2"),
         (evaluation_file([EXAMPLE], count=-1), "-1 examples"),
-        (evaluation_file([EXAMPLE, EXAMPLE], count=1, longest=90), "its 1 examples end at byte 1064 of 1104"),
-        (evaluation_file([[[1] * 9, *EXAMPLE[1:]], [[1], *EXAMPLE[1:]]], longest=48), "example 0 of 2"),
+        (
+            evaluation_file([EXAMPLE, EXAMPLE], count=1, longest=90),
+            "its 1 examples end at byte 1064 of 1104",
+        ),
+        (
+            evaluation_file([[[1] * 9, *EXAMPLE[1:]], [[1], *EXAMPLE[1:]]], longest=48),
+            "example 0 of 2",
+        ),
         (evaluation_file([EXAMPLE], label=4), "example 0 of 1"),
         (words_changed(w0=1), "example 0 of 2"),  # where an example begins
         (words_changed(w21=2), "example 1 of 2"),  # its size

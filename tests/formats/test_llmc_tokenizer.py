@@ -34,7 +34,9 @@ def test_bytes_are_llm_cs(tmp_path):
 def test_version_1_has_gpt2s_end_of_text_and_does_not_say_so(tmp_path):
     tokens = [b"x"] * 50257
     write_tokenizer(tmp_path / "t.bin", tokens, 50256, version=1)
-    assert (tmp_path / "t.bin").read_bytes()[:16] == bytes.fromhex("c8d73401 01000000 51c40000 00000000")
+    assert (tmp_path / "t.bin").read_bytes()[:16] == bytes.fromhex(
+        "c8d73401 01000000 51c40000 00000000"
+    )
     assert read_tokenizer(tmp_path / "t.bin") == (tokens, 50256)
 
 
@@ -65,7 +67,10 @@ def test_what_does_not_fit_is_not_written(tmp_path, tokens, end_of_text, version
         (lambda b: b"\0" + b[1:], "is not an llm.c tokenizer"),
         (lambda b: b[:4] + b"\x03" + b[5:], "20240328, 3 where"),
         (lambda b: b[:4] + b"\x01" + b[5:], "4 tokens with end-of-text 50256 do not fit"),
-        (lambda b: b[:8] + b"\xff\xff\xff\x7f" + b[12:], "2147483647 tokens with end-of-text 3 do not fit"),
+        (
+            lambda b: b[:8] + b"\xff\xff\xff\x7f" + b[12:],
+            "2147483647 tokens with end-of-text 3 do not fit",
+        ),
         (lambda b: b[:8] + b"\xff\xff\xff\xff" + b[12:], "-1 tokens"),
         (lambda b: b[:12] + b"\x04" + b[13:], "4 tokens with end-of-text 4 do not fit"),
     ],

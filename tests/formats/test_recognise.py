@@ -39,7 +39,9 @@ def llama2c(vocabulary):
     block = 2 * dim + sum(attention) + 3 * dim * hidden
     rope = 2 * positions * (dim // heads // 2)
     numbers = abs(vocabulary) * dim * (1 + (vocabulary < 0)) + layers * block + dim + rope
-    return struct.pack("<7i", dim, hidden, layers, heads, kv, vocabulary, positions) + bytes(4 * numbers)
+    return struct.pack("<7i", dim, hidden, layers, heads, kv, vocabulary, positions) + bytes(
+        4 * numbers
+    )
 
 
 def llama2c_tokenizer(tokens):
@@ -48,20 +50,28 @@ def llama2c_tokenizer(tokens):
 
 
 def sentencepiece(tokens):
-    pieces = [b"\n" + bytes([len(t)]) + t + b"\x15" + struct.pack("<f", -n) for n, t in enumerate(tokens)]
+    pieces = [
+        b"\n" + bytes([len(t)]) + t + b"\x15" + struct.pack("<f", -n) for n, t in enumerate(tokens)
+    ]
     return b"".join(b"\n" + bytes([len(piece)]) + piece for piece in pieces)
 
 
 SAFETENSORS = json.dumps({"x": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}}).encode()
 FILES = {
     "a llama2.c model (version 0)": [llama2c(32), llama2c(-32)],
-    "a llama2.c model (version 1)": [struct.pack("<I8i", 0x616B3432, 1, 8, 12, 2, 4, 2, 32, 16) + bytes(220)],
-    "a llama2.c model (version 2)": [struct.pack("<I8i", 0x616B3432, 2, 8, 12, 2, 4, 2, 32, 16) + bytes(220)],
+    "a llama2.c model (version 1)": [
+        struct.pack("<I8i", 0x616B3432, 1, 8, 12, 2, 4, 2, 32, 16) + bytes(220)
+    ],
+    "a llama2.c model (version 2)": [
+        struct.pack("<I8i", 0x616B3432, 2, 8, 12, 2, 4, 2, 32, 16) + bytes(220)
+    ],
     "a llama2.c tokenizer": [llama2c_tokenizer([b"<unk>", b"\n<s>\n", b"a"])],
     "a SentencePiece model": [sentencepiece([b"<unk>", b"<s>", b"</s>"])],
     "a GGUF model": [b"GGUF" + struct.pack("<IQQ", 3, 0, 0)],
     "a PyTorch checkpoint (a zip of pickles)": [zipped("archive/data.pkl", "archive/data/0")],
-    "a PyTorch checkpoint (a pickle)": [pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2)],
+    "a PyTorch checkpoint (a pickle)": [
+        pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2)
+    ],
     "a Python pickle": [pickle.dumps({"stoi": {"a": 0}}, protocol) for protocol in (2, 3, 4, 5)],
     "a NumPy array (.npy)": [numpy_file(np.save, np.arange(9))],
     "a NumPy archive (.npz)": [numpy_file(np.savez, np.arange(9))],
@@ -93,13 +103,23 @@ def test_a_part_of_a_tensorflow_checkpoint_has_only_its_name(tmp_path):
 
 
 def test_the_real_files_of_llama2c(shared):
-    kinds = {"stories260K.bin": "model (version 0)", "tok512.bin": "tokenizer", "tokenizer.bin": "tokenizer"}
+    kinds = {
+        "stories260K.bin": "model (version 0)",
+        "tok512.bin": "tokenizer",
+        "tokenizer.bin": "tokenizer",
+    }
     for name, kind in kinds.items():
         assert recognise(shared / "llama2c" / name) == f"a llama2.c {kind}"
 
 
 def test_llm_cs_numbers_are_those_that_its_readers_expect():
-    expected = {llmc.MODEL_MAGIC, llmc.STATE_MAGIC, llmc_tokenizer.MAGIC, llmc_eval.MAGIC, *token_shards.FLAVOURS}
+    expected = {
+        llmc.MODEL_MAGIC,
+        llmc.STATE_MAGIC,
+        llmc_tokenizer.MAGIC,
+        llmc_eval.MAGIC,
+        *token_shards.FLAVOURS,
+    }
     assert LLMC.keys() == expected
 
 

@@ -26,7 +26,13 @@ def test_what_is_written_is_read_back(tmp_path, dtype):
     path = tmp_path / "m.safetensors"
     ours.write_model(path, PARAMS, CFG, dtype)
     cfg, found = ours.read_model(path)
-    assert (cfg.num_layers, cfg.num_heads, cfg.channels, cfg.vocab_size, cfg.max_seq_len) == (2, 2, 8, 11, 12)
+    assert (cfg.num_layers, cfg.num_heads, cfg.channels, cfg.vocab_size, cfg.max_seq_len) == (
+        2,
+        2,
+        8,
+        11,
+        12,
+    )
     assert_same(found, PARAMS, lambda x: x.astype(dtype))
     assert ours.is_model(path)
 
@@ -37,8 +43,13 @@ def test_the_library_reads_what_is_written(tmp_path):
     ours.write_model(path, PARAMS, CFG, FLOAT32)
     theirs = safetensors.numpy.load_file(path)
     expected = fuse(PARAMS)
-    outside = {"wte": expected.pop("wte")[:11], **{name: expected.pop(name) for name in ("wpe", "lnfw", "lnfb")}}
-    expected = outside | {f"{name}.{layer}": tensor[layer] for name, tensor in expected.items() for layer in range(2)}
+    outside = {
+        "wte": expected.pop("wte")[:11],
+        **{name: expected.pop(name) for name in ("wpe", "lnfw", "lnfb")},
+    }
+    expected = outside | {
+        f"{name}.{layer}": tensor[layer] for name, tensor in expected.items() for layer in range(2)
+    }
     assert set(theirs) == set(expected)
     for name, tensor in expected.items():
         np.testing.assert_array_equal(theirs[name], tensor, err_msg=name)
@@ -57,7 +68,13 @@ def test_hidden_units_are_kept_where_they_are_not_the_default(tmp_path):
 
 def changed(path, change):
     tensors = safetensors.numpy.load_file(path)
-    metadata = {"num_layers": "2", "num_heads": "2", "channels": "8", "vocab_size": "11", "max_seq_len": "12"}
+    metadata = {
+        "num_layers": "2",
+        "num_heads": "2",
+        "channels": "8",
+        "vocab_size": "11",
+        "max_seq_len": "12",
+    }
     change(tensors, metadata)
     safetensors.numpy.save_file(tensors, path, metadata)
 
@@ -67,15 +84,27 @@ def changed(path, change):
     [
         (lambda t, m: t.pop("fcw.1"), "lacks the tensor fcw.1"),
         (lambda t, m: t.update(extra=t["wpe"]), "tensors that this model does not have: extra"),
-        (lambda t, m: t.update(lnfw=t["lnfw"][:7]), r"the tensor lnfw has the shape \[7\], but \[8\] is expected"),
-        (lambda t, m: t.update(lnfw=np.zeros(8, np.int32)), "the tensor lnfw holds I32, but one of F64, F32, F16, BF16"),
+        (
+            lambda t, m: t.update(lnfw=t["lnfw"][:7]),
+            r"the tensor lnfw has the shape \[7\], but \[8\] is expected",
+        ),
+        (
+            lambda t, m: t.update(lnfw=np.zeros(8, np.int32)),
+            "the tensor lnfw holds I32, but one of F64, F32, F16, BF16",
+        ),
         (lambda t, m: m.pop("channels"), "does not say the model's"),
         (lambda t, m: m.update(channels="-8"), "does not say the model's"),
         (lambda t, m: m.update(num_heads="3"), "holds an invalid model"),
         (lambda t, m: m.update(num_layers="999999999"), "lacks the tensor ln1w.2"),
-        (lambda t, m: m.update(hidden="31"), r"the tensor fcw.0 has the shape \[8, 32\], but \[8, 31\] is expected"),
+        (
+            lambda t, m: m.update(hidden="31"),
+            r"the tensor fcw.0 has the shape \[8, 32\], but \[8, 31\] is expected",
+        ),
         (lambda t, m: m.update(hidden="wide"), "does not say the model's"),
-        (lambda t, m: m.update(family="none"), "model.family 'none' is not known: choose one of gpt2"),
+        (
+            lambda t, m: m.update(family="none"),
+            "model.family 'none' is not known: choose one of gpt2",
+        ),
     ],
 )
 def test_a_tensor_that_does_not_fit_is_named(tmp_path, change, message):

@@ -56,7 +56,9 @@ def weights(cfg):
 @pytest.fixture
 def cfg(monkeypatch):
     """A model of a family of this file."""
-    monkeypatch.setitem(FAMILIES, "gated", SimpleNamespace(Params=Params, Block=Block, HEAD="head", weights=weights))
+    monkeypatch.setitem(
+        FAMILIES, "gated", SimpleNamespace(Params=Params, Block=Block, HEAD="head", weights=weights)
+    )
     return tiny.config(family="gated", hidden=24, dtype="float32")
 
 
@@ -111,9 +113,18 @@ def test_a_file_of_a_family_that_is_gone(cfg, tmp_path, monkeypatch):
 def test_parameters_side_by_side(cfg, transposed):
     """Each lies where its outputs do, and only that place is read."""
     params = tiny.params(cfg, np.float32)
-    table = {"up.{}": "upw gatew", "down.{}": "downw", "gain.{}": "gain", "table": "table", "head": "head"}
+    table = {
+        "up.{}": "upw gatew",
+        "down.{}": "downw",
+        "gain.{}": "gain",
+        "table": "table",
+        "head": "head",
+    }
     tensors = file_tensors(table, cfg, transposed=transposed)
-    files = {name: join(tensor, layer, params, cfg, FLOAT32) for name, tensor, layer in each_layer(tensors, cfg)}
+    files = {
+        name: join(tensor, layer, params, cfg, FLOAT32)
+        for name, tensor, layer in each_layer(tensors, cfg)
+    }
     assert {name: file.shape for name, file in files.items()} == {
         name: tensor.shape for name, tensor, _ in each_layer(tensors, cfg)
     }
@@ -138,14 +149,19 @@ def test_parameters_side_by_side(cfg, transposed):
 TABLES = {
     **{f"llm.c {family}": (family, table) for family, table in llmc.TABLES.items()},
     **{f"safetensors {family}": (family, table) for family, table in ours.TABLES.items()},
-    **{f"Hugging Face {family}": (family, theirs.tensors) for family, theirs in hf.CONVENTIONS.items()},
+    **{
+        f"Hugging Face {family}": (family, theirs.tensors)
+        for family, theirs in hf.CONVENTIONS.items()
+    },
 }
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_a_table_holds_each_parameter_once(name):
     family, table = TABLES[name]
-    cfg = Architecture(family=family, num_layers=2, num_heads=2, channels=8, vocab_size=11, max_seq_len=12)
+    cfg = Architecture(
+        family=family, num_layers=2, num_heads=2, channels=8, vocab_size=11, max_seq_len=12
+    )
     assert sorted(" ".join(table.values()).split()) == sorted(param for param, *_ in rows(cfg))
     layered = {param for param, layer, _ in tensor_names(cfg) if layer == 0}
     for tensor in file_tensors(table, cfg):

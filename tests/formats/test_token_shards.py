@@ -48,15 +48,30 @@ def test_ids_that_do_not_fit(tmp_path, ids):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda b: b[:-1], "truncated: its header announces 3 tokens, 1030 bytes, but the file has 1029"),
-        (lambda b: b + b"xx", "malformed: its header announces 3 tokens, 1030 bytes, but the file has 1032"),
+        (
+            lambda b: b[:-1],
+            "truncated: its header announces 3 tokens, 1030 bytes, but the file has 1029",
+        ),
+        (
+            lambda b: b + b"xx",
+            "malformed: its header announces 3 tokens, 1030 bytes, but the file has 1032",
+        ),
         (lambda b: b[:1000], "truncated: 1000 bytes"),
         (lambda b: b"", "not a token shard: .* but it has 0 bytes"),
         (lambda b: b"\x00\x01\x02", "not a token shard: .* but it has 3 bytes"),
-        (lambda b: (20240326).to_bytes(4, "little") + b[4:], "is an llm.c model, not a token shard"),
+        (
+            lambda b: (20240326).to_bytes(4, "little") + b[4:],
+            "is an llm.c model, not a token shard",
+        ),
         (lambda b: b"PK" + b[2:], "not a token shard: it has a header that begins 20204368 where"),
-        (lambda b: b[:4] + b"\x02" + b[5:], "a token shard of version 2, where 1 is expected after 20240520"),
-        (lambda b: b[:8] + b"\xff\xff\xff\xff" + b[12:], "malformed: its header announces -1 tokens"),
+        (
+            lambda b: b[:4] + b"\x02" + b[5:],
+            "a token shard of version 2, where 1 is expected after 20240520",
+        ),
+        (
+            lambda b: b[:8] + b"\xff\xff\xff\xff" + b[12:],
+            "malformed: its header announces -1 tokens",
+        ),
         (lambda b: b[:8] + bytes(4), "truncated: 12 bytes"),
         (lambda b: b[:8] + bytes(1016), "malformed: its header announces 0 tokens"),
         (lambda b: b[:8] + b"\xff\xff\xff\x7f" + b[12:], "announces 2147483647 tokens"),
@@ -76,7 +91,10 @@ def test_missing_shard(tmp_path):
         open_shard(tmp_path / "none.bin")
 
 
-@given(st.binary(max_size=1100), st.sampled_from([b"", b"\x88\xd8\x34\x01", b"\xa1\xd9\x34\x01\x07\x00\x00\x00"]))
+@given(
+    st.binary(max_size=1100),
+    st.sampled_from([b"", b"\x88\xd8\x34\x01", b"\xa1\xd9\x34\x01\x07\x00\x00\x00"]),
+)
 def test_arbitrary_bytes_are_a_shard_or_a_format_error(tmp_path_factory, content, start):
     path = tmp_path_factory.mktemp("fuzz") / "x.bin"
     path.write_bytes(start + content)
@@ -145,7 +163,9 @@ def test_negative_ids_are_refused(tmp_path, where):
     ids = np.arange(300_000, dtype="<i4") % 50257
     ids[where] = -1
     ids.tofile(tmp_path / "x.bin")
-    with pytest.raises(FormatError, match="x.bin is not a token shard: as int32 it holds negative ids"):
+    with pytest.raises(
+        FormatError, match="x.bin is not a token shard: as int32 it holds negative ids"
+    ):
         open_shard(tmp_path / "x.bin")
 
 
@@ -167,7 +187,9 @@ def test_a_nanogpt_folders_pickle_is_never_opened(tmp_path):
 def test_the_older_files_of_tinyshakespeare(shared):
     folder = shared / "tinyshakespeare"
     for split in ("train", "val"):
-        old, new = (open_shard(folder / f"tiny_shakespeare_{split}{kind}.bin") for kind in (".int32", ""))
+        old, new = (
+            open_shard(folder / f"tiny_shakespeare_{split}{kind}.bin") for kind in (".int32", "")
+        )
         assert (old.kind, new.kind) == ("int32", "llm.c")
         np.testing.assert_array_equal(old.tokens, new.tokens)
 
@@ -210,7 +232,11 @@ def test_many_arrays_are_never_held_together(tmp_path):
     assert tracemalloc.get_traced_memory()[1] < 4_000_000
     tracemalloc.stop()
     shard = open_shard(tmp_path / "x.bin")
-    assert shard.tokens.reshape(60, -1).min(1).tolist() == shard.tokens.reshape(60, -1).max(1).tolist() == list(range(60))
+    assert (
+        shard.tokens.reshape(60, -1).min(1).tolist()
+        == shard.tokens.reshape(60, -1).max(1).tolist()
+        == list(range(60))
+    )
 
 
 @pytest.mark.parametrize("tokens", [[], (), np.array([], int), iter([]), iter([np.array([], int)])])

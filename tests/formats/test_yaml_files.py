@@ -11,7 +11,8 @@ def test_plain_values_as_jsonargparse_reads_them():
         "b": {"c": [1, True, None]},
         "d": "2001-01-01",
     }
-    assert load("a: &name 1\nb: {a: 2}") == {"a": 1, "b": {"a": 2}}  # a name that nobody uses; the key in another section
+    # A name that nobody uses; the key in another section
+    assert load("a: &name 1\nb: {a: 2}") == {"a": 1, "b": {"a": 2}}
     assert load("") is None
 
 
@@ -21,7 +22,9 @@ def test_an_alias_is_refused(text):
         load(text)
 
 
-@pytest.mark.parametrize("text", ["a: 1\na: 2", "b: {a: 1, a: 2}", "[" * 17 + "1" + "]" * 17, "9" * 5000, "a: b: c"])
+@pytest.mark.parametrize(
+    "text", ["a: 1\na: 2", "b: {a: 1, a: 2}", "[" * 17 + "1" + "]" * 17, "9" * 5000, "a: b: c"]
+)
 def test_what_else_is_refused(text):
     with pytest.raises(yaml.YAMLError):
         load(text)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from gptjax import tokenizers
-from gptjax.config import Sampler
+from gptjax.config import GenerateConfig, Sampler
 from gptjax.formats import llmc
 from gptjax.generate import __main__ as command
 from gptjax.ops.quantized import OutIn, Quantized
@@ -56,11 +56,14 @@ def test_samples_of_several_prompts(generate):
     assert len({tuple(record["ids"]) for record in found}) == 6
     assert all(len(record["logprobs"]) == 8 and max(record["logprobs"]) < 0 for record in found)
     shown = generate("--prompt", "ab", "c", "--num_samples", 3)
-    assert all(f"--- {i + 1} of 6 ---\n{r['prompt']}{r['text']}\n" in shown for i, r in enumerate(found))
+    assert all(
+        f"--- {i + 1} of 6 ---\n{r['prompt']}{r['text']}\n" in shown for i, r in enumerate(found)
+    )
 
 
 def test_prompts_from_a_file_and_from_standard_input(generate, tmp_path, monkeypatch):
-    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfab\r\nc\x0cd\n")  # only line ends end a prompt
+    # Only line ends end a prompt
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfab\r\nc\x0cd\n")
     expected = generate("--prompt", "ab", "c\x0cd", "--json")
     assert generate("--prompts", tmp_path / "prompts.txt", "--json") == expected
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"ab\nc\x0cd")))
@@ -91,11 +94,17 @@ def test_a_stop_string_and_the_options_that_change_what_is_drawn(generate):
 
 def loaded(model, *args):
     """What the command makes of the checkpoint, given these options."""
-    return command.load(command._parser().parse_args(["--checkpoint", model, "--tokenizer", "byte", *args]))
+    return command.load(
+        command.parse(
+            GenerateConfig, "generate", "", ["--checkpoint", model, "--tokenizer", "byte", *args]
+        )[0]
+    )
 
 
 def test_the_options_reach_the_model(model):
-    chosen = loaded(model, "--temperature", "0.5", "--top_k", "3", "--top_p", "0.6", "--min_p", "0.1")
+    chosen = loaded(
+        model, "--temperature", "0.5", "--top_k", "3", "--top_p", "0.6", "--min_p", "0.1"
+    )
     assert chosen.rules.sampler == Sampler(0.5, 3, 0.6, 0.1)
     assert chosen.rules.end == 256
     assert loaded(model, "--ignore_end").rules.end is None
@@ -105,13 +114,17 @@ def test_the_options_reach_the_model(model):
 
 
 def test_a_batch_at_a_time_gives_the_same(generate):
-    together, apart = (generate("--prompt", "ab", "c", "d", "--batch_size", size, "--json") for size in (3, 2))
+    together, apart = (
+        generate("--prompt", "ab", "c", "d", "--batch_size", size, "--json") for size in (3, 2)
+    )
     assert together == apart
 
 
 @pytest.fixture
 def session(model, capsys, monkeypatch):
-    """The output of a session in which these lines are typed, and the prompts that the model was given."""
+    """The output of a session in which these lines are typed, and the prompts that the model was
+    given.
+    """
 
     def run(*lines, stops=()):
         seen, typed = [], iter(lines)
@@ -123,7 +136,16 @@ def session(model, capsys, monkeypatch):
 
         monkeypatch.setattr(command, "continued", spy)
         monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
-        arguments = ["--checkpoint", model, "--tokenizer", "byte", "--max_new_tokens", "4", "--temperature", "0"]
+        arguments = [
+            "--checkpoint",
+            model,
+            "--tokenizer",
+            "byte",
+            "--max_new_tokens",
+            "4",
+            "--temperature",
+            "0",
+        ]
         assert command.main([*arguments, "--interactive", *stops]) == 0
         assert next(typed) == "never typed"
         return capsys.readouterr().out, seen
@@ -158,7 +180,12 @@ def test_control_characters_are_not_sent_to_a_terminal(capsys, monkeypatch):
 
 def test_a_session_ends_with_its_input(model, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("ab\n"))
-    assert command.main(["--checkpoint", model, "--tokenizer", "byte", "--max_new_tokens", "2", "--interactive"]) == 0
+    assert (
+        command.main(
+            ["--checkpoint", model, "--tokenizer", "byte", "--max_new_tokens", "2", "--interactive"]
+        )
+        == 0
+    )
     assert capsys.readouterr().out.startswith("> ")
 
 
@@ -168,10 +195,19 @@ def test_a_session_ends_with_its_input(model, capsys, monkeypatch):
         (["--tokenizer", "byte", "--max_new_tokens", "0"], "must be from 1 to"),
         (["--tokenizer", "byte", "--seed", "-1"], "seed must be from 0 to 4294967295, not -1"),
         (["--tokenizer", "byte", "--top_p", "2"], "top_p must be from 1e-06 to 1, not 2"),
-        (["--tokenizer", "byte", "--temprature", "1"], "unknown option temprature: did you mean temperature?"),
+        (
+            ["--tokenizer", "byte", "--temprature", "1"],
+            "unknown option temprature: did you mean temperature?",
+        ),
         (["--tokenizer", "byte", "--prompt", "a", "--interactive"], "leave all but one out"),
-        (["--tokenizer", "byte", "--json", "--interactive"], "interactive shows one text as it comes"),
-        (["--tokenizer", "byte", "--prompts", "nowhere.txt"], "prompts nowhere.txt cannot be read: No such file"),
+        (
+            ["--tokenizer", "byte", "--json", "--interactive"],
+            "interactive shows one text as it comes",
+        ),
+        (
+            ["--tokenizer", "byte", "--prompts", "nowhere.txt"],
+            "prompts nowhere.txt cannot be read: No such file",
+        ),
         (["--tokenizer", "byte", "--prompt", "a\udcff"], "prompt and stop must be UTF-8 text"),
         (["--tokenizer", "nowhere.json"], "there is no tokenizer nowhere.json"),
         ([], "comes without a tokenizer: name it, as in --tokenizer gpt2"),
@@ -186,13 +222,24 @@ def test_a_tokenizer_that_is_too_large(tmp_path, capsys):
     small = tiny.config(dtype="float32")
     llmc.write_model(tmp_path / "small.bin", tiny.params(small, jnp.float32), small)
     arguments = ["--checkpoint", str(tmp_path / "small.bin"), "--tokenizer", "byte"]
-    expect_error(command.main, arguments, "the tokenizer byte has 257 ids, more than the 11 of", capsys)
+    expect_error(
+        command.main, arguments, "the tokenizer byte has 257 ids, more than the 11 of", capsys
+    )
 
 
-@pytest.mark.parametrize(("content", "message"), [(b"", "holds no line"), (b"\xff", "is not UTF-8 text")])
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"", "holds no line"), (b"\xff", "is not UTF-8 text")]
+)
 def test_prompts_that_cannot_be_used(model, tmp_path, content, message, capsys):
     (tmp_path / "prompts.txt").write_bytes(content)
-    arguments = ["--checkpoint", model, "--tokenizer", "byte", "--prompts", str(tmp_path / "prompts.txt")]
+    arguments = [
+        "--checkpoint",
+        model,
+        "--tokenizer",
+        "byte",
+        "--prompts",
+        str(tmp_path / "prompts.txt"),
+    ]
     expect_error(command.main, arguments, message, capsys)
 
 

@@ -35,7 +35,9 @@ def uncached(layers: str):
 
 
 def next_logits(ids: list[int], layers: str = "unroll") -> np.ndarray:
-    """What comes after ids, by the model without a cache; padding on the right changes nothing to the left of it."""
+    """What comes after ids, by the model without a cache; padding on the right changes nothing to
+    the left of it.
+    """
     seen = ids[window_start(len(ids), CONTEXT) :]
     padded = jnp.array([seen + [0] * (CONTEXT - len(seen))])
     return np.asarray(uncached(layers)(padded))[0, len(seen) - 1]
@@ -46,23 +48,30 @@ def tokens(prompts, rules, new_tokens, key=KEY, chunk=engine.CHUNK, layers="unro
     return tuple(np.concatenate(x, axis=1) for x in zip(*made, strict=True))
 
 
-@pytest.mark.parametrize(("layers", "chunk"), [("unroll", engine.CHUNK), ("unroll", 1), ("scan", 5)])
+@pytest.mark.parametrize(
+    ("layers", "chunk"), [("unroll", engine.CHUNK), ("unroll", 1), ("scan", 5)]
+)
 def test_greedy_is_the_best_of_the_uncached_model_at_every_step(layers, chunk):
     """Prompts of 1, 3, 12 and 17 ids in one batch, in a context of 12, continued far past it."""
-    ids, logprobs = tokens(PROMPTS, Rules(tiny.config(layers=layers), GREEDY, 11, None), 30, chunk=chunk, layers=layers)
+    ids, logprobs = tokens(
+        PROMPTS, Rules(tiny.config(layers=layers), GREEDY, 11, None), 30, chunk=chunk, layers=layers
+    )
     for prompt, row, row_logprobs in zip(PROMPTS, ids.tolist(), logprobs.tolist(), strict=True):
         before = list(prompt)
         for token, logprob in zip(row, row_logprobs, strict=True):
             logits = next_logits(before, layers)
             assert token == logits.argmax()
-            np.testing.assert_allclose(logprob, jax.nn.log_softmax(logits)[token], rtol=1e-5)  # kept in float32
+            # Kept in float32
+            np.testing.assert_allclose(logprob, jax.nn.log_softmax(logits)[token], rtol=1e-5)
             before.append(token)
 
 
 def test_stored_weights_give_the_same_tokens():
     rules = Rules(CFG, GREEDY, 11, None)
     made = list(generate(store_for_decoding(params("unroll"), CFG), PROMPTS, rules, KEY, 20))
-    np.testing.assert_array_equal(np.concatenate([new.tokens for new in made], 1), tokens(PROMPTS, rules, 20)[0])
+    np.testing.assert_array_equal(
+        np.concatenate([new.tokens for new in made], 1), tokens(PROMPTS, rules, 20)[0]
+    )
 
 
 def test_the_same_key_gives_the_same_text_and_another_another():
@@ -73,7 +82,7 @@ def test_the_same_key_gives_the_same_text_and_another_another():
 
 
 def test_a_row_depends_on_its_prompt_and_index_alone():
-    """Not on its neighbours, which slide at other times, nor on how many tokens are made at a time."""
+    """Neither its neighbours, which slide at other times, nor the chunk size matter."""
     rules = Rules(CFG, DRAWN, 11, None)
     together, _ = tokens(PROMPTS, rules, 30)
     np.testing.assert_array_equal(tokens(PROMPTS, rules, 30, chunk=1)[0], together)
@@ -89,7 +98,9 @@ def test_samples_of_one_prompt_differ():
 def test_ids_beyond_the_tokenizer_are_not_drawn():
     ids, logprobs = tokens(PROMPTS, Rules(CFG, DRAWN, 3, None), 30)
     assert set(ids.ravel().tolist()) == {0, 1, 2}
-    np.testing.assert_allclose(logprobs[1, 0], jax.nn.log_softmax(next_logits([4])[:3])[ids[1, 0]], rtol=1e-5)
+    np.testing.assert_allclose(
+        logprobs[1, 0], jax.nn.log_softmax(next_logits([4])[:3])[ids[1, 0]], rtol=1e-5
+    )
 
 
 def test_a_row_that_has_ended_repeats_its_end_and_all_stop_when_the_last_has():
@@ -107,7 +118,15 @@ def test_a_row_that_has_ended_repeats_its_end_and_all_stop_when_the_last_has():
 
 
 def test_sample_is_all_of_it_at_once():
-    ids = sample(params("unroll"), jnp.array([[1, 2], [3, 4]]), KEY, cfg=CFG, new_tokens=20, sampler=DRAWN, allowed=5)
+    ids = sample(
+        params("unroll"),
+        jnp.array([[1, 2], [3, 4]]),
+        KEY,
+        cfg=CFG,
+        new_tokens=20,
+        sampler=DRAWN,
+        allowed=5,
+    )
     np.testing.assert_array_equal(ids, tokens([[1, 2], [3, 4]], Rules(CFG, DRAWN, 5, None), 20)[0])
 
 
@@ -124,7 +143,9 @@ def test_a_cache_is_changed_in_place():
     rules = Rules(CFG, GREEDY, 11, None)
     stored = store_for_decoding(params("unroll"), CFG)
     ids, padding, slots = engine._padded([[1, 2, 3], [4]], rules, 40)
-    state, _, _ = engine._start(stored, ids, padding, slots, rules, jax.random.split(KEY, 2), 0, np.zeros(2, bool))
+    state, _, _ = engine._start(
+        stored, ids, padding, slots, rules, jax.random.split(KEY, 2), 0, np.zeros(2, bool)
+    )
     program = engine._advance.lower(stored, state, rules, 8).compile().as_text()
     cache = f"f64[2,{CFG.num_heads},{slots},{CFG.channels // CFG.num_heads}]"
     assert cache in program

@@ -14,7 +14,12 @@ def take(sample, text: bytes, last=False):
 def test_it_grows_until_its_length():
     sample = Sample(BYTES, [1])
     assert [take(sample, b"ab"), take(sample, b"c", last=True)] == ["ab", "c"]
-    assert sample.record(logprobs=True) == {"text": "abc", "finish": "length", "ids": [97, 98, 99], "logprobs": [-0.5] * 3}
+    assert sample.record(logprobs=True) == {
+        "text": "abc",
+        "finish": "length",
+        "ids": [97, 98, 99],
+        "logprobs": [-0.5] * 3,
+    }
     assert "logprobs" not in sample.record(logprobs=False)
 
 

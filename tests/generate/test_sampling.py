@@ -51,7 +51,8 @@ def test_draws_follow_the_distribution(sampler):
     drawn = chosen(keys, jnp.broadcast_to(RANDOM, (DRAWS, VOCAB)), sampler)
     counts, p = np.bincount(drawn, minlength=VOCAB), expected(RANDOM, sampler)
     assert not counts[p == 0].any()
-    rare = p * DRAWS < 5  # a chi-square test wants five expected draws in each class: the rare ones are one class
+    # A chi-square test wants five expected draws in each class: the rare ones are one class
+    rare = p * DRAWS < 5
     seen, due = (np.append(x[~rare], x[rare].sum()) for x in (counts, p * DRAWS))
     kept = due > 0
     assert scipy.stats.chisquare(seen[kept], due[kept]).pvalue > 1e-3
@@ -72,16 +73,24 @@ def test_filters_keep_what_a_sort_keeps(logits, top_k, top_p, min_p):
 
 def test_a_temperature_of_zero_takes_the_first_of_the_best():
     logits = jnp.array([[0.0, 3.0, 3.0], [5.0, 1.0, 5.0], [1.0, 2.0, 4.0]])
-    assert choose(jax.random.split(jax.random.key(0), 3), logits, Sampler(0, 2, 0.5)).tolist() == [1, 0, 2]
+    assert choose(jax.random.split(jax.random.key(0), 3), logits, Sampler(0, 2, 0.5)).tolist() == [
+        1,
+        0,
+        2,
+    ]
 
 
 @pytest.mark.parametrize(
-    "sampler", [Sampler(1e-6, 0), Sampler(1.0, 0, 1e-6), Sampler(1.0, 1), Sampler(1.0, 0, 1.0, 1.0)], ids=str
+    "sampler",
+    [Sampler(1e-6, 0), Sampler(1.0, 0, 1e-6), Sampler(1.0, 1), Sampler(1.0, 0, 1.0, 1.0)],
+    ids=str,
 )
 def test_the_narrowest_settings_take_the_best(sampler):
     """In float32, where the rounding of large logits must not be magnified."""
     logits = jnp.asarray(RANDOM[None] * 100, jnp.float32).repeat(50, 0)
-    assert set(chosen(jax.random.split(jax.random.key(4), 50), logits, sampler).tolist()) == {int(RANDOM.argmax())}
+    assert set(chosen(jax.random.split(jax.random.key(4), 50), logits, sampler).tolist()) == {
+        int(RANDOM.argmax())
+    }
 
 
 def test_rows_are_drawn_with_their_own_keys():

@@ -28,7 +28,10 @@ def test_a_character_cut_at_the_end_becomes_a_placeholder():
     assert stream.feed([], last=True) == "\N{REPLACEMENT CHARACTER}"
 
 
-@given(st.text(alphabet="abé", max_size=15), st.lists(st.text(alphabet="abé", min_size=1, max_size=4), max_size=3))
+@given(
+    st.text(alphabet="abé", max_size=15),
+    st.lists(st.text(alphabet="abé", min_size=1, max_size=4), max_size=3),
+)
 def test_the_text_ends_before_the_first_stop_string(text, stops):
     stream, parts = fed(text, stops)
     places = [text.find(stop) for stop in stops if stop in text]
@@ -47,7 +50,11 @@ def test_an_empty_stop_string_is_ignored():
 
 
 def test_a_sample_always_has_an_id_to_start_from():
-    byte, lines, words = tokenizers.byte(), tokenizers.Characters("\n!ab"), tokenizers.Characters("!ab")
+    byte, lines, words = (
+        tokenizers.byte(),
+        tokenizers.Characters("\n!ab"),
+        tokenizers.Characters("!ab"),
+    )
     assert prompt_ids(None, "ab") == [0]
     assert [prompt_ids(t, "ab") for t in (byte, lines, words)] == [[97, 98], [2, 3], [1, 2]]
     assert [prompt_ids(t, "\n") for t in (byte, lines, words)] == [[10], [0], [0]]

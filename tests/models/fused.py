@@ -24,8 +24,12 @@ def fuse(params: Any) -> dict[str, np.ndarray]:
     params = jax.tree.map(np.asarray, stack(params))
     found = params.blocks._asdict() | params._asdict()
     L, C, H, D = found["qw"].shape
-    found["qkvw"] = np.concatenate([found[name].reshape(L, C, H * D) for name in ("qw", "kw", "vw")], axis=2)
-    found["qkvb"] = np.concatenate([found[name].reshape(L, H * D) for name in ("qb", "kb", "vb")], axis=1)
+    found["qkvw"] = np.concatenate(
+        [found[name].reshape(L, C, H * D) for name in ("qw", "kw", "vw")], axis=2
+    )
+    found["qkvb"] = np.concatenate(
+        [found[name].reshape(L, H * D) for name in ("qb", "kb", "vb")], axis=1
+    )
     found["attprojw"] = found["attprojw"].reshape(L, H * D, C)
     return {name: found[name] for name in ORDER}
 

@@ -1,6 +1,8 @@
-"""A family that the package does not know: an MLP at each position, without attention, with a classifier of its own.
+"""A family that the package does not know: an MLP at each position, without attention, with a
+classifier of its own.
 
-It has what `gptjax.models.family.Family` asks for, and no more. `registered` adds it for the length of a block.
+It has what `gptjax.models.family.Family` asks for, and no more. `registered` adds it for the length
+of a block.
 """
 
 import contextlib
@@ -88,7 +90,9 @@ def block_fwd(w: Block, x: Any, positions: Any, cfg: Any, attend: Any, key: Any 
     return x + m, BlockSaved(norm, up, gelu, drop, down)
 
 
-def block_bwd(w: Block, saved: BlockSaved, dx: Any, positions: Any, cfg: Any, attend_bwd: Any) -> Any:
+def block_bwd(
+    w: Block, saved: BlockSaved, dx: Any, positions: Any, cfg: Any, attend_bwd: Any
+) -> Any:
     dg, ddownw, _ = linear_bwd(saved.down, w.downw, dx)
     dg = dropout_bwd(saved.drop, cfg.dropout_mlp, dg)
     df = gelu_bwd(saved.gelu, dg)

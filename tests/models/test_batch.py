@@ -33,7 +33,8 @@ def numpys(T=7):
 def test_a_sequence_longer_than_the_position_table_is_refused(f, of):
     batch = jax.tree.map({"numpy": np.asarray}.get(of, jnp.asarray), numpys(T=13))
     with pytest.raises(
-        ValueError, match=r"^inputs are 13 tokens long and the model reads at most max_seq_len 12: cut them shorter"
+        ValueError,
+        match=r"^inputs are 13 tokens long and the model reads at most max_seq_len 12: cut them shorter",
     ):
         (jax.jit(f) if of == "jit" else f)(batch)
 
@@ -44,7 +45,9 @@ def test_an_id_outside_the_vocabulary_is_named_with_its_place(f, bad):
     """-1 is `IGNORE_INDEX`, but of targets alone."""
     inputs = numpys().inputs.astype(np.int64)
     inputs[1, 3] = bad
-    with pytest.raises(ValueError, match=rf"^inputs must be ids from 0 to 10, not {bad} at \[1, 3\](\n|$)"):
+    with pytest.raises(
+        ValueError, match=rf"^inputs must be ids from 0 to 10, not {bad} at \[1, 3\](\n|$)"
+    ):
         f(numpys()._replace(inputs=inputs))
 
 
@@ -53,7 +56,8 @@ def test_of_many_ids_the_first_are_named():
     batch.targets[0, :3] = 11, -2, IGNORE_INDEX
     batch.targets[1, 2:6] = 50
     with pytest.raises(
-        ValueError, match=r"^targets must be .*, not 11 at \[0, 0\], -2 at \[0, 1\], 50 at \[1, 2\] and 3 more$"
+        ValueError,
+        match=r"^targets must be .*, not 11 at \[0, 0\], -2 at \[0, 1\], 50 at \[1, 2\] and 3 more$",
     ):
         transformer.loss(PARAMS, batch, CFG)
 
@@ -68,9 +72,18 @@ def test_a_batch_of_numpys_is_one_of_jaxs(f):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"inputs": np.zeros((2, 7))}, r"inputs must be integers of shape \(B, T\), not float64 of shape \(2, 7\)"),
-        ({"inputs": np.zeros(7, np.int32)}, r"inputs must be integers of shape \(B, T\), not int32 of shape \(7,\)"),
-        ({"targets": np.zeros((2, 1), np.int32)}, r"targets must have the inputs' shape \(2, 7\), not \(2, 1\)"),
+        (
+            {"inputs": np.zeros((2, 7))},
+            r"inputs must be integers of shape \(B, T\), not float64 of shape \(2, 7\)",
+        ),
+        (
+            {"inputs": np.zeros(7, np.int32)},
+            r"inputs must be integers of shape \(B, T\), not int32 of shape \(7,\)",
+        ),
+        (
+            {"targets": np.zeros((2, 1), np.int32)},
+            r"targets must have the inputs' shape \(2, 7\), not \(2, 1\)",
+        ),
         ({"mask": np.ones((1, 7))}, r"mask must have the inputs' shape \(2, 7\), not \(1, 7\)"),
     ],
 )

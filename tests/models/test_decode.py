@@ -13,11 +13,15 @@ PADDING = jnp.array([0, 2, 3], jnp.int32)  # of prompts of 4, 2 and 1 ids
 @pytest.mark.parametrize("stored", [False, True])
 @pytest.mark.parametrize("layers", ["unroll", "scan"])
 def test_cached_logits_equal_uncached_at_every_position(layers, stored):
-    """Prompts of different lengths in one batch, then one token at a time, in a cache longer than the sequences."""
+    """Prompts of different lengths in one batch, then one token at a time, in a cache longer than
+    the sequences.
+    """
     cfg = tiny.config(layers=layers)
     params, tokens = tiny.params(cfg), tiny.batch(cfg, B=3, T=11).inputs
     weights = store_for_decoding(params, cfg) if stored else params
-    logits, cache = jax.jit(prefill, static_argnames=("slots", "cfg"))(weights, tokens[:, :4], PADDING, slots=13, cfg=cfg)
+    logits, cache = jax.jit(prefill, static_argnames=("slots", "cfg"))(
+        weights, tokens[:, :4], PADDING, slots=13, cfg=cfg
+    )
     step = jax.jit(decode, static_argnames="cfg")
     for end in range(4, 12):
         for row, padding in enumerate(PADDING.tolist()):
@@ -40,5 +44,9 @@ def test_cache_is_kept_in_the_compute_dtype():
     cfg = tiny.config(dtype="bfloat16", layers="scan")
     params = tiny.params(cfg, jnp.float32)
     _, cache = prefill(params, jnp.ones((2, 3), jnp.int32), jnp.zeros(2, jnp.int32), 5, cfg)
-    assert {(x.shape, x.dtype.name) for x in jax.tree.leaves(cache)} == {((2, 2, 2, 5, 4), "bfloat16")}
-    assert {x.dtype.name for x in jax.tree.leaves(store_for_decoding(params, cfg).blocks.qw)} == {"bfloat16"}
+    assert {(x.shape, x.dtype.name) for x in jax.tree.leaves(cache)} == {
+        ((2, 2, 2, 5, 4), "bfloat16")
+    }
+    assert {x.dtype.name for x in jax.tree.leaves(store_for_decoding(params, cfg).blocks.qw)} == {
+        "bfloat16"
+    }

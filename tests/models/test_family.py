@@ -18,7 +18,9 @@ def test_a_family_offers_the_whole_interface(name):
     for member in NAMES:
         assert hasattr(family, member), member
         if member in vars(Family):
-            asked = [p for p in inspect.signature(getattr(Family, member)).parameters if p != "self"]
+            asked = [
+                p for p in inspect.signature(getattr(Family, member)).parameters if p != "self"
+            ]
             assert list(inspect.signature(getattr(family, member)).parameters) == asked, member
 
 

@@ -1,4 +1,6 @@
-"""GPT-2's table and pairs, through the network: the forward against NumPy's, and what its blocks are made of."""
+"""GPT-2's table and pairs, through the network: the forward against NumPy's, and what its blocks
+are made of.
+"""
 
 import functools
 
@@ -41,7 +43,12 @@ def test_forward_against_numpy(layers):
 def test_queries_keys_and_values_cut_along_heads_are_numpys_joint_product_of_any_shape(
     num_heads, head_dim, hidden, T, vocab_size
 ):
-    sizes = {"num_heads": num_heads, "channels": num_heads * head_dim, "hidden": hidden, "vocab_size": vocab_size}
+    sizes = {
+        "num_heads": num_heads,
+        "channels": num_heads * head_dim,
+        "hidden": hidden,
+        "vocab_size": vocab_size,
+    }
     cfg = tiny.config(**sizes)
     params, batch = tiny.params(cfg), tiny.batch(cfg, B=1, T=T)
     expected = reference.logits(params, np.asarray(batch.inputs[0]), vocab_size)
@@ -50,7 +57,9 @@ def test_queries_keys_and_values_cut_along_heads_are_numpys_joint_product_of_any
 
 
 def test_no_position_learns_from_the_future():
-    """The loss at position t has no gradient with respect to the position embeddings after t, and some at t."""
+    """The loss at position t has no gradient with respect to the position embeddings after t, and
+    some at t.
+    """
     cfg = tiny.config()
     params, batch = tiny.params(cfg), tiny.batch(cfg, B=1, T=6)
     gradient = jax.jit(transformer.loss_and_grad, static_argnums=2)
@@ -63,7 +72,9 @@ def test_no_position_learns_from_the_future():
 
 
 def test_the_pairs_alone_are_right():
-    """Embedding, block and norm, each against JAX's gradient of its own forward, with every dropout on."""
+    """Embedding, block and norm, each against JAX's gradient of its own forward, with every dropout
+    on.
+    """
     cfg = tiny.config(dropout=0.2, dropout_mlp=0.3)
     params, tokens = tiny.params(cfg), tiny.batch(cfg).inputs
     positions = transformer.positions_of(tokens)
@@ -71,7 +82,10 @@ def test_the_pairs_alone_are_right():
     dy = jnp.asarray(np.random.default_rng(3).standard_normal(x.shape))
     head = jnp.ones_like(params.wte)
 
-    tables = jax.vjp(lambda wte, wpe: gpt2.embed_fwd(params._replace(wte=wte, wpe=wpe), tokens, positions, cfg), *params[:2])
+    tables = jax.vjp(
+        lambda wte, wpe: gpt2.embed_fwd(params._replace(wte=wte, wpe=wpe), tokens, positions, cfg),
+        *params[:2],
+    )
     found = gpt2.embed_bwd(params, tokens, positions, head, dy)
     assert_same_gradients((found["wte"] - head, found["wpe"]), tables[1](dy), params[:2])
 
@@ -83,13 +97,19 @@ def test_the_pairs_alone_are_right():
     found = gpt2.block_bwd(w, forward(w, x)[1], dy, positions, cfg, attend_bwd)
     assert_same_gradients(found, (dx, dw), (x, w))
 
-    dlnfw, dlnfb, dx = jax.vjp(lambda *w: gpt2.norm_fwd(params._replace(lnfw=w[0], lnfb=w[1]), w[2])[0], *params[3:], x)[1](dy)
+    dlnfw, dlnfb, dx = jax.vjp(
+        lambda *w: gpt2.norm_fwd(params._replace(lnfw=w[0], lnfb=w[1]), w[2])[0], *params[3:], x
+    )[1](dy)
     found = gpt2.norm_bwd(params, gpt2.norm_fwd(params, x)[1], dy)
-    assert_same_gradients(found, (dx, {"lnfw": dlnfw, "lnfb": dlnfb}), (x, {"lnfw": dlnfw, "lnfb": dlnfb}))
+    assert_same_gradients(
+        found, (dx, {"lnfw": dlnfw, "lnfb": dlnfb}), (x, {"lnfw": dlnfw, "lnfb": dlnfb})
+    )
 
 
 def test_dropout_in_the_mlp_drops_its_activations_and_nothing_else():
-    """With a projection that passes one hidden unit on, a position is moved by it in that share of the cases, and scaled."""
+    """With a projection that passes one hidden unit on, a position is moved by it in that share of
+    the cases, and scaled.
+    """
     cfg = tiny.config(dropout_mlp=0.25, max_seq_len=1000)
     params = tiny.params(cfg)
     w = params.blocks[0]._replace(fcprojw=jnp.zeros_like(params.blocks[0].fcprojw).at[0].set(1.0))
@@ -97,7 +117,10 @@ def test_dropout_in_the_mlp_drops_its_activations_and_nothing_else():
     attend = lambda q, k, v: (0 * q, None)  # noqa: E731
 
     def mlp(key):
-        whole, without = (gpt2.block_fwd(w, x, None, cfg, attend, key)[0] for w in (w, w._replace(fcprojw=0 * w.fcprojw)))
+        whole, without = (
+            gpt2.block_fwd(w, x, None, cfg, attend, key)[0]
+            for w in (w, w._replace(fcprojw=0 * w.fcprojw))
+        )
         return whole - without
 
     kept = np.asarray(mlp(KEY) / mlp(None))[0]
@@ -114,7 +137,9 @@ def test_what_is_dropped_to_be_computed_again_comes_back():
     attend = functools.partial(transformer.attention_fwd, cfg.attention)
     _, saved = gpt2.block_fwd(params.blocks[0], x, positions, cfg, attend, KEY)
     assert gpt2.discard(saved).fcproj is None
-    np.testing.assert_allclose(gpt2.recompute(gpt2.discard(saved), x, cfg).fcproj, saved.fcproj, rtol=1e-14)
+    np.testing.assert_allclose(
+        gpt2.recompute(gpt2.discard(saved), x, cfg).fcproj, saved.fcproj, rtol=1e-14
+    )
 
 
 def test_the_table_lists_each_tensor_once_with_the_shape_that_a_layer_has():

@@ -1,4 +1,6 @@
-"""The ops as blocks call them: the numbers of `gptjax.ops`, on one device and on a mesh, and where an error in one shows."""
+"""The ops as blocks call them: the numbers of `gptjax.ops`, on one device and on a mesh, and where
+an error in one shows.
+"""
 
 import functools
 
@@ -23,7 +25,11 @@ CALLS = {
     "linear_fwd": (X, W, B),
     "linear_bwd": (X, W, normal(3, 4, 3, 6)),
     "layernorm_fwd": (X, normal(1, 8), normal(2, 8)),
-    "layernorm_bwd": (ops.layernorm_fwd(X, normal(1, 8), normal(2, 8))[1], normal(1, 8), normal(3, 4, 3, 8)),
+    "layernorm_bwd": (
+        ops.layernorm_fwd(X, normal(1, 8), normal(2, 8))[1],
+        normal(1, 8),
+        normal(3, 4, 3, 8),
+    ),
     "gelu_fwd": (X,),
     "gelu_bwd": (X, normal(3, 4, 3, 8)),
     "dropout_fwd": (X, 0.0, None),
@@ -37,7 +43,9 @@ CALLS = {
 def test_numbers_are_the_ops(name, mesh):
     ours = jax.jit(on_mesh(mesh, lambda: getattr(layers, name)(*CALLS[name])))()
     expected = getattr(ops, name)(*CALLS[name])
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-14), ours, expected)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-14), ours, expected
+    )
 
 
 def test_positions_of_a_mesh_are_those_of_one_device():
@@ -52,13 +60,24 @@ def test_gelu_computed_again_is_gelu():
 
 
 def test_weights_that_are_kept_in_another_way_are_decoded():
-    np.testing.assert_allclose(layers.linear_fwd(X, OutIn(W.T), B)[0], ops.linear_fwd(X, W, B)[0], rtol=1e-12)
+    np.testing.assert_allclose(
+        layers.linear_fwd(X, OutIn(W.T), B)[0], ops.linear_fwd(X, W, B)[0], rtol=1e-12
+    )
     np.testing.assert_array_equal(layers.embedding_fwd(IDS, OutIn(W)), W[IDS])
     np.testing.assert_allclose(layers.embedding_fwd(IDS, quantize(W)), W[IDS], atol=0.02)
 
 
 @pytest.mark.parametrize(
-    "op", ["linear_bwd", "layernorm_bwd", "gelu_bwd", "attention_bwd", "cross_entropy_bwd", "embedding_bwd", "dropout_bwd"]
+    "op",
+    [
+        "linear_bwd",
+        "layernorm_bwd",
+        "gelu_bwd",
+        "attention_bwd",
+        "cross_entropy_bwd",
+        "embedding_bwd",
+        "dropout_bwd",
+    ],
 )
 def test_one_part_in_10_to_the_8_too_much_in_any_op_is_seen_in_the_gradient(monkeypatch, op):
     cfg = tiny.config(dropout=0.1)
@@ -66,7 +85,11 @@ def test_one_part_in_10_to_the_8_too_much_in_any_op_is_seen_in_the_gradient(monk
     right = getattr(user, op)
     params, batch, key = tiny.params(cfg), tiny.batch(cfg), jax.random.key(5)
     expected = jax.jit(jax.grad(transformer.loss), static_argnums=2)(params, batch, cfg, key)
-    monkeypatch.setattr(user, op, lambda *a, **k: jax.tree.map(lambda x: x * (1 + 1e-8), right(*a, **k)))
-    _, found = jax.jit(functools.partial(transformer.loss_and_grad, cfg=cfg))(params, batch, key=key)
+    monkeypatch.setattr(
+        user, op, lambda *a, **k: jax.tree.map(lambda x: x * (1 + 1e-8), right(*a, **k))
+    )
+    _, found = jax.jit(functools.partial(transformer.loss_and_grad, cfg=cfg))(
+        params, batch, key=key
+    )
     with pytest.raises(AssertionError):
         assert_same_gradients(found, expected, params)

@@ -24,21 +24,27 @@ from tests.models import tiny
 
 
 @pytest.mark.parametrize(
-    ("preset", "published"), [("124m", 124_439_808), ("350m", 354_823_168), ("774m", 774_030_080), ("1558m", 1_557_611_200)]
+    ("preset", "published"),
+    [("124m", 124_439_808), ("350m", 354_823_168), ("774m", 774_030_080), ("1558m", 1_557_611_200)],
 )
 def test_presets_have_the_published_number_of_parameters(preset, published):
     """As Hugging Face's gpt2, gpt2-medium, gpt2-large and gpt2-xl."""
-    assert num_params(ModelConfig(preset=preset)) == published
+    assert num_params(ModelConfig(preset=preset, vocab_size=50257)) == published
 
 
 def test_flops_of_124m():
     """6 N + 12 L C T with llm.c's padded N = 124,475,904."""
-    assert flops_per_token(ModelConfig(preset="124m"), 1024) == 6 * 124_475_904 + 12 * 12 * 768 * 1024
+    assert (
+        flops_per_token(ModelConfig(preset="124m", vocab_size=50257), 1024)
+        == 6 * 124_475_904 + 12 * 12 * 768 * 1024
+    )
 
 
 def test_counts_add_up():
-    """124M's own, and those that a token is multiplied with: 12 layers of 12 C^2, and the classifier."""
-    cfg = ModelConfig(preset="124m")
+    """124M's own, and those that a token is multiplied with: 12 layers of 12 C^2, and the
+    classifier.
+    """
+    cfg = ModelConfig(preset="124m", vocab_size=50257)
     assert num_padded_params(cfg) == num_params(cfg) + 47 * 768
     assert num_block_params(cfg) == 12 * 12 * 768**2
     assert num_matrix_params(cfg) == num_block_params(cfg) + 50304 * 768
@@ -50,11 +56,17 @@ def test_initial_distribution():
     assert jax.tree.map(jnp.shape, params) == param_shapes(cfg)
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     block = params.blocks
-    for name, x in {"wte": params.wte[: cfg.vocab_size], "wpe": params.wpe, "qw": block.qw, "fcw": block.fcw}.items():
+    for name, x in {
+        "wte": params.wte[: cfg.vocab_size],
+        "wpe": params.wpe,
+        "qw": block.qw,
+        "fcw": block.fcw,
+    }.items():
         assert np.std(x) == pytest.approx(0.02, rel=0.03), name
         assert abs(np.mean(x)) < 5 * 0.02 / x.size**0.5, name
     for name in ("attprojw", "fcprojw"):
-        assert np.std(getattr(block, name)) == pytest.approx(0.02 / 4, rel=0.03), name  # sqrt(2 L) = 4
+        # Sqrt(2 L) = 4
+        assert np.std(getattr(block, name)) == pytest.approx(0.02 / 4, rel=0.03), name
     assert all((x == 1).all() for x in (block.ln1w, block.ln2w, params.lnfw))
     assert all((getattr(block, name) == 0).all() for name in block._fields if name.endswith("b"))
     assert (params.wte[cfg.vocab_size :] == 0).all()
@@ -117,4 +129,6 @@ def test_rows_are_the_tables_in_its_order():
     names = [name for name, *_ in rows(tiny.CONFIG)]
     assert names[:4] == ["wte", "wpe", "ln1w", "ln1b"]
     assert names[-2:] == ["lnfw", "lnfb"]
-    assert [layered for _, layered, *_ in rows(tiny.CONFIG)] == [False] * 2 + [True] * 16 + [False] * 2
+    assert [layered for _, layered, *_ in rows(tiny.CONFIG)] == [False] * 2 + [True] * 16 + [
+        False
+    ] * 2

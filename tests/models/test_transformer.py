@@ -1,4 +1,6 @@
-"""The network over a family: its hand-written backward against JAX's gradient of the plain forward, in every setting."""
+"""The network over a family: its hand-written backward against JAX's gradient of the plain forward,
+in every setting.
+"""
 
 import functools
 import itertools
@@ -25,7 +27,11 @@ def both_gradients(cfg, batch, key=None, count=None, params=None):
     params = tiny.params(cfg) if params is None else params
     by_hand = jax.jit(functools.partial(transformer.loss_and_grad, cfg=cfg))
     by_jax = jax.jit(jax.value_and_grad(functools.partial(transformer.loss, cfg=cfg)))
-    return params, by_hand(params, batch, key=key, count=count), by_jax(params, batch, key=key, count=count)
+    return (
+        params,
+        by_hand(params, batch, key=key, count=count),
+        by_jax(params, batch, key=key, count=count),
+    )
 
 
 def assert_same(cfg, batch, key=None, count=None):
@@ -36,13 +42,21 @@ def assert_same(cfg, batch, key=None, count=None):
 
 @pytest.mark.parametrize(
     ("attention", "layers", "recompute"),
-    list(itertools.product(["materialised", "blockwise"], ["unroll", "scan"], ["none", "gelu", "block"])),
+    list(
+        itertools.product(
+            ["materialised", "blockwise"], ["unroll", "scan"], ["none", "gelu", "block"]
+        )
+    ),
 )
 def test_backward_equals_autodiff_in_every_setting(monkeypatch, attention, layers, recompute):
-    """With every dropout on, a target ignored, a padded vocabulary, and classifier rows in uneven chunks."""
+    """With every dropout on, a target ignored, a padded vocabulary, and classifier rows in uneven
+    chunks.
+    """
     monkeypatch.setattr(blockwise, "BLOCK", 3)  # several blocks within T = 7
     dropout = {"dropout": 0.2, "dropout_mlp": 0.3}
-    cfg = tiny.config(attention=attention, layers=layers, recompute=recompute, loss_chunks=3, **dropout)
+    cfg = tiny.config(
+        attention=attention, layers=layers, recompute=recompute, loss_chunks=3, **dropout
+    )
     batch = tiny.batch(cfg)
     assert_same(cfg, batch._replace(targets=batch.targets.at[0, 2].set(IGNORE_INDEX)), KEY)
 
@@ -80,7 +94,9 @@ def test_nothing_counts(recompute):
     assert all((g == 0).all() for g in jax.tree.leaves(grads))
 
 
-@pytest.mark.parametrize(("rates", "drops"), [((0.0, 0.0), False), ((0.2, 0.0), True), ((0.0, 0.2), True)])
+@pytest.mark.parametrize(
+    ("rates", "drops"), [((0.0, 0.0), False), ((0.2, 0.0), True), ((0.0, 0.2), True)]
+)
 def test_a_key_drops_where_there_is_a_rate(rates, drops):
     cfg = tiny.config(dropout=rates[0], dropout_mlp=rates[1])
     params, batch = tiny.params(cfg), tiny.batch(cfg)
@@ -88,7 +104,10 @@ def test_a_key_drops_where_there_is_a_rate(rates, drops):
     assert (with_key != without) == drops
 
 
-@pytest.mark.parametrize(("loss_chunks", "rows"), [(1, [14]), (2, [7, 7]), (3, [5, 5, 4]), (14, [1] * 14), (99, [1] * 14)])
+@pytest.mark.parametrize(
+    ("loss_chunks", "rows"),
+    [(1, [14]), (2, [7, 7]), (3, [5, 5, 4]), (14, [1] * 14), (99, [1] * 14)],
+)
 def test_scores_are_made_in_chunks_of_equal_size(monkeypatch, loss_chunks, rows):
     cfg = tiny.config(loss_chunks=loss_chunks)
     seen = []
@@ -98,7 +117,9 @@ def test_scores_are_made_in_chunks_of_equal_size(monkeypatch, loss_chunks, rows)
         return cross_entropy_fwd(scores, *rest)
 
     monkeypatch.setattr(transformer, "cross_entropy_fwd", record)
-    jax.eval_shape(functools.partial(transformer.loss_and_grad, cfg=cfg), tiny.params(cfg), tiny.batch(cfg))
+    jax.eval_shape(
+        functools.partial(transformer.loss_and_grad, cfg=cfg), tiny.params(cfg), tiny.batch(cfg)
+    )
     assert seen == rows
 
 
@@ -130,7 +151,10 @@ def test_bfloat16_gradient_is_float32_and_no_further_from_float64_than_autodiffs
     _, (_, ours), (_, jaxs) = both_gradients(cfg, batch, params=params)
     assert_same_gradients(ours, exact, params, tolerance=0.1)
     leaves = jax.tree.leaves
-    errors = [[relative_l2(g, e) for g, e in zip(leaves(t), leaves(exact), strict=True)] for t in (ours, jaxs)]
+    errors = [
+        [relative_l2(g, e) for g, e in zip(leaves(t), leaves(exact), strict=True)]
+        for t in (ours, jaxs)
+    ]
     assert np.mean(errors[0]) <= np.mean(errors[1])
 
 
@@ -141,13 +165,18 @@ def test_jax_grad_of_the_binding_runs_the_hand_written_backward(monkeypatch):
     cfg = tiny.config()
     params, batch = tiny.params(cfg), tiny.batch(cfg)
     _, by_hand = transformer.loss_and_grad(params, batch, cfg)
-    loss, through_binding = jax.value_and_grad(lambda p: 3 * transformer.loss_manual(p, batch, cfg))(params)
+    loss, through_binding = jax.value_and_grad(
+        lambda p: 3 * transformer.loss_manual(p, batch, cfg)
+    )(params)
     assert loss == pytest.approx(float(3 * transformer.loss(params, batch, cfg)))
-    assert_same_gradients(through_binding, jax.tree.map(lambda g: 3 * g, by_hand), params, tolerance=1e-15)
+    assert_same_gradients(
+        through_binding, jax.tree.map(lambda g: 3 * g, by_hand), params, tolerance=1e-15
+    )
     monkeypatch.setattr(gpt2, "gelu_bwd", lambda saved, dy: 1.1 * dy)
     wrong = jax.grad(lambda p: transformer.loss_manual(p, batch, cfg))(params)
     assert relative_l2(wrong.blocks[0].fcb, by_hand.blocks[0].fcb) > 0.01
-    plain = jax.grad(lambda p: transformer.loss(p, batch, cfg))(params)  # the oracle does not hear of it
+    # The oracle does not hear of it
+    plain = jax.grad(lambda p: transformer.loss(p, batch, cfg))(params)
     assert_same_gradients(plain, by_hand, params)
 
 
@@ -163,7 +192,10 @@ def test_each_token_has_the_logits_cross_entropy():
     params, batch = tiny.params(cfg), tiny.batch(cfg, B=3)
     batch = batch._replace(targets=batch.targets.at[1, 2].set(IGNORE_INDEX))
     scores = np.asarray(jax.jit(transformer.logits, static_argnums=2)(params, batch.inputs, cfg))
-    expected = np.log(np.exp(scores).sum(-1)) - np.take_along_axis(scores, np.asarray(batch.targets)[..., None], 2)[..., 0]
+    expected = (
+        np.log(np.exp(scores).sum(-1))
+        - np.take_along_axis(scores, np.asarray(batch.targets)[..., None], 2)[..., 0]
+    )
     expected[1, 2] = 0
     losses = LOSSES(params, batch, cfg)
     np.testing.assert_allclose(losses, expected, rtol=1e-12)
@@ -183,7 +215,11 @@ def test_one_sequence_of_scores_is_held_at_a_time():
     """8 sequences would take 8 x 12 x 50304 x 4 bytes = 19 MB at once."""
     cfg = tiny.config(num_layers=1, vocab_size=50257, dtype="float32", layers="scan")
     shapes = param_shapes(cfg)
-    params = jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), shapes, is_leaf=lambda x: type(x) is tuple)
+    params = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+        shapes,
+        is_leaf=lambda x: type(x) is tuple,
+    )
     ids = jax.ShapeDtypeStruct((8, 12), jnp.int32)
     compiled = LOSSES.lower(params, Batch(ids, ids), cfg).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 8 * 12 * 50304 * 4
@@ -195,7 +231,13 @@ def test_one_sequence_of_scores_is_held_at_a_time():
 def temporaries(cfg, backward: str) -> int:
     batch = tiny.batch(cfg, B=4, T=64)
     f = transformer.loss_and_grad if backward == "manual" else jax.value_and_grad(transformer.loss)
-    return jax.jit(functools.partial(f, cfg=cfg)).lower(tiny.params(cfg), batch).compile().memory_analysis().temp_size_in_bytes
+    return (
+        jax.jit(functools.partial(f, cfg=cfg))
+        .lower(tiny.params(cfg), batch)
+        .compile()
+        .memory_analysis()
+        .temp_size_in_bytes
+    )
 
 
 @pytest.mark.parametrize("layers", ["unroll", "scan"])
@@ -203,6 +245,8 @@ def test_hand_written_backward_and_recomputation_save_memory(layers):
     sizes = {"num_layers": 6, "channels": 64, "max_seq_len": 64, "layers": layers}
     cfg = tiny.config(**sizes)
     assert temporaries(cfg, "manual") < temporaries(cfg, "autodiff")
-    none, gelu, block = (temporaries(tiny.config(**sizes, recompute=r), "manual") for r in ("none", "gelu", "block"))
+    none, gelu, block = (
+        temporaries(tiny.config(**sizes, recompute=r), "manual") for r in ("none", "gelu", "block")
+    )
     assert block < none / 2
     assert gelu < none

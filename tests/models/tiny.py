@@ -1,4 +1,6 @@
-"""A model small enough to differentiate in milliseconds: GPT-2, or any family by its weight table."""
+"""A model small enough to differentiate in milliseconds: GPT-2, or any family by its weight
+table.
+"""
 
 from typing import Any
 
@@ -58,7 +60,10 @@ def unigram(cfg: ModelConfig, probabilities: Any) -> Any:
     logits = np.full(cfg.padded_vocab_size, -1e4, np.float32)
     logits[: len(probabilities)] = np.log(probabilities)
     stacked: Any = jax.tree.map(
-        lambda _, shape: np.zeros(shape, np.float32), weight_table(cfg), param_shapes(cfg), is_leaf=is_weight
+        lambda _, shape: np.zeros(shape, np.float32),
+        weight_table(cfg),
+        param_shapes(cfg),
+        is_leaf=is_weight,
     )
     stacked.wte[:, 1] = logits
     stacked.lnfb[1] = 1

@@ -1,4 +1,6 @@
-"""Run a notebook as Jupyter does. ``python -m tests.notebooks.execution [NAME...]`` stores what its cells give in it."""
+"""Run a notebook as Jupyter does. ``python -m tests.notebooks.execution [NAME...]`` stores what its
+cells give in it.
+"""
 
 import copy
 import hashlib
@@ -14,7 +16,8 @@ from nbformat import NotebookNode
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-# In the kernel, before the first cell. What Jupyter's own modules warn of is theirs; the cache is tests/conftest.py's.
+# In the kernel, before the first cell. What Jupyter's own modules warn of is theirs; the cache is
+# tests/conftest.py's.
 STRICT = [
     "import warnings",
     'warnings.simplefilter("error")',
@@ -36,8 +39,11 @@ def source_hash(notebook: NotebookNode) -> str:
     return hashlib.sha256(code.encode()).hexdigest()
 
 
-def execute(notebook: NotebookNode, root: Path, environment: Mapping[str, str] = os.environ) -> NotebookNode:
-    """A copy with the outputs of a fresh kernel, which runs in ``root/notebooks``; a warning is an error.
+def execute(
+    notebook: NotebookNode, root: Path, environment: Mapping[str, str] = os.environ
+) -> NotebookNode:
+    """A copy with the outputs of a fresh kernel, which runs in ``root/notebooks``; a warning is an
+    error.
 
     Raises:
         nbclient.exceptions.CellExecutionError: a cell raised.

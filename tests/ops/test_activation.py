@@ -12,15 +12,20 @@ from tests.compare import assert_same_gradients, normal, vjp_of
 
 
 def test_forward_is_the_tanh_form():
-    x = jnp.linspace(-6, 6, 101, dtype=jnp.float64)[None, None]  # 1 + tanh cancels on the left: |x| u remains
-    np.testing.assert_allclose(gelu_fwd(x)[0], jax.nn.gelu(x, approximate=True), rtol=1e-12, atol=1e-14)
+    # 1 + tanh cancels on the left: |x| u remains
+    x = jnp.linspace(-6, 6, 101, dtype=jnp.float64)[None, None]
+    np.testing.assert_allclose(
+        gelu_fwd(x)[0], jax.nn.gelu(x, approximate=True), rtol=1e-12, atol=1e-14
+    )
 
 
 @pytest.mark.parametrize("x", [0.5, 1.0, 3.0])
 def test_forward_is_not_the_erf_form(x):
     """The two differ by up to 5e-4: weights trained with one must not run with the other."""
     exact = 0.5 * x * (1 + math.erf(x / math.sqrt(2)))
-    assert 1e-6 < abs(float(gelu_fwd(jnp.full((1, 1, 1), x, jnp.float64))[0][0, 0, 0]) - exact) < 5e-4
+    assert (
+        1e-6 < abs(float(gelu_fwd(jnp.full((1, 1, 1), x, jnp.float64))[0][0, 0, 0]) - exact) < 5e-4
+    )
 
 
 @given(T=st.integers(1, 6), F=st.integers(1, 6), scale=st.sampled_from([0.01, 1.0, 30.0]))

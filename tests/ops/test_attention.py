@@ -14,7 +14,8 @@ from gptjax.ops.blockwise import blockwise_fwd
 from tests.compare import assert_same_gradients, normal, relative_l2, vjp_of
 
 KEY = jax.random.key(3)
-shapes = st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 3), st.integers(1, 5))  # B, T, H, D
+# B, T, H, D
+shapes = st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 3), st.integers(1, 5))
 
 
 def qkv(B, T, H, D):
@@ -43,17 +44,23 @@ def test_materialised_backward_equals_vjp(shape, rate):
 
 @pytest.mark.parametrize("name", ["materialised", "blockwise"])
 def test_no_query_sees_a_later_key(name):
-    """The gradient of output t with respect to the keys and values after t is exactly zero, and not before."""
+    """The gradient of output t with respect to the keys and values after t is exactly zero, and not
+    before.
+    """
     q, k, v = qkv(1, 6, 1, 4)
     for t in range(6):
-        dk, dv = jax.grad(lambda k, v, t=t: attention_fwd(name, q, k, v)[0][0, t].sum(), (0, 1))(k, v)
+        dk, dv = jax.grad(lambda k, v, t=t: attention_fwd(name, q, k, v)[0][0, t].sum(), (0, 1))(
+            k, v
+        )
         assert (dk[0, t + 1 :] == 0).all()
         assert (dv[0, t + 1 :] == 0).all()
         assert (dv[0, : t + 1] != 0).all()
 
 
 def test_cudnn_glue_is_right_around_the_kernel(monkeypatch):
-    """With XLA's implementation in the kernel's place, layout, scale and the handle on the backward are checked here."""
+    """With XLA's implementation in the kernel's place, layout, scale and the handle on the backward
+    are checked here.
+    """
     monkeypatch.setattr(
         "jax.nn.dot_product_attention",
         lambda *args, implementation, **kwargs: ORIGINAL(*args, implementation="xla", **kwargs),
@@ -65,15 +72,21 @@ def test_cudnn_glue_is_right_around_the_kernel(monkeypatch):
         ours = attention_bwd("cudnn", saved, do)
     o2, saved2 = materialised_fwd(*args)
     assert relative_l2(o, o2) < 1e-6
-    assert_same_gradients(ours, attention_bwd("materialised", saved2, do), tuple(args), tolerance=1e-5)
+    assert_same_gradients(
+        ours, attention_bwd("materialised", saved2, do), tuple(args), tolerance=1e-5
+    )
 
 
 ORIGINAL = jax.nn.dot_product_attention
 
 
 def test_cudnn_forward_and_backward_lower_to_the_kernel(monkeypatch):
-    """What is sent to a CUDA GPU holds cuDNN's own forward and backward calls: seen without owning one."""
-    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
+    """What is sent to a CUDA GPU holds cuDNN's own forward and backward calls: seen without owning
+    one.
+    """
+    monkeypatch.setattr(
+        "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000
+    )
     x = jax.ShapeDtypeStruct((2, 128, 3, 64), jnp.bfloat16)
 
     def both(q, k, v, do):
@@ -83,7 +96,9 @@ def test_cudnn_forward_and_backward_lower_to_the_kernel(monkeypatch):
     calls = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
     allowed = [jax.export.DisabledSafetyCheck.custom_call(name) for name in calls]
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        text = jax.export.export(jax.jit(both), platforms=["cuda"], disabled_checks=allowed)(x, x, x, x).mlir_module()
+        text = jax.export.export(jax.jit(both), platforms=["cuda"], disabled_checks=allowed)(
+            x, x, x, x
+        ).mlir_module()
     for name in calls:
         assert text.count(f"@{name}(") == 1 or text.count(f'"{name}"') == 1, name
 
@@ -107,7 +122,8 @@ def test_the_plain_forward_is_the_forward_with_nothing_saved(name, rate, key):
     assert saved is None
     np.testing.assert_array_equal(o, attention_fwd(name, *args, rate, key)[0])
     if not rate:
-        np.testing.assert_array_equal(o, attention(name, *args, key=key)[0])  # no dropout unless asked for
+        # No dropout unless asked for
+        np.testing.assert_array_equal(o, attention(name, *args, key=key)[0])
         np.testing.assert_array_equal(o, attention_fwd(name, *args, key=key)[0])
 
 
@@ -124,13 +140,17 @@ def test_the_plain_forward_of_cudnn_is_differentiated_by_jax(monkeypatch):
             assert saved is None
             assert relative_l2(o, attention_fwd("materialised", *args)[0]) < 1e-6
             assert relative_l2(o, attention_fwd("cudnn", *args, rate, key)[0]) < 1e-6
-            by_jax = jax.vjp(lambda *x, rate=rate, key=key: attention("cudnn", *x, rate, key)[0], *args)[1](do)
+            by_jax = jax.vjp(
+                lambda *x, rate=rate, key=key: attention("cudnn", *x, rate, key)[0], *args
+            )[1](do)
             ours = attention_bwd("materialised", attention_fwd("materialised", *args)[1], do)
             assert_same_gradients(ours, by_jax, tuple(args), tolerance=1e-5)
 
 
 def test_dropout_rates_of_both_implementations_agree():
-    """The masks differ, their statistics do not: the mean output over many heads equals that without dropout."""
+    """The masks differ, their statistics do not: the mean output over many heads equals that
+    without dropout.
+    """
     q, k, v = normal(0, 1, 8, 4000, 2), normal(1, 1, 8, 4000, 2), jnp.ones((1, 8, 4000, 2))
     for fwd in (materialised_fwd, functools.partial(blockwise_fwd, block_size=4)):
         o, _ = fwd(q, k, v, 0.4, KEY)

@@ -13,7 +13,8 @@ from gptjax.ops.blockwise import blockwise_bwd, blockwise_fwd
 from tests.compare import assert_same_gradients, normal, relative_l2, vjp_of
 
 KEY = jax.random.key(3)
-shapes = st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 3), st.integers(1, 5))  # B, T, H, D
+# B, T, H, D
+shapes = st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 3), st.integers(1, 5))
 
 
 def qkv(B, T, H, D):
@@ -35,12 +36,16 @@ def test_blockwise_equals_materialised(shape, block_size):
     o, saved = blockwise_fwd(*args, block_size=block_size)
     o2, saved2 = materialised_fwd(*args)
     assert relative_l2(o, o2) <= 1e-12
-    assert_same_gradients(blockwise_bwd(saved, do), attention_bwd("materialised", saved2, do), tuple(args))
+    assert_same_gradients(
+        blockwise_bwd(saved, do), attention_bwd("materialised", saved2, do), tuple(args)
+    )
 
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_scores_of_any_size_neither_overflow_nor_vanish(sign):
-    """Scores of about +-10,000, and in one key's column far above the rest: softmax is shift-invariant, row by row."""
+    """Scores of about +-10,000, and in one key's column far above the rest: softmax is
+    shift-invariant, row by row.
+    """
     q = jnp.full((1, 7, 1, 4), 100.0)
     k = sign * jnp.full((1, 7, 1, 4), 50.0).at[0, 2].set(40.0 if sign == 1 else 60.0)
     v = normal(2, 1, 7, 1, 4)
@@ -48,7 +53,9 @@ def test_scores_of_any_size_neither_overflow_nor_vanish(sign):
     o2, saved2 = materialised_fwd(q, k, v)
     np.testing.assert_allclose(o, o2, rtol=1e-9)
     assert jnp.isfinite(o).all()
-    for ours, theirs in zip(blockwise_bwd(saved, v), attention_bwd("materialised", saved2, v), strict=True):
+    for ours, theirs in zip(
+        blockwise_bwd(saved, v), attention_bwd("materialised", saved2, v), strict=True
+    ):
         np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-9)
 
 
@@ -59,7 +66,9 @@ def test_blocks_are_as_few_as_hold_the_sequence(T, blocks):
 
 
 def test_every_pair_of_blocks_drops_by_a_mask_of_its_own():
-    """Uniform probabilities and values that tell the keys apart show what was dropped: no two blocks of it are alike."""
+    """Uniform probabilities and values that tell the keys apart show what was dropped: no two
+    blocks of it are alike.
+    """
     T, R, heads = 12, 3, 6
     q = k = jnp.zeros((1, T, heads, T))
     v = jnp.broadcast_to(jnp.eye(T)[None, :, None, :], (1, T, heads, T))

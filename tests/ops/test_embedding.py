@@ -10,7 +10,11 @@ from tests.compare import assert_same_gradients, normal, vjp_of
 N, C = 5, 3
 
 
-@given(ids=hnp.arrays(np.int32, hnp.array_shapes(max_dims=3, max_side=7), elements=st.integers(0, N - 1)))
+@given(
+    ids=hnp.arrays(
+        np.int32, hnp.array_shapes(max_dims=3, max_side=7), elements=st.integers(0, N - 1)
+    )
+)
 def test_backward_equals_vjp(ids):
     """Of ids in any shape: (B, T) tokens, (T) positions."""
     ids = jnp.asarray(ids)
@@ -21,7 +25,9 @@ def test_backward_equals_vjp(ids):
 
 def test_forward_is_the_rows():
     table = normal(0, N, C)
-    np.testing.assert_array_equal(embedding_fwd(jnp.array([[3, 0], [0, 4]], jnp.int32), table)[1, 1], table[4])
+    np.testing.assert_array_equal(
+        embedding_fwd(jnp.array([[3, 0], [0, 4]], jnp.int32), table)[1, 1], table[4]
+    )
 
 
 def test_duplicate_ids_accumulate_and_unused_rows_stay():

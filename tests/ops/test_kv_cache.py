@@ -9,7 +9,9 @@ B, H, S, D = 2, 3, 8, 4
 
 
 def test_it_is_attention_of_the_last_position_over_what_was_seen():
-    """Rows of 6 and 4 positions end in slot 5; what lies in the slots that are not seen does not matter."""
+    """Rows of 6 and 4 positions end in slot 5; what lies in the slots that are not seen does not
+    matter.
+    """
     q, k, v = (jax.random.normal(jax.random.key(i), (B, S, H, D)) for i in range(3))
     begin, slot = np.array([0, 2]), 5
     cache = LayerCache(*(x.transpose(0, 2, 1, 3) for x in (k, v)))  # unseen slots are not empty

@@ -27,7 +27,9 @@ def test_backward_equals_vjp(B, T, I, O):  # noqa: E741
 
 
 @pytest.mark.parametrize(
-    ("inputs", "outputs"), [((4,), (3, 2)), ((3, 2), (4,)), ((3, 2), (2, 5)), ((4,), (5,))], ids=["CHD", "HDC", "HDHD", "CF"]
+    ("inputs", "outputs"),
+    [((4,), (3, 2)), ((3, 2), (4,)), ((3, 2), (2, 5)), ((4,), (5,))],
+    ids=["CHD", "HDC", "HDHD", "CF"],
 )
 @pytest.mark.parametrize("bias", [True, False])
 def test_several_axes_count_as_one(inputs, outputs, bias):
@@ -35,14 +37,20 @@ def test_several_axes_count_as_one(inputs, outputs, bias):
     x, w, dy = normal(0, 2, 3, *inputs), normal(1, *inputs, *outputs), normal(3, 2, 3, *outputs)
     weights = (w, normal(2, *outputs)) if bias else (w,)
     y, saved = linear_fwd(x, *weights)
-    np.testing.assert_allclose(y, np.tensordot(x, w, len(inputs)) + (np.asarray(weights[1]) if bias else 0), rtol=1e-13)
+    np.testing.assert_allclose(
+        y, np.tensordot(x, w, len(inputs)) + (np.asarray(weights[1]) if bias else 0), rtol=1e-13
+    )
     reference = vjp_of(lambda *args: linear_fwd(*args)[0], x, *weights, dy=dy)
     assert_same_gradients(linear_bwd(saved, w, dy)[: 1 + len(weights)], reference, (x, *weights))
 
 
 def test_bfloat16_weight_gradients_are_summed_in_float32():
     """4096 equal products: a bfloat16 running sum would stop growing at 256."""
-    x, dy, w = jnp.ones((1, 4096, 1), jnp.bfloat16), jnp.ones((1, 4096, 1), jnp.bfloat16), jnp.ones((1, 1), jnp.float32)
+    x, dy, w = (
+        jnp.ones((1, 4096, 1), jnp.bfloat16),
+        jnp.ones((1, 4096, 1), jnp.bfloat16),
+        jnp.ones((1, 1), jnp.float32),
+    )
     dx, dw, db = linear_bwd(x, w, dy)
     assert (dx.dtype, dw.dtype, db.dtype) == (jnp.bfloat16, jnp.float32, jnp.float32)
     assert dw.item() == db.item() == 4096
@@ -51,8 +59,13 @@ def test_bfloat16_weight_gradients_are_summed_in_float32():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("inputs", "outputs"), [(96, 24), (24, 96)])
 def test_the_wider_side_of_a_weight_gradient_is_not_transposed(inputs, outputs, dtype):
-    """XLA's CPU compiler writes a transposed left side out, which is slow in proportion to its size."""
-    x, w, dy = (jax.ShapeDtypeStruct(s, dtype) for s in ((4, 64, inputs), (inputs, outputs), (4, 64, outputs)))
+    """XLA's CPU compiler writes a transposed left side out, which is slow in proportion to its
+    size.
+    """
+    x, w, dy = (
+        jax.ShapeDtypeStruct(s, dtype)
+        for s in ((4, 64, inputs), (inputs, outputs), (4, 64, outputs))
+    )
     text = jax.jit(linear_bwd).lower(x, w, dy).compile().as_text()
     assert "[96,256]" not in text
     assert "[24,256]" in text

@@ -17,18 +17,27 @@ def test_uniform_logits_cost_log_v():
     assert loss == pytest.approx(np.log(100), rel=1e-15)
 
 
-@given(n=st.integers(1, 6), vocab_size=st.integers(1, 9), padding=st.integers(0, 4), ignored=st.integers(0, 6))
+@given(
+    n=st.integers(1, 6),
+    vocab_size=st.integers(1, 9),
+    padding=st.integers(0, 4),
+    ignored=st.integers(0, 6),
+)
 def test_backward_equals_vjp(n, vocab_size, padding, ignored):
     logits = 3 * normal(0, n, vocab_size + padding)
     targets = targets_in(vocab_size, n).at[:ignored].set(IGNORE_INDEX)
     weights = target_weights(targets[None])[0].astype(jnp.float64)
     _, saved = cross_entropy_fwd(logits, targets, weights, vocab_size)
-    (reference,) = vjp_of(lambda x: cross_entropy_fwd(x, targets, weights, vocab_size)[0], logits, dy=jnp.float64(0.7))
+    (reference,) = vjp_of(
+        lambda x: cross_entropy_fwd(x, targets, weights, vocab_size)[0], logits, dy=jnp.float64(0.7)
+    )
     assert_same_gradients(cross_entropy_bwd(saved, vocab_size, 0.7), reference, logits)
 
 
 def test_padding_takes_no_part():
-    """Whatever the pad logits are, the loss is that of the unpadded ones, and their gradient is exactly zero."""
+    """Whatever the pad logits are, the loss is that of the unpadded ones, and their gradient is
+    exactly zero.
+    """
     logits, targets, weights = normal(0, 3, 8), targets_in(5, 3), jnp.full(3, 1 / 3)
     padded = logits.at[:, 5:].set(1e4)
     loss, saved = cross_entropy_fwd(padded, targets, weights, 5)
@@ -48,7 +57,9 @@ def test_an_ignored_target_beside_padding_costs_nothing():
 
 def test_weights_below_one_in_sum_are_still_a_mean():
     mask = jnp.array([[0.25, 0.0, 0.5]])
-    np.testing.assert_allclose(target_weights(jnp.zeros((1, 3), jnp.int32), mask)[0], [1 / 3, 0, 2 / 3])
+    np.testing.assert_allclose(
+        target_weights(jnp.zeros((1, 3), jnp.int32), mask)[0], [1 / 3, 0, 2 / 3]
+    )
 
 
 def test_without_a_mask_each_target_weighs_one():
@@ -61,7 +72,9 @@ def test_ignored_and_masked_targets_do_not_count():
     mask = jnp.array([[1.0, 1.0, 0.0, 1.0]])
     np.testing.assert_allclose(target_weights(targets, mask)[0], [0.5, 0, 0, 0.5])
     np.testing.assert_allclose(target_weights(targets)[0], [1 / 3, 0, 1 / 3, 1 / 3], rtol=1e-6)
-    np.testing.assert_allclose(target_weights(targets, mask, jnp.asarray(4.0))[0], [0.25, 0, 0, 0.25])
+    np.testing.assert_allclose(
+        target_weights(targets, mask, jnp.asarray(4.0))[0], [0.25, 0, 0, 0.25]
+    )
     assert (target_weights(jnp.full((1, 2), IGNORE_INDEX, jnp.int32)) == 0).all()
 
 
@@ -74,7 +87,9 @@ def test_large_logits_do_not_overflow():
 
 @pytest.mark.parametrize("margin", [5.0, 30.0, 200.0])
 def test_a_target_that_is_all_but_certain_keeps_its_digits(margin):
-    """Loss and gradient are e^-margin, to float32's last digits, where log p and p - 1 would have lost them."""
+    """Loss and gradient are e^-margin, to float32's last digits, where log p and p - 1 would have
+    lost them.
+    """
     logits, targets = jnp.array([[0.0, margin, -1.0]], jnp.float32), jnp.array([1], jnp.int32)
     loss, saved = cross_entropy_fwd(logits, targets, jnp.ones(1, jnp.float32), 3)
     exact = np.exp(np.float64([[0.0, 0.0, -1.0]]) - margin)

@@ -16,6 +16,8 @@ def test_every_op_is_a_jitted_function(name):
 
 
 def test_every_forward_has_a_backward():
-    forwards, backwards = ({n.removesuffix(s) for n in NAMES if n.endswith(s)} for s in ("_fwd", "_bwd"))
+    forwards, backwards = (
+        {n.removesuffix(s) for n in NAMES if n.endswith(s)} for s in ("_fwd", "_bwd")
+    )
     assert forwards == backwards
     assert len(forwards) == 7

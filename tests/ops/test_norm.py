@@ -20,14 +20,19 @@ def test_backward_equals_vjp(B, T, C, scale):
     x, w, b, dy = scale * normal(0, B, T, C), normal(1, C), normal(2, C), normal(3, B, T, C)
     _, saved = layernorm_fwd(x, w, b)
     reference = vjp_of(lambda *args: layernorm_fwd(*args)[0], x, w, b, dy=dy)
-    assert_same_gradients(layernorm_bwd(saved, w, dy), reference, (x, w, b), tolerance=1e-11 if C == 1 else 1e-12)
+    assert_same_gradients(
+        layernorm_bwd(saved, w, dy), reference, (x, w, b), tolerance=1e-11 if C == 1 else 1e-12
+    )
 
 
 def test_gradient_has_no_component_along_a_shift_or_scale_of_the_input():
-    """LayerNorm ignores both (eps aside), so the gradient is orthogonal to the ones vector and to x - mean."""
+    """LayerNorm ignores both (eps aside), so the gradient is orthogonal to the ones vector and to x
+    - mean.
+    """
     x, w, dy = 10 * normal(0, 1, 1, 64), normal(1, 64), normal(2, 1, 1, 64)
     dx, _, _ = layernorm_bwd(layernorm_fwd(x, w, w)[1], w, dy)
-    assert_same_sums(dx.sum(), 0, jnp.tile(dx.ravel(), 2))  # the backward subtracts the mean of 64, then all are added
+    # The backward subtracts the mean of 64, then all are added
+    assert_same_sums(dx.sum(), 0, jnp.tile(dx.ravel(), 2))
     assert abs((dx * (x - x.mean())).sum()) < 1e-5
 
 

@@ -6,7 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptjax.ops.linear import linear_fwd
-from gptjax.ops.quantized import OutIn, Quantized, _dequantized_product, product, quantize, quantized_linear, table_rows
+from gptjax.ops.quantized import (
+    OutIn,
+    Quantized,
+    _dequantized_product,
+    product,
+    quantize,
+    quantized_linear,
+    table_rows,
+)
 from tests.compare import assert_same_sums, normal
 
 X = jax.random.normal(jax.random.key(0), (3, 17))
@@ -49,7 +57,10 @@ def test_the_product_of_eight_bit_weights_adds_no_error_to_theirs():
     error = np.abs(np.asarray(product(X, quantized)) - np.asarray(X) @ dequantized(quantized).T)
     bound = 2.0**-16 * np.abs(X).max(-1, keepdims=True) * np.abs(dequantized(quantized)).sum(-1)
     assert (error <= 1.1 * bound + 1e-5).all()
-    assert relative(_dequantized_product(X, quantized), np.asarray(X) @ dequantized(quantized).T) < 1e-6
+    assert (
+        relative(_dequantized_product(X, quantized), np.asarray(X) @ dequantized(quantized).T)
+        < 1e-6
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -74,7 +85,9 @@ def test_several_axes_count_as_one():
     w = normal(0, 5, 3, 4)
     x = normal(1, 2, 6, 3, 4)
     y, _ = linear_fwd(x, jnp.moveaxis(w, 0, -1))
-    assert_same_sums(quantized_linear(x, OutIn(w))[0], y, (x[:, :, None] * w[None, None]).reshape(2, 6, 5, 12))
+    assert_same_sums(
+        quantized_linear(x, OutIn(w))[0], y, (x[:, :, None] * w[None, None]).reshape(2, 6, 5, 12)
+    )
     assert quantize(w, inputs=2).scale.shape == (5,)
     assert relative(quantized_linear(x, quantize(w, inputs=2))[0], y) < 1e-2
 

@@ -1,4 +1,6 @@
-"""The TPU's kernel, in Pallas's interpreter, against attention written out; on a TPU it was compiled, and not run."""
+"""The TPU's kernel, in Pallas's interpreter, against attention written out; on a TPU it was
+compiled, and not run.
+"""
 
 import functools
 
@@ -23,7 +25,11 @@ def interpreted(monkeypatch):
     """The kernel's own code mixes ranks and dtypes, and takes at most 32 bits."""
     made = functools.partial(ORIGINAL, interpret=True)
     monkeypatch.setattr(kernel, "make_splash_mha_single_device", made)
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"), jax.enable_x64(False):
+    with (
+        jax.numpy_rank_promotion("allow"),
+        jax.numpy_dtype_promotion("standard"),
+        jax.enable_x64(False),
+    ):
         yield
 
 
@@ -40,7 +46,9 @@ def test_forward_and_backward_equal_the_materialised_ones():
         ours = jax.jit(lambda saved, do: saved(do))(saved, do)
     o2, saved2 = attention_fwd("materialised", *args)
     assert relative_l2(o, o2) < 1e-6
-    assert_same_gradients(ours, attention_bwd("materialised", saved2, do), tuple(args), tolerance=1e-5)
+    assert_same_gradients(
+        ours, attention_bwd("materialised", saved2, do), tuple(args), tolerance=1e-5
+    )
 
 
 def test_it_is_chosen_by_name_and_differentiated_by_jax():
@@ -61,7 +69,9 @@ def test_on_a_mesh_each_device_runs_it_on_its_own_rows_and_heads():
 
     cut = jax.NamedSharding(mesh, jax.P("data", None, "tensor", None))
     compiled = jax.jit(on_mesh(mesh, both), in_shardings=(cut,) * 4).lower(*args, do).compile()
-    assert not [kind for kind in ("all-gather", "all-reduce", "all-to-all") if kind in compiled.as_text()]
+    assert not [
+        kind for kind in ("all-gather", "all-reduce", "all-to-all") if kind in compiled.as_text()
+    ]
     o, grads = compiled(*args, do)
     assert len(o.sharding.device_set) == 4
     o2, grads2 = both(*args, do)
@@ -69,7 +79,9 @@ def test_on_a_mesh_each_device_runs_it_on_its_own_rows_and_heads():
     assert_same_gradients(grads, grads2, tuple(args), tolerance=1e-6)
 
 
-@pytest.mark.parametrize(("T", "block"), [(128, 128), (384, 384), (640, 128), (1024, 512), (1536, 512), (1280, 256)])
+@pytest.mark.parametrize(
+    ("T", "block"), [(128, 128), (384, 384), (640, 128), (1024, 512), (1536, 512), (1280, 256)]
+)
 def test_blocks_are_as_large_as_divide_the_sequence(T, block):
     sizes = splash._kernel(T, 1).kwargs["block_sizes"]
     assert (sizes.block_q, sizes.block_kv, sizes.block_kv_dkv) == (block, block, block)

@@ -1,4 +1,6 @@
-"""What is made of the environment in which a launcher starts processes, with JAX's own detection reading it."""
+"""What is made of the environment in which a launcher starts processes, with JAX's own detection
+reading it.
+"""
 
 import jax
 import pytest
@@ -17,20 +19,27 @@ BATCH_SCRIPT = {
     "SLURM_JOB_NODELIST": "n[1-8]",
 }
 TASK = BATCH_SCRIPT | {"SLURM_STEP_NODELIST": "n[1-8]", "SLURM_STEP_NUM_TASKS": "8"}
-MPI_5 = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "1"}  # 4 had OMPI_MCA_orte_hnp_uri, too, which JAX looks for
+# 4 had OMPI_MCA_orte_hnp_uri, too, which JAX looks for
+MPI_5 = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "1"}
 
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Start as a process with these variables does, in which JAX's backend has not started; joined to whom, if to anyone."""
+    """Start as a process with these variables does, in which JAX's backend has not started; joined
+    to whom, if to anyone.
+    """
     joined = []
 
     class State:
         client = None
 
-        def initialize(self, coordinator_address, num_processes, process_id, local_device_ids, *args, **kwargs):
-            address, count, index, _ = jax._src.clusters.ClusterEnv.auto_detect_unset_distributed_params(
-                coordinator_address, num_processes, process_id, local_device_ids, None, 1
+        def initialize(
+            self, coordinator_address, num_processes, process_id, local_device_ids, *args, **kwargs
+        ):
+            address, count, index, _ = (
+                jax._src.clusters.ClusterEnv.auto_detect_unset_distributed_params(
+                    coordinator_address, num_processes, process_id, local_device_ids, None, 1
+                )
             )
             if address is None:
                 raise ValueError("coordinator_address should be defined.")
@@ -48,7 +57,9 @@ def launched(monkeypatch):
     return start
 
 
-@pytest.mark.parametrize("env", [{}, POD, BATCH_SCRIPT, MPI_5 | {"OMPI_COMM_WORLD_SIZE": "1"}, {"PMI_SIZE": "1"}])
+@pytest.mark.parametrize(
+    "env", [{}, POD, BATCH_SCRIPT, MPI_5 | {"OMPI_COMM_WORLD_SIZE": "1"}, {"PMI_SIZE": "1"}]
+)
 def test_one_process_is_alone_wherever_it_runs(launched, env):
     assert launched(env) == []
 
@@ -71,9 +82,15 @@ def test_what_jax_detects_is_joined(launched):
             POD | {"JOB_COMPLETION_INDEX": "0"},
             r"indexed job .* for want of the package kubernetes: pip install 'gptjax\[kubernetes\]'",
         ),
-        (MPI_5, r"Open MPI has started 4 processes, .* --processes.process \$OMPI_COMM_WORLD_RANK/4"),
+        (
+            MPI_5,
+            r"Open MPI has started 4 processes, .* --distributed.process \$OMPI_COMM_WORLD_RANK/4",
+        ),
         ({"PMI_SIZE": "2", "PMI_RANK": "0"}, r"MPICH has started 2 processes"),
-        ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "3"}, r"Slurm has started 8 processes, .* \$SLURM_PROCID/8"),
+        (
+            {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "3"},
+            r"Slurm has started 8 processes, .* \$SLURM_PROCID/8",
+        ),
     ],
 )
 def test_one_of_many_that_jax_does_not_see_is_not_trained_alone(launched, env, message):

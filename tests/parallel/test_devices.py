@@ -5,7 +5,9 @@ from gptjax.parallel.devices import DEVICES, device_of
 
 @pytest.mark.parametrize("kind", DEVICES)
 def test_rates_are_of_the_size_that_their_units_make_them(kind):
-    """Some hundreds of FLOPs a byte of memory, a slower link than memory, and memory that is read in a tenth of a second."""
+    """Some hundreds of FLOPs a byte of memory, a slower link than memory, and memory that is read
+    in a tenth of a second.
+    """
     device = device_of(kind)
     assert 100 < device.flops / device.bandwidth < 600
     assert device.link < device.bandwidth

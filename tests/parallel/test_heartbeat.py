@@ -16,7 +16,7 @@ from gptjax.errors import CheckpointError
 from gptjax.parallel import heartbeat, processes
 from gptjax.train.checkpoint import _write_errors
 from tests.conftest import ROOT
-from tests.test_distributed import store  # noqa: F401
+from tests.parallel.test_processes import store  # noqa: F401
 
 PROGRAM = """
 import sys, time, jax
@@ -44,7 +44,9 @@ def pair(*errors):
         address = f"127.0.0.1:{free.getsockname()[1]}"
     command = [sys.executable, "-c", PROGRAM, address]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT}
-    both = [subprocess.Popen([*command, f"{n}/2", error], **pipes) for n, error in enumerate(errors)]
+    both = [
+        subprocess.Popen([*command, f"{n}/2", error], **pipes) for n, error in enumerate(errors)
+    ]
     try:
         yield both
     finally:
@@ -54,7 +56,8 @@ def pair(*errors):
 
 
 def test_a_process_that_hangs_or_dies_is_named_by_the_others():
-    """Process 0, which keeps the store, and another one; JAX's threads would end the other process without a word of ours.
+    """Process 0, which keeps the store, and another one; JAX's threads would end the other process
+    without a word of ours.
 
     If process 0 dies they may have the last word.
     """
@@ -72,8 +75,12 @@ def test_a_process_that_hangs_or_dies_is_named_by_the_others():
         for both, lost_one, _, words in cases:
             other = both[1 - lost_one]
             output = other.communicate(timeout=60)[0]
-            (said,) = (line for line in output.splitlines() if "error: another process was lost" in line)
-            assert said.startswith(f"prog: error: another process was lost (process {words}"), output
+            (said,) = (
+                line for line in output.splitlines() if "error: another process was lost" in line
+            )
+            assert said.startswith(f"prog: error: another process was lost (process {words}"), (
+                output
+            )
             assert "start them all again with --resume auto" in said
             assert other.returncode == 1
 
@@ -104,8 +111,11 @@ def test_alone_every_error_is_told_and_nobody_is_watched():
 
 def test_a_checkpoint_that_a_lost_process_cuts_short_is_no_fault_of_the_disk(monkeypatch, tmp_path):
     for many, kind in ((True, ValueError), (False, CheckpointError)):
-        monkeypatch.setattr(distributed, "are_many", lambda many=many: many)
-        with pytest.raises(kind, match="waiting for async_write_complete barrier"), _write_errors(tmp_path):
+        monkeypatch.setattr(processes, "are_many", lambda many=many: many)
+        with (
+            pytest.raises(kind, match="waiting for async_write_complete barrier"),
+            _write_errors(tmp_path),
+        ):
             raise ValueError("Timed out while waiting for async_write_complete barrier.")
 
 
@@ -117,11 +127,17 @@ def test_what_ends_a_process_alone_ends_it_at_once(store, monkeypatch, capsys): 
         raise InterruptedError  # what comes after it in the code is not reached
 
     monkeypatch.setattr(os, "_exit", end)
-    monkeypatch.setattr(lost, "ENDING", threading.Lock())
-    for error in (SystemExit(2), RuntimeError("UNKNOWN: Gloo all-reduce failed: reset"), ValueError("ours")):
+    monkeypatch.setattr(heartbeat, "ENDING", threading.Lock())
+    for error in (
+        SystemExit(2),
+        RuntimeError("UNKNOWN: Gloo all-reduce failed: reset"),
+        ValueError("ours"),
+    ):
         with pytest.raises(InterruptedError), heartbeat.ending_together("prog"):
             raise error
     assert ended == [2, 1, 1]
     shown = capsys.readouterr().err
-    assert shown.startswith("prog: error: another process was lost (UNKNOWN: Gloo all-reduce failed: reset)")
+    assert shown.startswith(
+        "prog: error: another process was lost (UNKNOWN: Gloo all-reduce failed: reset)"
+    )
     assert "ValueError: ours" in shown

@@ -27,7 +27,9 @@ ALL = MeshConfig(2, 2, 2)
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
 def test_training_starts_and_goes_on_as_on_one_device(name):
-    """Parameters are drawn in their shards, and a step changes shards; what is fetched are scalars."""
+    """Parameters are drawn in their shards, and a step changes shards; what is fetched are
+    scalars.
+    """
     optimizer = make_optimizer(OptimConfig(name=name, schedule="constant"), 10, CFG)
     cfg = dataclasses.replace(CFG, dtype="float32")
     batch = jax.tree.map(lambda x: np.asarray(x)[None], tiny.batch(cfg, B, T))
@@ -36,17 +38,27 @@ def test_training_starts_and_goes_on_as_on_one_device(name):
         for mesh in (None, make_mesh(ALL, SIZES, B)):
             state = steps.make_state(KEY, cfg, optimizer, mesh)
             if mesh:
-                jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-9), state, found[None][0])
+                jax.tree.map(
+                    functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-9),
+                    state,
+                    found[None][0],
+                )
                 assert {len(x.sharding.device_set) for x in jax.tree.leaves(state)} == {8}
-                assert not [x for x in jax.tree.leaves(state.params) if x.sharding.is_fully_replicated]
+                assert not [
+                    x for x in jax.tree.leaves(state.params) if x.sharding.is_fully_replicated
+                ]
             first = jax.device_get(state)
             arguments = steps.step_arguments(cfg, optimizer, (1, B, T), mesh)
             compiled = steps.compile_step(cfg, optimizer, "manual", *arguments, mesh)
             losses, buffer = [], steps.gradient_buffer(state.params)
             for step in range(1, 4):
-                state, buffer, metrics = steps.run_step(compiled, state, buffer, meshes.place_rows(mesh, batch), KEY, step)
+                state, buffer, metrics = steps.run_step(
+                    compiled, state, buffer, meshes.place_rows(mesh, batch), KEY, step
+                )
                 losses.append(float(metrics.loss))
-            evaluated = steps.evaluate(steps.make_eval_loss(cfg, mesh), state.params, [jax.tree.map(lambda x: x[0], batch)])
+            evaluated = steps.evaluate(
+                steps.make_eval_loss(cfg, mesh), state.params, [jax.tree.map(lambda x: x[0], batch)]
+            )
             found[mesh] = first, losses, evaluated
     (_, one, value), (_, other, same) = found.values()
     assert other == pytest.approx(one, rel=1e-5)
@@ -57,16 +69,28 @@ def test_training_starts_and_goes_on_as_on_one_device(name):
 @pytest.mark.parametrize(
     ("mesh", "changes", "message"),
     [
-        ({"data": 16}, {}, "the mesh data 16 x fsdp 1 x tensor 1 takes 16 devices, but there are 8 devices"),
+        (
+            {"data": 16},
+            {},
+            "the mesh data 16 x fsdp 1 x tensor 1 takes 16 devices, but there are 8 devices",
+        ),
         ({"data": -1, "fsdp": 3}, {}, "leaves no whole rest, as there are 8 devices"),
         ({"tensor": 4}, {"num_heads": 2}, "model.num_heads 2 does not divide by mesh.tensor = 4"),
         ({"data": 3}, {}, "data.batch_size 8 does not divide by mesh.data x mesh.fsdp = 3"),
-        ({"fsdp": 4}, {"channels": 18, "num_heads": 2}, "model.channels 18 does not divide by mesh.fsdp = 4"),
+        (
+            {"fsdp": 4},
+            {"channels": 18, "num_heads": 2},
+            "model.channels 18 does not divide by mesh.fsdp = 4",
+        ),
     ],
 )
 def test_a_mesh_that_cannot_be_says_what_could(mesh, changes, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
-        make_mesh(MeshConfig(**mesh), tiny.config(**{"num_heads": 8, "channels": 16, **changes}).axis_sizes, B)
+        make_mesh(
+            MeshConfig(**mesh),
+            tiny.config(**{"num_heads": 8, "channels": 16, **changes}).axis_sizes,
+            B,
+        )
 
 
 class Elsewhere:
@@ -81,7 +105,13 @@ class Elsewhere:
 @pytest.mark.parametrize(
     ("asked", "batch", "count", "first"),
     [
-        ((16, 1, 1), 8, 8, "of 8 devices, (data, fsdp, tensor) can be (8, 1, 1), (4, 2, 1), (4, 1, 2) or (2, 4, 1), or others"),
+        (
+            (16, 1, 1),
+            8,
+            8,
+            "of 8 devices, (data, fsdp, tensor) can be (8, 1, 1), (4, 2, 1), (4, 1, 2) or (2, 4, "
+            "1), or others",
+        ),
         ((-1, 3, 1), 8, 8, "(2, 4, 1), (4, 2, 1), (1, 8, 1) or (1, 4, 2), or others"),
         (
             (1, 1, 5),
@@ -93,7 +123,8 @@ class Elsewhere:
             (1, 5, 2),
             1,
             8,
-            "no mesh takes all 8 devices with data.batch_size 1, but with 8, (data, fsdp, tensor) can be (1, 4, 2)",
+            "no mesh takes all 8 devices with data.batch_size 1, but with 8, (data, fsdp, tensor) "
+            "can be (1, 4, 2)",
         ),
         ((2, 1, 1), 8, 1, "of 1 device, (data, fsdp, tensor) can only be (1, 1, 1)"),
     ],
@@ -105,7 +136,10 @@ def test_each_mesh_that_is_said_to_be_one_that_can_be_is(asked, batch, count, fi
     with pytest.raises(ConfigError, match=re.escape(first)) as error:
         make_mesh(MeshConfig(*asked), sizes_of_model, batch, devices)
     rows = count if "no mesh takes all" in str(error.value) else batch
-    listed = [tuple(map(int, sizes.split(", "))) for sizes in re.findall(r"\(([\d, ]+)\)", str(error.value))]
+    listed = [
+        tuple(map(int, sizes.split(", ")))
+        for sizes in re.findall(r"\(([\d, ]+)\)", str(error.value))
+    ]
     assert 1 <= len(listed) <= meshes.LISTED
     for sizes in listed:
         assert math.prod(sizes) == count
@@ -113,7 +147,8 @@ def test_each_mesh_that_is_said_to_be_one_that_can_be_is(asked, batch, count, fi
 
 
 @pytest.mark.parametrize(
-    ("mesh", "message"), [((0, 1, 1), "mesh.data must be at least 1, or -1"), ((-1, -1, 1), "only one of")]
+    ("mesh", "message"),
+    [((0, 1, 1), "mesh.data must be at least 1, or -1"), ((-1, -1, 1), "only one of")],
 )
 def test_sizes_are_checked(mesh, message):
     with pytest.raises(ConfigError, match=message):
@@ -130,5 +165,8 @@ def test_one_device_is_no_mesh_and_the_rest_is_what_is_left():
 
 def test_all_devices_of_several_processes_take_part():
     devices = [Elsewhere(n, n // 2) for n in range(4)]
-    with pytest.raises(ConfigError, match="takes 2 devices, but there are 4 devices in 2 processes, which must all take part"):
+    with pytest.raises(
+        ConfigError,
+        match="takes 2 devices, but there are 4 devices in 2 processes, which must all take part",
+    ):
         make_mesh(MeshConfig(data=2), SIZES, B, devices)

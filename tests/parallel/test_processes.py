@@ -1,4 +1,6 @@
-"""Processes that train together, on this machine; and what they agree on, with a store in place of the real one."""
+"""Processes that train together, on this machine; and what they agree on, with a store in place of
+the real one.
+"""
 
 import contextlib
 import os
@@ -18,7 +20,7 @@ from gptjax.errors import ConfigError, GptjaxError
 from gptjax.parallel import processes
 from gptjax.parallel.processes import Stop
 from tests.conftest import ROOT
-from tests.test_train import TINY, data_root, metrics, run  # noqa: F401
+from tests.train.test_command import TINY, data_root, metrics, run  # noqa: F401
 
 
 class Store(dict):
@@ -44,15 +46,19 @@ class Store(dict):
 @pytest.fixture
 def store(monkeypatch):
     store = Store()
-    monkeypatch.setattr(distributed, "store", lambda: store)
+    monkeypatch.setattr(processes, "store", lambda: store)
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(jax, "process_count", lambda: 3)
     return store
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
-def test_all_stop_at_the_same_step_whoever_gets_the_signal_and_however_far_the_others_are(store, order):
-    """Whoever has the results of step n has them because all have started it: one may be a step ahead of another."""
+def test_all_stop_at_the_same_step_whoever_gets_the_signal_and_however_far_the_others_are(
+    store, order
+):
+    """Whoever has the results of step n has them because all have started it: one may be a step
+    ahead of another.
+    """
     stops = [Stop() for _ in range(3)]
     last = [0, 0, 0]
     for step in range(1, 10):
@@ -66,6 +72,8 @@ def test_all_stop_at_the_same_step_whoever_gets_the_signal_and_however_far_the_o
         for process in reversed(order):  # so the step before it is done everywhere
             if not last[process] and stops[process].now(step):
                 last[process] = step
+            # No run has been stopped before its last step
+            assert bool(stops[process].name) == bool(last[process])
     assert last == [5, 5, 5]
     assert {stop.name for stop in stops} == {"SIGTERM"}
 
@@ -126,14 +134,40 @@ def test_alone_nothing_is_joined():
 
 
 def test_what_one_cannot_do_fails_for_all_with_its_reason(store, monkeypatch):
-    """The others have told what became of it, before this one does: process 1, then 2, where 0 has had no trouble."""
+    """The others have told what became of it, before this one does: process 1, then 2, where 0 has
+    had no trouble.
+    """
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     for name, others, mine, kind, words in (
         ("good", ["", ""], None, None, ""),
-        ("damaged", ["", ""], ValueError("bad sum\nand more"), RuntimeError, "^in process 1 of 3: bad sum$"),
-        ("elsewhere", ["", '[false, "cut off"]'], None, RuntimeError, "^in process 2 of 3: cut off$"),
-        ("all alike", ['[true, "other width"]'] * 2, ConfigError("other width"), GptjaxError, "^other width$"),
-        ("worse", ["", '[true, "no room"]'], ValueError("bad sum"), GptjaxError, "^in process 2 of 3: no room$"),
+        (
+            "damaged",
+            ["", ""],
+            ValueError("bad sum\nand more"),
+            RuntimeError,
+            "^in process 1 of 3: bad sum$",
+        ),
+        (
+            "elsewhere",
+            ["", '[false, "cut off"]'],
+            None,
+            RuntimeError,
+            "^in process 2 of 3: cut off$",
+        ),
+        (
+            "all alike",
+            ['[true, "other width"]'] * 2,
+            ConfigError("other width"),
+            GptjaxError,
+            "^other width$",
+        ),
+        (
+            "worse",
+            ["", '[true, "no room"]'],
+            ValueError("bad sum"),
+            GptjaxError,
+            "^in process 2 of 3: no room$",
+        ),
     ):
 
         def do(error=mine):
@@ -141,7 +175,9 @@ def test_what_one_cannot_do_fails_for_all_with_its_reason(store, monkeypatch):
                 raise error
             return "done"
 
-        store |= {f"gptjax/{name}/{process}": said for process, said in zip((0, 2), others, strict=True)}
+        store |= {
+            f"gptjax/{name}/{process}": said for process, said in zip((0, 2), others, strict=True)
+        }
         if not kind:
             assert processes.together(name, do) == "done"
             continue
@@ -156,9 +192,23 @@ def started(count, args, devices=1):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         at = f"127.0.0.1:{free.getsockname()[1]}"
-    command = [sys.executable, "-m", "gptjax.train", *args, "--processes.coordinator", at, "--processes.process"]
+    command = [
+        sys.executable,
+        "-m",
+        "gptjax.train",
+        *args,
+        "--distributed.coordinator",
+        at,
+        "--distributed.process",
+    ]
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT, "env": environment}
+    pipes = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "text": True,
+        "cwd": ROOT,
+        "env": environment,
+    }
     started = [subprocess.Popen([*command, f"{n}/{count}"], **pipes) for n in range(count)]
     try:
         yield started
@@ -173,10 +223,25 @@ def common(tmp_path, data_root):  # noqa: F811
     """Options of a tiny run that others can be compared with; it ends where it is told to."""
     config = tmp_path / "tiny.yaml"
     settings = {"schedule": "constant", "learning_rate": 1e-3}
-    train = {"steps": 5000, "eval_every": 0, "sample_tokens": 0, "checkpoint_every": 2, "eval_tokens": 64}
+    train = {
+        "steps": 5000,
+        "eval_every": 0,
+        "sample_tokens": 0,
+        "checkpoint_every": 2,
+        "eval_tokens": 64,
+    }
     model = TINY["model"] | {"num_heads": 4, "vocab_size": 4096}
-    config.write_text(yaml.safe_dump({"model": model, "data": TINY["data"], "optim": settings, "train": train}))
-    return ["--config", str(config), "--runs", str(tmp_path / "runs"), "--data.root", str(data_root)]
+    config.write_text(
+        yaml.safe_dump({"model": model, "data": TINY["data"], "optim": settings, "train": train})
+    )
+    return [
+        "--config",
+        str(config),
+        "--runs",
+        str(tmp_path / "runs"),
+        "--data.root",
+        str(data_root),
+    ]
 
 
 def wait_for_checkpoint(process, folder, step):
@@ -189,7 +254,9 @@ def wait_for_checkpoint(process, folder, step):
 
 
 def ended_because_of_another(process):
-    """What a process says that ends because another is gone, JAX's own words aside, which may come after."""
+    """What a process says that ends because another is gone, JAX's own words aside, which may come
+    after.
+    """
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 1, output
     (said,) = (line for line in output.splitlines() if "error: another process was lost" in line)
@@ -197,17 +264,22 @@ def ended_because_of_another(process):
     return output
 
 
-def test_processes_train_as_one_and_go_on_in_another_number_when_one_is_lost_and_a_checkpoint_is_damaged(tmp_path, common):
-    """Two processes, of which 1 is killed; four go on from an older checkpoint, since one of them cannot read its part of the
-    newest, and 0 is killed; one goes on; the losses are those of one process that did it all.
+def test_processes_train_as_one_and_go_on_in_another_number_when_one_is_lost_and_a_checkpoint_is_damaged(
+    tmp_path, common
+):
+    """Two processes, of which 1 is killed; four go on from an older checkpoint, since one of them
+    cannot read its part of the newest, and 0 is killed; one goes on; the losses are those of one
+    process that did it all.
     """
     folder = tmp_path / "runs" / "many"
-    many = [*common, "--name", "many", "--resume", "auto", "--processes.timeout", "30"]
+    many = [*common, "--name", "many", "--resume", "auto", "--distributed.timeout", "30"]
 
     with started(2, [*many, "--mesh.fsdp", "2"]) as (first, second):
         wait_for_checkpoint(first, folder, 4)
         second.kill()
-        assert "2 processes; should one be lost, all end within 30 s" in ended_because_of_another(first)
+        assert "2 processes; should one be lost, all end within 30 s" in ended_because_of_another(
+            first
+        )
 
     newest = max(folder.glob("checkpoints/step_????????"))
     part = max(newest.glob("state/ocdbt.process_1/d/*"), key=lambda path: path.stat().st_size)
@@ -218,9 +290,12 @@ def test_processes_train_as_one_and_go_on_in_another_number_when_one_is_lost_and
         outputs = [four[0].communicate(timeout=60)[0], *map(ended_because_of_another, four[1:])]
     assert f"{newest.name} is damaged and was set aside: in process " in outputs[0]
     assert f"resumed    {folder} after step {int(newest.name[-8:]) - 2}" in outputs[0]
-    assert not [text for text in outputs[1:] if "loss" in text or "damaged" in text]  # only the first speaks
+    # Only the first speaks
+    assert not [text for text in outputs[1:] if "loss" in text or "damaged" in text]
     assert not [text for text in outputs if "Exception ignored" in text]
-    assert [path.name for path in folder.glob("checkpoints/damaged-*")] == [f"damaged-{newest.name}"]
+    assert [path.name for path in folder.glob("checkpoints/damaged-*")] == [
+        f"damaged-{newest.name}"
+    ]
 
     end = str(int(max(folder.glob("checkpoints/step_????????")).name[-8:]) + 2)
     assert run(*many, "--train.steps", end) == 0
@@ -238,13 +313,34 @@ def assert_same_losses(folder, other, steps):
         np.testing.assert_allclose(*zip(*pairs, strict=True), rtol=2e-4) if pairs else None
 
 
-def test_processes_with_devices_of_their_own_start_from_given_weights_and_evaluate_and_sample_as_one(tmp_path, common, capsys):
+def test_processes_with_devices_of_their_own_start_from_given_weights_and_evaluate_and_sample_as_one(
+    tmp_path, common, capsys
+):
     """Two processes of two devices each, from the weights of another run."""
     runs = tmp_path / "runs"
-    assert run(*common, "--name", "given", "--train.steps", "2", "--optim.learning_rate", "0.1") == 0
-    training = [*common, "--init", str(runs / "given"), "--train.steps", "4", "--train.eval_every", "2"]
-    training += ["--train.sample_every", "2", "--train.sample_tokens", "8", "--train.sample_temperature", "0"]
-    with started(2, [*training, "--name", "many", "--mesh.fsdp", "2", "--mesh.data", "-1"], devices=2) as both:
+    assert (
+        run(*common, "--name", "given", "--train.steps", "2", "--optim.learning_rate", "0.1") == 0
+    )
+    training = [
+        *common,
+        "--init",
+        str(runs / "given"),
+        "--train.steps",
+        "4",
+        "--train.eval_every",
+        "2",
+    ]
+    training += [
+        "--train.sample_every",
+        "2",
+        "--train.sample_tokens",
+        "8",
+        "--train.sample_temperature",
+        "0",
+    ]
+    with started(
+        2, [*training, "--name", "many", "--mesh.fsdp", "2", "--mesh.data", "-1"], devices=2
+    ) as both:
         outputs = [process.communicate(timeout=300)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
     capsys.readouterr()
@@ -252,7 +348,9 @@ def test_processes_with_devices_of_their_own_start_from_given_weights_and_evalua
     alone = capsys.readouterr().out
     assert_same_losses(runs / "many", runs / "one", 4)
     assert sum("val_loss" in record for record in metrics(runs / "many")) == 2
-    said = re.compile(r"^init [^\n]*|^--- sample after step \d ---$.*?^---$", re.MULTILINE | re.DOTALL)
+    said = re.compile(
+        r"^init [^\n]*|^--- sample after step \d ---$.*?^---$", re.MULTILINE | re.DOTALL
+    )
     assert len(said.findall(alone)) == 3
     assert said.findall(outputs[0]) == said.findall(alone)
     assert "4 devices: data 2 x fsdp 2 x tensor 1" in outputs[0]

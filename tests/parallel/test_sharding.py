@@ -1,4 +1,6 @@
-"""The gradient on 8 simulated devices: the numbers of one device, each array cut, and nothing sent that need not be."""
+"""The gradient on 8 simulated devices: the numbers of one device, each array cut, and nothing sent
+that need not be.
+"""
 
 import collections
 import dataclasses
@@ -24,7 +26,9 @@ from tests.models import mlp_family, tiny
 
 KEY = jax.random.key(0)
 A, B, T = 2, 8, 6
-CFG = tiny.config(num_layers=1, num_heads=8, channels=16, vocab_size=120, loss_chunks=2, dropout=0.2)
+CFG = tiny.config(
+    num_layers=1, num_heads=8, channels=16, vocab_size=120, loss_chunks=2, dropout=0.2
+)
 MESHES = {
     "data": MeshConfig(data=8),
     "fsdp": MeshConfig(fsdp=8),
@@ -32,7 +36,8 @@ MESHES = {
     "data and fsdp": MeshConfig(2, 4),
     "all": MeshConfig(2, 2, 2),
 }
-LONG = 20  # tokens: so many that activations are larger than weights, and no two arrays are equally large
+# Tokens: so many that activations are larger than weights, and no two arrays are equally large
+LONG = 20
 PLAIN = dataclasses.replace(CFG, dropout=0.0, loss_chunks=1, max_seq_len=LONG)
 
 
@@ -46,14 +51,29 @@ def optimizer_of(cfg):
 
 
 def gradient(cfg, backward="manual", name=None, shape=(A, B, T)):
-    """((loss, gradient), parameters, program) of A micro-batches as training computes it, on one device or a mesh."""
+    """((loss, gradient), parameters, program) of A micro-batches as training computes it, on one
+    device or a mesh.
+    """
     mesh = mesh_of(name) if name else None
-    params, batch = tiny.params(cfg, jnp.dtype(cfg.dtype)), tiny.batch(cfg, shape[0] * shape[1], shape[2])
+    params, batch = (
+        tiny.params(cfg, jnp.dtype(cfg.dtype)),
+        tiny.batch(cfg, shape[0] * shape[1], shape[2]),
+    )
     batch = meshes.place_rows(mesh, jax.tree.map(lambda x: np.asarray(x).reshape(shape), batch))
     if mesh:
         params = jax.device_put(params, meshes.param_shardings(mesh, param_axes(cfg)))
-    arguments = params, batch, meshes.whole(mesh, KEY), np.int32(3), jax.tree.map(jnp.zeros_like, params)
-    run = steps.step_functions(cfg, optimizer_of(cfg), backward, mesh).gradient.lower(*arguments).compile()
+    arguments = (
+        params,
+        batch,
+        meshes.whole(mesh, KEY),
+        np.int32(3),
+        jax.tree.map(jnp.zeros_like, params),
+    )
+    run = (
+        steps.step_functions(cfg, optimizer_of(cfg), backward, mesh)
+        .gradient.lower(*arguments)
+        .compile()
+    )
     return run(*arguments)[:2], params, run
 
 
@@ -74,7 +94,9 @@ def assert_same(found, expected, tolerance):
 
 
 def without_key_bias(found):
-    """The gradient with zeros for kb, which has none but rounding: it moves all scores of a query alike."""
+    """The gradient with zeros for kb, which has none but rounding: it moves all scores of a query
+    alike.
+    """
     (loss, grads), params, run = found
     blocks = tuple(block._replace(kb=0 * block.kb) for block in grads.blocks)
     return (loss, grads._replace(blocks=blocks)), params, run
@@ -93,7 +115,12 @@ def test_every_mesh_gives_the_loss_and_gradient_of_one_device(name):
         ("all", "manual", {"dtype": "float32"}, 1e-5),
         ("all", "autodiff", {"dtype": "float32"}, 1e-5),
         *((name, "autodiff", {"dropout": 0.0}, 1e-12) for name in ("data", "fsdp", "tensor")),
-        ("fsdp", "manual", {"layers": "scan", "num_layers": 2, "recompute": "block", "attention": "blockwise"}, 1e-12),
+        (
+            "fsdp",
+            "manual",
+            {"layers": "scan", "num_layers": 2, "recompute": "block", "attention": "blockwise"},
+            1e-12,
+        ),
         ("tensor", "manual", {"recompute": "gelu", "dropout_mlp": 0.1}, 1e-12),
     ],
 )
@@ -117,7 +144,10 @@ def collectives(text):
     """(kind, elements of the result): how many of them; of numbers, not of ids."""
     found = collections.Counter()
     for line in text.splitlines():
-        call = re.search(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", line)
+        call = re.search(
+            r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(",
+            line,
+        )
         for shape in re.findall(r"f64\[([\d,]*)\]", call[1]) if call else []:
             found[call[2], math.prod(int(n) for n in shape.split(",") if n)] += 1
     return found
@@ -132,22 +162,31 @@ HEAD = math.prod(param_shapes(PLAIN).wte)
 
 
 def assert_gathered(found, name, passes):
-    """Over fsdp each layer's matrices were gathered, once for each pass, and the classifier's once; else only vectors."""
+    """Over fsdp each layer's matrices were gathered, once for each pass, and the classifier's once;
+    else only vectors.
+    """
     _, fsdp, tensor = MESHES[name].shape
     vectors = {n // cut for n in sizes_of("vector") for cut in (1, tensor)}
-    gathered = collections.Counter({size: n for (kind, size), n in found.items() if kind == "all-gather"})
+    gathered = collections.Counter(
+        {size: n for (kind, size), n in found.items() if kind == "all-gather"}
+    )
     expected: collections.Counter = collections.Counter()
     if fsdp > 1:
         expected[HEAD // tensor] += 1
         for size in sizes_of("matrix"):
             expected[size // tensor] += passes * PLAIN.num_layers
-    assert collections.Counter({size: n for size, n in gathered.items() if size not in vectors}) == expected
+    assert (
+        collections.Counter({size: n for size, n in gathered.items() if size not in vectors})
+        == expected
+    )
     assert not [kind for kind, _ in found if kind == "collective-permute"]
 
 
 @pytest.mark.parametrize("name", MESHES)
 def test_no_weight_is_gathered_but_over_fsdp_and_no_activation_at_all(name):
-    """Matrices are gathered for the forward and for the backward; heads are never exchanged between devices."""
+    """Matrices are gathered for the forward and for the backward; heads are never exchanged between
+    devices.
+    """
     found = collectives(plain(name)[2].as_text())
     assert_gathered(found, name, passes=2)
     exchanged = sum(n for (kind, _), n in found.items() if kind == "all-to-all")
@@ -158,21 +197,30 @@ def test_evaluation_gathers_each_weight_once():
     mesh = mesh_of("all")
     batch = meshes.place_rows(mesh, jax.tree.map(np.asarray, tiny.batch(PLAIN, B, LONG)))
     evaluate = jax.jit(on_mesh(mesh, functools.partial(transformer.loss, cfg=PLAIN)))
-    assert_gathered(collectives(evaluate.lower(plain("all")[1], batch).compile().as_text()), "all", passes=1)
+    assert_gathered(
+        collectives(evaluate.lower(plain("all")[1], batch).compile().as_text()), "all", passes=1
+    )
 
 
 @pytest.mark.parametrize("name", MESHES)
 def test_only_gradients_the_residual_stream_and_the_scores_sums_are_summed_over_devices(name):
-    """Scores are summed to three numbers a row; a table's gradient is summed over data once scattered over fsdp."""
+    """Scores are summed to three numbers a row; a table's gradient is summed over data once
+    scattered over fsdp.
+    """
     data, fsdp, tensor = MESHES[name].shape
     found = collectives(plain(name)[2].as_text())
     summed = {size: n for (kind, size), n in found.items() if kind == "all-reduce"}
-    grads = {size // cut for size in sizes_of("matrix", "table", "vector") for cut in (1, tensor, fsdp, tensor * fsdp)}
+    grads = {
+        size // cut
+        for size in sizes_of("matrix", "table", "vector")
+        for cut in (1, tensor, fsdp, tensor * fsdp)
+    }
     stream = B * LONG * PLAIN.channels // (data * fsdp)
     scores = B * LONG // (data * fsdp)
     assert set(summed) <= grads | {stream, scores, 1}
     if tensor > 1:
-        # After the projections of attention and MLP; before q, k, v and the MLP; the embedding; before the classifier.
+        # After the projections of attention and MLP; before q, k, v and the MLP; the embedding;
+        # before the classifier.
         assert summed[stream] == (2 + 4) * PLAIN.num_layers + 2
         assert summed[scores] == 3
     if data * fsdp > 1:
@@ -182,15 +230,21 @@ def test_only_gradients_the_residual_stream_and_the_scores_sums_are_summed_over_
 def test_memory_falls_with_the_devices():
     """Parameters, moments and gradients each to 1 / N, but for the biases without channels."""
     total = 4 * sum(sizes_of("matrix", "table", "vector"))
-    uncut = 4 * sum(math.prod(shape) for _, _, weight, shape in rows(PLAIN) if "C" not in weight.axes)
+    uncut = 4 * sum(
+        math.prod(shape) for _, _, weight, shape in rows(PLAIN) if "C" not in weight.axes
+    )
     for n in (2, 4, 8):
         mesh = make_mesh(MeshConfig(fsdp=n), PLAIN.axis_sizes, B)
         state, _, _ = steps.step_arguments(PLAIN, optimizer_of(PLAIN), (1, B, LONG), mesh)
         local = (total - uncut) / n + uncut
         assert steps.bytes_per_device(state.params) == local
         assert 2 * local < steps.bytes_per_device(state.opt_state) <= 2 * local + 12  # and counters
-    arguments = {name: plain(name)[2].memory_analysis().argument_size_in_bytes for name in ("data", "fsdp")}
+    arguments = {
+        name: plain(name)[2].memory_analysis().argument_size_in_bytes for name in ("data", "fsdp")
+    }
     ids = 2 * B * LONG * 4 // 8 + 64
     for name, part in (("data", total), ("fsdp", (total - uncut) / 8 + uncut)):
-        assert arguments[name] == pytest.approx(2 * 2 * part, abs=ids)  # parameters and gradient buffer, float64 here
-        assert plain(name)[2].memory_analysis().alias_size_in_bytes >= 2 * part  # the gradient is written over the buffer
+        # Parameters and gradient buffer, float64 here
+        assert arguments[name] == pytest.approx(2 * 2 * part, abs=ids)
+        # The gradient is written over the buffer
+        assert plain(name)[2].memory_analysis().alias_size_in_bytes >= 2 * part

@@ -6,12 +6,16 @@ import os
 import jax
 import pytest
 
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (the [tpu] extra)")
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu (the [tpu] extra)"
+)
 
 
 @pytest.fixture
 def as_a_process(monkeypatch):
-    """What the command sets for its process, given back; and numbers of 32 bits, as outside the tests."""
+    """What the command sets for its process, given back; and numbers of 32 bits, as outside the
+    tests.
+    """
     monkeypatch.setattr(os, "environ", dict(os.environ))
     platforms = jax.config.jax_platforms
     with jax.enable_x64(False):

@@ -16,23 +16,42 @@ FLOAT = 4  # bytes
 
 
 def counted(body):
-    """The collectives of ``body`` on 2 x 4 devices, each of which has 8 of 64 rows of 16 float32 numbers."""
-    mesh, rows = Mesh(np.array(jax.devices()[:N]).reshape(2, 4), ("outer", "inner")), P(("outer", "inner"))
+    """The collectives of ``body`` on 2 x 4 devices, each of which has 8 of 64 rows of 16 float32
+    numbers.
+    """
+    mesh, rows = (
+        Mesh(np.array(jax.devices()[:N]).reshape(2, 4), ("outer", "inner")),
+        P(("outer", "inner")),
+    )
     run = jax.shard_map(body, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
-    return collectives(jax.jit(run).lower(jax.ShapeDtypeStruct((8 * N, 16), jnp.float32)).compile().as_text())
+    return collectives(
+        jax.jit(run).lower(jax.ShapeDtypeStruct((8 * N, 16), jnp.float32)).compile().as_text()
+    )
 
 
 @pytest.mark.parametrize(
     ("body", "expected"),
     [
-        (lambda x: lax.psum(x, ("outer", "inner")), Collective("all-reduce", 8, 1, 2 * 8 * 16 * FLOAT * 7 / 8)),
-        (lambda x: lax.psum(x, "inner"), Collective("all-reduce", 4, 1, 2 * 8 * 16 * FLOAT * 3 / 4)),
-        (lambda x: lax.all_gather(x, "outer")[0], Collective("all-gather", 2, 1, 2 * 8 * 16 * FLOAT / 2)),
+        (
+            lambda x: lax.psum(x, ("outer", "inner")),
+            Collective("all-reduce", 8, 1, 2 * 8 * 16 * FLOAT * 7 / 8),
+        ),
+        (
+            lambda x: lax.psum(x, "inner"),
+            Collective("all-reduce", 4, 1, 2 * 8 * 16 * FLOAT * 3 / 4),
+        ),
+        (
+            lambda x: lax.all_gather(x, "outer")[0],
+            Collective("all-gather", 2, 1, 2 * 8 * 16 * FLOAT / 2),
+        ),
         (
             lambda x: jnp.tile(lax.psum_scatter(x, "inner", tiled=True), (4, 1)),
             Collective("reduce-scatter", 4, 1, 8 * 16 * FLOAT * 3 / 4),
         ),
-        (lambda x: lax.all_to_all(x, "inner", 0, 0, tiled=True), Collective("all-to-all", 4, 1, 8 * 16 * FLOAT * 3 / 4)),
+        (
+            lambda x: lax.all_to_all(x, "inner", 0, 0, tiled=True),
+            Collective("all-to-all", 4, 1, 8 * 16 * FLOAT * 3 / 4),
+        ),
         (
             lambda x: lax.ppermute(x, "inner", [(i, (i + 1) % 4) for i in range(4)]),
             Collective("collective-permute", 2, 1, 8 * 16 * FLOAT),
@@ -50,7 +69,9 @@ def test_what_a_loop_sends_counts_for_each_turn():
         outer = lambda _, y: lax.fori_loop(0, 2, inner, y)  # noqa: E731
         return lax.fori_loop(0, TURNS, outer, x)
 
-    assert counted(body) == [Collective("all-reduce", 4, 2 * TURNS, 2 * TURNS * 2 * 8 * 16 * FLOAT * 3 / 4)]
+    assert counted(body) == [
+        Collective("all-reduce", 4, 2 * TURNS, 2 * TURNS * 2 * 8 * 16 * FLOAT * 3 / 4)
+    ]
 
 
 def test_a_ring_sends_all_but_ones_own_part_and_a_sum_twice_that():
@@ -108,7 +129,9 @@ ENTRY %main (p: f32[2]) -> f32[2] {
 
 
 def test_a_tpus_program_is_read_as_it_writes_it():
-    """One gather spread over fusions, sums that are scattered, loops that do not say how often they turn, dead code."""
+    """One gather spread over fusions, sums that are scattered, loops that do not say how often they
+    turn, dead code.
+    """
     assert collectives(TPU) == [
         Collective("all-gather", 8, 1, 50 * 768 * 2 * 7 / 8),
         Collective("reduce-scatter", 8, 1 + 3, 4 * 16 * 8 * FLOAT * 7 / 8),
@@ -144,7 +167,9 @@ def test_gathers_that_a_gpus_program_starts_together_all_count():
     ],
 )
 def test_the_ways_in_which_groups_are_listed(groups, devices):
-    line = f"%g = f32[16]{{0}} all-gather(%p), channel_id=1, replica_groups={groups}, dimensions={{0}}"
+    line = (
+        f"%g = f32[16]{{0}} all-gather(%p), channel_id=1, replica_groups={groups}, dimensions={{0}}"
+    )
     assert _group(line) == devices
 
 

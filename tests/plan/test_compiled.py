@@ -7,7 +7,9 @@ from gptjax.plan import compiled
 from gptjax.plan.predict import Work
 from gptjax.train.optimizer import make_optimizer
 
-MODEL = ModelConfig(num_layers=1, num_heads=2, channels=16, vocab_size=128, max_seq_len=8, dtype="float32")
+MODEL = ModelConfig(
+    num_layers=1, num_heads=2, channels=16, vocab_size=128, max_seq_len=8, dtype="float32"
+)
 WORK = Work(MODEL.resolve("cpu", 8), BatchShape(1, 4, 8), (1, 1, 1))
 OPTIMIZER = make_optimizer(OptimConfig(), 10, MODEL)
 
@@ -15,7 +17,9 @@ OPTIMIZER = make_optimizer(OptimConfig(), 10, MODEL)
 def test_one_device_sends_nothing_and_two_do():
     with jax.enable_x64(False):
         alone = compiled.compile_work(WORK, OPTIMIZER, "manual", jax.devices()[:1])
-        two = compiled.compile_work(WORK._replace(mesh=(2, 1, 1)), OPTIMIZER, "manual", jax.devices()[:2])
+        two = compiled.compile_work(
+            WORK._replace(mesh=(2, 1, 1)), OPTIMIZER, "manual", jax.devices()[:2]
+        )
     assert alone.collectives == []
     assert {c.kind for c in two.collectives} == {"all-reduce"}
     assert {"gradients", "temporaries", "program"} <= set(alone.memory)
@@ -26,7 +30,10 @@ def test_one_device_sends_nothing_and_two_do():
 @pytest.mark.parametrize(
     ("message", "expected"),
     [
-        ("RESOURCE_EXHAUSTED: Ran out of memory. Used 1.5G of 1.0G hbm.", ("it uses 1.5G of 1.0G", 3 * 2**29)),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory. Used 1.5G of 1.0G hbm.",
+            ("it uses 1.5G of 1.0G", 3 * 2**29),
+        ),
         ("RESOURCE_EXHAUSTED:  no room\n at all", ("RESOURCE_EXHAUSTED: no room at all", None)),
     ],
 )

@@ -14,7 +14,11 @@ SENT = [Collective("all-gather", 4, 1, 3e6), Collective("all-reduce", 4, 1, 1e6)
 
 
 def work(mesh):
-    return Work(ModelConfig(preset="124m").resolve("cuda", 1024), BatchShape(1, 16, 1024), mesh)
+    return Work(
+        ModelConfig(preset="124m", vocab_size=50257).resolve("cuda", 1024),
+        BatchShape(1, 16, 1024),
+        mesh,
+    )
 
 
 def test_each_part_at_its_rate():
@@ -37,7 +41,9 @@ def test_each_part_at_its_rate():
         ((8, 1, 4), 8, 1),
     ],
 )
-def test_what_leaves_a_machine_passes_the_adapters_of_the_devices_that_take_part(mesh, group, adapters):
+def test_what_leaves_a_machine_passes_the_adapters_of_the_devices_that_take_part(
+    mesh, group, adapters
+):
     """Machines of 4 neighbours."""
     fast = DEVICE._replace(link=1e12)
     assert sending_rate(mesh, fast, group) == (adapters * NETWORK if adapters else fast.link)

@@ -13,7 +13,18 @@ plan = importlib.import_module("gptjax.plan.__main__")
 def test_the_network_is_among_the_assumptions_where_something_goes_over_it(topology, told, capsys):
     batch = ["--data.batch_size", "16", "--model.channels", "128", "--largest", "false"]
     assert (
-        plan.main(["--config", str(ROOT / "configs" / "debug.yaml"), "--topology", topology, "--mesh.fsdp", "-1", *batch]) == 0
+        plan.main(
+            [
+                "--config",
+                str(ROOT / "configs" / "debug.yaml"),
+                "--topology",
+                topology,
+                "--mesh.fsdp",
+                "-1",
+                *batch,
+            ]
+        )
+        == 0
     )
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("assuming"))
     assert ("50 GB/s for each device between machines" in line) == told

@@ -8,7 +8,7 @@ from gptjax.plan.predict import Work, state_bytes
 from gptjax.plan.topology import parse_topology
 from gptjax.train.optimizer import make_optimizer
 
-MODEL = ModelConfig(preset="124m", num_layers=2).resolve("cuda", 1024)
+MODEL = ModelConfig(preset="124m", vocab_size=50257, num_layers=2).resolve("cuda", 1024)
 OPTIMIZER = make_optimizer(OptimConfig(), 10, MODEL)
 WORK = Work(MODEL, BatchShape(1, 8, 1024), (1, 4, 1))
 
@@ -31,7 +31,11 @@ def compiler(total_of):
 
     def compile_work(work, optimizer, backward, devices):
         total = total_of(work.rows)
-        return total if isinstance(total, TooLarge) else Compiled({"temporaries": total}, [], 1e12, 0.1)
+        return (
+            total
+            if isinstance(total, TooLarge)
+            else Compiled({"temporaries": total}, [], 1e12, 0.1)
+        )
 
     return compile_work
 
@@ -48,14 +52,23 @@ def compiler(total_of):
 )
 def test_the_largest_batch_on_the_line_through_two_compilations(total_of, largest, monkeypatch):
     monkeypatch.setattr(search, "compile_work", compiler(total_of))
-    plan = search.make_plan(WORK, parse_topology("h100:4"), OPTIMIZER, "manual", [object()], 1e9, True)
+    plan = search.make_plan(
+        WORK, parse_topology("h100:4"), OPTIMIZER, "manual", [object()], 1e9, True
+    )
     assert plan.largest == largest
     assert plan.compiled
 
 
 def test_a_step_that_the_compiler_refuses_is_predicted_and_says_so(monkeypatch):
-    monkeypatch.setattr(search, "compile_work", compiler(lambda rows: TooLarge("it uses 20G of 16G", None)))
-    plan = search.make_plan(WORK, parse_topology("h100:4"), OPTIMIZER, "manual", [object()], 1e9, False)
+    monkeypatch.setattr(
+        search, "compile_work", compiler(lambda rows: TooLarge("it uses 20G of 16G", None))
+    )
+    plan = search.make_plan(
+        WORK, parse_topology("h100:4"), OPTIMIZER, "manual", [object()], 1e9, False
+    )
     assert not plan.compiled
-    assert plan.source == "predicted from shapes, not compiled: the compiler refuses the step, it uses 20G of 16G"
+    assert (
+        plan.source
+        == "predicted from shapes, not compiled: the compiler refuses the step, it uses 20G of 16G"
+    )
     assert plan.largest is None

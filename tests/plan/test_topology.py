@@ -43,7 +43,11 @@ def test_every_name_is_of_a_device_whose_rates_are_known(name):
         ("h100", "is not known"),
         ("h100:0", "is not known"),
         ("h100:2x4", "is not known"),
-        ("v5e:3x5", "v5e is wired as 2 numbers, each 1, 2 or a multiple of 4, at most 256 together, such as 2x2 or 2x4"),
+        (
+            "v5e:3x5",
+            "v5e is wired as 2 numbers, each 1, 2 or a multiple of 4, at most 256 together, such "
+            "as 2x2 or 2x4",
+        ),
         ("v5e:16x32", "at most 256 together"),
         ("v5p:16x16", "v5p is wired as 3 numbers"),
     ],
@@ -62,9 +66,12 @@ def test_simulated_devices():
     [
         (
             "JAX TPU support not installed; cannot generate TPU topology.",
-            "needs libtpu: pip install 'gptjax[tpu]', or --predict",
+            "needs libtpu: pip install 'gptjax[tpu]', or else",
         ),
-        ("INVALID_ARGUMENT: no such layout\nand more", "libtpu refuses the topology v5e:4x4: INVALID_ARGUMENT: no such layout"),
+        (
+            "INVALID_ARGUMENT: no such layout\nand more",
+            "libtpu refuses the topology v5e:4x4: INVALID_ARGUMENT: no such layout",
+        ),
     ],
 )
 def test_without_libtpu_or_with_one_that_refuses(said, message, monkeypatch):
@@ -73,10 +80,20 @@ def test_without_libtpu_or_with_one_that_refuses(said, message, monkeypatch):
 
     monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", refuse)
     with pytest.raises(ConfigError, match=re.escape(message)):
-        open_devices(parse_topology("v5e:4x4"))
+        open_devices(parse_topology("v5e:4x4"), ", or else")
 
 
-SLICES = ["v5e:1x1", "v5e:2x2", "v5e:2x4", "v5e:16x16", "v6e:4x4", "v4:2x2x1", "v4:2x2x4", "v5p:1x1x1", "v5p:4x4x8"]
+SLICES = [
+    "v5e:1x1",
+    "v5e:2x2",
+    "v5e:2x4",
+    "v5e:16x16",
+    "v6e:4x4",
+    "v4:2x2x1",
+    "v4:2x2x4",
+    "v5p:1x1x1",
+    "v5p:4x4x8",
+]
 COUNT = """
 import sys
 from gptjax.plan.topology import open_devices, parse_topology, start
@@ -92,6 +109,10 @@ for name in sys.argv[1:]:
 @pytest.mark.slow
 def test_slices_have_the_devices_in_the_machines_that_libtpu_says():
     """In a process of its own, as libtpu reads the environment before Python can change it."""
-    found = subprocess.run([sys.executable, "-c", COUNT, *SLICES], capture_output=True, text=True, check=True).stdout
+    found = subprocess.run(
+        [sys.executable, "-c", COUNT, *SLICES], capture_output=True, text=True, check=True
+    ).stdout
     expected = [(name, parse_topology(name)) for name in SLICES]
-    assert found.splitlines() == [f"{name},{each.size},{each.hosts},{each.kind}" for name, each in expected]
+    assert found.splitlines() == [
+        f"{name},{each.size},{each.hosts},{each.kind}" for name, each in expected
+    ]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gptjax import cli
+from gptjax.cli.options import parse
 from gptjax.config import Config, MeshConfig
 from gptjax.plan.topology import parse_topology
 from gptjax.plan.training import TRAIN, train_command
@@ -19,7 +19,9 @@ pytestmark = pytest.mark.usefixtures("as_a_process")
 def file(tmp_path_factory):
     """As configs/1558m.yaml, of one layer."""
     path = tmp_path_factory.mktemp("configs") / "wide.yaml"
-    path.write_text("model: {preset: 1558m, num_layers: 1}\ndata: {seq_len: 1024}\noptim: {accumulate: 4}\n")
+    path.write_text(
+        "model: {preset: 1558m, num_layers: 1}\ndata: {seq_len: 1024}\noptim: {accumulate: 4}\n"
+    )
     return str(path)
 
 
@@ -31,24 +33,41 @@ def planned(capsys, *arguments):
     while "=" in words[0]:
         words = words[1:]
     assert words[:3] == TRAIN.split()
-    return line, cli.parse(Config, TRAIN, "", words[3:])[0]
+    return line, parse(Config, TRAIN, "", words[3:])[0]
 
 
 @pytest.mark.parametrize(
     ("arguments", "mesh", "batch", "options"),
     [
         (["--topology", "h100:1"], (1, 1, 1), 4, ""),
-        (["--topology", "v5e:16x16"], (4, 64, 1), 256, " --data.batch_size 256 --mesh.data 4 --mesh.fsdp 64"),
-        (["--topology", "h100:16", "--mesh.data", "-1"], (16, 1, 1), 16, " --data.batch_size 16 --mesh.data 16"),
+        (
+            ["--topology", "v5e:16x16"],
+            (4, 64, 1),
+            256,
+            " --data.batch_size 256 --mesh.data 4 --mesh.fsdp 64",
+        ),
+        (
+            ["--topology", "h100:16", "--mesh.data", "-1"],
+            (16, 1, 1),
+            16,
+            " --data.batch_size 16 --mesh.data 16",
+        ),
         (["--topology", "h100:8", "--mesh.fsdp", "4", "--compare"], (1, 4, 1), 4, " --mesh.fsdp 4"),
         (["--topology", "h100:1", "--tokens", "1e9"], (1, 1, 1), 4, " --train.steps 61036"),
         (
-            ["--topology", "h100:1", "--optim.learning_rate", "1e-3", "--data.dataset", "my text/*.txt"],
-            *((1, 1, 1), 4, " --data.dataset 'my text/*.txt' --optim.learning_rate 0.001"),
+            [
+                "--topology",
+                "h100:1",
+                "--optim.mu_dtype",
+                "bfloat16",
+            ],
+            *((1, 1, 1), 4, " --optim.mu_dtype bfloat16"),
         ),
     ],
 )
-def test_it_ends_with_the_command_that_trains_so_and_the_options_that_differ(arguments, mesh, batch, options, file, capsys):
+def test_it_ends_with_the_command_that_trains_so_and_the_options_that_differ(
+    arguments, mesh, batch, options, file, capsys
+):
     line, cfg = planned(capsys, "--config", file, *arguments)
     assert line == f"{TRAIN} --config {file}{options}"
     assert (cfg.mesh, cfg.data.batch_size) == (MeshConfig(*mesh), batch)
@@ -63,22 +82,39 @@ def test_a_token_budget_is_that_of_the_steps(file, capsys):
 def test_without_a_config_file_every_option_that_is_not_the_default_is_there(capsys):
     model = ["--model.preset", "124m", "--model.num_layers", "1", "--model.dropout", "0.1"]
     _, cfg = planned(capsys, *model, "--data.seq_len", "256", "--topology", "h100:8")
-    assert (cfg.model.preset, cfg.model.num_layers, cfg.model.dropout, cfg.data.seq_len) == ("124m", 1, 0.1, 256)
+    assert (cfg.model.preset, cfg.model.num_layers, cfg.model.dropout, cfg.data.seq_len) == (
+        "124m",
+        1,
+        0.1,
+        256,
+    )
     assert (cfg.mesh, cfg.data.batch_size) == (MeshConfig(fsdp=8), 8)
 
 
-def test_a_file_of_the_plan_alone_is_not_for_training(tmp_path, capsys):
+def test_a_file_may_hold_options_of_the_plan_too(tmp_path, capsys):
+    """Training leaves out of a config file what it does not read."""
     file = tmp_path / "plan.yaml"
-    file.write_text("topology: h100:1\nlog: {wandb: project}\nname: null\nmodel: {preset: 124m, num_layers: 1}\n")
+    file.write_text(
+        "topology: h100:1\nlog: {wandb: project}\nname: null\nmodel: {preset: 124m, num_layers: "
+        "1}\n"
+    )
     line, cfg = planned(capsys, "--config", str(file))
-    assert "--config" not in line
+    assert line == f"{TRAIN} --config {file}"
     assert (cfg.model.preset, cfg.log.wandb) == ("124m", "project")
 
 
 def test_what_an_option_takes_back_and_simulated_devices(tmp_path):
     file = tmp_path / "train.yaml"
     file.write_text("model: {preset: 124m}\ndata: {tokenizer: byte}\nlog: {tensorboard: true}\n")
-    cfg = cli.parse(Config, TRAIN, "", ["--config", str(file), "--data.tokenizer", "null", "--log.tensorboard", "false"])[0]
+    cfg = parse(
+        Config,
+        TRAIN,
+        "",
+        ["--config", str(file), "--data.tokenizer", "null", "--log.tensorboard", "false"],
+    )[0]
     line = train_command(cfg, Path(file), parse_topology("cpu:8"))
-    assert line == f"JAX_NUM_CPU_DEVICES=8 {TRAIN} --config {file} --data.tokenizer null --log.tensorboard false"
-    assert cli.parse(Config, TRAIN, "", shlex.split(line)[4:])[0] == cfg
+    assert (
+        line
+        == f"JAX_NUM_CPU_DEVICES=8 {TRAIN} --config {file} --data.tokenizer null --log.tensorboard false"
+    )
+    assert parse(Config, TRAIN, "", shlex.split(line)[4:])[0] == cfg

@@ -17,15 +17,29 @@ def records(steps=100, skipped=(), **changes):
     """What a run writes, the loss falling from 11 to 3."""
     made = []
     for step in range(1, steps + 1):
-        record = {"step": step, "loss": 3 + 8 * math.exp(-step / 20), "grad_norm": 1.0 + step % 3, "lr": 1e-3, "ms": 250.0}
-        record |= {"tokens_per_s": 4096.0} | ({"val_loss": 4.0 - step / 100} if step % 10 == 0 else {}) | changes
-        made.append(record | ({"loss": None, "grad_norm": None, "skipped": True} if step in skipped else {}))
+        record = {
+            "step": step,
+            "loss": 3 + 8 * math.exp(-step / 20),
+            "grad_norm": 1.0 + step % 3,
+            "lr": 1e-3,
+            "ms": 250.0,
+        }
+        record |= (
+            {"tokens_per_s": 4096.0}
+            | ({"val_loss": 4.0 - step / 100} if step % 10 == 0 else {})
+            | changes
+        )
+        made.append(
+            record | ({"loss": None, "grad_norm": None, "skipped": True} if step in skipped else {})
+        )
     return made
 
 
 def write(folder, made, end=""):
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in made) + end)
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(record) + "\n" for record in made) + end
+    )
     return str(folder)
 
 
@@ -56,7 +70,10 @@ def test_several_runs_are_drawn_here_or_where_asked(tmp_path, monkeypatch, capsy
     assert plot.main([one, other + "/metrics.jsonl", one]) == 0
     assert (tmp_path / "metrics.png").exists()
     assert capsys.readouterr().out.count("run        ") == 2  # each once
-    assert plot.main([one, other, "--output", "pictures/both.svg", "--x", "tokens", "--smooth", "1"]) == 0
+    assert (
+        plot.main([one, other, "--output", "pictures/both.svg", "--x", "tokens", "--smooth", "1"])
+        == 0
+    )
     assert "<svg" in (tmp_path / "pictures" / "both.svg").read_text()
 
 
@@ -73,12 +90,18 @@ def test_a_run_without_a_step_is_left_out_of_several(tmp_path, capsys):
         (["{}/nowhere"], "nowhere is no run: there is no "),
         (["{}"], "is no run: there is no "),
         ([], "runs"),
-        (["{}/a", "--output", "{}/a/metrics.jsonl"], "must be a file whose name ends in .png, .svg or .pdf"),
+        (
+            ["{}/a", "--output", "{}/a/metrics.jsonl"],
+            "must be a file whose name ends in .png, .svg or .pdf",
+        ),
         (["{}/a", "--output", "{}/a"], "must be a file whose name ends in .png"),
         (["{}/a", "--output", "/dev/null/x/y.png"], "/dev/null/x cannot be used"),
         (["{}/a", "--x", "epochs"], "epochs"),
         (["{}/a", "--smooth", "0"], "--smooth must be at least 1, not 0"),
-        (["{}/old", "--x", "time"], "old does not say how long each step took, which --x time needs"),
+        (
+            ["{}/old", "--x", "time"],
+            "old does not say how long each step took, which --x time needs",
+        ),
         (["{}/none"], "none holds nothing to draw"),
         (["{}/model.bin"], "model.bin is damaged: line 1 is not the record of a step"),
     ],

@@ -37,7 +37,10 @@ def test_each_panel_shows_what_the_records_hold_of_it():
     assert list(bare) == ["Training loss"]
 
 
-@pytest.mark.parametrize(("x", "label", "last"), [("tokens", "tokens", 100 * 1024), ("time", "training time (seconds)", 25.0)])
+@pytest.mark.parametrize(
+    ("x", "label", "last"),
+    [("tokens", "tokens", 100 * 1024), ("time", "training time (seconds)", 25.0)],
+)
 def test_the_horizontal_axis_in_tokens_and_in_time(x, label, last):
     """1024 tokens and 250 ms a step, also in a run whose first steps are gone."""
     shown = panels(draw([RunRecords("a", records())], x, smooth=1))
@@ -64,7 +67,8 @@ def test_the_running_mean_lies_over_what_was_measured():
     assert faint.get_alpha() < 0.5
     assert faint.get_zorder() < line.get_zorder()
     many = [RunRecords(str(i), records(50)) for i in range(7)]
-    assert len(panels(draw(many, smooth=5))["Training loss"].lines) == 7  # of so many, the means alone
+    # Of so many, the means alone
+    assert len(panels(draw(many, smooth=5))["Training loss"].lines) == 7
 
 
 @given(
@@ -85,14 +89,23 @@ def test_what_is_not_finite_is_a_gap_and_a_cross():
     made = records(skipped={30, 31})
     made[49]["val_loss"] = None
     shown = panels(draw([RunRecords("a", made)], smooth=1))
-    for title, where in (("Training loss", [30, 31]), ("Gradient norm", [30, 31]), ("Validation loss", [50])):
+    for title, where in (
+        ("Training loss", [30, 31]),
+        ("Gradient norm", [30, 31]),
+        ("Validation loss", [50]),
+    ):
         (x, y), (crosses, heights) = drawn(shown[title])
         assert x[np.isnan(y)].tolist() == where == crosses.tolist()
         assert all(heights > 0)
         assert all(heights < 0.1)  # of the panel's height
         assert shown[title].get_title("right") == "\N{MULTIPLICATION SIGN} not finite"
     assert len(shown["Throughput"].lines) == 1
-    assert panels(draw([RunRecords("a", records(3, skipped={1, 2, 3}))]))["Training loss"].get_yticks().size == 0
+    assert (
+        panels(draw([RunRecords("a", records(3, skipped={1, 2, 3}))]))["Training loss"]
+        .get_yticks()
+        .size
+        == 0
+    )
 
 
 def test_a_loss_that_explodes_leaves_the_others_visible():
@@ -104,24 +117,33 @@ def test_a_loss_that_explodes_leaves_the_others_visible():
     assert low < 3.1
     assert 10 < high < 30
     assert "cut off above" in axes.get_title("right")
-    assert "cut off" not in panels(draw([RunRecords("a", records())]))["Training loss"].get_title("right")
+    assert "cut off" not in panels(draw([RunRecords("a", records())]))["Training loss"].get_title(
+        "right"
+    )
 
 
 def test_a_wide_range_gets_a_logarithmic_axis():
     spiky = records()
     spiky[40]["grad_norm"] = 500.0
-    scales = [panels(draw([RunRecords("a", made)]))["Gradient norm"].get_yscale() for made in (records(), spiky)]
+    scales = [
+        panels(draw([RunRecords("a", made)]))["Gradient norm"].get_yscale()
+        for made in (records(), spiky)
+    ]
     assert scales == ["linear", "log"]
 
 
 def test_runs_of_any_lengths_and_names_are_told_apart():
     names = ["_hidden", "$x^$", "n" * 200, *map(str, range(13))]
-    runs = [RunRecords(name, records(5 + 10 * i, val_loss=3.0) if i else records(1)) for i, name in enumerate(names)]
+    runs = [
+        RunRecords(name, records(5 + 10 * i, val_loss=3.0) if i else records(1))
+        for i, name in enumerate(names)
+    ]
     figure = draw(runs)
     figure.draw_without_rendering()
     shown = panels(figure)
     styles = {
-        (line.get_color(), line.get_linestyle(), str(line._unscaled_dash_pattern)) for line in shown["Validation loss"].lines
+        (line.get_color(), line.get_linestyle(), str(line._unscaled_dash_pattern))
+        for line in shown["Validation loss"].lines
     }
     assert len(styles) == len(runs) > len(COLOURS)
     (legend,) = figure.legends

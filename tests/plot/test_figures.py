@@ -36,7 +36,14 @@ def test_pieces_are_printable():
 
 
 def test_a_diverging_map_is_symmetric_and_says_what_it_is_given(ax):
-    figures.heat_map(ax, [[1.0, -3.0], [np.nan, 0.0]], "nats", rows=["a", "b"], diverging=True, texts=[["1", "-3"], ["", "0"]])
+    figures.heat_map(
+        ax,
+        [[1.0, -3.0], [np.nan, 0.0]],
+        "nats",
+        rows=["a", "b"],
+        diverging=True,
+        texts=[["1", "-3"], ["", "0"]],
+    )
     (image,) = ax.images
     assert image.get_clim() == (-3, 3)
     assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
@@ -75,8 +82,12 @@ def test_by_layer_has_a_place_for_each_gradient_of_the_model():
 
 
 def test_the_diagram_shows_every_weight_of_a_block_and_each_gradient(ax):
-    forward, backward = ({t.get_text() for t in figures.block_diagram(b).axes[0].texts} for b in (False, True))
+    forward, backward = (
+        {t.get_text() for t in figures.block_diagram(b).axes[0].texts} for b in (False, True)
+    )
     weights = {name for names in forward for name in names.split()}
     assert weights >= set(gpt2.Block._fields)
-    assert {"dx", "dh1", "dq dk dv", "do", "da", "dh2", "df", "dg", "dm"} == {t for t in backward if t.startswith("d")}
+    assert {"dx", "dh1", "dq dk dv", "do", "da", "dh2", "df", "dg", "dm"} == {
+        t for t in backward if t.startswith("d")
+    }
     assert not any(t.startswith("d") for t in forward)

@@ -30,7 +30,9 @@ def theirs():
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trained.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=279, initial_alphabet=alphabet, show_progress=False))
+    trained.train_from_iterator(
+        TEXT, trainers.BpeTrainer(vocab_size=279, initial_alphabet=alphabet, show_progress=False)
+    )
     return trained
 
 
@@ -50,7 +52,9 @@ def test_encoding_equals_the_library_that_trained_it(theirs, text):
 def test_merges_are_those_that_were_trained(theirs):
     """As Hugging Face's tokenizers lists them in its own file."""
     listed = json.loads(theirs.to_str())["model"]["merges"]
-    assert [[tokenizers.printable(part) for part in pair] for pair in BPE.merges()] == [list(pair) for pair in listed]
+    assert [[tokenizers.printable(part) for part in pair] for pair in BPE.merges()] == [
+        list(pair) for pair in listed
+    ]
     assert len(listed) == 279 - 256
 
 
@@ -73,7 +77,11 @@ def test_vocabularies_that_cannot_be(tokens):
 
 @pytest.mark.parametrize(
     ("size", "message"),
-    [(256, "from 257 to 1048576 ids, not 256"), (2**60, "from 257 to"), (5000, "too short for a vocabulary of 5000")],
+    [
+        (256, "from 257 to 1048576 ids, not 256"),
+        (2**60, "from 257 to"),
+        (5000, "too short for a vocabulary of 5000"),
+    ],
 )
 def test_impossible_vocabulary_sizes(size, message):
     with pytest.raises(ValueError, match=message):
@@ -146,8 +154,13 @@ def test_gpt2s_pattern_is_tiktokens(gpt2):
 
 
 def test_gpt2s_vocabulary_and_merges_are_openais(gpt2, shared):
-    """As OpenAI published them, in the two files that tiktoken caches: ``encoder.json`` and ``vocab.bpe``."""
-    files = sorted((path.read_text(encoding="utf-8") for path in (shared / "tiktoken_cache").iterdir()), key=len)
+    """As OpenAI published them, in the two files that tiktoken caches: ``encoder.json`` and
+    ``vocab.bpe``.
+    """
+    files = sorted(
+        (path.read_text(encoding="utf-8") for path in (shared / "tiktoken_cache").iterdir()),
+        key=len,
+    )
     merges, vocabulary = files[0].splitlines()[1:], json.loads(files[1])
     assert [" ".join(map(tokenizers.printable, pair)) for pair in gpt2.merges()] == merges
     ours = {tokenizers.printable(token): rank for rank, token in enumerate(gpt2.tokens)}
@@ -160,10 +173,16 @@ def test_gpt2_is_saved_whole(gpt2, tmp_path, monkeypatch):
     sent = pickle.dumps(gpt2)
     monkeypatch.setattr(importlib.import_module("tiktoken"), "get_encoding", None)
     assert tokenizers.load(tmp_path / "tokenizer.json") == pickle.loads(sent) == gpt2
-    assert tokenizers.load(tmp_path / "tokenizer.json").encode("First Citizen:") == [5962, 22307, 25]
+    assert tokenizers.load(tmp_path / "tokenizer.json").encode("First Citizen:") == [
+        5962,
+        22307,
+        25,
+    ]
 
 
-@pytest.mark.parametrize("error", [ConnectionError("no route to host"), ValueError("Hash mismatch")])
+@pytest.mark.parametrize(
+    "error", [ConnectionError("no route to host"), ValueError("Hash mismatch")]
+)
 def test_gpt2_offline_says_what_to_do(monkeypatch, error):
     def refuse(name):
         raise error

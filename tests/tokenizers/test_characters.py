@@ -28,7 +28,9 @@ def test_characters_are_numbered_in_the_order_of_their_code_points(vocabulary, t
 )
 def test_a_character_that_the_vocabulary_lacks_is_named(text, found):
     tokenizer = tokenizers.train_characters(["hello"], "greeting")
-    with pytest.raises(DataError, match=rf"the character {found} .* among the 4 of the vocabulary greeting"):
+    with pytest.raises(
+        DataError, match=rf"the character {found} .* among the 4 of the vocabulary greeting"
+    ):
         tokenizer.encode(text)
 
 
@@ -47,6 +49,8 @@ def test_tinyshakespeare_has_nanogpts_65_characters(shared):
     text = (shared / "tinyshakespeare" / "input.txt").read_text()
     tokenizer = tokenizers.train_characters([text])
     assert tokenizer.vocab_size == 65
-    assert tokenizer.characters == "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+    assert (
+        tokenizer.characters == "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+    )
     assert tokenizer.encode("hii there") == [46, 47, 47, 1, 58, 46, 43, 56, 43]
     assert tokenizer.decode(tokenizer.encode(text)) == text

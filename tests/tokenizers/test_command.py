@@ -72,7 +72,20 @@ def test_shards_written_and_read(bpe, tmp_path, capsysbinary, monkeypatch):
 
 def test_training_a_bpe(bpe, tmp_path, capsys):
     made = tmp_path / "t.json"
-    assert main(["train", "--input", str(tmp_path / "cats.txt"), "--vocab_size", "270", "--output", str(made)]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "--input",
+                str(tmp_path / "cats.txt"),
+                "--vocab_size",
+                "270",
+                "--output",
+                str(made),
+            ]
+        )
+        == 0
+    )
     assert capsys.readouterr().out == f"270 ids in {made}\n"
     assert tokenizers.load(made).name == "cats-bpe-270"
     assert tokenizers.load(made).tokens == tokenizers.load(bpe).tokens
@@ -82,7 +95,18 @@ def test_trained_on_several_files(tmp_path, capsys):
     for name, text in (("a.txt", "cabbage"), ("b.txt", "bean\n")):
         (tmp_path / name).write_text(text)
     made = tmp_path / "t.json"
-    main(["train", "--kind", "char", "--input", str(tmp_path / "a.txt"), str(tmp_path / "b.txt"), "--output", str(made)])
+    main(
+        [
+            "train",
+            "--kind",
+            "char",
+            "--input",
+            str(tmp_path / "a.txt"),
+            str(tmp_path / "b.txt"),
+            "--output",
+            str(made),
+        ]
+    )
     assert tokenizers.load(made) == tokenizers.Characters("\nabcegn", "a-char")
     main(["encode", "--tokenizer", str(made), "bag"])
     assert capsys.readouterr().out.splitlines()[1] == "2 1 5"
@@ -94,7 +118,10 @@ def test_export_is_llm_cs_file(which, bpe, tmp_path, capsys):
     main(["export", "--tokenizer", which, "--output", str(tmp_path / "t.bin")])
     source = tokenizers.find(which)
     size = (tmp_path / "t.bin").stat().st_size
-    assert capsys.readouterr().out == f"{source.vocab_size} tokens in {tmp_path / 't.bin'}, {size} bytes\n"
+    assert (
+        capsys.readouterr().out
+        == f"{source.vocab_size} tokens in {tmp_path / 't.bin'}, {size} bytes\n"
+    )
     assert tokenizers.find(tmp_path / "t.bin").tokens == source.tokens
 
 
@@ -115,14 +142,26 @@ def test_gpt2_exported_in_both_versions(shared, tmp_path, monkeypatch):
         (["train"], "input"),
         (["train", "--input", "/nonexistent/*.txt"], "holds no text"),
         (["encode", "--tokenizer", "gpt3", "text"], "there is no tokenizer gpt3"),
-        (["encode", "--tokenizer", "byte"], "standard input is not UTF-8 text: invalid start byte at byte 1"),
-        (["encode", "--tokenizer", "byte", "--output", "/nonexistent/x.bin", "a"], "/nonexistent/x.bin"),
-        (["encode", "--tokenizer", "byte", "--output", "x.bin", ""], "there is not one token id to write to x.bin"),
+        (
+            ["encode", "--tokenizer", "byte"],
+            "standard input is not UTF-8 text: invalid start byte at byte 1",
+        ),
+        (
+            ["encode", "--tokenizer", "byte", "--output", "/nonexistent/x.bin", "a"],
+            "/nonexistent/x.bin",
+        ),
+        (
+            ["encode", "--tokenizer", "byte", "--output", "x.bin", ""],
+            "there is not one token id to write to x.bin",
+        ),
         (["decode", "--tokenizer", "byte", "x"], "x"),
         (["decode", "--tokenizer", "byte", "--input", "x.bin", "1"], "leave one of them out"),
         (["decode", "--tokenizer", "byte", "--input", "x.bin"], "token shard x.bin cannot be read"),
         (["encode", "--tokenzier", "byte"], "tokenzier"),
-        (["export", "--tokenizer", "byte", "--version", "1", "--output", "x.bin"], "does not fit llm.c's file: version 1"),
+        (
+            ["export", "--tokenizer", "byte", "--version", "1", "--output", "x.bin"],
+            "does not fit llm.c's file: version 1",
+        ),
     ],
 )
 def test_bad_input_ends_in_one_sentence(argv, message, capsys, monkeypatch, tmp_path):
@@ -147,13 +186,25 @@ def test_ids_on_standard_input_that_are_none(capsys, monkeypatch):
 def test_characters_have_no_end_of_text_to_export(tmp_path, capsys):
     tokenizers.Characters("ab").save(tmp_path / "t.json")
     with pytest.raises(SystemExit):
-        main(["export", "--tokenizer", str(tmp_path / "t.json"), "--output", str(tmp_path / "t.bin")])
+        main(
+            ["export", "--tokenizer", str(tmp_path / "t.json"), "--output", str(tmp_path / "t.bin")]
+        )
     assert "has no end-of-text id" in capsys.readouterr().err
 
 
 def test_a_vocabulary_larger_than_the_text_gives(bpe, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        main(["train", "--input", str(tmp_path / "cats.txt"), "--vocab_size", "9999", "--output", str(tmp_path / "new.json")])
+        main(
+            [
+                "train",
+                "--input",
+                str(tmp_path / "cats.txt"),
+                "--vocab_size",
+                "9999",
+                "--output",
+                str(tmp_path / "new.json"),
+            ]
+        )
     assert "too short for a vocabulary of 9999" in capsys.readouterr().err
 
 
@@ -162,7 +213,9 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly():
     os.close(read)
     command = [sys.executable, "-m", "gptjax.tokenizers", "encode", "--tokenizer", "byte", "short"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
-    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, env=environment, check=False)
+    done = subprocess.run(
+        command, stdout=write, stderr=subprocess.PIPE, env=environment, check=False
+    )
     os.close(write)
     assert (done.stderr, done.returncode) == (b"", 141)
 

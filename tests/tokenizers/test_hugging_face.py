@@ -14,10 +14,14 @@ BYTES = [bytes([b]) for b in range(256)]
 
 
 def library(tokens, merges, **options):
-    """Hugging Face's tokenizer of these tokens (bytes) and pairs of merges (as they are printed)."""
+    """Hugging Face's tokenizer with these tokens (bytes) and merges (printable pairs)."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    made = Tokenizer(models.BPE({tokenizers.printable(token): i for i, token in enumerate(tokens)}, merges, **options))
+    made = Tokenizer(
+        models.BPE(
+            {tokenizers.printable(token): i for i, token in enumerate(tokens)}, merges, **options
+        )
+    )
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     made.add_special_tokens([AddedToken("<|endoftext|>", special=True, normalized=False)])
@@ -41,7 +45,9 @@ def test_only_listed_pairs_are_joined():
 
 
 def test_a_known_word_is_one_token_if_merges_are_ignored():
-    whole = hugging_face([*BYTES, b"th", b"he", b"the"], [("t", "h"), ("h", "e"), ("t", "he")], ignore_merges=True)
+    whole = hugging_face(
+        [*BYTES, b"th", b"he", b"the"], [("t", "h"), ("h", "e"), ("t", "he")], ignore_merges=True
+    )
     assert whole.encode("the xthe") == [258, 32, 120, 256, 101]
 
 
@@ -58,10 +64,14 @@ def test_added_tokens_are_found_and_special_ones_are_not():
 def test_a_text_with_a_byte_that_no_token_stands_for_is_refused(unknown):
     """The library leaves it out, or puts another token in its place."""
     few = [b"a", b"b", b" "]
-    assert library(few, [], unk_token=unknown).encode("a?b").ids != library(few, []).encode("a b").ids
+    assert (
+        library(few, [], unk_token=unknown).encode("a?b").ids != library(few, []).encode("a b").ids
+    )
     tokenizer = hugging_face(few, [], unk_token=unknown)
     assert tokenizer.encode("b a") == [1, 2, 0]
-    with pytest.raises(DataError, match="the text has the byte 0x3F, which the vocabulary merges lacks"):
+    with pytest.raises(
+        DataError, match="the text has the byte 0x3F, which the vocabulary merges lacks"
+    ):
         tokenizer.encode("a?b")
 
 
@@ -75,7 +85,9 @@ def test_other_threads_run_while_it_encodes():
     import threading
 
     done, turns = threading.Event(), 0
-    thread = threading.Thread(target=lambda: (THE.encode("the cat sat on the mat. " * 40_000), done.set()))
+    thread = threading.Thread(
+        target=lambda: (THE.encode("the cat sat on the mat. " * 40_000), done.set())
+    )
     thread.start()
     while not done.wait(0.001):
         turns += 1

@@ -14,12 +14,16 @@ TEXT = ["the cat sat on the mat", "the dog sat on the log", "über die Straße"]
 BPE = tokenizers.train_bpe(TEXT, 280, "cats")
 KINDS = {
     "bpe": BPE,
-    "hf": hugging_face(BPE.tokens, [tuple(map(tokenizers.printable, pair)) for pair in reversed(BPE.merges())]),
+    "hf": hugging_face(
+        BPE.tokens, [tuple(map(tokenizers.printable, pair)) for pair in reversed(BPE.merges())]
+    ),
     "byte": tokenizers.byte(),
     "char": tokenizers.train_characters(TEXT, "letters"),
 }
 every = pytest.mark.parametrize("tokenizer", KINDS.values(), ids=KINDS)
-any_text = pytest.mark.parametrize("tokenizer", [KINDS["bpe"], KINDS["hf"], KINDS["byte"]], ids=["bpe", "hf", "byte"])
+any_text = pytest.mark.parametrize(
+    "tokenizer", [KINDS["bpe"], KINDS["hf"], KINDS["byte"]], ids=["bpe", "hf", "byte"]
+)
 
 
 @any_text
@@ -78,7 +82,11 @@ def test_saved_and_loaded(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "tokenizer.json")
     again = tokenizers.load(tmp_path / "tokenizer.json")
     assert again == tokenizer
-    assert (again.name, again.vocab_size, again.end_of_text) == (tokenizer.name, tokenizer.vocab_size, tokenizer.end_of_text)
+    assert (again.name, again.vocab_size, again.end_of_text) == (
+        tokenizer.name,
+        tokenizer.vocab_size,
+        tokenizer.end_of_text,
+    )
     assert again.encode(TEXT[2]) == tokenizer.encode(TEXT[2])
     assert [p.name for p in tmp_path.iterdir()] == ["tokenizer.json"]
 

@@ -8,7 +8,13 @@ from gptjax.tokenizers import tokenizer_json
 from tests.tokenizers.test_hugging_face import library
 
 TEXT = ["the cat sat on the mat", "the dog sat on the log", "über die Straße, 12 345!"] * 20
-PADDING = {"direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "!"}
+PADDING = {
+    "direction": "Right",
+    "pad_to_multiple_of": None,
+    "pad_id": 0,
+    "pad_type_id": 0,
+    "pad_token": "!",
+}
 ADDED = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
 BPE = tokenizers.train_bpe(TEXT, 290, "cats")
 
@@ -33,8 +39,12 @@ def test_what_is_written_is_read_back(tmp_path):
 
 
 def test_what_ranks_of_merges_do_not_express_is_the_librarys_to_encode(tmp_path):
-    """By their ranks alone ``th`` and ``e`` would make "the", for that is a token: the file lists ``t he``."""
-    theirs = library([*tokenizers.byte().tokens, b"th", b"he", b"the"], [("t", "h"), ("h", "e"), ("t", "he")])
+    """By their ranks alone ``th`` and ``e`` would make "the", for that is a token: the file lists
+    ``t he``.
+    """
+    theirs = library(
+        [*tokenizers.byte().tokens, b"th", b"he", b"the"], [("t", "h"), ("h", "e"), ("t", "he")]
+    )
     theirs.save(str(tmp_path / "tokenizer.json"))
     found = tokenizer_json.read(tmp_path)
     assert (found.kind, found.vocab_size, found.end_of_text) == ("hf", 260, 259)
@@ -48,7 +58,10 @@ def test_what_the_library_encodes_is_written_and_read_back(tmp_path):
     found = tokenizer_json.read(tmp_path)
     tokenizer_json.write(tmp_path / "again", found)
     assert tokenizer_json.read(tmp_path / "again").same_as(found)
-    assert json.loads((tmp_path / "again" / "tokenizer_config.json").read_text())["eos_token"] == "<|endoftext|>"
+    assert (
+        json.loads((tmp_path / "again" / "tokenizer_config.json").read_text())["eos_token"]
+        == "<|endoftext|>"
+    )
 
 
 def test_characters_are_not_written(tmp_path):
@@ -60,7 +73,15 @@ def test_characters_are_not_written(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("named", "end"), [("</s>", 291), ({"content": "</s>"}, 291), (None, 289), ("<|endoftext|>", 289), ("the", None), (3, None)]
+    ("named", "end"),
+    [
+        ("</s>", 291),
+        ({"content": "</s>"}, 291),
+        (None, 289),
+        ("<|endoftext|>", 289),
+        ("the", None),
+        (3, None),
+    ],
 )
 def test_end_of_text_is_what_the_config_names(tmp_path, named, end):
     """A word that text may hold cannot be it."""
@@ -72,7 +93,9 @@ def test_end_of_text_is_what_the_config_names(tmp_path, named, end):
     )
     change_file(tmp_path / "tokenizer_config.json", lambda c: c.update(eos_token=named))
     if end is None:
-        with pytest.raises(FormatError, match="end-of-text, 'the', is no special token|names no text"):
+        with pytest.raises(
+            FormatError, match="end-of-text, 'the', is no special token|names no text"
+        ):
             tokenizer_json.read(tmp_path)
         return
     found = tokenizer_json.read(tmp_path)
@@ -118,14 +141,25 @@ def change_file(path, change):
         lambda c: c["pre_tokenizer"].update(add_prefix_space=True),
         lambda c: c["pre_tokenizer"].update(use_regex=False),
         lambda c: c.update(decoder=None),
-        lambda c: c.update(truncation={"max_length": 5, "stride": 0, "strategy": "LongestFirst", "direction": "Right"}),
+        lambda c: c.update(
+            truncation={
+                "max_length": 5,
+                "stride": 0,
+                "strategy": "LongestFirst",
+                "direction": "Right",
+            }
+        ),
         lambda c: c.update(padding={**PADDING, "strategy": {"Fixed": 4}}),
-        lambda c: c.update(post_processor={"type": "BertProcessing", "sep": ["a", 64], "cls": ["b", 65]}),
+        lambda c: c.update(
+            post_processor={"type": "BertProcessing", "sep": ["a", 64], "cls": ["b", 65]}
+        ),
         lambda c: c["model"].update(dropout=0.5),
         lambda c: c["model"].update(continuing_subword_prefix="###"),
         lambda c: c["model"].update(end_of_word_suffix="x"),
         lambda c: c["model"].update(byte_fallback=True),
-        lambda c: c.update(model={"type": "WordLevel", "vocab": c["model"]["vocab"], "unk_token": "a"}),
+        lambda c: c.update(
+            model={"type": "WordLevel", "vocab": c["model"]["vocab"], "unk_token": "a"}
+        ),
         lambda c: c.update(model={"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": 0}),
     ],
 )

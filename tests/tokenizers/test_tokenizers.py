@@ -40,7 +40,9 @@ def test_hugging_faces_file_is_found(tmp_path):
     tokenizer_json.write(tmp_path, BPE)
     for which in (tmp_path, tmp_path / "tokenizer.json"):
         assert tokenizers.find(which).same_as(BPE)
-    (tmp_path / "other.json").write_text('{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}')
+    (tmp_path / "other.json").write_text(
+        '{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}'
+    )
     with pytest.raises(FormatError, match="no byte-level BPE that is known here"):
         tokenizers.find(tmp_path / "other.json")
 
@@ -60,13 +62,19 @@ def test_gpt2_is_found(monkeypatch):
 
 
 def test_which_ids_are_gpt2s(monkeypatch):
-    """Another vocabulary of as many ids is not; where GPT-2's own cannot be had, their number has to do."""
-    own = dataclasses.replace(tokenizers.byte(), tokens=(*tokenizers.byte().tokens, *(b"%06d" % n for n in range(50_000))))
+    """Another vocabulary of as many ids is not; where GPT-2's own cannot be had, their number has
+    to do.
+    """
+    own = dataclasses.replace(
+        tokenizers.byte(), tokens=(*tokenizers.byte().tokens, *(b"%06d" % n for n in range(50_000)))
+    )
     assert own.vocab_size == tokenizers.GPT2_IDS
     monkeypatch.setattr(tokenizers, "gpt2", lambda: dataclasses.replace(own, name="gpt2"))
     assert tokenizers.is_gpt2(own)
     assert not tokenizers.is_gpt2(tokenizers.byte())
-    monkeypatch.setattr(tokenizers, "gpt2", lambda: dataclasses.replace(own, tokens=(*own.tokens[:-1], b"more")))
+    monkeypatch.setattr(
+        tokenizers, "gpt2", lambda: dataclasses.replace(own, tokens=(*own.tokens[:-1], b"more"))
+    )
     assert not tokenizers.is_gpt2(own)
 
     def not_to_be_had():
@@ -78,7 +86,9 @@ def test_which_ids_are_gpt2s(monkeypatch):
 
 @pytest.mark.parametrize("which", ["gpt3", "nowhere/tokenizer.json"])
 def test_no_such_tokenizer(which):
-    with pytest.raises(DataError, match=f"there is no tokenizer {which}: gpt2, byte, or a file or a folder with"):
+    with pytest.raises(
+        DataError, match=f"there is no tokenizer {which}: gpt2, byte, or a file or a folder with"
+    ):
         tokenizers.find(which)
 
 
@@ -105,7 +115,11 @@ def test_files_from_before_the_kind_was_written(tmp_path, monkeypatch):
         ([*BYTES, b"ab", b"<|endoftext|>"], 0, "end-of-text at 0 of 258 tokens"),
         ([*BYTES, b"ab", b"<|end|>"], 257, r"last b'<\|end\|>'"),
         ([*BYTES[1:], b"ab", b"<|endoftext|>"], 256, "no byte-level BPE"),
-        ([*BYTES, b"abc", b"<|endoftext|>"], 257, "b'abc', is not the merge of two tokens before it"),
+        (
+            [*BYTES, b"abc", b"<|endoftext|>"],
+            257,
+            "b'abc', is not the merge of two tokens before it",
+        ),
     ],
 )
 def test_llm_cs_file_must_hold_a_byte_level_bpe(tmp_path, tokens, end_of_text, message):

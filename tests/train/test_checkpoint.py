@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 
@@ -7,23 +8,35 @@ import pytest
 
 from gptjax.config import OptimConfig
 from gptjax.errors import CheckpointError
+from gptjax.models.params import param_axes, stack, unstack
+from gptjax.parallel import mesh as meshes
+from gptjax.parallel.mesh import MeshConfig, make_mesh
 from gptjax.train import checkpoint
 from gptjax.train import step as steps
 from gptjax.train.checkpoint import CheckpointWriter, open_newest, restore_newest
 from gptjax.train.optimizer import make_optimizer
 from tests.models import tiny
 
-OPTIMIZER = make_optimizer(OptimConfig(), 10)
 CFG = tiny.config(dtype="float32")
+OPTIMIZER = make_optimizer(OptimConfig(), 10, CFG)
+
+
+def state_of(cfg, optimizer, seed):
+    """A training state with other numbers in every array, moments and counters included."""
+    shapes = jax.eval_shape(lambda key: steps.init_state(key, cfg, optimizer), jax.random.key(0))
+    generator = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda x: jax.numpy.asarray(9 * generator.standard_normal(x.shape), x.dtype), shapes
+    )
 
 
 @pytest.fixture
 def saved(tmp_path):
-    """A folder with the checkpoints of steps 3 and 5, whose parameters differ."""
-    states = {n: steps.init_state(jax.random.key(n), CFG, OPTIMIZER) for n in (3, 5)}
+    """A folder with the checkpoints of steps 3 and 5, of which no array is the same."""
+    states = {n: state_of(CFG, OPTIMIZER, n) for n in (3, 5)}
     writer = CheckpointWriter(tmp_path / "c", keep=2)
     for n, state in states.items():
-        writer.save(n, state, CFG, {"position": n})
+        writer.save(n, state, CFG, OPTIMIZER, {"position": n})
     writer.close()
     return tmp_path / "c", states
 
@@ -41,21 +54,23 @@ def test_the_newest_comes_back_as_it_was(saved):
 
 def test_it_comes_back_in_the_layout_asked_for(saved):
     folder, states = saved
-    restored = restore_newest(folder, tiny.config(dtype="float32", layers="scan"), OPTIMIZER)
-    np.testing.assert_array_equal(restored.state.params.fcw[1], states[5].params.fcw[1])
-    np.testing.assert_array_equal(restored.state.opt_state.moments[1].mu.fcw, 0)
+    restored = restore_newest(folder, tiny.config(dtype="float32", layers="scan"), OPTIMIZER).state
+    for found, mine in (
+        (restored.params, states[5].params),
+        (restored.opt_state[1][0].mu, states[5].opt_state[1][0].mu),
+        (restored.opt_state[1][0].nu, states[5].opt_state[1][0].nu),
+    ):
+        assert_equal(unstack(found), mine)
 
 
 def test_a_first_moment_in_bfloat16_comes_back_and_is_not_taken_for_another(saved, tmp_path):
     """Nor is a checkpoint that has the other kind taken for a damaged one."""
     folder, _ = saved
-    rounded = make_optimizer(OptimConfig(mu_dtype="bfloat16"), 10)
-    state = steps.init_state(jax.random.key(3), CFG, rounded)
-    clip, adam = state.opt_state.moments
-    moments = clip, adam._replace(mu=jax.tree.map(lambda p: p.astype("bfloat16"), state.params))
-    state = state._replace(opt_state=state.opt_state._replace(moments=moments))
+    rounded = make_optimizer(OptimConfig(mu_dtype="bfloat16"), 10, CFG)
+    state = state_of(CFG, rounded, 3)
+    assert state.opt_state[1][0].mu.wte.dtype == "bfloat16"
     writer = CheckpointWriter(tmp_path / "rounded", keep=1)
-    writer.save(1, state, CFG, {})
+    writer.save(1, state, CFG, rounded, {})
     writer.close()
     assert_equal(restore_newest(tmp_path / "rounded", CFG, rounded).state, state)
     with pytest.raises(CheckpointError, match="optim.mu_dtype bfloat16, not None"):
@@ -65,7 +80,9 @@ def test_a_first_moment_in_bfloat16_comes_back_and_is_not_taken_for_another(save
     assert not list(folder.glob("damaged-*"))
 
 
-def test_what_was_saved_is_what_counts_even_if_the_storage_reads_without_complaint(saved, monkeypatch):
+def test_what_was_saved_is_what_counts_even_if_the_storage_reads_without_complaint(
+    saved, monkeypatch
+):
     """The storage returns other numbers for step 5: the checksums notice."""
     folder, states = saved
     real = checkpoint._checksums
@@ -80,7 +97,9 @@ def test_what_was_saved_is_what_counts_even_if_the_storage_reads_without_complai
         return real(tree)
 
     monkeypatch.setattr(checkpoint, "_checksums", checksums)
-    with pytest.warns(UserWarning, match="step_00000005 is damaged and was set aside: its checksums do not match"):
+    with pytest.warns(
+        UserWarning, match="step_00000005 is damaged and was set aside: its checksums do not match"
+    ):
         restored = restore_newest(folder, CFG, OPTIMIZER)
     assert restored.step == 3
     assert_equal(restored.state, states[3])
@@ -106,15 +125,26 @@ def test_checksums_are_the_same_on_the_device_and_from_the_file(saved, monkeypat
     monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 1000)
     stored = checkpoint._open_array(folder / "step_00000005", "params.wte")
     assert checkpoint._read(stored, 0, len(wte)) == expected
-    assert (checkpoint._read(stored, 0, 50) + checkpoint._read(stored, 50, len(wte))) % 2**32 == expected
+    assert (
+        checkpoint._read(stored, 0, 50) + checkpoint._read(stored, 50, len(wte))
+    ) % 2**32 == expected
     short = wte.astype("bfloat16")
-    assert checkpoint._checksums(short) == checksum(short.view(np.uint16).ravel(), range(short.size))
+    assert checkpoint._checksums(short) == checksum(
+        short.view(np.uint16).ravel(), range(short.size)
+    )
 
 
 def test_no_simple_change_of_an_array_keeps_its_checksum():
     """Sums of words, even with weights, miss some of these."""
     x = np.random.default_rng(0).standard_normal((64, 4)).astype(np.float32)
-    others = [-x, np.zeros_like(x), x[::-1], np.roll(x, 1), x.T.reshape(x.shape), np.concatenate([x[32:], x[:32]])]
+    others = [
+        -x,
+        np.zeros_like(x),
+        x[::-1],
+        np.roll(x, 1),
+        x.T.reshape(x.shape),
+        np.concatenate([x[32:], x[:32]]),
+    ]
     assert len({int(checkpoint._checksums(y)) for y in [x, *others]}) == 1 + len(others)
 
 
@@ -141,7 +171,8 @@ def change(folder, edit, *, sign=False):
         (lambda info: info["content"].update(arrays={}), True, 3),
         (lambda info: info["content"]["arrays"].pop("params.lnfb"), True, 3),
         (lambda info: info["content"]["arrays"].update({"params.lnfc": 0}), True, 3),
-        (lambda info: info["content"]["arrays"].pop("opt_state.moments.1.mu.lnfb"), True, 5),  # which a model does without
+        # Which a model does without
+        (lambda info: info["content"]["arrays"].pop("opt_state.1.0.mu.lnfb"), True, 5),
         (lambda info: info["content"].update(step=3), True, 3),
         (lambda info: info.pop("sha256"), False, 3),
         (lambda info: info.clear(), False, 3),
@@ -163,25 +194,49 @@ def test_what_it_says_of_itself_is_believed_only_with_its_checksum(saved, edit, 
     "edit",
     [
         lambda info: info["content"]["model"].update(rope=True),
-        lambda info: info["content"].pop("mu_dtype"),
+        lambda info: info["content"].pop("optimizer"),
         lambda info: info["content"]["model"].update(channels=7),
     ],
 )
-@pytest.mark.parametrize("read", [open_newest, lambda folder: restore_newest(folder, CFG, OPTIMIZER)])
+@pytest.mark.parametrize(
+    "read", [open_newest, lambda folder: restore_newest(folder, CFG, OPTIMIZER)]
+)
 def test_one_of_another_version_is_whole_so_it_stays_and_is_refused(saved, edit, read):
     folder, _ = saved
     change(folder, edit, sign=True)
-    with pytest.raises(CheckpointError, match="step_00000005 is of another version of gptjax: use that version"):
+    with pytest.raises(
+        CheckpointError, match="step_00000005 is of another version of gptjax: use that version"
+    ):
         read(folder)
     assert sorted(path.name for path in folder.iterdir()) == ["step_00000003", "step_00000005"]
 
 
-def test_one_of_the_layout_before_is_refused_in_the_same_words(saved):
+def of_flat_parameters(info):
+    """As it was when GPT-2's 16 tensors lay side by side, their attention weights fused, and AdamW
+    was the one optimizer.
+    """
+    content = info["content"]
+    content["mu_dtype"] = content.pop("optimizer")["optim.mu_dtype"]
+    del content["model"]["family"], content["model"]["dropout_mlp"]
+    content["arrays"] = {"params.wte": 1, "params.fcw.0": 2, "opt_state.moments.1.mu.fcw.0": 3}
+
+
+def of_a_list_of_checksums(info):
+    info.clear()
+    info.update({"model": {}, "mu_dtype": None, "checksums": [1, 2], "meta": {}})
+
+
+@pytest.mark.parametrize("edit", [of_flat_parameters, of_a_list_of_checksums])
+@pytest.mark.parametrize(
+    "read", [open_newest, lambda folder: restore_newest(folder, CFG, OPTIMIZER)]
+)
+def test_one_of_a_layout_before_is_refused_in_the_same_words(saved, edit, read):
     folder, _ = saved
-    content = {"model": {}, "mu_dtype": None, "checksums": [1, 2], "meta": {}}
-    (folder / "step_00000005" / "info" / "metadata").write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match="step_00000005 is of another version of gptjax"):
-        restore_newest(folder, CFG, OPTIMIZER)
+    change(folder, edit, sign=edit is of_flat_parameters)
+    with pytest.raises(
+        CheckpointError, match="step_00000005 is of another version of gptjax: use that version"
+    ):
+        read(folder)
     assert not list(folder.glob("damaged-*"))
 
 
@@ -200,10 +255,16 @@ def test_one_that_cannot_be_renamed_is_left_out(saved, monkeypatch):
         raise OSError(30, "Read-only file system", str(path))
 
     monkeypatch.setattr(checkpoint, "set_aside", read_only)
-    for read in (lambda: restore_newest(folder, CFG, OPTIMIZER).state.params, lambda: open_newest(folder)[1]):
-        with pytest.warns(UserWarning, match="is damaged and is left out .it cannot be renamed: Read-only file system"):
+    for read in (
+        lambda: restore_newest(folder, CFG, OPTIMIZER).state.params,
+        lambda: open_newest(folder)[1],
+    ):
+        with pytest.warns(
+            UserWarning,
+            match="is damaged and is left out .it cannot be renamed: Read-only file system",
+        ):
             params = read()
-        np.testing.assert_array_equal(params.fcw[1], states[3].params.fcw[1])
+        np.testing.assert_array_equal(params.blocks[1].fcw, states[3].params.blocks[1].fcw)
     assert (folder / "step_00000005").exists()
 
 
@@ -214,12 +275,18 @@ def test_one_that_is_being_written_is_left_alone(saved):
     break_newest(folder)
     with pytest.warns(UserWarning, match="step_00000005 is damaged"):
         open_newest(folder)
-    assert sorted(path.name for path in folder.iterdir()) == ["damaged-step_00000005", "step_00000003", unfinished.name]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "damaged-step_00000005",
+        "step_00000003",
+        unfinished.name,
+    ]
 
 
 @pytest.mark.parametrize("dropped", ["whole", "half"])
 def test_a_run_that_trains_meanwhile_is_followed(saved, monkeypatch, dropped):
-    """While step 5 is read it is dropped for step 7: that is no damage, and nothing in the run's way is renamed."""
+    """While step 5 is read it is dropped for step 7: that is no damage, and nothing in the run's
+    way is renamed.
+    """
     folder, states = saved
     real = checkpoint._open
 
@@ -227,7 +294,7 @@ def test_a_run_that_trains_meanwhile_is_followed(saved, monkeypatch, dropped):
         if step == 5:
             (folder / "step_00000003").rename(folder.parent / "older")
             writer = CheckpointWriter(folder, keep=2)
-            writer.save(7, states[5], CFG, {"position": 7})
+            writer.save(7, states[5], CFG, OPTIMIZER, {"position": 7})
             writer.close()
             shutil.rmtree(path if dropped == "whole" else path / "state")
         return real(path, step)
@@ -254,14 +321,19 @@ def test_one_that_another_command_sets_aside_meanwhile(saved, monkeypatch):
 @pytest.mark.parametrize("layers", ["unroll", "scan"])
 def test_one_that_is_dropped_after_it_was_opened(tmp_path, layers):
     """Its storage reads zeros where a file is gone."""
-    cfg = tiny.config(dtype="float32", vocab_size=4000, channels=64, layers=layers)  # too large to be read along with others
+    # Too large to be read along with others
+    cfg = tiny.config(dtype="float32", vocab_size=4000, channels=64, layers=layers)
+    optimizer = make_optimizer(OptimConfig(), 10, cfg)
     writer = CheckpointWriter(tmp_path, keep=1)
-    writer.save(1, steps.init_state(jax.random.key(1), cfg, OPTIMIZER), cfg, {})
+    writer.save(1, steps.init_state(jax.random.key(1), cfg, optimizer), cfg, optimizer, {})
     writer.close()
     _, params, _ = open_newest(tmp_path)
     shutil.rmtree(tmp_path / "step_00000001")
-    for tensor in (params.wte, params.fcw[1]):
-        with pytest.raises(CheckpointError, match="step_00000001 changed while it was read .*: if its run is training"):
+    for tensor in (params.wte, params.blocks[1].fcw):
+        with pytest.raises(
+            CheckpointError,
+            match="step_00000001 changed while it was read .*: if its run is training",
+        ):
             np.asarray(tensor)
 
 
@@ -277,7 +349,8 @@ def test_all_damaged_is_an_error_not_a_fresh_start(saved):
     with pytest.raises(CheckpointError, match="no checkpoint in .* can be read"):
         restore_newest(folder, CFG, OPTIMIZER)
     assert len(list(folder.glob("damaged-*"))) == 2
-    with pytest.raises(CheckpointError, match="no checkpoint in .* can be read"):  # nor at the second try
+    # Nor at the second try
+    with pytest.raises(CheckpointError, match="no checkpoint in .* can be read"):
         restore_newest(folder, CFG, OPTIMIZER)
 
 
@@ -298,3 +371,121 @@ def test_another_model_is_refused_and_nothing_is_set_aside(saved):
     with pytest.raises(CheckpointError, match=r"was trained with model\.num_heads 2, not 4"):
         restore_newest(folder, tiny.config(dtype="float32", num_heads=4), OPTIMIZER)
     assert not list(folder.glob("damaged-*"))
+
+
+# Of every optimizer, on every mesh
+
+
+OPTIMIZERS = ["adamw", "muon", "lion", "adafactor", "sgd"]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_training_goes_on_bit_for_bit(tmp_path, name):
+    """Two steps, a checkpoint and a third, or three steps."""
+    optimizer = make_optimizer(OptimConfig(name=name, learning_rate=0.01, warmup_steps=4), 10, CFG)
+    key = jax.random.key(0)
+    batches = [
+        jax.tree.map(lambda x: np.asarray(x)[None], tiny.batch(CFG, seed=n)) for n in range(3)
+    ]
+    with jax.enable_x64(False):
+        compiled = steps.compile_step(
+            CFG, optimizer, "manual", *steps.step_arguments(CFG, optimizer, batches[0].inputs.shape)
+        )
+
+        def train(state, numbers):
+            buffer = steps.gradient_buffer(state.params)
+            for n in numbers:
+                state, buffer, _ = steps.run_step(compiled, state, buffer, batches[n], key, n + 1)
+            return state
+
+        two = train(steps.make_state(key, CFG, optimizer), [0, 1])
+        writer = CheckpointWriter(tmp_path, keep=1)
+        writer.save(2, two, CFG, optimizer, {})
+        writer.close()
+        before = jax.device_get(two)
+        straight = train(two, [2])
+        resumed = restore_newest(tmp_path, CFG, optimizer).state
+        assert_equal(resumed, before)
+        assert jax.tree.structure(resumed) == jax.tree.structure(straight)
+        assert_equal(train(resumed, [2]), straight)
+    assert not np.array_equal(straight.params.wte, before.params.wte)
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "adamw"])
+def test_another_optimizer_is_refused_and_nothing_is_set_aside(saved, name):
+    folder, _ = saved
+    optimizer = make_optimizer(OptimConfig(name=name), 10, CFG)
+    with pytest.raises(
+        CheckpointError,
+        match=rf"step_00000005 was trained with optim\.name adamw, not {name}: give it",
+    ) as error:
+        restore_newest(folder, CFG, optimizer)
+    assert "\n" not in str(error.value)
+    assert sorted(path.name for path in folder.iterdir()) == ["step_00000003", "step_00000005"]
+
+
+def trees_of_parameters(state):
+    """The parameters, what the optimizer keeps for each of them, and its other arrays."""
+    return jax.tree.leaves(state, is_leaf=lambda tree: hasattr(tree, "blocks"))
+
+
+def in_one_layout(tree):
+    """With its layers stacked, if it is like the parameters."""
+    return stack(tree) if hasattr(tree, "blocks") else tree
+
+
+ALL_DEVICES = MeshConfig(2, 2, 2)
+ELSEWHERE = [
+    *(("adamw", "unroll", "unroll", mesh) for mesh in (MeshConfig(fsdp=8), None)),
+    ("adamw", "unroll", "scan", MeshConfig(tensor=8)),
+    *((name, "unroll", "scan", MeshConfig(2, 1, 2)) for name in OPTIMIZERS if name != "adafactor"),
+    *((name, "scan", "unroll", None) for name in OPTIMIZERS if name != "adafactor"),
+    ("adafactor", "unroll", "unroll", MeshConfig(2, 1, 2)),
+]
+
+
+@pytest.mark.parametrize(("name", "saved", "read", "other"), ELSEWHERE)
+def test_a_checkpoint_is_read_onto_any_other_mesh(tmp_path, name, saved, read, other):
+    """And in the other layout."""
+    cfg = tiny.config(
+        dtype="float32", num_layers=2, num_heads=8, channels=16, vocab_size=120, layers=saved
+    )
+    optimizer = make_optimizer(OptimConfig(name=name), 10, cfg)
+    layouts = lambda mesh, cfg, state: meshes.shardings(mesh, param_axes(cfg), state)  # noqa: E731
+    values = state_of(cfg, optimizer, 1)
+    state = jax.device_put(values, layouts(make_mesh(ALL_DEVICES, cfg.axis_sizes, 8), cfg, values))
+    assert {len(x.sharding.device_set) for x in jax.tree.leaves(state)} == {8}
+    writer = CheckpointWriter(tmp_path, keep=1)
+    writer.save(1, state, cfg, optimizer, {})
+    writer.close()
+    now = dataclasses.replace(cfg, layers=read)
+    mesh = make_mesh(other, cfg.axis_sizes, 8) if other else None
+    state = restore_newest(tmp_path, now, optimizer, mesh).state
+    shapes = jax.eval_shape(lambda key: steps.init_state(key, now, optimizer), jax.random.key(0))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), shapes
+    )
+    for found, mine in zip(trees_of_parameters(state), trees_of_parameters(values), strict=True):
+        assert_equal(in_one_layout(found), in_one_layout(mine))
+    if mesh is None:
+        assert {len(x.sharding.device_set) for x in jax.tree.leaves(state)} == {1}
+    else:
+        expected = layouts(mesh, now, state)
+        assert all(
+            jax.tree.leaves(
+                jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, expected)
+            )
+        )
+        assert state.params.wte.sharding.device_set == set(mesh.devices.flat)
+
+
+def test_what_adafactor_keeps_of_single_layers_is_not_that_of_stacked_ones(tmp_path):
+    optimizer = make_optimizer(OptimConfig(name="adafactor"), 10, CFG)
+    writer = CheckpointWriter(tmp_path, keep=1)
+    writer.save(1, state_of(CFG, optimizer, 1), CFG, optimizer, {})
+    writer.close()
+    with pytest.raises(
+        CheckpointError, match=r"was trained with model\.layers unroll: give it that value"
+    ):
+        restore_newest(tmp_path, dataclasses.replace(CFG, layers="scan"), optimizer)
+    assert not list(tmp_path.glob("damaged-*"))

@@ -17,20 +17,34 @@ import orbax.checkpoint as ocp
 import pytest
 import yaml
 
-from gptjax import convert, train
+from gptjax import convert
 from gptjax.datasets import find_corpus
 from gptjax.formats.token_shards import write_shard
 from gptjax.models import gpt2
-from gptjax.train import step as steps
+from gptjax.train import __main__ as train
+from gptjax.train import trainer
 from gptjax.xla import native
 from gptjax.xla.cache import keep_compiled_programs
 from tests.conftest import ROOT
 
 TINY = {
-    "model": {"num_layers": 1, "num_heads": 2, "channels": 16, "vocab_size": 4096, "max_seq_len": 32, "dropout": 0.1},
+    "model": {
+        "num_layers": 1,
+        "num_heads": 2,
+        "channels": 16,
+        "vocab_size": 4096,
+        "max_seq_len": 32,
+        "dropout": 0.1,
+    },
     "data": {"batch_size": 4, "seq_len": 16},
     "optim": {"learning_rate": 1e-2, "warmup_steps": 3},
-    "train": {"steps": 20, "eval_every": 10, "eval_tokens": 64, "sample_tokens": 8, "checkpoint_every": 10},
+    "train": {
+        "steps": 20,
+        "eval_every": 10,
+        "eval_tokens": 64,
+        "sample_tokens": 8,
+        "checkpoint_every": 10,
+    },
 }
 
 
@@ -46,7 +60,14 @@ def command(tmp_path, data_root):
     """The arguments of a tiny run in a folder of its own."""
     config = tmp_path / "tiny.yaml"
     config.write_text(yaml.safe_dump(TINY))
-    return ["--config", str(config), "--runs", str(tmp_path / "runs"), "--data.root", str(data_root)]
+    return [
+        "--config",
+        str(config),
+        "--runs",
+        str(tmp_path / "runs"),
+        "--data.root",
+        str(data_root),
+    ]
 
 
 def run(*args: str) -> int:
@@ -58,7 +79,9 @@ def run(*args: str) -> int:
 def start(*args: str) -> subprocess.Popen:
     """The command in a process of its own."""
     command = [sys.executable, "-m", "gptjax.train", *map(str, args)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def metrics_text(folder: Path) -> str:
@@ -81,7 +104,9 @@ def arrays(folder: Path, step: int):
 def assert_same_run(one: Path, other: Path, step: int = 20) -> None:
     """Bit for bit: every loss and norm, and every parameter and moment at the end."""
     keys = "step", "loss", "grad_norm", "lr"
-    assert [[r.get(k) for k in keys] for r in metrics(one)] == [[r.get(k) for k in keys] for r in metrics(other)]
+    assert [[r.get(k) for k in keys] for r in metrics(one)] == [
+        [r.get(k) for k in keys] for r in metrics(other)
+    ]
     mine, theirs = arrays(one, step), arrays(other, step)
     assert len(mine) > 40
     for a, b in zip(mine, theirs, strict=True):
@@ -111,19 +136,33 @@ def test_a_run_from_start_to_end(command, tmp_path, capsys):
     assert records[-1]["loss"] < records[0]["loss"] - 0.3
     assert [round(r["lr"], 5) for r in records[:3]] == [0.00333, 0.00667, 0.01]
     resolved = yaml.safe_load((folder / "config.yaml").read_text())
-    assert (resolved["model"]["dtype"], resolved["model"]["attention"]) == ("float32", "materialised")
+    assert (resolved["model"]["dtype"], resolved["model"]["attention"]) == (
+        "float32",
+        "materialised",
+    )
     assert resolved["train"]["steps"] == 20
-    assert {p.name for p in folder.iterdir()} == {"config.yaml", "metrics.jsonl", "tokenizer.json", "checkpoints", "lock"}
+    assert {p.name for p in folder.iterdir()} == {
+        "config.yaml",
+        "metrics.jsonl",
+        "tokenizer.json",
+        "checkpoints",
+        "lock",
+    }
     assert run(*command, "--train.steps", "1") == 0
-    assert {p.name for p in (tmp_path / "runs").iterdir()} == {"tiny", "tiny-2"}  # the first run is left alone
+    # The first run is left alone
+    assert {p.name for p in (tmp_path / "runs").iterdir()} == {"tiny", "tiny-2"}
     assert metrics(folder) == records
-    assert run("--config", folder / "config.yaml", "--runs", tmp_path / "again", "--train.steps", "1") == 0
+    assert (
+        run("--config", folder / "config.yaml", "--runs", tmp_path / "again", "--train.steps", "1")
+        == 0
+    )
     assert metrics(tmp_path / "again" / "tiny")[0]["loss"] == records[0]["loss"]
 
 
 def test_twenty_steps_equal_ten_then_kill_9_then_ten(command, tmp_path):
     assert run(*command, "--name", "straight") == 0
-    slow = [*command, "--name", "killed", "--train.eval_every", "1", "--train.eval_tokens", "6000"]  # time to be killed in
+    # Time to be killed in
+    slow = [*command, "--name", "killed", "--train.eval_every", "1", "--train.eval_tokens", "6000"]
     process = start(*slow)
     folder = tmp_path / "runs" / "killed"
     _wait_for((folder / "checkpoints" / "step_00000010").exists, process)
@@ -138,7 +177,8 @@ def test_twenty_steps_equal_ten_then_kill_9_then_ten(command, tmp_path):
 def test_a_signal_saves_and_ends_cleanly(command, tmp_path, number):
     assert run(*command, "--name", "straight") == 0
     args = [*command, "--name", "stopped"]
-    process = start(*args, "--train.eval_every", "1", "--train.eval_tokens", "6000")  # time to be stopped in
+    # Time to be stopped in
+    process = start(*args, "--train.eval_every", "1", "--train.eval_tokens", "6000")
     folder = tmp_path / "runs" / "stopped"
     _wait_for(lambda: metrics_text(folder).count("\n") > 2, process)
     process.send_signal(number)
@@ -173,11 +213,24 @@ def test_resume_survives_a_damaged_and_a_partial_checkpoint(command, tmp_path):
     with pytest.warns(UserWarning, match="step_00000020 is damaged and was set aside"):
         assert run(*command, "--resume", "auto") == 0
     assert (folder / "checkpoints" / "damaged-step_00000020").exists()
-    assert [(r["step"], r["loss"]) for r in metrics(folder)] == [(r["step"], r["loss"]) for r in expected]
+    assert [(r["step"], r["loss"]) for r in metrics(folder)] == [
+        (r["step"], r["loss"]) for r in expected
+    ]
 
 
 def test_only_the_newest_checkpoints_are_kept(command, tmp_path):
-    assert run(*command, "--train.checkpoint_every", "4", "--train.keep_checkpoints", "2", "--train.eval_every", "0") == 0
+    assert (
+        run(
+            *command,
+            "--train.checkpoint_every",
+            "4",
+            "--train.keep_checkpoints",
+            "2",
+            "--train.eval_every",
+            "0",
+        )
+        == 0
+    )
     names = sorted(p.name for p in (tmp_path / "runs" / "tiny" / "checkpoints").iterdir())
     assert names == ["step_00000016", "step_00000020"]
 
@@ -186,11 +239,64 @@ def test_resume_under_another_layout_and_with_more_steps(command, tmp_path, caps
     options = ["--optim.schedule", "constant", "--train.eval_every", "0", "--model.dropout", "0"]
     assert run(*command, *options, "--name", "straight", "--train.steps", "14") == 0
     assert run(*command, *options, "--name", "again", "--train.steps", "10") == 0
-    assert run(*command, *options, "--name", "again", "--train.steps", "14", "--resume", "auto", "--model.layers", "scan") == 0
-    losses = [[r["loss"] for r in metrics(tmp_path / "runs" / name)] for name in ("straight", "again")]
+    assert (
+        run(
+            *command,
+            *options,
+            "--name",
+            "again",
+            "--train.steps",
+            "14",
+            "--resume",
+            "auto",
+            "--model.layers",
+            "scan",
+        )
+        == 0
+    )
+    losses = [
+        [r["loss"] for r in metrics(tmp_path / "runs" / name)] for name in ("straight", "again")
+    ]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
-    assert run(*command, "--name", "again", "--train.steps", "14", "--resume", "auto", "--model.dropout", "0") == 0
+    assert (
+        run(
+            *command,
+            "--name",
+            "again",
+            "--train.steps",
+            "14",
+            "--resume",
+            "auto",
+            "--model.dropout",
+            "0",
+        )
+        == 0
+    )
     assert "nothing to do: 14 of 14 steps are done" in capsys.readouterr().out
+
+
+def test_muon_trains_on_a_mesh_and_resumes(command, tmp_path, capsys):
+    """On 4 of the simulated devices."""
+    options = [
+        "--optim.name",
+        "muon",
+        "--optim.schedule",
+        "constant",
+        "--mesh.data",
+        "2",
+        "--mesh.tensor",
+        "2",
+    ]
+    assert run(*command, *options, "--name", "straight") == 0
+    assert "data 2 x fsdp 1 x tensor 2" in capsys.readouterr().out
+    assert run(*command, *options, "--name", "resumed", "--train.steps", "10") == 0
+    assert run(*command, *options, "--name", "resumed", "--resume", "auto") == 0
+    assert "resumed" in capsys.readouterr().out
+    assert_same_run(tmp_path / "runs" / "straight", tmp_path / "runs" / "resumed")
+    assert (
+        metrics(tmp_path / "runs" / "resumed")[-1]["loss"]
+        < metrics(tmp_path / "runs" / "straight")[0]["loss"] - 0.3
+    )
 
 
 @pytest.mark.parametrize(
@@ -199,6 +305,7 @@ def test_resume_under_another_layout_and_with_more_steps(command, tmp_path, caps
         (["--model.channels", "32"], "was trained with model.channels 16, not 32"),
         (["--data.seq_len", "8"], "was trained with data.seq_len 16, not 8"),
         (["--seed", "1"], "was trained with seed 0, not 1"),
+        (["--optim.name", "muon"], "was trained with optim.name adamw, not muon"),
     ],
 )
 def test_resume_refuses_another_model_or_order(command, capsys, changes, message):
@@ -217,7 +324,10 @@ def test_divergence_skips_the_updates_then_stops(command, tmp_path, capsys):
         "--train.checkpoint_every",
         "1",
     ]
-    assert run(*command, *wild, "--train.max_nonfinite", "3", "--optim.schedule", "constant") == train.FAILED
+    assert (
+        run(*command, *wild, "--train.max_nonfinite", "3", "--optim.schedule", "constant")
+        == train.FAILED
+    )
     records = metrics(tmp_path / "runs" / "tiny")
     assert [r.get("skipped", False) for r in records[-4:]] == [False, True, True, True]
     assert records[-1]["loss"] is None
@@ -225,15 +335,25 @@ def test_divergence_skips_the_updates_then_stops(command, tmp_path, capsys):
     assert "not finite: update skipped" in captured.out
     assert "3 losses or gradients in a row were not finite" in captured.err
     assert "there is no checkpoint yet" in captured.err
-    assert not list((tmp_path / "runs" / "tiny" / "checkpoints").iterdir())  # none of such parameters
+    # None of such parameters
+    assert not list((tmp_path / "runs" / "tiny" / "checkpoints").iterdir())
 
 
 def test_divergence_leaves_the_last_good_checkpoint(command, tmp_path, capsys):
-    """Ten good steps, then a learning rate that blows the parameters up: going on is still possible from step 10."""
+    """Ten good steps, then a learning rate that blows the parameters up: going on is still possible
+    from step 10.
+    """
     assert run(*command, "--train.steps", "10") == 0
     folder = tmp_path / "runs" / "tiny"
     good = arrays(folder, 10)
-    wild = ["--optim.learning_rate", "1e30", "--optim.schedule", "constant", "--optim.warmup_steps", "0"]
+    wild = [
+        "--optim.learning_rate",
+        "1e30",
+        "--optim.schedule",
+        "constant",
+        "--optim.warmup_steps",
+        "0",
+    ]
     assert run(*command, *wild, "--resume", "auto", "--train.checkpoint_every", "1") == train.FAILED
     assert "the checkpoint after step 10 is the last good one" in capsys.readouterr().err
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step_00000010"]
@@ -245,17 +365,23 @@ def test_divergence_leaves_the_last_good_checkpoint(command, tmp_path, capsys):
 
 def test_what_has_no_checkpoint_is_not_called_saved(command, capsys, monkeypatch):
     """Where the parameters are no good in the end; a checkpoint from before is named."""
-    evaluate = steps.evaluate
-    monkeypatch.setattr(steps, "evaluate", lambda loss, params, batches: float("nan"))
+    evaluate = trainer.evaluate
+    monkeypatch.setattr(trainer, "evaluate", lambda loss, params, batches: float("nan"))
     assert run(*command, "--train.steps", "3") == 0
     *_, last = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"ended after step 3 without a checkpoint of it; in \S+/tiny there is no checkpoint", last)
-    monkeypatch.setattr(steps, "evaluate", evaluate)
+    assert re.fullmatch(
+        r"ended after step 3 without a checkpoint of it; in \S+/tiny there is no checkpoint", last
+    )
+    monkeypatch.setattr(trainer, "evaluate", evaluate)
     assert run(*command, "--train.steps", "3", "--resume", "auto") == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("saved in ")
-    monkeypatch.setattr(steps, "evaluate", lambda loss, params, batches: float("nan"))
+    monkeypatch.setattr(trainer, "evaluate", lambda loss, params, batches: float("nan"))
     assert run(*command, "--train.steps", "5", "--resume", "auto") == 0
-    assert capsys.readouterr().out.splitlines()[-1].endswith("/tiny the newest checkpoint is after step 3")
+    assert (
+        capsys.readouterr()
+        .out.splitlines()[-1]
+        .endswith("/tiny the newest checkpoint is after step 3")
+    )
 
 
 def test_a_checkpoint_that_is_declined_is_an_error(command, capsys, monkeypatch):
@@ -270,12 +396,22 @@ def test_float64_trains_and_resumes(command, tmp_path, capsys, monkeypatch, in_c
     if in_cpp and not native.available():
         pytest.skip("there is no C++ compiler")
     monkeypatch.setattr(native, "available", lambda: in_cpp)
-    wide = [*command, "--model.dtype", "float64", "--optim.schedule", "constant", "--train.eval_every", "0"]
+    wide = [
+        *command,
+        "--model.dtype",
+        "float64",
+        "--optim.schedule",
+        "constant",
+        "--train.eval_every",
+        "0",
+    ]
     with jax.enable_x64(True):
         assert train.main([*wide, "--name", "straight", "--train.steps", "6"]) == 0
         assert ("AdamW in C++" in capsys.readouterr().out) == in_cpp
         assert train.main([*wide, "--name", "resumed", "--train.steps", "3"]) == 0
-        assert train.main([*wide, "--name", "resumed", "--train.steps", "6", "--resume", "auto"]) == 0
+        assert (
+            train.main([*wide, "--name", "resumed", "--train.steps", "6", "--resume", "auto"]) == 0
+        )
     assert_same_run(tmp_path / "runs" / "straight", tmp_path / "runs" / "resumed", 6)
     narrow = ["float32" if option == "float64" else option for option in wide]
     assert run(*narrow, "--name", "resumed", "--train.steps", "8", "--resume", "auto") == 0
@@ -310,9 +446,15 @@ def test_tensorboard_gets_each_step_once_and_the_samples(command, tmp_path):
 
 
 @pytest.mark.parametrize("package", ["tensorboard", "wandb"])
-def test_a_missing_logger_is_told_before_anything_is_made(command, tmp_path, capsys, monkeypatch, package):
+def test_a_missing_logger_is_told_before_anything_is_made(
+    command, tmp_path, capsys, monkeypatch, package
+):
     monkeypatch.setitem(sys.modules, package, None)
-    assert_refused([*command, f"--log.{package}", "true"], f"log.{package} needs {package}: pip install", capsys)
+    assert_refused(
+        [*command, f"--log.{package}", "true"],
+        f"log.{package} needs {package}: pip install",
+        capsys,
+    )
     assert not (tmp_path / "runs").exists()
 
 
@@ -320,8 +462,15 @@ def test_a_missing_logger_is_told_before_anything_is_made(command, tmp_path, cap
 
 
 def test_live_checks_log_the_worst_error(command, tmp_path, capsys):
-    assert run(*command, "--train.steps", "5", "--train.verify_every", "2", "--train.log_every", "5") == 0
-    errors = {r["step"]: r["gradient_error"] for r in metrics(tmp_path / "runs" / "tiny") if "gradient_error" in r}
+    assert (
+        run(*command, "--train.steps", "5", "--train.verify_every", "2", "--train.log_every", "5")
+        == 0
+    )
+    errors = {
+        r["step"]: r["gradient_error"]
+        for r in metrics(tmp_path / "runs" / "tiny")
+        if "gradient_error" in r
+    }
     assert list(errors) == [2, 4]
     assert all(1e-9 < error < 1e-5 for error in errors.values())
     assert capsys.readouterr().out.count("| gradient error ") == 2
@@ -333,7 +482,9 @@ def test_a_run_with_checks_is_the_run_without(command, tmp_path):
     assert_same_run(tmp_path / "runs" / "straight", tmp_path / "runs" / "checked")
 
 
-def test_a_wrong_gradient_stops_the_run_with_its_report_saved(command, tmp_path, capsys, monkeypatch):
+def test_a_wrong_gradient_stops_the_run_with_its_report_saved(
+    command, tmp_path, capsys, monkeypatch
+):
     right = gpt2.gelu_bwd
 
     def gelu_bwd(saved, dy):
@@ -348,7 +499,8 @@ def test_a_wrong_gradient_stops_the_run_with_its_report_saved(command, tmp_path,
     assert [r["step"] for r in metrics(folder)] == [1, 2, 3]
     assert json.loads((folder / "verify-step-4.json").read_text())["ok"] is False
     assert "gelu_bwd" in (folder / "verify-step-4.html").read_text()
-    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step_00000003"]  # to look into it with
+    # To look into it with
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step_00000003"]
 
 
 # Bad input: one sentence, status 2, no traceback
@@ -371,7 +523,10 @@ def assert_refused(args: list[str], message: str, capsys) -> None:
         (["--data.batch_size", "many"], "data.batch_size: Expected a int. Got value: many"),
         (["--train.backward", "magic"], "train.backward"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
-        (["--model.channels", "30", "--model.num_heads", "4"], "model.channels 30 does not divide by model.num_heads 4"),
+        (
+            ["--model.channels", "30", "--model.num_heads", "4"],
+            "model.channels 30 does not divide by model.num_heads 4",
+        ),
         (["--data.seq_len", "33"], "data.seq_len 33 does not fit model.max_seq_len 32"),
         (["--data.dataset", "nowhere"], "data.dataset nowhere is no file or folder"),
         (["--data.batch_size", "100000"], "but one step takes 100000: lower data.batch_size"),
@@ -394,7 +549,10 @@ def test_bad_options_end_in_one_sentence(command, capsys, args, message):
     ("text", "message"),
     [
         ("modle: {preset: 124m}", "unknown option modle"),
-        ("model: {preset: 124m, chanels: 4}", "unknown option model.chanels: did you mean model.channels?"),
+        (
+            "model: {preset: 124m, chanels: 4}",
+            "unknown option model.chanels: did you mean model.channels?",
+        ),
         ("model: {preset: [", "parsing"),
         ("model: {preset: 3m}", "preset"),
         ("{}", "model"),
@@ -410,7 +568,9 @@ def test_bad_shards_end_in_one_sentence(command, tmp_path, capsys):
     folder.mkdir()
     write_shard(folder / "train.bin", np.full(5000, 5000))
     write_shard(folder / "val.bin", np.arange(100))
-    (folder / "tokenizer.json").write_bytes(next(Path(command[-1]).glob("*/tokenizer.json")).read_bytes())
+    (folder / "tokenizer.json").write_bytes(
+        next(Path(command[-1]).glob("*/tokenizer.json")).read_bytes()
+    )
     args = [*command, "--data.dataset", str(folder)]
     assert_refused(args, "train.bin holds token id 5000 near position", capsys)
     (folder / "val.bin").write_bytes((folder / "val.bin").read_bytes()[:-3])
@@ -422,7 +582,7 @@ def test_bad_shards_end_in_one_sentence(command, tmp_path, capsys):
 def test_a_disk_that_fills_up_ends_in_one_sentence(command, tmp_path):
     """A limit on file sizes stands in for the disk: the checkpoint of step 20 cannot be written."""
     script = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000));"
-    script += "from gptjax.train import main; sys.exit(main(sys.argv[1:]))"
+    script += "from gptjax.train.__main__ import main; sys.exit(main(sys.argv[1:]))"
     result = subprocess.run(
         [sys.executable, "-c", script, *command, "--model.channels", "64"],
         capture_output=True,
@@ -437,10 +597,19 @@ def test_a_disk_that_fills_up_ends_in_one_sentence(command, tmp_path):
 
 
 def test_the_next_start_finds_what_this_one_compiled(command, tmp_path):
-    """Where an entry is damaged it compiles, without a warning, and the start after it finds what that one compiled."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("JAX_COMPILATION_CACHE_DIR", "PYTHONWARNINGS")}
+    """Where an entry is damaged it compiles, without a warning, and the start after it finds what
+    that one compiled.
+    """
+    environment = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("JAX_COMPILATION_CACHE_DIR", "PYTHONWARNINGS")
+    }
     few = "--train.steps=1", "--train.eval_every=0", "--train.sample_tokens=0"
-    environment |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_DEBUG_LOG_MODULES": "jax._src.compiler"}
+    environment |= {
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "JAX_DEBUG_LOG_MODULES": "jax._src.compiler",
+    }
 
     def hits() -> set[str]:
         result = subprocess.run(
@@ -482,11 +651,16 @@ def test_without_a_place_for_compiled_programs_none_is_kept(monkeypatch, place):
 
 def test_help_explains_every_option(capsys):
     with pytest.raises(SystemExit):
-        train.main(["--help"])
+        train.main(["--help_all"])
     text = capsys.readouterr().out
     options = [line for line in text.splitlines() if line.startswith("  --")]
     assert len(options) > 35
-    for line in ("--optim.learning_rate", "Peak learning rate", "Attention implementation; auto picks by platform", "--resume"):
+    for line in (
+        "--optim.learning_rate",
+        "Peak learning rate",
+        "Attention implementation; auto picks by platform",
+        "--resume",
+    ):
         assert line in text
 
 
@@ -507,7 +681,9 @@ def test_every_shipped_config_is_valid(path, capsys):
 
 
 def test_init_starts_from_weights_wherever_they_come_from(command, tmp_path, capsys):
-    """A run's weights, through a Hugging Face folder: the loss before the first step is the other run's last."""
+    """A run's weights, through a Hugging Face folder: the loss before the first step is the other
+    run's last.
+    """
     run(*command, "--train.steps", 10)
     assert convert.main([str(tmp_path / "runs" / "tiny"), str(tmp_path / "hf")]) == 0
     last = metrics(tmp_path / "runs" / "tiny")[-1]["val_loss"]
@@ -521,7 +697,9 @@ def test_init_starts_from_weights_wherever_they_come_from(command, tmp_path, cap
 
 
 def test_your_own_text_by_characters(command, tmp_path, capsys):
-    (tmp_path / "tale.txt").write_text("It was the best of times, it was the worst of times.\n" * 100)
+    (tmp_path / "tale.txt").write_text(
+        "It was the best of times, it was the worst of times.\n" * 100
+    )
     own = [*command, "--data.dataset", tmp_path / "tale.txt", "--data.tokenizer", "char"]
     assert run(*own, "--train.steps", 2, "--train.sample_prompt", "It was") == 0
     sample = capsys.readouterr().out.split("--- sample after step 2 ---\n")[1].split("\n---")[0]
@@ -530,5 +708,8 @@ def test_your_own_text_by_characters(command, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         run(*own, "--train.sample_prompt", "Quixote")
     assert stop.value.code == 2
-    assert "the character 'Q' (U+0051) at position 0 of the text is not among the 17" in capsys.readouterr().err
+    assert (
+        "the character 'Q' (U+0051) at position 0 of the text is not among the 17"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "runs" / "tiny-2").exists()

@@ -1,4 +1,6 @@
-"""Whose a run's folder is. Within one process two locks exclude each other as they do between two."""
+"""Whose a run's folder is. Within one process two locks exclude each other as they do between
+two.
+"""
 
 import errno
 import fcntl
@@ -39,7 +41,10 @@ def test_auto_takes_the_newest_run_of_the_name(tmp_path):
 
 
 def test_a_named_folder_must_be_a_runs(tmp_path):
-    with pytest.raises(CheckpointError, match="is not the folder of a run"), owned(tmp_path, "a", str(tmp_path)):
+    with (
+        pytest.raises(CheckpointError, match="is not the folder of a run"),
+        owned(tmp_path, "a", str(tmp_path)),
+    ):
         pass
     (tmp_path / "checkpoints").mkdir()
     with owned(tmp_path, "a", str(tmp_path)) as folder:
@@ -96,7 +101,9 @@ def test_what_a_kill_leaves_of_a_start_is_no_run_and_is_used_again(tmp_path):
         assert folder == tmp_path / "a"
     with owned(tmp_path, "a", None) as folder:
         assert folder == tmp_path / "a-2"
-        assert (folder / LOCK_FILE).read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
+        assert (
+            folder / LOCK_FILE
+        ).read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
 
 
 def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
@@ -112,7 +119,10 @@ def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.warns(UserWarning, match="a cannot be locked on this file system"), owned(tmp_path, "a", None) as folder:
+    with (
+        pytest.warns(UserWarning, match="a cannot be locked on this file system"),
+        owned(tmp_path, "a", None) as folder,
+    ):
         assert folder == tmp_path / "a"
 
 

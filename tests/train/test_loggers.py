@@ -1,4 +1,6 @@
-"""TensorBoard read back by TensorBoard itself, Weights & Biases offline, and what happens when they fail."""
+"""TensorBoard read back by TensorBoard itself, Weights & Biases offline, and what happens when they
+fail.
+"""
 
 import importlib.util
 import math
@@ -32,11 +34,17 @@ def events(folder: Path):
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     read = events(folder)
-    return {tag: [(event.step, event.value) for event in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
+    return {
+        tag: [(event.step, event.value) for event in read.Scalars(tag)]
+        for tag in read.Tags()["scalars"]
+    }
 
 
 def texts(folder: Path, tag: str) -> list[tuple[int, str]]:
-    return [(event.step, event.tensor_proto.string_val[0].decode()) for event in events(folder).Tensors(tag)]
+    return [
+        (event.step, event.tensor_proto.string_val[0].decode())
+        for event in events(folder).Tensors(tag)
+    ]
 
 
 def test_tensorboard_reads_what_was_logged(tmp_path):
@@ -57,8 +65,12 @@ def test_tensorboard_reads_what_was_logged(tmp_path):
     assert found["val/loss"] == [(2, 3.25)]
     assert found["train/skipped"] == [(2, 1.0)]
     assert math.isnan(found["train/loss"][1][1])
-    assert texts(tmp_path / "tensorboard", "sample") == [(2, "    \n    \n    # To be\n      or *not*")]  # code, in Markdown
-    assert texts(tmp_path / "tensorboard", "config") == [(0, "    model:\n      num_layers: 2\n    name: null\n")]
+    assert texts(tmp_path / "tensorboard", "sample") == [
+        (2, "    \n    \n    # To be\n      or *not*")
+    ]  # code, in Markdown
+    assert texts(tmp_path / "tensorboard", "config") == [
+        (0, "    model:\n      num_layers: 2\n    name: null\n")
+    ]
 
 
 @pytest.mark.parametrize(("done", "kept"), [(2, [(1, 1.0), (2, 1.0)]), (0, [])])
@@ -69,7 +81,9 @@ def test_tensorboard_drops_the_steps_that_a_resumed_run_does_again(tmp_path, don
             for step in range(start + 1, stop + 1):
                 loggers.write({"step": step, "loss": loss})
     assert len(list((tmp_path / "tensorboard").iterdir())) == 2
-    assert scalars(tmp_path / "tensorboard")["train/loss"] == kept + [(step, 2.0) for step in range(done + 1, 5)]
+    assert scalars(tmp_path / "tensorboard")["train/loss"] == kept + [
+        (step, 2.0) for step in range(done + 1, 5)
+    ]
 
 
 # Weights & Biases
@@ -80,7 +94,10 @@ class FakeRun:
 
     def __init__(self, **arguments):
         self.arguments, self.logged, self.exit_code = arguments, [], None
-        self.id, self.starting_step = arguments["id"] or "fresh", 0 if arguments["id"] is None else 4
+        self.id, self.starting_step = (
+            arguments["id"] or "fresh",
+            0 if arguments["id"] is None else 4,
+        )
 
     def log(self, values, step):
         """As wandb's."""
@@ -111,18 +128,40 @@ def test_a_resumed_run_is_the_same_run_of_weights_and_biases(tmp_path, runs):
         loggers.write(RECORD | {"val_loss": 3.0})
         loggers.text("sample", "a < b\n", 1)
     (first,) = runs
-    asked = {key: first.arguments[key] for key in ("entity", "project", "name", "id", "dir", "config")}
-    assert asked == {"entity": "team", "project": "project", "name": "a", "id": None, "dir": folder, "config": CONFIG}
-    charts = {"train/loss": 2.5, "train/grad_norm": 1.5, "train/lr": 1e-3, "speed/ms": 10.0, "speed/tokens_per_s": 100.0}
-    assert first.logged == [(1, charts | {"val/loss": 3.0}), (1, {"sample": "<pre>a &lt; b\n</pre>"})]
+    asked = {
+        key: first.arguments[key] for key in ("entity", "project", "name", "id", "dir", "config")
+    }
+    assert asked == {
+        "entity": "team",
+        "project": "project",
+        "name": "a",
+        "id": None,
+        "dir": folder,
+        "config": CONFIG,
+    }
+    charts = {
+        "train/loss": 2.5,
+        "train/grad_norm": 1.5,
+        "train/lr": 1e-3,
+        "speed/ms": 10.0,
+        "speed/tokens_per_s": 100.0,
+    }
+    assert first.logged == [
+        (1, charts | {"val/loss": 3.0}),
+        (1, {"sample": "<pre>a &lt; b\n</pre>"}),
+    ]
     assert first.exit_code == 0
-    with pytest.raises(ZeroDivisionError), open_loggers(LogConfig(wandb="project"), folder, 2, CONFIG, refuse) as loggers:
+    with (
+        pytest.raises(ZeroDivisionError),
+        open_loggers(LogConfig(wandb="project"), folder, 2, CONFIG, refuse) as loggers,
+    ):
         for step in (3, 4, 5):
             loggers.write({"step": step, "loss": 1.0})
         raise ZeroDivisionError
     assert runs[1].arguments["id"] == "fresh"
     assert runs[1].arguments["entity"] is None
-    assert [step for step, _ in runs[1].logged] == [4, 5]  # it has had the third, and takes no step back
+    # It has had the third, and takes no step back
+    assert [step for step, _ in runs[1].logged] == [4, 5]
     assert runs[1].exit_code == 1
     open_loggers(LogConfig(wandb="project"), folder, 0, CONFIG, refuse)
     assert runs[2].arguments["id"] is None  # from the start again: another run
@@ -133,13 +172,18 @@ def test_no_login_is_an_error_that_leaves_no_folder(tmp_path, runs, monkeypatch)
         raise RuntimeError("No API key.")
 
     monkeypatch.setattr(sys.modules["wandb"], "init", init)
-    with pytest.raises(ConfigError, match=r"log\.wandb p cannot start \(No API key\): run `wandb login`, or set WANDB_MODE="):
+    with pytest.raises(
+        ConfigError,
+        match=r"log\.wandb p cannot start \(No API key\): run `wandb login`, or set WANDB_MODE=",
+    ):
         open_loggers(LogConfig(wandb="p"), tmp_path / "a", 0, CONFIG, refuse)
     assert not (tmp_path / "a").exists()
 
 
 def test_weights_and_biases_offline(tmp_path):
-    """The package itself, in a process of its own: it changes signal handlers, the environment and standard output."""
+    """The package itself, in a process of its own: it changes signal handlers, the environment and
+    standard output.
+    """
     if not importlib.util.find_spec("wandb"):
         pytest.skip("needs the [wandb] extra")
     script = """if True:
@@ -151,8 +195,18 @@ def test_weights_and_biases_offline(tmp_path):
             loggers.write({"step": 1, "loss": float("nan")})
             loggers.text("sample", "To be", 1)
     """
-    environment = {"WANDB_MODE": "offline", "PATH": "", "HOME": str(tmp_path), "PYTHONPATH": ":".join(sys.path)}
-    subprocess.run([sys.executable, "-c", script, str(tmp_path / "a")], check=True, capture_output=True, env=environment)
+    environment = {
+        "WANDB_MODE": "offline",
+        "PATH": "",
+        "HOME": str(tmp_path),
+        "PYTHONPATH": ":".join(sys.path),
+    }
+    subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "a")],
+        check=True,
+        capture_output=True,
+        env=environment,
+    )
     run_id = (tmp_path / "a" / "wandb_id").read_text().strip()
     (log,) = (tmp_path / "a" / "wandb").glob("offline-run-*/*.wandb")
     assert log.name == f"run-{run_id}.wandb"
@@ -164,17 +218,24 @@ def test_weights_and_biases_offline(tmp_path):
 # Both
 
 
-@pytest.mark.parametrize(("cfg", "package"), [(LogConfig(tensorboard=True), "tensorboard"), (LogConfig(wandb="p"), "wandb")])
+@pytest.mark.parametrize(
+    ("cfg", "package"),
+    [(LogConfig(tensorboard=True), "tensorboard"), (LogConfig(wandb="p"), "wandb")],
+)
 def test_a_missing_package_is_named_with_its_extra(monkeypatch, cfg, package):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ConfigError, match=rf"log\.{package} needs {package}: pip install 'gptjax\[{package}\]'"):
+    with pytest.raises(
+        ConfigError, match=rf"log\.{package} needs {package}: pip install 'gptjax\[{package}\]'"
+    ):
         check_installed(cfg)
     check_installed(LogConfig())
 
 
 def test_of_several_processes_the_first_one_logs(tmp_path, runs, monkeypatch):
     monkeypatch.setattr("jax.process_index", lambda: 1)
-    with open_loggers(LogConfig(tensorboard=True, wandb="p"), tmp_path / "a", 0, CONFIG, refuse) as loggers:
+    with open_loggers(
+        LogConfig(tensorboard=True, wandb="p"), tmp_path / "a", 0, CONFIG, refuse
+    ) as loggers:
         loggers.write(RECORD)
     assert not runs
     assert not (tmp_path / "a").exists()
@@ -206,6 +267,9 @@ def test_one_that_fails_is_left_out_with_one_warning(tmp_path):
     with Loggers([failing, *good], warnings.append) as loggers:
         for step in range(1, 6):
             loggers.write({"step": step, "loss": 1.0})
-    message = "Failing failed and is left out from here on: [Errno 28] No space left; metrics.jsonl has every step"
+    message = (
+        "Failing failed and is left out from here on: [Errno 28] No space left; metrics.jsonl "
+        "has every step"
+    )
     assert (warnings, failing.calls) == ([message], 3)
     assert len(scalars(tmp_path / "tensorboard")["train/loss"]) == 5

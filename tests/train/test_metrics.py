@@ -6,10 +6,25 @@ import jax.numpy as jnp
 import pytest
 
 from gptjax.errors import FormatError
-from gptjax.train.metrics import Display, Meter, MetricsFile, format_step, human_bytes, peak_flops, read_records
+from gptjax.train.metrics import (
+    Display,
+    Meter,
+    MetricsFile,
+    format_step,
+    human_bytes,
+    peak_flops,
+    read_records,
+)
 from gptjax.train.optimizer import StepMetrics
 
-RECORD = {"step": 7, "loss": 4.1234, "grad_norm": 1.02, "lr": 6e-4, "ms": 612.34, "tokens_per_s": 418.2}
+RECORD = {
+    "step": 7,
+    "loss": 4.1234,
+    "grad_norm": 1.02,
+    "lr": 6e-4,
+    "ms": 612.34,
+    "tokens_per_s": 418.2,
+}
 
 
 def test_one_object_a_step_and_null_for_what_is_not_finite(tmp_path):
@@ -18,7 +33,10 @@ def test_one_object_a_step_and_null_for_what_is_not_finite(tmp_path):
     file.write({"step": 2, "loss": float("nan"), "grad_norm": float("inf")})
     lines = (tmp_path / "m.jsonl").read_text().splitlines()  # on disk before the file is closed
     file.close()
-    assert [json.loads(line) for line in lines] == [{"step": 1, "loss": 2.5}, {"step": 2, "loss": None, "grad_norm": None}]
+    assert [json.loads(line) for line in lines] == [
+        {"step": 1, "loss": 2.5},
+        {"step": 2, "loss": None, "grad_norm": None},
+    ]
 
 
 def test_resuming_drops_what_comes_after_the_checkpoint_and_a_line_cut_off(tmp_path):
@@ -34,18 +52,37 @@ def test_resuming_drops_what_comes_after_the_checkpoint_and_a_line_cut_off(tmp_p
 def test_records_are_read_while_a_line_is_being_written(tmp_path, cut):
     path = tmp_path / "m.jsonl"
     path.write_text(
-        '{"step": 1, "loss": 2.5}\n{"step": 3, "loss": 7}\n{"step": 2, "loss": null}\n{"step": 3, "loss": 1.5}\n' + cut
+        '{"step": 1, "loss": 2.5}\n{"step": 3, "loss": 7}\n{"step": 2, "loss": null}\n{"step": 3, "loss": 1.5}\n'
+        + cut
     )
-    assert read_records(path) == [{"step": 1, "loss": 2.5}, {"step": 2, "loss": None}, {"step": 3, "loss": 1.5}]
+    assert read_records(path) == [
+        {"step": 1, "loss": 2.5},
+        {"step": 2, "loss": None},
+        {"step": 3, "loss": 1.5},
+    ]
 
 
 @pytest.mark.parametrize(
-    "line", ["", "x", "[1]", "7", "null", "{}", '{"step": null}', '{"step": "1"}', '{"step": 1, "loss": "2"}', "\0"]
+    "line",
+    [
+        "",
+        "x",
+        "[1]",
+        "7",
+        "null",
+        "{}",
+        '{"step": null}',
+        '{"step": "1"}',
+        '{"step": 1, "loss": "2"}',
+        "\0",
+    ],
 )
 def test_damaged_records_are_named(tmp_path, line):
     path = tmp_path / "m.jsonl"
     path.write_text('{"step": 1}\n' + line + '\n{"step": 3}\n')
-    with pytest.raises(FormatError, match=r"m\.jsonl is damaged: line 2 is not the record of a step"):
+    with pytest.raises(
+        FormatError, match=r"m\.jsonl is damaged: line 2 is not the record of a step"
+    ):
         read_records(path)
 
 

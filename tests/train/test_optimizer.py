@@ -33,11 +33,24 @@ def test_schedules_by_hand():
     assert rates(4, schedule="cosine", final_fraction=0.5)[2] == 0.75
     assert rates(6, schedule="cosine", warmup_steps=2) == [0.5, 1, 1, 0.853553, 0.5, 0.146447]
     assert rates(10, schedule="wsd", decay_fraction=0.4) == [1, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
-    assert rates(10, schedule="wsd", warmup_steps=2, decay_fraction=0.2) == [0.5, 1, 1, 1, 1, 1, 1, 1, 1, 0.5]
+    assert rates(10, schedule="wsd", warmup_steps=2, decay_fraction=0.2) == [
+        0.5,
+        1,
+        1,
+        1,
+        1,
+        1,
+        1,
+        1,
+        1,
+        0.5,
+    ]
 
 
 def step_function(optimizer, fused, native_code=False):
-    """A function of ((parameters, optimizer's state), gradient, loss) that returns the first two and metrics after one step."""
+    """A function of ((parameters, optimizer's state), gradient, loss) that returns the first two
+    and metrics after one step.
+    """
 
     @jax.jit
     def step(state, grads, loss=1.0, done=0):
@@ -59,7 +72,10 @@ def run(cfg, gradients, params, model, fused=True, **how):
 
 def gradients_like(params, n, size=1.0):
     keys = jax.random.split(jax.random.key(2), n)
-    return [jax.tree.map(lambda p, k=k: size * jax.random.normal(k, p.shape, p.dtype), params) for k in keys]
+    return [
+        jax.tree.map(lambda p, k=k: size * jax.random.normal(k, p.shape, p.dtype), params)
+        for k in keys
+    ]
 
 
 def run_optax(transform, cfg, gradients, params):
@@ -109,14 +125,23 @@ def assert_equals_optax(cfg, model, params, tolerance, size=1.0, **how):
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"layers": "scan"}, {"grad_clip": 0.0}, {"grad_clip": 1e9}, {"beta1": 0.0, "beta2": 0.0}, {"weight_decay": 0.0}],
+    [
+        {},
+        {"layers": "scan"},
+        {"grad_clip": 0.0},
+        {"grad_clip": 1e9},
+        {"beta1": 0.0, "beta2": 0.0},
+        {"weight_decay": 0.0},
+    ],
     ids=str,
 )
 def test_adamw_equals_optaxs_on_optaxs_own_state(changes, fused):
     """Also where the gradient is not clipped."""
     changes = dict(changes)
     model = tiny.config(layers=changes.pop("layers", "unroll"))
-    assert_equals_optax(dataclasses.replace(SETTINGS, **changes), model, tiny.params(model), 1e-13, fused=fused)
+    assert_equals_optax(
+        dataclasses.replace(SETTINGS, **changes), model, tiny.params(model), 1e-13, fused=fused
+    )
 
 
 def test_a_first_moment_in_bfloat16_is_optaxs():
@@ -125,7 +150,9 @@ def test_a_first_moment_in_bfloat16_is_optaxs():
         model = tiny.config(dtype="float32")
         params = tiny.params(model, jnp.float32)
         cfg = dataclasses.replace(SETTINGS, mu_dtype="bfloat16")
-        assert run(cfg, gradients_like(params, 1), params, model)[1][1][0].mu.wte.dtype == jnp.bfloat16
+        assert (
+            run(cfg, gradients_like(params, 1), params, model)[1][1][0].mu.wte.dtype == jnp.bfloat16
+        )
         assert_equals_optax(cfg, model, params, 2**-7)
         gradients = gradients_like(params, 6)
         exact, ours = (run(c, gradients, params, model)[0].wte for c in (SETTINGS, cfg))
@@ -142,33 +169,52 @@ def test_adamw_equals_optaxs_for_small_and_large_gradients(size):
 
 
 def test_first_step_by_hand():
-    """After one step Adam's direction is the gradient's sign, so p becomes p - lr (sign(g) + decay p)."""
+    """After one step Adam's direction is the gradient's sign, so p becomes p - lr (sign(g) + decay
+    p).
+    """
     params = tiny.params(tiny.CONFIG)
     (grads,) = gradients_like(params, 1)
     cfg = OptimConfig(learning_rate=0.01, schedule="constant", weight_decay=0.5, eps=1e-20)
     ours, _ = run(cfg, [grads], params, tiny.CONFIG)
-    np.testing.assert_allclose(ours.wte, params.wte - 0.01 * (jnp.sign(grads.wte) + 0.5 * params.wte), rtol=1e-9)
+    np.testing.assert_allclose(
+        ours.wte, params.wte - 0.01 * (jnp.sign(grads.wte) + 0.5 * params.wte), rtol=1e-9
+    )
     before, g, after = (tree.blocks[1] for tree in (params, grads, ours))
-    np.testing.assert_allclose(after.qw, before.qw - 0.01 * (jnp.sign(g.qw) + 0.5 * before.qw), rtol=1e-9)
+    np.testing.assert_allclose(
+        after.qw, before.qw - 0.01 * (jnp.sign(g.qw) + 0.5 * before.qw), rtol=1e-9
+    )
     np.testing.assert_allclose(after.qb, before.qb - 0.01 * jnp.sign(g.qb), rtol=1e-9)
 
 
 def test_lion_is_optaxs():
     cfg, params = dataclasses.replace(SETTINGS, name="lion"), tiny.params(tiny.CONFIG)
     mask = functools.partial(decay_mask, cfg=tiny.CONFIG)
-    lion = optax.lion(make_schedule(cfg, 10), cfg.beta1, cfg.beta2, weight_decay=cfg.weight_decay, mask=mask)
+    lion = optax.lion(
+        make_schedule(cfg, 10), cfg.beta1, cfg.beta2, weight_decay=cfg.weight_decay, mask=mask
+    )
     gradients = gradients_like(params, 3)
-    found, wanted = run(cfg, gradients, params, tiny.CONFIG, fused=False), run_optax(lion, cfg, gradients, params)
+    found, wanted = (
+        run(cfg, gradients, params, tiny.CONFIG, fused=False),
+        run_optax(lion, cfg, gradients, params),
+    )
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-13), found, wanted)
 
 
-@pytest.mark.parametrize(("name", "reference"), [("sgd", lambda rate: optax.sgd(rate, 0.95)), ("adafactor", optax.adafactor)])
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [("sgd", lambda rate: optax.sgd(rate, 0.95)), ("adafactor", optax.adafactor)],
+)
 def test_without_decay_sgd_and_adafactor_are_optaxs(name, reference):
-    cfg, params = dataclasses.replace(SETTINGS, name=name, weight_decay=0.0), tiny.params(tiny.CONFIG)
+    cfg, params = (
+        dataclasses.replace(SETTINGS, name=name, weight_decay=0.0),
+        tiny.params(tiny.CONFIG),
+    )
     gradients = gradients_like(params, 3)
     found, _ = run(cfg, gradients, params, tiny.CONFIG, fused=False)
     wanted, _ = run_optax(reference(make_schedule(cfg, 10)), cfg, gradients, params)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-14), found, wanted)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-14), found, wanted
+    )
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "lion", "adafactor", "sgd"])
@@ -178,28 +224,41 @@ def test_every_optimizer_decays_matrices_and_tables_alone_by_the_learning_rate(n
     cfg = OptimConfig(name=name, learning_rate=0.01, schedule="constant", weight_decay=0.5)
     after, _ = run(cfg, [jax.tree.map(jnp.zeros_like, params)], params, tiny.CONFIG, fused=False)
     for tensor, layered, weight, _ in rows(tiny.CONFIG):
-        old, new = (getattr(tree.blocks[0] if layered else tree, tensor) for tree in (params, after))
-        np.testing.assert_allclose(new, old * (1 - 0.01 * 0.5) if weight.kind != "vector" else old, rtol=1e-12)
+        old, new = (
+            getattr(tree.blocks[0] if layered else tree, tensor) for tree in (params, after)
+        )
+        np.testing.assert_allclose(
+            new, old * (1 - 0.01 * 0.5) if weight.kind != "vector" else old, rtol=1e-12
+        )
 
 
 @pytest.mark.parametrize("layers", ["unroll", "scan"])
 def test_muon_orthogonalises_matrices_as_they_multiply_and_leaves_the_rest_to_adamw(layers):
-    """An update of a (C, H, D) matrix, seen as (C, H D), has nearly equal singular values; a bias moves as under AdamW."""
+    """An update of a (C, H, D) matrix, seen as (C, H D), has nearly equal singular values; a bias
+    moves as under AdamW.
+    """
     model = tiny.config(layers=layers)
     params = tiny.params(model)
     (grads,) = gradients_like(params, 1)
-    cfg = OptimConfig(name="muon", learning_rate=0.01, schedule="constant", weight_decay=0.0, grad_clip=0.0)
+    cfg = OptimConfig(
+        name="muon", learning_rate=0.01, schedule="constant", weight_decay=0.0, grad_clip=0.0
+    )
     muon, _ = run(cfg, [grads], params, model, fused=False)
     adam, _ = run(dataclasses.replace(cfg, name="adamw"), [grads], params, model, fused=False)
     np.testing.assert_allclose(muon.wte, adam.wte, rtol=1e-12)
-    block = (lambda tree: jax.tree.map(lambda x: x[1], tree.blocks)) if layers == "scan" else (lambda tree: tree.blocks[1])
+    block = (
+        (lambda tree: jax.tree.map(lambda x: x[1], tree.blocks))
+        if layers == "scan"
+        else (lambda tree: tree.blocks[1])
+    )
     before, after, by_adam = map(block, (params, muon, adam))
     np.testing.assert_allclose(after.fcb, by_adam.fcb, rtol=1e-12)
     for name, inputs in ("qw", 8), ("attprojw", 8), ("fcw", 8):
         change = (getattr(after, name) - getattr(before, name)).reshape(inputs, -1)
         values = np.linalg.svd(change, compute_uv=False)
         assert values.max() / values.min() < 2
-        largest = np.sqrt(max(change.shape)) * 0.2 * 0.01  # every singular value 1, times the scale that matches AdamW's
+        # Every singular value 1, times the scale that matches AdamW's
+        largest = np.sqrt(max(change.shape)) * 0.2 * 0.01
         assert values.max() == pytest.approx(largest, rel=0.3)
 
 
@@ -235,7 +294,10 @@ def test_non_finite_gradients_and_losses_change_nothing(name, bad):
         ({"accumulate": 0}, "optim.accumulate"),
         ({"warmup_steps": -1}, "optim.warmup_steps"),
         ({"momentum": 1.0}, "optim.momentum"),
-        ({"name": "adafactor", "mu_dtype": "bfloat16"}, "optim.mu_dtype has no effect on adafactor"),
+        (
+            {"name": "adafactor", "mu_dtype": "bfloat16"},
+            "optim.mu_dtype has no effect on adafactor",
+        ),
         ({"final_fraction": 2.0}, "optim.final_fraction"),
     ],
 )

@@ -16,7 +16,9 @@ MODEL = ModelConfig(num_layers=1, num_heads=2, channels=8, vocab_size=257, max_s
 @pytest.fixture
 def cfg(tmp_path):
     (tmp_path / "text.txt").write_text("The cat sat on the mat.\n" * 100)
-    data = DataConfig(str(tmp_path / "text.txt"), str(tmp_path / "data"), "byte", batch_size=2, seq_len=8)
+    data = DataConfig(
+        str(tmp_path / "text.txt"), str(tmp_path / "data"), "byte", batch_size=2, seq_len=8
+    )
     with jax.enable_x64(False):
         yield Config(MODEL, data, train=TrainConfig(steps=3), runs=str(tmp_path / "runs"), name="r")
 

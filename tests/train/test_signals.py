@@ -1,31 +1,43 @@
-"""Signals as a run is told of them; faults and races of theirs are in tests/faults/test_signals.py."""
+"""What becomes of a signal inside the process; tests/faults/test_signals.py sends real ones."""
 
 import os
 import signal
 import time
+
+import pytest
 
 from gptjax.parallel.processes import Stop
 from gptjax.train.metrics import Display
 from gptjax.train.signals import stopping
 
 
-def test_a_signal_asks_the_run_to_stop_and_handlers_are_given_back(capsys):
-    stop, before = Stop(3, 10), signal.getsignal(signal.SIGTERM)
-    with stopping("prog", stop, Display(10, quiet=False)):
-        assert signal.getsignal(signal.SIGTERM) != before
-        os.kill(os.getpid(), signal.SIGTERM)
-        until = time.monotonic() + 30
-        while not stop.received and time.monotonic() < until:
-            time.sleep(0.01)
-    assert stop.received == ["SIGTERM"]
-    assert signal.getsignal(signal.SIGTERM) == before
-    assert "stopping after step 4, saving; Ctrl-C quits without saving" in capsys.readouterr().out
+def wait_for(condition):
+    """Until the watching thread has done its work, or half a minute has passed."""
+    until = time.monotonic() + 30
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.01)
+    assert condition()
 
 
-def test_a_signal_that_is_ignored_stays_ignored():
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_first_signal_asks_to_stop_and_says_after_which_step(number, capsys):
+    stop, before = Stop(3, 9), signal.getsignal(number)
+    with stopping("train", stop, Display(9)):
+        os.kill(os.getpid(), number)
+        wait_for(lambda: stop.received)
+    assert stop.received == [number.name]
+    assert "stopping after step 4, saving; Ctrl-C" in capsys.readouterr().out
+    assert signal.getsignal(number) == before
+
+
+def test_a_signal_that_was_ignored_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with stopping("prog", Stop(), Display(10, quiet=True)):
-            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        stop = Stop(0, 9)
+        with stopping("train", stop, Display(9, quiet=True)):
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)
+            wait_for(lambda: stop.received)
+        assert stop.received == ["SIGTERM"]
     finally:
         signal.signal(signal.SIGHUP, before)

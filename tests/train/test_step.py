@@ -23,10 +23,14 @@ KEY = jax.random.key(0)
 
 @pytest.mark.parametrize("backward", ["manual", "autodiff"])
 def test_accumulation_equals_the_large_batch(backward):
-    """Also where the micro-batches count unequal numbers of targets: each target weighs the same."""
+    """Also where the micro-batches count unequal numbers of targets: each target weighs the
+    same.
+    """
     cfg = tiny.CONFIG
     params, batch = tiny.params(cfg), tiny.batch(cfg, B=6)
-    batch = batch._replace(targets=batch.targets.at[0].set(IGNORE_INDEX).at[1, :3].set(IGNORE_INDEX))
+    batch = batch._replace(
+        targets=batch.targets.at[0].set(IGNORE_INDEX).at[1, :3].set(IGNORE_INDEX)
+    )
     loss, grads = transformer.loss_and_grad(params, batch, cfg)
     for A in (1, 2, 3, 6):
         pieces = jax.tree.map(lambda x, A=A: x.reshape(A, 6 // A, -1), batch)
@@ -36,7 +40,9 @@ def test_accumulation_equals_the_large_batch(backward):
 
 
 def compiled(cfg, backward="manual", learning_rate=0.01, **optim):
-    optimizer = make_optimizer(OptimConfig(learning_rate=learning_rate, schedule="constant", **optim), 100, cfg)
+    optimizer = make_optimizer(
+        OptimConfig(learning_rate=learning_rate, schedule="constant", **optim), 100, cfg
+    )
     with jax.enable_x64(False):
         state = jax.jit(lambda key: steps.init_state(key, cfg, optimizer))(KEY)
         batch = tiny.batch(cfg, B=2, T=12)
@@ -72,8 +78,14 @@ def test_the_update_needs_no_temporaries_and_overwrites_everything(native_code, 
     assert max(m.temp_size_in_bytes for m in memory) < 4096
     assert sum(m.alias_size_in_bytes for m in memory) >= 3 * step.memory["parameters"]
     with jax.enable_x64(False):
-        _, grads, _ = step.gradient(state.params, batch, KEY, np.int32(1), steps.gradient_buffer(state.params))
-        expected = state.params.wte[0, 0] - 0.01 * jnp.sign(grads.wte[0, 0]) - 0.01 * 0.1 * state.params.wte[0, 0]
+        _, grads, _ = step.gradient(
+            state.params, batch, KEY, np.int32(1), steps.gradient_buffer(state.params)
+        )
+        expected = (
+            state.params.wte[0, 0]
+            - 0.01 * jnp.sign(grads.wte[0, 0])
+            - 0.01 * 0.1 * state.params.wte[0, 0]
+        )
         after, _, metrics = steps.run_step(step, state, grads, batch, KEY, 1)
     assert float(after.params.wte[0, 0]) == pytest.approx(float(expected), rel=1e-5)
     assert after.opt_state[1][0].count == 1
@@ -112,7 +124,11 @@ def test_dropout_draws_anew_each_step_and_repeats_for_the_same_step():
     step, state, batch = compiled(tiny.config(dtype="float32", dropout=0.5))
     with jax.enable_x64(False):
         first, again, other = (
-            float(step.gradient(state.params, batch, KEY, np.int32(n), steps.gradient_buffer(state.params))[0])
+            float(
+                step.gradient(
+                    state.params, batch, KEY, np.int32(n), steps.gradient_buffer(state.params)
+                )[0]
+            )
             for n in (1, 1, 2)
         )
     assert first == again != other
@@ -125,16 +141,24 @@ def test_evaluation_is_the_mean_over_targets_not_over_batches():
     whole = whole._replace(mask=mask)
     parts = [jax.tree.map(lambda x, i=i: x[i : i + 2], whole) for i in (0, 2)]
     expected = float(transformer.loss(params, whole, cfg))
-    assert steps.evaluate(steps.make_eval_loss(cfg), params, parts) == pytest.approx(expected, rel=1e-12)
+    assert steps.evaluate(steps.make_eval_loss(cfg), params, parts) == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
 @pytest.mark.parametrize("layers", ["unroll", "scan"])
 @pytest.mark.parametrize("backward", ["manual", "autodiff"])
 def test_the_step_lowers_for_every_platform(platform, layers, backward, monkeypatch):
-    """`jax.export` for hardware that need not be here, with what `resolve` picks there; on CUDA with cuDNN's attention."""
-    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
-    cfg = tiny.config(dtype="auto", attention="auto", layers=layers, channels=16, max_seq_len=64).resolve(platform, 64)
+    """`jax.export` for hardware that need not be here, with what `resolve` picks there; on CUDA
+    with cuDNN's attention.
+    """
+    monkeypatch.setattr(
+        "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000
+    )
+    cfg = tiny.config(
+        dtype="auto", attention="auto", layers=layers, channels=16, max_seq_len=64
+    ).resolve(platform, 64)
     optimizer = make_optimizer(OptimConfig(), 10, cfg)
     state = jax.eval_shape(functools.partial(steps.init_state, cfg=cfg, optimizer=optimizer), KEY)
     ids = jax.ShapeDtypeStruct((2, 2, 64), jnp.int32)
@@ -142,22 +166,39 @@ def test_the_step_lowers_for_every_platform(platform, layers, backward, monkeypa
     calls = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
     allowed = [jax.export.DisabledSafetyCheck.custom_call(name) for name in calls]
     export = functools.partial(jax.export.export, platforms=[platform], disabled_checks=allowed)
-    args = state.params, Batch(ids, ids), jax.eval_shape(lambda: KEY), jax.ShapeDtypeStruct((), jnp.int32), state.params
+    args = (
+        state.params,
+        Batch(ids, ids),
+        jax.eval_shape(lambda: KEY),
+        jax.ShapeDtypeStruct((), jnp.int32),
+        state.params,
+    )
     text = export(functions.gradient)(*args).mlir_module()
     assert all((call in text) == (platform == "cuda") for call in calls)
     loss, g, norm = jax.eval_shape(functions.gradient, *args)
     for update in (functions.update, functions.update_params, functions.update_rest):
-        assert export(update)(state.params, state.opt_state, g, loss, norm, args[3]).platforms == (platform,)
+        assert export(update)(state.params, state.opt_state, g, loss, norm, args[3]).platforms == (
+            platform,
+        )
 
 
 def memory_of_gradients(compile_, **changes):
     """A function of T: the bytes of temporaries of a float32 gradient."""
-    cfg = tiny.config(dtype="float32", num_layers=4, channels=32, max_seq_len=2048, attention="blockwise", **changes)
+    cfg = tiny.config(
+        dtype="float32",
+        num_layers=4,
+        channels=32,
+        max_seq_len=2048,
+        attention="blockwise",
+        **changes,
+    )
     params = jax.eval_shape(lambda: tiny.params(cfg, jnp.float32))
 
     def of(T: int) -> int:
         batch = jax.eval_shape(lambda: tiny.batch(cfg, B=2, T=T))
-        lowered = jax.jit(functools.partial(transformer.loss_and_grad, cfg=cfg)).lower(params, batch)
+        lowered = jax.jit(functools.partial(transformer.loss_and_grad, cfg=cfg)).lower(
+            params, batch
+        )
         return compile_(lowered).memory_analysis().temp_size_in_bytes
 
     return of
@@ -185,7 +226,12 @@ def test_the_fresh_parameters_are_drawn_in_turns():
     made, expected = steps.make_state(KEY, cfg, optimizer), steps.init_state(KEY, cfg, optimizer)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), made, expected)
     draw = jax.jit(lambda key: init_params(key, cfg)).lower(KEY)
-    by_turns, at_once = (c.memory_analysis().temp_size_in_bytes for c in (steps.compile_for_memory(draw), draw.compile()))
+    by_turns, at_once = (
+        c.memory_analysis().temp_size_in_bytes
+        for c in (steps.compile_for_memory(draw), draw.compile())
+    )
     assert by_turns < at_once
     arguments = steps.step_arguments(cfg, optimizer, (1, 2, 4))
-    assert by_turns < sum(steps.compile_step(cfg, optimizer, "manual", *arguments).memory.values()) / 2
+    assert (
+        by_turns < sum(steps.compile_step(cfg, optimizer, "manual", *arguments).memory.values()) / 2
+    )

@@ -1,4 +1,6 @@
-"""Errors to plant in a backward, each named by what it breaks: a piece of a function's source and what takes its place."""
+"""Errors to plant in a backward, each named by what it breaks: a piece of a function's source and
+what takes its place.
+"""
 
 import inspect
 import sys
@@ -6,7 +8,14 @@ import textwrap
 from typing import Any, NamedTuple
 
 from gptjax.models import chunks, gpt2, layers, transformer
-from gptjax.ops import cross_entropy_bwd, dropout_bwd, embedding_bwd, gelu_bwd, layernorm_bwd, linear_bwd
+from gptjax.ops import (
+    cross_entropy_bwd,
+    dropout_bwd,
+    embedding_bwd,
+    gelu_bwd,
+    layernorm_bwd,
+    linear_bwd,
+)
 from gptjax.ops.attention import materialised_bwd
 from gptjax.ops.blockwise import blockwise_bwd
 from gptjax.parallel import sharding
@@ -22,7 +31,9 @@ class Planted(NamedTuple):
     """Piece of the source, there once."""
     wrong: str
     setting: str = ""
-    """Of the model, where the line is reached in no other: mesh, or gelu or block to be computed again."""
+    """Of the model, where the line is reached in no other: mesh, or gelu or block to be computed
+    again.
+    """
 
     def __str__(self) -> str:
         """The function without its suffix, and what is broken."""
@@ -38,24 +49,44 @@ IN_OPS = {  # the cases of `gptjax.verify.ops` that run them, by the beginning o
         linear_bwd,
         ("inputs in reverse order in dx", "io.astype(dy.dtype)", "io.astype(dy.dtype)[::-1]"),
         ("sign of dx", 'dx = contract("bto', 'dx = -contract("bto'),
-        ("dw pairs x with dy at another time", "products(_flat(x), do)", "products(_flat(x)[:, ::-1], do)"),
+        (
+            "dw pairs x with dy at another time",
+            "products(_flat(x), do)",
+            "products(_flat(x)[:, ::-1], do)",
+        ),
         ("dw is a mean over the batch", ".reshape(w.shape)", ".reshape(w.shape) / x.shape[0]"),
         ("db of the first sequence alone", ".sum((0, 1))", "[0].sum(0)"),
         ("db in reverse order", ".sum((0, 1))", ".sum((0, 1))[::-1]"),
     )
     + in_function(
         products._sum_of_outer_products_on_cpu,
-        ("the wide form is transposed once too often", "barrier(dy, dwt).T", "barrier(dy, dwt).reshape(inputs, outputs)"),
-        ("the narrow form pairs rows in reverse", "(barrier(dy, x), dy)", "(barrier(dy, x)[:, ::-1], dy)"),
+        (
+            "the wide form is transposed once too often",
+            "barrier(dy, dwt).T",
+            "barrier(dy, dwt).reshape(inputs, outputs)",
+        ),
+        (
+            "the narrow form pairs rows in reverse",
+            "(barrier(dy, x), dy)",
+            "(barrier(dy, x)[:, ::-1], dy)",
+        ),
     ),
     "layernorm": in_function(
         layernorm_bwd,
         ("no part through the mean", "dn - dn.mean(-1, keepdims=True) - n", "dn - n"),
         ("no part through the variance", " - n * (dn * n).mean(-1, keepdims=True)", ""),
-        ("sign of the part through the variance", "dn.mean(-1, keepdims=True) - n *", "dn.mean(-1, keepdims=True) + n *"),
+        (
+            "sign of the part through the variance",
+            "dn.mean(-1, keepdims=True) - n *",
+            "dn.mean(-1, keepdims=True) + n *",
+        ),
         ("not divided by the deviation", "dx = rstd * (", "dx = ("),
         ("mean over time", "dn.mean(-1, keepdims=True) -", "dn.mean(1, keepdims=True) -"),
-        ("no gain in dx", "dn = dyf * jnp.broadcast_to(w.astype(mean.dtype), dy.shape)", "dn = dyf"),
+        (
+            "no gain in dx",
+            "dn = dyf * jnp.broadcast_to(w.astype(mean.dtype), dy.shape)",
+            "dn = dyf",
+        ),
         ("the first row's mean", "astype(mean.dtype) - mean)", "astype(mean.dtype) - mean[:, :1])"),
         ("the first row's deviation", "- mean) * rstd", "- mean) * rstd[:, :1]"),
         ("dw of x instead of its normal form", "(dyf * n).sum", "(dyf * x.astype(mean.dtype)).sum"),
@@ -77,7 +108,11 @@ IN_OPS = {  # the cases of `gptjax.verify.ops` that run them, by the beginning o
         ("what is kept is scaled by 1 / rate", "1 / (1 - rate)", "1 / rate"),
         ("the mask is moved by one", "jnp.where(keep,", "jnp.where(jnp.roll(keep, 1, -1),"),
         ("what was dropped is kept", "jnp.where(keep,", "jnp.where(~keep,"),
-        ("nothing is dropped", "jnp.where(keep, dy * (1 / (1 - rate)), jnp.zeros((), dy.dtype))", "dy * (1 / (1 - rate))"),
+        (
+            "nothing is dropped",
+            "jnp.where(keep, dy * (1 / (1 - rate)), jnp.zeros((), dy.dtype))",
+            "dy * (1 / (1 - rate))",
+        ),
     ),
     "embedding": in_function(
         embedding_bwd,
@@ -88,7 +123,11 @@ IN_OPS = {  # the cases of `gptjax.verify.ops` that run them, by the beginning o
     ),
     "cross-entropy": in_function(
         cross_entropy_bwd,
-        ("the target counts as any other", "jnp.where(_is_target(x, targets), -jnp.ones((), x.dtype), jnp", "(jnp"),
+        (
+            "the target counts as any other",
+            "jnp.where(_is_target(x, targets), -jnp.ones((), x.dtype), jnp",
+            "(jnp",
+        ),
         ("not the others' share", "dloss * weights * q", "dloss * weights"),
         ("targets are not weighed", "dloss * weights * q", "dloss * q"),
         ("not the loss's own gradient", "dloss * weights * q", "weights * q"),
@@ -96,20 +135,36 @@ IN_OPS = {  # the cases of `gptjax.verify.ops` that run them, by the beginning o
         ("the id after the target's", "_is_target(x, targets)", "_is_target(x, targets + 1)"),
         ("another row's normalisation", "lse[:, None]", "jnp.roll(lse, 1)[:, None]"),
         ("another row's share", "weights * q)", "weights * jnp.roll(q, 1))"),
-        ("padding takes part", "_exclude_padding(logits.astype(lse.dtype), vocab_size)", "logits.astype(lse.dtype)"),
+        (
+            "padding takes part",
+            "_exclude_padding(logits.astype(lse.dtype), vocab_size)",
+            "logits.astype(lse.dtype)",
+        ),
     ),
     "attention materialised": in_function(
         materialised_bwd,
         ("the softmax's Jacobian is its diagonal", "(dp - (dp * pf).sum(-1, keepdims=True))", "dp"),
-        ("the Jacobian sums over queries", "(dp * pf).sum(-1, keepdims=True)", "(dp * pf).sum(-2, keepdims=True)"),
+        (
+            "the Jacobian sums over queries",
+            "(dp * pf).sum(-1, keepdims=True)",
+            "(dp * pf).sum(-2, keepdims=True)",
+        ),
         ("scores are not scaled", " / math.sqrt(q.shape[3])", ""),
-        ("scores are scaled by the number of heads", "math.sqrt(q.shape[3])", "math.sqrt(q.shape[2])"),
+        (
+            "scores are scaled by the number of heads",
+            "math.sqrt(q.shape[3])",
+            "math.sqrt(q.shape[2])",
+        ),
         ("dv of transposed probabilities", '"bhts,bthd->bshd", r, do', '"bhst,bthd->bshd", r, do'),
         ("dq of queries", '"bhts,bshd->bthd", ds, k', '"bhts,bshd->bthd", ds, q'),
         ("dk of keys", '"bhts,bthd->bshd", ds, q', '"bhts,bthd->bshd", ds, k'),
         ("dv of what dropout dropped, too", '"bhts,bthd->bshd", r, do', '"bhts,bthd->bshd", p, do'),
         ("dp of what dropout dropped, too", "dp = dropout_bwd(keep, rate, dr)", "dp = dr"),
-        ("a position does not see itself", "pf = p.astype(acc)", "pf = jnp.tril(p.astype(acc), -1)"),
+        (
+            "a position does not see itself",
+            "pf = p.astype(acc)",
+            "pf = jnp.tril(p.astype(acc), -1)",
+        ),
         ("sign in the Jacobian", "pf * (dp - (", "pf * (dp + ("),
     ),
     "attention blockwise": in_function(
@@ -117,7 +172,11 @@ IN_OPS = {  # the cases of `gptjax.verify.ops` that run them, by the beginning o
         ("the softmax's Jacobian is its diagonal", "(dp - deltai[..., None])", "dp"),
         ("scores are not scaled", " * scale).astype", ").astype"),
         ("the first row's normalisation", "lsei[..., None]", "lsei[..., :1, None]"),
-        ("a block of queries does not see its own keys", "lax.cond(j <= i, visit", "lax.cond(j < i, visit"),
+        (
+            "a block of queries does not see its own keys",
+            "lax.cond(j <= i, visit",
+            "lax.cond(j < i, visit",
+        ),
         ("dk of the last block of queries alone", "dkj += jnp", "dkj = jnp"),
         ("dv of the last block of queries alone", "dvj += jnp", "dvj = jnp"),
         ("dq of the last block of keys alone", "dq.at[i].add(", "dq.at[i].set("),
@@ -132,42 +191,88 @@ IN_OPS = {  # the cases of `gptjax.verify.ops` that run them, by the beginning o
 IN_MODEL = [
     *in_function(
         gpt2.block_bwd,
-        ("the MLP's branch keeps what dropout dropped", "dm = dropout_bwd(saved.drop2, cfg.dropout, dx)", "dm = dx"),
+        (
+            "the MLP's branch keeps what dropout dropped",
+            "dm = dropout_bwd(saved.drop2, cfg.dropout, dx)",
+            "dm = dx",
+        ),
         ("the MLP's projection gets the stream's gradient", "w.fcprojw, dm)", "w.fcprojw, dx)"),
-        ("dropout in the MLP drops nothing", "dg = dropout_bwd(saved.dropmlp, cfg.dropout_mlp, dg)", "dg = dg * 1"),
+        (
+            "dropout in the MLP drops nothing",
+            "dg = dropout_bwd(saved.dropmlp, cfg.dropout_mlp, dg)",
+            "dg = dg * 1",
+        ),
         ("GELU at its output", "gelu_bwd(saved.gelu, dg)", "gelu_bwd(saved.fcproj, dg)"),
         ("GELU is the identity", "w.fcw, df)", "w.fcw, dg)"),
-        ("the statistics of the other norm, before the MLP", "layernorm_bwd(saved.ln2,", "layernorm_bwd(saved.ln1,"),
+        (
+            "the statistics of the other norm, before the MLP",
+            "layernorm_bwd(saved.ln2,",
+            "layernorm_bwd(saved.ln1,",
+        ),
         ("the stream's gradient is not added to the MLP's", "dx = dx + dx2", "dx = dx2"),
         ("sign of the MLP's branch", "dx = dx + dx2", "dx = dx - dx2"),
-        ("attention's branch by the MLP's mask", "dropout_bwd(saved.drop1", "dropout_bwd(saved.drop2"),
+        (
+            "attention's branch by the MLP's mask",
+            "dropout_bwd(saved.drop1",
+            "dropout_bwd(saved.drop2",
+        ),
         ("attention's projection gets the stream's gradient", "w.attprojw, da)", "w.attprojw, dx)"),
         ("queries and keys are exchanged", "dq, dk, dv = attend", "dk, dq, dv = attend"),
         ("values go back through the keys' weight", "w.vw, dv)", "w.kw, dv)"),
-        ("keys come from the MLP's input", "linear_bwd(saved.qkv, w.kw", "linear_bwd(saved.fc, w.kw"),
+        (
+            "keys come from the MLP's input",
+            "linear_bwd(saved.qkv, w.kw",
+            "linear_bwd(saved.fc, w.kw",
+        ),
         ("queries go back through the keys' weight", "w.qw, dq)", "w.kw, dq)"),
         ("values do not reach attention's input", "dhq + dhk + dhv", "dhq + dhk"),
         ("the stream's gradient is not added to attention's", "dx = dx + dx1", "dx = dx1"),
         ("the key weight's gradient for the query's", "qw=dqw", "qw=dkw"),
-        ("attention's projection has its heads in reverse", "attprojw=dattprojw", "attprojw=dattprojw[::-1]"),
+        (
+            "attention's projection has its heads in reverse",
+            "attprojw=dattprojw",
+            "attprojw=dattprojw[::-1]",
+        ),
     ),
     *in_function(
         gpt2.embed_bwd,
-        ("time runs backwards", "dx = dx.astype(dhead.dtype)", "dx = dx.astype(dhead.dtype)[:, ::-1]"),
+        (
+            "time runs backwards",
+            "dx = dx.astype(dhead.dtype)",
+            "dx = dx.astype(dhead.dtype)[:, ::-1]",
+        ),
         ("positions of the first sequence alone", "dx.sum(0)", "dx[0]"),
         ("positions in reverse", "embedding_bwd(positions", "embedding_bwd(positions[::-1]"),
-        ("the classifier's part of the tied table is lost", "(tokens, dhead, dx)", "(tokens, jnp.zeros_like(dhead), dx)"),
+        (
+            "the classifier's part of the tied table is lost",
+            "(tokens, dhead, dx)",
+            "(tokens, jnp.zeros_like(dhead), dx)",
+        ),
         ("positions twice", '"wpe": dwpe', '"wpe": 2 * dwpe'),
     ),
     *in_function(
         gpt2.norm_bwd,
         ("the bias for the gain", "params.lnfw, dh", "params.lnfb, dh"),
-        ("gain and bias are exchanged", '{"lnfw": dlnfw, "lnfb": dlnfb}', '{"lnfw": dlnfb, "lnfb": dlnfw}'),
+        (
+            "gain and bias are exchanged",
+            '{"lnfw": dlnfw, "lnfb": dlnfb}',
+            '{"lnfw": dlnfb, "lnfb": dlnfw}',
+        ),
     ),
     *in_function(
         gpt2.recompute,
-        ("GELU of another input", "gelu_again(dx, saved.gelu)", "gelu_again(dx, 2 * saved.gelu)", "gelu"),
-        ("what dropout dropped is back", "dropout_bwd(saved.dropmlp, cfg.dropout_mlp, g)", "g", "gelu"),
+        (
+            "GELU of another input",
+            "gelu_again(dx, saved.gelu)",
+            "gelu_again(dx, 2 * saved.gelu)",
+            "gelu",
+        ),
+        (
+            "what dropout dropped is back",
+            "dropout_bwd(saved.dropmlp, cfg.dropout_mlp, g)",
+            "g",
+            "gelu",
+        ),
     ),
     *in_function(
         layers.linear_bwd,
@@ -180,35 +285,79 @@ IN_MODEL = [
         ("sign", "ops.layernorm_bwd(saved, w, dy)", "ops.layernorm_bwd(saved, w, -dy)"),
         ("gain and bias are exchanged", "dx), dw, db", "dx), db, dw"),
     ),
-    *in_function(layers.gelu_bwd, ("x and dy are exchanged", "barrier(dy, x), dy", "barrier(x, dy), x")),
-    *in_function(layers.gelu_again, ("the derivative's variable for the value", "[0]", "[1]", "gelu")),
     *in_function(
-        layers.embedding_bwd,
-        ("sign", "return ops.embedding_bwd(ids, dtable, dy)", "return ops.embedding_bwd(ids, dtable, -dy)"),
-        ("sign of a batch's rows on a mesh", "dtable + ops.embedding", "dtable - ops.embedding", "mesh"),
-        ("sign of the positions' rows on a mesh", "dtable + param_layout", "dtable - param_layout", "mesh"),
-        ("the table's gradient is lost on a mesh", "return dtable + ops", "return ops", "mesh"),
+        layers.gelu_bwd, ("x and dy are exchanged", "barrier(dy, x), dy", "barrier(x, dy), x")
+    ),
+    *in_function(
+        layers.gelu_again, ("the derivative's variable for the value", "[0]", "[1]", "gelu")
+    ),
+    *in_function(
+        transformer.embed_bwd,
         (
-            "time runs backwards on a mesh",
-            'param_layout(dy, "B", None, "C")',
-            'param_layout(dy[:, ::-1], "B", None, "C")',
-            "mesh",
+            "time runs backwards on the way to the tables",
+            'compute_layout(dx, "B"',
+            'compute_layout(dx[:, ::-1], "B"',
+        ),
+        (
+            "the sequences are exchanged on the way to the tables",
+            'param_layout(inputs, "B", None)',
+            'param_layout(inputs[::-1], "B", None)',
         ),
     ),
     *in_function(
         transformer.loss_and_grad,
-        ("inputs and targets are exchanged", "checked_batch(batch, cfg)", "checked_batch(Batch(*batch[1::-1]), cfg)"),
-        ("positions run backwards", "positions_of(batch.inputs)", "positions_of(batch.inputs)[::-1]"),
-        ("dropout by another key", "split_key(key, cfg)", "split_key(jax.random.fold_in(key, 1), cfg)"),
-        ("targets are embedded", "embed_fwd(params, batch.inputs", "embed_fwd(params, batch.targets"),
-        ("embeddings without dropout", "x, drop = dropout_fwd(x, cfg.dropout, key)", "x, drop = x, None"),
-        ("the layers' keys are exchanged", "positions, cfg, keys)\n    h", "positions, cfg, keys[::-1])\n    h"),
-        ("time runs backwards before the final norm", "norm_fwd(params, x)", "norm_fwd(params, x[:, ::-1])"),
+        (
+            "inputs and targets are exchanged",
+            "checked_batch(batch, cfg)",
+            "checked_batch(Batch(*batch[1::-1]), cfg)",
+        ),
+        (
+            "positions run backwards",
+            "positions_of(batch.inputs)",
+            "positions_of(batch.inputs)[::-1]",
+        ),
+        (
+            "dropout by another key",
+            "split_key(key, cfg)",
+            "split_key(jax.random.fold_in(key, 1), cfg)",
+        ),
+        (
+            "targets are embedded",
+            "embed_fwd(params, batch.inputs",
+            "embed_fwd(params, batch.targets",
+        ),
+        (
+            "embeddings without dropout",
+            "x, drop = dropout_fwd(x, cfg.dropout, key)",
+            "x, drop = x, None",
+        ),
+        (
+            "the layers' keys are exchanged",
+            "positions, cfg, keys)\n    h",
+            "positions, cfg, keys[::-1])\n    h",
+        ),
+        (
+            "time runs backwards before the final norm",
+            "norm_fwd(params, x)",
+            "norm_fwd(params, x[:, ::-1])",
+        ),
         ("inputs are the targets", "h, batch, cfg", "h, batch._replace(targets=batch.inputs), cfg"),
         ("sign before the final norm", "norm, dh)", "norm, -dh)"),
-        ("layers get each other's activations", "(params.blocks, saved, dx", "(params.blocks, saved[::-1], dx"),
-        ("embeddings keep what dropout dropped", "dx = dropout_bwd(drop, cfg.dropout, dx)", "dx = dx * 1"),
-        ("the embeddings' gradient goes to the targets", "embed_bwd(params, batch.inputs", "embed_bwd(params, batch.targets"),
+        (
+            "layers get each other's activations",
+            "(params.blocks, saved, dx",
+            "(params.blocks, saved[::-1], dx",
+        ),
+        (
+            "embeddings keep what dropout dropped",
+            "dx = dropout_bwd(drop, cfg.dropout, dx)",
+            "dx = dx * 1",
+        ),
+        (
+            "the embeddings' gradient goes to the targets",
+            "embed_bwd(params, batch.inputs",
+            "embed_bwd(params, batch.targets",
+        ),
         ("layers get each other's gradients", "blocks=dblocks", "blocks=dblocks[::-1]"),
         ("half of it", "g.astype(w.dtype), grads", "g.astype(w.dtype) / 2, grads"),
     ),
@@ -220,39 +369,93 @@ IN_MODEL = [
             "compute_layout(head[::-1].astype(h.dtype)",
         ),
         ("scores of other rows", "if dh else x, w)", "if dh else x[::-1], w)"),
-        ("targets of other rows", "cross_entropy_fwd(scores, targets,", "cross_entropy_fwd(scores, targets[::-1],"),
+        (
+            "targets of other rows",
+            "cross_entropy_fwd(scores, targets,",
+            "cross_entropy_fwd(scores, targets[::-1],",
+        ),
         ("sign of the scores' gradient", "dscores = cross", "dscores = -cross"),
-        ("half of dh", 'contract("nv,vc->nc", dscores, w)', 'contract("nv,vc->nc", dscores, w) / 2'),
-        ("dhead pairs scores with other rows", '"nv,nc->vc", dscores, x', '"nv,nc->vc", dscores, jnp.roll(x, 1, 0)'),
-        ("dhead of the last chunk alone", "dhead = dw if dhead is None else dhead + dw", "dhead = dw"),
+        (
+            "half of dh",
+            'contract("nv,vc->nc", dscores, w)',
+            'contract("nv,vc->nc", dscores, w) / 2',
+        ),
+        (
+            "dhead pairs scores with other rows",
+            '"nv,nc->vc", dscores, x',
+            '"nv,nc->vc", dscores, jnp.roll(x, 1, 0)',
+        ),
+        (
+            "dhead of the last chunk alone",
+            "dhead = dw if dhead is None else dhead + dw",
+            "dhead = dw",
+        ),
         ("a chunk's loss is doubled", "value.append(nll)", "value.append(2 * nll)"),
         ("chunks are joined in reverse", "join_chunks(dh, h)", "join_chunks(dh[::-1], h)"),
     ),
     *in_function(
         transformer.blocks_bwd,
         ("each layer doubles what it gets", 'compute_layout(dx, "B"', 'compute_layout(2 * dx, "B"'),
-        ("a block is computed again of another input", "barrier(dx, saved)", "barrier(dx, saved[:, ::-1])", "block"),
-        ("GELU is not computed again", "family.recompute(saved, dx, cfg)", "saved._replace(fcproj=saved.gelu)", "gelu"),
-        ("weights of the backward on a mesh are doubled", "partial(barrier, dx)", "lambda w: 2 * barrier(dx, w)", "mesh"),
+        (
+            "a block is computed again of another input",
+            "barrier(dx, saved)",
+            "barrier(dx, saved[:, ::-1])",
+            "block",
+        ),
+        (
+            "GELU is not computed again",
+            "family.recompute(saved, dx, cfg)",
+            "saved._replace(fcproj=saved.gelu)",
+            "gelu",
+        ),
+        (
+            "weights of the backward on a mesh are doubled",
+            "partial(barrier, dx)",
+            "lambda w: 2 * barrier(dx, w)",
+            "mesh",
+        ),
         ("attention's dropout is not scaled", "rate=cfg.dropout", "rate=0.0"),
-        ("other weights than in the forward", "block_bwd(to_compute(w, cfg)", "block_bwd(to_compute(blocks[0], cfg)"),
+        (
+            "other weights than in the forward",
+            "block_bwd(to_compute(w, cfg)",
+            "block_bwd(to_compute(blocks[0], cfg)",
+        ),
         ("sign between layers", "return dx, to_params", "return -dx, to_params"),
         ("layers from the first to the last", "cfg, reverse=True)", "cfg)"),
     ),
     *in_function(
         transformer.to_params,
         ("half of it", "dw.astype(w.dtype)", "dw.astype(w.dtype) / 2"),
-        ("a mesh doubles it", "param_layout(x, *weight.axes)", "param_layout(2 * x, *weight.axes)", "mesh"),
+        (
+            "a mesh doubles it",
+            "param_layout(x, *weight.axes)",
+            "param_layout(2 * x, *weight.axes)",
+            "mesh",
+        ),
     ),
     *in_function(
         chunks.join_chunks,
-        ("chunks are joined in reverse", "jnp.concatenate(chunks)", "jnp.concatenate(chunks[::-1])"),
-        ("shares are joined in reverse on a mesh", "for c in chunks], 1)", "for c in chunks[::-1]], 1)", "mesh"),
+        (
+            "chunks are joined in reverse",
+            "jnp.concatenate(chunks)",
+            "jnp.concatenate(chunks[::-1])",
+        ),
+        (
+            "shares are joined in reverse on a mesh",
+            "for c in chunks], 1)",
+            "for c in chunks[::-1]], 1)",
+            "mesh",
+        ),
     ),
     *in_function(
         chunks.sum_of_shares,
         ("sign", "return f(*rows)", "return -f(*rows)"),
-        ("shares are weighed on a mesh", "jax.vmap(f)", "jax.vmap(lambda *rows: 2 * f(*rows))", "mesh"),
+        (
+            "shares are weighed on a mesh",
+            "jax.vmap(f)",
+            "jax.vmap(lambda *rows: 2 * f(*rows))",
+            "mesh",
+        ),
     ),
     *in_function(
         chunks.total,
@@ -266,7 +469,12 @@ IN_MODEL = [
     ),
     *in_function(
         sharding.sum_to_param_layout,
-        ("what is scattered over fsdp is doubled", "lax.psum_scatter(x,", "2 * lax.psum_scatter(x,", "mesh"),
+        (
+            "what is scattered over fsdp is doubled",
+            "lax.psum_scatter(x,",
+            "2 * lax.psum_scatter(x,",
+            "mesh",
+        ),
         ("what is summed over data is doubled", "lax.psum(x,", "lax.psum(2 * x,", "mesh"),
     ),
 ]
@@ -281,7 +489,9 @@ def planted(name: str) -> Any:
 def wrong_version(error: Planted) -> Any:
     """The function with the error in it, in a namespace of its own."""
     source = textwrap.dedent(inspect.getsource(error.function))
-    assert source.count(error.right) == 1, f"{error.right!r} is {source.count(error.right)} times in {error}"
+    assert source.count(error.right) == 1, (
+        f"{error.right!r} is {source.count(error.right)} times in {error}"
+    )
     names = dict(vars(sys.modules[error.function.__module__]))
     exec(compile(source.replace(error.right, error.wrong), f"<{error}>", "exec"), names)
     return names[error.function.__name__]

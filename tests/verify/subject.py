@@ -12,9 +12,13 @@ from tests.models import tiny
 
 
 def subject(A: int = 1, mesh: MeshConfig | None = None, B: int = 2, **changes: Any) -> Subject:
-    """`Subject` of A micro-batches and a model with ``changes`` of the tiny configuration; parameters in float32."""
+    """`Subject` of A micro-batches and a model with ``changes`` of the tiny configuration;
+    parameters in float32.
+    """
     cfg = tiny.config(**changes)
     key = jax.random.key(3) if cfg.dropout or cfg.dropout_mlp else None
-    batch = jax.tree.map(lambda *parts: jnp.stack(parts), *(tiny.batch(cfg, B, seed=a) for a in range(A)))
+    batch = jax.tree.map(
+        lambda *parts: jnp.stack(parts), *(tiny.batch(cfg, B, seed=a) for a in range(A))
+    )
     devices = make_mesh(mesh, cfg.axis_sizes, B) if mesh else None
     return Subject(cfg, tiny.params(cfg, jnp.float32), batch, key, devices)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from gptjax.cli.options import parse
 from gptjax.formats import llmc
 from gptjax.models import gpt2
 from gptjax.ops import IGNORE_INDEX
@@ -54,16 +55,24 @@ def test_everything_holds(capsys, tmp_path):
     assert "took " in out.splitlines()[-3]
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["ok"]
-    assert {"device", "versions", "XLA_FLAGS", "config", "took", "parameters"} <= set(report["environment"])
+    assert {"device", "versions", "XLA_FLAGS", "config", "took", "parameters"} <= set(
+        report["environment"]
+    )
     assert "<!doctype html>" in (tmp_path / "r.html").read_text()
 
 
 def test_a_wrong_backward_ends_with_1_and_is_named(monkeypatch, capsys, tmp_path):
     plant(monkeypatch)
-    assert command.main([*TINY, "--export", str(tmp_path / "out"), "--html", str(tmp_path / "r.html")]) == 1
+    assert (
+        command.main([*TINY, "--export", str(tmp_path / "out"), "--html", str(tmp_path / "r.html")])
+        == 1
+    )
     lines = capsys.readouterr().out.splitlines()
     closing = next(line for line in lines if "GRADIENTS ARE WRONG" in line)
-    assert "first at layer 0, gelu (after fcw): gelu_bwd gives a wrong gradient (relative L2 error 1.0e-09)" in closing
+    assert (
+        "first at layer 0, gelu (after fcw): gelu_bwd gives a wrong gradient (relative L2 error "
+        "1.0e-09)" in closing
+    )
     assert lines[-1] == "nothing was exported: it would not be right"
     assert not list((tmp_path / "out").iterdir())
     assert "outlined where wrong" in (tmp_path / "r.html").read_text()
@@ -89,15 +98,23 @@ def test_an_error_on_the_mesh_alone_ends_with_1_and_the_mesh_is_named(monkeypatc
     monkeypatch.setattr(gpt2, "embedding_bwd", wrong)
     assert command.main([*TINY, *ON_A_MESH]) == 1
     assert (
-        "first at the program on the mesh: it alone differs, and on one device the gradient is right" in capsys.readouterr().out
+        "first at the program on the mesh: it alone differs, and on one device the gradient is "
+        "right" in capsys.readouterr().out
     )
 
 
 def test_a_mesh_that_does_not_divide_the_batch_is_refused(capsys):
-    expect_error(command.main, [*TINY, "--mesh.data", "8"], "data.batch_size 2 does not divide by mesh.data", capsys)
+    expect_error(
+        command.main,
+        [*TINY, "--mesh.data", "8"],
+        "data.batch_size 2 does not divide by mesh.data",
+        capsys,
+    )
 
 
-def test_a_wrong_gradient_ends_with_1_even_if_the_report_cannot_be_kept(monkeypatch, capsys, tmp_path):
+def test_a_wrong_gradient_ends_with_1_even_if_the_report_cannot_be_kept(
+    monkeypatch, capsys, tmp_path
+):
     def full(*args):
         raise OSError(28, "No space left on device", "r.html")
 
@@ -108,17 +125,21 @@ def test_a_wrong_gradient_ends_with_1_even_if_the_report_cannot_be_kept(monkeypa
     monkeypatch.undo()
     monkeypatch.setattr(command, "check_ops", lambda dtype: [OpError("an op", 0.0, 1.0, 0.0, 1.0)])
     monkeypatch.setattr(command, "write_report", full)
-    expect_error(command.main, [*TINY, "--html", str(tmp_path / "r.html")], "No space left on device", capsys)
+    expect_error(
+        command.main, [*TINY, "--html", str(tmp_path / "r.html")], "No space left on device", capsys
+    )
 
 
 def test_a_report_that_may_not_be_written_is_refused_before_the_work(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(command.os, "access", lambda path, mode: path != tmp_path)
-    expect_error(command.main, [*TINY, "--json", str(tmp_path / "r.json")], "permission denied", capsys)
+    expect_error(
+        command.main, [*TINY, "--json", str(tmp_path / "r.json")], "permission denied", capsys
+    )
 
 
 def made(*arguments):
     """The subject of these arguments, and what the command says of it."""
-    cfg, _ = command.cli.parse(command.VerifyConfig, "verify", "", [*TINY, *arguments])
+    cfg, _ = parse(command.VerifyConfig, "verify", "", [*TINY, *arguments])
     subject, _, facts = command.make_subject(cfg)
     return subject, facts
 
@@ -133,7 +154,9 @@ def test_some_random_targets_do_not_count_unless_llmc_shall_read_them():
 
 
 def test_the_hash_is_of_what_is_checked_and_not_of_how_it_is_shown():
-    one, other, different = (made(*a)[1]["config"] for a in ([], ["--layers", "true", "--json", "x"], ["--seed", "1"]))
+    one, other, different = (
+        made(*a)[1]["config"] for a in ([], ["--layers", "true", "--json", "x"], ["--seed", "1"])
+    )
     assert one == other != different
 
 
@@ -157,10 +180,26 @@ def test_a_wrong_op_alone_ends_with_1(monkeypatch, capsys):
 
 
 def test_exported_files_are_a_reference(capsys, tmp_path):
-    """What is written is read back and agrees, also by a model of scanned layers in another precision."""
+    """What is written is read back and agrees, also by a model of scanned layers in another
+    precision.
+    """
     assert command.main([*TINY, "--export", str(tmp_path), "--model.max_seq_len", "12"]) == 0
-    files = ["--checkpoint", str(tmp_path / "gpt2_124M.bin"), "--reference", str(tmp_path / "gpt2_124M_debug_state.bin")]
-    same = [*TINY, "--model.max_seq_len", "12", "--dtype", "float32", "--model.layers", "scan", *files]
+    files = [
+        "--checkpoint",
+        str(tmp_path / "gpt2_124M.bin"),
+        "--reference",
+        str(tmp_path / "gpt2_124M_debug_state.bin"),
+    ]
+    same = [
+        *TINY,
+        "--model.max_seq_len",
+        "12",
+        "--dtype",
+        "float32",
+        "--model.layers",
+        "scan",
+        *files,
+    ]
     assert command.main(same) == 0
     assert "agree with the file" in capsys.readouterr().out
     (tmp_path / "cut").write_bytes((tmp_path / "gpt2_124M_debug_state.bin").read_bytes()[:-4])
@@ -181,9 +220,19 @@ def test_a_batch_of_the_corpus(shared, tmp_path):
     folder = tmp_path / "corpus"
     folder.mkdir()
     for split in ("train", "val"):
-        (folder / f"{split}.bin").write_bytes((shared / "tinyshakespeare" / "tiny_shakespeare_val.bin").read_bytes())
-    arguments = [*TINY[:-2], "--model.vocab_size", "50257", "--batch", "corpus", "--data.dataset", str(folder)]
-    cfg, _ = command.cli.parse(command.VerifyConfig, "verify", "", [*arguments, "--data.order", "sequential"])
+        (folder / f"{split}.bin").write_bytes(
+            (shared / "tinyshakespeare" / "tiny_shakespeare_val.bin").read_bytes()
+        )
+    arguments = [
+        *TINY[:-2],
+        "--model.vocab_size",
+        "50257",
+        "--batch",
+        "corpus",
+        "--data.dataset",
+        str(folder),
+    ]
+    cfg, _ = parse(command.VerifyConfig, "verify", "", [*arguments, "--data.order", "sequential"])
     subject, _, facts = command.make_subject(cfg)
     assert subject.batch.inputs[0, 0, :6].tolist() == [50256, 5962, 22307, 25, 198, 8421]
     assert (subject.batch.targets[..., :-1] == subject.batch.inputs[..., 1:]).all()
@@ -197,8 +246,14 @@ def test_a_batch_of_the_corpus(shared, tmp_path):
         (["--dtype", "float16"], "dtype"),
         (["--reference", "nothing"], "there is no file nothing"),
         (["--reference", str(ROOT / "README.md")], "give their file as --checkpoint"),
-        (["--reference", str(ROOT / "README.md"), "--checkpoint", "x"], "README.md is not an llm.c debug state"),
-        (["--reference", "finite-difference", "--dtype", "bfloat16"], "needs dtype float64 or float32"),
+        (
+            ["--reference", str(ROOT / "README.md"), "--checkpoint", "x"],
+            "README.md is not an llm.c debug state",
+        ),
+        (
+            ["--reference", "finite-difference", "--dtype", "bfloat16"],
+            "needs dtype float64 or float32",
+        ),
         (["--checkpoint", "nowhere"], "nowhere does not exist"),
         (["--checkpoint", ""], "holds no checkpoint"),
         (["--checkpoint", str(ROOT / "README.md")], "in no format that is known here"),
@@ -206,7 +261,7 @@ def test_a_batch_of_the_corpus(shared, tmp_path):
         (["--html", str(ROOT)], "it is a folder"),
         (["--html", "r", "--json", "./r"], "json and html are both r: name two files"),
         (["--export", "/proc/nowhere"], "/proc/nowhere cannot be used"),
-        (["--seed", "4294967296"], "seed must be from 0 to 4294967295"),
+        (["--seed", "4294967296"], "seed must be a number of at most 4,294,967,295"),
         (["--export", str(ROOT / "README.md")], "is a file, not a folder"),
         (["--data.seq_len", "4000"], "data.seq_len 4000 does not fit"),
         (["--model.attention", "cudnn"], "needs an NVIDIA GPU"),
@@ -217,6 +272,6 @@ def test_bad_input(arguments, message, capsys):
 
 
 def test_initial_parameters_are_exact_in_every_precision():
-    cfg, _ = command.cli.parse(command.VerifyConfig, "verify", "", TINY)
+    cfg, _ = parse(command.VerifyConfig, "verify", "", TINY)
     subject, _, _ = command.make_subject(cfg)
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(subject.params))

@@ -33,7 +33,12 @@ def test_layers_are_told_apart_and_put_together():
     """A tensor of L arrays has the row that one stacked array has, and one more for each layer."""
     ours, reference = normal(0, 3, 4, 5), normal(1, 3, 4, 5)
     found = compare({"a": tuple(ours), "b": ours[0]}, {"a": tuple(reference), "b": reference[0]})
-    assert [(row.tensor, row.layer) for row in found.rows] == [("a", 0), ("a", 1), ("a", 2), ("b", None)]
+    assert [(row.tensor, row.layer) for row in found.rows] == [
+        ("a", 0),
+        ("a", 1),
+        ("a", 2),
+        ("b", None),
+    ]
     stacked = compare({"a": ours}, {"a": reference}).rows[0]
     together, alone = found.tensors
     assert together.shape == stacked.shape
@@ -52,8 +57,12 @@ def test_entries_of_different_shapes_are_no_layers():
     shapes = {"affine": (jnp.ones((2, 3)), jnp.ones(3)), "same": (jnp.ones(2), jnp.ones(2))}
     names = [(row.tensor, row.layer) for row in compare(shapes, shapes).rows]
     assert names == [("affine.0", None), ("affine.1", None), ("same", 0), ("same", 1)]
-    pair = (jnp.ones(3), jnp.ones(3))  # the entries of a tuple are what they are: weight and bias, say
-    assert [(row.tensor, row.layer) for row in compare(pair, pair).rows] == [("0", None), ("1", None)]
+    # The entries of a tuple are what they are: weight and bias, say
+    pair = (jnp.ones(3), jnp.ones(3))
+    assert [(row.tensor, row.layer) for row in compare(pair, pair).rows] == [
+        ("0", None),
+        ("1", None),
+    ]
 
 
 class Block(NamedTuple):
@@ -66,14 +75,18 @@ def test_a_layers_tensors_are_named_by_the_way_from_the_layer_on():
     blocks = tuple(Block(jnp.ones(2), jnp.ones(3)) for _ in range(2))
     names = [
         (row.tensor, row.layer)
-        for row in compare({"blocks": blocks, "w": jnp.ones(2)}, {"blocks": blocks, "w": jnp.ones(2)}).rows
+        for row in compare(
+            {"blocks": blocks, "w": jnp.ones(2)}, {"blocks": blocks, "w": jnp.ones(2)}
+        ).rows
     ]
     assert names == [("blocks.w", 0), ("b", 0), ("blocks.w", 1), ("b", 1), ("w", None)]
 
 
 @pytest.mark.parametrize("size", [1.0, 1e30])
 def test_a_gradient_that_is_zero_but_for_rounding_is_judged_by_the_whole(size):
-    """As of a bias that moves all scores of a softmax alike: what is left of it is rounding in both, and may differ wholly."""
+    """As of a bias that moves all scores of a softmax alike: what is left of it is rounding in
+    both, and may differ wholly.
+    """
     whole, noise = size * normal(0, 50), 1e-18 * size * normal(1, 5)
     reference, ours = {"w": whole, "b": noise}, {"w": whole, "b": -3 * noise}
     found = compare(ours, reference, 1e-14)
@@ -84,7 +97,8 @@ def test_a_gradient_that_is_zero_but_for_rounding_is_judged_by_the_whole(size):
     )
     assert (row.cosine, row.ulps) == (None, None)
     assert not compare(ours | {"b": 1e-13 * whole[:5]}, reference, 1e-14)
-    assert compare(ours, reference, 1e-14, {"w": whole * 1.01, "b": noise}).rows[0].ratio is None  # b's, of noise to noise
+    # B's, of noise to noise
+    assert compare(ours, reference, 1e-14, {"w": whole * 1.01, "b": noise}).rows[0].ratio is None
 
 
 def test_a_tensor_is_wrong_if_one_of_its_layers_is():
@@ -112,7 +126,9 @@ def test_squares_that_the_dtype_does_not_hold_are_no_error(dtype, size):
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 def test_what_is_not_finite_is_wrong(bad):
-    found = compare({"a": jnp.array([1.0, bad]), "b": jnp.ones(1)}, {"a": jnp.ones(2), "b": jnp.ones(1)})
+    found = compare(
+        {"a": jnp.array([1.0, bad]), "b": jnp.ones(1)}, {"a": jnp.ones(2), "b": jnp.ones(1)}
+    )
     assert not found
     assert found.worst.tensor == "a"
     assert found.worst.place == (1,)
@@ -123,7 +139,9 @@ def test_a_gradient_of_zero_is_wrong_where_the_reference_is_not_and_the_other_wa
     assert not compare([jnp.full(3, 1e-30)], [jnp.zeros(3)])
 
 
-@pytest.mark.parametrize(("dtype", "seen", "unseen"), [(jnp.float64, 1e-11, 1e-14), (jnp.float32, 1e-3, 1e-6)])
+@pytest.mark.parametrize(
+    ("dtype", "seen", "unseen"), [(jnp.float64, 1e-11, 1e-14), (jnp.float32, 1e-3, 1e-6)]
+)
 def test_default_tolerance_follows_the_dtype(dtype, seen, unseen):
     x = normal(0, 50).astype(dtype)
     assert compare(x * (1 + dtype(unseen)), x)
@@ -131,16 +149,27 @@ def test_default_tolerance_follows_the_dtype(dtype, seen, unseen):
 
 
 def test_a_tolerance_may_be_given_for_all_or_for_each():
-    ours, reference = {"a": jnp.array([1.01]), "b": jnp.array([1.01])}, {"a": jnp.ones(1), "b": jnp.ones(1)}
+    ours, reference = (
+        {"a": jnp.array([1.01]), "b": jnp.array([1.01])},
+        {"a": jnp.ones(1), "b": jnp.ones(1)},
+    )
     assert compare(ours, reference, 0.02)
-    assert [row.ok for row in compare(ours, reference, {"a": 0.02, "b": 0.001}).rows] == [True, False]
+    assert [row.ok for row in compare(ours, reference, {"a": 0.02, "b": 0.001}).rows] == [
+        True,
+        False,
+    ]
 
 
 def test_sixteen_bits_are_judged_by_autodiffs_distance():
-    """Ours may be no further from the reference, but for scatter: of 10,000 numbers, 1 + 4 / sqrt(20,000)."""
+    """Ours may be no further from the reference, but for scatter: of 10,000 numbers, 1 + 4 /
+    sqrt(20,000).
+    """
     reference, noise = normal(0, 10_000), normal(1, 10_000)
     rival = reference + 1e-3 * noise
-    near, far = (compare(reference + size * noise, reference, 1.0, rival).rows[0] for size in (1.01e-3, 1.05e-3))
+    near, far = (
+        compare(reference + size * noise, reference, 1.0, rival).rows[0]
+        for size in (1.01e-3, 1.05e-3)
+    )
     assert near.ratio == pytest.approx(1.01)
     assert near.ratio_tolerance == pytest.approx(1 + 4 / np.sqrt(20_000))
     assert near.ok
@@ -150,8 +179,12 @@ def test_sixteen_bits_are_judged_by_autodiffs_distance():
 def test_the_ratio_of_all_layers_is_that_of_the_whole():
     reference, noise = normal(0, 2, 50), normal(1, 2, 50)
     rival, ours = reference + noise, reference + noise * jnp.array([[1.0], [3.0]])
-    whole = compare({"a": tuple(ours)}, {"a": tuple(reference)}, 1.0, {"a": tuple(rival)}).tensors[0]
-    assert whole.ratio == pytest.approx(float(jnp.linalg.norm(ours - reference) / jnp.linalg.norm(noise)))
+    whole = compare({"a": tuple(ours)}, {"a": tuple(reference)}, 1.0, {"a": tuple(rival)}).tensors[
+        0
+    ]
+    assert whole.ratio == pytest.approx(
+        float(jnp.linalg.norm(ours - reference) / jnp.linalg.norm(noise))
+    )
 
 
 def test_trees_that_do_not_match():
@@ -159,7 +192,9 @@ def test_trees_that_do_not_match():
         compare({"a": jnp.ones(1)}, {"b": jnp.ones(1)})
     with pytest.raises(ValueError, match=r"b has shape \(2,\) in one gradient and \(3,\)"):
         compare({"b": jnp.ones(2)}, {"b": jnp.ones(3)})
-    with pytest.raises(ValueError, match="b is int64 in one gradient and float64 in the other, not floating-point"):
+    with pytest.raises(
+        ValueError, match="b is int64 in one gradient and float64 in the other, not floating-point"
+    ):
         compare({"b": jnp.ones(2, int)}, {"b": jnp.ones(2)})
     with pytest.raises(ValueError, match="nothing to compare"):
         compare({}, {})

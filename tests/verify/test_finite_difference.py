@@ -3,7 +3,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.verify.finite_difference import TOLERANCE, check_directions, directional, elementwise, extrapolate
+from gptjax.verify.finite_difference import (
+    TOLERANCE,
+    check_directions,
+    directional,
+    elementwise,
+    extrapolate,
+)
 from tests.compare import normal, relative_l2
 
 
@@ -16,7 +22,8 @@ def test_extrapolation_removes_one_even_power_after_another():
 
 
 @pytest.mark.parametrize(
-    ("f", "derivative"), [(jnp.exp, jnp.exp), (jnp.sin, jnp.cos), (jnp.tanh, lambda x: 1 - jnp.tanh(x) ** 2)]
+    ("f", "derivative"),
+    [(jnp.exp, jnp.exp), (jnp.sin, jnp.cos), (jnp.tanh, lambda x: 1 - jnp.tanh(x) ** 2)],
 )
 def test_derivatives_of_known_functions(f, derivative):
     x = jnp.array([0.3, -1.2])
@@ -27,14 +34,18 @@ def test_derivatives_of_known_functions(f, derivative):
 
 
 def test_a_direction_of_none_stays():
-    assert directional(lambda p: p["a"] * p["b"], {"a": jnp.array(2.0), "b": jnp.array(3.0)}, {"a": jnp.array(1.0), "b": None})[
-        0
-    ] == pytest.approx(3)
+    assert directional(
+        lambda p: p["a"] * p["b"],
+        {"a": jnp.array(2.0), "b": jnp.array(3.0)},
+        {"a": jnp.array(1.0), "b": None},
+    )[0] == pytest.approx(3)
 
 
 def test_element_by_element():
     x, w, dy = normal(0, 3, 4), normal(1, 4, 2), normal(2, 3, 2)
-    for found, exact in zip(elementwise(lambda x, w: jnp.tanh(x @ w), (x, w), dy), reference(x, w, dy), strict=True):
+    for found, exact in zip(
+        elementwise(lambda x, w: jnp.tanh(x @ w), (x, w), dy), reference(x, w, dy), strict=True
+    ):
         assert found.shape == exact.shape
         assert relative_l2(found, exact) < 1e-11
 
@@ -59,7 +70,11 @@ def test_directions_through_everything_then_each_tensor_then_each_layer():
     assert [row.tensor for row in found.rows[3:]] == ["b", "w"]
     assert [row.shape for row in found.rows] == [(27,), (27,), (27,), (3,), (2, 4, 3)]
     by_layer = check_directions(loss, PARAMS, gradient, layers=True)
-    assert [(row.tensor, row.layer) for row in by_layer.rows[3:]] == [("b", None), ("w", 0), ("w", 1)]
+    assert [(row.tensor, row.layer) for row in by_layer.rows[3:]] == [
+        ("b", None),
+        ("w", 0),
+        ("w", 1),
+    ]
     assert max(row.relative_l2 for row in by_layer.rows) < 1e-9
 
 
@@ -68,7 +83,10 @@ def test_an_error_of_one_in_a_million_is_found_and_only_where_it_is(tensor):
     gradient = jax.grad(loss)(PARAMS)
     wrong = gradient | {tensor: jax.tree.map(lambda g: g * (1 + 1e-6), gradient[tensor])}
     found = check_directions(loss, PARAMS, wrong)
-    assert {row.tensor: row.ok for row in found.rows[3:]} == {"w": tensor != "w", "b": tensor != "b"}
+    assert {row.tensor: row.ok for row in found.rows[3:]} == {
+        "w": tensor != "w",
+        "b": tensor != "b",
+    }
 
 
 def test_a_gradient_of_zero_or_nan_is_found():
@@ -81,8 +99,14 @@ def test_a_difference_is_trusted_no_further_than_its_own_estimate():
     f = lambda p: jnp.sin(p["rounded"].astype(jnp.float32)).sum() + jnp.sin(p["exact"]).sum()  # noqa: E731
     x = {"rounded": jnp.ones(50), "exact": jnp.ones(50)}
     rows = check_directions(f, x, jax.tree.map(jnp.cos, x)).rows[3:]
-    assert {row.tensor: row.tolerance > TOLERANCE for row in rows} == {"rounded": True, "exact": False}
-    assert {row.tensor: row.relative_l2 > TOLERANCE for row in rows} == {"rounded": True, "exact": False}
+    assert {row.tensor: row.tolerance > TOLERANCE for row in rows} == {
+        "rounded": True,
+        "exact": False,
+    }
+    assert {row.tensor: row.relative_l2 > TOLERANCE for row in rows} == {
+        "rounded": True,
+        "exact": False,
+    }
     assert all(row.ok for row in rows)
 
 

@@ -12,7 +12,12 @@ OURS = {"w": (jnp.ones(2), jnp.ones(2) * 2), "<b>": jnp.ones(3)}
 
 
 def page(ours=OURS, **changes):
-    report = Report(compare(ours, OURS), ops=(OpError("gelu", 0, 1, 0, 1),), environment={"device": "cpu & co"}, **changes)
+    report = Report(
+        compare(ours, OURS),
+        ops=(OpError("gelu", 0, 1, 0, 1),),
+        environment={"device": "cpu & co"},
+        **changes,
+    )
     return as_html(report), report
 
 
@@ -67,7 +72,11 @@ def test_the_heat_map_has_a_field_for_each_tensor_and_layer():
 def test_what_is_wrong_is_marked():
     text, report = page({"w": (OURS["w"][0], OURS["w"][1] + 1), "<b>": OURS["<b>"] * jnp.nan})
     assert not report
-    wrong = [attrs.get("title") for tag, attrs in read(text).tags if tag == "td" and attrs.get("class") == "bad"]
+    wrong = [
+        attrs.get("title")
+        for tag, attrs in read(text).tags
+        if tag == "td" and attrs.get("class") == "bad"
+    ]
     assert [title.split(":")[0] for title in wrong if title] == ["w[1]", "<b>[None]"]
     assert ("div", {"class": "verdict bad"}) in read(text).tags
     assert "nan" in read(text).text

@@ -11,24 +11,39 @@ from tests.verify.subject import subject
 
 
 def test_input_embeddings_gradient_by_taking_them_as_an_argument():
-    """A position's embedding is added to each sequence's token there, so its gradient is the sum of theirs."""
+    """A position's embedding is added to each sequence's token there, so its gradient is the sum of
+    theirs.
+    """
     found = model.by_hand(subject())
     assert relative_l2(found.embeddings.sum(0), found.params.wpe[:7]) < FLOAT64_TOLERANCE
-    assert relative_l2(model.by_autodiff(subject()).embeddings, found.embeddings) < FLOAT64_TOLERANCE
+    assert (
+        relative_l2(model.by_autodiff(subject()).embeddings, found.embeddings) < FLOAT64_TOLERANCE
+    )
 
 
 def test_tolerances_grow_with_the_reference_s_rounding():
     of = subject(dtype="float32")
     exact, rounded = model.tolerances(of), model.tolerances(of, jnp.float32)
     assert rounded.loss == pytest.approx(exact.loss * np.sqrt(2))
-    assert max(jax.tree.leaves(model.tolerances(of._replace(cfg=dataclasses.replace(of.cfg, dtype="float64"))))) < 1e-12
+    assert (
+        max(
+            jax.tree.leaves(
+                model.tolerances(of._replace(cfg=dataclasses.replace(of.cfg, dtype="float64")))
+            )
+        )
+        < 1e-12
+    )
 
 
 def test_tolerances_are_widened_only_by_what_the_reference_itself_moves():
-    """Of w^3 - 3 w, derivative 3 w^2 - 3, at w near 1: moved by u, the derivative moves by 2 u / (w^2 - 1) of itself."""
+    """Of w^3 - 3 w, derivative 3 w^2 - 3, at w near 1: moved by u, the derivative moves by 2 u /
+    (w^2 - 1) of itself.
+    """
     params = {"a": jnp.full(1000, 1.5), "b": jnp.full(1000, 1 + 1e-6)}
     gradient = lambda p: jax.tree.map(lambda w: 3 * w * w - 3, p)  # noqa: E731
-    (wide,) = model.widened(({"a": 1e-13, "b": 1e-13},), lambda p: (gradient(p),), params, jnp.float64)
+    (wide,) = model.widened(
+        ({"a": 1e-13, "b": 1e-13},), lambda p: (gradient(p),), params, jnp.float64
+    )
     assert wide["a"] == 1e-13
     assert wide["b"] == pytest.approx(4 * 2**-52 * 1e6, rel=0.2)
 
@@ -48,7 +63,9 @@ def test_the_reference_adds_up_micro_batches_to_their_mean_over_all_targets():
     rows = jax.tree.map(lambda x: x.reshape(1, -1, x.shape[-1]), parts.batch)
     found, expected = model.by_autodiff(parts), model.by_autodiff(parts._replace(batch=rows))
     assert float(found.loss) == pytest.approx(float(expected.loss), rel=1e-14)
-    for ours, theirs in zip(jax.tree.leaves(found.params), jax.tree.leaves(expected.params), strict=True):
+    for ours, theirs in zip(
+        jax.tree.leaves(found.params), jax.tree.leaves(expected.params), strict=True
+    ):
         assert relative_l2(ours, theirs) < 1e-13
 
 

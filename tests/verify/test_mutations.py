@@ -1,7 +1,8 @@
 """Errors planted in every backward, one at a time: the verifier has to find each one.
 
-What finds it is a comparison that the command makes: of an op by itself with JAX's gradient, or of the whole model's loss and
-gradient, on one device or on a mesh. The score is printed at the end of the test run.
+What finds it is a comparison that the command makes: of an op by itself with JAX's gradient, or of
+the whole model's loss and gradient, on one device or on a mesh. The score is printed at the end of
+the test run.
 """
 
 import ast
@@ -32,10 +33,14 @@ def traced_afresh():
 EACH_IN_OPS = [(cases, error) for cases, errors in IN_OPS.items() for error in errors]
 
 
-@pytest.mark.parametrize(("cases", "error"), EACH_IN_OPS, ids=lambda x: "" if isinstance(x, str) else str(x))
+@pytest.mark.parametrize(
+    ("cases", "error"), EACH_IN_OPS, ids=lambda x: "" if isinstance(x, str) else str(x)
+)
 def test_an_error_in_an_op_is_found(cases, error, monkeypatch):
     plant(monkeypatch, error)
-    assert not all(ops.op_against_autodiff(case).ok for case in ops.op_cases() if case.name.startswith(cases))
+    assert not all(
+        ops.op_against_autodiff(case).ok for case in ops.op_cases() if case.name.startswith(cases)
+    )
 
 
 SETTINGS = {
@@ -73,13 +78,18 @@ def test_without_a_planted_error_nothing_is_found(setting):
 
 
 def test_no_two_errors_have_one_name():
-    names = Counter(str(error) for error in IN_MODEL) + Counter(f"{case} {error}" for case, error in EACH_IN_OPS)
+    names = Counter(str(error) for error in IN_MODEL) + Counter(
+        f"{case} {error}" for case, error in EACH_IN_OPS
+    )
     assert max(names.values()) == 1
 
 
 def test_every_backward_of_the_package_has_errors_planted_in_it():
-    backwards = {name for name in package.__all__ if name.endswith("_bwd")} - {"attention_bwd"}  # which calls one of two
-    assert backwards | {"materialised_bwd", "blockwise_bwd"} <= {error.function.__name__ for _, error in EACH_IN_OPS}
+    # Which calls one of two
+    backwards = {name for name in package.__all__ if name.endswith("_bwd")} - {"attention_bwd"}
+    assert backwards | {"materialised_bwd", "blockwise_bwd"} <= {
+        error.function.__name__ for _, error in EACH_IN_OPS
+    }
 
 
 EVERY_LINE = [
@@ -94,19 +104,33 @@ EVERY_LINE = [
     layers.layernorm_bwd,
     layers.gelu_bwd,
     layers.gelu_again,
-    layers.embedding_bwd,
+    transformer.embed_bwd,
 ]
 
 
-@pytest.mark.parametrize("function", EVERY_LINE, ids=lambda f: f"{f.__module__.split('.')[-1]}.{f.__name__}")
+@pytest.mark.parametrize(
+    "function", EVERY_LINE, ids=lambda f: f"{f.__module__.split('.')[-1]}.{f.__name__}"
+)
 def test_every_line_of_the_models_backward_has_an_error_planted_in_it(function):
     """All statements that compute something, those for a mesh included."""
     source = textwrap.dedent(inspect.getsource(function))
-    hit = {source[: source.index(error.right)].count("\n") + 1 for error in IN_MODEL if error.function is function}
-    hit |= {source[: source.index(e.right) + len(e.right)].count("\n") + 1 for e in IN_MODEL if e.function is function}
+    hit = {
+        source[: source.index(error.right)].count("\n") + 1
+        for error in IN_MODEL
+        if error.function is function
+    }
+    hit |= {
+        source[: source.index(e.right) + len(e.right)].count("\n") + 1
+        for e in IN_MODEL
+        if e.function is function
+    }
     for node in ast.walk(ast.parse(source)):
         compound = ast.FunctionDef | ast.If | ast.For
-        if not isinstance(node, ast.stmt) or isinstance(node, compound) or not any(map(computes, ast.walk(node))):
+        if (
+            not isinstance(node, ast.stmt)
+            or isinstance(node, compound)
+            or not any(map(computes, ast.walk(node)))
+        ):
             continue
         assert hit & set(range(node.lineno, node.end_lineno + 1)), ast.unparse(node)
 

@@ -11,7 +11,10 @@ from gptjax.verify.ops import OpError
 def test_every_op_is_right_in_every_precision(dtype):
     rows = [ops.op_against_autodiff(case, dtype) for case in ops.op_cases()]
     assert all(row.ok for row in rows)
-    assert max(row.relative_l2 for row in rows) > {"float64": 0, "float32": 1e-9, "bfloat16": 1e-4}[dtype]
+    assert (
+        max(row.relative_l2 for row in rows)
+        > {"float64": 0, "float32": 1e-9, "bfloat16": 1e-4}[dtype]
+    )
 
 
 def test_every_op_agrees_with_differences_of_its_forward():
@@ -38,7 +41,11 @@ def test_a_verdict_needs_both():
 
 
 def test_every_pair_of_the_package_is_among_the_cases():
-    pairs = {name.removesuffix("_bwd").replace("_", "-") for name in package.__all__ if name.endswith("_bwd")}
+    pairs = {
+        name.removesuffix("_bwd").replace("_", "-")
+        for name in package.__all__
+        if name.endswith("_bwd")
+    }
     assert pairs == {case.name.split()[0] for case in ops.op_cases()}
 
 

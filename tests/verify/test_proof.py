@@ -51,7 +51,9 @@ PARAMS = {"w": normal(1, 4, 3), "b": normal(2, 3)}
 
 
 def wrong(*args):
-    return loss_and_grad(*args, affine_bwd=jax.jit(lambda x, w, dy: (dy @ w.T, x.T @ dy, dy[0]), inline=True))
+    return loss_and_grad(
+        *args, affine_bwd=jax.jit(lambda x, w, dy: (dy @ w.T, x.T @ dy, dy[0]), inline=True)
+    )
 
 
 @pytest.mark.parametrize("reference", ["autodiff", "finite-difference"])
@@ -60,8 +62,13 @@ def test_a_right_gradient(reference):
     assert report
     assert report.parting is None
     assert report.forward
-    assert report.gradient.worst.relative_l2 < {"autodiff": FLOAT64_TOLERANCE, "finite-difference": 1e-9}[reference]
-    assert report.closing.startswith(f"all {len(report.gradient.rows)} gradients agree with {reference}: the worst, ")
+    assert (
+        report.gradient.worst.relative_l2
+        < {"autodiff": FLOAT64_TOLERANCE, "finite-difference": 1e-9}[reference]
+    )
+    assert report.closing.startswith(
+        f"all {len(report.gradient.rows)} gradients agree with {reference}: the worst, "
+    )
 
 
 @pytest.mark.parametrize("reference", ["autodiff", "finite-difference"])
@@ -75,14 +82,18 @@ def test_the_wrong_op_is_named():
     def affine_bwd(x, w, dy):
         return dy @ w.T, x.T @ dy, dy[0]
 
-    report = check(loss, lambda *a: loss_and_grad(*a, affine_bwd=jax.jit(affine_bwd)), PARAMS, X, LABELS)
+    report = check(
+        loss, lambda *a: loss_and_grad(*a, affine_bwd=jax.jit(affine_bwd)), PARAMS, X, LABELS
+    )
     assert report.parting.place == "affine (w)"
     assert "first at affine (w): affine_bwd gives a wrong gradient" in report.closing
     assert str(report).endswith(report.closing)
 
 
 def test_a_wrong_loss_beside_a_right_gradient():
-    report = check(loss, lambda *a: (loss(*a) * (1 + 1e-9), loss_and_grad(*a)[1]), PARAMS, X, LABELS)
+    report = check(
+        loss, lambda *a: (loss(*a) * (1 + 1e-9), loss_and_grad(*a)[1]), PARAMS, X, LABELS
+    )
     assert not report
     assert report.gradient
     assert report.closing == "THE FORWARD IS WRONG, though the gradients agree with autodiff"
@@ -98,7 +109,9 @@ def test_a_bound_of_zero_is_one_and_holds_for_differences_too():
     assert not check(loss, loss_and_grad, PARAMS, X, LABELS, largest_error=0.0)
     slightly = lambda *a: jax.tree.map(lambda x: x * (1 + 1e-7), loss_and_grad(*a))  # noqa: E731
     found = {
-        bound: check(loss, slightly, PARAMS, X, LABELS, reference="finite-difference", largest_error=bound)
+        bound: check(
+            loss, slightly, PARAMS, X, LABELS, reference="finite-difference", largest_error=bound
+        )
         for bound in (None, 1e-6)
     }
     assert not found[None].gradient
@@ -130,7 +143,9 @@ def test_a_gradient_of_another_shape():
 
 
 def test_nan_is_wrong():
-    report = check(loss, lambda *a: (loss(*a), jax.tree.map(lambda x: x * math.nan, a[0])), PARAMS, X, LABELS)
+    report = check(
+        loss, lambda *a: (loss(*a), jax.tree.map(lambda x: x * math.nan, a[0])), PARAMS, X, LABELS
+    )
     assert not report
     assert "2 OF 2 GRADIENTS ARE WRONG" in report.closing
 

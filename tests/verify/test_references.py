@@ -60,19 +60,26 @@ def test_a_planted_gelu_error_is_named_with_its_layer_and_found_in_the_curvature
 
 def test_an_error_that_only_a_setting_brings_is_blamed_on_the_settings(monkeypatch, gradient_only):
     double = lambda dx, x: 2 * x  # noqa: E731
-    monkeypatch.setattr(transformer, "barrier", double)  # what is recomputed is not what the forward computed
+    # What is recomputed is not what the forward computed
+    monkeypatch.setattr(transformer, "barrier", double)
     report = references.against_autodiff(subject(num_layers=1, recompute="block"))
     assert not report
-    assert str(report.parting).startswith("model.layers, model.recompute, model.loss_chunks, optim.accumulate or the mesh: ")
+    assert str(report.parting).startswith(
+        "model.layers, model.recompute, model.loss_chunks, optim.accumulate or the mesh: "
+    )
 
 
 def test_a_gradient_of_terms_that_cancel_is_not_called_wrong(monkeypatch, gradient_only):
-    """All targets are nearly certain: rounding of the logits, some 200, is magnified by as much in a small loss."""
+    """All targets are nearly certain: rounding of the logits, some 200, is magnified by as much in
+    a small loss.
+    """
     of = subject(dtype="float32", num_layers=1)
     row = 1.19 * of.params.wte[0]
     lnf = {"lnfw": of.params.lnfw * 1e-2, "lnfb": 200 * row / jnp.vdot(row, row)}
     params = of.params._replace(wte=of.params.wte.at[0].set(row), **lnf)
-    sure = of._replace(params=params, batch=of.batch._replace(targets=jnp.full_like(of.batch.targets, 0)))
+    sure = of._replace(
+        params=params, batch=of.batch._replace(targets=jnp.full_like(of.batch.targets, 0))
+    )
     report = references.against_autodiff(sure)
     assert report.forward
     assert report.gradient
@@ -86,7 +93,9 @@ def test_a_gradient_of_terms_that_cancel_is_not_called_wrong(monkeypatch, gradie
 def test_tolerances_are_widened_before_anything_is_called_wrong(monkeypatch, gradient_only):
     """With next to none derived, what JAX's own gradient moves by is still allowed."""
     derived = references.tolerances
-    monkeypatch.setattr(references, "tolerances", lambda *a: jax.tree.map(lambda t: t * 1e-3, derived(*a)))
+    monkeypatch.setattr(
+        references, "tolerances", lambda *a: jax.tree.map(lambda t: t * 1e-3, derived(*a))
+    )
     report = references.against_autodiff(subject(num_layers=1))
     assert report.gradient
     assert report.widened
@@ -147,18 +156,27 @@ def test_the_program_that_the_configuration_runs_is_right(gradient_only, program
     assert not report.widened
 
 
-@pytest.mark.parametrize("program", [{}, {**ALL_AXES, "A": 2, "layers": "scan"}], ids=["one device", "mesh and micro-batches"])
+@pytest.mark.parametrize(
+    "program",
+    [{}, {**ALL_AXES, "A": 2, "layers": "scan"}],
+    ids=["one device", "mesh and micro-batches"],
+)
 def test_a_family_that_the_package_does_not_know_is_verified(monkeypatch, program):
-    """One without attention, with a classifier of its own. A name that is in the layers and outside is told apart."""
+    """One without attention, with a classifier of its own. A name that is in the layers and outside
+    is told apart.
+    """
     with mlp_family.registered() as name:
         report = references.against_autodiff(subject(family=name, dropout_mlp=0.2, **program))
         assert report
-        assert {"embed", "upw", "head", "blocks.normw", "normw"} <= {row.tensor for row in report.gradient.tensors}
+        assert {"embed", "upw", "head", "blocks.normw", "normw"} <= {
+            row.tensor for row in report.gradient.tensors
+        }
         right = mlp_family.gelu_bwd
         monkeypatch.setattr(mlp_family, "gelu_bwd", lambda x, dy: 1.1 * right(x, dy))
         report = references.against_autodiff(subject(family=name, num_layers=1, **program))
         assert not report
-        assert report.parting.place == "layer 0, linear (upw)"  # 1.1 times what GELU's backward gave
+        # 1.1 times what GELU's backward gave
+        assert report.parting.place == "layer 0, linear (upw)"
 
 
 def shard_only(monkeypatch, module, name, wrong):
@@ -167,20 +185,34 @@ def shard_only(monkeypatch, module, name, wrong):
     monkeypatch.setattr(module, name, lambda *args: (right if num_shards() == 1 else wrong)(*args))
 
 
-def test_an_error_in_the_meshs_branch_alone_is_found_and_blamed_on_the_mesh(monkeypatch, gradient_only):
-    """On one device everything is right: the sign is wrong where devices add rows of the embedding."""
+def test_an_error_in_the_meshs_branch_alone_is_found_and_blamed_on_the_mesh(
+    monkeypatch, gradient_only
+):
+    """On one device everything is right: the sign is wrong where devices add rows of the
+    embedding.
+    """
     right = gpt2.embedding_bwd
-    shard_only(monkeypatch, gpt2, "embedding_bwd", lambda ids, dtable, dy: 2 * dtable - right(ids, dtable, dy))
+    shard_only(
+        monkeypatch,
+        gpt2,
+        "embedding_bwd",
+        lambda ids, dtable, dy: 2 * dtable - right(ids, dtable, dy),
+    )
     report = references.against_autodiff(subject(**ALL_AXES, num_layers=1))
     assert {row.tensor for row in report.gradient.rows if not row.ok} == {"wte", "wpe"}
     assert report.parting.place == "the program on the mesh"
-    assert "first at the program on the mesh: it alone differs, and on one device the gradient is right" in report.closing
+    assert (
+        "first at the program on the mesh: it alone differs, and on one device the gradient is "
+        "right" in report.closing
+    )
     assert references.against_autodiff(subject(num_layers=1))
 
 
 def test_an_error_in_the_accumulation_alone_is_found_and_blamed_on_it(monkeypatch, gradient_only):
     """Each micro-batch divided by its own number of targets, as if they were as many in each."""
-    monkeypatch.setattr(train_step, "target_count", lambda batch: 1.1 * jnp.asarray(batch.targets.size, jnp.float32))
+    monkeypatch.setattr(
+        train_step, "target_count", lambda batch: 1.1 * jnp.asarray(batch.targets.size, jnp.float32)
+    )
     report = references.against_autodiff(subject(A=2, num_layers=1))
     assert not report
     assert report.parting.place == "the accumulated program"
@@ -240,7 +272,9 @@ def test_another_programs_wrong_gradient_loss_or_logits_are_found():
 def live(cfg, run=None, spoil=lambda params: params):
     """The check of a training step of two micro-batches."""
     batch = jax.tree.map(lambda a, b: jnp.stack([a, b]), tiny.batch(cfg), tiny.batch(cfg, seed=1))
-    return references.against_live(run, cfg, spoil(tiny.params(cfg, jnp.float32)), batch, jax.random.key(0), 7)
+    return references.against_live(
+        run, cfg, spoil(tiny.params(cfg, jnp.float32)), batch, jax.random.key(0), 7
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -250,7 +284,8 @@ def compiled_afresh():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"dtype": "float32", "layers": "scan", "dropout": 0.1}, {"dtype": "bfloat16", "channels": 32}]
+    "changes",
+    [{"dtype": "float32", "layers": "scan", "dropout": 0.1}, {"dtype": "bfloat16", "channels": 32}],
 )
 def test_live_gradient(changes):
     report = live(tiny.config(**changes))
@@ -275,7 +310,11 @@ def test_live_checks_compile_once(monkeypatch):
     cfg = tiny.config(dtype="float32", max_seq_len=9)
     made = []
     step_gradient = references._step_gradient.__wrapped__
-    monkeypatch.setattr(references, "_step_gradient", functools.cache(lambda *a: made.append(a) or step_gradient(*a)))
+    monkeypatch.setattr(
+        references,
+        "_step_gradient",
+        functools.cache(lambda *a: made.append(a) or step_gradient(*a)),
+    )
     for _ in range(2):
         assert live(cfg, None)
     assert sorted(backward for _, backward in made) == ["autodiff", "manual"]

@@ -30,7 +30,8 @@ def test_the_worst_is_furthest_beyond_what_it_is_allowed():
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "expected"), [(1.0, 2.0, 0.5), (0.0, 0.0, 0.0), (1.0, 0.0, math.inf), (math.nan, 0.0, math.nan)]
+    ("a", "b", "expected"),
+    [(1.0, 2.0, 0.5), (0.0, 0.0, 0.0), (1.0, 0.0, math.inf), (math.nan, 0.0, math.nan)],
 )
 def test_nothing_of_nothing_is_nothing_wrong(a, b, expected):
     assert quotient(a, b) == pytest.approx(expected, nan_ok=True)
@@ -39,7 +40,19 @@ def test_nothing_of_nothing_is_nothing_wrong(a, b, expected):
 def test_the_table_leaves_out_what_was_not_measured():
     text = str(compare({"w": jnp.ones((2, 3))}, {"w": jnp.ones((2, 3))}))
     head, line = text.splitlines()
-    assert head.split() == ["tensor", "shape", "norm", "rel", "L2", "max", "abs", "at", "cosine", "ulps", "tolerance"]
+    assert head.split() == [
+        "tensor",
+        "shape",
+        "norm",
+        "rel",
+        "L2",
+        "max",
+        "abs",
+        "at",
+        "cosine",
+        "ulps",
+        "tolerance",
+    ]
     assert line.split()[:2] == ["w", "2x3"]
     assert line.endswith("ok")
     assert "WRONG" in str(compare(jnp.ones(1), 2 * jnp.ones(1)))

@@ -15,7 +15,12 @@ RIGHT = {"w": (jnp.ones((2, 3)), jnp.ones((2, 3)))}
 
 def report(factor=1.0):
     found = compare(jax.tree.map(lambda x: x * factor, RIGHT), RIGHT)
-    return Report(found, found, ops=(OpError("gelu", 0.0, 1.0, 0.0, 1.0),), parting=Parting("layer 0, gelu", "what", 0.5))
+    return Report(
+        found,
+        found,
+        ops=(OpError("gelu", 0.0, 1.0, 0.0, 1.0),),
+        parting=Parting("layer 0, gelu", "what", 0.5),
+    )
 
 
 def test_json_holds_every_row():

@@ -19,7 +19,9 @@ def roundings(f, *args):
     return gradient_variances(f, *args) / U**2
 
 
-@pytest.mark.parametrize(("dtype", "u"), [("float64", 2**-53), ("float32", 2**-24), ("bfloat16", 2**-8), ("int32", 0)])
+@pytest.mark.parametrize(
+    ("dtype", "u"), [("float64", 2**-53), ("float32", 2**-24), ("bfloat16", 2**-8), ("int32", 0)]
+)
 def test_unit_roundoff(dtype, u):
     assert unit_roundoff(jnp.dtype(dtype)) == u
 
@@ -37,7 +39,10 @@ def test_terms_of_sums_count_and_movement_does_not():
     assert roundings(lambda x: -x.T[::-1].reshape(-1)[3:], f32(3, 100)) == 0
     assert roundings(lambda x: x * 3, f32(3)) == 1
     assert roundings(lambda x: jnp.cumsum(x), f32(7)) == 7
-    assert roundings(lambda x: jnp.zeros(3, jnp.float32).at[jnp.zeros(10, jnp.int32)].add(x), f32(10)) == 10
+    assert (
+        roundings(lambda x: jnp.zeros(3, jnp.float32).at[jnp.zeros(10, jnp.int32)].add(x), f32(10))
+        == 10
+    )
 
 
 def test_the_longest_way_counts():
@@ -46,9 +51,14 @@ def test_the_longest_way_counts():
 
 def test_sixteen_bits_are_summed_in_float32_and_rounded_once():
     x = jnp.ones((100, 100), jnp.bfloat16)
-    assert gradient_variances(lambda x: x @ x, x) == pytest.approx(100 * U**2 + unit_roundoff(jnp.bfloat16) ** 2)
+    assert gradient_variances(lambda x: x @ x, x) == pytest.approx(
+        100 * U**2 + unit_roundoff(jnp.bfloat16) ** 2
+    )
     assert gradient_variances(lambda x: x.astype(jnp.float32), x) == 0
-    assert gradient_variances(lambda x: x.astype(jnp.bfloat16), f32(3)) == unit_roundoff(jnp.bfloat16) ** 2
+    assert (
+        gradient_variances(lambda x: x.astype(jnp.bfloat16), f32(3))
+        == unit_roundoff(jnp.bfloat16) ** 2
+    )
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 9])
@@ -79,7 +89,9 @@ def test_a_choice_counts_as_its_longest_branch():
 
 @given(depth=st.integers(1, 6), width=st.sampled_from([8, 64, 256]))
 def test_real_errors_stay_below_and_within_reach(depth, width):
-    """A chain of random matrix products in float32: the bound holds, and is not so wide that it says nothing."""
+    """A chain of random matrix products in float32: the bound holds, and is not so wide that it
+    says nothing.
+    """
     ws = [normal(i, width, width) / np.sqrt(width) for i in range(depth)]
     ws = [w.astype(jnp.float32) for w in ws]
 
@@ -89,7 +101,9 @@ def test_real_errors_stay_below_and_within_reach(depth, width):
         return x
 
     x = normal(9, 4, width).astype(jnp.float32)
-    error = relative_l2(chain(x, *ws), chain(x.astype(jnp.float64), *(w.astype(jnp.float64) for w in ws)))
+    error = relative_l2(
+        chain(x, *ws), chain(x.astype(jnp.float64), *(w.astype(jnp.float64) for w in ws))
+    )
     bound = tolerance(gradient_variances(chain, x, *ws))
     assert error < bound < 300 * error
 

@@ -1,4 +1,6 @@
-"""The first op that is wrong is named, whatever the error: in an op, in what joins the ops, or in what is done with results."""
+"""The first op that is wrong is named, whatever the error: in an op, in what joins the ops, or in
+what is done with results.
+"""
 
 import functools
 import re
@@ -25,13 +27,17 @@ USERS = dict.fromkeys(("attention_bwd", "cross_entropy_bwd"), transformer)
 def part(*args):
     """Where GPT-2's gradient parts."""
     params, batch, key = tiny.params(CFG), tiny.batch(CFG), jax.random.key(1)
-    loss, loss_and_grad = (lambda p, b, f=f: f(p, b, CFG, key) for f in (transformer.loss, transformer.loss_and_grad))
+    loss, loss_and_grad = (
+        lambda p, b, f=f: f(p, b, CFG, key) for f in (transformer.loss, transformer.loss_and_grad)
+    )
     found = trace.first_parting(loss, loss_and_grad, params, batch, largest=1e-12)
     return found and str(found)
 
 
 def plant(monkeypatch, name, change, layer=None):
-    """Let ``change`` alter what the op gives, everywhere or in its ``layer``-th call from the loss."""
+    """Let ``change`` alter what the op gives, everywhere or in its ``layer``-th call from the
+    loss.
+    """
     user = USERS.get(name, gpt2)
     right = getattr(user, name)
     calls = iter(range(1000))
@@ -39,7 +45,11 @@ def plant(monkeypatch, name, change, layer=None):
     @functools.wraps(right)
     def wrong(*args, **kwargs):
         inner = functools.wraps(right)(lambda *arrays: change(right(*args[:-1], *arrays, **kwargs)))
-        return right(*args, **kwargs) if layer is not None and next(calls) != layer else jax.jit(inner)(args[-1])
+        return (
+            right(*args, **kwargs)
+            if layer is not None and next(calls) != layer
+            else jax.jit(inner)(args[-1])
+        )
 
     monkeypatch.setattr(user, name, wrong)
 
@@ -50,7 +60,9 @@ def test_a_right_gradient_parts_nowhere():
 
 def test_calls_are_recorded_with_their_places():
     params, batch = tiny.params(CFG), tiny.batch(CFG)
-    (loss, grads), calls = trace.record(lambda p, b: transformer.loss_and_grad(p, b, CFG), params, batch)
+    (loss, grads), calls = trace.record(
+        lambda p, b: transformer.loss_and_grad(p, b, CFG), params, batch
+    )
     assert loss == transformer.loss_and_grad(params, batch, CFG)[0]
     assert (grads.wpe == transformer.loss_and_grad(params, batch, CFG)[1].wpe).all()
     places = [call.place for call in calls]
@@ -69,13 +81,18 @@ def test_calls_are_recorded_with_their_places():
 
 
 def test_gradients_of_every_ops_result_are_jaxs():
-    """Of the input embeddings, against what the hand-written backward gives to the embedding, and the sum over sequences."""
+    """Of the input embeddings, against what the hand-written backward gives to the embedding, and
+    the sum over sequences.
+    """
     params, batch = tiny.params(CFG), tiny.batch(CFG)
     first, *_ = trace.cotangents(lambda p, b: transformer.loss(p, b, CFG), params, batch)
     _, calls = trace.record(lambda p, b: transformer.loss_and_grad(p, b, CFG), params, batch)
     dy = [call for call in calls if call.op == "embedding_bwd"][-1].ins[-1]
     assert relative_l2(first, dy) < FLOAT64_TOLERANCE
-    assert relative_l2(first.sum(0), transformer.loss_and_grad(params, batch, CFG)[1].wpe[:7]) < FLOAT64_TOLERANCE
+    assert (
+        relative_l2(first.sum(0), transformer.loss_and_grad(params, batch, CFG)[1].wpe[:7])
+        < FLOAT64_TOLERANCE
+    )
 
 
 @pytest.mark.parametrize(
@@ -99,10 +116,17 @@ def test_the_first_wrong_op_is_named(monkeypatch, op, layer, place):
 
     if op == "cross_entropy_bwd":
         right = transformer.cross_entropy_bwd
-        monkeypatch.setattr(transformer, op, jax.jit(functools.wraps(right)(lambda *a: change(right(*a))), static_argnums=1))
+        monkeypatch.setattr(
+            transformer,
+            op,
+            jax.jit(functools.wraps(right)(lambda *a: change(right(*a))), static_argnums=1),
+        )
     else:
         plant(monkeypatch, op, change, layer)
-    assert re.fullmatch(re.escape(f"{place}: {op} gives a wrong gradient (relative L2 error ") + r"\d\.\de-\d\d\)", part())
+    assert re.fullmatch(
+        re.escape(f"{place}: {op} gives a wrong gradient (relative L2 error ") + r"\d\.\de-\d\d\)",
+        part(),
+    )
 
 
 def test_an_error_in_a_weights_gradient_alone_is_named(monkeypatch):
@@ -111,7 +135,9 @@ def test_an_error_in_a_weights_gradient_alone_is_named(monkeypatch):
 
 
 def test_an_error_between_the_ops_is_named_by_who_receives_it(monkeypatch):
-    monkeypatch.setattr(gpt2, "block_bwd", planted("block: the stream's gradient is not added to the MLP's"))
+    monkeypatch.setattr(
+        gpt2, "block_bwd", planted("block: the stream's gradient is not added to the MLP's")
+    )
     received = "dropout_bwd receives a wrong gradient, though every op before it is right"
     assert part().startswith(f"layer 1, dropout (after attprojw): {received}")
     monkeypatch.undo()
@@ -139,7 +165,9 @@ def test_gradients_put_together_wrongly_are_named(monkeypatch):
 
 
 def test_a_weight_is_followed_through_casts_reshapes_layouts_and_barriers():
-    """The call is named by the weight, whatever was done to it on the way that leaves its values."""
+    """The call is named by the weight, whatever was done to it on the way that leaves its
+    values.
+    """
     mesh = make_mesh(MeshConfig(data=8), {}, 8)
 
     def f(w, x):
@@ -156,10 +184,15 @@ def test_a_weight_is_followed_through_casts_reshapes_layouts_and_barriers():
         "scaled": jnp.ones((4, 3)),
     }
     places = []
-    jax.jit(lambda w, x: trace.run(f, w, x, on_call=lambda call: places.append(call.place) or call.outs))(
-        weights, jnp.ones((1, 2, 4))
-    )
-    assert places == ["linear (cast)", "linear (shaped)", "linear (laid_out)", "linear (after laid_out)"]
+    jax.jit(
+        lambda w, x: trace.run(f, w, x, on_call=lambda call: places.append(call.place) or call.outs)
+    )(weights, jnp.ones((1, 2, 4)))
+    assert places == [
+        "linear (cast)",
+        "linear (shaped)",
+        "linear (laid_out)",
+        "linear (after laid_out)",
+    ]
 
 
 def test_a_backward_may_return_more_than_the_call_has_arguments(monkeypatch):
@@ -180,9 +213,12 @@ def test_a_backward_may_return_more_than_the_call_has_arguments(monkeypatch):
 
 def test_a_backward_in_another_order_is_named(monkeypatch):
     unnamed = ops.gelu_bwd.__wrapped__  # not a call in the traced program
-    monkeypatch.setattr(gpt2, "gelu_bwd", lambda saved, dy: gpt2.dropout_bwd(None, 0.0, unnamed(saved, dy)))
+    monkeypatch.setattr(
+        gpt2, "gelu_bwd", lambda saved, dy: gpt2.dropout_bwd(None, 0.0, unnamed(saved, dy))
+    )
     assert part() == (
-        "layer 1, dropout (after fcprojw): dropout_bwd is called where the mirror of the forward has "
+        "layer 1, dropout (after fcprojw): dropout_bwd is called where the mirror of the forward "
+        "has "
         "layer 1, gelu (after fcw) (relative L2 error 1.0e+00)"
     )
 
@@ -191,5 +227,11 @@ def test_a_forward_that_differs_from_the_plain_one_is_named(monkeypatch):
     right = transformer.attention_fwd
     wrong = jax.jit(functools.wraps(right)(lambda *a, **k: jax.tree.map(lambda x: x * 1.01, right(*a, **k))), static_argnums=0,
                     static_argnames="rate")  # fmt: skip
-    monkeypatch.setattr(transformer, "attention_fwd", lambda name, q, k, v, rate, key: wrong(name, q, k, v, rate=rate))
-    assert part().startswith("layer 0, attention (after vw): attention_fwd gives another value than in the plain forward")
+    monkeypatch.setattr(
+        transformer,
+        "attention_fwd",
+        lambda name, q, k, v, rate, key: wrong(name, q, k, v, rate=rate),
+    )
+    assert part().startswith(
+        "layer 0, attention (after vw): attention_fwd gives another value than in the plain forward"
+    )

@@ -18,7 +18,12 @@ def test_a_platform_that_is_not_there(monkeypatch, error):
 
 @pytest.mark.parametrize(
     ("platform", "version", "name"),
-    [("cpu", "cpu", "cpu"), ("tpu", "libtpu", "tpu"), ("gpu", "PJRT C API\ncuda 12090", "cuda"), ("gpu", "ROCm 6", "rocm")],
+    [
+        ("cpu", "cpu", "cpu"),
+        ("tpu", "libtpu", "tpu"),
+        ("gpu", "PJRT C API\ncuda 12090", "cuda"),
+        ("gpu", "ROCm 6", "rocm"),
+    ],
 )
 def test_a_gpu_is_called_by_its_maker(monkeypatch, platform, version, name):
     backend = SimpleNamespace(platform=platform, platform_version=version)

@@ -29,5 +29,12 @@ def test_what_is_computed_again_is_not_taken_from_before(again, times):
 
 def test_elsewhere_than_on_cpu_nothing_is_said_of_the_order():
     x = normal(0, 8, 8)
-    texts = {p: jax.export.export(jax.jit(cpu_barrier), platforms=[p])(x, x).mlir_module() for p in ("cpu", "cuda", "tpu")}
-    assert {p: "stablehlo.add" in text for p, text in texts.items()} == {"cpu": True, "cuda": False, "tpu": False}
+    texts = {
+        p: jax.export.export(jax.jit(cpu_barrier), platforms=[p])(x, x).mlir_module()
+        for p in ("cpu", "cuda", "tpu")
+    }
+    assert {p: "stablehlo.add" in text for p, text in texts.items()} == {
+        "cpu": True,
+        "cuda": False,
+        "tpu": False,
+    }

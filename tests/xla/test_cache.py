@@ -10,7 +10,14 @@ from jax._src import compilation_cache as jaxs
 from jax._src.lru_cache import LRUCache
 
 from gptjax.xla import cache
-from gptjax.xla.cache import CheckedPrograms, NotPrivateError, compiled_folder, keep_compiled_programs, processor, read_private
+from gptjax.xla.cache import (
+    CheckedPrograms,
+    NotPrivateError,
+    compiled_folder,
+    keep_compiled_programs,
+    processor,
+    read_private,
+)
 
 NOBODY = 65534
 root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
@@ -19,7 +26,11 @@ root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file a
 @pytest.fixture
 def unset():
     """JAX keeps no programs."""
-    names = ("jax_compilation_cache_dir", "jax_enable_compilation_cache", "jax_persistent_cache_min_compile_time_secs")
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_enable_compilation_cache",
+        "jax_persistent_cache_min_compile_time_secs",
+    )
     before = {name: getattr(jax.config, name) for name in names}
     jax.config.update("jax_compilation_cache_dir", None)
     yield
@@ -80,7 +91,9 @@ def test_a_folder_that_others_can_write_to_is_refused(unset, tmp_path, mode):
 def test_a_folder_of_another_user_is_refused(unset, tmp_path):
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
     os.chown(tmp_path, NOBODY, NOBODY)
-    with pytest.raises(NotPrivateError, match=f"{tmp_path} belongs to another user \\(uid {NOBODY}\\)"):
+    with pytest.raises(
+        NotPrivateError, match=f"{tmp_path} belongs to another user \\(uid {NOBODY}\\)"
+    ):
         compiled_folder()
 
 
@@ -98,7 +111,8 @@ def test_nothing_is_kept_where_others_could_put_programs_and_one_sentence_says_s
     ((_, level, message),) = caplog.record_tuples
     assert level == logging.WARNING
     assert message.startswith(
-        f"nothing compiled is kept or used: others may write to {folder} and so put programs there; delete"
+        f"nothing compiled is kept or used: others may write to {folder} and so put programs "
+        "there; delete"
     )
 
 
@@ -166,7 +180,10 @@ def test_a_whole_program_is_found(programs):
     assert programs.get("key") == b"program"
 
 
-@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:-1], lambda b: b + b"x", lambda b: bytes([b[0] ^ 1]) + b[1:]])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda b: b"", lambda b: b[:-1], lambda b: b + b"x", lambda b: bytes([b[0] ^ 1]) + b[1:]],
+)
 def test_a_damaged_program_is_absent_and_can_be_stored_anew(programs, tmp_path, damage):
     programs.put("key", b"program")
     (path,) = tmp_path.iterdir()
@@ -200,11 +217,17 @@ print(sines(jnp.arange(9.0)))
 
 
 def test_jax_stores_a_damaged_program_anew(tmp_path):
-    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    environment = {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
 
     def start() -> tuple[float, dict[str, bytes]]:
         command = [sys.executable, "-W", "error", "-c", COMPILE]
-        out = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+        out = subprocess.run(
+            command, env=environment, check=True, capture_output=True, text=True
+        ).stdout
         return float(out), {path.name: path.read_bytes() for path in tmp_path.glob("jit_sines-*")}
 
     expected, stored = start()
@@ -219,7 +242,9 @@ def test_jax_stores_a_damaged_program_anew(tmp_path):
 
 
 @pytest.mark.parametrize("missing", ["the function", "the module"])
-def test_a_jax_that_stores_its_programs_in_another_way_is_left_as_it_is(monkeypatch, caplog, missing):
+def test_a_jax_that_stores_its_programs_in_another_way_is_left_as_it_is(
+    monkeypatch, caplog, missing
+):
     if missing == "the function":
         monkeypatch.delattr(jaxs, "get_file_cache")
     else:

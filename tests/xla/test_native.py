@@ -12,10 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.train.optimizer import init_opt_state, make_optimizer
+from gptjax.train.optimizer import make_optimizer
 from gptjax.xla import native
 from tests.models import tiny
-from tests.test_optim import SETTINGS, assert_equals_optax, compiled, gradients_like
+from tests.train.test_optimizer import SETTINGS, assert_equals_optax, gradients_like, step_function
+
+
+@pytest.fixture(autouse=True)
+def _strict():
+    """Optax's schedules, which these tests go through, change dtypes."""
 
 
 @pytest.fixture
@@ -24,29 +29,40 @@ def compiler():
         pytest.skip("there is no C++ compiler that works, or JAX computes elsewhere")
 
 
-def params(**changes):
-    return tiny.params(tiny.config(dtype="float32", **changes), jnp.float32)
+CFG = tiny.config(dtype="float32")
+OPTIMIZER = make_optimizer(SETTINGS, 10, CFG)
 
 
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize(("changes", "channels"), [({}, 160), ({"grad_clip": 0.0}, 8), ({"weight_decay": 0.0}, 8)])
+@pytest.mark.parametrize(
+    ("changes", "channels"), [({}, 160), ({"grad_clip": 0.0}, 8), ({"weight_decay": 0.0}, 8)]
+)
 def test_adamw_equals_optaxs(changes, channels):
-    """Of tensors smaller than what a thread takes at a time, and of larger ones that are no multiple of it."""
+    """Of tensors smaller than what a thread takes at a time, and of larger ones that are no
+    multiple of it.
+    """
     with jax.enable_x64(False):
-        large = params(channels=channels, num_heads=4)
-        assert (max(x.size for x in large.fcw) > 2 * 2**15) == (channels == 160)
-        assert_equals_optax(dataclasses.replace(SETTINGS, **changes), large, 2e-6, native=True)
+        cfg = tiny.config(dtype="float32", channels=channels, num_heads=4)
+        params = tiny.params(cfg, jnp.float32)
+        assert (params.blocks[1].fcw.size > 2 * 2**15) == (channels == 160)
+        assert_equals_optax(
+            dataclasses.replace(SETTINGS, **changes),
+            cfg,
+            params,
+            2e-6,
+            fused=True,
+            native_code=True,
+        )
 
 
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 def test_nothing_changes_where_loss_or_gradient_are_not_finite(bad):
     with jax.enable_x64(False):
-        before = params()
-        optimizer = make_optimizer(SETTINGS, 10)
+        before = tiny.params(CFG, jnp.float32)
         (good,) = gradients_like(before, 1)
-        step = compiled(optimizer, native=True)
-        *state, _ = step((before, init_opt_state(optimizer, before)), good)
+        step = step_function(OPTIMIZER, fused=True, native_code=True)
+        *state, _ = step((before, OPTIMIZER.transform.init(before)), good)
         for loss, grads in ((bad, good), (1.0, good._replace(wpe=good.wpe.at[0, 0].set(bad)))):
             *after, metrics = step(tuple(state), grads, loss)
             assert not metrics.finite
@@ -57,11 +73,11 @@ def test_nothing_changes_where_loss_or_gradient_are_not_finite(bad):
 def test_what_is_not_donated_is_left_as_it_was():
     """XLA then has the kernel overwrite copies."""
     with jax.enable_x64(False):
-        before = params()
+        before = tiny.params(CFG, jnp.float32)
         kept = jax.tree.map(np.array, before)
-        optimizer = make_optimizer(SETTINGS, 10)
         (grads,) = gradients_like(before, 1)
-        after, _, _ = compiled(optimizer, native=True)((before, init_opt_state(optimizer, before)), grads)
+        step = step_function(OPTIMIZER, fused=True, native_code=True)
+        after, _, _ = step((before, OPTIMIZER.transform.init(before)), grads)
         jax.tree.map(np.testing.assert_array_equal, before, kept)
         assert jnp.abs(after.wte - before.wte).max() > 1e-3
 
@@ -70,7 +86,8 @@ def test_what_is_not_donated_is_left_as_it_was():
 def kept(monkeypatch, tmp_path):
     """A folder of its own to keep what is compiled, nothing in it yet."""
     monkeypatch.setattr("gptjax.xla.native.compiled_folder", lambda: tmp_path)
-    monkeypatch.setattr(native, "FLAGS", [flag for flag in native.FLAGS if flag != "-O3"])  # quicker
+    # Quicker
+    monkeypatch.setattr(native, "FLAGS", [flag for flag in native.FLAGS if flag != "-O3"])
     return tmp_path
 
 
@@ -81,11 +98,14 @@ def script(path, *lines):
     return str(path)
 
 
-GARBAGE = 'for last; do :; done; printf "\\177ELF and nothing that follows" > "$last"'  # the last argument is the output
+# The last argument is the output
+GARBAGE = 'for last; do :; done; printf "\\177ELF and nothing that follows" > "$last"'
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "true", '"unclosed', GARBAGE])
-def test_without_a_compiler_that_works_it_is_not_available(kept, monkeypatch, caplog, tmp_path_factory, compiler):
+def test_without_a_compiler_that_works_it_is_not_available(
+    kept, monkeypatch, caplog, tmp_path_factory, compiler
+):
     if compiler == GARBAGE:
         compiler = script(tmp_path_factory.mktemp("bin") / "c++", GARBAGE)
     monkeypatch.setenv("CXX", compiler)
@@ -96,7 +116,9 @@ def test_without_a_compiler_that_works_it_is_not_available(kept, monkeypatch, ca
 
 
 @pytest.mark.usefixtures("compiler")
-def test_a_library_that_crashes_who_loads_it_crashes_another_process(kept, monkeypatch, caplog, tmp_path_factory):
+def test_a_library_that_crashes_who_loads_it_crashes_another_process(
+    kept, monkeypatch, caplog, tmp_path_factory
+):
     """The first half of a library: the dynamic linker reads behind its end."""
     folder = tmp_path_factory.mktemp("bin")
     half = folder / "half.so"
@@ -133,7 +155,9 @@ def test_all_that_a_compiler_started_ends_with_it(kept, monkeypatch, tmp_path_fa
     assert not alive(child)
 
 
-def test_a_compiler_that_hangs_is_not_asked_again_for_a_day(kept, monkeypatch, caplog, tmp_path_factory):
+def test_a_compiler_that_hangs_is_not_asked_again_for_a_day(
+    kept, monkeypatch, caplog, tmp_path_factory
+):
     """Until the file that says so is deleted, or CXX names another."""
     slow = script(tmp_path_factory.mktemp("bin") / "c++", "sleep 600")
     monkeypatch.setenv("CXX", slow)
@@ -186,12 +210,16 @@ def test_it_is_compiled_once_for_each_processor(kept, monkeypatch):
 
 
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("content", ["nothing", "half", "another library", "another library with its hash"])
+@pytest.mark.parametrize(
+    "content", ["nothing", "half", "another library", "another library with its hash"]
+)
 def test_a_damaged_one_is_made_anew(kept, monkeypatch, content):
     native.library()
     (path,) = kept.glob("*.so")
     whole = path.read_bytes()
-    damaged = {"nothing": b"", "half": whole[: len(whole) // 2]}.get(content, Path(_ctypes.__file__).read_bytes())
+    damaged = {"nothing": b"", "half": whole[: len(whole) // 2]}.get(
+        content, Path(_ctypes.__file__).read_bytes()
+    )
     path.write_bytes(damaged)
     if content.endswith("hash"):
         native.recorded(path).write_text(native.sha256(damaged))
@@ -205,7 +233,9 @@ def test_a_damaged_one_is_made_anew(kept, monkeypatch, content):
 
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("place", ["not a folder", "not wanted"])
-def test_without_a_place_to_keep_it_it_is_compiled_anew_and_nothing_is_left(kept, monkeypatch, tmp_path, place):
+def test_without_a_place_to_keep_it_it_is_compiled_anew_and_nothing_is_left(
+    kept, monkeypatch, tmp_path, place
+):
     def folder():
         return Path("/dev/null") if place == "not a folder" else kept
 

@@ -9,7 +9,13 @@ from tests.compare import normal
 
 
 @pytest.mark.parametrize(
-    ("dtype", "wide"), [("bfloat16", "float32"), ("float16", "float32"), ("float32", "float32"), ("float64", "float64")]
+    ("dtype", "wide"),
+    [
+        ("bfloat16", "float32"),
+        ("float16", "float32"),
+        ("float32", "float32"),
+        ("float64", "float64"),
+    ],
 )
 def test_sums_are_never_narrower_than_float32_nor_than_their_terms(dtype, wide):
     assert accumulation_dtype(jnp.zeros(1, dtype)) == wide
@@ -23,7 +29,9 @@ def test_a_product_is_rounded_once(dtype):
     exact = np.asarray(x, np.float64) @ np.asarray(y, np.float64)
     assert z.dtype == x.dtype
     wide = jnp.finfo(accumulation_dtype(x)).eps
-    np.testing.assert_allclose(np.asarray(z, np.float64), exact, rtol=jnp.finfo(dtype).eps / 2, atol=512 * wide)
+    np.testing.assert_allclose(
+        np.asarray(z, np.float64), exact, rtol=jnp.finfo(dtype).eps / 2, atol=512 * wide
+    )
 
 
 def test_on_cpu_16_bit_products_stay_float32_for_the_kernels_that_there_are():

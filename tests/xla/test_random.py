@@ -40,4 +40,6 @@ def test_keys_of_another_generator_draw_what_it_does():
 def test_more_numbers_than_the_counter_holds_are_left_to_jax():
     shape = 2**16, 2**17
     ours = jax.make_jaxpr(random_bits, static_argnums=1)(KEY, shape)
-    assert str(ours) == str(jax.make_jaxpr(jax.random.bits, static_argnums=(1, 2))(KEY, shape, jnp.uint32))
+    assert str(ours) == str(
+        jax.make_jaxpr(jax.random.bits, static_argnums=(1, 2))(KEY, shape, jnp.uint32)
+    )

@@ -1,4 +1,6 @@
-"""AdamW in C++ for CPUs, compiled when first needed by the C++ compiler that is here; without one XLA computes the same."""
+"""AdamW in C++ for CPUs, compiled when first needed by the C++ compiler that is here; without one
+XLA computes the same.
+"""
 
 import contextlib
 import ctypes
@@ -36,9 +38,11 @@ LOADS = "import ctypes, sys; ctypes.CDLL(sys.argv[1]).adamw"
 
 @functools.cache
 def available() -> bool:
-    """Whether `adamw` can be called: JAX computes on a CPU, and it could be compiled, now or before.
+    """Whether `adamw` can be called: JAX computes on a CPU, and it could be compiled, now or
+    before.
 
-    ``CXX`` names the compiler, ``c++`` by default; ``CXX=false`` leaves the work to XLA. Why it cannot is logged.
+    ``CXX`` names the compiler, ``c++`` by default; ``CXX=false`` leaves the work to XLA. Why it
+    cannot is logged.
     """
     if jax.default_backend() != "cpu":
         return False
@@ -46,21 +50,25 @@ def available() -> bool:
         jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library().adamw), platform="cpu")
     except (OSError, AttributeError, ValueError, RuntimeError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or b""
-        logging.getLogger(__name__).info("AdamW is XLA's: %s %s", error, said.decode(errors="replace"))
+        logging.getLogger(__name__).info(
+            "AdamW is XLA's: %s %s", error, said.decode(errors="replace")
+        )
         return False
     return True
 
 
 def library() -> ctypes.CDLL:
-    """The compiled code: what is kept, or made anew and then kept in `compiled_folder`, if there is such a place.
+    """The compiled code: what is kept, or made anew and then kept in `compiled_folder`, if there is
+    such a place.
 
-    What is kept is loaded only if it has the SHA-256 recorded beside it, and nobody else can have written either
-    (`gptjax.xla.cache.read_private`). With ``JAX_ENABLE_COMPILATION_CACHE=false`` nothing is kept.
+    What is kept is loaded only if it has the SHA-256 recorded beside it, and nobody else can have
+    written either (`gptjax.xla.cache.read_private`). With ``JAX_ENABLE_COMPILATION_CACHE=false``
+    nothing is kept.
 
     Raises:
         OSError: there is no compiler, or no place for what it makes.
-        ValueError: ``CXX`` cannot be split into words.
-        subprocess.SubprocessError: the compiler cannot compile it, or takes too long, now or less than a day ago.
+        ValueError: ``CXX`` cannot be split into words. subprocess.SubprocessError: the compiler
+        cannot compile it, or takes too long, now or less than a day ago.
 
     """
     made_of = (SOURCE.read_text(), jaxlib.__version__, processor(), *compiler())
@@ -79,7 +87,8 @@ def library() -> ctypes.CDLL:
         with contextlib.suppress(OSError, GptjaxError):
             for path, content in ((kept, code), (recorded(kept), sha256(code).encode())):
                 with write_whole(path) as file:
-                    os.fchmod(file.fileno(), 0o600)  # whatever the umask: `read_private` takes nothing that others can write
+                    # Whatever the umask: `read_private` takes nothing that others can write
+                    os.fchmod(file.fileno(), 0o600)
                     file.write(content)
     return found
 
@@ -108,7 +117,9 @@ def sha256(code: bytes) -> str:
 
 
 def load(code: bytes) -> ctypes.CDLL:
-    """Load compiled code from a copy that no one else can see, so that nothing changes what was checked or is running."""
+    """Load compiled code from a copy that no one else can see, so that nothing changes what was
+    checked or is running.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "adamw.so"
         path.write_bytes(code)
@@ -123,17 +134,20 @@ def compiler() -> list[str]:
 
 
 def compiled(command: Sequence[str], slow: Path | None) -> bytes:
-    """What the compiler makes of the source. That it can be loaded is tried in another process, which it may crash.
+    """What the compiler makes of the source. That it can be loaded is tried in another process,
+    which it may crash.
 
     Args:
         command: `compiler`'s.
-        slow: a file that says when the compiler took too long; it is then not asked again for a day.
+        slow: a file that says when the compiler took too long; it is then not asked again for a
+            day.
 
     """
     with contextlib.suppress(OSError):
         if slow and 0 <= time.time() - slow.stat().st_mtime < LEFT_ALONE:
             raise subprocess.SubprocessError(
-                f"{command[0]} took too long less than a day ago: delete {slow}, or name another compiler in CXX, to try again"
+                f"{command[0]} took too long less than a day ago: delete {slow}, or name another "
+                "compiler in CXX, to try again"
             )
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "adamw.so"
@@ -142,14 +156,16 @@ def compiled(command: Sequence[str], slow: Path | None) -> bytes:
         except subprocess.TimeoutExpired:
             if slow:
                 with contextlib.suppress(OSError, GptjaxError), write_whole(slow) as file:
-                    file.write(f"{command[0]} took more than {PATIENCE} s. Delete this file to have it asked again.\n".encode())
+                    said = f"{command[0]} took more than {PATIENCE} s. Delete this to try again.\n"
+                    file.write(said.encode())
             raise
         run([sys.executable, "-I", "-c", LOADS, str(made)])
         return made.read_bytes()
 
 
 def run(command: Sequence[str]) -> None:
-    """Run a command for at most `PATIENCE` seconds, then end what is left of it and of all that it started.
+    """Run a command for at most `PATIENCE` seconds, then end what is left of it and of all that it
+    started.
 
     Raises:
         OSError: it cannot be started.
@@ -157,8 +173,11 @@ def run(command: Sequence[str]) -> None:
 
     """
     null = subprocess.DEVNULL
-    with tempfile.TemporaryFile() as said:  # a pipe would stay open as long as any child of the command
-        process = subprocess.Popen(command, stdin=null, stdout=null, stderr=said, start_new_session=True)
+    # A pipe would stay open as long as any child of the command
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(
+            command, stdin=null, stdout=null, stderr=said, start_new_session=True
+        )
         try:
             status = process.wait(PATIENCE)
         finally:
@@ -171,13 +190,18 @@ def run(command: Sequence[str]) -> None:
 
 
 def adamw(
-    scalars: Float[Array, " S"], tensors: Sequence[Sequence[Array]], weight_decay: Sequence[float], eps: float
+    scalars: Float[Array, " S"],
+    tensors: Sequence[Sequence[Array]],
+    weight_decay: Sequence[float],
+    eps: float,
 ) -> tuple[list[Array], list[Array], list[Array]]:
-    """(parameters, first moments, second moments) after one step of AdamW; see `gptjax.train.optimizer.update`.
+    """(parameters, first moments, second moments) after one step of AdamW; see
+    `gptjax.train.optimizer.update`.
 
     Args:
         scalars: those of `gptjax.train.optimizer.Scalars`, in their order.
-        tensors: float32: the parameters, their first moments, their second moments, their gradients.
+        tensors: float32: the parameters, their first moments, their second moments, their
+            gradients.
         weight_decay: of each parameter.
         eps: added to the root of the second moment.
 

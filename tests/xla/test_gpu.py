@@ -1,0 +1,124 @@
+"""What XLA is told about a GPU that is not here, and that it compiles a step for it."""
+
+import importlib
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from gptjax.xla.gpu import CUDNN, H100, assumed_cudnn, proto_text
+from tests.conftest import ROOT
+
+needs_plugin = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda12_plugin") is None,
+    reason="needs jax-cuda12-plugin (the [cuda-aot] extra)",
+)
+
+
+def parsed(text):
+    """The fields of a message in text format, by a reader of its own."""
+    stack = [{}]
+    for name, opens, string, number, closes in re.findall(
+        r'(?:(\w+)\s*(?:(\{)|:\s*(?:"([^"]*)"|([\d.]+))))|(\})', text
+    ):
+        if opens:
+            stack.append(stack[-1].setdefault(name, {}))
+        elif closes:
+            stack.pop()
+        else:
+            stack[-1][name] = string or (float(number) if "." in number else int(number))
+    assert len(stack) == 1
+    return stack[0]
+
+
+def test_a_description_is_written_as_it_reads():
+    assert (
+        proto_text({"a": 1, "b": {"c": 0.5, "d": {"e": "f g"}}})
+        == 'a: 1\nb {\nc: 0.5\nd {\ne: "f g"\n}\n}\n'
+    )
+    assert parsed(proto_text(H100)) == H100
+
+
+def test_the_h100_is_one():
+    """Figures that NVIDIA's data sheet gives in other units: 80 GB at 3.35 TB/s, 67 TFLOP/s in
+    float32.
+    """
+    device = H100["gpu_device_info"]
+    assert device["memory_bandwidth"] == pytest.approx(3.35e12, rel=1e-3)
+    assert device["device_memory_size"] == pytest.approx(80 * 2**30, rel=0.02)
+    rate = 2 * device["core_count"] * device["fpus_per_core"] * device["clock_rate_ghz"] * 1e9
+    assert rate == pytest.approx(67e12, rel=0.01)
+    assert device["threads_per_core_limit"] == 64 * device["threads_per_warp"]
+
+
+@pytest.fixture
+def module():
+    """Where JAX asks for cuDNN's version while a step is traced."""
+    return importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+
+
+def test_cudnn_is_assumed_only_meanwhile(module, monkeypatch):
+    def missing():
+        raise RuntimeError("cuDNN is not detected.")
+
+    monkeypatch.setattr(module, "check_cudnn_version", missing)
+    with pytest.raises(ZeroDivisionError), assumed_cudnn():
+        assert module.check_cudnn_version() == CUDNN[0] * 10_000 + CUDNN[1] * 100 == 91_000
+        raise ZeroDivisionError
+    assert module.check_cudnn_version is missing
+
+
+def test_an_installed_cudnn_answers_for_itself(module, monkeypatch):
+    monkeypatch.setattr(module, "check_cudnn_version", lambda: 92_100)
+    with assumed_cudnn():
+        assert module.check_cudnn_version() == 92_100
+
+
+def test_a_jax_that_does_not_ask(module, monkeypatch):
+    monkeypatch.delattr(module, "check_cudnn_version")
+    with assumed_cudnn():
+        assert not hasattr(module, "check_cudnn_version")
+
+
+@needs_plugin
+def test_a_step_compiles_for_an_h100(tmp_path):
+    """In a process of its own, as the plugin is loaded for good. Both programs write over every
+    buffer that is donated.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "gptjax.bench",
+        "--what",
+        "program",
+        "--platform",
+        "cuda",
+        "--hlo",
+        str(tmp_path / "hlo"),
+    ]
+    config = ["--config", str(ROOT / "configs" / "debug.yaml"), "--model.num_layers", "1"]
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    done = subprocess.run(
+        [*command, *config], capture_output=True, text=True, env=environment, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(
+        "compiled for NVIDIA H100 80GB HBM3, bfloat16, attention cudnn, layers unroll, 512 tokens"
+    )
+    names = {
+        f"{way}-{part}.txt" for way in ("manual", "autodiff") for part in ("gradient", "update")
+    }
+    assert {path.name for path in (tmp_path / "hlo").iterdir()} == names
+    arrays = 4 + 16  # a block's weights, and those around it
+    for name in names:
+        text = (tmp_path / "hlo" / name).read_text()
+        header = text.splitlines()[0]
+        assert text.startswith("HloModule")
+        assert "is_scheduled=true" in header
+        # The gradient's buffer; weights and both moments
+        donated = arrays if "gradient" in name else 3 * arrays
+        assert header.count("may-alias") + header.count("must-alias") >= donated
+        assert ("__cudnn$fmhaSoftmaxBackward" in text) == ("gradient" in name)
