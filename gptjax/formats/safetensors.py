@@ -179,8 +179,8 @@ def _architecture(path: Path, metadata: dict[str, str]) -> Architecture:
         text = metadata.get(field.name)
         if text is None and field.name not in REQUIRED:
             continue
-        kind, pattern = type(field.default), PATTERNS[type(field.default)]
-        if re.fullmatch(pattern, text or ""):
+        kind: Any = type(field.default)
+        if re.fullmatch(PATTERNS[kind], text or ""):
             found[field.name] = text == "True" if kind is bool else kind(text)
         else:
             raise FormatError(

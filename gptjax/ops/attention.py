@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from gptjax.ops.blockwise import blockwise_bwd, blockwise_fwd
 from gptjax.ops.dropout import dropout_bwd, dropout_fwd
+from gptjax.ops.heads import heads_of_rows, rows_of_groups
 from gptjax.ops.splash import splash, splash_fwd
 from gptjax.xla.products import accumulation_dtype, contract
 
@@ -110,13 +111,13 @@ def attention_bwd(
 
 
 class MaterialisedSaved(NamedTuple):
-    """What `materialised_bwd` needs."""
+    """What `materialised_bwd` needs; R = T G rows of queries."""
 
-    q: Heads
+    q: Float[Array, "B R K D"]
     k: KeyHeads
     v: KeyHeads
-    p: Float[Array, "B K G T S"]
-    keep: Bool[Array, "B K G T S"] | None
+    p: Float[Array, "B K R S"]
+    keep: Bool[Array, "B K R S"] | None
 
 
 def causal(T: int, segments: Segments | None = None) -> Bool[Array, "*B T T"]:
@@ -138,32 +139,34 @@ def materialised_fwd(
 ) -> tuple[Heads, MaterialisedSaved]:
     """``o = dropout(p) v``, ``p = softmax(s)`` over the keys, ``s = q k^T / sqrt(D)``.
 
-    The H query heads form K groups of G; a group shares a head of keys and values. Scores that are
-    not ``visible`` are -inf. ``visible`` defaults to the causal triangle; packed documents and
-    decoding, whose keys come from a cache, have their own.
+    Each of the K heads of keys and values serves G = H / K query heads, which are rows of queries
+    like any others (`rows_of_groups`). Scores that are not ``visible`` are -inf. ``visible``
+    defaults to the causal triangle; packed documents and decoding, whose keys come from a cache,
+    have their own.
 
     Derivation of the backward, with r = dropout(p):
 
-        dv = r^T do                         summed over the group
+        dv = r^T do
         dr = do v^T,   dp = dr through the same dropout mask
         ds = p (dp - sum_s dp p)            the softmax's Jacobian, diag(p) - p p^T, applied to dp
-        dq = ds k / sqrt(D)
-        dk = ds^T q / sqrt(D)               summed over the group
+        dq = ds k / sqrt(D),   dk = ds^T q / sqrt(D)
 
-    A masked score has p = 0 and so ds = 0: the mask needs no backward of its own.
+    dk and dv are sums over rows, and so over a group's heads. A masked score has p = 0 and
+    therefore ds = 0: the mask adds nothing to the backward.
 
     Saved: q, k, v, the probabilities and the dropout mask: O(T^2) memory, no recomputation.
     """
+    (_, T, H, D), K, acc = q.shape, k.shape[2], accumulation_dtype(q)
     if visible is None:
-        visible = jnp.tri(q.shape[1], k.shape[1], dtype=bool)
-    acc, D = accumulation_dtype(q), q.shape[3]
-    qg = grouped(q, k.shape[2])
-    s = jnp.einsum("btkgd,bskd->bkgts", qg, k, preferred_element_type=acc) / math.sqrt(D)
-    s = jnp.where(jnp.broadcast_to(visible.reshape(-1, 1, 1, *s.shape[3:]), s.shape), s, -jnp.inf)
+        visible = jnp.tri(T, k.shape[1], dtype=bool)
+    q = rows_of_groups(q, K)
+    s = jnp.einsum("brkd,bskd->bkrs", q, k, preferred_element_type=acc) / math.sqrt(D)
+    visible = jnp.repeat(visible.reshape(-1, 1, *visible.shape[-2:]), H // K, axis=2)
+    s = jnp.where(jnp.broadcast_to(visible, s.shape), s, -jnp.inf)
     p = jax.nn.softmax(s, axis=-1).astype(v.dtype)
     r, keep = dropout_fwd(p, rate, key)
-    o = contract("bkgts,bskd->btkgd", r, v)
-    return o.reshape(q.shape), MaterialisedSaved(q, k, v, p, keep)
+    o = contract("bkrs,bskd->brkd", r, v)
+    return heads_of_rows(o, H), MaterialisedSaved(q, k, v, p, keep)
 
 
 def materialised_bwd(
@@ -171,24 +174,18 @@ def materialised_bwd(
 ) -> tuple[Heads, KeyHeads, KeyHeads]:
     """(dq, dk, dv) of `materialised_fwd`."""
     q, k, v, p, keep = saved
-    acc, K = accumulation_dtype(q), k.shape[2]
-    qg, dog = grouped(q, K), grouped(do, K)
+    acc, H = accumulation_dtype(q), do.shape[2]
+    do = rows_of_groups(do, k.shape[2])
     r = dropout_bwd(keep, rate, p)
-    dv = contract("bkgts,btkgd->bskd", r, dog)
-    dr = jnp.einsum("btkgd,bskd->bkgts", dog, v, preferred_element_type=acc)
+    dv = contract("bkrs,brkd->bskd", r, do)
+    dr = jnp.einsum("brkd,bskd->bkrs", do, v, preferred_element_type=acc)
     dp = dropout_bwd(keep, rate, dr)
     pf = p.astype(acc)
     ds = pf * (dp - (dp * pf).sum(-1, keepdims=True)) / math.sqrt(q.shape[3])
     ds = ds.astype(q.dtype)
-    dq = contract("bkgts,bskd->btkgd", ds, k).reshape(q.shape)
-    dk = contract("bkgts,btkgd->bskd", ds, qg)
-    return dq, dk, dv
-
-
-def grouped(x: Heads, K: int) -> Float[Array, "B T K G D"]:
-    """Split the H query heads into K groups of those that share keys and values."""
-    B, T, H, D = x.shape
-    return x.reshape(B, T, K, H // K, D)
+    dq = contract("bkrs,bskd->brkd", ds, k)
+    dk = contract("bkrs,brkd->bskd", ds, q)
+    return heads_of_rows(dq, H), dk, dv
 
 
 def cudnn_fwd(q: Heads, k: KeyHeads, v: KeyHeads) -> tuple[Heads, Any]:

@@ -13,14 +13,15 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Key, Shaped
 
 from gptjax.ops.dropout import dropout_bwd, dropout_fwd
+from gptjax.ops.heads import heads_of_rows, rows_of_groups
 from gptjax.xla.products import accumulation_dtype
 
 BLOCK = 128  # at most so many rows of queries, and of keys, in a block
 
 Heads = Float[Array, "B T H D"]
 KeyHeads = Float[Array, "B T K D"]
-Blocks = Float[Array, "N B K G R D"]  # T cut into N blocks of R rows, H into K groups of G
-KeyBlocks = Float[Array, "N B K R D"]
+Blocks = Float[Array, "N B K R D"]  # N blocks of R rows, of G heads at each position
+KeyBlocks = Float[Array, "N B K S D"]
 
 
 class BlockwiseSaved(NamedTuple):
@@ -33,9 +34,9 @@ class BlockwiseSaved(NamedTuple):
     k: KeyBlocks
     v: KeyBlocks
     o: Heads
-    lse: Float[Array, "N B K G R"]
+    lse: Float[Array, "N B K R"]
     key: Key[Array, ""] | None
-    segments: Int[Array, "N B R"] | None
+    segments: Int[Array, "N B S"] | None
 
 
 def blockwise_fwd(
@@ -65,16 +66,17 @@ def blockwise_fwd(
         dq = ds k / sqrt(D),   dk = ds^T q / sqrt(D)
 
     where delta = sum_s dp p = sum_s dr r = do . o: one number a row replaces a sum over all keys.
-    dk and dv are summed over the query heads that share a key head, as in the materialised form.
+    The G query heads that share a head of keys and values are rows, as in the materialised form.
     """
-    T = q.shape[1]
-    acc = accumulation_dtype(q)
+    (_, T, H, _), K, acc = q.shape, k.shape[2], accumulation_dtype(q)
     blocks = -(-T // (block_size or BLOCK))
     # Blocks of equal length need little padding.
-    rows = -(-T // blocks)
-    q_blocks = _to_blocks(q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3]), rows)
-    k_blocks, v_blocks = _to_blocks(k, rows), _to_blocks(v, rows)
-    segment_blocks = None if segments is None else _to_blocks(segments[..., None], rows)[..., 0]
+    length = -(-T // blocks)
+    q_blocks = _to_blocks(rows_of_groups(q, K), length * (H // K))
+    k_blocks, v_blocks = _to_blocks(k, length), _to_blocks(v, length)
+    segment_blocks = None
+    if segments is not None:
+        segment_blocks = _to_blocks(segments[..., None, None], length)[..., 0, :, 0]
     N, shape = len(q_blocks), q_blocks.shape[1:]
     numbers = jnp.arange(N, dtype=jnp.int32)
 
@@ -94,7 +96,7 @@ def blockwise_fwd(
                 p = jnp.exp(s - m_new[..., None])
                 r, _ = dropout_fwd(p, rate, _block_key(key, i, j, N))
                 av = jnp.einsum(
-                    "bkgrs,bksd->bkgrd", r.astype(vj.dtype), vj, preferred_element_type=acc
+                    "bkrs,bksd->bkrd", r.astype(vj.dtype), vj, preferred_element_type=acc
                 )
                 return m_new, z * shrink + p.sum(-1), a * shrink[..., None] + av
 
@@ -110,7 +112,7 @@ def blockwise_fwd(
         return None, ((a / z[..., None]).astype(qi.dtype), m + jnp.log(z))
 
     _, (o, lse) = lax.scan(query_block, None, (numbers, q_blocks, segment_blocks))
-    o = _from_blocks(o, T).reshape(q.shape)
+    o = heads_of_rows(_from_blocks(o, T * (H // K)), H)
     return o, BlockwiseSaved(q_blocks, k_blocks, v_blocks, o, lse, key, segment_blocks)
 
 
@@ -119,15 +121,12 @@ def blockwise_bwd(
 ) -> tuple[Heads, KeyHeads, KeyHeads]:
     """(dq, dk, dv) of `blockwise_fwd`, looping over blocks of keys and, within, of queries."""
     q, k, v, o, lse, key, segments = saved
-    (N, _, K, G, R, D), acc = q.shape, lse.dtype
+    (N, _, K, R, D), (_, T, H, _), acc = q.shape, do.shape, lse.dtype
     scale = 1 / math.sqrt(D)
     numbers = jnp.arange(N, dtype=jnp.int32)
-
-    def query_blocks(x: Array) -> Array:
-        return _to_blocks(x.reshape(*x.shape[:2], K, G, -1), R)
-
-    dob = query_blocks(do)
-    delta = query_blocks((do.astype(acc) * o.astype(acc)).sum(-1, keepdims=True))[..., 0]
+    delta = (do.astype(acc) * o.astype(acc)).sum(-1, keepdims=True)
+    dob, delta = (_to_blocks(rows_of_groups(x, K), R) for x in (do, delta))
+    delta = delta[..., 0]
 
     def key_block(dq: Array, j_row: tuple[Any, ...]) -> tuple[Array, tuple[Array, Array]]:
         j, kj, vj, sj = j_row
@@ -141,16 +140,14 @@ def blockwise_bwd(
                 dq, dkj, dvj = carry
                 p = jnp.exp(_scores(qi, kj, i, j, si, sj) - lsei[..., None])
                 r, keep = dropout_fwd(p, rate, _block_key(key, i, j, N))
-                dr = jnp.einsum("bkgrd,bksd->bkgrs", doi, vj, preferred_element_type=acc)
+                dr = jnp.einsum("bkrd,bksd->bkrs", doi, vj, preferred_element_type=acc)
                 dp = dropout_bwd(keep, rate, dr)
                 ds = (p * (dp - deltai[..., None]) * scale).astype(qi.dtype)
                 dvj += jnp.einsum(
-                    "bkgrs,bkgrd->bksd", r.astype(doi.dtype), doi, preferred_element_type=acc
+                    "bkrs,bkrd->bksd", r.astype(doi.dtype), doi, preferred_element_type=acc
                 )
-                dkj += jnp.einsum("bkgrs,bkgrd->bksd", ds, qi, preferred_element_type=acc)
-                dq = dq.at[i].add(
-                    jnp.einsum("bkgrs,bksd->bkgrd", ds, kj, preferred_element_type=acc)
-                )
+                dkj += jnp.einsum("bkrs,bkrd->bksd", ds, qi, preferred_element_type=acc)
+                dq = dq.at[i].add(jnp.einsum("bkrs,bksd->bkrd", ds, kj, preferred_element_type=acc))
                 return dq, dkj, dvj
 
             return lax.cond(j <= i, visit, lambda carry: carry, carry), None
@@ -162,25 +159,27 @@ def blockwise_bwd(
         return dq, (dkj, dvj)
 
     dq, (dk, dv) = lax.scan(key_block, jnp.zeros(q.shape, acc), (numbers, k, v, segments))
-    dq, dk, dv = (_from_blocks(x.astype(do.dtype), do.shape[1]) for x in (dq, dk, dv))
-    return dq.reshape(do.shape), dk, dv
+    dq = _from_blocks(dq.astype(do.dtype), T * (H // K))
+    dk, dv = (_from_blocks(x.astype(do.dtype), T) for x in (dk, dv))
+    return heads_of_rows(dq, H), dk, dv
 
 
 def _scores(
     qi: Array, kj: Array, i: Array, j: Array, si: Array | None, sj: Array | None
-) -> Float[Array, "B K G R S"]:
+) -> Float[Array, "B K R S"]:
     """Scaled scores of query block i against key block j, -inf for keys after the query or of
     another segment.
     """
     s = jnp.einsum(
-        "bkgrd,bksd->bkgrs", qi, kj, preferred_element_type=accumulation_dtype(qi)
+        "bkrd,bksd->bkrs", qi, kj, preferred_element_type=accumulation_dtype(qi)
     ) / math.sqrt(qi.shape[-1])
-    row = i * qi.shape[-2] + lax.broadcasted_iota(jnp.int32, s.shape, 3)
-    column = j * kj.shape[-2] + lax.broadcasted_iota(jnp.int32, s.shape, 4)
-    visible = column <= row
+    G = qi.shape[2] // kj.shape[2]
+    query = i * kj.shape[2] + lax.broadcasted_iota(jnp.int32, s.shape, 2) // G
+    column = j * kj.shape[2] + lax.broadcasted_iota(jnp.int32, s.shape, 3)
+    visible = column <= query
     if si is not None and sj is not None:
-        own = si[:, :, None] == sj[:, None, :]
-        visible &= jnp.broadcast_to(own[:, None, None], s.shape)
+        own = jnp.repeat(si, G, axis=1)[:, :, None] == sj[:, None, :]
+        visible &= jnp.broadcast_to(own[:, None], s.shape)
     return jnp.where(visible, s, -jnp.inf)
 
 
@@ -189,19 +188,18 @@ def _block_key(key: Key[Array, ""] | None, i: Array, j: Array, N: int) -> Key[Ar
     return None if key is None else jax.random.fold_in(key, i * N + j)
 
 
-def _to_blocks(x: Shaped[Array, "B T *K D"], R: int) -> Shaped[Array, "N B *K R D"]:
-    """Cut the positions into blocks of R rows, zero rows filling the last one.
+def _to_blocks(x: Shaped[Array, "B T K D"], R: int) -> Shaped[Array, "N B K R D"]:
+    """Cut the rows into N blocks of R, zeros filling the last one.
 
     Causality hides these rows from the real ones.
     """
-    B, T, *heads = x.shape
+    B, T, K, D = x.shape
     N = -(-T // R)
-    x = jnp.pad(x, [(0, 0), (0, N * R - T), *[(0, 0)] * len(heads)])
-    return jnp.moveaxis(x.reshape(B, N, R, *heads), (1, 2), (0, -2))
+    x = jnp.pad(x, ((0, 0), (0, N * R - T), (0, 0), (0, 0)))
+    return x.reshape(B, N, R, K, D).transpose(1, 0, 3, 2, 4)
 
 
-def _from_blocks(x: Shaped[Array, "N B *K R D"], T: int) -> Shaped[Array, "B T *K D"]:
+def _from_blocks(x: Shaped[Array, "N B K R D"], T: int) -> Shaped[Array, "B T K D"]:
     """Undo `_to_blocks`."""
-    x = jnp.moveaxis(x, (0, -2), (1, 2))
-    B, N, R, *heads = x.shape
-    return x.reshape(B, N * R, *heads)[:, :T]
+    N, B, K, R, D = x.shape
+    return x.transpose(1, 0, 3, 2, 4).reshape(B, N * R, K, D)[:, :T]

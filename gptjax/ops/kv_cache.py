@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from gptjax.ops.attention import Heads, KeyHeads, grouped
+from gptjax.ops.attention import Heads, KeyHeads
 from gptjax.xla.barrier import cpu_barrier
 from gptjax.xla.products import accumulation_dtype
 
@@ -36,13 +36,13 @@ def cached_attention(
         The output, and the cache with the position's own key and value in ``slot``.
 
     """
-    acc = accumulation_dtype(q)
-    root = math.sqrt(q.shape[3])
-    q1, k1, v1 = grouped(q, k.shape[2])[:, 0], k[:, 0], v[:, 0]
-    s = jnp.einsum("bksd,bkgd->bkgs", cache.k, q1, preferred_element_type=acc) / root
+    acc, K = accumulation_dtype(q), k.shape[2]
+    B, _, H, D = q.shape
+    q1, k1, v1 = q.reshape(B, K, H // K, D), k[:, 0], v[:, 0]
+    s = jnp.einsum("bksd,bkgd->bkgs", cache.k, q1, preferred_element_type=acc) / math.sqrt(D)
     s = jnp.where(jnp.broadcast_to(visible[:, None, None], s.shape), s, -jnp.inf)
     k_own, v_own = (jnp.broadcast_to(x[:, :, None].astype(acc), q1.shape) for x in (k1, v1))
-    own = (q1.astype(acc) * k_own).sum(-1, keepdims=True) / root
+    own = (q1.astype(acc) * k_own).sum(-1, keepdims=True) / math.sqrt(D)
     top = jnp.maximum(s.max(-1, keepdims=True), own)
     e, e_own = jnp.exp(s - top), jnp.exp(own - top)
     total = e.sum(-1, keepdims=True) + e_own
