@@ -1078,8 +1078,14 @@ class ConvertConfig:
     """The model to convert, or the file to inspect."""
     destination: str | None = dataclasses.field(default=None, metadata=POSITIONAL | {"nargs": "?"})
     """The file or folder to write; it must not exist."""
-    to: Literal["hf", "llmc", "safetensors"] | None = None
-    """Format to write: hf, llmc or safetensors; by default what the destination's name says."""
+    to: Literal["hf", "llmc", "llama2c", "safetensors"] | None = None
+    """Format to write: hf, llmc, llama2c or safetensors; by default what the destination's name
+    says, a .bin being llm.c's for GPT-2 and llama2.c's for Llama.
+    """
+    version: Literal[0, 1, 2] | None = None
+    """Version of a llama2.c model: 0, which run.c reads, 1, or 2 in int8, which runq.c reads; by
+    default 0.
+    """
     dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype to write: float32 or bfloat16; by default the source's."""
     inspect: bool = False

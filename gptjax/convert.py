@@ -1,11 +1,11 @@
 """Convert a model: ``python -m gptjax.convert SRC DST``, or say what a file is: ``python -m
 gptjax.convert SRC --inspect``.
 
-SRC is a run (its newest checkpoint), a Hugging Face folder, an llm.c model ``.bin``, safetensors in
-our names, or ``hf:NAME`` on the hub. DST becomes an llm.c model if it ends in ``.bin``, safetensors
-in our names if it ends in ``.safetensors``, else a Hugging Face folder. ``--inspect`` also knows
-token shards, debug states and tokenizers, and names what is not read here: llama2.c's files,
-SentencePiece, GGUF, ONNX, pickles, NumPy's, TensorFlow's, archives.
+SRC is a run (its newest checkpoint), a Hugging Face folder, a model ``.bin`` of llm.c or llama2.c,
+safetensors in our names, or ``hf:NAME`` on the hub. DST becomes an llm.c model, or of a Llama a
+llama2.c model, if it ends in ``.bin``, safetensors in our names if it ends in ``.safetensors``,
+else a Hugging Face folder. ``--inspect`` also knows token shards, debug states and tokenizers, and
+names what is not read here: SentencePiece, GGUF, ONNX, pickles, NumPy's, TensorFlow's, archives.
 """
 
 import hashlib
@@ -24,7 +24,13 @@ from gptjax.files import open_file
 from gptjax.formats import llmc, llmc_tokenizer
 from gptjax.formats.binary import HEADER_BYTES, read_header
 from gptjax.formats.lazy import tensor_names
-from gptjax.formats.recognise import LLMC, SAFETENSORS, recognise
+from gptjax.formats.recognise import (
+    LLAMA2C_MODEL,
+    LLAMA2C_TOKENIZER,
+    LLMC,
+    SAFETENSORS,
+    recognise,
+)
 from gptjax.formats.safetensors import DTYPES
 from gptjax.formats.token_shards import FLAVOURS, open_shard
 from gptjax.models.params import num_params
@@ -45,15 +51,22 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         if cfg.destination is None:
             raise ConfigError("name what to write, too, or give --inspect")
-        convert(cfg.source, Path(cfg.destination), cfg.to, cfg.dtype)
+        convert(cfg.source, Path(cfg.destination), cfg.to, cfg.dtype, cfg.version)
     return 0
 
 
-def convert(where: str, destination: Path, to: Format | None, dtype: str | None) -> None:
+def convert(
+    where: str,
+    destination: Path,
+    to: Format | None,
+    dtype: str | None,
+    version: int | None = None,
+) -> None:
     """Convert, and say what came of it.
 
     Raises:
-        ConfigError: the destination exists, or its folder does not.
+        ConfigError: the destination exists, or its folder does not; or an option is of another
+            format.
         GptjaxError: the source cannot be read.
 
     """
@@ -65,9 +78,19 @@ def convert(where: str, destination: Path, to: Format | None, dtype: str | None)
         )
     source = open_weights(where)
     chosen = DTYPES[NAMES[dtype]] if dtype else dtype_of(source)
-    suffixes: dict[str, Format] = {".bin": "llmc", ".safetensors": "safetensors"}
+    bin_format: Format = "llama2c" if source.cfg.family == "llama" else "llmc"
+    suffixes: dict[str, Format] = {".bin": bin_format, ".safetensors": "safetensors"}
     chosen_format = to or suffixes.get(destination.suffix, "hf")
-    write_weights(source, destination, chosen_format, chosen)
+    if version is not None and chosen_format != "llama2c":
+        raise ConfigError(
+            f"version is of a llama2.c model, and {chosen_format} is to be written: leave it out, "
+            "or give --to llama2c"
+        )
+    if dtype == "bfloat16" and chosen_format == "llama2c":
+        raise ConfigError(
+            "a llama2.c model is in float32, or with --version 2 in int8: leave dtype out"
+        )
+    write_weights(source, destination, chosen_format, chosen, version)
     print(describe(source))
     if source.tokenizer and not (
         tokenizer_json.can_write(source.tokenizer) and chosen_format == "hf"
@@ -123,7 +146,9 @@ def inspect(where: str) -> str:
         if path.suffix == ".json":
             return _tokenizer(path)
         found = recognise(path)
-        if found not in (None, LLMC[llmc.MODEL_MAGIC], SAFETENSORS):
+        if found == LLAMA2C_TOKENIZER:
+            return _tokenizer(path)
+        if found and not found.startswith((LLMC[llmc.MODEL_MAGIC], LLAMA2C_MODEL, SAFETENSORS)):
             _, name = found.split(" ", 1)
             return f"{'format':<10} {name}\n{'size':<10} {path.stat().st_size:,} bytes"
     try:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from gptjax import tokenizers
 from gptjax.config import DIMENSIONS, Architecture, ModelConfig
 from gptjax.errors import CheckpointError, FormatError, GptjaxError
-from gptjax.formats import hf, llmc, safetensors
+from gptjax.formats import hf, llama2c, llmc, safetensors
 from gptjax.formats.lazy import LazyTensor, pad_vocab, stack_lazily
 from gptjax.formats.recognise import recognise
 from gptjax.models.family import Weight
@@ -24,7 +24,7 @@ from gptjax.parallel.mesh import param_shardings, place
 from gptjax.tokenizers import Tokenizer, tokenizer_json
 from gptjax.train.checkpoint import open_newest
 
-Format = Literal["hf", "llmc", "safetensors"]
+Format = Literal["hf", "llmc", "llama2c", "safetensors"]
 HUB = "hf:"
 HUB_FILES = ["config.json", "*.safetensors", "model.safetensors.index.json"]
 HUB_FILES += ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"]
@@ -52,8 +52,9 @@ def open_weights(where: str) -> Source:
 
     Args:
         where: the folder of a run or of its checkpoints, of which the newest counts; a Hugging Face
-            folder; an llm.c model ``.bin``; safetensors in our own names; or ``hf:NAME``, a model
-            on the Hugging Face hub, which is fetched unless the hub's cache has it.
+            folder; a model ``.bin`` of llm.c or llama2.c; safetensors in our own names; or
+            ``hf:NAME``, a model on the Hugging Face hub, which is fetched unless the hub's cache
+            has it.
 
     Raises:
         CheckpointError: there is nothing there, or a run without whole checkpoints.
@@ -66,8 +67,8 @@ def open_weights(where: str) -> Source:
     path = Path(where)
     if not path.exists():
         raise CheckpointError(
-            f"{where} does not exist: name a run, a Hugging Face folder, an llm.c model .bin, a "
-            f".safetensors, or {HUB}NAME"
+            f"{where} does not exist: name a run, a Hugging Face folder, a model .bin of llm.c or "
+            f"llama2.c, a .safetensors, or {HUB}NAME"
         )
     if path.is_dir() and (path / hf.CONFIG_FILE).exists():
         cfg, params = hf.read_model(path)
@@ -79,6 +80,9 @@ def open_weights(where: str) -> Source:
     if llmc.is_model(path):
         cfg, params = llmc.read_model(path)
         return Source(llmc.MODEL, _by_default(cfg), params)
+    if llama2c.is_model(path):
+        version, cfg, params = llama2c.read_model(path)
+        return Source(f"{llama2c.MODEL} (version {version})", _by_default(cfg), params)
     if safetensors.is_model(path):
         cfg, params = safetensors.read_model(path)
         return Source("gptjax safetensors", _by_default(cfg), params)
@@ -103,7 +107,10 @@ def _why_not(path: Path) -> str:
             ": a PyTorch pickle, maybe, which can run any code and is not read; save it as "
             "safetensors"
         )
-    return ": a run's folder, a Hugging Face folder, an llm.c model .bin or safetensors is expected"
+    return (
+        ": a run's folder, a Hugging Face folder, a model .bin of llm.c or llama2.c, or safetensors "
+        "is expected"
+    )
 
 
 def _open_run(folder: Path) -> Source:
@@ -218,21 +225,26 @@ def check_finite(what: str, path: Any, array: np.ndarray) -> None:
         )
 
 
-def write_weights(source: Source, path: Path, to: Format, dtype: np.dtype) -> None:
+def write_weights(
+    source: Source, path: Path, to: Format, dtype: np.dtype, version: int | None = None
+) -> None:
     """Write a model tensor by tensor; it appears under its name once it is whole.
 
     Args:
         source: what to write.
         path: a folder for ``hf``, else a file.
         to: ``hf``: a folder for ``transformers``; ``llmc``: version 3 in float32, 5 in bfloat16;
-            ``safetensors``: our names.
-        dtype: float32 or bfloat16.
+            ``llama2c``: the ``version``, in float32 or int8; ``safetensors``: our names.
+        dtype: float32 or bfloat16; llama2.c's versions have their own.
+        version: of a llama2.c model; by default 0.
 
     Raises:
         ConfigError: the format holds no such model; the sentence says why.
 
     """
-    if to == "llmc":
+    if to == "llama2c":
+        llama2c.write_model(path, source.params, source.cfg, version or 0)
+    elif to == "llmc":
         llmc.write_model(path, source.params, source.cfg, 3 if dtype == np.float32 else 5)
     elif to == "safetensors":
         safetensors.write_model(path, source.params, source.cfg, dtype)
