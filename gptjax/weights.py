@@ -108,8 +108,8 @@ def _why_not(path: Path) -> str:
             "safetensors"
         )
     return (
-        ": a run's folder, a Hugging Face folder, a model .bin of llm.c or llama2.c, or safetensors "
-        "is expected"
+        ": a run's folder, a Hugging Face folder, a model .bin of llm.c or llama2.c, or "
+        "safetensors is expected"
     )
 
 
