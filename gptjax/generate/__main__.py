@@ -2,8 +2,9 @@
 
 The checkpoint is a run, a Hugging Face folder, a model ``.bin`` of llm.c or llama2.c, safetensors
 in our names, or ``hf:NAME`` on the hub. A single text is shown token by token, several of them
-once they are whole. Without a prompt the model begins by itself. A text that outgrows the model's context
-goes on from its newer part, at least half a context, which is read anew.
+once they are whole. Without a prompt the model begins by itself. A text that outgrows the model's
+context goes on from its newer part, at least half a context, which is read anew. ``--draw run.c``
+gives the text of llama2.c's run.c.
 """
 
 import contextlib
