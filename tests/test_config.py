@@ -125,5 +125,5 @@ def test_what_the_weights_are_says_nothing_of_how_they_are_computed():
 
 def test_the_sizes_of_the_axes_are_those_of_the_legend():
     sizes = tiny.config(channels=24, num_heads=3, hidden=7).axis_sizes
-    assert sizes == {"L": 2, "C": 24, "H": 3, "D": 8, "F": 7, "Vp": 128, "T": 12}
+    assert sizes == {"L": 2, "C": 24, "H": 3, "K": 3, "D": 8, "F": 7, "Vp": 128, "T": 12}
     assert tiny.CONFIG.hidden == 4 * tiny.CONFIG.channels

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gptjax.models import FAMILIES, gpt2
+from gptjax.models import FAMILIES, gpt2, llama
 from gptjax.parallel.sharding import RULES
 from tests.conftest import ROOT
 
@@ -96,21 +96,24 @@ def test_no_cycles():
 
 # --- A family is a module ---
 
-# Who may name GPT-2's tensors, and why.
-NAMES_GPT2 = {
+# Who may name a family's tensors, and why.
+NAMES_TENSORS = {
     "gptjax.models.gpt2": "the family itself",
+    "gptjax.models.llama": "the family itself",
     "gptjax.formats.hf": "a format's table",
     "gptjax.formats.llmc": "a format's table",
     "gptjax.formats.safetensors": "a format's table",
     "gptjax.plot.figures": "draws GPT-2's block for the notebooks",
 }
-TENSORS = {*gpt2.Params._fields, *gpt2.Block._fields, "qkvw", "qkvb"} - {"blocks"}
+TENSORS = {"qkvw", "qkvb"}.union(
+    *(family.Params._fields + family.Block._fields for family in (gpt2, llama))
+) - {"blocks"}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_only_its_own_files_name_a_familys_tensors(path):
     found = set(re.findall(rf"\b(?:{'|'.join(TENSORS)})\b", path.read_text()))
-    assert bool(found) == (name_of(path) in NAMES_GPT2), found
+    assert bool(found) == (name_of(path) in NAMES_TENSORS), found
 
 
 def test_only_the_registry_imports_a_family():
@@ -137,6 +140,9 @@ def test_modules_and_public_classes_of_one_name_mean_one_thing():
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 classes[node.name].append(name_of(path))
     assert {name for name, where in modules.items() if len(where) > 1} == set(SHARED_NAMES)
+    # Every family has these, by which the rest knows it.
+    for name in ("Params", "Block", "BlockSaved"):
+        assert classes.pop(name) == [f"gptjax.models.{family}" for family in FAMILIES]
     assert {name: where for name, where in classes.items() if len(where) > 1} == {}
 
 

@@ -57,7 +57,11 @@ def weights(cfg):
 def cfg(monkeypatch):
     """A model of a family of this file."""
     monkeypatch.setitem(
-        FAMILIES, "gated", SimpleNamespace(Params=Params, Block=Block, HEAD="head", weights=weights)
+        FAMILIES,
+        "gated",
+        SimpleNamespace(
+            Params=Params, Block=Block, OPTIONS=(), head_name=lambda cfg: "head", weights=weights
+        ),
     )
     return tiny.config(family="gated", hidden=24, dtype="float32")
 

@@ -98,9 +98,11 @@ def test_the_pairs_alone_are_right():
     assert_same_gradients(found, (dx, dw), (x, w))
 
     dlnfw, dlnfb, dx = jax.vjp(
-        lambda *w: gpt2.norm_fwd(params._replace(lnfw=w[0], lnfb=w[1]), w[2])[0], *params[3:], x
+        lambda *w: gpt2.norm_fwd(params._replace(lnfw=w[0], lnfb=w[1]), w[2], cfg)[0],
+        *params[3:],
+        x,
     )[1](dy)
-    found = gpt2.norm_bwd(params, gpt2.norm_fwd(params, x)[1], dy)
+    found = gpt2.norm_bwd(params, gpt2.norm_fwd(params, x, cfg)[1], dy)
     assert_same_gradients(
         found, (dx, {"lnfw": dlnfw, "lnfb": dlnfb}), (x, {"lnfw": dlnfw, "lnfb": dlnfb})
     )
