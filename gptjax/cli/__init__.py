@@ -115,7 +115,7 @@ def replace_unprintable() -> None:
         sys.stdout.reconfigure(errors="replace")
 
 
-def keep_freed_memory() -> None:
+def reuse_freed_memory() -> None:
     """Tell glibc to reuse freed memory instead of returning it to the system; a no-op elsewhere.
 
     A training step on CPU frees and allocates the same hundreds of megabytes each time; returning

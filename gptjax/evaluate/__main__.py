@@ -32,7 +32,7 @@ from gptjax.models.params import num_params
 from gptjax.tokenizers import Tokenizer, is_gpt2
 from gptjax.weights import Source, load_params, open_weights
 from gptjax.xla.backend import platform_name, start_jax
-from gptjax.xla.cache import keep_compiled_programs
+from gptjax.xla.cache import enable_compilation_cache
 
 PROG = "python -m gptjax.evaluate"
 
@@ -42,8 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     began = time.perf_counter()
     with cli.reported_errors(PROG, "lower batch_size"):
         cfg, _ = parse(EvaluateConfig, PROG, __doc__ or "", argv)
-        cli.keep_freed_memory()
-        keep_compiled_programs()
+        cli.reuse_freed_memory()
+        enable_compilation_cache()
         cli.quiet_libraries()
         cli.replace_unprintable()
         source = open_weights(cfg.checkpoint)

@@ -30,7 +30,7 @@ from gptjax.models.decode import store_for_decoding
 from gptjax.tokenizers import Tokenizer
 from gptjax.weights import load_params, open_weights
 from gptjax.xla.backend import platform_name, start_jax
-from gptjax.xla.cache import keep_compiled_programs
+from gptjax.xla.cache import enable_compilation_cache
 
 PROG = "python -m gptjax.generate"
 MOST_BYTES = 1 << 24  # of a file of prompts
@@ -55,8 +55,8 @@ def main(argv: list[str] | None = None) -> int:
                 f"num_samples {args.num_samples} is too many: at most {MOST_SAMPLES:,} can be "
                 "made at once"
             )
-        cli.keep_freed_memory()
-        keep_compiled_programs()
+        cli.reuse_freed_memory()
+        enable_compilation_cache()
         cli.quiet_libraries()
         cli.replace_unprintable()
         model = load(args)

@@ -32,7 +32,7 @@ from gptjax.train.trainer import DivergedError, Trainer, WrongGradientError
 from gptjax.verify.live import LiveCheck
 from gptjax.weights import load_weights, open_weights
 from gptjax.xla.backend import start_jax
-from gptjax.xla.cache import keep_compiled_programs
+from gptjax.xla.cache import enable_compilation_cache
 
 PROG = "python -m gptjax.train"
 FAILED = 1  # exit status
@@ -45,8 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     less = "lower data.batch_size, set model.recompute block"
     with heartbeat.ending_together(PROG), cli.reported_errors(PROG, less, heartbeat.speaks):
         cfg, file = parse(Config, PROG, __doc__ or "", argv)
-        cli.keep_freed_memory()
-        keep_compiled_programs()
+        cli.reuse_freed_memory()
+        enable_compilation_cache()
         cli.quiet_libraries()
         cli.replace_unprintable()
         processes.start(cfg.distributed)

@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     began = time.perf_counter()
     with cli.reported_errors(PROG):
         cfg, _ = parse(VerifyConfig, PROG, __doc__ or "", argv)
-        cli.keep_freed_memory()
+        cli.reuse_freed_memory()
         cli.quiet_libraries()
         check_writable(cfg)
         jax.config.update("jax_enable_x64", True)
@@ -76,11 +76,11 @@ def main(argv: list[str] | None = None) -> int:
         )
         print(report)
         print(f"took {report.environment['took']}")
-        keep(cfg, report, subject)
+        write_outputs(cfg, report, subject)
     return 0 if report else WRONG
 
 
-def keep(cfg: VerifyConfig, report: Report, subject: Subject) -> None:
+def write_outputs(cfg: VerifyConfig, report: Report, subject: Subject) -> None:
     """Write the files that were asked for.
 
     Raises:

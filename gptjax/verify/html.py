@@ -6,7 +6,7 @@ import math
 from html import escape
 
 from gptjax.verify.ops import ops_cells
-from gptjax.verify.proof import WIDENED, Report
+from gptjax.verify.proof import RELAXED, Report
 from gptjax.verify.rows import Comparison, Row, cells
 
 # Viridis, from small errors to large ones; readable without colour vision.
@@ -54,8 +54,8 @@ def as_html(report: Report) -> str:
             _rows(report.gradient.tensors),
         ),
     ]
-    if report.widened:
-        sections.append(f"<p>{escape(WIDENED)}.</p>")
+    if report.relaxed:
+        sections.append(f"<p>{escape(RELAXED)}.</p>")
     if any(row.layer is not None for row in report.gradient.rows):
         sections.append(
             _section(

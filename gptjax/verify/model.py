@@ -252,7 +252,9 @@ def tolerances(subject: Subject, reference_dtype: Any = jnp.float64) -> Derivati
     return allowed
 
 
-def widened(allowed: Any, gradient: Callable[[Any], Any], params: Any, dtype: Any) -> Any:
+def relaxed_tolerances(
+    allowed: Any, gradient: Callable[[Any], Any], params: Any, dtype: Any
+) -> Any:
     """Tolerances that take into account how far rounding moves this very gradient.
 
     Near a minimum, say, where terms cancel, the roundings on the way are magnified by more than the

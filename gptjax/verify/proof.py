@@ -12,12 +12,12 @@ from gptjax.verify.comparison import compare
 from gptjax.verify.ops import OpError, ops_table
 from gptjax.verify.rows import Comparison, table
 from gptjax.verify.tolerance import LAMBDA, gradient_variances, tolerance
-from gptjax.verify.trace import Parting
+from gptjax.verify.trace import Mismatch
 
 Reference = Literal["autodiff", "finite-difference"]
 
 
-WIDENED = (
+RELAXED = (
     f"{LAMBDA:g} times what JAX's own gradient moves by, when each parameter moves by a unit in "
     "the last place, is allowed "
     "where that is more than the derived tolerance"
@@ -36,7 +36,7 @@ class Report:
     """Hessian-vector product by tensor."""
     ops: tuple[OpError, ...] = ()
     """The ops one by one."""
-    parting: Parting | None = None
+    mismatch: Mismatch | None = None
     """Where the gradient first leaves JAX's, if it does and this was found."""
     reference: str = "autodiff"
     """What the gradient is compared with."""
@@ -44,8 +44,8 @@ class Report:
     """On what this was found."""
     layers: bool = False
     """Whether the text has a line for each layer."""
-    widened: bool = False
-    """Whether the tolerances are `gptjax.verify.model.widened`."""
+    relaxed: bool = False
+    """Whether the tolerances are `gptjax.verify.model.relaxed_tolerances`."""
 
     def __bool__(self) -> bool:
         """Whether everything is within its tolerance."""
@@ -71,8 +71,8 @@ class Report:
                 f"{' AND '.join(wrong)} IS WRONG, though the gradients agree with {self.reference}"
             )
         wrong_count = sum(not row.ok for row in self.gradient.rows)
-        where = f"; first at {self.parting}" if self.parting else ""
-        if not self.parting and not self.reference.startswith("autodiff"):
+        where = f"; first at {self.mismatch}" if self.mismatch else ""
+        if not self.mismatch and not self.reference.startswith("autodiff"):
             where = (
                 "; but it is JAX's own gradient of this forward, so look at the reference and "
                 "its parameters"
@@ -93,8 +93,8 @@ class Report:
         if self.ops:
             parts["ops, each by itself"] = ops_table(self.ops)
         texts = [f"{name}\n{text}" for name, text in parts.items()]
-        if self.widened:
-            texts.append(WIDENED)
+        if self.relaxed:
+            texts.append(RELAXED)
         return "\n\n".join([*texts, self.closing])
 
 
@@ -168,15 +168,15 @@ def check(
         found,
         forward,
         reference=reference,
-        parting=None if found else locate(loss, loss_and_grad, params, *batch),
+        mismatch=None if found else locate(loss, loss_and_grad, params, *batch),
     )
 
 
 def locate(
     loss: Callable[..., Any], loss_and_grad: Callable[..., Any], params: Any, *batch: Any
-) -> Parting | None:
-    """`trace.first_parting` with the tolerance that rounding gives the gradient as a whole."""
+) -> Mismatch | None:
+    """`trace.first_mismatch` with the tolerance that rounding gives the gradient as a whole."""
     variance = max(jax.tree.leaves(gradient_variances(loss_and_grad, params, *batch)))
-    return trace.first_parting(
+    return trace.first_mismatch(
         loss, loss_and_grad, params, *batch, largest=tolerance(variance, variance)
     )

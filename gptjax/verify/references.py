@@ -28,15 +28,15 @@ from gptjax.verify.model import (
     micro_batches,
     padded_rows,
     parameters,
+    relaxed_tolerances,
     run_program,
     shares,
     tolerances,
-    widened,
 )
 from gptjax.verify.proof import Report, locate
 from gptjax.verify.rows import Comparison
 from gptjax.verify.tolerance import gradient_variances, tolerance, unit_roundoff
-from gptjax.verify.trace import Parting
+from gptjax.verify.trace import Mismatch
 
 
 def against_autodiff(subject: Subject) -> Report:
@@ -58,7 +58,7 @@ def against_autodiff(subject: Subject) -> Report:
     report = _judged(judge, tolerances(subject), subject)
     curvature = None if narrow else against_hessian(subject)
     return dataclasses.replace(
-        report, curvature=curvature, parting=_blame(report.gradient, mine, subject)
+        report, curvature=curvature, mismatch=_blame(report.gradient, mine, subject)
     )
 
 
@@ -105,7 +105,7 @@ def against_differences(subject: Subject, layers: bool) -> Report:
         )
 
     report = _judged(judge, tolerances(subject), subject)
-    return dataclasses.replace(report, parting=_blame(report.gradient, mine, subject))
+    return dataclasses.replace(report, mismatch=_blame(report.gradient, mine, subject))
 
 
 def against_file(subject: Subject, state: DebugState) -> Report:
@@ -125,7 +125,7 @@ def against_file(subject: Subject, state: DebugState) -> Report:
         )
 
     report = _judged(judge, tolerances(subject, jnp.float32), subject, dtype)
-    return dataclasses.replace(report, parting=_blame(report.gradient, mine, subject))
+    return dataclasses.replace(report, mismatch=_blame(report.gradient, mine, subject))
 
 
 def _judged(
@@ -134,7 +134,7 @@ def _judged(
     subject: Subject,
     dtype: Any = None,
 ) -> Report:
-    """The report with the derived tolerances, or, if it is not good, with the `widened` ones."""
+    """The report with the derived tolerances, or, if they do not hold, the `relaxed_tolerances`."""
     report = judge(allowed)
     if report:
         return report
@@ -143,9 +143,11 @@ def _judged(
         return by_autodiff(subject._replace(params=params))
 
     report = judge(
-        widened(allowed, gradient, parameters(subject), dtype or subject.cfg.compute_dtype)
+        relaxed_tolerances(
+            allowed, gradient, parameters(subject), dtype or subject.cfg.compute_dtype
+        )
     )
-    return dataclasses.replace(report, widened=True)
+    return dataclasses.replace(report, relaxed=True)
 
 
 def against_hessian(subject: Subject) -> Comparison:
@@ -230,11 +232,13 @@ def against_live(
     )
     report = judge(allowed)
     if not report:
-        limits = widened(allowed, lambda p: own(p, *args[1:]), params, cfg.compute_dtype)
-        report = dataclasses.replace(judge(limits), widened=True)
+        allowed = relaxed_tolerances(
+            allowed, lambda p: own(p, *args[1:]), params, cfg.compute_dtype
+        )
+        report = dataclasses.replace(judge(allowed), relaxed=True)
     if report.gradient:
         return report
-    return dataclasses.replace(report, parting=_locate(subject) or _in_a_setting(report.gradient))
+    return dataclasses.replace(report, mismatch=_locate(subject) or _in_a_setting(report.gradient))
 
 
 @functools.cache
@@ -256,15 +260,15 @@ def _step_tolerances(cfg: ModelConfig, batch_and_key: Any) -> Any:
     return jax.tree.map(lambda v: tolerance(v, v), found)
 
 
-def _blame(found: Comparison, mine: Derivatives, subject: Subject) -> Parting | None:
+def _blame(found: Comparison, mine: Derivatives, subject: Subject) -> Mismatch | None:
     """What makes a gradient wrong; None if it is right, or if it is JAX's own, so that the
     reference differs.
     """
     if found:
         return None
-    parting = _locate(subject)
-    if parting:
-        return parting
+    mismatch = _locate(subject)
+    if mismatch:
+        return mismatch
     return None if _is_jaxs_own(subject, mine) else _program(found, subject) or _in_a_setting(found)
 
 
@@ -274,18 +278,18 @@ def _is_jaxs_own(subject: Subject, mine: Derivatives | None = None) -> bool:
     return bool(compare(mine.gradient(), by_autodiff(subject).gradient(), allowed.gradient()))
 
 
-def _program(found: Comparison, subject: Subject) -> Parting | None:
+def _program(found: Comparison, subject: Subject) -> Mismatch | None:
     """The mesh or the accumulation, if the gradient is right without it."""
     error = found.worst.relative_l2
     if subject.mesh is not None and _is_jaxs_own(subject._replace(mesh=None)):
-        return Parting(
+        return Mismatch(
             "the program on the mesh",
             "it alone differs, and on one device the gradient is right",
             error,
         )
     one = subject._replace(batch=jax.tree.map(lambda x: x[:1], subject.batch))
     if subject.num_micro_batches > 1 and _is_jaxs_own(one):
-        return Parting(
+        return Mismatch(
             "the accumulated program",
             "it alone differs, and of one micro-batch the gradient is right",
             error,
@@ -293,7 +297,7 @@ def _program(found: Comparison, subject: Subject) -> Parting | None:
     return None
 
 
-def _locate(subject: Subject) -> Parting | None:
+def _locate(subject: Subject) -> Mismatch | None:
     """Where the gradient leaves JAX's: of the first micro-batch, on one device, with unrolled
     layers and nothing recomputed.
 
@@ -308,14 +312,14 @@ def _locate(subject: Subject) -> Parting | None:
         loss, loss_and_grad = (
             partial(f, cfg=of.cfg, key=key) for f in (transformer.loss, transformer.loss_and_grad)
         )
-        parting = locate(loss, loss_and_grad, parameters(of), batch)
-        if parting:
-            return parting
+        mismatch = locate(loss, loss_and_grad, parameters(of), batch)
+        if mismatch:
+            return mismatch
     return None
 
 
-def _in_a_setting(found: Comparison) -> Parting:
+def _in_a_setting(found: Comparison) -> Mismatch:
     """For a wrong gradient that `_locate` finds right."""
     settings = "model.layers, model.recompute, model.loss_chunks, optim.accumulate or the mesh"
     what = "with unroll, none, 1, 1 and one device no op is found wrong"
-    return Parting(settings, what, found.worst.relative_l2)
+    return Mismatch(settings, what, found.worst.relative_l2)

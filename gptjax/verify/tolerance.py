@@ -10,8 +10,8 @@ times its root.
 
 That is a model of rounding, not a bound. It leaves out how much a step magnifies the error of its
 input relative to its output, and leaves a margin: n terms of mixed signs, and sums kept in several
-registers at once, stay well below it. Where the margin is not enough, `gptjax.verify.model.widened`
-measures the magnification.
+registers at once, stay well below it. Where the margin is not enough,
+`gptjax.verify.model.relaxed_tolerances` measures the magnification.
 """
 
 import math

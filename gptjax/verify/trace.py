@@ -5,7 +5,7 @@ Functions named ``OP_fwd`` and ``OP_bwd`` and jitted show up in the jaxpr of a h
 as calls under their names. `record` runs the jaxpr and keeps what goes in and out of each call.
 `cotangents` runs the plain forward, of the same ``OP_fwd`` calls, and has JAX differentiate the
 loss with respect to the result of each. Walking the recorded backward calls in turn,
-`first_parting` finds the first one that receives another gradient than JAX's, or makes another of
+`first_mismatch` finds the first one that receives another gradient than JAX's, or makes another of
 it than JAX's own derivative of the forward call does.
 """
 
@@ -51,7 +51,7 @@ class Call(NamedTuple):
         return self.op.removesuffix("_fwd").removesuffix("_bwd")
 
 
-class Parting(NamedTuple):
+class Mismatch(NamedTuple):
     """Where the manual gradient leaves JAX's."""
 
     place: str
@@ -67,11 +67,11 @@ def record(f: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, list[
     """(``f(*args, **kwargs)``, its op calls in order). May be traced by jit."""
     calls: list[Call] = []
 
-    def keep(call: Call) -> list[Any]:
+    def append(call: Call) -> list[Any]:
         calls.append(call)
         return call.outs
 
-    return run(f, *args, on_call=keep, **kwargs), calls
+    return run(f, *args, on_call=append, **kwargs), calls
 
 
 def cotangents(loss: Callable[..., Any], *args: Any) -> list[Any]:
@@ -142,13 +142,13 @@ def _place(op: str, weight: str, layer: int | None, used: bool) -> str:
     return name if layer is None else f"layer {layer}, {name}"
 
 
-def first_parting(
+def first_mismatch(
     loss: Callable[..., Any],
     loss_and_grad: Callable[..., Any],
     params: Any,
     *rest: Any,
     largest: float,
-) -> Parting | None:
+) -> Mismatch | None:
     """Where the hand-written gradient first leaves JAX's gradient of ``loss``; None where it does
     not.
 
@@ -169,7 +169,7 @@ def first_parting(
         for ours, theirs in zip(forward, plain, strict=True):
             error = _error([ours.outs[0]], [theirs.outs[0]])
             if not error <= largest:
-                return Parting(
+                return Mismatch(
                     ours.place, f"{ours.op} gives another value than in the plain forward", error
                 )
         received = iter(cotangents(loss, params, *rest))
@@ -181,7 +181,7 @@ def first_parting(
             continue
         if not waiting or waiting[-1][0].base != call.base:
             due = waiting[-1][0].place if waiting else "the end"
-            return Parting(
+            return Mismatch(
                 call.place, f"{call.op} is called where the mirror of the forward has {due}", 1.0
             )
         found = _wrong_here(*waiting.pop(), call, largest)
@@ -198,10 +198,10 @@ def first_parting(
         if named
         else "no jitted OP_bwd tells where"
     )
-    return Parting(f"gradient of {name}", what, worst.relative_l2)
+    return Mismatch(f"gradient of {name}", what, worst.relative_l2)
 
 
-def _wrong_here(forward: Call, received: Any, backward: Call, largest: float) -> Parting | None:
+def _wrong_here(forward: Call, received: Any, backward: Call, largest: float) -> Mismatch | None:
     """What is wrong with one backward call: what it receives, or what it makes of it."""
     y, last = forward.outs[0], backward.ins[-1]
     given = last.shape == y.shape and last.dtype == y.dtype
@@ -209,7 +209,7 @@ def _wrong_here(forward: Call, received: Any, backward: Call, largest: float) ->
     if given and received is not None:
         error = _error([dy], [received])
         if not error <= largest:
-            return Parting(
+            return Mismatch(
                 forward.place,
                 f"{backward.op} receives a wrong gradient, though every op before it is right",
                 error,
@@ -222,13 +222,13 @@ def _wrong_here(forward: Call, received: Any, backward: Call, largest: float) ->
         expected = [e + b for e, b in zip(expected, before, strict=True)]
     shapes = [[x.shape for x in side] for side in (found, expected)]
     if shapes[0] != shapes[1]:
-        return Parting(
+        return Mismatch(
             forward.place, f"{backward.op} returns shapes {shapes[0]}, not {shapes[1]}", 1.0
         )
     error = _error(found, expected)
     if error <= largest:
         return None
-    return Parting(forward.place, f"{backward.op} gives a wrong gradient", error)
+    return Mismatch(forward.place, f"{backward.op} gives a wrong gradient", error)
 
 
 def _derivative(forward: Call, dy: Array) -> list[Array]:

@@ -97,7 +97,7 @@ def _assert_private(status: os.stat_result, path: Path) -> None:
         raise NotPrivateError(f"others may write to {path} and so put programs there")
 
 
-def keep_compiled_programs() -> None:
+def enable_compilation_cache() -> None:
     """Keep what JAX compiles in ``~/.cache/gptjax`` (``XDG_CACHE_HOME``), so that the next start
     need not compile it again.
 

@@ -144,8 +144,8 @@ def test_a_damaged_program_is_never_run(tmp_path, tally, damage):
 
 START = """
 import json, jax, jax.numpy as jnp
-from gptjax.xla.cache import keep_compiled_programs
-keep_compiled_programs()
+from gptjax.xla.cache import enable_compilation_cache
+enable_compilation_cache()
 from gptjax.xla import native
 assert native.available()
 

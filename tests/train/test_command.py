@@ -24,7 +24,7 @@ from gptjax.models import gpt2
 from gptjax.train import __main__ as train
 from gptjax.train import trainer
 from gptjax.xla import native
-from gptjax.xla.cache import keep_compiled_programs
+from gptjax.xla.cache import enable_compilation_cache
 from tests.conftest import ROOT
 
 TINY = {
@@ -643,7 +643,7 @@ def test_without_a_place_for_compiled_programs_none_is_kept(monkeypatch, place):
     kept = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", None)
     try:
-        keep_compiled_programs()
+        enable_compilation_cache()
         assert jax.config.jax_compilation_cache_dir is None
     finally:
         jax.config.update("jax_compilation_cache_dir", kept)

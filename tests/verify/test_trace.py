@@ -30,7 +30,7 @@ def part(*args):
     loss, loss_and_grad = (
         lambda p, b, f=f: f(p, b, CFG, key) for f in (transformer.loss, transformer.loss_and_grad)
     )
-    found = trace.first_parting(loss, loss_and_grad, params, batch, largest=1e-12)
+    found = trace.first_mismatch(loss, loss_and_grad, params, batch, largest=1e-12)
     return found and str(found)
 
 
@@ -206,9 +206,9 @@ def test_a_backward_may_return_more_than_the_call_has_arguments(monkeypatch):
         return y.sum(), ops.linear_bwd(saved, w, jnp.ones_like(y))[1]
 
     w, x = jnp.ones((4, 3)), jnp.ones((1, 2, 4))
-    assert trace.first_parting(loss, loss_and_grad, w, x, largest=1e-12) is None
+    assert trace.first_mismatch(loss, loss_and_grad, w, x, largest=1e-12) is None
     wrong = lambda w, x: (loss(w, x), 2 * loss_and_grad(w, x)[1])  # noqa: E731
-    assert trace.first_parting(loss, wrong, w, x, largest=1e-12) is not None
+    assert trace.first_mismatch(loss, wrong, w, x, largest=1e-12) is not None
 
 
 def test_a_backward_in_another_order_is_named(monkeypatch):

@@ -14,7 +14,7 @@ from gptjax.xla.cache import (
     CheckedPrograms,
     NotPrivateError,
     compiled_folder,
-    keep_compiled_programs,
+    enable_compilation_cache,
     processor,
     read_private,
 )
@@ -106,7 +106,7 @@ def test_nothing_is_kept_where_others_could_put_programs_and_one_sentence_says_s
     folder.chmod(0o777)
     if configured:
         jax.config.update("jax_compilation_cache_dir", str(folder))
-    keep_compiled_programs()
+    enable_compilation_cache()
     assert not jax.config.jax_enable_compilation_cache
     ((_, level, message),) = caplog.record_tuples
     assert level == logging.WARNING
@@ -118,7 +118,7 @@ def test_nothing_is_kept_where_others_could_put_programs_and_one_sentence_says_s
 
 def test_programs_are_kept_where_only_this_user_writes(unset, monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    keep_compiled_programs()
+    enable_compilation_cache()
     assert jax.config.jax_enable_compilation_cache
     assert jax.config.jax_compilation_cache_dir == str(compiled_folder())
     assert not caplog.records
@@ -205,8 +205,8 @@ def test_what_jax_stores_by_itself_is_left_alone(programs, tmp_path):
 
 COMPILE = """
 import jax, jax.numpy as jnp
-from gptjax.xla.cache import keep_compiled_programs
-keep_compiled_programs()
+from gptjax.xla.cache import enable_compilation_cache
+enable_compilation_cache()
 
 @jax.jit
 def sines(x):
