@@ -134,7 +134,7 @@ def fit_to_topology(
     # So many rows divide anyhow
     shape = mesh_shape(mesh, model.axis_sizes, n * batch, n, topology.hosts)
     if math.prod(shape) < n:
-        chosen.append(f"so {n - math.prod(shape)} devices stay idle: --mesh.data -1 takes all")
+        chosen.append(f"so {n - math.prod(shape)} devices stay idle: --mesh.data -1 uses all")
     shares = shape[0] * shape[1]
     rounded = -(-batch // shares) * shares
     if rounded != batch:

@@ -118,7 +118,7 @@ def load(path: str | os.PathLike[str]) -> Tokenizer:
         raise FormatError(f"tokenizer {path} cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if found := recognise(Path(path)):
-            raise FormatError(f"{path} is {found}, not a tokenizer that is read here") from error
+            raise FormatError(f"{path} is {found}, not a tokenizer") from error
         raise FormatError(
             f"{path} is not a gptjax tokenizer file ({str(error)[:200]}): "
             "make one with python -m gptjax.tokenizers train, or remove this one to have it made "

@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 def refuse_existing(path: str | None) -> None:
     """Raise `ConfigError` if there is a file already: nothing is overwritten."""
     if path and Path(path).exists():
-        raise ConfigError(f"{path} exists already: name another file, or remove it")
+        raise ConfigError(f"{path} already exists: name another file, or remove it")
 
 
 def train(args: TrainTokenizerConfig) -> None:

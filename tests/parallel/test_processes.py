@@ -277,9 +277,7 @@ def test_processes_train_as_one_and_go_on_in_another_number_when_one_is_lost_and
     with started(2, [*many, "--mesh.fsdp", "2"]) as (first, second):
         wait_for_checkpoint(first, folder, 4)
         second.kill()
-        assert "2 processes; should one be lost, all end within 30 s" in ended_because_of_another(
-            first
-        )
+        assert "2 processes; if one is lost, all end within 30 s" in ended_because_of_another(first)
 
     newest = max(folder.glob("checkpoints/step_????????"))
     part = max(newest.glob("state/ocdbt.process_1/d/*"), key=lambda path: path.stat().st_size)

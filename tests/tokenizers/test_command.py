@@ -229,5 +229,5 @@ def test_nothing_is_overwritten(bpe, tmp_path, capsys):
     ):
         with pytest.raises(SystemExit):
             main([*args, "--output", bpe])
-        assert "cats.json exists already" in capsys.readouterr().err
+        assert "cats.json already exists" in capsys.readouterr().err
     assert (tmp_path / "cats.json").read_bytes() == before

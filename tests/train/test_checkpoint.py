@@ -148,7 +148,7 @@ def test_no_simple_change_of_an_array_keeps_its_checksum():
     assert len({int(checkpoint._checksums(y)) for y in [x, *others]}) == 1 + len(others)
 
 
-# What a checkpoint says of itself
+# The JSON document of a checkpoint
 
 
 def change(folder, edit, *, sign=False):
@@ -205,7 +205,8 @@ def test_one_of_another_version_is_whole_so_it_stays_and_is_refused(saved, edit,
     folder, _ = saved
     change(folder, edit, sign=True)
     with pytest.raises(
-        CheckpointError, match="step_00000005 is of another version of gptjax: use that version"
+        CheckpointError,
+        match="step_00000005 was written by another version of gptjax: use that version",
     ):
         read(folder)
     assert sorted(path.name for path in folder.iterdir()) == ["step_00000003", "step_00000005"]
@@ -234,7 +235,8 @@ def test_one_of_a_layout_before_is_refused_in_the_same_words(saved, edit, read):
     folder, _ = saved
     change(folder, edit, sign=edit is of_flat_parameters)
     with pytest.raises(
-        CheckpointError, match="step_00000005 is of another version of gptjax: use that version"
+        CheckpointError,
+        match="step_00000005 was written by another version of gptjax: use that version",
     ):
         read(folder)
     assert not list(folder.glob("damaged-*"))
@@ -261,7 +263,7 @@ def test_one_that_cannot_be_renamed_is_left_out(saved, monkeypatch):
     ):
         with pytest.warns(
             UserWarning,
-            match="is damaged and is left out .it cannot be renamed: Read-only file system",
+            match="is damaged and is skipped .it cannot be renamed: Read-only file system",
         ):
             params = read()
         np.testing.assert_array_equal(params.blocks[1].fcw, states[3].params.blocks[1].fcw)
@@ -485,7 +487,7 @@ def test_what_adafactor_keeps_of_single_layers_is_not_that_of_stacked_ones(tmp_p
     writer.save(1, state_of(CFG, optimizer, 1), CFG, optimizer, {})
     writer.close()
     with pytest.raises(
-        CheckpointError, match=r"was trained with model\.layers unroll: give it that value"
+        CheckpointError, match=r"was trained with model\.layers unroll: set it to that value"
     ):
         restore_newest(tmp_path, dataclasses.replace(CFG, layers="scan"), optimizer)
     assert not list(tmp_path.glob("damaged-*"))

@@ -355,7 +355,7 @@ def test_divergence_leaves_the_last_good_checkpoint(command, tmp_path, capsys):
         "0",
     ]
     assert run(*command, *wild, "--resume", "auto", "--train.checkpoint_every", "1") == train.FAILED
-    assert "the checkpoint after step 10 is the last good one" in capsys.readouterr().err
+    assert "the last good checkpoint is after step 10" in capsys.readouterr().err
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step_00000010"]
     for a, b in zip(good, arrays(folder, 10), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -693,7 +693,7 @@ def test_init_starts_from_weights_wherever_they_come_from(command, tmp_path, cap
     with pytest.raises(SystemExit) as stop:
         run(*command, "--init", tmp_path / "hf", "--model.num_layers", 2)
     assert stop.value.code == 2
-    assert "has model.num_layers 1, not 2: give it that value" in capsys.readouterr().err
+    assert "has model.num_layers 1, not 2: set it to that value" in capsys.readouterr().err
 
 
 def test_your_own_text_by_characters(command, tmp_path, capsys):

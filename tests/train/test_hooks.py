@@ -46,7 +46,7 @@ class Done:
             display=SimpleNamespace(
                 step=lambda record, line: note("line", record["step"]) if line else None,
                 print=lambda text: note("print", text),
-                of=lambda step: f"step {step}",
+                label=lambda step: f"step {step}",
             ),
             check=check,
         )
@@ -108,7 +108,7 @@ def test_no_checkpoint_is_made_of_parameters_that_are_no_good(monkeypatch):
     done = Done(monkeypatch, steps=6, checkpoint_every=2, finite=lambda step: step < 3).fit()
     assert [what[0] for what in done.of("save")] == [2]
     assert done.loop.saved == 2
-    sentence = "no checkpoint: the parameters give a loss that is not finite"
+    sentence = "no checkpoint: the loss at these parameters is not finite"
     assert done.of("print") == [(f"step {n} | {sentence}",) for n in (4, 6)]
 
 

@@ -164,9 +164,8 @@ def test_divergence_ends_the_run_and_says_what_is_left(monkeypatch, bad):
     with pytest.raises(DivergedError) as error:
         loop.fit()
     assert str(error.value) == (
-        "3 losses or gradients in a row were not finite, up to step 7: stopped; there is no "
-        "checkpoint yet; "
-        "lower optim.learning_rate or raise optim.warmup_steps"
+        "stopped after step 7: 3 losses or gradients in a row were not finite; there is no "
+        "checkpoint yet; lower optim.learning_rate or raise optim.warmup_steps"
     )
     assert records == [1, 2, 3, 4, 5, 6, 7]
 
@@ -180,7 +179,7 @@ def test_divergence_names_the_last_good_checkpoint(monkeypatch):
     loop.after_step(save, every=2)
     with pytest.raises(
         DivergedError,
-        match=r"up to step 6: stopped; the checkpoint after step 4 is the last good one; lower",
+        match=r"after step 6: 1 losses.*; the last good checkpoint is after step 4; lower",
     ):
         loop.fit()
 

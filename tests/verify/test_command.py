@@ -256,7 +256,7 @@ def test_a_batch_of_the_corpus(shared, tmp_path):
         ),
         (["--checkpoint", "nowhere"], "nowhere does not exist"),
         (["--checkpoint", ""], "holds no checkpoint"),
-        (["--checkpoint", str(ROOT / "README.md")], "in no format that is known here"),
+        (["--checkpoint", str(ROOT / "README.md")], "in an unknown format"),
         (["--json", "nowhere/r.json"], "there is no folder nowhere"),
         (["--html", str(ROOT)], "it is a folder"),
         (["--html", "r", "--json", "./r"], "json and html are both r: name two files"),
