@@ -122,7 +122,9 @@ def test_over_a_mesh(tmp_path, layers):
 
 def test_other_dimensions(tmp_path):
     llmc.write_model(tmp_path / "m.bin", tiny.params(CFG, jnp.float32), CFG)
-    with pytest.raises(CheckpointError, match=r"has model.num_layers 2, not 3: set it to that value"):
+    with pytest.raises(
+        CheckpointError, match=r"has model.num_layers 2, not 3: set it to that value"
+    ):
         load_weights(str(tmp_path / "m.bin"), tiny.config(num_layers=3))
 
 

@@ -1,4 +1,4 @@
-"""One hand-written gradient, of any function, on trial."""
+"""Check a hand-written gradient of any function."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,30 +18,29 @@ Reference = Literal["autodiff", "finite-difference"]
 
 
 RELAXED = (
-    f"{LAMBDA:g} times what JAX's own gradient moves by, when each parameter moves by a unit in "
-    "the last place, is allowed "
-    "where that is more than the derived tolerance"
+    f"tolerances are at least {LAMBDA:g} times the change of JAX's own gradient when each "
+    "parameter moves by one unit in the last place"
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a check found; true if everything holds."""
+    """The result of a check; true if everything agrees."""
 
     gradient: Comparison
-    """A row for each tensor of the gradient."""
+    """Errors of the gradient by tensor."""
     forward: Comparison | None = None
-    """Loss and, of a model, logits."""
+    """Errors of the loss and, for a model, the logits."""
     curvature: Comparison | None = None
-    """Hessian-vector product by tensor."""
+    """Errors of a Hessian-vector product by tensor."""
     ops: tuple[OpError, ...] = ()
-    """The ops one by one."""
+    """Errors of each op by itself."""
     mismatch: Mismatch | None = None
-    """Where the gradient first leaves JAX's, if it does and this was found."""
+    """Where the gradient first differs from JAX's, if that was found."""
     reference: str = "autodiff"
     """What the gradient is compared with."""
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
-    """On what this was found."""
+    """Facts about the check and the machine, by name."""
     layers: bool = False
     """Whether the text has a line for each layer."""
     relaxed: bool = False
@@ -56,7 +55,7 @@ class Report:
 
     @property
     def closing(self) -> str:
-        """The verdict in a line."""
+        """The verdict, in one line."""
         worst = self.gradient.worst
         place = worst.tensor if worst.layer is None else f"{worst.tensor}[{worst.layer}]"
         if self:
@@ -74,14 +73,14 @@ class Report:
         where = f"; first at {self.mismatch}" if self.mismatch else ""
         if not self.mismatch and not self.reference.startswith("autodiff"):
             where = (
-                "; but it is JAX's own gradient of this forward, so look at the reference and "
-                "its parameters"
+                "; but JAX's own gradient of this forward agrees with it, so check the reference "
+                "and its parameters"
             )
         verdict = f"{wrong_count} OF {len(self.gradient.rows)} GRADIENTS ARE WRONG"
         return f"{verdict}: the worst, {place}, by {worst.relative_l2:.1e}{where}"
 
     def __str__(self) -> str:
-        """Tables of the parts that were checked, and the closing line."""
+        """Tables of the checked parts, then the verdict."""
         title = f"gradient, hand-written against {self.reference}"
         parts = {title: table(self.gradient.rows if self.layers else self.gradient.tensors)}
         if self.forward is not None:
@@ -106,31 +105,31 @@ def check(
     reference: Reference = "autodiff",
     largest_error: float | None = None,
 ) -> Report:
-    """Prove a hand-written gradient, of any function of any pytree.
+    """Check the hand-written gradient of any function of any pytree.
 
     Args:
-        loss: ``loss(params, *batch)``, a scalar, of functions that JAX differentiates by itself: no
-            custom derivatives.
+        loss: ``loss(params, *batch)``, a scalar; JAX must differentiate it without custom
+            derivatives.
         loss_and_grad: ``loss_and_grad(params, *batch)``, the same scalar and its gradient, shaped
             like ``params``.
-        params: arrays of floating-point numbers. In float64 (``jax.config.update("jax_enable_x64",
-            True)``) errors show that rounding hides in float32.
+        params: floating-point arrays. In float64 (``jax.config.update("jax_enable_x64", True)``)
+            the check finds errors that rounding hides in float32.
         batch: further arguments.
         reference: ``autodiff``: `jax.grad` of ``loss``; ``finite-difference``: values of ``loss``
             along random directions, for which ``params`` must be float64.
-        largest_error: relative L2 error allowed; by default what rounding explains, see
+        largest_error: largest relative L2 error; by default what rounding explains, see
             `gptjax.verify.tolerance`, or for differences
             `gptjax.verify.finite_difference.TOLERANCE`.
 
     Returns:
-        The report. Where ops are jitted functions named ``OP_fwd`` and ``OP_bwd``, it names the
-        first op that is wrong: those of which ``OP_bwd`` has the gradient of the op's result as its
-        last argument, and returns the gradients of the floating-point arguments of ``OP_fwd`` in
-        their order, where either may end before the other.
+        The report. It names the first wrong op if ops are jitted functions called ``OP_fwd`` and
+        ``OP_bwd``, where ``OP_bwd`` takes the gradient of the op's result as its last argument and
+        returns the gradients of the floating-point arguments of ``OP_fwd``, in their order; either
+        list may be shorter.
 
     Raises:
-        ValueError: there is no such reference, the gradient is not shaped like the parameters, or
-            they are not float64 for differences.
+        ValueError: the reference is unknown, the gradient is not shaped like the parameters, or the
+            parameters are not float64 for differences.
 
     """
     if reference not in get_args(Reference):
@@ -175,7 +174,7 @@ def check(
 def locate(
     loss: Callable[..., Any], loss_and_grad: Callable[..., Any], params: Any, *batch: Any
 ) -> Mismatch | None:
-    """`trace.first_mismatch` with the tolerance that rounding gives the gradient as a whole."""
+    """`trace.first_mismatch` with the largest tolerance of the gradient's tensors."""
     variance = max(jax.tree.leaves(gradient_variances(loss_and_grad, params, *batch)))
     return trace.first_mismatch(
         loss, loss_and_grad, params, *batch, largest=tolerance(variance, variance)

@@ -22,9 +22,7 @@ PLACES = {
         ["decode", "--tokenizer", "byte", "--input", path]
     ),
     "a model's weights": lambda path: convert.main([path, f"{path}.safetensors"]),
-    "a tokenizer": lambda path: tokenizers.main(
-        ["encode", "--tokenizer", path, "text"]
-    ),
+    "a tokenizer": lambda path: tokenizers.main(["encode", "--tokenizer", path, "text"]),
     "text": lambda path: datasets.main([path, "--root", f"{path}-data", "--tokenizer", "byte"]),
 }
 

@@ -73,7 +73,7 @@ def test_a_wrong_backward_ends_with_1_and_is_named(monkeypatch, capsys, tmp_path
         "first at layer 0, gelu (after fcw): gelu_bwd gives a wrong gradient (relative L2 error "
         "1.0e-09)" in closing
     )
-    assert lines[-1] == "nothing was exported: it would not be right"
+    assert lines[-1] == "nothing was exported, as the gradient is wrong"
     assert not list((tmp_path / "out").iterdir())
     assert "outlined where wrong" in (tmp_path / "r.html").read_text()
 
@@ -98,7 +98,7 @@ def test_an_error_on_the_mesh_alone_ends_with_1_and_the_mesh_is_named(monkeypatc
     monkeypatch.setattr(gpt2, "embedding_bwd", wrong)
     assert command.main([*TINY, *ON_A_MESH]) == 1
     assert (
-        "first at the program on the mesh: it alone differs, and on one device the gradient is "
+        "first at the program on the mesh: only it differs; on one device the gradient is "
         "right" in capsys.readouterr().out
     )
 

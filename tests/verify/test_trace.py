@@ -217,7 +217,7 @@ def test_a_backward_in_another_order_is_named(monkeypatch):
         gpt2, "gelu_bwd", lambda saved, dy: gpt2.dropout_bwd(None, 0.0, unnamed(saved, dy))
     )
     assert part() == (
-        "layer 1, dropout (after fcprojw): dropout_bwd is called where the mirror of the forward "
+        "layer 1, dropout (after fcprojw): dropout_bwd is called where the reversed forward "
         "has "
         "layer 1, gelu (after fcw) (relative L2 error 1.0e+00)"
     )
@@ -233,5 +233,5 @@ def test_a_forward_that_differs_from_the_plain_one_is_named(monkeypatch):
         lambda name, q, k, v, rate, key: wrong(name, q, k, v, rate=rate),
     )
     assert part().startswith(
-        "layer 0, attention (after vw): attention_fwd gives another value than in the plain forward"
+        "layer 0, attention (after vw): attention_fwd gives a different value in the plain forward"
     )
