@@ -161,7 +161,7 @@ def test_gradients_put_together_wrongly_are_named(monkeypatch):
 
     monkeypatch.setattr(gpt2, "block_bwd", swapped)
     assert part().startswith("gradient of ")
-    assert "put together wrongly" in part()
+    assert "combined wrongly" in part()
 
 
 def test_a_weight_is_followed_through_casts_reshapes_layouts_and_barriers():
