@@ -102,9 +102,7 @@ def test_processes_share_out_the_rows_of_every_batch(order, count):
 
 
 def test_rows_that_processes_cannot_share_out():
-    with pytest.raises(
-        ConfigError, match="batch_size 4 cannot be shared out evenly among 3 processes"
-    ):
+    with pytest.raises(ConfigError, match="batch_size 4 does not divide evenly among 3 processes"):
         TrainingBatches([shard(101)], BatchShape(1, 4, 2), "shuffle", 0, VOCAB, (0, 3))
 
 

@@ -186,5 +186,5 @@ def test_the_same_bytes_under_another_name_are_another_text(tmp_path):
 
 @pytest.mark.parametrize("tokens", [0, -1])
 def test_tokens_that_cannot_be(tokens, stories, tmp_path):
-    with pytest.raises(DataError, match=f"^{tokens} training tokens are asked for"):
+    with pytest.raises(DataError, match=f"^tokens must be at least 1, not {tokens}"):
         datasets.find_corpus(str(stories), tmp_path, "byte", tokens=tokens)

@@ -145,7 +145,7 @@ def test_a_pattern(tmp_path):
     for name in ("a1.txt", "a2.txt", "b.txt"):
         written(tmp_path / name, b"")
     assert [p.name for p in find_files(str(tmp_path / "a*.txt"))] == ["a1.txt", "a2.txt"]
-    with pytest.raises(DataError, match="holds no text"):
+    with pytest.raises(DataError, match="has no text"):
         find_files(str(tmp_path / "c*.txt"))
 
 

@@ -171,7 +171,7 @@ def test_lines_tell_how_far_it_is_where_there_is_no_terminal(place, capsys, monk
     ("checkpoint", "dataset", "args", "message"),
     [
         ("none", "text.txt", [], "none does not exist: name a run"),
-        ("hf", "nonesuch", [], "nonesuch is no file or folder"),
+        ("hf", "nonesuch", [], "nonesuch is neither a file or folder"),
         ("hf", "helaswag", [], "did you mean hellaswag?"),
         (
             "hf",

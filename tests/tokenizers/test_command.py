@@ -140,7 +140,7 @@ def test_gpt2_exported_in_both_versions(shared, tmp_path, monkeypatch):
     [
         ([], "train, encode, decode or export"),
         (["train"], "input"),
-        (["train", "--input", "/nonexistent/*.txt"], "holds no text"),
+        (["train", "--input", "/nonexistent/*.txt"], "has no text"),
         (["encode", "--tokenizer", "gpt3", "text"], "there is no tokenizer gpt3"),
         (
             ["encode", "--tokenizer", "byte"],

@@ -528,7 +528,7 @@ def assert_refused(args: list[str], message: str, capsys) -> None:
             "model.channels 30 does not divide by model.num_heads 4",
         ),
         (["--data.seq_len", "33"], "data.seq_len 33 does not fit model.max_seq_len 32"),
-        (["--data.dataset", "nowhere"], "data.dataset nowhere is no file or folder"),
+        (["--data.dataset", "nowhere"], "data.dataset nowhere is neither a file or folder"),
         (["--data.batch_size", "100000"], "but one step takes 100000: lower data.batch_size"),
         (["--model.vocab_size", "256"], "has 4096 ids, but model.vocab_size is 256"),
         (["--model.attention", "cudnn"], "model.attention cudnn needs an NVIDIA GPU"),
@@ -576,7 +576,7 @@ def test_bad_shards_end_in_one_sentence(command, tmp_path, capsys):
     (folder / "val.bin").write_bytes((folder / "val.bin").read_bytes()[:-3])
     assert_refused(args, "val.bin is truncated", capsys)
     (folder / "val.bin").unlink()
-    assert_refused(args, "holds no val*.bin", capsys)
+    assert_refused(args, "has no val*.bin", capsys)
 
 
 def test_a_disk_that_fills_up_ends_in_one_sentence(command, tmp_path):
