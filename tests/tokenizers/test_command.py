@@ -180,7 +180,7 @@ def test_ids_on_standard_input_that_are_none(capsys, monkeypatch):
     feed(monkeypatch, b"1 2 three")
     with pytest.raises(SystemExit):
         main(["decode", "--tokenizer", "byte"])
-    assert "ids are whole numbers" in capsys.readouterr().err
+    assert "ids must be whole numbers" in capsys.readouterr().err
 
 
 def test_characters_have_no_end_of_text_to_export(tmp_path, capsys):

@@ -94,7 +94,7 @@ def test_end_of_text_is_what_the_config_names(tmp_path, named, end):
     change_file(tmp_path / "tokenizer_config.json", lambda c: c.update(eos_token=named))
     if end is None:
         with pytest.raises(
-            FormatError, match="end-of-text, 'the', is no special token|names no text"
+            FormatError, match="end-of-text 'the' is not a special token|eos_token of .* is not text"
         ):
             tokenizer_json.read(tmp_path)
         return
@@ -166,7 +166,7 @@ def change_file(path, change):
 def test_other_files_are_refused(tmp_path, change):
     tokenizer_json.write(tmp_path, BPE)
     change_file(tmp_path / "tokenizer.json", change)
-    with pytest.raises(FormatError, match="no byte-level BPE that is known here"):
+    with pytest.raises(FormatError, match="is not a supported byte-level BPE"):
         tokenizer_json.read(tmp_path)
 
 
