@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     raises SystemExit(2).
     """
     less = "lower data.batch_size, set model.recompute block"
-    with heartbeat.ending_together(PROG), cli.reported_errors(PROG, less, heartbeat.speaks):
+    with heartbeat.exit_together(PROG), cli.reported_errors(PROG, less, heartbeat.should_report):
         cfg, file = parse(Config, PROG, __doc__ or "", argv)
         cli.reuse_freed_memory()
         enable_compilation_cache()

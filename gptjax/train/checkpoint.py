@@ -35,7 +35,7 @@ from gptjax.formats.lazy import collect
 from gptjax.models.params import is_stacked, param_axes, rows, stack, unstack
 from gptjax.parallel import mesh as meshes
 from gptjax.parallel import processes
-from gptjax.parallel.heartbeat import tells_of_a_lost_process
+from gptjax.parallel.heartbeat import is_lost_process_error
 from gptjax.train.optimizer import Optimizer
 from gptjax.train.step import TrainState, init_state
 
@@ -148,7 +148,7 @@ def restore_newest(
 
     """
     found = _newest_intact(
-        folder, lambda path, step: _restore(path, step, cfg, optimizer, mesh), processes.agreed
+        folder, lambda path, step: _restore(path, step, cfg, optimizer, mesh), processes.broadcast
     )
     return found and found._replace(state=_in_layout(found.state, cfg, optimizer, mesh))
 
@@ -171,13 +171,13 @@ def open_newest(folder: Path) -> tuple[ModelConfig, Any, dict[str, Any]]:
 
 
 def _newest_intact(
-    folder: Path, read: Callable[[Path, int], T], agreed: Callable[[str, Callable[[], str]], str]
+    folder: Path, read: Callable[[Path, int], T], broadcast: Callable[[str, Callable[[], str]], str]
 ) -> T | None:
     """``read(path, step)`` of the newest checkpoint that it can read; None if there is no
     checkpoint.
 
-    Any exception of ``read`` but `GptjaxError` means damage. ``agreed`` is `processes.agreed` if
-    all processes read the same checkpoint.
+    Any exception of ``read`` but `GptjaxError` means damage. ``broadcast`` is
+    `processes.broadcast` if all processes read the same checkpoint.
     """
     names = ocp.path.step.standard_name_format(step_prefix=PREFIX, step_format_fixed_length=8)
     tried: set[int] = set()
@@ -202,7 +202,7 @@ def _newest_intact(
             return f"is skipped (it cannot be renamed: {failure.strerror})"
 
     while True:
-        step, some_were_damaged = json.loads(agreed(f"checkpoint {len(tried)}", newest))
+        step, some_were_damaged = json.loads(broadcast(f"checkpoint {len(tried)}", newest))
         if step is None:
             break
         path = folder.absolute() / names.build_name(step)
@@ -211,11 +211,11 @@ def _newest_intact(
         except GptjaxError:
             raise
         except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
-            if tells_of_a_lost_process(error):
+            if is_lost_process_error(error):
                 raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             tried.add(step)
-            done = agreed(f"{path.name} set aside", put_aside)
+            done = broadcast(f"{path.name} set aside", put_aside)
             if done and processes.is_first():
                 warnings.warn(
                     f"checkpoint {path} is damaged and {done}: {reason[:200]}", stacklevel=3
@@ -416,7 +416,7 @@ def _restore(
         if _sums(state) != info.sums:
             raise ValueError("its checksums do not match")
 
-    state, info = processes.together(f"{path.name} read", _not_damage(path)(read))
+    state, info = processes.run_in_all(f"{path.name} read", _not_damage(path)(read))
     _not_damage(path)(check)()  # same result in every process
     return Restored(state, step, info.meta)
 
@@ -497,12 +497,12 @@ def _write_errors(folder: Path) -> Iterator[None]:
     """Turn Orbax's errors while writing into `CheckpointError` with the system's reason, which is
     deep in their messages.
 
-    The loss of another process is passed on to `gptjax.parallel.heartbeat.ending_together`.
+    The loss of another process is passed on to `gptjax.parallel.heartbeat.exit_together`.
     """
     try:
         yield
     except Exception as error:
-        if tells_of_a_lost_process(error):
+        if is_lost_process_error(error):
             raise
         known = (
             os.strerror(code)

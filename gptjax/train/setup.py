@@ -106,7 +106,7 @@ def claim_folder(run: Run) -> Iterator[Run]:
             folder = folders.claim(Path(cfg.runs), cfg.name or "run", cfg.resume)
             return str(stack.enter_context(folder))
 
-        yield run._replace(folder=Path(processes.agreed("folder", claim)))
+        yield run._replace(folder=Path(processes.broadcast("folder", claim)))
 
 
 def restore(run: Run) -> Restored | None:

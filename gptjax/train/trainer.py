@@ -112,13 +112,13 @@ class Trainer:
                     self._flush()
                     found |= hook.call(batch)
                     self.meter.restart()
-            stop.say(step)
+            stop.announce(step)
             self.state, self.buffer, metrics = run_step(
                 self.compiled, self.state, self.buffer, batch, self.run.key, step
             )
             self._flush()
             self._pending, self.done = (step, metrics), step
-            self._between(found, last=step == self.steps, stopping=stop.now(step))
+            self._between(found, last=step == self.steps, stopping=stop.is_last(step))
 
     def _between(self, found: Record, last: bool, stopping: bool) -> None:
         """Call the hooks that are due after a step."""

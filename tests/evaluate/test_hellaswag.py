@@ -147,9 +147,9 @@ def test_json_lines(tmp_path):
         (json.dumps(ROW | {"endings": ["a", "b", "c", ""]}), "4 endings"),
         (json.dumps(ROW | {"endings": "abcd"}), "4 endings"),
         (json.dumps(ROW | {"ctx": 5}), "4 endings"),
-        (json.dumps(ROW)[:-3], "line 2 of .* is no question"),
-        ("[]", "is no question"),
-        ("[" * 100_000, "is no question"),
+        (json.dumps(ROW)[:-3], "line 2 of .* is not a question"),
+        ("[]", "is not a question"),
+        ("[" * 100_000, "is not a question"),
     ],
 )
 def test_a_line_that_is_no_question(tmp_path, line, message):

@@ -68,9 +68,9 @@ def test_all_stop_at_the_same_step_whoever_gets_the_signal_and_however_far_the_o
             stops[2].receive("SIGINT")  # too late to matter
         for process in order:  # all start the step,
             if not last[process]:
-                stops[process].say(step)
+                stops[process].announce(step)
         for process in reversed(order):  # so the step before it is done everywhere
-            if not last[process] and stops[process].now(step):
+            if not last[process] and stops[process].is_last(step):
                 last[process] = step
             # No run has been stopped before its last step
             assert bool(stops[process].name) == bool(last[process])
@@ -80,19 +80,19 @@ def test_all_stop_at_the_same_step_whoever_gets_the_signal_and_however_far_the_o
 
 def test_one_process_stops_at_once():
     stop = Stop(steps=3)
-    stop.say(1)
-    assert not stop.now(1)
+    stop.announce(1)
+    assert not stop.is_last(1)
     assert stop.receive("SIGINT") == 2
-    assert stop.now(2)
+    assert stop.is_last(2)
     assert stop.name == "SIGINT"
 
 
 def test_the_others_get_what_the_first_decides_or_why_it_could_not(store, monkeypatch):
     process = [0]
     monkeypatch.setattr(jax, "process_index", lambda: process[0])
-    assert processes.agreed("folder", lambda: "runs/a") == "runs/a"
+    assert processes.broadcast("folder", lambda: "runs/a") == "runs/a"
     process[0] = 1
-    assert processes.agreed("folder", lambda: "runs/a-2") == "runs/a"
+    assert processes.broadcast("folder", lambda: "runs/a-2") == "runs/a"
     process[0] = 0
     with pytest.raises(ZeroDivisionError):
         processes.first_then_others("corpus", lambda: 1 / 0)
@@ -179,10 +179,10 @@ def test_what_one_cannot_do_fails_for_all_with_its_reason(store, monkeypatch):
             f"gptjax/{name}/{process}": said for process, said in zip((0, 2), others, strict=True)
         }
         if not kind:
-            assert processes.together(name, do) == "done"
+            assert processes.run_in_all(name, do) == "done"
             continue
         with pytest.raises(kind, match=words) as raised:
-            processes.together(name, do)
+            processes.run_in_all(name, do)
         assert raised.type is kind
 
 

@@ -94,7 +94,8 @@ def test_end_of_text_is_what_the_config_names(tmp_path, named, end):
     change_file(tmp_path / "tokenizer_config.json", lambda c: c.update(eos_token=named))
     if end is None:
         with pytest.raises(
-            FormatError, match="end-of-text 'the' is not a special token|eos_token of .* is not text"
+            FormatError,
+            match="end-of-text 'the' is not a special token|eos_token of .* is not text",
         ):
             tokenizer_json.read(tmp_path)
         return

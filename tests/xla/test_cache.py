@@ -83,7 +83,7 @@ def test_a_folder_that_others_can_write_to_is_refused(unset, tmp_path, mode):
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "here"))
     (tmp_path / "here").mkdir()
     (tmp_path / "here").chmod(mode)
-    with pytest.raises(NotPrivateError, match=f"others may write to {tmp_path}/here"):
+    with pytest.raises(NotPrivateError, match=f"other users may write to {tmp_path}/here"):
         compiled_folder()
 
 
@@ -111,8 +111,8 @@ def test_nothing_is_kept_where_others_could_put_programs_and_one_sentence_says_s
     ((_, level, message),) = caplog.record_tuples
     assert level == logging.WARNING
     assert message.startswith(
-        f"nothing compiled is kept or used: others may write to {folder} and so put programs "
-        "there; delete"
+        f"compiled programs are not cached: other users may write to {folder} and could plant "
+        "programs there; delete"
     )
 
 
