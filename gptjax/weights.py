@@ -43,6 +43,8 @@ class Source(NamedTuple):
     tokenizer: Tokenizer | None = None
     note: str = ""
     """The reason that an expected tokenizer is missing."""
+    chat_template: str | None = None
+    """The model's own chat template, in Jinja."""
 
 
 def open_weights(where: str) -> Source:

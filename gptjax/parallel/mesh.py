@@ -19,6 +19,7 @@ OPTIONS = {  # the option that sets the size of each sharded axis
     "B": "data.batch_size",
     "C": "model.channels",
     "H": "model.num_heads",
+    "K": "model.num_kv_heads",
     "F": "model.hidden",
     "Vp": "model.vocab_size, padded to",
 }

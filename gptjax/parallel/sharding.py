@@ -38,6 +38,7 @@ RULES: dict[str | None, Rule] = {
     "B": Rule(("data", "fsdp"), ("data",)),  # param: in the embedding, where fsdp shards channels
     "C": Rule((), ("fsdp",)),
     "H": Rule(("tensor",), ("tensor",)),
+    "K": Rule(("tensor",), ("tensor",)),
     "D": Rule((), ()),
     "F": Rule(("tensor",), ("tensor",)),
     "Vp": Rule(("tensor",), ("tensor",)),
