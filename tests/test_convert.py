@@ -260,7 +260,7 @@ def test_one_tensor_at_a_time_is_in_memory(model, tmp_path, way):
     assert float(shown.stdout.split("PEAK")[1]) < 1.5 * largest
 
 
-def test_only_a_model_of_sixteen_bits_throughout_is_written_in_them(model, tmp_path, capsys):
+def test_only_an_all_bfloat16_model_is_written_in_bfloat16(model, tmp_path, capsys):
     convert(model, tmp_path / "hf", "--dtype", "bfloat16")
     file = tmp_path / "hf" / "model.safetensors"
     tensors = load_file(file)
@@ -291,7 +291,7 @@ def test_inspect_does_not_take_anything_for_ids(tmp_path, capsys, content):
     assert "in an unknown format: it may be a PyTorch pickle" in capsys.readouterr().err
 
 
-def test_inspect_of_hugging_faces_tokenizer_and_of_a_state_that_cannot_be(run, tmp_path, capsys):
+def test_inspect_reads_tokenizers_and_rejects_an_invalid_debug_state(run, tmp_path, capsys):
     convert(run, tmp_path / "hf")
     capsys.readouterr()
     convert(tmp_path / "hf" / "tokenizer.json", "--inspect")

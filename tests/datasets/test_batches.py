@@ -50,7 +50,7 @@ def test_accumulation_splits_the_same_tokens():
     np.testing.assert_array_equal(one.inputs.ravel(), four.inputs.ravel())
 
 
-def test_shuffle_sees_every_window_once_a_round_in_an_order_of_the_seed():
+def test_shuffle_visits_every_window_once_an_epoch():
     rounds = [
         [int(x) for b in itertools.islice(reader, 6) for x in b.inputs[0, :, 0]]
         for reader in [batches([shard(49)], order="shuffle")]

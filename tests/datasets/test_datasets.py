@@ -40,7 +40,7 @@ def test_pydoc_trains_on_no_paragraph_that_it_validates_on(pydoc):
     assert len(train) > 5 * len(val)
 
 
-def test_pydoc_is_made_once_and_its_folder_carries_the_texts_hash(pydoc, root):
+def test_pydoc_is_prepared_once_under_its_texts_hash(pydoc, root):
     import hashlib
 
     digest = hashlib.sha256("\0".join(topics[name] for name in sorted(topics)).encode()).hexdigest()
@@ -109,7 +109,7 @@ def test_nanogpts_folder_of_another_vocabulary(tmp_path, monkeypatch):
     assert datasets.find_corpus(str(tmp_path), "unused").tokenizer == tokenizers.Characters("ab")
 
 
-def test_corpora_that_are_not_there(tmp_path):
+def test_missing_corpora(tmp_path):
     with pytest.raises(
         DataError,
         match="is neither a file or folder nor one of pydoc, .*: did you mean tinystories?",

@@ -92,7 +92,7 @@ def test_text_that_is_too_short_to_split(tmp_path, text):
     assert not list((tmp_path / "data").glob("*"))
 
 
-def test_the_text_stays_where_it_is_when_the_work_is_interrupted(stories, tmp_path, monkeypatch):
+def test_an_interruption_leaves_the_text_in_place(stories, tmp_path, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 

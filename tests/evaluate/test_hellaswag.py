@@ -152,7 +152,7 @@ def test_json_lines(tmp_path):
         ("[" * 100_000, "is not a question"),
     ],
 )
-def test_a_line_that_is_no_question(tmp_path, line, message):
+def test_a_line_that_is_not_a_question(tmp_path, line, message):
     (tmp_path / "h.jsonl").write_text(json.dumps(ROW) + "\n" + line + "\n")
     with pytest.raises(FormatError, match=message):
         read_jsonl(tmp_path / "h.jsonl", BYTE)

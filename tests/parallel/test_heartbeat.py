@@ -109,7 +109,7 @@ def test_alone_every_error_is_told_and_nobody_is_watched():
         time.sleep(0.01)
 
 
-def test_a_checkpoint_that_a_lost_process_cuts_short_is_no_fault_of_the_disk(monkeypatch, tmp_path):
+def test_a_lost_process_is_not_reported_as_a_disk_error(monkeypatch, tmp_path):
     for many, kind in ((True, ValueError), (False, CheckpointError)):
         monkeypatch.setattr(processes, "is_distributed", lambda many=many: many)
         with (

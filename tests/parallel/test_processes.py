@@ -53,9 +53,7 @@ def store(monkeypatch):
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
-def test_all_stop_at_the_same_step_whoever_gets_the_signal_and_however_far_the_others_are(
-    store, order
-):
+def test_all_processes_stop_at_the_same_step(store, order):
     """Whoever has the results of step n has them because all have started it: one may be a step
     ahead of another.
     """
@@ -87,7 +85,7 @@ def test_one_process_stops_at_once():
     assert stop.name == "SIGINT"
 
 
-def test_the_others_get_what_the_first_decides_or_why_it_could_not(store, monkeypatch):
+def test_process_0s_decision_or_error_reaches_the_others(store, monkeypatch):
     process = [0]
     monkeypatch.setattr(jax, "process_index", lambda: process[0])
     assert processes.broadcast("folder", lambda: "runs/a") == "runs/a"
@@ -264,9 +262,7 @@ def ended_because_of_another(process):
     return output
 
 
-def test_processes_train_as_one_and_go_on_in_another_number_when_one_is_lost_and_a_checkpoint_is_damaged(
-    tmp_path, common
-):
+def test_processes_train_as_one_and_resume_in_another_number(tmp_path, common):
     """Two processes, of which 1 is killed; four go on from an older checkpoint, since one of them
     cannot read its part of the newest, and 0 is killed; one goes on; the losses are those of one
     process that did it all.
@@ -311,9 +307,7 @@ def assert_same_losses(folder, other, steps):
         np.testing.assert_allclose(*zip(*pairs, strict=True), rtol=2e-4) if pairs else None
 
 
-def test_processes_with_devices_of_their_own_start_from_given_weights_and_evaluate_and_sample_as_one(
-    tmp_path, common, capsys
-):
+def test_processes_load_evaluate_and_sample_as_one(tmp_path, common, capsys):
     """Two processes of two devices each, from the weights of another run."""
     runs = tmp_path / "runs"
     assert (

@@ -80,7 +80,10 @@ def test_several_runs_are_drawn_here_or_where_asked(tmp_path, monkeypatch, capsy
 def test_a_run_without_a_step_is_left_out_of_several(tmp_path, capsys):
     one, empty = write(tmp_path / "a", records(5)), write(tmp_path / "b", [])
     assert plot.main([empty, one, "--output", str(tmp_path / "x.png")]) == 0
-    assert f"note       {empty}/metrics.jsonl has no step yet and is left out" in capsys.readouterr().out
+    assert (
+        f"note       {empty}/metrics.jsonl has no step yet and is left out"
+        in capsys.readouterr().out
+    )
     expect_error(plot.main, [empty], "has no step yet, so there is nothing to draw", capsys)
 
 

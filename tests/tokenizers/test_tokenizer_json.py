@@ -38,7 +38,7 @@ def test_what_is_written_is_read_back(tmp_path):
         assert again.end_of_text == BPE.end_of_text
 
 
-def test_what_ranks_of_merges_do_not_express_is_the_librarys_to_encode(tmp_path):
+def test_the_library_encodes_what_ranks_cannot_express(tmp_path):
     """By their ranks alone ``th`` and ``e`` would make "the", for that is a token: the file lists
     ``t he``.
     """

@@ -52,7 +52,7 @@ def test_a_named_folder_must_be_a_runs(tmp_path):
 
 
 @pytest.mark.parametrize("resume", ["auto", "folder"])
-def test_a_run_that_is_being_trained_is_refused_with_the_process_that_trains_it(tmp_path, resume):
+def test_a_run_that_is_being_trained_cannot_be_claimed(tmp_path, resume):
     (tmp_path / "a" / "checkpoints").mkdir(parents=True)
     again = "auto" if resume == "auto" else str(tmp_path / "a")
     owner = f"a is being trained by process {os.getpid()} on {socket.gethostname()}: wait"
@@ -93,7 +93,7 @@ def test_a_start_that_fails_leaves_nothing_behind(tmp_path):
     assert not list((tmp_path / "runs").iterdir())
 
 
-def test_what_a_kill_leaves_of_a_start_is_no_run_and_is_used_again(tmp_path):
+def test_the_folder_of_a_killed_start_is_used_again(tmp_path):
     trained(tmp_path / "a")
     (tmp_path / "a-2").mkdir()
     (tmp_path / "a-2" / LOCK_FILE).write_text("process 1 on earth\n")

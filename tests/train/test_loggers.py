@@ -74,7 +74,7 @@ def test_tensorboard_reads_what_was_logged(tmp_path):
 
 
 @pytest.mark.parametrize(("done", "kept"), [(2, [(1, 1.0), (2, 1.0)]), (0, [])])
-def test_tensorboard_drops_the_steps_that_a_resumed_run_does_again(tmp_path, done, kept):
+def test_tensorboard_drops_steps_that_a_resumed_run_repeats(tmp_path, done, kept):
     pytest.importorskip("tensorboard")
     for start, stop, loss in ((0, 5, 1.0), (done, 4, 2.0)):
         with open_loggers(LogConfig(tensorboard=True), tmp_path, start, CONFIG, refuse) as loggers:

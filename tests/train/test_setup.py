@@ -23,7 +23,7 @@ def cfg(tmp_path):
         yield Config(MODEL, data, train=TrainConfig(steps=3), runs=str(tmp_path / "runs"), name="r")
 
 
-def test_every_auto_is_decided_and_no_folder_made(cfg, tmp_path):
+def test_every_auto_is_resolved_and_no_folder_made(cfg, tmp_path):
     run = set_up(cfg)
     assert "auto" not in yaml.safe_dump(resolved_config(run)["model"])
     assert (run.shape, run.mesh, run.share) == ((1, 2, 8), None, (0, 1))

@@ -20,7 +20,7 @@ def wait_for(condition):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_the_first_signal_asks_to_stop_and_says_after_which_step(number, capsys):
+def test_the_first_signal_stops_and_prints_the_last_step(number, capsys):
     stop, before = Stop(3, 9), signal.getsignal(number)
     with stop_on_signals("train", stop, Display(9)):
         os.kill(os.getpid(), number)

@@ -46,7 +46,7 @@ def test_against_autodiff(layers, dtype):
     assert worst < FLOAT64_TOLERANCE if dtype == "float64" else 1e-8 < worst < 1e-5
 
 
-def test_a_planted_gelu_error_is_named_with_its_layer_and_found_in_the_curvature_too(monkeypatch):
+def test_a_planted_gelu_error_is_located_and_found_in_the_curvature(monkeypatch):
     plant(monkeypatch)
     report = references.against_autodiff(subject(layers="scan", num_layers=1))
     wrong = {row.tensor for row in report.gradient.rows if not row.ok}
@@ -58,7 +58,7 @@ def test_a_planted_gelu_error_is_named_with_its_layer_and_found_in_the_curvature
     assert report.forward
 
 
-def test_an_error_that_only_a_setting_brings_is_blamed_on_the_settings(monkeypatch, gradient_only):
+def test_an_error_that_depends_on_a_setting_is_blamed_on_the_settings(monkeypatch, gradient_only):
     double = lambda dx, x: 2 * x  # noqa: E731
     # What is recomputed is not what the forward computed
     monkeypatch.setattr(transformer, "barrier", double)
@@ -185,9 +185,7 @@ def shard_only(monkeypatch, module, name, wrong):
     monkeypatch.setattr(module, name, lambda *args: (right if num_shards() == 1 else wrong)(*args))
 
 
-def test_an_error_in_the_meshs_branch_alone_is_found_and_blamed_on_the_mesh(
-    monkeypatch, gradient_only
-):
+def test_an_error_only_on_the_mesh_is_blamed_on_the_mesh(monkeypatch, gradient_only):
     """On one device everything is right: the sign is wrong where devices add rows of the
     embedding.
     """
@@ -208,7 +206,7 @@ def test_an_error_in_the_meshs_branch_alone_is_found_and_blamed_on_the_mesh(
     assert references.against_autodiff(subject(num_layers=1))
 
 
-def test_an_error_in_the_accumulation_alone_is_found_and_blamed_on_it(monkeypatch, gradient_only):
+def test_an_error_only_in_accumulation_is_blamed_on_it(monkeypatch, gradient_only):
     """Each micro-batch divided by its own number of targets, as if they were as many in each."""
     monkeypatch.setattr(
         train_step, "target_count", lambda batch: 1.1 * jnp.asarray(batch.targets.size, jnp.float32)
@@ -218,7 +216,7 @@ def test_an_error_in_the_accumulation_alone_is_found_and_blamed_on_it(monkeypatc
     assert report.mismatch.place == "the accumulated program"
 
 
-def test_micro_batches_of_unequal_numbers_of_targets_are_weighed(gradient_only):
+def test_micro_batches_are_weighted_by_their_targets(gradient_only):
     of = subject(A=2, num_layers=1)
     of = of._replace(batch=of.batch._replace(targets=of.batch.targets.at[0, :, 2:].set(-1)))
     assert references.against_autodiff(of).gradient
@@ -293,7 +291,7 @@ def test_live_gradient(changes):
     assert (report.gradient.rows[0].ratio is None) == (changes["dtype"] == "float32")
 
 
-def test_a_live_gradient_in_sixteen_bits_that_is_wrong_is_located_in_a_wider_precision(monkeypatch):
+def test_a_wrong_16_bit_gradient_is_located_in_a_wider_dtype(monkeypatch):
     plant(monkeypatch, 1.5)
     report = live(tiny.config(dtype="bfloat16", channels=32))
     assert not report

@@ -98,7 +98,7 @@ def test_a_folder_of_another_user_is_refused(unset, tmp_path):
 
 
 @pytest.mark.parametrize("configured", [True, False])
-def test_nothing_is_kept_where_others_could_put_programs_and_one_sentence_says_so(
+def test_nothing_is_cached_in_a_folder_that_others_can_write_to(
     unset, monkeypatch, tmp_path, caplog, configured
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -242,9 +242,7 @@ def test_jax_stores_a_damaged_program_anew(tmp_path):
 
 
 @pytest.mark.parametrize("missing", ["the function", "the module"])
-def test_a_jax_that_stores_its_programs_in_another_way_is_left_as_it_is(
-    monkeypatch, caplog, missing
-):
+def test_a_jax_without_these_internals_is_left_alone(monkeypatch, caplog, missing):
     if missing == "the function":
         monkeypatch.delattr(jaxs, "get_file_cache")
     else:
