@@ -533,7 +533,7 @@ def assert_refused(args: list[str], message: str, capsys) -> None:
         (["--model.vocab_size", "256"], "has 4096 ids, but model.vocab_size is 256"),
         (["--model.attention", "cudnn"], "model.attention cudnn needs an NVIDIA GPU"),
         (["--train.steps", "0"], "train.steps must be at least 1"),
-        (["--name", "a/b"], "name must be that of one folder"),
+        (["--name", "a/b"], "name must be a folder name"),
         (["--resume", ""], "resume is empty"),
         (["--seed", "-1"], "seed must be from 0 to 4294967295"),
         (["--optim.eps", "0"], "optim.eps must be above 0"),
