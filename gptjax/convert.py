@@ -1,11 +1,11 @@
-"""Convert a model: ``python -m gptjax.convert SRC DST``, or say what a file is: ``python -m
+"""Convert a model: ``python -m gptjax.convert SRC DST``; identify a file: ``python -m
 gptjax.convert SRC --inspect``.
 
 SRC is a run (its newest checkpoint), a Hugging Face folder, an llm.c model ``.bin``, safetensors in
 our names, or ``hf:NAME`` on the hub. DST becomes an llm.c model if it ends in ``.bin``, safetensors
-in our names if it ends in ``.safetensors``, else a Hugging Face folder. ``--inspect`` also knows
-token shards, debug states and tokenizers, and names what is not read here: llama2.c's files,
-SentencePiece, GGUF, ONNX, pickles, NumPy's, TensorFlow's, archives.
+in our names if it ends in ``.safetensors``, else a Hugging Face folder. ``--inspect`` also reads
+token shards, debug states and tokenizers, and recognises formats that cannot be converted:
+llama2.c's files, SentencePiece, GGUF, ONNX, pickles, NumPy's, TensorFlow's, archives.
 """
 
 import hashlib
@@ -44,13 +44,13 @@ def main(argv: list[str] | None = None) -> int:
             print(inspect(cfg.source))
             return 0
         if cfg.destination is None:
-            raise ConfigError("name what to write, too, or give --inspect")
+            raise ConfigError("the destination is missing: name it, or give --inspect")
         convert(cfg.source, Path(cfg.destination), cfg.to, cfg.dtype)
     return 0
 
 
 def convert(where: str, destination: Path, to: Format | None, dtype: str | None) -> None:
-    """Convert, and say what came of it.
+    """Convert a model and print what was written.
 
     Raises:
         ConfigError: the destination exists, or its folder does not.
@@ -58,7 +58,7 @@ def convert(where: str, destination: Path, to: Format | None, dtype: str | None)
 
     """
     if destination.exists():
-        raise ConfigError(f"{destination} exists already: name another place, or remove it")
+        raise ConfigError(f"{destination} already exists: name another one, or remove it")
     if not destination.absolute().parent.is_dir():
         raise ConfigError(
             f"{destination} cannot be written: there is no folder {destination.absolute().parent}"
@@ -73,7 +73,7 @@ def convert(where: str, destination: Path, to: Format | None, dtype: str | None)
         tokenizer_json.can_write(source.tokenizer) and chosen_format == "hf"
     ):
         print(
-            f"{'note':<10} {chosen_format} keeps no {source.tokenizer.kind} tokenizer: it was "
+            f"{'note':<10} {chosen_format} cannot hold a {source.tokenizer.kind} tokenizer: it was "
             "left out"
         )
     for path in sorted(destination.iterdir()) if destination.is_dir() else [destination]:
@@ -83,7 +83,7 @@ def convert(where: str, destination: Path, to: Format | None, dtype: str | None)
 
 
 def describe(source: Source) -> str:
-    """A model in a few lines."""
+    """The lines that describe a model."""
     cfg = source.cfg
     dtypes = {tensor.dtype for tensor in jax.tree.leaves(source.params)}
     sizes = f"{cfg.num_layers} layers, {cfg.num_heads} heads, {cfg.channels} channels"
@@ -102,11 +102,11 @@ def describe(source: Source) -> str:
 
 
 def inspect(where: str) -> str:
-    """What a file or folder is: a model, token shard, debug state or tokenizer, or something that
-    is not read here.
+    """Identify a file or folder: a model, token shard, debug state or tokenizer, or a format that
+    cannot be converted.
 
     Raises:
-        GptjaxError: it is not there, damaged, or nothing that is known.
+        GptjaxError: it does not exist, is damaged, or is in an unknown format.
 
     """
     path = Path(where)
@@ -129,11 +129,11 @@ def inspect(where: str) -> str:
     try:
         return describe(open_weights(where))
     except FormatError as error:
-        if not path.is_file() or path.suffix != ".bin" or "in no format" not in str(error):
+        if not path.is_file() or path.suffix != ".bin" or "in an unknown" not in str(error):
             raise
         ids = open_shard(path).tokens
         if max(part.max() for part in np.array_split(ids[: 1 << 20], 8) if part.size) >= GPT2_IDS:
-            # Any file of an even length could be ids without a header, but GPT-2 has no such ones
+            # Any file of even length could be ids without a header, but these are not GPT-2's
             raise
         return _shard(path)
 

@@ -116,7 +116,7 @@ def test_sequence_longer_than_the_model():
         resolved("cpu", 5000)
 
 
-def test_what_the_weights_are_says_nothing_of_how_they_are_computed():
+def test_weights_do_not_depend_on_the_computation_options():
     cfg = tiny.config(dropout=0.5, dtype="bfloat16", layers="scan")
     assert cfg.architecture == tiny.CONFIG.architecture
     assert isinstance(cfg.architecture, Architecture)

@@ -66,7 +66,7 @@ def level(module: str) -> int:
     )
 
 
-def test_the_package_has_few_rooms_and_each_has_its_place_in_the_order():
+def test_the_package_has_at_most_24_entries_each_in_the_import_order():
     entries = {p.name for p in PACKAGE.iterdir() if p.name != "__pycache__"}
     assert len(entries) <= 24
     rooms = {p.removesuffix(".py") for p in entries if not p.startswith("__") and p != "py.typed"}

@@ -1,4 +1,4 @@
-"""What XLA has to be told to compile for a GPU that is not in this machine."""
+"""Compile for a GPU that is not in this machine."""
 
 import contextlib
 import importlib
@@ -46,7 +46,7 @@ def proto_text(fields: dict[str, Any]) -> str:
 
 
 def open_h100s(count: int) -> list[Any]:
-    """Compile-only devices: so many H100s of one process.
+    """Compile-only devices: ``count`` H100s of one process.
 
     Raises:
         NotImplementedError: JAX's CUDA plugin is not installed.
@@ -61,11 +61,9 @@ def open_h100s(count: int) -> list[Any]:
 
 @contextlib.contextmanager
 def assumed_cudnn() -> Iterator[None]:
-    """Let JAX trace cuDNN's attention where no cuDNN is installed, as if it were the version
-    `CUDNN`.
+    """Let JAX trace cuDNN's attention without an installed cuDNN, as if it were version `CUDNN`.
 
-    JAX asks for the version in its own module, which other versions of JAX may not have: then
-    nothing is done.
+    The version check is internal to JAX; a version of JAX without it is left alone.
     """
     version = CUDNN[0] * 10_000 + CUDNN[1] * 100
     try:

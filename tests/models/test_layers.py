@@ -79,7 +79,7 @@ def test_weights_that_are_kept_in_another_way_are_decoded():
         "dropout_bwd",
     ],
 )
-def test_one_part_in_10_to_the_8_too_much_in_any_op_is_seen_in_the_gradient(monkeypatch, op):
+def test_a_relative_error_of_1e_8_in_any_op_shows_in_the_gradient(monkeypatch, op):
     cfg = tiny.config(dropout=0.1)
     user = gpt2 if hasattr(gpt2, op) else transformer
     right = getattr(user, op)
