@@ -112,8 +112,7 @@ def run(
     latest: tuple[str, int | None] = "", None
     for eqn in jaxpr.eqns:
         ins = [v.val if isinstance(v, Literal) else values[v] for v in eqn.invars]
-        outs = eqn.primitive.bind(*ins, **eqn.primitive.get_bind_params(eqn.params))
-        outs = list(outs) if eqn.primitive.multiple_results else [outs]
+        outs = _evaluate(eqn, ins)
         op = str(eqn.params.get("name", "")) if eqn.primitive.name in ("jit", "pjit") else ""
         weights.update(_passed_on(eqn, op, weights))
         if op.endswith(("_fwd", "_bwd")) or op in PLAIN:
@@ -125,6 +124,14 @@ def run(
         values.update(zip(eqn.outvars, outs, strict=True))
     flat = [v.val if isinstance(v, Literal) else values[v] for v in jaxpr.outvars]
     return jax.tree.unflatten(jax.tree.structure(shape), flat)
+
+
+def _evaluate(eqn: Any, ins: list[Any]) -> list[Any]:
+    if eqn.primitive.name == "cond" and not isinstance(ins[0], jax.core.Tracer):
+        # Compiled as a whole, it would be compiled anew for every program that is run
+        return jaxpr_as_fun(eqn.params["branches"][int(ins[0])])(*ins[1:])
+    outs = eqn.primitive.bind(*ins, **eqn.primitive.get_bind_params(eqn.params))
+    return list(outs) if eqn.primitive.multiple_results else [outs]
 
 
 def _passed_on(eqn: Any, name: str, weights: dict[Any, Any]) -> dict[Any, Any]:
