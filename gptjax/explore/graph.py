@@ -85,7 +85,9 @@ def places_of(pairs: Sequence[Pair], arguments: Sequence[tuple[Sources, ...]]) -
             row = layer + 1
         elif row and pairs[i - 1].forward.layer is not None:
             row += 1
+        # The embeddings depend on nothing and stand side by side
         before = [found[s].column for one in many for s in one if found[s].row == row]
+        before += [] if many else [one.column for one in found if one.row == row]
         direct = [s for one in many if not one <= writers for s in one]
         found.append(
             Place(

@@ -19,13 +19,11 @@ function make(tag, attributes = {}, ...children) {
 // --- Numbers and colours ---
 
 const LEAST = -17;
-const SUPERSCRIPT = { "-": "⁻", 0: "⁰", 1: "¹", 2: "²", 3: "³", 4: "⁴", 5: "⁵", 6: "⁶", 7: "⁷", 8: "⁸", 9: "⁹" };
-const superscript = (n) => String(n).replace(/./g, (c) => SUPERSCRIPT[c] ?? c);
 /** An error from its logarithm. */
 function errorText(log) {
   if (log === null) return "";
   if (log <= -20) return "exact";
-  return log > -2.5 ? Number((10 ** log).toPrecision(2)).toString() : `10${superscript(Math.round(log))}`;
+  return log > -2.5 ? Number((10 ** log).toPrecision(2)).toString() : `1e${Math.round(log)}`;
 }
 function errorSpoken(log) {
   return log === null ? "" : log <= -20 ? "exact" : `relative error ${(10 ** log).toExponential(1)}`;
@@ -53,7 +51,8 @@ function paint(element, kind, part) {
   element.style.background = css(rgb);
   element.style.color = luminance(rgb) > 0.179 ? "#000" : "#fff";
 }
-const severity = (log) => (log === null ? 0 : Math.min(Math.max((log - LEAST) / -LEAST, 0), 1));
+const between = (x, low, high) => Math.min(Math.max((x - low) / (high - low), 0), 1);
+const severity = (log) => (log === null ? 0 : between(log, LEAST, 0));
 
 /** Draw a picture a pixel a cell: positive cells in the accent, negative ones in the ink. */
 function draw(canvas, picture, kind) {
@@ -133,7 +132,7 @@ function chip(node) {
     { type: "button", class: "chip", "data-id": node.id, click: () => open({ node }) },
     make("span", { class: "what", text: title(node) }),
     make("span", { class: "weight", text: node.weight }),
-    make("canvas", { class: "y", "aria-hidden": "true" }),
+    node.result.length ? make("canvas", { class: "y", "aria-hidden": "true" }) : make("span", { class: "y scalar", text: data.loss.toFixed(3) }),
     make("canvas", { class: "dy", "aria-hidden": "true" }),
     make("span", { class: "error" }),
   );
@@ -147,8 +146,8 @@ const rightError = (node) => node.received ?? Math.max(...node.errors.map((e) =>
 function paintChips() {
   for (const node of data.nodes) {
     const button = chips.get(node.id);
-    const [y, dy] = button.querySelectorAll("canvas");
-    draw(y, node.y, "forward");
+    const [y, dy] = [button.querySelector(".y"), button.querySelector(".dy")];
+    if (node.result.length) draw(y, node.y, "forward");
     if (node.dy) draw(dy, node.dy, "backward");
     else dy.hidden = true;
     const log = fault && node.id in fault.received ? fault.received[node.id] : rightError(node);
@@ -195,12 +194,12 @@ function drawWires() {
         const from = box(source), to = box(node.id);
         const [start, end] = upright ? [from.bottom, to.top] : [from.right, to.left];
         const ends = (part, offset) => upright ? [from.x + offset, to.x + offset] : [box(source, part).y, box(node.id, part).y];
-        const [f1, f2] = ends("canvas.y", -6), hasGradient = names.get(source).dy !== null;
+        const [f1, f2] = ends(".y", -6), hasGradient = names.get(source).dy !== null;
         line("f", [[start, f1], [end - 2, f2]], true);
         head("f", [end, f2], 1, 0);
         if (hasGradient) {
-          const part = node.dy ? "canvas.dy" : "canvas.y";
-          const [b1] = ends("canvas.dy", 6), [, b2] = ends(part, 6);
+          const part = node.dy ? ".dy" : ".y";
+          const [b1] = ends(".dy", 6), [, b2] = ends(part, 6);
           const shift = node.dy || upright ? 0 : 8;
           line("b", [[start + 2, b1], [end, b2 + shift]], true);
           head("b", [start, b1], -1, 0);
@@ -226,8 +225,7 @@ function drawWires() {
       const top = upright ? b.left : b.top;
       const middle = upright ? b.y : b.x;
       const column = nodes.filter((n) => n.column === node.column);
-      if (upright ? false : column[0] !== node && !node.reads_stream) continue;
-      if (upright && column[0] !== node) continue;
+      if (column[0] !== node) continue;
       if (node.reads_stream) {
         line("f", [[middle - 6, rail.f], [middle - 6, top - 2]]);
         head("f", [middle - 6, top], 0, 1);
@@ -257,12 +255,14 @@ const same = (a, b) => a.node === b.node && a.block === b.block;
 function figure(picture, kind, name) {
   const canvas = make("canvas", { role: "img", "aria-label": `${name}, ${shape(picture.shape)}` });
   draw(canvas, picture, kind);
-  const T = data.tokens.length - 1;
-  canvas.style.aspectRatio = `${picture.columns} / ${Math.max(picture.rows, picture.columns / (picture.rows === T ? 2.6 : 3.2), 3)}`;
-  const plot = make("div", { class: "plot" });
-  if (picture.rows === T && T <= 40) {
+  const T = data.tokens.length - 1, plot = make("div", { class: "plot" });
+  if (picture.rows === T && picture.columns !== T) {
+    canvas.style.height = `${13 * T}px`;
     plot.append(make("ol", { "aria-hidden": "true" }, ...data.tokens.slice(0, T).map((t) => make("li", { text: visible(t) }))));
-  } else plot.style.gridTemplateColumns = "1fr";
+  } else {
+    plot.style.gridTemplateColumns = "1fr";
+    canvas.style.aspectRatio = `${picture.columns} / ${Math.max(picture.rows, picture.columns / 3, 2)}`;
+  }
   plot.append(canvas);
   const caption = make("figcaption", {}, make("b", { text: name }), ` ${shape(picture.shape)}, to ±${short(picture.largest)}, norm ${short(picture.norm)}`);
   return make("figure", { class: `fig ${kind}` }, caption, plot);
@@ -286,9 +286,9 @@ function open(which) {
   const { node, block } = which;
   const subject = node ?? block, lesson = data.lessons[node ? node.op : "block"];
   $("op-title").textContent = node ? `${lesson.title} ${node.weight}`.trim() : `Layer ${block.layer}`;
-  $("op-place").textContent = node ? `${rowName(node.row)} · ${node.name}` : "a block, and the residual stream";
+  $("op-place").textContent = node ? rowName(node.row) : "A block, and the residual stream";
   const parts = [make("div", { class: "equation", html: lesson.text })];
-  const pictures = [figure(subject.y, "forward", node ? subject.y.name : "x, as it leaves the block")];
+  const pictures = subject.y.shape.length ? [figure(subject.y, "forward", node ? subject.y.name : "x, as it leaves the block")] : [];
   if (subject.dy) pictures.push(figure(subject.dy, "backward", node ? `${subject.dy.name}, received` : "dy, as it comes back"));
   for (const picture of subject.given) pictures.push(figure(picture, "backward", `${picture.name}, given`));
   parts.push(...section("On this text", make("div", { class: "figs" }, ...pictures)));
@@ -302,7 +302,7 @@ function open(which) {
     code("Forward", "forward", lesson.forward), code(lesson.forward ? "Backward" : "Forward and backward", "backward", lesson.backward))));
   const errors = subject.received === undefined || subject.received === null ? subject.errors
     : [{ name: "dy, received", error: subject.received }, ...subject.errors];
-  parts.push(...section("Error against jax.grad", make("div", { class: "scroll" }, bars(errors, "10⁻¹⁷ to 1; the mark is what rounding explains")),
+  parts.push(...section("Error against jax.grad", make("div", { class: "scroll" }, bars(errors, "1e-17 to 1; the mark is what rounding explains")),
     make("p", { class: "note", html: "What is <b>received</b> is compared with JAX's gradient of the whole network, what is given with JAX's derivative of this op alone. Computed in float64 when this page was written." })));
   if (node) {
     const cells = (values) => make("tr", {}, make("th", { scope: "row", html: `<code>${values[0]}</code>` }), ...values.slice(1).map((t) => make("td", { text: t })));
@@ -389,7 +389,7 @@ function showHeat(errors) {
   const cell = (tensor, layer) => {
     const i = data.tensors.findIndex((t) => t.tensor === tensor && t.layer === layer), log = errors[i], wrong = log > bound;
     const td = make("td", { text: errorText(log), class: wrong ? "wrong" : null, title: `${tensor}${layer === null ? "" : `[${layer}]`}: ${errorSpoken(log)}${wrong ? ", wrong" : ""}` });
-    paint(td, "backward", wrong ? 0.25 + 0.75 * severity(log) : 0.12 * severity(log));
+    paint(td, "backward", wrong ? 0.2 + 0.8 * between(log, -5, 0) : 0.05);
     return td;
   };
   const table = (head, tensors, columns) => make("table", {},
