@@ -21,5 +21,5 @@ from .models.transformer import loss_and_grad as loss_and_grad
 from .ops.attention import materialised_bwd as materialised_bwd
 from .verify import check as check
 from .verify import compare as compare
-from .weights import load_weights as load_weights
-from .weights import open_weights as open_weights
+from .convert.weights import load_weights as load_weights
+from .convert.weights import open_weights as open_weights

@@ -22,7 +22,7 @@ from gptjax.models.decode import decode, prefill, store_for_decoding
 from gptjax.models.params import unstack
 from gptjax.plan import __main__ as plan
 from gptjax.train import __main__ as train
-from gptjax.weights import load_weights
+from gptjax.convert.weights import load_weights
 from tests.models import mlp_family, tiny
 
 TEXT = "".join(f"The cat number {n} sat on the mat, and the dog saw it.\n" for n in range(200))

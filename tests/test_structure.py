@@ -30,14 +30,14 @@ ORDER = (
     "datasets",
     "generate",
     "train",
-    "weights",
+    "convert",
     "evaluate",
     "verify",
+    "explore",
     "plan",
     "bench",
     "plot",
 )
-COMMAND_MODULES = {"convert"}
 
 
 def name_of(path: Path) -> str:
@@ -61,7 +61,7 @@ def level(module: str) -> int:
     room, *rest = module.removeprefix("gptjax.").split(".")
     return (
         len(ORDER)
-        if rest == ["__main__"] or room in COMMAND_MODULES | {"__main__"}
+        if rest == ["__main__"] or room == "__main__"
         else ORDER.index(room)
     )
 
@@ -70,7 +70,7 @@ def test_the_package_has_few_rooms_and_each_has_its_place_in_the_order():
     entries = {p.name for p in PACKAGE.iterdir() if p.name != "__pycache__"}
     assert len(entries) <= 24
     rooms = {p.removesuffix(".py") for p in entries if not p.startswith("__") and p != "py.typed"}
-    assert rooms == {*ORDER, *COMMAND_MODULES}
+    assert rooms == set(ORDER)
 
 
 @pytest.mark.parametrize("path", [p for p in MODULES if name_of(p) != "gptjax"], ids=name_of)

@@ -30,7 +30,7 @@ from gptjax.evaluate.corpus import score_corpus
 from gptjax.evaluate.estimate import Estimate
 from gptjax.models.params import num_params
 from gptjax.tokenizers import Tokenizer, is_gpt2
-from gptjax.weights import Source, load_params, open_weights
+from gptjax.convert.weights import Source, load_params, open_weights
 from gptjax.xla.backend import platform_name, start_jax
 from gptjax.xla.cache import keep_compiled_programs
 

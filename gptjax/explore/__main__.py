@@ -34,7 +34,7 @@ from gptjax.tokenizers import Tokenizer
 from gptjax.train.metrics import human_bytes
 from gptjax.train.setup import set_up
 from gptjax.verify.model import noisy_params
-from gptjax.weights import load_params, open_weights
+from gptjax.convert.weights import load_params, open_weights
 from gptjax.xla.backend import platform_name, start_jax
 
 PROG = "python -m gptjax.explore"

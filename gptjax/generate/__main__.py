@@ -28,7 +28,7 @@ from gptjax.generate.samples import Sample, continued
 from gptjax.generate.stream import prompt_ids
 from gptjax.models.decode import store_for_decoding
 from gptjax.tokenizers import Tokenizer
-from gptjax.weights import load_params, open_weights
+from gptjax.convert.weights import load_params, open_weights
 from gptjax.xla.backend import platform_name, start_jax
 from gptjax.xla.cache import keep_compiled_programs
 

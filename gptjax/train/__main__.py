@@ -30,7 +30,7 @@ from gptjax.train.setup import Run, fill_folder, owned, resolved, restore, set_u
 from gptjax.train.signals import stopping
 from gptjax.train.trainer import DivergedError, Trainer, WrongGradientError
 from gptjax.verify.live import LiveCheck
-from gptjax.weights import load_weights, open_weights
+from gptjax.convert.weights import load_weights, open_weights
 from gptjax.xla.backend import start_jax
 from gptjax.xla.cache import keep_compiled_programs
 

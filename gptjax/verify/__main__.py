@@ -41,7 +41,7 @@ from gptjax.verify.model import Subject
 from gptjax.verify.ops import check_ops
 from gptjax.verify.proof import Report
 from gptjax.verify.saved_report import environment, write_report
-from gptjax.weights import load_weights, open_weights
+from gptjax.convert.weights import load_weights, open_weights
 from gptjax.xla.backend import platform_name, start_jax
 
 PROG = "python -m gptjax.verify"

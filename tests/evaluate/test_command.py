@@ -20,7 +20,7 @@ from gptjax.formats.token_shards import open_shard, write_shard
 from gptjax.train.checkpoint import CheckpointWriter
 from gptjax.train.optimizer import make_optimizer
 from gptjax.train.step import evaluate, make_eval_loss, make_state
-from gptjax.weights import load_weights
+from gptjax.convert.weights import load_weights
 from tests.commands import expect_error
 from tests.evaluate.test_hellaswag import ROW
 from tests.formats.test_llmc_eval import EXAMPLE, evaluation_file

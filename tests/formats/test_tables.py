@@ -17,7 +17,7 @@ from gptjax.formats.tables import each_layer, file_tensors, join, open_params
 from gptjax.models import FAMILIES
 from gptjax.models.family import Weight
 from gptjax.models.params import rows
-from gptjax.weights import load_params, open_weights
+from gptjax.convert.weights import load_params, open_weights
 from tests.models import tiny
 
 FLOAT32 = ours.DTYPES["F32"]

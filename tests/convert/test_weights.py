@@ -15,7 +15,7 @@ from gptjax.tokenizers import Characters
 from gptjax.train.checkpoint import CheckpointWriter
 from gptjax.train.optimizer import make_optimizer
 from gptjax.train.step import init_state
-from gptjax.weights import load_weights, open_weights, write_weights
+from gptjax.convert.weights import load_weights, open_weights, write_weights
 from tests.models import tiny
 from tests.server import serving
 

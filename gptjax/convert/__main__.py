@@ -29,7 +29,7 @@ from gptjax.formats.safetensors import DTYPES
 from gptjax.formats.token_shards import FLAVOURS, open_shard
 from gptjax.models.params import num_params
 from gptjax.tokenizers import GPT2_IDS, tokenizer_json
-from gptjax.weights import Format, Source, dtype_of, open_weights, write_weights
+from gptjax.convert.weights import Format, Source, dtype_of, open_weights, write_weights
 
 PROG = "python -m gptjax.convert"
 NAMES = {"float32": "F32", "bfloat16": "BF16"}
