@@ -751,7 +751,14 @@ class VerifyConfig(Config):
 class ExploreConfig(Config):
     """A model and a text to show its backward on."""
 
-    READS: ClassVar = ("model", "data.dataset", "data.root", "data.tokenizer", "data.column", "seed")
+    READS: ClassVar = (
+        "model",
+        "data.dataset",
+        "data.root",
+        "data.tokenizer",
+        "data.column",
+        "seed",
+    )
     COMMON: ClassVar = (
         "model.family",
         "model.preset",

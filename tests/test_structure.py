@@ -59,11 +59,7 @@ def imports_of(path: Path) -> set[str]:
 
 def level(module: str) -> int:
     room, *rest = module.removeprefix("gptjax.").split(".")
-    return (
-        len(ORDER)
-        if rest == ["__main__"] or room == "__main__"
-        else ORDER.index(room)
-    )
+    return len(ORDER) if rest == ["__main__"] or room == "__main__" else ORDER.index(room)
 
 
 def test_the_package_has_few_rooms_and_each_has_its_place_in_the_order():

@@ -24,6 +24,7 @@ import numpy as np
 from gptjax import cli, tokenizers
 from gptjax.cli.options import parse
 from gptjax.config import ExploreConfig, ModelConfig
+from gptjax.convert.weights import load_params, open_weights
 from gptjax.errors import ConfigError, DataError
 from gptjax.explore.page import page
 from gptjax.explore.scene import scene
@@ -34,7 +35,6 @@ from gptjax.tokenizers import Tokenizer
 from gptjax.train.metrics import human_bytes
 from gptjax.train.setup import set_up
 from gptjax.verify.model import noisy_params
-from gptjax.convert.weights import load_params, open_weights
 from gptjax.xla.backend import platform_name, start_jax
 
 PROG = "python -m gptjax.explore"
@@ -119,9 +119,7 @@ def open_model(cfg: ExploreConfig) -> tuple[ModelConfig, Any, Tokenizer]:
             )
         model = shown(source.cfg)
         params = load_params(source, model)
-        tokenizer = (
-            tokenizers.find(cfg.data.tokenizer) if cfg.data.tokenizer else source.tokenizer
-        )
+        tokenizer = tokenizers.find(cfg.data.tokenizer) if cfg.data.tokenizer else source.tokenizer
     return model, jax.tree.map(lambda x: x.astype(jnp.float64), params), tokenizer
 
 
@@ -164,7 +162,9 @@ def facts(cfg: ExploreConfig, model: ModelConfig, found: dict[str, Any]) -> dict
     sizes = f"{model.num_layers} layers, {model.num_heads} heads, {model.channels} channels"
     return {
         "Model": f"{num_params(model):,} parameters, {sizes}",
-        "Weights": os.path.basename(os.path.normpath(cfg.checkpoint)) if cfg.checkpoint else "random",
+        "Weights": os.path.basename(os.path.normpath(cfg.checkpoint))
+        if cfg.checkpoint
+        else "random",
         "Loss on the text": f"{found['loss']:.3f} nats a token",
         "Gradient against jax.grad": f"{len(found['tensors'])} tensors, error at most {10**worst:.0e}",
     }

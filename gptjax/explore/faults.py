@@ -62,7 +62,12 @@ IN_OPS = [
     ),
     *_in(
         ops.layernorm_bwd,
-        ("dropped term", "no part through the mean", "dn - dn.mean(-1, keepdims=True) - n", "dn - n"),
+        (
+            "dropped term",
+            "no part through the mean",
+            "dn - dn.mean(-1, keepdims=True) - n",
+            "dn - n",
+        ),
         (
             "dropped term",
             "no part through the variance",
@@ -143,7 +148,12 @@ IN_BLOCK = [
     ("dropped term", "the stream's gradient ends at the MLP", "dx = dx + dx2", "dx = dx2"),
     ("dropped term", "the stream's gradient ends at attention", "dx = dx + dx1", "dx = dx1"),
     ("dropped term", "no gradient through the values", "dhq + dhk + dhv", "dhq + dhk"),
-    ("wrong operand", "queries and keys are exchanged", "dq, dk, dv = attend", "dk, dq, dv = attend"),
+    (
+        "wrong operand",
+        "queries and keys are exchanged",
+        "dq, dk, dv = attend",
+        "dk, dq, dv = attend",
+    ),
 ]
 """Errors in a family's ``block_bwd``, for those that have the line."""
 
@@ -204,7 +214,9 @@ def wrong_version(function: Callable[..., Any], right: str, wrong: str) -> Any:
     return _copy(function, {}, right, wrong)
 
 
-def _copy(function: Callable[..., Any], names: dict[str, Any], right: str = "", wrong: str = "") -> Any:
+def _copy(
+    function: Callable[..., Any], names: dict[str, Any], right: str = "", wrong: str = ""
+) -> Any:
     """A function compiled anew from its source, in which ``names`` mean something else."""
     names = vars(sys.modules[function.__module__]) | names
     source = _source(function).replace(right, wrong) if right else _source(function)

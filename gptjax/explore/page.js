@@ -119,9 +119,7 @@ function buildDiagram() {
       const stack = nodes.filter((node) => node.column === column).map(chip);
       cols.append(make("div", { class: "col" }, ...stack));
     }
-    cols.append(document.createElementNS("http://www.w3.org/2000/svg", "svg"));
-    cols.lastChild.setAttribute("class", "wires");
-    cols.lastChild.setAttribute("aria-hidden", "true");
+    cols.insertAdjacentHTML("beforeend", '<svg class="wires" aria-hidden="true"></svg>');
     $("diagram").append(make("section", { class: "row", "aria-label": name, "data-row": row }, heading, cols));
   }
 }

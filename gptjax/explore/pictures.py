@@ -32,10 +32,11 @@ def picture(array: Any) -> Picture:
     """
     x = np.asarray(array, np.float64)
     grid = _shrunk(_shrunk(x.reshape(_rows(x.shape), -1), MOST_ROWS, 0), MOST_COLUMNS, 1)
+    grid = np.where(np.isfinite(grid), grid, 0)
     # One outlier would leave the rest blank.
     largest = float(np.quantile(np.abs(grid), 0.995)) or float(np.abs(grid).max())
-    scaled = grid / largest * STEPS if 0 < largest < math.inf else np.zeros_like(grid)
-    cells = np.clip(np.nan_to_num(np.round(scaled)), -STEPS, STEPS).astype(np.int8)
+    scaled = grid / largest * STEPS if largest else grid
+    cells = np.clip(np.round(scaled), -STEPS, STEPS).astype(np.int8)
     return Picture(
         *cells.shape,
         base64.b64encode(cells.tobytes()).decode(),
@@ -53,7 +54,7 @@ def _rows(shape: tuple[int, ...]) -> int:
 
 
 def _shrunk(x: np.ndarray, most: int, axis: int) -> np.ndarray:
-    """At most about ``most`` entries along an axis, each the one of largest magnitude of a group."""
+    """At most ``most`` entries along an axis, each the one of largest magnitude of a group."""
     size = x.shape[axis]
     group = -(-size // most)
     if group == 1:

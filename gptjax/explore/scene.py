@@ -92,7 +92,7 @@ def scene(cfg: ModelConfig, params: Any, batch: Batch) -> dict[str, Any]:
         "blocks": blocks(right.pairs, places, due),
         "lessons": lessons,
         "tensors": tensors(found),
-        "token_losses": token_losses(right.pairs[-1]),
+        "token_losses": token_losses(right.pairs[-1], cfg.vocab_size),
         "faults": faults,
         "verdict": said(parting(right.gradient, right.calls, reference, largest)),
     }
@@ -129,8 +129,10 @@ def node(i: int, pair: Pair, place: Place, due: Any, largest: float) -> dict[str
         for (name, _), x in zip(names, forward.ins, strict=False)
         if jnp.issubdtype(x.dtype, jnp.floating)
     ]
-    errors = [(f"d{name}", row.relative_l2) for name, row in zip(
-        floats, compare(given, expected, largest).rows, strict=False)]
+    errors = [
+        (f"d{name}", row.relative_l2)
+        for name, row in zip(floats, compare(given, expected, largest).rows, strict=False)
+    ]
     received = None if dy is None else relative_error(dy, due)
     results = [(f"d{name}", x) for name, x in zip(floats, given, strict=False)]
     return {
@@ -232,10 +234,10 @@ def blocks(pairs: list[Pair], places: list[Place], due: list[Any]) -> list[dict[
     return found
 
 
-def token_losses(loss: Pair) -> list[float]:
+def token_losses(loss: Pair, vocab_size: int) -> list[float]:
     """-log p of each target, in nats."""
     scores, targets = loss.forward.ins[:2]
-    log_p = jax.nn.log_softmax(scores, axis=-1)
+    log_p = jax.nn.log_softmax(scores[:, :vocab_size], axis=-1)
     return [
         round(float(x), 3) for x in -jnp.take_along_axis(log_p, targets[:, None], axis=-1)[:, 0]
     ]

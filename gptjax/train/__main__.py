@@ -18,6 +18,7 @@ import jax
 from gptjax import cli
 from gptjax.cli.options import parse
 from gptjax.config import Config
+from gptjax.convert.weights import load_weights, open_weights
 from gptjax.generate.stream import prompt_ids
 from gptjax.parallel import heartbeat, processes
 from gptjax.train import step as steps
@@ -30,7 +31,6 @@ from gptjax.train.setup import Run, fill_folder, owned, resolved, restore, set_u
 from gptjax.train.signals import stopping
 from gptjax.train.trainer import DivergedError, Trainer, WrongGradientError
 from gptjax.verify.live import LiveCheck
-from gptjax.convert.weights import load_weights, open_weights
 from gptjax.xla.backend import start_jax
 from gptjax.xla.cache import keep_compiled_programs
 

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from gptjax import tokenizers
 from gptjax.config import OptimConfig
 from gptjax.convert.__main__ import main
+from gptjax.convert.weights import load_weights
 from gptjax.formats import llmc, llmc_tokenizer
 from gptjax.formats.lazy import collect, tensor_names
 from gptjax.formats.token_shards import write_shard
@@ -21,7 +22,6 @@ from gptjax.models.params import stack
 from gptjax.train.checkpoint import CheckpointWriter
 from gptjax.train.optimizer import make_optimizer
 from gptjax.train.step import init_state
-from gptjax.convert.weights import load_weights
 from tests.conftest import ROOT
 from tests.models import tiny
 

@@ -11,7 +11,6 @@ from gptjax.models.batch import Batch
 from tests.models import tiny
 
 
-
 class Shown(NamedTuple):
     """What the page is made of."""
 
@@ -30,7 +29,10 @@ def shown() -> Shown:
     data = scene(cfg, params, batch)
     tokens = [f"<{i}>" for i in [*batch.inputs[0].tolist(), int(batch.targets[0, -1])]]
     return Shown(
-        cfg, params, batch, data | {"tokens": tokens, "facts": {"Model": "tiny"}, "made": "by a test"}
+        cfg,
+        params,
+        batch,
+        data | {"tokens": tokens, "facts": {"Model": "tiny"}, "made": "by a test"},
     )
 
 

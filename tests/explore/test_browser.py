@@ -7,7 +7,9 @@ import pytest
 from gptjax.explore.page import page
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra browser")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
+)
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
 
 
@@ -47,7 +49,7 @@ def opened(browser, address, request):
     context.close()
 
 
-EVERYWHERE = [(size, scheme) for size in SIZES for scheme in ("light", "dark")]
+EVERYWHERE = [("desktop", "light"), ("phone", "dark")]
 
 
 @pytest.mark.parametrize("opened", EVERYWHERE, indirect=True, ids="-".join)

@@ -38,7 +38,7 @@ def test_it_writes_a_page(checkpoint, tmp_path, capsys):
     assert data["tokens"] == list("abcab")
     assert len(data["token_losses"]) == 4
     assert data["facts"]["Weights"] == "model.safetensors"
-    assert "GPT-2’s backward pass" in out.read_text("utf-8")
+    assert "GPT-2\N{RIGHT SINGLE QUOTATION MARK}s backward pass" in out.read_text("utf-8")
 
 
 @pytest.fixture
@@ -47,7 +47,10 @@ def quick(monkeypatch):
 
     def scene(cfg, params, batch):
         found = {"loss": 1.0, "tensors": [{"error": -15}], "nodes": [], "faults": []}
-        return found | {"cfg": [cfg.dtype, cfg.layers, cfg.num_layers], "ids": batch.inputs.tolist()}
+        return found | {
+            "cfg": [cfg.dtype, cfg.layers, cfg.num_layers],
+            "ids": batch.inputs.tolist(),
+        }
 
     monkeypatch.setattr(command, "scene", scene)
 
@@ -61,9 +64,6 @@ def test_a_configuration_gives_a_model_with_random_weights(quick, tmp_path, monk
     assert data["cfg"] == ["float64", "unroll", 2]
     assert data["facts"]["Weights"] == "random"
     assert len(data["tokens"]) == command.MOST_TOKENS + 1
-    more = ["--model.num_layers=1", "--model.num_heads=2", "--model.channels=8"]
-    assert command.main([*args, *more, "--out", "other.html"]) == 0
-    assert data_of(tmp_path / "other.html")["cfg"] == ["float64", "unroll", 1]
 
 
 @pytest.mark.parametrize(

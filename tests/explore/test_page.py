@@ -4,22 +4,7 @@ import re
 import pytest
 
 from gptjax.explore.page import page
-from tests.verify.test_html import Reader
-
-# Tags of the page that need not be closed
-VOID = ("meta", "!doctype", "path")
-
-
-class PageReader(Reader):
-    VOID = VOID
-
-
-def reader_of(text):
-    reader = PageReader()
-    reader.feed(text)
-    reader.close()
-    assert reader.open == []
-    return reader
+from tests.verify.test_html import read
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +13,7 @@ def text(shown):
 
 
 def test_the_page_is_well_formed(text):
-    tags = reader_of(text).tags
+    tags = read(text).tags
     assert text.startswith("<!doctype html>")
     ids = [attrs["id"] for _, attrs in tags if "id" in attrs]
     assert len(ids) == len(set(ids))
@@ -38,10 +23,9 @@ def test_the_page_is_well_formed(text):
 
 def test_it_fetches_nothing(text):
     """No address, and no element or rule that loads something."""
-    tags = {tag for tag, _ in reader_of(text).tags}
+    tags = {tag for tag, _ in read(text).tags}
     assert not tags & {"link", "img", "iframe", "object", "embed", "base", "source"}
-    without_namespace = text.replace("http://www.w3.org/2000/svg", "")  # SVG's name, never fetched
-    assert not re.search(r"https?:|//\w+\.\w|url\(|@import|\bimport\b.*from|src=", without_namespace)
+    assert not re.search(r"https?:|//\w+\.\w|url\(|@import|\bimport\b.*from|src=", text)
     assert not re.search(r"fetch\(|XMLHttpRequest|WebSocket|sendBeacon", text)
 
 
@@ -53,7 +37,7 @@ def test_it_holds_the_data_as_it_was_given(text, shown):
 def test_no_text_can_end_the_script():
     text = page("t", "h", {"tokens": ["</script><script>alert(1)</script>"]})
     assert text.count("</script>") == 2
-    assert len(reader_of(text).tags) == len(reader_of(page("t", "h", {})).tags)
+    assert len(read(text).tags) == len(read(page("t", "h", {})).tags)
 
 
 def test_it_is_light_and_dark(text):

@@ -123,8 +123,8 @@ def test_damage_spreads_towards_the_first_layer_alone(shown):
     data, limit = fault_of(shown, "gelu-no-derivative-of-tanh"), math.log10(1e-10)
     last = max(int(n["id"]) for n in shown.scene["nodes"] if n["op"] == "gelu")
     assert data["blamed"] == str(last)
-    for id, error in data["received"].items():
-        assert (error > limit) == (int(id) < last), id
+    for node, error in data["received"].items():
+        assert (error > limit) == (int(node) < last), node
 
 
 def test_the_change_is_shown(shown):
