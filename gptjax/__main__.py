@@ -9,6 +9,7 @@ COMMANDS = {
     "generate": "continue text with a model",
     "evaluate": "perplexity on a corpus or a text, HellaSwag",
     "verify": "check the hand-written gradient",
+    "explore": "write a page that shows a model's backward, op by op",
     "plot": "draw the metrics of runs",
     "convert": "inspect models, convert them to other formats",
     "datasets": "prepare a corpus",

@@ -825,6 +825,38 @@ class VerifyConfig(Config):
 
 
 @dataclasses.dataclass(frozen=True)
+class ExploreConfig(Config):
+    """A model and a text to show its backward on."""
+
+    READS: ClassVar = (
+        "model",
+        "data.dataset",
+        "data.root",
+        "data.tokenizer",
+        "data.column",
+        "seed",
+    )
+    COMMON: ClassVar = (
+        "model.family",
+        "model.preset",
+        "model.num_layers",
+        "model.num_heads",
+        "model.channels",
+        "data.dataset",
+        "data.tokenizer",
+        "seed",
+    )
+
+    checkpoint: str | None = None
+    """The model: a run, or any model that gptjax.convert reads; by default one with random
+    weights."""
+    text: str = "The value of the value is the value of the expression that it names."
+    """What the model reads, and predicts token by token; at most 48 tokens of it."""
+    out: str = "page.html"
+    """File to write the page to."""
+
+
+@dataclasses.dataclass(frozen=True)
 class PlanConfig(Config):
     """A training configuration and the devices to plan it for."""
 
@@ -1179,6 +1211,7 @@ COMMANDS: dict[str, Any] = {
     "generate": GenerateConfig,
     "evaluate": EvaluateConfig,
     "verify": VerifyConfig,
+    "explore": ExploreConfig,
     "plot": PlotConfig,
     "convert": ConvertConfig,
     "datasets": DatasetConfig,

@@ -30,14 +30,14 @@ ORDER = (
     "datasets",
     "generate",
     "train",
-    "weights",
+    "convert",
     "evaluate",
     "verify",
+    "explore",
     "plan",
     "bench",
     "plot",
 )
-COMMAND_MODULES = {"convert"}
 
 
 def name_of(path: Path) -> str:
@@ -59,18 +59,14 @@ def imports_of(path: Path) -> set[str]:
 
 def level(module: str) -> int:
     room, *rest = module.removeprefix("gptjax.").split(".")
-    return (
-        len(ORDER)
-        if rest == ["__main__"] or room in COMMAND_MODULES | {"__main__"}
-        else ORDER.index(room)
-    )
+    return len(ORDER) if rest == ["__main__"] or room == "__main__" else ORDER.index(room)
 
 
 def test_the_package_has_at_most_24_entries_each_in_the_import_order():
     entries = {p.name for p in PACKAGE.iterdir() if p.name != "__pycache__"}
     assert len(entries) <= 24
     rooms = {p.removesuffix(".py") for p in entries if not p.startswith("__") and p != "py.typed"}
-    assert rooms == {*ORDER, *COMMAND_MODULES}
+    assert rooms == set(ORDER)
 
 
 @pytest.mark.parametrize("path", [p for p in MODULES if name_of(p) != "gptjax"], ids=name_of)

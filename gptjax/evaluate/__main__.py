@@ -22,6 +22,7 @@ from gptjax import cli, datasets, tokenizers
 from gptjax.cli.options import parse
 from gptjax.cli.progress import counting
 from gptjax.config import Config, DataConfig, EvaluateConfig, ModelConfig
+from gptjax.convert.weights import Source, load_params, open_weights
 from gptjax.datasets import Corpus
 from gptjax.datasets.batches import Windows, in_order
 from gptjax.errors import ConfigError, DataError, naming
@@ -30,7 +31,6 @@ from gptjax.evaluate.corpus import score_corpus
 from gptjax.evaluate.statistics import Estimate
 from gptjax.models.params import num_params
 from gptjax.tokenizers import Tokenizer, is_gpt2
-from gptjax.weights import Source, load_params, open_weights
 from gptjax.xla.backend import platform_name, start_jax
 from gptjax.xla.cache import enable_compilation_cache
 

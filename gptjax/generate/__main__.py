@@ -21,6 +21,7 @@ from gptjax import cli, tokenizers
 from gptjax.cli.options import parse
 from gptjax.cli.streams import standard_input
 from gptjax.config import MOST_SAMPLES, GenerateConfig, ModelConfig
+from gptjax.convert.weights import load_params, open_weights
 from gptjax.errors import ConfigError, DataError
 from gptjax.files import read_stream
 from gptjax.generate.engine import CHUNK, Rules
@@ -28,7 +29,6 @@ from gptjax.generate.samples import Sample, continued
 from gptjax.generate.stream import prompt_ids
 from gptjax.models.decode import store_for_decoding
 from gptjax.tokenizers import Tokenizer
-from gptjax.weights import load_params, open_weights
 from gptjax.xla.backend import platform_name, start_jax
 from gptjax.xla.cache import enable_compilation_cache
 

@@ -18,6 +18,7 @@ import jax
 from gptjax import cli
 from gptjax.cli.options import parse
 from gptjax.config import Config
+from gptjax.convert.weights import load_weights, open_weights
 from gptjax.generate.stream import prompt_ids
 from gptjax.parallel import heartbeat, processes
 from gptjax.train import step as steps
@@ -30,7 +31,6 @@ from gptjax.train.setup import Run, claim_folder, resolved_config, restore, set_
 from gptjax.train.signals import stop_on_signals
 from gptjax.train.trainer import DivergedError, Trainer, WrongGradientError
 from gptjax.verify.live import LiveCheck
-from gptjax.weights import load_weights, open_weights
 from gptjax.xla.backend import start_jax
 from gptjax.xla.cache import enable_compilation_cache
 

@@ -25,6 +25,7 @@ import numpy as np
 from gptjax import cli
 from gptjax.cli.options import parse
 from gptjax.config import ModelConfig, VerifyConfig
+from gptjax.convert.weights import load_weights, open_weights
 from gptjax.datasets import vocabulary_without_corpus
 from gptjax.errors import ConfigError
 from gptjax.formats import llmc
@@ -40,7 +41,6 @@ from gptjax.verify.model import Subject
 from gptjax.verify.ops import check_ops
 from gptjax.verify.proof import Report
 from gptjax.verify.saved_report import environment, write_report
-from gptjax.weights import load_weights, open_weights
 from gptjax.xla.backend import platform_name, start_jax
 
 PROG = "python -m gptjax.verify"

@@ -8,6 +8,8 @@ recorded backward calls and finds the first one that receives a gradient other t
 result differs from JAX's derivative of the forward call.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -43,6 +45,10 @@ class Call(NamedTuple):
     ins: list[Any]
     outs: list[Any]
     jaxpr: ClosedJaxpr
+    weight: str = ""
+    """The first weight that it uses; without any, the one used last."""
+    layer: int | None = None
+    """The layer of that weight."""
 
     @property
     def base(self) -> str:
@@ -105,19 +111,26 @@ def run(
     latest: tuple[str, int | None] = "", None
     for eqn in jaxpr.eqns:
         ins = [v.val if isinstance(v, Literal) else values[v] for v in eqn.invars]
-        outs = eqn.primitive.bind(*ins, **eqn.primitive.get_bind_params(eqn.params))
-        outs = list(outs) if eqn.primitive.multiple_results else [outs]
+        outs = _evaluate(eqn, ins)
         op = str(eqn.params.get("name", "")) if eqn.primitive.name in ("jit", "pjit") else ""
         weights.update(_passed_on(eqn, op, weights))
         if op.endswith(("_fwd", "_bwd")) or op in PLAIN:
             used = [weights[v] for v in eqn.invars if not isinstance(v, Literal) and v in weights]
             latest = used[0] if used else latest
             outs = on_call(
-                Call(op, _place(op, *latest, bool(used)), ins, outs, eqn.params["jaxpr"])
+                Call(op, _place(op, *latest, bool(used)), ins, outs, eqn.params["jaxpr"], *latest)
             )
         values.update(zip(eqn.outvars, outs, strict=True))
     flat = [v.val if isinstance(v, Literal) else values[v] for v in jaxpr.outvars]
     return jax.tree.unflatten(jax.tree.structure(shape), flat)
+
+
+def _evaluate(eqn: Any, ins: list[Any]) -> list[Any]:
+    if eqn.primitive.name == "cond" and not isinstance(ins[0], jax.core.Tracer):
+        # Compiled as a whole, it would be compiled anew for every program that is run
+        return jaxpr_as_fun(eqn.params["branches"][int(ins[0])])(*ins[1:])
+    outs = eqn.primitive.bind(*ins, **eqn.primitive.get_bind_params(eqn.params))
+    return list(outs) if eqn.primitive.multiple_results else [outs]
 
 
 def _passed_on(eqn: Any, name: str, weights: dict[Any, Any]) -> dict[Any, Any]:
@@ -141,6 +154,29 @@ def _place(op: str, weight: str, layer: int | None, used: bool) -> str:
     return name if layer is None else f"layer {layer}, {name}"
 
 
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """What JAX makes of a plain forward ``loss(params, *rest)``, computed once it is asked for."""
+
+    loss: Callable[..., Any]
+    args: tuple[Any, ...]
+
+    @functools.cached_property
+    def calls(self) -> list[Call]:
+        """The forward's op calls."""
+        return record(self.loss, *self.args)[1]
+
+    @functools.cached_property
+    def cotangents(self) -> list[Any]:
+        """`cotangents` of the loss."""
+        return cotangents(self.loss, *self.args)
+
+    @functools.cached_property
+    def gradient(self) -> Any:
+        """JAX's gradient of the loss."""
+        return jax.jit(jax.grad(self.loss))(*self.args)
+
+
 def first_mismatch(
     loss: Callable[..., Any],
     loss_and_grad: Callable[..., Any],
@@ -161,17 +197,23 @@ def first_mismatch(
 
     """
     (_, gradient), calls = record(loss_and_grad, params, *rest)
-    _, plain = record(loss, params, *rest)
+    return mismatch(gradient, calls, Reference(loss, (params, *rest)), largest)
+
+
+def mismatch(
+    gradient: Any, calls: Sequence[Call], reference: Reference, largest: float
+) -> Mismatch | None:
+    """`first_mismatch` of a computed gradient and its op calls."""
     waiting: list[tuple[Call, Any]] = []
     forward = [call for call in calls if not call.op.endswith("_bwd")]
-    if [call.base for call in forward] == [call.base for call in plain]:
-        for ours, theirs in zip(forward, plain, strict=True):
+    if [call.base for call in forward] == [call.base for call in reference.calls]:
+        for ours, theirs in zip(forward, reference.calls, strict=True):
             error = _error([ours.outs[0]], [theirs.outs[0]])
             if not error <= largest:
                 return Mismatch(
                     ours.place, f"{ours.op} gives a different value in the plain forward", error
                 )
-        received = iter(cotangents(loss, params, *rest))
+        received = iter(reference.cotangents)
     else:
         received = iter([None] * len(forward))
     for call in calls:
@@ -186,8 +228,7 @@ def first_mismatch(
         found = _wrong_here(*waiting.pop(), call, largest)
         if found:
             return found
-    reference = jax.jit(jax.grad(loss))(params, *rest)
-    worst = compare(gradient, reference, largest).worst
+    worst = compare(gradient, reference.gradient, largest).worst
     if worst.ok:
         return None
     name = worst.tensor if worst.layer is None else f"{worst.tensor}[{worst.layer}]"
@@ -202,10 +243,8 @@ def first_mismatch(
 
 def _wrong_here(forward: Call, received: Any, backward: Call, largest: float) -> Mismatch | None:
     """The mismatch in one backward call: in the gradient that it receives or in its result."""
-    y, last = forward.outs[0], backward.ins[-1]
-    given = last.shape == y.shape and last.dtype == y.dtype
-    dy = last if given else jnp.ones_like(y)  # the loss itself
-    if given and received is not None:
+    dy = received_gradient(forward, backward)
+    if dy is not None and received is not None:
         error = _error([dy], [received])
         if not error <= largest:
             return Mismatch(
@@ -213,12 +252,7 @@ def _wrong_here(forward: Call, received: Any, backward: Call, largest: float) ->
                 f"{backward.op} receives a wrong gradient, though every op before it is right",
                 error,
             )
-    derivatives = _derivative(forward, dy)
-    count = min(len(derivatives), len(backward.outs))  # either may be shorter
-    expected, found = derivatives[:count], backward.outs[:count]
-    if backward.base in ADDS:
-        before = backward.ins[-1 - count : -1]
-        expected = [e + b for e, b in zip(expected, before, strict=True)]
+    found, expected = given_and_due(forward, backward)
     shapes = [[x.shape for x in side] for side in (found, expected)]
     if shapes[0] != shapes[1]:
         return Mismatch(
@@ -228,6 +262,27 @@ def _wrong_here(forward: Call, received: Any, backward: Call, largest: float) ->
     if error <= largest:
         return None
     return Mismatch(forward.place, f"{backward.op} gives a wrong gradient", error)
+
+
+def received_gradient(forward: Call, backward: Call) -> Array | None:
+    """The gradient of the forward call's result that the backward call receives; None where it
+    receives none, since the result is the loss itself.
+    """
+    y, last = forward.outs[0], backward.ins[-1]
+    return last if last.shape == y.shape and last.dtype == y.dtype else None
+
+
+def given_and_due(forward: Call, backward: Call) -> tuple[list[Array], list[Array]]:
+    """The gradients that a backward call gives, and those that JAX's derivative of the forward call
+    gives of the same received gradient.
+    """
+    dy = received_gradient(forward, backward)
+    due = _derivative(forward, jnp.ones_like(forward.outs[0]) if dy is None else dy)
+    count = min(len(due), len(backward.outs))  # of the arguments that this call has
+    if backward.base in ADDS:
+        before = backward.ins[-1 - count : -1]
+        due = [d + b for d, b in zip(due, before, strict=False)]
+    return backward.outs[:count], due[:count]
 
 
 def _derivative(forward: Call, dy: Array) -> list[Array]:

@@ -214,9 +214,7 @@ def test_what_is_declared_as_read_or_common_exists():
 
 def help_of(command: str, capsys, flag: str = "--help") -> str:
     room, *rest = command.split()
-    main = importlib.import_module(
-        "gptjax.convert" if room == "convert" else f"gptjax.{room}.__main__"
-    ).main
+    main = importlib.import_module(f"gptjax.{room}.__main__").main
     with pytest.raises(SystemExit) as stop:
         main([*rest, flag])
     assert stop.value.code == 0

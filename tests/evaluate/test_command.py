@@ -12,6 +12,7 @@ import yaml
 from gptjax import convert, tokenizers
 from gptjax.cli import progress
 from gptjax.config import OptimConfig
+from gptjax.convert.weights import load_weights
 from gptjax.datasets import find_corpus
 from gptjax.datasets.batches import validation_batches
 from gptjax.evaluate.__main__ import main
@@ -20,7 +21,6 @@ from gptjax.formats.token_shards import open_shard, write_shard
 from gptjax.train.checkpoint import CheckpointWriter
 from gptjax.train.optimizer import make_optimizer
 from gptjax.train.step import evaluate, make_eval_loss, make_state
-from gptjax.weights import load_weights
 from tests.commands import expect_error
 from tests.evaluate.test_hellaswag import ROW
 from tests.formats.test_llmc_eval import EXAMPLE, evaluation_file

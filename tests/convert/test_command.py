@@ -13,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 from gptjax import tokenizers
 from gptjax.config import OptimConfig
-from gptjax.convert import main
+from gptjax.convert.__main__ import main
+from gptjax.convert.weights import load_weights
 from gptjax.formats import llmc, llmc_tokenizer
 from gptjax.formats.lazy import collect, tensor_names
 from gptjax.formats.token_shards import write_shard
@@ -21,7 +22,6 @@ from gptjax.models.params import stack
 from gptjax.train.checkpoint import CheckpointWriter
 from gptjax.train.optimizer import make_optimizer
 from gptjax.train.step import init_state
-from gptjax.weights import load_weights
 from tests.conftest import ROOT
 from tests.models import tiny
 
@@ -181,7 +181,7 @@ def test_bad_input_ends_in_one_sentence(model, tmp_path, args, message, capsys, 
 
 MEASURE = """
 import sys, threading, time
-from gptjax.convert import main
+from gptjax.convert.__main__ import main
 def held():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1024
 main(sys.argv[1:3])  # first a small one: what is left after that is the program itself

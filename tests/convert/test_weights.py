@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from gptjax.config import MeshConfig, OptimConfig
+from gptjax.convert.weights import load_weights, open_weights, write_weights
 from gptjax.errors import CheckpointError, FormatError
 from gptjax.formats import llmc
 from gptjax.models.params import param_axes, stack
@@ -15,7 +16,6 @@ from gptjax.tokenizers import Characters
 from gptjax.train.checkpoint import CheckpointWriter
 from gptjax.train.optimizer import make_optimizer
 from gptjax.train.step import init_state
-from gptjax.weights import load_weights, open_weights, write_weights
 from tests.models import tiny
 from tests.server import serving
 
