@@ -26,6 +26,7 @@ __all__ = [
     "layernorm_fwd",
     "linear_bwd",
     "linear_fwd",
+    "residual_fwd",
 ]
 
 
@@ -69,3 +70,16 @@ def embedding_fwd(ids: Int[Array, "..."], table: Any) -> Float[Array, "..."]:
         if isinstance(table, OutIn | Quantized)
         else ops.embedding_fwd(ids, table)
     )
+
+
+def residual_fwd(x: Float[Array, "B T C"], y: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
+    """``x + y``, a branch's output added to the residual stream.
+
+    cuBLASLt adds x to a product as it writes it. XLA's GPU compiler copies x first, unless x is
+    the matrix of that product's own shape that it can see to be used again.
+    """
+    return (_rows(x) + _rows(y)).reshape(x.shape)
+
+
+def _rows(x: Float[Array, "B T C"]) -> Float[Array, "N C"]:
+    return x.reshape(-1, x.shape[-1])
