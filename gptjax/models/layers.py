@@ -7,10 +7,13 @@ lays out a block's weights and gradients.
 
 from typing import Any
 
+import jax
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from gptjax import ops
-from gptjax.ops import dropout_bwd, dropout_fwd, embedding_bwd, gelu_fwd, layernorm_fwd
+from gptjax.ops import dropout_bwd, dropout_fwd, embedding_bwd, layernorm_fwd
+from gptjax.ops.activation import gelu
 from gptjax.ops.quantized import OutIn, Quantized, quantized_linear, table_rows
 from gptjax.xla.barrier import barrier, cpu_barrier
 
@@ -51,6 +54,30 @@ def layernorm_bwd(saved: Any, w: Array, dy: Array) -> tuple[Array, Array, Array]
     saved = saved._replace(mean=barrier(dy, saved.mean), rstd=barrier(dy, saved.rstd))
     dx, dw, db = ops.layernorm_bwd(saved, w, dy)
     return cpu_barrier((dw, db), dx), dw, db
+
+
+def gelu_fwd(x: Array) -> tuple[Array, Array]:
+    """`ops.gelu_fwd`; on CUDA in the form that XLA fuses into the product that made x.
+
+    cuBLASLt then computes it from the product's float32 sums. XLA recognises the equation only in
+    x's own dtype.
+    """
+    return lax.platform_dependent(x, cuda=_gelu_of_product, default=_gelu), x
+
+
+def _gelu(x: Array) -> Array:
+    return ops.gelu_fwd(x)[0]
+
+
+@jax.custom_jvp
+def _gelu_of_product(x: Array) -> Array:
+    return gelu(x)
+
+
+@_gelu_of_product.defjvp
+def _(x: Any, dx: Any) -> tuple[Array, Array]:
+    """JAX's derivative is that of `ops.gelu_fwd`: the roundings of the other form are no steps."""
+    return jax.jvp(_gelu, x, dx)
 
 
 def gelu_bwd(x: Array, dy: Array) -> Array:

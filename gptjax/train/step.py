@@ -20,10 +20,10 @@ from gptjax.parallel import mesh as meshes
 from gptjax.parallel.sharding import on_mesh
 from gptjax.train.optimizer import Optimizer, StepMetrics, fused_update, update
 from gptjax.xla import native
+from gptjax.xla.options import compile_tuned
 
 # Of the parameters: an update that needs more room beside them copies what it is to overwrite
 COPIED = 1 / 8
-MEMORY_SCHEDULER: dict[str, Any] = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
 class TrainState(NamedTuple):
@@ -312,16 +312,8 @@ def temporary_bytes(*programs: Any) -> int:
 
 
 def compile_for_memory(lowered: jax.stages.Lowered, mesh: Mesh | None = None) -> Any:
-    """Compile, on CPU with the scheduler that keeps few arrays alive at once, if this XLA has
-    it.
-    """
-    if platform_of(mesh) == "cpu":
-        try:
-            return lowered.compile(compiler_options=MEMORY_SCHEDULER)
-        except jax.errors.JaxRuntimeError as error:
-            if "compile option" not in str(error):
-                raise
-    return lowered.compile()
+    """Compile with the options that a step's programs need on this platform."""
+    return compile_tuned(lowered, mesh.devices.flat[0] if mesh else jax.devices()[0])
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from gptjax.ops import IGNORE_INDEX
 from gptjax.train import step as steps
 from gptjax.train.optimizer import make_optimizer
 from gptjax.xla import native
+from gptjax.xla.options import OPTIONS
 from tests.compare import assert_same_gradients
 from tests.models import tiny
 
@@ -207,7 +208,7 @@ def memory_of_gradients(compile_, **changes):
 def test_the_scheduler_saves_memory_and_an_xla_without_it_still_compiles(monkeypatch):
     default = memory_of_gradients(lambda lowered: lowered.compile())(256)
     assert memory_of_gradients(steps.compile_for_memory)(256) < default
-    monkeypatch.setattr(steps, "MEMORY_SCHEDULER", {"xla_cpu_no_such_option": "1"})
+    monkeypatch.setitem(OPTIONS, "cpu", {"xla_cpu_no_such_option": "1"})
     assert memory_of_gradients(steps.compile_for_memory)(256) == default
 
 
