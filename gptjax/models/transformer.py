@@ -246,8 +246,8 @@ def loss(
     def chunk_loss(x: Array, targets: Array, weights: Array) -> Array:
         return cross_entropy_fwd(contract("nc,vc->nv", x, w), targets, weights, cfg.vocab_size)[0]
 
-    chunks = row_chunks(x, batch.targets, batch.mask, cfg.loss_chunks, count)
-    if cfg.loss_chunks > 1:
+    chunks = row_chunks(x, batch.targets, batch.mask, cfg, count)
+    if len(chunks) > 1:
         chunk_loss = jax.checkpoint(chunk_loss)
     losses = [chunk_loss(*chunk) for chunk in chunks]
     return sum(losses[1:], losses[0])
@@ -292,7 +292,7 @@ def classifier_and_grad(
     dh: list[Array] = []
     dhead: Any = None
     w = compute_layout(head.astype(h.dtype), "Vp", "C")
-    for x, targets, weights in row_chunks(h, batch.targets, batch.mask, cfg.loss_chunks, count):
+    for x, targets, weights in row_chunks(h, batch.targets, batch.mask, cfg, count):
         scores = contract("nc,vc->nv", chunk_barrier((dh[-1], dhead), x) if dh else x, w)
         nll, saved = cross_entropy_fwd(scores, targets, weights, cfg.vocab_size)
         dscores = cross_entropy_bwd(saved, cfg.vocab_size)

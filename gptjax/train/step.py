@@ -1,5 +1,6 @@
 """One training step and one evaluation step as compiled functions."""
 
+import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
@@ -108,7 +109,10 @@ def mean_loss_and_grad(
     def one(batch: Batch, key: Any) -> tuple[Array, Any]:
         if backward == "manual":
             return transformer.loss_and_grad(params, batch, cfg, key, count)
-        return jax.value_and_grad(transformer.loss)(params, batch, cfg, key, count)
+        # JAX's backward would compute a chunk's scores again, so that chunks do not come free there
+        chunks: Any = 1 if cfg.loss_chunks == "auto" else cfg.loss_chunks
+        plain = dataclasses.replace(cfg, loss_chunks=chunks)
+        return jax.value_and_grad(transformer.loss)(params, batch, plain, key, count)
 
     A = batch.inputs.shape[0]
     keys = None if key is None else jax.random.split(key, A)
