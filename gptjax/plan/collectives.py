@@ -15,6 +15,7 @@ SIZES = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64} | {
 
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALL = re.compile(rf"^(?:ROOT )?%?[\w.\-]+ = (.*?) ({'|'.join(KINDS)})(-start)?\(")
+_COMPUTES = re.compile(r" (?:fusion|custom-call|dot|convolution|while|call)\(")
 _CALLERS = (
     "calls",
     "to_apply",
@@ -38,6 +39,10 @@ class Collective(NamedTuple):
     """Bytes that each device sends, by a ring: of what is gathered or scattered all but its own
     part, of a sum twice that.
     """
+    overlapped: float = 0.0
+    """Of these bytes, those sent while the device computes: between a start and its done there are
+    operations that are no collectives.
+    """
 
 
 def collectives(text: str) -> list[Collective]:
@@ -57,19 +62,22 @@ def collectives(text: str) -> list[Collective]:
             if (found := _collective(line, name)) and runs[name]:
                 spread = re.search(r"channel_id=(\d+),.*async_collective_fusion_config", line)
                 key = (found.kind, spread[1]) if spread else (name, str(number))
+                if _overlaps(lines, number):
+                    found = found._replace(overlapped=found.sent)
                 if key not in channels or runs[name] < channels[key][1]:
                     channels[key] = found, runs[name]
     return summed(
-        found._replace(times=turns, sent=found.sent * turns) for found, turns in channels.values()
+        Collective(found.kind, found.group, turns, found.sent * turns, found.overlapped * turns)
+        for found, turns in channels.values()
     )
 
 
 def summed(collectives: Iterable[Collective]) -> list[Collective]:
     """One for each kind and group, those that send most first; what sends nothing is left out."""
-    totals: dict[tuple[str, int], list[float]] = defaultdict(lambda: [0, 0])
+    totals: dict[tuple[str, int], list[float]] = defaultdict(lambda: [0, 0, 0])
     for c in collectives:
-        totals[c.kind, c.group][0] += c.times
-        totals[c.kind, c.group][1] += c.sent
+        for i, number in enumerate(c[2:]):
+            totals[c.kind, c.group][i] += number
     found = [Collective(*key, *total) for key, total in totals.items() if total[1]]
     return sorted(found, key=lambda c: -c.sent)
 
@@ -168,15 +176,30 @@ def _collective(line: str, computation: str) -> Collective | None:
         for shape in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shapes)
         if shape != ("u32", "")
     ]
-    if start and kind in ("all-gather", "reduce-scatter", "collective-permute"):
-        half = len(sizes) // 2  # operands, then as many results: the larger are whole
-        sizes = [max(sum(sizes[:half]), sum(sizes[half:]))]
+    # The operands, then the results: ((a, b), (A, B)), or (a, A) with one of each. But an
+    # all-reduce has results alone.
+    if start and (kind in ("all-gather", "reduce-scatter", "collective-permute") or "((" in shapes):
+        half = len(sizes) // 2
+        sizes = [max(sum(sizes[:half]), sum(sizes[half:]))]  # the larger are whole
     group = 2 if kind == "collective-permute" else _group(line)
     nbytes = sum(sizes) * (group if kind == "reduce-scatter" and not start else 1)
     # What XLA calls it on TPU
     if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"
     return Collective(kind, group, 1, bytes_sent(kind, nbytes, group))
+
+
+def _overlaps(lines: list[str], number: int) -> bool:
+    """Whether the device computes between a collective's start and its done."""
+    call = re.match(r"(?:ROOT )?%?([\w.\-]+) = .*-start\(", lines[number])
+    if not call:
+        return False
+    for line in lines[number + 1 :]:
+        if re.search(rf"-done\([^)]*%{re.escape(call[1])}[),]", line):
+            return False
+        if _COMPUTES.search(line):
+            return True
+    return False
 
 
 def _nbytes(dtype: str, dimensions: str) -> float:
