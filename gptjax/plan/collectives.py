@@ -3,7 +3,7 @@
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from gptjax.errors import FormatError
@@ -15,7 +15,6 @@ SIZES = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64} | {
 
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALL = re.compile(rf"^(?:ROOT )?%?[\w.\-]+ = (.*?) ({'|'.join(KINDS)})(-start)?\(")
-_COMPUTES = re.compile(r" (?:fusion|custom-call|dot|convolution|while|call)\(")
 _CALLERS = (
     "calls",
     "to_apply",
@@ -39,14 +38,13 @@ class Collective(NamedTuple):
     """Bytes that each device sends, by a ring: of what is gathered or scattered all but its own
     part, of a sum twice that.
     """
-    overlapped: float = 0.0
-    """Of these bytes, those sent while the device computes: between a start and its done there are
-    operations that are no collectives.
-    """
+    compute: float = 0.0
+    """Seconds of kernels between start and done, where they are known: what hides the sending."""
 
 
-def collectives(text: str) -> list[Collective]:
-    """Those that a program runs, as often as its loops run them.
+def collectives(text: str, seconds: Mapping[str, float] | None = None) -> list[Collective]:
+    """Those that a program runs, as often as its loops run them; ``seconds`` are those of its
+    kernels by name.
 
     A loop's turns are the number that XLA says, or else follow from what its condition compares
     with. An asynchronous collective of a TPU appears in each of the fusions that it is spread over,
@@ -62,12 +60,11 @@ def collectives(text: str) -> list[Collective]:
             if (found := _collective(line, name)) and runs[name]:
                 spread = re.search(r"channel_id=(\d+),.*async_collective_fusion_config", line)
                 key = (found.kind, spread[1]) if spread else (name, str(number))
-                if _overlaps(lines, number):
-                    found = found._replace(overlapped=found.sent)
+                found = found._replace(compute=_compute(lines, number, seconds or {}))
                 if key not in channels or runs[name] < channels[key][1]:
                     channels[key] = found, runs[name]
     return summed(
-        Collective(found.kind, found.group, turns, found.sent * turns, found.overlapped * turns)
+        Collective(found.kind, found.group, turns, found.sent * turns, found.compute * turns)
         for found, turns in channels.values()
     )
 
@@ -189,17 +186,16 @@ def _collective(line: str, computation: str) -> Collective | None:
     return Collective(kind, group, 1, bytes_sent(kind, nbytes, group))
 
 
-def _overlaps(lines: list[str], number: int) -> bool:
-    """Whether the device computes between a collective's start and its done."""
+def _compute(lines: list[str], number: int, seconds: Mapping[str, float]) -> float:
+    """Seconds of the kernels between the start of a collective in this line and its done."""
     call = re.match(r"(?:ROOT )?%?([\w.\-]+) = .*-start\(", lines[number])
-    if not call:
-        return False
-    for line in lines[number + 1 :]:
-        if re.search(rf"-done\([^)]*%{re.escape(call[1])}[),]", line):
-            return False
-        if _COMPUTES.search(line):
-            return True
-    return False
+    total = 0.0
+    for line in lines[number + 1 :] if call and seconds else []:
+        name = re.match(r"(?:ROOT )?%?([\w.\-]+) = ", line)
+        if call and re.search(rf"-done\([^)]*%{re.escape(call[1])}[),]", line):
+            break
+        total += seconds.get(name[1], 0.0) if name else 0.0
+    return total
 
 
 def _nbytes(dtype: str, dimensions: str) -> float:

@@ -62,12 +62,17 @@ def compile_work(
     code = sum(program.memory_analysis().generated_code_size_in_bytes for program in programs)
     texts = [program.as_text() or "" for program in programs]
     rates = device_of(devices[0].device_kind) if devices[0].platform == "gpu" else None
+    found = [kernels(text, rates) if rates else [] for text in texts]
     return Compiled(
         memory=step.memory | {"program": code},
-        collectives=summed(found for text in texts for found in collectives(text)),
+        collectives=summed(
+            collective
+            for text, ran in zip(texts, found, strict=True)
+            for collective in collectives(text, {k.name: k.seconds / k.times for k in ran})
+        ),
         flops=sum((program.cost_analysis() or {}).get("flops", 0.0) for program in programs),
         seconds=time.perf_counter() - began,
-        kernels=[kernel for text in texts for kernel in kernels(text, rates)] if rates else [],
+        kernels=[kernel for ran in found for kernel in ran],
     )
 
 

@@ -52,6 +52,8 @@ class Kernel(NamedTuple):
     """Of matrix products and attention."""
     seconds: float = 0.0
     """At least."""
+    name: str = ""
+    """Of the instruction."""
 
 
 def kernels(text: str, device: Device) -> list[Kernel]:
@@ -74,7 +76,7 @@ def summed(kernels: Iterable[Kernel], key: Callable[[Kernel], str]) -> dict[str,
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0] * 5)
     for kernel in kernels:
         total = sums[key(kernel)]
-        for i, number in enumerate(kernel[2:]):
+        for i, number in enumerate(kernel[2:7]):
             total[i] += number
     totals = {name: Kernel(name, name, *numbers) for name, numbers in sums.items()}
     return dict(sorted(totals.items(), key=lambda item: -item[1].seconds))
@@ -92,7 +94,8 @@ def _of_computation(module: Module, name: str, times: float) -> Iterator[Kernel]
         else:
             kind, read, written, flops = _cost(module, i, types)
             source = module.source(i)
-            yield Kernel(kind, source, times, times * read, times * written, times * flops)
+            costs = (times * number for number in (read, written, flops))
+            yield Kernel(kind, source, times, *costs, name=i.name)
 
 
 def _is_collective(instruction: Instruction) -> bool:

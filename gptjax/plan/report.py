@@ -71,7 +71,7 @@ def _collectives(plan: Plan, device: Device | None) -> list[str]:
     def at(c: Collective) -> str:
         return (
             f" at {sending_rate(plan.work.mesh, device, c.group) / 1e9:,.0f} GB/s" if device else ""
-        ) + (f", {c.overlapped / c.sent:.0%} while kernels run" if plan.kernels else "")
+        ) + (f", beside {c.compute * 1e3:,.1f} ms of kernels" if plan.kernels else "")
 
     found = plan.collectives
     lines = [f"{'sent':<12} {human_bytes(sum(c.sent for c in found))} by each device and step"]
@@ -110,11 +110,11 @@ def _time(plan: Plan, device: Device | None) -> list[str]:
         ways["in turn"] = plan.serial
     for name, seconds in ways.items():
         days = plan.tokens / tokens * seconds / DAY
-        rate = f"{tokens / seconds:,.0f} tokens/s, {days:,.2f} days for {plan.tokens:.3g} tokens"
-        lines.append(
-            f"  {name:<17} {seconds * 1e3:,.1f} ms, {rate}, scaling efficiency "
-            f"{floor.efficiency(seconds):.0%}"
-        )
+        line = f"{seconds * 1e3:,.1f} ms, {tokens / seconds:,.0f} tokens/s, "
+        line += f"{days:,.2f} days for {plan.tokens:.3g} tokens"
+        if name != "in turn":
+            line += f", scaling efficiency {floor.efficiency(seconds):.0%}"
+        lines.append(f"  {name:<17} {line}")
     rates = (
         f"{device.flops / 1e12:,.4g} TFLOP/s in bfloat16, {device.bandwidth / 1e9:,.4g} GB/s of "
         "memory"
@@ -138,8 +138,8 @@ def _in_turn(plan: Plan) -> str:
     if not plan.kernels:
         return f"products, memory, collectives and update one after the other, {reached}"
     return (
-        f"the compiled program's {plan.kernels:,} kernels one after the other, {reached}, and the "
-        "collectives that none of them overlaps"
+        f"the compiled program's {plan.kernels:,} kernels one after the other, {reached}, and "
+        "what of the collectives takes longer than the kernels beside them"
     )
 
 

@@ -125,9 +125,9 @@ def make_plan(
     floor = step_floor(work, topology.device, sent) if topology.device and rated else None
     serial = floor.serial if floor else None
     if isinstance(found, Compiled) and found.kernels and topology.device:
-        waits = [c._replace(sent=c.sent - c.overlapped) for c in sent]
         serial = sum(kernel.seconds for kernel in found.kernels)
-        serial += sending_seconds(work.mesh, topology.device, waits)
+        for c in sent:
+            serial += max(0.0, sending_seconds(work.mesh, topology.device, [c]) - c.compute)
     return Plan(
         work=work,
         source=source,
