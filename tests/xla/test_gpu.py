@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from gptjax.parallel.devices import DEVICES
 from gptjax.xla.gpu import CUDNN, TARGETS, assumed_cudnn, proto_text
 from tests.conftest import ROOT
 
@@ -63,10 +64,8 @@ def test_a_gpu_is_what_its_data_sheet_says(kind):
     assert target["shared_memory_per_block_optin"] < target["shared_memory_per_core"]
 
 
-@pytest.mark.skipif(not SHARED, reason="needs the shared folder")
-def test_the_h100_is_the_one_that_is_described_elsewhere():
-    text = (Path(SHARED) / "gpu" / "h100.txtpb").read_text()
-    theirs = parsed(re.sub(r"#.*", "", text))
+def test_the_h100_is_the_one_that_is_described_elsewhere(shared):
+    theirs = parsed(re.sub(r"#.*", "", (shared / "gpu" / "h100.txtpb").read_text()))
     assert TARGETS[theirs["device_description_str"]] == theirs
 
 
