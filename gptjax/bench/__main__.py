@@ -363,8 +363,7 @@ def print_kernels(found: dict[str, list[Kernel]], tokens: float) -> dict[str, An
             cells = (_cells(ks[name]) if name in ks else f"{'':<36}" for ks in sums.values())
             print(f"{name:<28}" + "".join(f" | {cell}" for cell in cells))
         record[title] = {
-            way: {name: kernel._asdict() for name, kernel in ks.items()}
-            for way, ks in sums.items()
+            way: {name: kernel._asdict() for name, kernel in ks.items()} for way, ks in sums.items()
         }
     for way, ran in found.items():
         print(f"{way}: at best {tokens / sum(k.seconds for k in ran):,.0f} tokens/s a device")

@@ -7,7 +7,6 @@ lays out a block's weights and gradients.
 
 from typing import Any
 
-import jax
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -16,6 +15,7 @@ from gptjax.ops import dropout_bwd, dropout_fwd, embedding_bwd, layernorm_fwd
 from gptjax.ops.activation import gelu
 from gptjax.ops.quantized import OutIn, Quantized, quantized_linear, table_rows
 from gptjax.xla.barrier import barrier, cpu_barrier
+from gptjax.xla.forms import form_of
 
 __all__ = [
     "dropout_bwd",
@@ -69,15 +69,9 @@ def _gelu(x: Array) -> Array:
     return ops.gelu_fwd(x)[0]
 
 
-@jax.custom_jvp
+@form_of(_gelu)
 def _gelu_of_product(x: Array) -> Array:
     return gelu(x)
-
-
-@_gelu_of_product.defjvp
-def _(x: Any, dx: Any) -> tuple[Array, Array]:
-    """JAX's derivative is that of `ops.gelu_fwd`: the roundings of the other form are no steps."""
-    return jax.jvp(_gelu, x, dx)
 
 
 def gelu_bwd(x: Array, dy: Array) -> Array:

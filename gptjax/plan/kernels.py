@@ -7,7 +7,6 @@ the workspace of libraries are not known here.
 """
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
@@ -32,7 +31,16 @@ FREE = {
     "while",
 }
 # Operations that read all of their operands however little of their result is used
-WHOLE = {"concatenate", "dot", "dynamic-update-slice", "gather", "pad", "reduce", "scatter", "tuple"}
+WHOLE = {
+    "concatenate",
+    "dot",
+    "dynamic-update-slice",
+    "gather",
+    "pad",
+    "reduce",
+    "scatter",
+    "tuple",
+}
 # Operations that read of their first operand no more than is used of their result
 PART = {"dynamic-slice", "gather", "slice"}
 
@@ -167,6 +175,10 @@ def _fusion_cost(body: list[Instruction]) -> tuple[str, float, float, float]:
             written += types[i.operands[1 if i.opcode == "dynamic-update-slice" else 2]].nbytes
     opcodes = {i.opcode for i in body}
     written = written or next(i.nbytes for i in body if i.is_root)
-    kinds = {"product": flops > 0, "scatter": "scatter" in opcodes, "reduction": "reduce" in opcodes}
+    kinds = {
+        "product": flops > 0,
+        "scatter": "scatter" in opcodes,
+        "reduction": "reduce" in opcodes,
+    }
     kind = next((name for name, is_so in kinds.items() if is_so), "elementwise")
     return kind, read, written, flops

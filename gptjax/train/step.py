@@ -21,7 +21,7 @@ from gptjax.parallel import mesh as meshes
 from gptjax.parallel.sharding import on_mesh
 from gptjax.train.optimizer import Optimizer, StepMetrics, fused_update, update
 from gptjax.xla import native
-from gptjax.xla.options import compile_tuned
+from gptjax.xla.compile_options import compile_tuned
 
 # Of the parameters: an update that needs more room beside them copies what it is to overwrite
 COPIED = 1 / 8

@@ -48,9 +48,25 @@ TARGETS: dict[str, Any] = {
     target["device_description_str"]: target
     for target in (
         _gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 128, **_H100, **_HOPPER),
-        _gpu("NVIDIA H100 PCIe", (9, 0), 114, 128, **_HOPPER, **_H100 | {"bandwidth": 2000, "clock": 1.755}),
-        _gpu("NVIDIA H200", (9, 0), 132, 128, **_HOPPER, **_H100 | {"bandwidth": 4800, "memory": 150_754_820_096}),
-        _gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, **_A100, threads=2048, shared=164, l2=40 << 10),
+        _gpu(
+            "NVIDIA H100 PCIe",
+            (9, 0),
+            114,
+            128,
+            **_HOPPER,
+            **_H100 | {"bandwidth": 2000, "clock": 1.755},
+        ),
+        _gpu(
+            "NVIDIA H200",
+            (9, 0),
+            132,
+            128,
+            **_HOPPER,
+            **_H100 | {"bandwidth": 4800, "memory": 150_754_820_096},
+        ),
+        _gpu(
+            "NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, **_A100, threads=2048, shared=164, l2=40 << 10
+        ),
         _gpu("NVIDIA L4", (8, 9), 58, 128, **_L4, threads=1536, shared=100, l2=48 << 10),
     )
 }

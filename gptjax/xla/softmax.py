@@ -1,11 +1,10 @@
 """The logarithm of a sum of exponentials, in as few reads of the scores as the compiler allows."""
 
-from typing import Any
-
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
+
+from gptjax.xla.forms import form_of
 
 
 def log_sum_exp(x: Float[Array, "N V"]) -> Float[Array, " N"]:
@@ -24,7 +23,7 @@ def _two_passes(x: Float[Array, "N V"]) -> Float[Array, " N"]:
     return peak + jnp.log(jnp.maximum(jnp.exp(x - peak[:, None]).sum(-1), least.tiny))
 
 
-@jax.custom_jvp
+@form_of(_two_passes)
 def _one_pass(x: Float[Array, "N V"]) -> Float[Array, " N"]:
     """The sum of exponentials and their peak are one pair, and pairs are added in any order."""
     least = jnp.finfo(x.dtype)
@@ -43,8 +42,3 @@ def _one_pass(x: Float[Array, "N V"]) -> Float[Array, " N"]:
     none = jnp.asarray(least.min, x.dtype), jnp.zeros((), x.dtype)
     peak, total = lax.reduce(pairs, none, add, (1,))
     return peak + jnp.log(total)
-
-
-@_one_pass.defjvp
-def _(x: Any, dx: Any) -> tuple[Array, Array]:
-    return jax.jvp(_two_passes, x, dx)

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from gptjax.config import MeshConfig, ModelConfig
-from gptjax.models.chunks import LEAST_ROWS, join_chunks, num_chunks, row_chunks, sum_of_shares, total
+from gptjax.models.chunks import (
+    LEAST_ROWS,
+    join_chunks,
+    num_chunks,
+    row_chunks,
+    sum_of_shares,
+    total,
+)
 from gptjax.parallel.mesh import make_mesh, whole
 from gptjax.parallel.sharding import on_mesh
 from tests.compare import normal
