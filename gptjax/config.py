@@ -189,8 +189,11 @@ class Computation:
     """What the backward computes again instead of storing: none, gelu (the MLP's activations) or
     block (each whole block).
     """
-    loss_chunks: int = 1
-    """Parts in which the loss is computed: more parts keep fewer logits in memory at once."""
+    loss_chunks: int | Literal["auto"] = "auto"
+    """Chunks of rows in which the loss is computed: more chunks keep fewer logits in memory at
+    once. auto takes chunks whose logits are about as large as the hidden state (Liger's rule), of
+    at least 2,048 rows.
+    """
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -202,8 +205,10 @@ class Computation:
         for name in ("dropout", "dropout_mlp"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"model.{name} must be in [0, 1), not {getattr(self, name)}")
-        if self.loss_chunks < 1:
-            raise ConfigError(f"model.loss_chunks must be at least 1, not {self.loss_chunks}")
+        if self.loss_chunks != "auto" and self.loss_chunks < 1:
+            raise ConfigError(
+                f"model.loss_chunks must be auto or at least 1, not {self.loss_chunks}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -58,7 +58,7 @@ def test_vocabulary_is_padded_to_a_multiple_of_128(vocab_size, padded):
         ({"dropout": 1.0}, r"model.dropout must be in \[0, 1\)"),
         ({"dropout_mlp": -0.1}, r"model.dropout_mlp must be in \[0, 1\)"),
         ({"vocab_size": -1}, "model.vocab_size must be at least 0, not -1"),
-        ({"loss_chunks": 0}, "model.loss_chunks must be at least 1"),
+        ({"loss_chunks": 0}, "model.loss_chunks must be auto or at least 1"),
     ],
 )
 def test_impossible_dimensions(changes, message):

@@ -37,3 +37,14 @@ def cpu_barrier(first: Any, x: Inexact[Array, "*shape"]) -> Inexact[Array, "*sha
     then.
     """
     return lax.platform_dependent(first, x, cpu=barrier, default=lambda first, x: x)
+
+
+def chunk_barrier(first: Any, x: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
+    """x, available only once ``first`` is, on every platform: chunks are computed in turn.
+
+    Unlike a `cpu_barrier`, which leaves the order to other platforms' schedulers: those compute
+    all chunks first where a sum over them comes last.
+    """
+    return lax.platform_dependent(
+        first, x, cpu=barrier, default=lambda first, x: lax.optimization_barrier((first, x))[1]
+    )
