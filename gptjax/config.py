@@ -15,6 +15,7 @@ from gptjax.errors import ConfigError
 Order = Literal["shuffle", "sequential"]
 Backward = Literal["manual", "autodiff"]
 Horizontal = Literal["steps", "tokens", "time"]
+Storage = Literal["as_stored", "float32", "bfloat16", "q8_0", "q4_0", "q4_1"]
 
 PRESETS = {  # family, num_layers, num_heads, channels
     "124m": ("gpt2", 12, 12, 768),

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from gptjax import ops
 from gptjax.ops import dropout_bwd, dropout_fwd, embedding_bwd, gelu_fwd, layernorm_fwd
-from gptjax.ops.quantized import OutIn, Quantized, quantized_linear, table_rows
+from gptjax.ops.quantized import Blocks, OutIn, quantized_linear, table_rows
 from gptjax.xla.barrier import barrier, cpu_barrier
 
 __all__ = [
@@ -32,7 +32,7 @@ __all__ = [
 def linear_fwd(x: Array, w: Any, b: Array | None = None) -> tuple[Array, Any]:
     """`ops.linear_fwd`, also on weights stored for decoding."""
     return (
-        quantized_linear(x, w, b) if isinstance(w, OutIn | Quantized) else ops.linear_fwd(x, w, b)
+        quantized_linear(x, w, b) if isinstance(w, OutIn | Blocks) else ops.linear_fwd(x, w, b)
     )
 
 
@@ -66,6 +66,6 @@ def embedding_fwd(ids: Int[Array, "..."], table: Any) -> Float[Array, "..."]:
     """`ops.embedding_fwd`, also of a table stored for decoding."""
     return (
         table_rows(table, ids)
-        if isinstance(table, OutIn | Quantized)
+        if isinstance(table, OutIn | Blocks)
         else ops.embedding_fwd(ids, table)
     )
