@@ -960,9 +960,12 @@ class GenerateConfig(Sampler):
     tokenizer: str | None = None
     """For a checkpoint that comes without one: gpt2, byte, or a tokenizer file."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
-    """Dtype of the computation and the weights; auto is bfloat16 on GPU and TPU, float32 on CPU."""
+    """Dtype of the computation; auto is bfloat16 on GPU and TPU, float32 on CPU."""
+    weights: Storage = "as_stored"
+    """How to keep the weights: as_stored, as the file has them; float32, or the computation's dtype;
+    bfloat16; q8_0, q4_0 or q4_1, GGUF's blocks of 8 or 4 bits, which are faster and less exact."""
     int8: bool = False
-    """Keep the weights in 8 bits: faster, a little less exact."""
+    """The same as --weights q8_0."""
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -981,6 +984,13 @@ class GenerateConfig(Sampler):
                 raise ConfigError(f"{name} must be from 1 to {most}, not {getattr(self, name)}")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed must be from 0 to {2**32 - 1}, not {self.seed}")
+        if self.int8 and self.weights not in ("as_stored", "q8_0"):
+            raise ConfigError(f"int8 is short for weights q8_0: leave it or {self.weights} out")
+
+    @property
+    def storage(self) -> Storage:
+        """How the weights are kept."""
+        return "q8_0" if self.int8 else self.weights
 
     @property
     def sampler(self) -> Sampler:

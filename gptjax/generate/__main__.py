@@ -26,9 +26,8 @@ from gptjax.files import read_stream
 from gptjax.generate.engine import CHUNK, Rules
 from gptjax.generate.samples import Sample, continued
 from gptjax.generate.stream import prompt_ids
-from gptjax.models.decode import store_for_decoding
 from gptjax.tokenizers import Tokenizer
-from gptjax.weights import load_params, open_weights
+from gptjax.weights import load_for_decoding, open_weights
 from gptjax.xla.backend import platform_name, start_jax
 from gptjax.xla.cache import keep_compiled_programs
 
@@ -114,7 +113,7 @@ def read_prompts(args: GenerateConfig) -> list[str]:
 
 
 def load(args: GenerateConfig) -> Model:
-    """The checkpoint as `store_for_decoding` keeps it, and its tokenizer.
+    """The checkpoint as `load_for_decoding` keeps it, and its tokenizer.
 
     Raises:
         GptjaxError: there is none, it is damaged, or its tokenizer is not known or not its own.
@@ -138,10 +137,10 @@ def load(args: GenerateConfig) -> Model:
     )
     start_jax(wanted.dtype)
     cfg: ModelConfig = wanted.resolve(platform_name(), 1)
-    params = load_params(source, cfg)
+    params = load_for_decoding(source, cfg, args.storage)
     end = None if args.ignore_end else tokenizer.end_of_text
     return Model(
-        store_for_decoding(params, cfg, args.int8),
+        params,
         tokenizer,
         Rules(cfg, args.sampler, tokenizer.vocab_size, end),
     )

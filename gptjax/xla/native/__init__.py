@@ -39,20 +39,26 @@ LEFT_ALONE = 24 * 60 * 60  # seconds for which a compiler that took longer is no
 LOADS = f"import ctypes, sys; found = ctypes.CDLL(sys.argv[1]); [found[n] for n in {CALLS}]"
 
 
-@functools.cache
 def available() -> bool:
-    """Whether the kernels can be called: JAX computes on a CPU, and they could be compiled, now or
-    before.
+    """Whether `kernels` can be called; otherwise XLA does the work."""
+    return kernels() is not None
+
+
+@functools.cache
+def kernels() -> ctypes.CDLL | None:
+    """The library whose functions XLA calls; None if JAX does not compute on a CPU, or the library
+    could not be compiled, now or before.
 
     ``CXX`` names the compiler, ``c++`` by default; ``CXX=false`` leaves the work to XLA. Why it
-    cannot is logged. ``GPTJAX_NATIVE_ISA`` names one of `instruction_sets`, by default the first.
+    cannot be compiled is logged. ``GPTJAX_NATIVE_ISA`` names one of `instruction_sets`, by default
+    the first.
 
     Raises:
         ConfigError: it names another.
 
     """
     if jax.default_backend() != "cpu":
-        return False
+        return None
     try:
         found = library()
         for name in CALLS:
@@ -64,22 +70,22 @@ def available() -> bool:
         logging.getLogger(__name__).info(
             "AdamW and stored weights are XLA's: %s %s", error, said.decode(errors="replace")
         )
-        return False
+        return None
+    found.instruction_set.restype = ctypes.c_char_p
     use_instruction_set(found, os.environ.get(ISA) or instruction_sets(found)[0])
-    return True
+    return found
 
 
 def instruction_sets(found: ctypes.CDLL) -> list[str]:
-    """Those that products are computed with on this processor, the best first: avx512vnni, avxvnni,
-    avx2 and portable, which is plain C++.
+    """Those that `kernels` can use on this processor, the best first: avx512vnni, avxvnni, avx2 and
+    portable, which is plain C++.
     """
-    found.instruction_set.restype = ctypes.c_char_p
     names = (found.instruction_set(index) for index in itertools.count())
     return [name.decode() for name in itertools.takewhile(bool, names)]
 
 
 def use_instruction_set(found: ctypes.CDLL, name: str) -> None:
-    """Compute products with it from now on.
+    """Let products use it from now on.
 
     Raises:
         ConfigError: this processor does not have it.

@@ -363,8 +363,9 @@ ffi::Error Product(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::Remaini
 
 }  // namespace
 
-// The names of the instruction sets, the best first; null after the last.
+// The names of the instruction sets, the best first; null after the last. The one in use is -1.
 extern "C" const char* instruction_set(int index) {
+  if (index == -1) return chosen.load()->name;
   const auto& all = AllKernels();
   return index >= 0 && index < static_cast<int>(all.size()) ? all[index].name : nullptr;
 }
