@@ -3,6 +3,7 @@
 """
 
 import dataclasses
+import math
 import os
 import re
 from pathlib import Path
@@ -17,11 +18,44 @@ Backward = Literal["manual", "autodiff"]
 Horizontal = Literal["steps", "tokens", "time"]
 Storage = Literal["as_stored", "float32", "bfloat16", "q8_0", "q4_0", "q4_1"]
 
-PRESETS = {  # family, num_layers, num_heads, channels
-    "124m": ("gpt2", 12, 12, 768),
-    "350m": ("gpt2", 24, 16, 1024),
-    "774m": ("gpt2", 36, 20, 1280),
-    "1558m": ("gpt2", 48, 25, 1600),
+
+def _gpt2(num_layers: int, num_heads: int, channels: int) -> dict[str, Any]:
+    names = ("num_layers", "num_heads", "channels")
+    return {"family": "gpt2"} | dict(zip(names, (num_layers, num_heads, channels), strict=True))
+
+
+def _llama(*sizes: int, theta: float = 1e4, tied: bool = True) -> dict[str, Any]:
+    heads = ("num_layers", "num_heads", "num_kv_heads")
+    names = (*heads, "channels", "hidden", "vocab_size", "max_seq_len")
+    options = {"family": "llama", "rope_theta": theta, "norm_eps": 1e-5, "tied": tied}
+    return dict(zip(names, sizes, strict=True)) | options
+
+
+Preset = Literal[
+    "124m",
+    "350m",
+    "774m",
+    "1558m",
+    "stories260k",
+    "stories15m",
+    "stories42m",
+    "stories110m",
+    "smollm2-135m",
+    "tinyllama-1.1b",
+    "llama2-7b",
+]
+PRESETS: dict[str, dict[str, Any]] = {
+    "124m": _gpt2(12, 12, 768),
+    "350m": _gpt2(24, 16, 1024),
+    "774m": _gpt2(36, 20, 1280),
+    "1558m": _gpt2(48, 25, 1600),
+    "stories260k": _llama(5, 8, 4, 64, 172, 512, 512),
+    "stories15m": _llama(6, 6, 6, 288, 768, 32000, 256),
+    "stories42m": _llama(8, 8, 8, 512, 1376, 32000, 1024),
+    "stories110m": _llama(12, 12, 12, 768, 2048, 32000, 1024),
+    "smollm2-135m": _llama(30, 9, 3, 576, 1536, 49152, 8192, theta=1e5),
+    "tinyllama-1.1b": _llama(22, 32, 4, 2048, 5632, 32000, 2048, tied=False),
+    "llama2-7b": _llama(32, 32, 32, 4096, 11008, 32000, 4096, tied=False),
 }
 VOCAB_MULTIPLE = 128
 # Longest sequence for which auto chooses materialised attention. Above it, blockwise takes less
@@ -47,11 +81,14 @@ class Architecture:
     """The model's family and dimensions, saved in each checkpoint."""
 
     family: str = "gpt2"
-    """The network: gpt2."""
+    """The network: gpt2 or llama."""
     num_layers: int = 0
     """Transformer blocks (L); by default the preset's."""
     num_heads: int = 0
     """Attention heads (H), a divisor of channels; by default the preset's."""
+    num_kv_heads: int = 0
+    """Heads of keys and values (K), a divisor of num_heads: each serves a group of query heads. By
+    default as many as num_heads."""
     channels: int = 0
     """Width of the residual stream (C); by default the preset's."""
     hidden: int = 0
@@ -60,17 +97,30 @@ class Architecture:
     """Token ids the model knows (V); the tables are padded to a multiple of 128."""
     max_seq_len: int = 1024
     """Longest sequence that the model takes, in tokens."""
+    rope_theta: float = 1e4
+    """Base of the rotary embedding's wavelengths, in Llama."""
+    norm_eps: float = 1e-5
+    """Added to the mean square in the RMSNorms of Llama."""
+    tied: bool = True
+    """Whether the classifier is the token embedding, in Llama; GPT-2's always is."""
 
     def __post_init__(self) -> None:
-        """Fill in the hidden units and check every field.
+        """Fill in the hidden units and the key-value heads, and check every field.
 
         Raises:
             ConfigError: a dimension is missing or does not divide, or a number is out of range.
 
         """
-        if self.hidden == 0:
-            object.__setattr__(self, "hidden", 4 * self.channels)
-        for name in ("num_layers", "num_heads", "channels", "hidden", "vocab_size", "max_seq_len"):
+        for name, default in (
+            ("hidden", 4 * self.channels),
+            ("num_kv_heads", self.num_heads),
+        ):
+            if getattr(self, name) == 0:
+                object.__setattr__(self, name, default)
+        for name in (
+            *("num_layers", "num_heads", "num_kv_heads", "channels", "hidden", "vocab_size"),
+            "max_seq_len",
+        ):
             least = 0 if name == "vocab_size" and isinstance(self, ModelConfig) else 1
             if getattr(self, name) < least:
                 raise ConfigError(
@@ -82,6 +132,16 @@ class Architecture:
                 f"{self.num_heads}: choose a multiple, such as "
                 f"{self.num_heads * max(1, round(self.channels / self.num_heads))}"
             )
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"model.num_heads {self.num_heads} does not divide by model.num_kv_heads "
+                f"{self.num_kv_heads}: choose a divisor, or leave model.num_kv_heads out"
+            )
+        for name in ("rope_theta", "norm_eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(
+                    f"model.{name} must be a positive number, not {getattr(self, name)}"
+                )
 
     @property
     def head_dim(self) -> int:
@@ -102,6 +162,7 @@ class Architecture:
             "L": self.num_layers,
             "C": self.channels,
             "H": self.num_heads,
+            "K": self.num_kv_heads,
             "D": self.head_dim,
             "F": self.hidden,
             "T": self.max_seq_len,
@@ -153,13 +214,23 @@ class ModelConfig(Computation, Architecture):
     Hashable, so it can be a static argument of a jitted function.
     """
 
-    preset: Literal["124m", "350m", "774m", "1558m"] | None = None
-    """A published size of GPT-2: sets num_layers, num_heads and channels, each of which may still
-    be given.
+    preset: Preset | None = None
+    """A published model: 124m to 1558m are GPT-2's sizes, the others Llamas. It sets the options of
+    the architecture, each of which may still be given.
     """
+    family: str = ""
+    """The network: gpt2 or llama; by default the preset's, or gpt2."""
     vocab_size: int = 0
-    """Token ids the model knows (V); the tables are padded to a multiple of 128. By default as many
-    as the tokenizer has."""
+    """Token ids the model knows (V); the tables are padded to a multiple of 128. By default the
+    preset's, or as many as the tokenizer has."""
+    max_seq_len: int = 0
+    """Longest sequence that the model takes, in tokens; by default the preset's, or 1024."""
+    rope_theta: float = 0
+    """Base of the rotary embedding's wavelengths, in Llama; by default the preset's, or 10000."""
+    norm_eps: float = 0
+    """Added to the mean square in the RMSNorms of Llama; by default the preset's, or 1e-5."""
+    tied: bool | None = None  # type: ignore[assignment]
+    """Whether the classifier is the token embedding, in Llama; by default the preset's, or true."""
 
     def __post_init__(self) -> None:
         """Fill in what the preset implies and check every field.
@@ -168,16 +239,26 @@ class ModelConfig(Computation, Architecture):
             ConfigError: a dimension is missing or does not divide, or a number is out of range.
 
         """
-        names = "family", "num_layers", "num_heads", "channels"
-        preset = dict(zip(names, PRESETS[self.preset], strict=True)) if self.preset else {}
-        for name in names[1:]:
+        preset = PRESETS[self.preset] if self.preset else {}
+        if self.family and preset.get("family", self.family) != self.family:
+            raise ConfigError(
+                f"model.preset {self.preset} is a {preset['family']}, not a {self.family}: leave "
+                "model.family out"
+            )
+        unset, defaults = (
+            {field.name: field.default for field in dataclasses.fields(kind)}
+            for kind in (ModelConfig, Architecture)
+        )
+        for name in DIMENSIONS:
+            if getattr(self, name) == unset[name]:
+                default = unset[name] if name == "vocab_size" else defaults[name]
+                object.__setattr__(self, name, preset.get(name, default))
+        for name in ("num_layers", "num_heads", "channels"):
             if getattr(self, name) == 0:
-                if name not in preset:
-                    raise ConfigError(
-                        f"model.{name} is missing: give it, or choose model.preset from "
-                        f"{', '.join(PRESETS)}"
-                    )
-                object.__setattr__(self, name, preset[name])
+                raise ConfigError(
+                    f"model.{name} is missing: give it, or choose model.preset from "
+                    f"{', '.join(PRESETS)}"
+                )
         Architecture.__post_init__(self)
         Computation.__post_init__(self)
 

@@ -45,6 +45,8 @@ class Source(NamedTuple):
     tokenizer: Tokenizer | None = None
     note: str = ""
     """Why there is no tokenizer, where one would be expected."""
+    chat_template: str | None = None
+    """The model's own template of a conversation, in Jinja."""
 
 
 def open_weights(where: str) -> Source:

@@ -82,7 +82,7 @@ def prefill(
     visible |= jnp.eye(P, dtype=bool)[None]
 
     def attend(past: None, q: Array, k: Array, v: Array) -> tuple[Array, LayerCache]:
-        o, _ = materialised_fwd(q, k, v, visible=visible[:, None])
+        o, _ = materialised_fwd(q, k, v, visible=visible)
         empty = (0, 0), (0, 0), (0, slots - P), (0, 0)
         return o, LayerCache(*(jnp.pad(x.transpose(0, 2, 1, 3), empty) for x in (k, v)))
 
@@ -129,7 +129,7 @@ def _forward(
         return x, saved.att
 
     x, cache = over_layers(body, x, (params.blocks, cache), cfg)
-    h, _ = family.norm_fwd(params, x[:, -1:])
+    h, _ = family.norm_fwd(params, x[:, -1:], cfg)
     # Pad rows are computed too: slicing the table would copy it.
     logits = product(h[:, 0], head_of(params, cfg))
     return logits[:, : cfg.vocab_size], cache

@@ -10,7 +10,17 @@ from typing import Any
 from jaxtyping import Array, Float, Int
 
 from gptjax import ops
-from gptjax.ops import dropout_bwd, dropout_fwd, embedding_bwd, gelu_fwd, layernorm_fwd
+from gptjax.ops import (
+    dropout_bwd,
+    dropout_fwd,
+    embedding_bwd,
+    gelu_fwd,
+    layernorm_fwd,
+    rmsnorm_fwd,
+    rotary_bwd,
+    rotary_fwd,
+    swiglu_fwd,
+)
 from gptjax.ops.quantized import Blocks, OutIn, quantized_linear, table_rows
 from gptjax.xla.barrier import barrier, cpu_barrier
 
@@ -26,6 +36,13 @@ __all__ = [
     "layernorm_fwd",
     "linear_bwd",
     "linear_fwd",
+    "rmsnorm_bwd",
+    "rmsnorm_fwd",
+    "rotary_bwd",
+    "rotary_fwd",
+    "swiglu_again",
+    "swiglu_bwd",
+    "swiglu_fwd",
 ]
 
 
@@ -52,6 +69,13 @@ def layernorm_bwd(saved: Any, w: Array, dy: Array) -> tuple[Array, Array, Array]
     return cpu_barrier((dw, db), dx), dw, db
 
 
+def rmsnorm_bwd(saved: Any, w: Array, dy: Array) -> tuple[Array, Array]:
+    """`ops.rmsnorm_bwd`; its statistic waits for dy, as `layernorm_bwd`'s do."""
+    saved = saved._replace(rstd=barrier(dy, saved.rstd))
+    dx, dw = ops.rmsnorm_bwd(saved, w, dy)
+    return cpu_barrier(dw, dx), dw
+
+
 def gelu_bwd(x: Array, dy: Array) -> Array:
     """`ops.gelu_bwd`; x waits for dy, or XLA computes tanh(u) in the forward and stores it."""
     return ops.gelu_bwd(barrier(dy, x), dy)
@@ -60,6 +84,18 @@ def gelu_bwd(x: Array, dy: Array) -> Array:
 def gelu_again(dx: Array, x: Array) -> Array:
     """`ops.gelu_fwd` of x, recomputed in the backward once dx is available."""
     return ops.gelu_fwd(barrier(dx, x))[0]
+
+
+def swiglu_bwd(saved: Any, dy: Array) -> tuple[Array, Array]:
+    """`ops.swiglu_bwd`; the gate waits for dy, or XLA computes its sigmoid in the forward and
+    stores it.
+    """
+    return ops.swiglu_bwd(saved._replace(gate=barrier(dy, saved.gate)), dy)
+
+
+def swiglu_again(dx: Array, saved: Any) -> Array:
+    """`ops.swiglu_fwd`, recomputed in the backward once dx is available."""
+    return ops.swiglu_fwd(barrier(dx, saved.gate), saved.up)[0]
 
 
 def embedding_fwd(ids: Int[Array, "..."], table: Any) -> Float[Array, "..."]:

@@ -21,6 +21,7 @@ OPTIONS = {  # the option that sets the size of an axis that a mesh cuts
     "B": "data.batch_size",
     "C": "model.channels",
     "H": "model.num_heads",
+    "K": "model.num_kv_heads",
     "F": "model.hidden",
     "Vp": "model.vocab_size, padded to",
 }

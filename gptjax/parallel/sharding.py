@@ -39,6 +39,7 @@ RULES: dict[str | None, Rule] = {
     "B": Rule(("data", "fsdp"), ("data",)),  # param: in the embedding, whose channels fsdp cuts
     "C": Rule((), ("fsdp",)),
     "H": Rule(("tensor",), ("tensor",)),
+    "K": Rule(("tensor",), ("tensor",)),
     "D": Rule((), ()),
     "F": Rule(("tensor",), ("tensor",)),
     "Vp": Rule(("tensor",), ("tensor",)),

@@ -4,7 +4,7 @@ import abc
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -34,6 +34,18 @@ class Tokenizer(abc.ABC):
     @abc.abstractmethod
     def end_of_text(self) -> int | None:
         """The id that separates documents; None where there is none."""
+
+    @property
+    def begin_of_text(self) -> int | None:
+        """The id that begins each document, as Llama's BOS; None where the separator does."""
+        return None
+
+    @property
+    def special_tokens(self) -> Mapping[str, int]:
+        """Ids of the control tokens by their text, such as ``<|im_start|>``; `encode` never gives
+        them.
+        """
+        return {}
 
     @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
