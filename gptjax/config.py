@@ -969,6 +969,9 @@ class EvaluateConfig:
     """Sequences computed at a time; the figures do not depend on it."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """Compute dtype; auto is bfloat16 on GPU and TPU, float32 on CPU."""
+    weights: Storage = "float32"
+    """How to store the weights, as in generation, to see what that costs: as_stored, float32,
+    bfloat16, q8_0, q4_0 or q4_1."""
     tokenizer: str | None = None
     """For a checkpoint that comes without one: gpt2, byte, a tokenizer.json, a folder with one, or
     llm.c's file.

@@ -21,16 +21,17 @@ import jax
 from gptjax import cli, datasets, tokenizers
 from gptjax.cli.options import parse
 from gptjax.cli.progress import counting
-from gptjax.config import Config, DataConfig, EvaluateConfig, ModelConfig
+from gptjax.config import Config, DataConfig, EvaluateConfig, ModelConfig, Storage
 from gptjax.datasets import Corpus
 from gptjax.datasets.batches import Windows, in_order
 from gptjax.errors import ConfigError, DataError, naming
 from gptjax.evaluate import hellaswag
 from gptjax.evaluate.corpus import score_corpus
 from gptjax.evaluate.estimate import Estimate
+from gptjax.evaluate.storage import compare
 from gptjax.models.params import num_params
 from gptjax.tokenizers import Tokenizer, is_gpt2
-from gptjax.weights import Source, load_params, open_weights
+from gptjax.weights import Source, load_for_decoding, load_params, open_weights
 from gptjax.xla.backend import platform_name, start_jax
 from gptjax.xla.cache import keep_compiled_programs
 
@@ -70,6 +71,7 @@ def main(argv: list[str] | None = None) -> int:
                 "checkpoint": cfg.checkpoint,
                 "dataset": cfg.dataset,
                 "dtype": model.resolve(platform_name(), 1).dtype,
+                "weights": cfg.weights,
             }
             with naming(cfg.json):
                 Path(cfg.json).write_text(
@@ -115,7 +117,7 @@ def evaluate_corpus(
     count = min(len(windows), -(-cfg.wanted // seq_len)) if cfg.wanted else len(windows)
     show("corpus", f"{corpus.folder}, {cfg.split}, sha256 {corpus.sha256[:16]}")
     show("tokenizer", describe_tokenizer(corpus, tokenizer, source.note))
-    params = load_params(source, model)
+    params = load_for_scoring(source, model, cfg.weights)
     with counting("scoring", count) as advance:
         found = score_corpus(
             params, in_order(windows, count, cfg.batch_size), model, corpus.tokenizer, advance
@@ -131,6 +133,20 @@ def evaluate_corpus(
         show("bits/byte", plus_minus(found.bits_per_byte))
     else:
         show("bits/byte", "not known: that takes the tokenizer that made the ids; give --tokenizer")
+    against: dict[str, Any] = {}
+    if cfg.weights != "float32":
+        exact = load_params(source, model)
+        with counting("comparing", count) as advance:
+            batches = in_order(windows, count, cfg.batch_size)
+            compared = compare(exact, params, batches, model, advance)
+        show("float32", f"loss {plus_minus(compared.loss)}")
+        show("divergence", f"{plus_minus(compared.divergence, 6)} nats a token from float32")
+        show("agreement", f"{plus_minus(compared.agreement)} have float32's likeliest token")
+        against = {
+            **as_json("float32_loss", compared.loss),
+            **as_json("divergence", compared.divergence),
+            **as_json("agreement", compared.agreement),
+        }
     counts = {
         "split": cfg.split,
         "sha256": corpus.sha256,
@@ -143,6 +159,7 @@ def evaluate_corpus(
         **as_json("loss", found.loss),
         **as_json("perplexity", found.perplexity),
         **as_json("bits_per_byte", found.bits_per_byte),
+        **against,
     }
 
 
@@ -263,7 +280,7 @@ def evaluate_questions(
             f"{rows.cut:,} contexts at their start, to fit the {model.max_seq_len} positions of "
             "the model",
         )
-    params = load_params(source, model)
+    params = load_for_scoring(source, model, cfg.weights)
     with counting("scoring", len(rows.ids)) as advance:
         found = hellaswag.score_questions(params, rows, model, cfg.batch_size, advance)
     show("acc", plus_minus(found.acc))
@@ -273,6 +290,11 @@ def evaluate_questions(
 
 
 # --- Both ---
+
+
+def load_for_scoring(source: Source, model: ModelConfig, how: Storage) -> Any:
+    """The parameters, stored as ``how`` says."""
+    return load_params(source, model) if how == "float32" else load_for_decoding(source, model, how)
 
 
 def tokenizer_of(cfg: EvaluateConfig, source: Source) -> Tokenizer | None:

@@ -30,7 +30,9 @@ def store_for_decoding(params: Any, cfg: ModelConfig, how: Storage = "as_stored"
 
     """
     weights = per_tensor(lambda weight: weight, params, cfg)
-    return jax.tree.map(lambda weight, w: store(w, weight, cfg, how), weights, params, is_leaf=is_weight)
+    return jax.tree.map(
+        lambda weight, w: store(w, weight, cfg, how), weights, params, is_leaf=is_weight
+    )
 
 
 @partial(jax.jit, static_argnames=("weight", "cfg", "how"))

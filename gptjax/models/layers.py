@@ -21,10 +21,12 @@ from gptjax.ops import (
     rotary_fwd,
     swiglu_fwd,
 )
-from gptjax.ops.quantized import Blocks, OutIn, quantized_linear, table_rows
+from gptjax.ops.quantized import Blocks, OutIn, product, quantized_linear, table_rows
 from gptjax.xla.barrier import barrier, cpu_barrier
+from gptjax.xla.products import contract
 
 __all__ = [
+    "classifier_fwd",
     "dropout_bwd",
     "dropout_fwd",
     "embedding_bwd",
@@ -48,9 +50,7 @@ __all__ = [
 
 def linear_fwd(x: Array, w: Any, b: Array | None = None) -> tuple[Array, Any]:
     """`ops.linear_fwd`, also on weights stored for decoding."""
-    return (
-        quantized_linear(x, w, b) if isinstance(w, OutIn | Blocks) else ops.linear_fwd(x, w, b)
-    )
+    return quantized_linear(x, w, b) if isinstance(w, OutIn | Blocks) else ops.linear_fwd(x, w, b)
 
 
 def linear_bwd(x: Array, w: Array, dy: Array) -> tuple[Array, Array, Array]:
@@ -96,6 +96,13 @@ def swiglu_bwd(saved: Any, dy: Array) -> tuple[Array, Array]:
 def swiglu_again(dx: Array, saved: Any) -> Array:
     """`ops.swiglu_fwd`, recomputed in the backward once dx is available."""
     return ops.swiglu_fwd(barrier(dx, saved.gate), saved.up)[0]
+
+
+def classifier_fwd(h: Float[Array, "N C"], head: Any) -> Float[Array, "N Vp"]:
+    """``h head^T``, also with a classifier stored for decoding."""
+    if isinstance(head, OutIn | Blocks):
+        return product(h, head)
+    return contract("nc,vc->nv", h, head.astype(h.dtype))
 
 
 def embedding_fwd(ids: Int[Array, "..."], table: Any) -> Float[Array, "..."]:

@@ -38,7 +38,7 @@ class OutIn(NamedTuple):
 )
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """A weight, output axes first, in blocks of 32 inputs with the numbers of GGUF's formats:
+    """A weight, output axes first, in blocks of 32 inputs with the numbers of GGUF's formats.
 
         q8_0:  w = scale q               -127 <= q <= 127
         q4_0:  w = scale (q - 8)            0 <= q <= 15
@@ -84,10 +84,9 @@ def quantize(w: Float[Array, "..."], kind: Kind, inputs: int = 1) -> Blocks:
         inputs: number of trailing input axes, which are flattened into one.
 
     """
-    O, I = math.prod(w.shape[:-inputs]), math.prod(w.shape[-inputs:])
-    rows = w.reshape(O, I).astype(jnp.float32)
-    P, N = -(-O // PANEL), -(-I // BLOCK)
-    blocks = jnp.pad(rows, ((0, P * PANEL - O), (0, N * BLOCK - I)))
+    rows = w.reshape(math.prod(w.shape[:-inputs]), -1).astype(jnp.float32)
+    P, N = -(-rows.shape[0] // PANEL), -(-rows.shape[1] // BLOCK)
+    blocks = jnp.pad(rows, ((0, -rows.shape[0] % PANEL), (0, -rows.shape[1] % BLOCK)))
     blocks = blocks.reshape(P, PANEL, N, BLOCK)
     high, low = blocks.max(-1), blocks.min(-1)
     signed = jnp.where(high > -low, high, low)
@@ -113,8 +112,8 @@ def dequantize(w: Blocks) -> Float[Array, "..."]:
         q += w.minimum.astype(jnp.float32)[..., None, :, None]
     P, N = w.scale.shape[:2]
     rows = q.transpose(0, 3, 1, 2, 4).reshape(P * PANEL, N * BLOCK)
-    O, I = math.prod(w.outputs), math.prod(w.shape[-w.inputs :])
-    return rows[:O, :I].reshape(w.shape)
+    outputs, inputs = math.prod(w.outputs), math.prod(w.shape[-w.inputs :])
+    return rows[:outputs, :inputs].reshape(w.shape)
 
 
 def _integers(q: Shaped[Array, "... J O 4"], centred: bool) -> Float[Array, "... 8 O 4"]:
@@ -187,9 +186,8 @@ def _rounded_product(x: Float[Array, "M I"], w: Blocks) -> Float[Array, "M O"]:
 
 def rounded(x: Float[Array, "M I"]) -> Float[Array, "M I"]:
     """Round each 32 numbers of a row to multiples of their largest magnitude / 127."""
-    M, I = x.shape
-    blocks = jnp.pad(x, ((0, 0), (0, -I % BLOCK))).reshape(M, -1, BLOCK)
+    blocks = jnp.pad(x, ((0, 0), (0, -x.shape[1] % BLOCK))).reshape(len(x), -1, BLOCK)
     largest = jnp.abs(blocks).max(-1, keepdims=True)
     finest = jnp.where(largest < TINY, jnp.inf, largest)
     q = jnp.round(blocks * (LARGEST / finest))
-    return (q * (largest / LARGEST)).reshape(M, -1)[:, :I]
+    return (q * (largest / LARGEST)).reshape(len(x), -1)[:, : x.shape[1]]

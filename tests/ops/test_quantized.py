@@ -187,11 +187,11 @@ def rounding_bound(x, w: Blocks) -> np.ndarray:
     return 1.0001 * halves + 4 * (weights.shape[1] + 4) * 2.0**-24 * sums
 
 
-def make(seed, O, I, M, kind):
+def make(seed, outputs, inputs, rows, kind):
     rng = np.random.default_rng(seed)
-    x = rng.normal(size=(M, I)).astype(np.float32)
+    x = rng.normal(size=(rows, inputs)).astype(np.float32)
     x[0, 0] *= 50  # activations have outliers
-    return x, QUANTIZE(rng.normal(size=(O, I)).astype(np.float32), kind)
+    return x, QUANTIZE(rng.normal(size=(outputs, inputs)).astype(np.float32), kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -210,7 +210,9 @@ def test_products_with_rounded_activations_are_exact(kernels, kind):
     x, w = make(7, 33, 300, 5, kind)
     x = rounded(jnp.asarray(x))
     expected = np.asarray(x, np.float64) @ exact(w).T
-    np.testing.assert_allclose(computed(x, w, kernels), expected, atol=2e-6 * np.abs(expected).max())
+    np.testing.assert_allclose(
+        computed(x, w, kernels), expected, atol=2e-6 * np.abs(expected).max()
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,5 +1,7 @@
-"""Kernels in C++ for CPUs, AdamW and products with stored weights, compiled when first needed by the
-C++ compiler that is here; without one XLA computes the same.
+"""Kernels in C++ for CPUs: AdamW, and products with stored weights.
+
+The C++ compiler that is here compiles them when they are first needed; without one XLA computes the
+same.
 """
 
 import contextlib
