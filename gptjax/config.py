@@ -16,6 +16,7 @@ from gptjax.errors import ConfigError
 Order = Literal["shuffle", "sequential"]
 Backward = Literal["manual", "autodiff"]
 Horizontal = Literal["steps", "tokens", "time"]
+Storage = Literal["as_stored", "float32", "bfloat16", "q8_0", "q4_0", "q4_1"]
 
 
 def _gpt2(num_layers: int, num_heads: int, channels: int) -> dict[str, Any]:
@@ -997,6 +998,9 @@ class EvaluateConfig:
     """Sequences computed at a time; the figures do not depend on it."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """Compute dtype; auto is bfloat16 on GPU and TPU, float32 on CPU."""
+    weights: Storage = "float32"
+    """How to store the weights, as in generation, to see what that costs: as_stored, float32,
+    bfloat16, q8_0, q4_0 or q4_1."""
     tokenizer: str | None = None
     """Tokenizer of a checkpoint without its own: gpt2, byte, a tokenizer.json, a folder with one,
     or llm.c's file.
@@ -1069,9 +1073,12 @@ class GenerateConfig(Sampler):
     tokenizer: str | None = None
     """Tokenizer of a checkpoint without its own: gpt2, byte, or a tokenizer file."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
-    """Dtype of the computation and the weights; auto is bfloat16 on GPU and TPU, float32 on CPU."""
+    """Dtype of the computation; auto is bfloat16 on GPU and TPU, float32 on CPU."""
+    weights: Storage = "as_stored"
+    """How to keep the weights: as_stored, as the file has them; float32, or the dtype computed in;
+    bfloat16; q8_0, q4_0 or q4_1, GGUF's blocks of 8 or 4 bits, which are faster and less exact."""
     int8: bool = False
-    """Keep the weights in 8 bits: faster, a little less exact."""
+    """The same as --weights q8_0."""
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -1090,6 +1097,13 @@ class GenerateConfig(Sampler):
                 raise ConfigError(f"{name} must be from 1 to {most}, not {getattr(self, name)}")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed must be from 0 to {2**32 - 1}, not {self.seed}")
+        if self.int8 and self.weights not in ("as_stored", "q8_0"):
+            raise ConfigError(f"int8 is short for weights q8_0: leave it or {self.weights} out")
+
+    @property
+    def storage(self) -> Storage:
+        """How the weights are kept."""
+        return "q8_0" if self.int8 else self.weights
 
     @property
     def sampler(self) -> Sampler:

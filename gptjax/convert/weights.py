@@ -13,13 +13,15 @@ from jax import Array
 from jax.sharding import Mesh
 
 from gptjax import tokenizers
-from gptjax.config import DIMENSIONS, Architecture, ModelConfig
+from gptjax.config import DIMENSIONS, Architecture, ModelConfig, Storage
 from gptjax.errors import CheckpointError, FormatError, GptjaxError
 from gptjax.formats import hf, llmc, safetensors
 from gptjax.formats.lazy import LazyTensor, pad_vocab, stack_lazily
 from gptjax.formats.recognise import recognise
+from gptjax.models.decode import store
 from gptjax.models.family import Weight
 from gptjax.models.params import param_axes, per_tensor, tensor_at
+from gptjax.ops.quantized import Blocks
 from gptjax.parallel.mesh import param_shardings, place
 from gptjax.tokenizers import Tokenizer, tokenizer_json
 from gptjax.train.checkpoint import open_newest
@@ -202,6 +204,38 @@ def load_params(source: Source, cfg: ModelConfig, mesh: Mesh | None = None) -> A
     return jax.tree_util.tree_map_with_path(load, params, weights, layouts)
 
 
+def load_for_decoding(source: Source, cfg: ModelConfig, how: Storage = "as_stored") -> Any:
+    """The parameters of an opened model as decoding reads them fastest, in the unrolled layout.
+
+    They are read and stored one after the other, so that there is never a float32 copy of all.
+
+    Args:
+        source: the model.
+        cfg: resolved, with the model's architecture.
+        how: to store the matrices and the tables of the vocabulary: see
+            `gptjax.models.decode.store`.
+
+    Raises:
+        CheckpointError: a number is not finite, or too large for half precision's scales; its
+            tensor is named.
+
+    """
+    weights = per_tensor(lambda weight: weight, source.params, cfg)
+
+    def load(path: Any, tensor: LazyTensor, weight: Weight) -> Any:
+        array = np.asarray(tensor)
+        check_finite(source.format, path, array)
+        found = store(place(pad_vocab(array, weight, cfg), None), weight, cfg, how)
+        if isinstance(found, Blocks) and not all(jnp.isfinite(x).all() for x in found.arrays[1:]):
+            raise CheckpointError(
+                f"the {source.format} has numbers in {_name(path)} that are too large for {how}: "
+                "keep them in float32, with --weights float32"
+            )
+        return found
+
+    return jax.tree_util.tree_map_with_path(load, source.params, weights)
+
+
 def check_finite(what: str, path: Any, array: np.ndarray) -> None:
     """Raise a `CheckpointError` that names the tensor at ``path`` of a tree if a number is not
     finite in float32.
@@ -209,12 +243,15 @@ def check_finite(what: str, path: Any, array: np.ndarray) -> None:
     with np.errstate(over="ignore"):  # float64 beyond float32's range
         finite = np.isfinite(array if array.itemsize <= 4 else array.astype(np.float32)).all()
     if not finite:
-        name, layer = tensor_at(path)
-        tensor = name if layer is None else f"{name}[{layer}]"
         raise CheckpointError(
-            f"the {what} has numbers in {tensor} that are not finite: it is damaged, or its "
+            f"the {what} has numbers in {_name(path)} that are not finite: it is damaged, or its "
             "training diverged; use another checkpoint"
         )
+
+
+def _name(path: Any) -> str:
+    name, layer = tensor_at(path)
+    return name if layer is None else f"{name}[{layer}]"
 
 
 def write_weights(source: Source, path: Path, to: Format, dtype: np.dtype) -> None:

@@ -21,14 +21,15 @@ import jax
 from gptjax import cli, datasets, tokenizers
 from gptjax.cli.options import parse
 from gptjax.cli.progress import counting
-from gptjax.config import Config, DataConfig, EvaluateConfig, ModelConfig
-from gptjax.convert.weights import Source, load_params, open_weights
+from gptjax.config import Config, DataConfig, EvaluateConfig, ModelConfig, Storage
+from gptjax.convert.weights import Source, load_for_decoding, load_params, open_weights
 from gptjax.datasets import Corpus
 from gptjax.datasets.batches import Windows, in_order
 from gptjax.errors import ConfigError, DataError, naming
 from gptjax.evaluate import hellaswag
 from gptjax.evaluate.corpus import score_corpus
 from gptjax.evaluate.statistics import Estimate
+from gptjax.evaluate.storage import compare
 from gptjax.models.params import num_params
 from gptjax.tokenizers import Tokenizer, is_gpt2
 from gptjax.xla.backend import platform_name, start_jax
@@ -72,6 +73,7 @@ def main(argv: list[str] | None = None) -> int:
                 "checkpoint": cfg.checkpoint,
                 "dataset": cfg.dataset,
                 "dtype": model.resolve(platform_name(), 1).dtype,
+                "weights": cfg.weights,
             }
             with naming(cfg.json):
                 Path(cfg.json).write_text(
@@ -116,7 +118,7 @@ def evaluate_corpus(
     count = min(len(windows), -(-cfg.wanted // seq_len)) if cfg.wanted else len(windows)
     print_line("corpus", f"{corpus.folder}, {cfg.split}, sha256 {corpus.sha256[:16]}")
     print_line("tokenizer", describe_tokenizer(corpus, tokenizer, source.note))
-    params = load_params(source, model)
+    params = load_for_scoring(source, model, cfg.weights)
     with counting("scoring", count) as advance:
         found = score_corpus(
             params, in_order(windows, count, cfg.batch_size), model, corpus.tokenizer, advance
@@ -132,6 +134,20 @@ def evaluate_corpus(
         print_line("bits/byte", plus_minus(found.bits_per_byte))
     else:
         print_line("bits/byte", "unknown without the tokenizer that made the ids: give --tokenizer")
+    against: dict[str, Any] = {}
+    if cfg.weights != "float32":
+        exact = load_params(source, model)
+        with counting("comparing", count) as advance:
+            batches = in_order(windows, count, cfg.batch_size)
+            compared = compare(exact, params, batches, model, advance)
+        print_line("float32", f"loss {plus_minus(compared.loss)}")
+        print_line("divergence", f"{plus_minus(compared.divergence, 6)} nats a token from float32")
+        print_line("agreement", f"{plus_minus(compared.agreement)} have float32's likeliest token")
+        against = {
+            **as_json("float32_loss", compared.loss),
+            **as_json("divergence", compared.divergence),
+            **as_json("agreement", compared.agreement),
+        }
     counts = {
         "split": cfg.split,
         "sha256": corpus.sha256,
@@ -144,6 +160,7 @@ def evaluate_corpus(
         **as_json("loss", found.loss),
         **as_json("perplexity", found.perplexity),
         **as_json("bits_per_byte", found.bits_per_byte),
+        **against,
     }
 
 
@@ -264,7 +281,7 @@ def evaluate_questions(
             "cut",
             f"{rows.cut:,} contexts at the start, to fit the model's {model.max_seq_len} positions",
         )
-    params = load_params(source, model)
+    params = load_for_scoring(source, model, cfg.weights)
     with counting("scoring", len(rows.ids)) as advance:
         found = hellaswag.score_questions(params, rows, model, cfg.batch_size, advance)
     print_line("acc", plus_minus(found.acc))
@@ -274,6 +291,11 @@ def evaluate_questions(
 
 
 # --- Both ---
+
+
+def load_for_scoring(source: Source, model: ModelConfig, how: Storage) -> Any:
+    """The parameters, stored as ``how`` says."""
+    return load_params(source, model) if how == "float32" else load_for_decoding(source, model, how)
 
 
 def tokenizer_of(cfg: EvaluateConfig, source: Source) -> Tokenizer | None:

@@ -166,7 +166,8 @@ def facts(cfg: ExploreConfig, model: ModelConfig, found: dict[str, Any]) -> dict
         if cfg.checkpoint
         else "random",
         "Loss on the text": f"{found['loss']:.3f} nats a token",
-        "Gradient against jax.grad": f"{len(found['tensors'])} tensors, error at most {10**worst:.0e}",
+        "Gradient against jax.grad": f"{len(found['tensors'])} tensors, error at most "
+        f"{10**worst:.0e}",
     }
 
 

@@ -21,13 +21,12 @@ from gptjax import cli, tokenizers
 from gptjax.cli.options import parse
 from gptjax.cli.streams import standard_input
 from gptjax.config import MOST_SAMPLES, GenerateConfig, ModelConfig
-from gptjax.convert.weights import load_params, open_weights
+from gptjax.convert.weights import load_for_decoding, open_weights
 from gptjax.errors import ConfigError, DataError
 from gptjax.files import read_stream
 from gptjax.generate.engine import CHUNK, Rules
 from gptjax.generate.samples import Sample, continued
 from gptjax.generate.stream import prompt_ids
-from gptjax.models.decode import store_for_decoding
 from gptjax.tokenizers import Tokenizer
 from gptjax.xla.backend import platform_name, start_jax
 from gptjax.xla.cache import enable_compilation_cache
@@ -112,7 +111,7 @@ def read_prompts(args: GenerateConfig) -> list[str]:
 
 
 def load(args: GenerateConfig) -> Model:
-    """Load a checkpoint in the layout of `store_for_decoding`, with its tokenizer.
+    """Load a checkpoint in the layout of `load_for_decoding`, with its tokenizer.
 
     Raises:
         GptjaxError: the checkpoint is missing or damaged, or has no tokenizer that fits it.
@@ -136,10 +135,10 @@ def load(args: GenerateConfig) -> Model:
     )
     start_jax(wanted.dtype)
     cfg: ModelConfig = wanted.resolve(platform_name(), 1)
-    params = load_params(source, cfg)
+    params = load_for_decoding(source, cfg, args.storage)
     end = None if args.ignore_end else tokenizer.end_of_text
     return Model(
-        store_for_decoding(params, cfg, args.int8),
+        params,
         tokenizer,
         Rules(cfg, args.sampler, tokenizer.vocab_size, end),
     )

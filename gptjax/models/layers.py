@@ -22,11 +22,13 @@ from gptjax.ops import (
     swiglu_fwd,
 )
 from gptjax.ops.activation import gelu
-from gptjax.ops.quantized import OutIn, Quantized, quantized_linear, table_rows
+from gptjax.ops.quantized import Blocks, OutIn, product, quantized_linear, table_rows
 from gptjax.xla.barrier import barrier, cpu_barrier
 from gptjax.xla.forms import form_of
+from gptjax.xla.products import contract
 
 __all__ = [
+    "classifier_fwd",
     "dropout_bwd",
     "dropout_fwd",
     "embedding_bwd",
@@ -51,9 +53,7 @@ __all__ = [
 
 def linear_fwd(x: Array, w: Any, b: Array | None = None) -> tuple[Array, Any]:
     """`ops.linear_fwd`, also on weights stored for decoding."""
-    return (
-        quantized_linear(x, w, b) if isinstance(w, OutIn | Quantized) else ops.linear_fwd(x, w, b)
-    )
+    return quantized_linear(x, w, b) if isinstance(w, OutIn | Blocks) else ops.linear_fwd(x, w, b)
 
 
 def linear_bwd(x: Array, w: Array, dy: Array) -> tuple[Array, Array, Array]:
@@ -119,11 +119,18 @@ def swiglu_again(dx: Array, saved: Any) -> Array:
     return ops.swiglu_fwd(barrier(dx, saved.gate), saved.up)[0]
 
 
+def classifier_fwd(h: Float[Array, "N C"], head: Any) -> Float[Array, "N Vp"]:
+    """``h head^T``, also with a classifier stored for decoding."""
+    if isinstance(head, OutIn | Blocks):
+        return product(h, head)
+    return contract("nc,vc->nv", h, head.astype(h.dtype))
+
+
 def embedding_fwd(ids: Int[Array, "..."], table: Any) -> Float[Array, "..."]:
     """`ops.embedding_fwd`, also of a table stored for decoding."""
     return (
         table_rows(table, ids)
-        if isinstance(table, OutIn | Quantized)
+        if isinstance(table, OutIn | Blocks)
         else ops.embedding_fwd(ids, table)
     )
 

@@ -18,7 +18,7 @@ from gptjax.config import ModelConfig
 from gptjax.models.batch import Batch, Ids, checked_batch, checked_ids
 from gptjax.models.chunks import join_chunks, row_chunks, sum_of_shares, total
 from gptjax.models.family import RECOMPUTED, family_of
-from gptjax.models.layers import dropout_bwd, dropout_fwd
+from gptjax.models.layers import classifier_fwd, dropout_bwd, dropout_fwd
 from gptjax.models.params import head_of, is_weight, weight_table
 from gptjax.ops import (
     IGNORE_INDEX,
@@ -332,11 +332,10 @@ def token_losses(params: Any, batch: Batch, cfg: ModelConfig) -> Float[Array, "B
     """-log p of each target in nats, without dropout; 0 at `IGNORE_INDEX`. Their mean is `loss`.
 
     The mask is ignored. The scores of only one sequence are in memory at a time. Arguments as in
-    `loss`.
+    `loss`; parameters may be stored for decoding.
     """
     batch = checked_batch(batch, cfg)
     x = hidden(params, batch.inputs, cfg, segments=batch.segments)
-    head = head_of(params, cfg).astype(x.dtype)
 
     def one_token(scores: Array, target: Array) -> Array:
         return cross_entropy_fwd(
@@ -345,7 +344,7 @@ def token_losses(params: Any, batch: Batch, cfg: ModelConfig) -> Float[Array, "B
 
     def one_sequence(x_targets: tuple[Array, Array]) -> Array:
         x, targets = x_targets
-        losses = jax.vmap(one_token)(contract("tc,vc->tv", x, head), targets)
+        losses = jax.vmap(one_token)(classifier_fwd(x, head_of(params, cfg)), targets)
         return jnp.where(targets == IGNORE_INDEX, jnp.zeros((), losses.dtype), losses)
 
     return lax.map(one_sequence, (x, batch.targets))

@@ -323,3 +323,18 @@ def test_a_checkpoint_that_diverged(tmp_path, capsys):
     expect_error(
         main, arguments, "that are not finite: it is damaged, or its training diverged", capsys
     )
+
+
+def test_weights_stored_in_few_bits_are_compared_with_float32(place, capsys):
+    exact, rounded = (
+        run(place, "hf", place / "text.txt", "--tokens", 64, "--weights", how)
+        for how in ("float32", "q4_0")
+    )
+    assert "divergence" not in exact
+    assert rounded["float32_loss"] == pytest.approx(exact["loss"], rel=1e-5)
+    assert rounded["loss"] != rounded["float32_loss"]
+    assert rounded["divergence"] > 0
+    assert 0 < rounded["agreement"] <= 1
+    out = capsys.readouterr().out
+    assert f"divergence {rounded['divergence']:.6f} ± " in out
+    assert f"agreement  {rounded['agreement']:.4f} ± " in out

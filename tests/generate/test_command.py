@@ -6,9 +6,10 @@ import pytest
 
 from gptjax import tokenizers
 from gptjax.config import GenerateConfig, Sampler
+from gptjax.errors import ConfigError
 from gptjax.formats import llmc
 from gptjax.generate import __main__ as command
-from gptjax.ops.quantized import OutIn, Quantized
+from gptjax.ops.quantized import Blocks, OutIn
 from tests.commands import expect_error
 from tests.models import tiny
 
@@ -109,8 +110,13 @@ def test_the_options_reach_the_model(model):
     assert chosen.rules.end == 256
     assert loaded(model, "--ignore_end").rules.end is None
     assert loaded(model, "--dtype", "bfloat16").rules.cfg.dtype == "bfloat16"
-    assert isinstance(loaded(model, "--int8").params.wte, Quantized)
     assert isinstance(chosen.params.wte, OutIn)
+    assert loaded(model, "--weights", "bfloat16").params.wte.w.dtype == "bfloat16"
+    for option in (["--int8"], ["--weights", "q8_0"], ["--int8", "--weights", "q8_0"]):
+        assert loaded(model, *option).params.wte.q.dtype == "int8"
+    assert isinstance(loaded(model, "--weights", "q4_1").params.blocks[0].fcw, Blocks)
+    with pytest.raises(ConfigError, match="int8 is short for weights q8_0"):
+        loaded(model, "--int8", "--weights", "q4_1")
 
 
 def test_a_batch_at_a_time_gives_the_same(generate):

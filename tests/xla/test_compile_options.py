@@ -53,7 +53,6 @@ def test_this_xla_leaves_out_what_it_does_not_know(monkeypatch):
 def test_another_error_is_raised():
     class Failing:
         def compile(self, compiler_options):
-        """Raise at the first unknown option."""
             raise jax.errors.JaxRuntimeError("INTERNAL: other")
 
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
