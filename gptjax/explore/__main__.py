@@ -158,16 +158,15 @@ def read(text: str, tokenizer: Tokenizer, model: ModelConfig) -> tuple[list[int]
 
 def facts(cfg: ExploreConfig, model: ModelConfig, found: dict[str, Any]) -> dict[str, str]:
     """What the page says at its head."""
-    worst = max(tensor["error"] for tensor in found["tensors"])
+    tensors = found["tensors"]
+    worst = 10 ** max(tensor["error"] for tensor in tensors)
     sizes = f"{model.num_layers} layers, {model.num_heads} heads, {model.channels} channels"
+    weights = Path(cfg.checkpoint).absolute().name if cfg.checkpoint else "random"
     return {
         "Model": f"{num_params(model):,} parameters, {sizes}",
-        "Weights": os.path.basename(os.path.normpath(cfg.checkpoint))
-        if cfg.checkpoint
-        else "random",
+        "Weights": weights,
         "Loss on the text": f"{found['loss']:.3f} nats a token",
-        "Gradient against jax.grad": f"{len(found['tensors'])} tensors, error at most "
-        f"{10**worst:.0e}",
+        "Gradient against jax.grad": f"{len(tensors)} tensors, error at most {worst:.0e}",
     }
 
 

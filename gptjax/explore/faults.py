@@ -85,6 +85,26 @@ IN_OPS = [
         ("wrong operand", "dw of x before it is normalised", "(dyf * n).sum", "(dyf * x).sum"),
     ),
     *_in(
+        ops.rmsnorm_bwd,
+        ("dropped term", "no part through rstd", " - n * (dn * n).mean(-1, keepdims=True)", ""),
+        ("added term", "LayerNorm's mean, too", "(dn - n", "(dn - dn.mean(-1, keepdims=True) - n"),
+        ("sign", "plus for minus before rstd's part", "(dn - n", "(dn + n"),
+        ("missing scale", "not multiplied by rstd", "dx = rstd * (", "dx = ("),
+        ("wrong reduction", "the sum for the mean over channels", ".mean(-1,", ".sum(-1,"),
+    ),
+    *_in(
+        ops.rotary_bwd,
+        ("sign", "rotated on, not back", "theta, -1)", "theta, 1)"),
+        ("off by one", "by the next position's angle", "positions, theta", "positions + 1, theta"),
+        ("dropped term", "not rotated at all", "_rotate(dy, positions, theta, -1)", "dy"),
+    ),
+    *_in(
+        ops.swiglu_bwd,
+        ("dropped term", "no derivative of the sigmoid", " + g * s * (1 - s)", ""),
+        ("sign", "1 + s for 1 - s", "(1 - s)", "(1 + s)"),
+        ("wrong operand", "dup with up for the gate", "(d * g * s)", "(d * u * s)"),
+    ),
+    *_in(
         ops.gelu_bwd,
         ("dropped term", "no derivative of tanh", " + 0.5 * xf * (1 - t * t) * du", ""),
         ("wrong constant", "2 for 3 in the cubic's derivative", "1 + 3 * CUBIC", "1 + 2 * CUBIC"),
@@ -122,7 +142,14 @@ IN_OPS = [
             "off by one",
             "a mask that hides each position from itself",
             "pf = p.astype(acc)",
-            "pf = jnp.tril(p.astype(acc), -1)",
+            "pf = p.astype(acc)\n    itself = jnp.arange(p.shape[2]) * p.shape[3] // p.shape[2]\n"
+            "    pf = jnp.where(itself[:, None] == jnp.arange(p.shape[3]), 0, pf)",
+        ),
+        (
+            "wrong reduction",
+            "dk of the first query head of each group",
+            '"bkrs,brkd->bskd", ds, q)',
+            '"bkrs,brkd->bskd", ds[:, :, :: H // k.shape[2]], q[:, :: H // k.shape[2]])',
         ),
     ),
     *_in(
@@ -154,12 +181,14 @@ IN_BLOCK = [
         "dq, dk, dv = attend",
         "dk, dq, dv = attend",
     ),
+    ("wrong operand", "gate and up are exchanged", "dgate, dup = swi", "dup, dgate = swi"),
 ]
-"""Errors in a family's ``block_bwd``, for those that have the line."""
+"""Errors in a family's ``block_bwd``, for the families that have the line."""
 
 
 def faults_of(cfg: ModelConfig, traced: Iterable[str]) -> list[Fault]:
-    """The errors that can be planted in a model, in the order of the backward.
+    """The errors that can be planted in a model, op by op. Some change nothing, such as one in the
+    sum over a group's heads where each head has keys of its own.
 
     Args:
         cfg: the model.
@@ -168,9 +197,12 @@ def faults_of(cfg: ModelConfig, traced: Iterable[str]) -> list[Fault]:
     """
     present = {f"{op}_bwd" for op in traced}
     in_ops = [f for f in IN_OPS if f"{f.place}_bwd" in present]
-    block = _in(family_of(cfg).block_bwd, *IN_BLOCK)
-    source = inspect.getsource(family_of(cfg).block_bwd)
-    return [*in_ops, *(f for f in block if source.count(f.right) == 1), *IN_NETWORK]
+    function = family_of(cfg).block_bwd
+    source = inspect.getsource(function)
+    block = [f for f in _in(function, *IN_BLOCK) if source.count(f.right) == 1]
+    if cfg.num_kv_heads != cfg.num_heads:  # queries and keys have different shapes
+        block = [f for f in block if "attend" not in f.right]
+    return [*in_ops, *block, *IN_NETWORK]
 
 
 @contextlib.contextmanager

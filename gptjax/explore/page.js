@@ -99,6 +99,11 @@ function showTokens() {
 const chips = new Map();
 const names = new Map(data.nodes.map((node) => [node.id, node]));
 const title = (node) => data.lessons[node.op].title;
+/** The weight of an op; of one without, the weight that made its only input. */
+function label(node) {
+  const source = node.sources.length === 1 ? names.get(node.sources[0]) : null;
+  return node.weight || (source?.weight && node.op !== "classifier" ? `of ${source.weight}` : "");
+}
 const rowName = (row) => {
   const layer = data.nodes.find((node) => node.row === row).layer;
   return layer !== null && row > 0 ? `Layer ${layer}` : row === 0 ? "Embedding" : "Loss";
@@ -129,7 +134,7 @@ function chip(node) {
     "button",
     { type: "button", class: "chip", "data-id": node.id, click: () => open({ node }) },
     make("span", { class: "what", text: title(node) }),
-    make("span", { class: "weight", text: node.weight }),
+    make("span", { class: "weight", text: label(node) }),
     node.result.length ? make("canvas", { class: "y", "aria-hidden": "true" }) : make("span", { class: "y scalar", text: data.loss.toFixed(3) }),
     make("canvas", { class: "dy", "aria-hidden": "true" }),
     make("span", { class: "error" }),
@@ -154,7 +159,7 @@ function paintChips() {
     button.classList.toggle("hurt", hurt);
     button.classList.toggle("blamed", fault !== null && fault.blamed === node.id);
     const blamed = fault !== null && fault.blamed === node.id ? ", named by verify" : "";
-    button.setAttribute("aria-label", `${title(node)} ${node.weight}, ${rowName(node.row)}: ${errorSpoken(log)}${blamed}`);
+    button.setAttribute("aria-label", `${title(node)} ${label(node)}, ${rowName(node.row)}: ${errorSpoken(log)}${blamed}`);
   }
 }
 
@@ -283,7 +288,7 @@ function open(which) {
   current = which;
   const { node, block } = which;
   const subject = node ?? block, lesson = data.lessons[node ? node.op : "block"];
-  $("op-title").textContent = node ? `${lesson.title} ${node.weight}`.trim() : `Layer ${block.layer}`;
+  $("op-title").textContent = node ? `${lesson.title} ${label(node)}`.trim() : `Layer ${block.layer}`;
   $("op-place").textContent = node ? rowName(node.row) : "A block, and the residual stream";
   const parts = [make("div", { class: "equation", html: lesson.text })];
   const pictures = subject.y.shape.length ? [figure(subject.y, "forward", node ? subject.y.name : "x, as it leaves the block")] : [];

@@ -85,6 +85,7 @@ def scene(cfg: ModelConfig, params: Any, batch: Batch) -> dict[str, Any]:
     faults = [
         damage(fault, cfg, params, batch, reference, due, largest) for fault in faults_of(cfg, ops)
     ]
+    changed = [fault for fault in faults if fault["error"] > largest]
     return {
         "loss": float(right.loss),
         "tolerance": largest,
@@ -93,7 +94,7 @@ def scene(cfg: ModelConfig, params: Any, batch: Batch) -> dict[str, Any]:
         "lessons": lessons,
         "tensors": tensors(found),
         "token_losses": token_losses(right.pairs[-1], cfg.vocab_size),
-        "faults": faults,
+        "faults": changed,
         "verdict": said(mismatch(right.gradient, right.calls, reference, largest)),
     }
 
@@ -168,9 +169,13 @@ def image(name: str, array: Any) -> dict[str, Any]:
 
 def heads(forward: Any) -> list[dict[str, Any]]:
     """Of attention, the probabilities: for each head a row a query and a column a key."""
-    T = forward.outs[0].shape[1] if forward.base == "attention" else 0
-    squares = [x for x in forward.outs[1:] if x.ndim == 4 and x.shape[2:] == (T, T)]
-    return [image(f"head {h}", p) for x in squares[:1] for h, p in enumerate(x[0])]
+    if forward.base != "attention":
+        return []
+    _, T, H, _ = forward.outs[0].shape
+    p = next(x for x in forward.outs[1:] if x.ndim == 4 and x.shape[2:] == (T * H // x.shape[1], T))
+    # The heads that share keys are neighbouring rows
+    by_head = p[0].reshape(p.shape[1], T, -1, T).swapaxes(1, 2).reshape(H, T, T)
+    return [image(f"head {h}", p) for h, p in enumerate(by_head)]
 
 
 def with_classifier(
@@ -307,16 +312,16 @@ def said(told: Mismatch | None) -> str:
 
 
 def blamed(told: Mismatch | None, of: Traced) -> str | None:
-    """The node of the op that the verifier names; of a call that computes nothing, as dropout at
-    rate 0, the op before it.
+    """The node of the op that the verifier names: of several calls of one name, the last, whose
+    backward comes first; of one that computes nothing, as dropout at rate 0, the op before it.
     """
     forward = [call for call in of.calls if not call.op.endswith("_bwd")]
-    number = -1
+    number, found = -1, None
     for call in forward:
         number += bool(call.jaxpr.jaxpr.eqns)
         if told and call.place == told.place:
-            return str(number)
-    return None
+            found = str(number)
+    return found
 
 
 def changed_lines(fault: Fault) -> list[list[str]]:

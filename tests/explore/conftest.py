@@ -1,4 +1,4 @@
-"""A small GPT-2 on a short text, and all that the page shows of it, computed once."""
+"""Small models on a short text, and all that the page shows of them, computed once."""
 
 from typing import Any, NamedTuple
 
@@ -24,7 +24,17 @@ class Shown(NamedTuple):
 @pytest.fixture(scope="package")
 def shown() -> Shown:
     """The page of a tiny GPT-2."""
-    cfg = tiny.config()
+    return page_of(tiny.config())
+
+
+@pytest.fixture(scope="package")
+def llama() -> Shown:
+    """The page of a tiny Llama, with grouped heads and a classifier of its own."""
+    return page_of(tiny.config(family="llama", num_heads=4, num_kv_heads=2, tied=False))
+
+
+def page_of(cfg: ModelConfig) -> Shown:
+    """Everything that the page of a model is made of."""
     params, batch = tiny.params(cfg), small_batch()
     data = scene(cfg, params, batch)
     tokens = [f"<{i}>" for i in [*batch.inputs[0].tolist(), int(batch.targets[0, -1])]]

@@ -55,6 +55,25 @@ def test_gpt2s_block_as_it_is_drawn():
     assert places[-1].sources == (len(places) - 2,)
 
 
+def test_llamas_rotations_stand_between_the_products_and_attention():
+    cfg = tiny.config(family="llama", num_heads=4, num_kv_heads=2, num_layers=1)
+    _, pairs, places = graph(cfg)
+    layer = [(p.forward.base, at) for p, at in zip(pairs, places, strict=True) if at.row == 1]
+    assert [(op, at.column) for op, at in layer] == [
+        ("rmsnorm", 0),
+        *[("linear", 1)] * 3,
+        *[("rotary", 2)] * 2,
+        ("attention", 3),
+        ("linear", 4),
+        ("rmsnorm", 5),
+        *[("linear", 6)] * 2,
+        ("swiglu", 7),
+        ("linear", 8),
+    ]
+    attention, value = layer[6][1], 1 + 3
+    assert attention.sources == (value, 5, 6)
+
+
 def test_a_family_that_the_package_does_not_know_is_drawn_too():
     with mlp_family.registered() as family:
         _, pairs, places = graph(tiny.config(family=family))

@@ -20,7 +20,13 @@ def fault_of(shown, name):
     return next(f for f in shown.scene["faults"] if f["id"] == name)
 
 
-def test_the_ops_are_complete_and_in_order(shown):
+@pytest.fixture(params=["shown", "llama"])
+def either(request):
+    return request.getfixturevalue(request.param)
+
+
+def test_the_ops_are_complete_and_in_order(either):
+    shown = either
     _, calls = trace.record(partial(transformer.loss, cfg=shown.cfg), shown.params, shown.batch)
     ops = [call.base for call in calls if call.jaxpr.jaxpr.eqns]
     drawn = [node["op"] for node in shown.scene["nodes"]]
@@ -47,7 +53,8 @@ def test_the_gradient_is_jaxs(shown):
     assert shown.scene["verdict"] == "no op gives another gradient than JAX's"
 
 
-def test_every_op_agrees_with_jax(shown):
+def test_every_op_agrees_with_jax(either):
+    shown = either
     for node in shown.scene["nodes"]:
         errors = [e["error"] for e in node["errors"]]
         assert errors, node["name"]
@@ -85,9 +92,9 @@ def test_the_stream_is_what_the_blocks_leave(shown):
         assert block["y"]["norm"] == pytest.approx(float(jnp.linalg.norm(x)), rel=1e-12)
 
 
-def test_attention_shows_its_probabilities(shown):
-    (first, *_) = [node for node in shown.scene["nodes"] if node["op"] == "attention"]
-    assert [p["name"] for p in first["heads"]] == ["head 0", "head 1"]
+def test_attention_shows_its_probabilities(either):
+    (first, *_) = [node for node in either.scene["nodes"] if node["op"] == "attention"]
+    assert [p["name"] for p in first["heads"]] == [f"head {h}" for h in range(either.cfg.num_heads)]
     for p in first["heads"]:
         T = p["rows"]
         cells = np.frombuffer(base64.b64decode(p["cells"]), np.int8).reshape(T, T)
@@ -95,7 +102,8 @@ def test_attention_shows_its_probabilities(shown):
         assert cells[0, 0] == 127
 
 
-def test_every_fault_is_found_and_blamed_on_its_op(shown):
+def test_every_fault_is_found_and_blamed_on_its_op(either):
+    shown = either
     nodes = {node["id"]: node for node in shown.scene["nodes"]}
     for fault in shown.scene["faults"]:
         assert fault["wrong"] > 0, fault["id"]
@@ -103,6 +111,16 @@ def test_every_fault_is_found_and_blamed_on_its_op(shown):
         if fault["op"] in shown.scene["lessons"] and fault["op"] != "block":
             assert nodes[fault["blamed"]]["op"] == fault["op"], fault["id"]
             assert f"{fault['op']}_bwd gives a wrong gradient" in fault["verdict"], fault["id"]
+
+
+def test_a_fault_that_changes_nothing_is_not_offered(shown, llama):
+    """A sum over a group of one head is that head, and an untied table gets no other gradient."""
+    names = [{fault["id"] for fault in one.scene["faults"]} for one in (shown, llama)]
+    grouped, tied = "attention-dk-of-the-first-query-head-of-each-group", "a-tied-table"
+    assert [grouped in found for found in names] == [False, True]
+    assert [any(tied in name for name in found) for found in names] == [True, False]
+    offered = faults_of(shown.cfg, {node["op"] for node in shown.scene["nodes"]})
+    assert {fault.name for fault in offered} - names[0] == {grouped}
 
 
 def test_damage_is_what_the_broken_code_computes(shown):
