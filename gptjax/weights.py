@@ -145,6 +145,30 @@ def _with_tokenizer(source: Source, read: Callable[[], Tokenizer]) -> Source:
         return source._replace(note=str(error))
 
 
+def with_named_tokenizer(source: Source, where: str, which: str | None) -> Source:
+    """The model ``where`` with its own tokenizer, or else the one that is named for it.
+
+    Raises:
+        ConfigError: both are there and differ, or the tokenizer has more ids than the model.
+        GptjaxError: the named one cannot be had.
+
+    """
+    given = tokenizers.find(which) if which else None
+    own = source.tokenizer
+    if given and own and not given.same_as(own):
+        raise ConfigError(
+            f"{where} comes with the tokenizer {own.name} of {own.vocab_size} ids, and {which} is "
+            "another: leave --tokenizer out"
+        )
+    found = own or given
+    if found and found.vocab_size > source.cfg.vocab_size:
+        raise ConfigError(
+            f"the tokenizer {found.name} has {found.vocab_size} ids, but {where} knows "
+            f"{source.cfg.vocab_size}: name the tokenizer that belongs to it"
+        )
+    return source._replace(tokenizer=found)
+
+
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -266,6 +290,12 @@ def write_weights(source: Source, path: Path, to: Format, dtype: np.dtype) -> No
                 tokenizer_json.write(into, known)
 
         hf.write_model(path, source.params, source.cfg, dtype, end, extra, source.cfg.dropout)
+
+
+def keeps_tokenizer(to: Format, tokenizer: Tokenizer) -> bool:
+    """Whether `write_weights` writes the tokenizer, too."""
+    known = {"hf": tokenizer_json.can_write, "gguf": ggml.can_write}
+    return to in known and known[to](tokenizer)
 
 
 def dtype_of(source: Source) -> np.dtype:

@@ -30,7 +30,7 @@ from gptjax.evaluate.corpus import score_corpus
 from gptjax.evaluate.estimate import Estimate
 from gptjax.models.params import num_params
 from gptjax.tokenizers import Tokenizer, is_gpt2
-from gptjax.weights import Source, load_params, open_weights
+from gptjax.weights import Source, load_params, open_weights, with_named_tokenizer
 from gptjax.xla.backend import platform_name, start_jax
 from gptjax.xla.cache import keep_compiled_programs
 
@@ -47,7 +47,8 @@ def main(argv: list[str] | None = None) -> int:
         cli.quiet_libraries()
         cli.replace_unprintable()
         source = open_weights(cfg.checkpoint)
-        tokenizer = tokenizer_of(cfg, source)
+        source = with_named_tokenizer(source, cfg.checkpoint, cfg.tokenizer)
+        tokenizer = source.tokenizer
         how: dict[str, Any] = {
             "attention": "auto",
             "dropout": 0.0,
@@ -273,31 +274,6 @@ def evaluate_questions(
 
 
 # --- Both ---
-
-
-def tokenizer_of(cfg: EvaluateConfig, source: Source) -> Tokenizer | None:
-    """The model's tokenizer: the checkpoint's own, or the one that is named for it.
-
-    Raises:
-        ConfigError: both are there and differ.
-        GptjaxError: the one that is named cannot be had.
-
-    """
-    given = tokenizers.find(cfg.tokenizer) if cfg.tokenizer else None
-    if given and source.tokenizer and not given.same_as(source.tokenizer):
-        raise ConfigError(
-            f"{cfg.checkpoint} comes with the tokenizer {source.tokenizer.name} of "
-            f"{source.tokenizer.vocab_size} ids, "
-            f"and {cfg.tokenizer} is another: leave --tokenizer out"
-        )
-    found = source.tokenizer or given
-    if found and found.vocab_size > source.cfg.vocab_size:
-        raise ConfigError(
-            f"the tokenizer {found.name} has {found.vocab_size} ids, but {cfg.checkpoint} knows "
-            f"{source.cfg.vocab_size}: "
-            "name the tokenizer that belongs to it"
-        )
-    return found
 
 
 def plus_minus(estimate: Estimate, digits: int = 4) -> str:
