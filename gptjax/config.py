@@ -1078,8 +1078,13 @@ class ConvertConfig:
     """The model to convert, or the file to inspect."""
     destination: str | None = dataclasses.field(default=None, metadata=POSITIONAL | {"nargs": "?"})
     """The file or folder to write; it must not exist."""
-    to: Literal["hf", "llmc", "gguf", "safetensors"] | None = None
-    """Format to write: hf, llmc, gguf or safetensors; by default what the destination's name says.
+    to: Literal["hf", "llmc", "llama2c", "gguf", "safetensors"] | None = None
+    """Format to write: hf, llmc, llama2c, gguf or safetensors; by default what the destination's
+    name says, a .bin being llm.c's for GPT-2 and llama2.c's for Llama.
+    """
+    version: Literal[0, 1, 2] | None = None
+    """Version of a llama2.c model: 0, which run.c reads, 1, or 2 in int8, which runq.c reads; by
+    default 0.
     """
     dtype: Literal["float32", "bfloat16", "q8_0"] | None = None
     """Dtype to write: float32, bfloat16 or, in GGUF, q8_0 (blocks of 8 bits); by default the

