@@ -121,7 +121,10 @@ def _why_not(path: Path) -> str:
             ": a PyTorch pickle, maybe, which can run any code and is not read; save it as "
             "safetensors"
         )
-    return ": a run's folder, a Hugging Face folder, an llm.c model .bin, GGUF or safetensors is expected"
+    return (
+        ": a run's folder, a Hugging Face folder, a model .bin of llm.c or llama2.c, GGUF or "
+        "safetensors is expected"
+    )
 
 
 def _open_run(folder: Path) -> Source:
@@ -269,8 +272,11 @@ def write_weights(
         source: what to write.
         path: a folder for ``hf``, else a file.
         to: ``hf``: a folder for ``transformers``; ``llmc``: version 3 in float32, 5 in bfloat16;
-            ``gguf``: for llama.cpp; ``safetensors``: our names.
-        dtype: float32, bfloat16, or `Q8_0`, which GGUF alone has.
+            ``llama2c``: the ``version``, in float32 or int8; ``gguf``: for llama.cpp;
+            ``safetensors``: our names.
+        dtype: float32, bfloat16, or `Q8_0`, which GGUF alone has; llama2.c's versions have their
+            own.
+        version: of a llama2.c model; by default 0.
 
     Raises:
         ConfigError: the format holds no such model; the sentence says why.
@@ -282,6 +288,8 @@ def write_weights(
         kind = {np.dtype(np.float32): "F32", Q8_0: "Q8_0"}.get(dtype, "BF16")
         fields = ggml.fields_of(source.tokenizer, source.cfg.vocab_size, source.chat_template)
         gguf.write_model(path, source.params, source.cfg, kind, fields)
+    elif to == "llama2c":
+        llama2c.write_model(path, source.params, source.cfg, version or 0)
     elif to == "llmc":
         llmc.write_model(path, source.params, source.cfg, 3 if dtype == np.float32 else 5)
     elif to == "safetensors":
