@@ -247,7 +247,8 @@ def read_file(path: str | os.PathLike[str]) -> File:
     with open_file(path) as file:  # a regular one
         if file.read(4) != MAGIC:
             raise FormatError(f"{path} is not a {MODEL}: it does not begin with {MAGIC.decode()}")
-    reader = _Reader(path, memoryview(np.memmap(path, np.uint8, "r"))  # type: ignore[arg-type])
+    mapped: Any = np.memmap(path, np.uint8, "r")
+    reader = _Reader(path, memoryview(mapped))
     reader.at = len(MAGIC)
     version = reader.uint32()
     if version not in READ_VERSIONS:
