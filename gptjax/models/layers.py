@@ -7,6 +7,7 @@ lays out a block's weights and gradients.
 
 from typing import Any
 
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from gptjax import ops
@@ -14,15 +15,16 @@ from gptjax.ops import (
     dropout_bwd,
     dropout_fwd,
     embedding_bwd,
-    gelu_fwd,
     layernorm_fwd,
     rmsnorm_fwd,
     rotary_bwd,
     rotary_fwd,
     swiglu_fwd,
 )
+from gptjax.ops.activation import gelu
 from gptjax.ops.quantized import OutIn, Quantized, quantized_linear, table_rows
 from gptjax.xla.barrier import barrier, cpu_barrier
+from gptjax.xla.forms import form_of
 
 __all__ = [
     "dropout_bwd",
@@ -36,6 +38,7 @@ __all__ = [
     "layernorm_fwd",
     "linear_bwd",
     "linear_fwd",
+    "residual_fwd",
     "rmsnorm_bwd",
     "rmsnorm_fwd",
     "rotary_bwd",
@@ -76,6 +79,24 @@ def rmsnorm_bwd(saved: Any, w: Array, dy: Array) -> tuple[Array, Array]:
     return cpu_barrier(dw, dx), dw
 
 
+def gelu_fwd(x: Array) -> tuple[Array, Array]:
+    """`ops.gelu_fwd`; on CUDA in the form that XLA fuses into the product that made x.
+
+    cuBLASLt then computes it from the product's float32 sums. XLA recognises the equation only in
+    x's own dtype.
+    """
+    return lax.platform_dependent(x, cuda=_gelu_of_product, default=_gelu), x
+
+
+def _gelu(x: Array) -> Array:
+    return ops.gelu_fwd(x)[0]
+
+
+@form_of(_gelu)
+def _gelu_of_product(x: Array) -> Array:
+    return gelu(x)
+
+
 def gelu_bwd(x: Array, dy: Array) -> Array:
     """`ops.gelu_bwd`; x waits for dy, or XLA computes tanh(u) in the forward and stores it."""
     return ops.gelu_bwd(barrier(dy, x), dy)
@@ -105,3 +126,16 @@ def embedding_fwd(ids: Int[Array, "..."], table: Any) -> Float[Array, "..."]:
         if isinstance(table, OutIn | Quantized)
         else ops.embedding_fwd(ids, table)
     )
+
+
+def residual_fwd(x: Float[Array, "B T C"], y: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
+    """``x + y``, a branch's output added to the residual stream.
+
+    cuBLASLt adds x to a product as it writes it. XLA's GPU compiler copies x first, unless x is
+    the matrix of that product's own shape that it can see to be used again.
+    """
+    return (_rows(x) + _rows(y)).reshape(x.shape)
+
+
+def _rows(x: Float[Array, "B T C"]) -> Float[Array, "N C"]:
+    return x.reshape(-1, x.shape[-1])

@@ -29,7 +29,7 @@ from gptjax.ops import (
     cross_entropy_fwd,
 )
 from gptjax.parallel.sharding import compute_layout, num_shards, param_layout
-from gptjax.xla.barrier import barrier, cpu_barrier
+from gptjax.xla.barrier import barrier, chunk_barrier
 from gptjax.xla.products import contract
 
 # --- One block, and the stack of blocks under each recompute setting ---
@@ -265,8 +265,8 @@ def loss(
     def chunk_loss(x: Array, targets: Array, weights: Array) -> Array:
         return cross_entropy_fwd(contract("nc,vc->nv", x, w), targets, weights, cfg.vocab_size)[0]
 
-    chunks = row_chunks(x, batch.targets, batch.mask, cfg.loss_chunks, count)
-    if cfg.loss_chunks > 1:
+    chunks = row_chunks(x, batch.targets, batch.mask, cfg, count)
+    if len(chunks) > 1:
         chunk_loss = jax.checkpoint(chunk_loss)
     losses = [chunk_loss(*chunk) for chunk in chunks]
     return sum(losses[1:], losses[0])
@@ -311,8 +311,8 @@ def classifier_and_grad(
     dh: list[Array] = []
     dhead: Any = None
     w = compute_layout(head.astype(h.dtype), "Vp", "C")
-    for x, targets, weights in row_chunks(h, batch.targets, batch.mask, cfg.loss_chunks, count):
-        scores = contract("nc,vc->nv", cpu_barrier((dh[-1], dhead), x) if dh else x, w)
+    for x, targets, weights in row_chunks(h, batch.targets, batch.mask, cfg, count):
+        scores = contract("nc,vc->nv", chunk_barrier((dh[-1], dhead), x) if dh else x, w)
         nll, saved = cross_entropy_fwd(scores, targets, weights, cfg.vocab_size)
         dscores = cross_entropy_bwd(saved, cfg.vocab_size)
         dh.append(contract("nv,vc->nc", dscores, w))

@@ -199,10 +199,10 @@ def test_a_session_ends_with_its_input(model, capsys, monkeypatch):
             ["--tokenizer", "byte", "--temprature", "1"],
             "unknown option temprature: did you mean temperature?",
         ),
-        (["--tokenizer", "byte", "--prompt", "a", "--interactive"], "leave all but one out"),
+        (["--tokenizer", "byte", "--prompt", "a", "--interactive"], "exclude each other: give one"),
         (
             ["--tokenizer", "byte", "--json", "--interactive"],
-            "interactive shows one text as it comes",
+            "interactive prints one text as it",
         ),
         (
             ["--tokenizer", "byte", "--prompts", "nowhere.txt"],
@@ -210,7 +210,7 @@ def test_a_session_ends_with_its_input(model, capsys, monkeypatch):
         ),
         (["--tokenizer", "byte", "--prompt", "a\udcff"], "prompt and stop must be UTF-8 text"),
         (["--tokenizer", "nowhere.json"], "there is no tokenizer nowhere.json"),
-        ([], "comes without a tokenizer: name it, as in --tokenizer gpt2"),
+        ([], "has no tokenizer: name one, as in --tokenizer gpt2"),
     ],
 )
 def test_bad_input_ends_in_one_sentence(model, args, message, capsys, tmp_path, monkeypatch):
@@ -228,7 +228,7 @@ def test_a_tokenizer_that_is_too_large(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b"", "holds no line"), (b"\xff", "is not UTF-8 text")]
+    ("content", "message"), [(b"", "is empty"), (b"\xff", "is not UTF-8 text")]
 )
 def test_prompts_that_cannot_be_used(model, tmp_path, content, message, capsys):
     (tmp_path / "prompts.txt").write_bytes(content)

@@ -51,7 +51,7 @@ def test_products_of_whole_weights_are_exact():
     assert_same_sums(product(X, W), X @ W.T, TERMS)
 
 
-def test_the_product_of_eight_bit_weights_adds_no_error_to_theirs():
+def test_the_product_of_8_bit_weights_adds_no_error():
     """On CPU x has 15 bits in it: an error of at most 2^-16 of the largest of a row."""
     quantized = quantize(W)
     error = np.abs(np.asarray(product(X, quantized)) - np.asarray(X) @ dequantized(quantized).T)

@@ -116,7 +116,7 @@ def test_without_a_compiler_that_works_it_is_not_available(
 
 
 @pytest.mark.usefixtures("compiler")
-def test_a_library_that_crashes_who_loads_it_crashes_another_process(
+def test_a_crashing_library_crashes_only_a_child_process(
     kept, monkeypatch, caplog, tmp_path_factory
 ):
     """The first half of a library: the dynamic linker reads behind its end."""
@@ -233,9 +233,7 @@ def test_a_damaged_one_is_made_anew(kept, monkeypatch, content):
 
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("place", ["not a folder", "not wanted"])
-def test_without_a_place_to_keep_it_it_is_compiled_anew_and_nothing_is_left(
-    kept, monkeypatch, tmp_path, place
-):
+def test_without_a_cache_folder_it_compiles_and_leaves_nothing(kept, monkeypatch, tmp_path, place):
     def folder():
         return Path("/dev/null") if place == "not a folder" else kept
 

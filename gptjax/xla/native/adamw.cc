@@ -1,4 +1,5 @@
-// AdamW on all tensors of a model in one pass over memory: `gptjax.optim.update`, whose docstring has the equations.
+// AdamW on all tensors of a model in one pass over memory. The docstring of
+// gptjax.train.optimizer.fused_update has the equations.
 //
 // Arguments: eight scalars, then every parameter, first moment, second moment and gradient, each list in one order.
 // Results: the parameters, first and second moments, in the memory of their arguments.
@@ -22,7 +23,7 @@ namespace {
 constexpr int64_t kBlock = 1 << 15;  // elements that a thread takes at a time
 
 struct Scalars {
-  float keep1, take1, keep2, take2, correct1, correct2, learning_rate, finite;
+  float beta1, scale1, beta2, scale2, correction1, correction2, learning_rate, finite;
 };
 
 struct Tensor {
@@ -35,10 +36,10 @@ struct Tensor {
 void UpdateBlock(const Scalars& s, float eps, float weight_decay, int64_t n, float* __restrict p, float* __restrict m,
                  float* __restrict v, const float* __restrict g) {
   for (int64_t i = 0; i < n; ++i) {
-    const float first = s.keep1 * m[i] + s.take1 * g[i];
-    const float taken = s.take2 * g[i];
-    const float second = s.keep2 * v[i] + taken * taken;
-    const float direction = first * s.correct1 / (std::sqrt(second * s.correct2) + eps);
+    const float first = s.beta1 * m[i] + s.scale1 * g[i];
+    const float scaled = s.scale2 * g[i];
+    const float second = s.beta2 * v[i] + scaled * scaled;
+    const float direction = first * s.correction1 / (std::sqrt(second * s.correction2) + eps);
     m[i] = first;
     v[i] = second;
     p[i] -= s.learning_rate * (direction + weight_decay * p[i]);
