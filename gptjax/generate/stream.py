@@ -14,9 +14,12 @@ class TextStream:
     ends before the first stop string.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
-        """Start with no tokens; empty ``stops`` are ignored."""
+    def __init__(
+        self, tokenizer: Tokenizer, stops: Sequence[str] = (), before: int | None = None
+    ) -> None:
+        """Start with no tokens after the id ``before``, if any; empty ``stops`` are ignored."""
         self.tokenizer = tokenizer
+        self._before = [] if before is None else [before]
         self.stops = [stop for stop in stops if stop]
         self.text = ""
         """All text that is final so far."""
@@ -29,7 +32,9 @@ class TextStream:
         """Add ids, ``last`` for the final ones; returns the text that is now final."""
         if self.stopped:
             return ""
-        self._held += self._decoder.decode(self.tokenizer.decode_bytes(ids), last)
+        arrived = self.tokenizer.decode_more(self._before, ids)
+        self._before = [*self._before, *ids][-1:]
+        self._held += self._decoder.decode(arrived, last)
         places = [place for stop in self.stops if (place := self._held.find(stop)) >= 0]
         self.stopped = bool(places)
         end = min(places) if places else len(self._held) - (0 if last else self._undecided())
@@ -46,9 +51,10 @@ class TextStream:
 
 
 def prompt_ids(tokenizer: Tokenizer | None, prompt: str) -> list[int]:
-    """The ids to start a sample from, at least one.
+    """The ids to start a sample from, at least one: begin-of-text, if the tokenizer has one, and
+    the prompt's.
 
-    An empty prompt becomes end-of-text, or a newline if the tokenizer has no end-of-text. Without a
+    If there are none, end-of-text, or a newline if the tokenizer has no end-of-text. Without a
     tokenizer, or if its vocabulary lacks the newline, the sample starts from id 0.
 
     Raises:
@@ -57,6 +63,9 @@ def prompt_ids(tokenizer: Tokenizer | None, prompt: str) -> list[int]:
     """
     if not tokenizer:
         return [0]
+    begin = tokenizer.begin_of_text
+    if begin is not None:
+        return [begin, *tokenizer.encode(prompt)]
     if not prompt and tokenizer.end_of_text is not None:
         return [tokenizer.end_of_text]
     try:
