@@ -29,6 +29,7 @@ LLMC = {
 LLAMA2C_MAGIC = 0x616B3432
 LLAMA2C_MODEL, LLAMA2C_TOKENIZER = "a llama2.c model", "a llama2.c tokenizer"
 SAFETENSORS = "a safetensors file"
+GGUF = "a GGUF model"
 LARGEST_VOCABULARY = 1 << 26  # bytes of a llama2.c tokenizer
 LONGEST_TOKEN = 1 << 12
 BEGINNINGS = {
@@ -60,7 +61,7 @@ def recognise(path: Path) -> str | None:
         if start.startswith(beginning):
             return name
     if start[:4] == b"GGUF" and 1 <= int.from_bytes(start[4:8], "little") <= 99:
-        return "a GGUF model"
+        return GGUF
     if start[:4] == end[-4:] == b"PAR1":
         return "a Parquet file"
     if re.match(rb"BZh[1-9]1AY&SY", start):
