@@ -107,8 +107,8 @@ def test_the_options_reach_the_model(model):
         model, "--temperature", "0.5", "--top_k", "3", "--top_p", "0.6", "--min_p", "0.1"
     )
     assert chosen.rules.sampler == Sampler(0.5, 3, 0.6, 0.1)
-    assert chosen.rules.end == 256
-    assert loaded(model, "--ignore_end").rules.end is None
+    assert chosen.rules.ends == (256,)
+    assert loaded(model, "--ignore_end").rules.ends == ()
     assert loaded(model, "--dtype", "bfloat16").rules.cfg.dtype == "bfloat16"
     assert isinstance(chosen.params.wte, OutIn)
     assert loaded(model, "--weights", "bfloat16").params.wte.w.dtype == "bfloat16"
