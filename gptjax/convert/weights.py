@@ -14,8 +14,9 @@ from jax.sharding import Mesh
 
 from gptjax import tokenizers
 from gptjax.config import DIMENSIONS, Architecture, ModelConfig, Storage
-from gptjax.datasets import wheels
+from gptjax.datasets import TEMPLATE_FILE, wheels
 from gptjax.errors import CheckpointError, ConfigError, FormatError, GptjaxError
+from gptjax.files import read_text
 from gptjax.formats import gguf, hf, llama2c, llmc, safetensors
 from gptjax.formats.lazy import LazyTensor, pad_vocab, stack_lazily
 from gptjax.formats.recognise import recognise
@@ -30,6 +31,7 @@ from gptjax.train.checkpoint import open_newest
 Format = Literal["hf", "llmc", "llama2c", "gguf", "safetensors"]
 Q8_0 = np.dtype(np.int8)
 """What `write_weights` takes for GGUF's blocks of 8 bits."""
+LARGEST_TEMPLATE = 1 << 20  # bytes
 HUB = "hf:"
 HUB_FILES = ["config.json", "*.safetensors", "model.safetensors.index.json"]
 HUB_FILES += ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"]
@@ -141,7 +143,11 @@ def _open_run(folder: Path) -> Source:
             raise FormatError(f"{kept} is not the one that the run was trained with")
         return found
 
-    return _with_tokenizer(Source("gptjax run", cfg, params, None), tokenizer)
+    template = folder.parent / TEMPLATE_FILE
+    source = Source("gptjax run", cfg, params)
+    if template.exists():
+        source = source._replace(chat_template=read_text(template, LARGEST_TEMPLATE))
+    return _with_tokenizer(source, tokenizer)
 
 
 def _with_tokenizer(source: Source, read: Callable[[], Tokenizer]) -> Source:
