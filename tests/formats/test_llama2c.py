@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gptjax.weights import load_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +15,6 @@ from gptjax.errors import CheckpointError, ConfigError, FormatError
 from gptjax.formats import llama2c
 from gptjax.models.params import num_params, stack
 from gptjax.models.transformer import logits
-from gptjax.weights import load_weights
 from tests.models import tiny
 
 SIZES = {"family": "llama", "num_heads": 4, "num_kv_heads": 2, "channels": 16, "hidden": 24}
