@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from gptjax.ops.attention import Heads, KeyHeads
+from gptjax.ops.attention import Heads
 from gptjax.xla.barrier import cpu_barrier
 from gptjax.xla.products import accumulation_dtype
 
@@ -21,8 +21,8 @@ class LayerCache(NamedTuple):
 
 def cached_attention(
     q: Heads,
-    k: KeyHeads,
-    v: KeyHeads,
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K D"],
     cache: LayerCache,
     slot: Int[Array, ""],
     visible: Bool[Array, "B S"],

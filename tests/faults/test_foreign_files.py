@@ -4,7 +4,7 @@ sentence.
 
 import pytest
 
-from gptjax import convert
+from gptjax.convert import __main__ as convert
 from gptjax.datasets import __main__ as datasets
 from gptjax.tokenizers import __main__ as tokenizers
 from tests.formats.test_recognise import FILES
@@ -15,6 +15,11 @@ OURS = {
     "an llm.c tokenizer",
     "an llm.c debug state",
     "an llm.c evaluation file",
+    "a GGUF model",
+    "a llama2.c model (version 0)",
+    "a llama2.c model (version 1)",
+    "a llama2.c model (version 2)",
+    "a llama2.c tokenizer",
 }
 FOREIGN = sorted(FILES.keys() - OURS - {"a safetensors file"})
 PLACES = {
