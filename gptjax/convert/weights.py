@@ -119,6 +119,11 @@ def _why_not(path: Path) -> str:
         return (
             ": it may be a TensorFlow checkpoint, which is not read; hf:gpt2 has the same weights"
         )
+    if size := llama2c.announced_size(path):
+        return (
+            f": it may be a {llama2c.MODEL} of version 0, but its header announces {size} bytes, "
+            f"and it has {path.stat().st_size}"
+        )
     if path.suffix in PICKLED:
         return (
             ": it may be a PyTorch pickle, which can run any code and is not read; save it as "

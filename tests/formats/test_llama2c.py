@@ -11,6 +11,7 @@ from gptjax.weights import load_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gptjax.convert.weights import load_weights
 from gptjax.errors import CheckpointError, ConfigError, FormatError
 from gptjax.formats import llama2c
 from gptjax.models.params import num_params, stack
