@@ -108,7 +108,12 @@ def load(path: str | os.PathLike[str]) -> Tokenizer:
         if kind == "char":
             return Characters(content["characters"], name)
         if kind == "hf":
-            return HuggingFace(name, json.dumps(content["tokenizer"]), content["end_of_text"])
+            return HuggingFace(
+                name,
+                json.dumps(content["tokenizer"]),
+                content["end_of_text"],
+                content.get("begin_of_text"),
+            )
         if name == "gpt2" and "tokens" not in content:
             return gpt2()
         return BytePairEncoding(
