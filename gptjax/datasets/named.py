@@ -15,6 +15,7 @@ from gptjax import tokenizers
 from gptjax.datasets.download import fetch
 from gptjax.datasets.prepare import (
     TOKENIZER_FILE,
+    TRAINED,
     Split,
     encode,
     folder_name,
@@ -235,7 +236,7 @@ def _shard_corpus(wanted: Wanted, name: str, repo: str, pattern: str, shards: in
 def _parquet_corpus(wanted: Wanted, name: str, listing: str) -> Path:
     """Tokenize each Parquet file into one shard per split, then delete the file."""
     which = wanted.tokenizer or "gpt2"
-    if which == "char" or which.startswith("bpe:"):
+    if which == "char" or which.partition(":")[0] in TRAINED:
         raise DataError(
             f"{name} comes in parts, so its tokenizer must exist before: train one, then name its "
             "file"

@@ -30,6 +30,11 @@ SHARD_TOKENS = 100_000_000
 VAL_EVERY = 10
 VAL_CHARACTERS = 20_000_000
 MIN_DOCUMENTS = 2 * VAL_EVERY
+TRAINED: dict[str, Callable[[Iterable[str], int, str], Tokenizer]] = {
+    "bpe": tokenizers.train_bpe,
+    "sentencepiece": tokenizers.train_sentencepiece,
+}
+"""What trains a vocabulary, by the word before its size."""
 AHEAD = 4  # pieces waiting to be tokenized, per worker
 
 
@@ -54,8 +59,8 @@ def prepare_text(
         files: as `gptjax.datasets.text.find_files` gives them.
         root: the folder that corpora are kept in.
         name: for the folder.
-        tokenizer: gpt2, byte, char, bpe:SIZE (trained on the training text), or a file; see
-            `make_tokenizer`.
+        tokenizer: gpt2, byte, char, bpe:SIZE or sentencepiece:SIZE (trained on the training text),
+            or a file; see `make_tokenizer`.
         column: see `gptjax.datasets.text.pieces`.
 
     Raises:
@@ -97,7 +102,7 @@ def folder_name(tokenizer: str) -> str:
         DataError: there is no such file.
 
     """
-    if tokenizer in ("gpt2", "byte", "char") or tokenizer.startswith("bpe:"):
+    if tokenizer in ("gpt2", "byte", "char") or tokenizer.partition(":")[0] in TRAINED:
         return tokenizer.replace(":", "-")
     found = tokenizers.find(tokenizer)
     digest = hashlib.sha256(json.dumps(found.content(), sort_keys=True).encode()).hexdigest()
@@ -111,7 +116,8 @@ def make_tokenizer(
 
     Args:
         which: ``char`` (every character of the whole text, as nanoGPT), ``bpe:SIZE`` (a byte-level
-            BPE trained on the training text), or what `gptjax.tokenizers.find` knows.
+            BPE trained on the training text), ``sentencepiece:SIZE`` (SentencePiece's, likewise),
+            or what `gptjax.tokenizers.find` knows.
         training: gives the training text.
         everything: gives all of it.
 
@@ -122,12 +128,12 @@ def make_tokenizer(
     kind, _, size = which.partition(":")
     if which == "char":
         return tokenizers.train_characters(piece.text for piece in everything())
-    if kind != "bpe":
+    if kind not in TRAINED:
         return tokenizers.find(which)
     if not size.isdecimal():
-        raise DataError(f"data.tokenizer {which} lacks the vocabulary's size: bpe:2048, say")
+        raise DataError(f"data.tokenizer {which} lacks the vocabulary's size: {kind}:2048, say")
     try:
-        return tokenizers.train_bpe(training(), int(size), f"bpe-{size}")
+        return TRAINED[kind](training(), int(size), f"{kind}-{size}")
     except ValueError as error:
         raise DataError(f"data.tokenizer {which}: {error}") from error
 

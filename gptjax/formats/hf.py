@@ -253,7 +253,8 @@ def read_config(path: Path) -> Architecture:
     family = fields.get("model_type", "gpt2")
     if not isinstance(family, str) or family not in CONVENTIONS:
         raise FormatError(
-            f"{path} has model_type {family!r}, but {KIND} of {' or '.join(CONVENTIONS)} is expected"
+            f"{path} has model_type {family!r}, but {KIND} of {' or '.join(CONVENTIONS)} is "
+            "expected"
         )
     theirs = CONVENTIONS[family]
     for name, values in theirs.expected.items():

@@ -1,7 +1,8 @@
 """Tokenizers: text <-> token ids, behind one small interface.
 
 `gpt2`, `byte`, `train_bpe` and llm.c's files give a `BytePairEncoding`, which tiktoken runs;
-`train_characters` gives `Characters`; a ``tokenizer.json`` of Hugging Face's that is no such
+`train_characters` gives `Characters`; a ``.model`` and `train_sentencepiece` a `SentencePiece`; a
+``tokenizer.json`` of Hugging Face's that is no such
 encoding a `HuggingFace`, which its own library runs. Each is saved as one JSON file beside what was
 made with it, so that ids can be decoded wherever they turn up.
 """
@@ -14,7 +15,7 @@ from pathlib import Path
 from gptjax.errors import DataError, FormatError
 from gptjax.files import read_small
 from gptjax.formats import llmc_tokenizer
-from gptjax.formats.recognise import recognise
+from gptjax.formats.recognise import SENTENCEPIECE, recognise
 from gptjax.tokenizers import tokenizer_json
 from gptjax.tokenizers.bpe import (
     GPT2_IDS,
@@ -28,6 +29,7 @@ from gptjax.tokenizers.bpe import (
 from gptjax.tokenizers.characters import Characters, train_characters
 from gptjax.tokenizers.hugging_face import HuggingFace
 from gptjax.tokenizers.interface import END_OF_TEXT, Tokenizer
+from gptjax.tokenizers.sentencepiece import SentencePiece, train_sentencepiece
 
 FILE = "tokenizer.json"  # a tokenizer's name in the folder of a run or a corpus
 LARGEST_FILE = 1 << 28  # bytes
@@ -40,16 +42,19 @@ __all__ = [
     "BytePairEncoding",
     "Characters",
     "HuggingFace",
+    "SentencePiece",
     "Tokenizer",
     "byte",
     "find",
     "from_llmc",
+    "from_sentencepiece",
     "gpt2",
     "is_gpt2",
     "load",
     "printable",
     "train_bpe",
     "train_characters",
+    "train_sentencepiece",
 ]
 
 
@@ -58,11 +63,12 @@ def find(which: str | os.PathLike[str]) -> Tokenizer:
 
     Args:
         which: ``gpt2``; ``byte``; a file that `Tokenizer.save` wrote; a ``tokenizer.json`` of
-            Hugging Face's; llm.c's ``gpt2_tokenizer.bin``; or a folder that holds a
-            ``tokenizer.json``, of a run, a corpus or a model.
+            Hugging Face's; a SentencePiece ``.model``; llm.c's ``gpt2_tokenizer.bin``; or a folder
+            that holds a ``tokenizer.json``, of a run, a corpus or a model.
 
     Raises:
-        DataError: there is no such tokenizer, or GPT-2's cannot be had (see `gpt2`).
+        DataError: there is no such tokenizer, GPT-2's cannot be had (see `gpt2`), or a package is
+            missing.
         FormatError: the file is damaged, or of another kind.
 
     """
@@ -74,6 +80,8 @@ def find(which: str | os.PathLike[str]) -> Tokenizer:
             f"there is no tokenizer {path}: gpt2, byte, or a file or a folder with {FILE} is "
             "expected"
         )
+    if recognise(path) == SENTENCEPIECE:
+        return from_sentencepiece(path)
     return from_llmc(path) if llmc_tokenizer.is_tokenizer(path) else load(path)
 
 
@@ -103,7 +111,7 @@ def load(path: str | os.PathLike[str]) -> Tokenizer:
             return tokenizer_json.read(Path(path))
         kind = content.get("kind") or ("char" if "characters" in content else "bpe")
         name = content["name"]
-        if not isinstance(name, str) or kind not in ("bpe", "char", "hf"):
+        if not isinstance(name, str) or kind not in ("bpe", "char", "hf", "sentencepiece"):
             raise ValueError(f"its kind is {str(kind)[:20]!r}, its name {str(name)[:20]!r}")
         if kind == "char":
             return Characters(content["characters"], name)
@@ -114,6 +122,8 @@ def load(path: str | os.PathLike[str]) -> Tokenizer:
                 content["end_of_text"],
                 content.get("begin_of_text"),
             )
+        if kind == "sentencepiece":
+            return SentencePiece(base64.b64decode(content["model"], validate=True), name)
         if name == "gpt2" and "tokens" not in content:
             return gpt2()
         return BytePairEncoding(
@@ -153,3 +163,19 @@ def from_llmc(path: str | os.PathLike[str]) -> BytePairEncoding:
         return found
     except (ValueError, DataError) as error:
         raise FormatError(f"{path} holds no byte-level BPE: {error}") from error
+
+
+def from_sentencepiece(path: str | os.PathLike[str]) -> SentencePiece:
+    """The tokenizer in a SentencePiece ``.model``.
+
+    Raises:
+        FormatError: it is damaged, or has a setting that is not supported.
+        DataError: the package ``sentencepiece`` is missing.
+
+    """
+    try:
+        return SentencePiece(read_small(path, LARGEST_FILE), Path(path).stem)
+    except OSError as error:
+        raise FormatError(f"tokenizer {path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise FormatError(f"{path} is no SentencePiece model that is read here: {error}") from error

@@ -2,7 +2,8 @@
 train|encode|decode|export``.
 
 ``train --input stories.txt --vocab_size 2048 --output tokenizer.json`` trains a byte-level BPE;
-``--kind char`` takes the text's characters. ``encode --tokenizer gpt2 some text`` prints ids,
+``--kind sentencepiece`` SentencePiece's, as llama2.c does; ``--kind char`` takes the text's
+characters. ``encode --tokenizer gpt2 some text`` prints ids,
 ``decode --tokenizer gpt2 15496 11`` text; both read standard input where nothing is given, and a
 token shard is written by ``encode --output`` and read by ``decode --input``. ``export --tokenizer
 gpt2 --output gpt2_tokenizer.bin`` writes llm.c's file.
@@ -68,7 +69,7 @@ def train(args: TrainTokenizerConfig) -> None:
     """Train, and say what came of it."""
     refuse_existing(args.output)
     files = [file for given in args.input for file in find_files(given)]
-    which = "char" if args.kind == "char" else f"bpe:{args.vocab_size}"
+    which = "char" if args.kind == "char" else f"{args.kind}:{args.vocab_size}"
 
     def everything() -> Iterator[Piece]:
         return pieces(files, args.column)

@@ -250,7 +250,7 @@ def test_a_llama_is_read_back(tmp_path, num_kv_heads, tied):
 
 
 def test_a_llama_has_the_names_and_layout_of_transformers(tmp_path):
-    cfg, params = write_llama(tmp_path / "m", tied=False)
+    _, params = write_llama(tmp_path / "m", tied=False)
     tensors = safetensors.numpy.load_file(tmp_path / "m" / hf.MODEL_FILE)
     assert len(tensors) == 9 * 2 + 3
     for layer, block in enumerate(params.blocks):
