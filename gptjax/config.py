@@ -464,6 +464,10 @@ class Sampler:
     """Draw among the tokens that are at least this many times as likely as the likeliest (Nguyen et
     al. 2024); 0 for all.
     """
+    draw: Literal["jax", "run.c"] = "jax"
+    """run.c: draw as llama2.c's run.c does, with its random numbers and its top_p, so that a seed
+    gives its text; top_k and min_p do not apply.
+    """
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -1075,6 +1079,8 @@ class GenerateConfig(Sampler):
                 raise ConfigError(f"{name} must be from 1 to {most}, not {getattr(self, name)}")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed must be from 0 to {2**32 - 1}, not {self.seed}")
+        if self.draw == "run.c" and self.seed == 0:
+            raise ConfigError("seed must not be 0 where draw is run.c: give another")
 
     @property
     def sampler(self) -> Sampler:
@@ -1155,7 +1161,8 @@ class EncodeConfig:
     """Text to turn into ids."""
 
     tokenizer: str
-    """gpt2, byte, a tokenizer.json, a folder that holds one, or llm.c's gpt2_tokenizer.bin."""
+    """gpt2, byte, a tokenizer.json, a folder that holds one, or a tokenizer .bin of llm.c or
+    llama2.c."""
     text: list[str] = dataclasses.field(default_factory=list, metadata=POSITIONAL | {"nargs": "*"})
     """Text, joined by spaces; without any, standard input up to its last byte."""
     output: str | None = None
@@ -1167,7 +1174,8 @@ class DecodeConfig:
     """Ids to turn into text."""
 
     tokenizer: str
-    """gpt2, byte, a tokenizer.json, a folder that holds one, or llm.c's gpt2_tokenizer.bin."""
+    """gpt2, byte, a tokenizer.json, a folder that holds one, or a tokenizer .bin of llm.c or
+    llama2.c."""
     ids: list[int] = dataclasses.field(default_factory=list, metadata=POSITIONAL | {"nargs": "*"})
     """Ids; without any, those on standard input."""
     input: str | None = None
@@ -1176,14 +1184,19 @@ class DecodeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ExportTokenizerConfig:
-    """A tokenizer to write as llm.c's file."""
+    """A tokenizer to write as llm.c's or llama2.c's file."""
 
     tokenizer: str
-    """gpt2, byte, a tokenizer.json, a folder that holds one, or llm.c's gpt2_tokenizer.bin."""
+    """gpt2, byte, a tokenizer.json, a folder that holds one, or a tokenizer .bin of llm.c or
+    llama2.c."""
+    to: Literal["llmc", "llama2c"] | None = None
+    """Whose file to write: llmc or llama2c, which needs scores; by default that which the tokenizer
+    fits.
+    """
     version: Literal[1, 2] = 2
-    """Version of the file; 1 is for GPT-2's vocabulary alone."""
-    output: str = "gpt2_tokenizer.bin"
-    """File to write."""
+    """Version of llm.c's file; 1 is for GPT-2's vocabulary alone."""
+    output: str | None = None
+    """File to write; by default gpt2_tokenizer.bin of llm.c, or tokenizer.bin of llama2.c."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -415,8 +415,8 @@ def _architecture(file: File) -> Architecture:
         raise FormatError(f"{path} holds no model, but an {fields['general.type']!r}")
     if fields.get("split.count", 1) not in (0, 1):
         raise FormatError(
-            f"{path} is one of {fields['split.count']} parts of a model: join them with llama.cpp's "
-            "llama-gguf-split --merge"
+            f"{path} is one of {fields['split.count']} parts of a model: join them with "
+            "llama-gguf-split --merge of llama.cpp"
         )
     if ROPE_FACTORS in file.tensors:
         raise FormatError(

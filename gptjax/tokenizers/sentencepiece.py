@@ -19,9 +19,8 @@ from typing import Any, NamedTuple
 
 from gptjax.errors import DataError
 from gptjax.tokenizers.bpe import LARGEST, interruptible
-from gptjax.tokenizers.space_first import SpaceFirst
+from gptjax.tokenizers.space_first import OVER_BLANKS, SPACE, SpaceFirst
 
-SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # stands for a space in a piece
 UNKNOWN_TEXT = " \N{DOUBLE QUESTION MARK} "
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # kinds of pieces
 UNIGRAM, BPE = 1, 2  # kinds of models
@@ -188,7 +187,7 @@ def read_model(content: bytes) -> Model:
     if trainer.get(24) or not normalizer.get(5, 1):
         raise ValueError("its spaces do not begin words: treat_whitespace_as_suffix is on")
     for piece in pieces:
-        if piece.kind == NORMAL and re.search(r"\S[ \n]", piece.text.replace(SPACE, " ")):
+        if piece.kind == NORMAL and OVER_BLANKS.search(piece.text):
             raise ValueError(f"its piece {piece.text!r} reaches over blanks, where text may be cut")
     return Model(tuple(pieces), kind, bool(normalizer.get(3, 1)))
 

@@ -1,9 +1,14 @@
 """Vocabularies in which a word's first character is a space, as SentencePiece's."""
 
 import abc
+import re
 from collections.abc import Sequence
 
 from gptjax.tokenizers.interface import REPLACEMENT, Tokenizer
+
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # stands for a space in a token
+OVER_BLANKS = re.compile(rf"[^\s{SPACE}][ \n{SPACE}]")
+"""In a token that a text could not be cut in front of a blank for."""
 
 
 class SpaceFirst(Tokenizer):
