@@ -31,6 +31,7 @@ from gptjax.tokenizers.hugging_face import HuggingFace
 from gptjax.tokenizers.interface import END_OF_TEXT, Tokenizer
 from gptjax.tokenizers.llama2c import Llama2c
 from gptjax.tokenizers.sentencepiece import SentencePiece, train_sentencepiece
+from gptjax.tokenizers.tokenizer_json import from_sentencepiece
 
 FILE = "tokenizer.json"  # a tokenizer's name in the folder of a run or a corpus
 LARGEST_FILE = 1 << 28  # bytes
@@ -170,22 +171,6 @@ def from_llmc(path: str | os.PathLike[str]) -> BytePairEncoding:
         return found
     except (ValueError, DataError) as error:
         raise FormatError(f"{path} holds no byte-level BPE: {error}") from error
-
-
-def from_sentencepiece(path: str | os.PathLike[str]) -> SentencePiece:
-    """The tokenizer in a SentencePiece ``.model``.
-
-    Raises:
-        FormatError: it is damaged, or has a setting that is not supported.
-        DataError: the package ``sentencepiece`` is missing.
-
-    """
-    try:
-        return SentencePiece(read_small(path, LARGEST_FILE), Path(path).stem)
-    except OSError as error:
-        raise FormatError(f"tokenizer {path} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise FormatError(f"{path} is no SentencePiece model that is read here: {error}") from error
 
 
 def from_llama2c(path: str | os.PathLike[str]) -> Llama2c:
