@@ -18,7 +18,9 @@ pytestmark = pytest.mark.filterwarnings("default::DeprecationWarning")  # of SWI
 
 TEXT = ["the cat sat on the mat", "the dog    sat    on 123 logs\n\nand    über die Straße"] * 20
 CATS = tokenizers.train_sentencepiece(TEXT, 310, "cats")
-ANY = st.text(st.sampled_from("the cat  \n12") | st.characters(exclude_characters=SPACE))
+ANY = st.text(
+    st.sampled_from("the cat  \n12") | st.characters(codec="utf-8", exclude_characters=SPACE)
+)
 
 
 def trained(**settings):
@@ -198,3 +200,7 @@ def test_without_the_package_the_extra_is_named(monkeypatch):
         SentencePiece(CATS.model)
     with pytest.raises(DataError, match=r"pip install 'gptjax\[llama\]'"):
         tokenizers.train_sentencepiece(TEXT, 310, "cats")
+
+
+def test_half_a_surrogate_pair_is_replaced():
+    assert CATS.decode(CATS.encode("a\udc80b")) == "a\ufffdb"
