@@ -1,5 +1,5 @@
-"""The same weights in Hugging Face's GPT-2 on PyTorch: our forward is GPT-2's, and so are gradient
-and AdamW steps.
+"""The same weights in Hugging Face's GPT-2 and Llama on PyTorch: our forward is theirs, and so are
+gradient and AdamW steps.
 
 Against PyTorch itself where it is installed (the [parity] extra), and everywhere against what it
 computed once.
@@ -22,7 +22,7 @@ from gptjax.train.optimizer import make_optimizer
 from gptjax.train.step import TrainState
 from gptjax.weights import load_weights, open_weights, write_weights
 from tests.compare import relative_l2
-from tests.golden import torch_gpt2
+from tests.golden import torch_gpt2, torch_llama
 from tests.models import tiny
 from tests.models.fused import fuse
 
@@ -96,28 +96,98 @@ def test_logits_loss_and_all_gradients(theirs):
 
 def test_ten_adamw_steps(theirs):
     found, dtype = theirs
-    cfg, params, batch = ours(theirs)
-    beta1, beta2 = torch_gpt2.ADAMW["betas"]
+    trained = after_adamw(torch_gpt2, found["losses"], TOLERANCE[dtype], *ours(theirs))
+    assert_close(trained, found["trained"], TOLERANCE[dtype])
+
+
+def after_adamw(golden, losses, tolerance, cfg, params, batch):
+    """The parameters after the steps of AdamW that ``golden`` describes; each loss is theirs."""
+    beta1, beta2 = golden.ADAMW["betas"]
     config = OptimConfig(
-        learning_rate=torch_gpt2.ADAMW["lr"], schedule="constant", weight_decay=torch_gpt2.WEIGHT_DECAY,
-        beta1=beta1, beta2=beta2, eps=torch_gpt2.ADAMW["eps"], grad_clip=0,
+        learning_rate=golden.ADAMW["lr"], schedule="constant", weight_decay=golden.WEIGHT_DECAY,
+        beta1=beta1, beta2=beta2, eps=golden.ADAMW["eps"], grad_clip=0,
     )  # fmt: skip
-    optimizer = make_optimizer(config, torch_gpt2.STEPS, cfg)
+    optimizer = make_optimizer(config, golden.STEPS, cfg)
     state = TrainState(params, optimizer.transform.init(params))
     batches = jax.tree.map(lambda x: x[None], batch)
     compiled = steps.compile_step(cfg, optimizer, "manual", state, batches, jax.random.key(0))
     buffer = steps.gradient_buffer(params)
-    for step, loss in enumerate(found["losses"], 1):
+    for step, loss in enumerate(losses, 1):
         state, buffer, metrics = steps.run_step(
             compiled, state, buffer, batches, jax.random.key(0), step
         )
-        assert float(metrics.loss) == pytest.approx(loss, rel=TOLERANCE[dtype]), step
-    assert found["losses"][-1] < found["losses"][0] - 0.3
-    assert_close(state.params, found["trained"], TOLERANCE[dtype])
+        assert float(metrics.loss) == pytest.approx(loss, rel=tolerance), step
+    assert losses[-1] < losses[0] - 0.3
+    return state.params
 
 
-def test_the_file_is_small():
-    assert torch_gpt2.FILE.stat().st_size < 1_000_000
+@pytest.mark.parametrize("golden", [torch_gpt2, torch_llama])
+def test_the_file_is_small(golden):
+    assert golden.FILE.stat().st_size < 1_000_000
+
+
+# Llama
+
+
+def live_llama(tied):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    return torch_llama.compute(tied)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(
+            (source, tied),
+            id=f"{name}-{kind}",
+            marks=[pytest.mark.parity, pytest.mark.filterwarnings("default")] * (name == "live"),
+        )
+        for name, source in (("file", torch_llama.load), ("live", live_llama))
+        for kind, tied in torch_llama.KINDS.items()
+    ],
+)
+def llama(request):
+    """(what PyTorch computed, our configuration, parameters, batch)."""
+    source, tied = request.param
+    found = source(tied)
+    cfg = tiny.config(
+        family="llama", num_layers=torch_llama.L, num_heads=torch_llama.H,
+        num_kv_heads=torch_llama.K, channels=torch_llama.C, vocab_size=torch_llama.V,
+        hidden=torch_llama.SIZES["intermediate_size"], max_seq_len=torch_llama.T, tied=tied,
+        rope_theta=torch_llama.THETA, norm_eps=torch_llama.EPS, layers="scan", dtype="float32",
+    )  # fmt: skip
+    tables = {"tok_emb": found["params"].tok_emb, "wcls": found["params"].wcls}
+    rows = ((0, cfg.padded_vocab_size - torch_llama.V), (0, 0))
+    padded = {name: np.pad(x, rows) for name, x in tables.items() if x is not None}
+    params = jax.tree.map(jnp.asarray, found["params"]._replace(**padded))
+    ids = found["ids"]
+    return found, cfg, params, Batch(jnp.asarray(ids[:, :-1]), jnp.asarray(ids[:, 1:]))
+
+
+def assert_llama_close(mine, expected):
+    mine, expected = torch_llama.named_tensors(mine), torch_llama.named_tensors(expected)
+    assert mine.keys() == expected.keys()
+    for name, theirs in expected.items():
+        x = mine[name][: torch_llama.V] if name in ("tok_emb", "wcls") else mine[name]
+        assert x.dtype == theirs.dtype, name
+        assert x.shape == theirs.shape, name
+        assert relative_l2(x, theirs) <= TOLERANCE["float32"], name
+
+
+def test_logits_loss_and_all_gradients_of_llama(llama):
+    found, cfg, params, batch = llama
+    logits = transformer.logits(params, batch.inputs, cfg)
+    assert relative_l2(logits, found["logits"]) <= TOLERANCE["float32"]
+    loss, grads = transformer.loss_and_grad(params, batch, cfg)
+    assert float(loss) == pytest.approx(found["losses"][0], rel=TOLERANCE["float32"])
+    assert_llama_close(grads, found["grads"])
+
+
+def test_ten_adamw_steps_of_llama(llama):
+    found, *ours = llama
+    trained = after_adamw(torch_llama, found["losses"], TOLERANCE["float32"], *ours)
+    assert_llama_close(trained, found["trained"])
 
 
 # Folders
