@@ -246,3 +246,80 @@ def test_we_load_what_transformers_writes(transformers, tmp_path, how):
     assert len(list(tmp_path.glob("*.safetensors"))) > 1 or "max_shard_size" not in how
     ids = np.arange(20).reshape(2, 10)
     assert relative_l2(our_logits(tmp_path, ids), their_logits(model, ids)) < 1e-5
+
+
+SMALL_LLAMA = {
+    "family": "llama",
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "hidden": 24,
+    "vocab_size": 310,
+}
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}!{% endfor %}"
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_transformers_loads_the_llamas_that_we_write(transformers, tmp_path, tied, dtype):
+    """The same logits, ids and conversation."""
+    pytest.importorskip("sentencepiece")
+    from gptjax.formats import safetensors
+
+    cats = tokenizers.train_sentencepiece(["the cat sat on the mat"] * 9, 285, "cats")
+    changes = {"vocab_size": 285, "tied": tied, "rope_theta": 5e3, "norm_eps": 1e-6}
+    cfg = tiny.config(**SIZES | SMALL_LLAMA | changes, dtype="float32")
+    kind = np.dtype(jnp.dtype(dtype))
+    path = tmp_path / "m.safetensors"
+    safetensors.write_model(path, tiny.params(cfg, jnp.float32), cfg, kind)
+    source = open_weights(str(path))._replace(tokenizer=cats, chat_template=TEMPLATE)
+    write_weights(source, tmp_path / "hf", "hf", kind)
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "hf", output_loading_info=True
+    )
+    assert not any(report.values()), report
+    assert str(model.dtype) == f"torch.{dtype}"
+    ids = np.array([[1, *cats.encode("the  cat sat")]])
+    assert relative_l2(our_logits(path, ids), their_logits(model.float(), ids)) < 1e-5
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert theirs("the  cat sat")["input_ids"] == ids[0].tolist()
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (1, 2)
+    assert (model.config.bos_token_id, model.config.eos_token_id) == (1, 2)
+    messages = [{"role": "user", "content": "hello"}]
+    assert theirs.apply_chat_template(messages, tokenize=False) == "user: hello!"
+    again = open_weights(str(tmp_path / "hf"))
+    assert again.chat_template == TEMPLATE
+    assert again.tokenizer.encode("the  cat") == cats.encode("the  cat")
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("how", [{}, {"max_shard_size": "20KB"}])
+@pytest.mark.parametrize("tied", [True, False])
+def test_we_load_the_llamas_that_transformers_writes(transformers, tmp_path, tied, how):
+    config = transformers.LlamaConfig(**torch_llama.SIZES, tie_word_embeddings=tied)
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path, **how)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1 or not how
+    ids = np.arange(20).reshape(2, 10)
+    assert relative_l2(our_logits(tmp_path, ids), their_logits(model, ids)) < 1e-5
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("default")
+def test_transformers_continues_stories260k_as_llama2c_does(transformers, tmp_path, shared):
+    """The real weights and tokenizer, from llama2.c's files to a folder."""
+    import hashlib
+
+    import torch
+
+    source = open_weights(str(shared / "llama2c" / "stories260K.bin"))
+    tok512 = tokenizers.find(shared / "llama2c" / "tok512.bin")
+    write_weights(source._replace(tokenizer=tok512), tmp_path / "hf", "hf", np.dtype(np.float32))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    begin = torch.tensor([[theirs.bos_token_id]])
+    ids = model.generate(begin, max_new_tokens=200, do_sample=False)[0]
+    text = theirs.decode(ids, skip_special_tokens=True).encode()[:464]
+    assert hashlib.md5(text).hexdigest() == "16274658e722e6d5f0effe0dd7a16084"

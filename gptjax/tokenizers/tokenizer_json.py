@@ -89,7 +89,7 @@ def read_template(folder: Path) -> str | None:
     path = folder / TEMPLATE_FILE
     if path.exists():
         try:
-            return read_text(path, LARGEST_TEMPLATE)
+            return read_small(path, LARGEST_TEMPLATE).decode()
         except (OSError, ValueError) as error:
             raise FormatError(f"{path} cannot be read: {error}") from error
     path = folder / CONFIG_FILE
