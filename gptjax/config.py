@@ -352,8 +352,8 @@ class DataConfig:
     root: str = "data"
     """Folder in which prepared corpora are kept."""
     tokenizer: str | None = None
-    """What text is tokenized with: gpt2, byte, char, bpe:SIZE (trained on it), a file; by default a
-    corpus's own, or gpt2.
+    """What text is tokenized with: gpt2, byte, char, bpe:SIZE or sentencepiece:SIZE (trained on
+    it), a file; by default a corpus's own, or gpt2.
     """
     column: str | None = None
     """Column of .jsonl or .parquet that holds the text; by default the one named text, or else the
@@ -1175,8 +1175,8 @@ class DatasetConfig:
     root: str = "data"
     """Folder in which prepared corpora are kept."""
     tokenizer: str | None = None
-    """What the text is tokenized with: gpt2, byte, char, bpe:SIZE (trained on it), a file; by
-    default a corpus's own, or gpt2."""
+    """What the text is tokenized with: gpt2, byte, char, bpe:SIZE or sentencepiece:SIZE (trained on
+    it), a file; by default a corpus's own, or gpt2."""
     column: str | None = None
     """Column of .jsonl or .parquet that holds the text; by default the one named text, or else the
     first that holds any.
@@ -1193,10 +1193,12 @@ class TrainTokenizerConfig:
     """Files, folders or patterns of text, as for --data.dataset of training."""
     column: str | None = None
     """The column of .jsonl or .parquet that holds the text."""
-    kind: Literal["bpe", "char"] = "bpe"
-    """What to train: bpe, a byte-level BPE, or char, the text's characters."""
+    kind: Literal["bpe", "sentencepiece", "char"] = "bpe"
+    """What to train: bpe, a byte-level BPE; sentencepiece, with llama2.c's settings; or char, the
+    text's characters."""
     vocab_size: int = 2048
-    """Ids of a BPE: 256 bytes, the merges, and end-of-text."""
+    """Ids of a BPE: 256 bytes, the merges, and end-of-text; of SentencePiece: three controls, 256
+    bytes, the merges, and the text's characters."""
     output: str = "tokenizer.json"
     """File to write."""
 

@@ -35,6 +35,7 @@ LARGEST_TEMPLATE = 1 << 20  # bytes
 HUB = "hf:"
 HUB_FILES = ["config.json", "*.safetensors", "model.safetensors.index.json"]
 HUB_FILES += ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"]
+HUB_FILES += ["tokenizer.model", "chat_template.jinja"]
 TENSORFLOW, PICKLED = (".index", ".meta", ".ckpt"), (".pt", ".pth", ".pkl", ".ckpt", ".bin")
 
 
@@ -83,9 +84,12 @@ def open_weights(where: str) -> Source:
         )
     if path.is_dir() and (path / hf.CONFIG_FILE).exists():
         cfg, params = hf.read_model(path)
-        return _with_tokenizer(
-            Source(hf.title(cfg), _by_default(cfg), params), lambda: tokenizer_json.read(path)
-        )
+        source = Source(hf.title(cfg), _by_default(cfg), params)
+        try:
+            source = source._replace(chat_template=tokenizer_json.read_template(path))
+        except FormatError as error:
+            source = source._replace(note=str(error))
+        return _with_tokenizer(source, lambda: tokenizer_json.read(path))
     if path.is_dir():
         return _open_run(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
     if llmc.is_model(path):
@@ -343,13 +347,15 @@ def write_weights(
         safetensors.write_model(path, source.params, source.cfg, dtype)
     else:
         known = source.tokenizer
-        end = known.end_of_text if known else None
+        begin, end = (known.begin_of_text, known.end_of_text) if known else (None, None)
 
         def extra(into: Path) -> None:
             if known and tokenizer_json.can_write(known):
-                tokenizer_json.write(into, known)
+                tokenizer_json.write(into, known, source.chat_template)
 
-        hf.write_model(path, source.params, source.cfg, dtype, end, extra, source.cfg.dropout)
+        hf.write_model(
+            path, source.params, source.cfg, dtype, end, extra, source.cfg.dropout, begin
+        )
 
 
 def keeps_tokenizer(to: Format, tokenizer: Tokenizer) -> bool:
