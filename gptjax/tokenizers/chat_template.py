@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from gptjax.errors import ConfigError, DataError, FormatError
 from gptjax.files import read_text
@@ -293,7 +293,7 @@ def _environment() -> Any:
     class Generation(Extension):
         """``{% generation %}``, with which templates mark what the assistant says: nothing here."""
 
-        tags: ClassVar = {"generation"}
+        tags = {"generation"}  # noqa: RUF012
 
         def parse(self, parser: Any) -> list[nodes.Node]:
             next(parser.stream)
