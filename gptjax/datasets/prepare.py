@@ -159,8 +159,8 @@ def of_split(text: Iterable[Piece], scan: Scan, split: Split) -> Iterator[Piece]
 def encode(
     tokenizer: Tokenizer, text: Iterable[Piece], workers: int | None = None
 ) -> Iterator[np.ndarray]:
-    """The ids of the pieces in order, each document after an end-of-text id where the tokenizer has
-    one.
+    """The ids of the pieces in order, each document after begin-of-text, or end-of-text, where the
+    tokenizer has one.
 
     Threads do it, since tiktoken lets go of the interpreter's lock; no more pieces are read ahead
     than they can use.
@@ -173,7 +173,9 @@ def encode(
     workers = workers or os.cpu_count() or 1
 
     def ids(begins: bool, part: str) -> np.ndarray:
-        start = [tokenizer.end_of_text] if begins and tokenizer.end_of_text is not None else []
+        if not begins:
+            return np.array(tokenizer.encode_more(part), dtype)
+        start = [] if tokenizer.document_start is None else [tokenizer.document_start]
         return np.array(start + tokenizer.encode(part), dtype)
 
     pool = ThreadPoolExecutor(workers)

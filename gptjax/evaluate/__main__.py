@@ -3,7 +3,8 @@
 On a corpus: loss, perplexity and bits per byte over the first ``--tokens`` of a split, in windows
 of ``--seq_len`` that follow each other; a token sees what its window holds before it. On HellaSwag
 (``--dataset hellaswag``, llm.c's ``hellaswag_val.bin`` or a ``.jsonl`` like the original's): acc
-and acc_norm as llm.c computes them. Standard errors are over windows or questions.
+and acc_norm as llm.c computes them. Standard errors are over windows or questions. With ``--text
+TEXT`` in place of a dataset: id, loss and text of each token, and the mean of the losses last.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from gptjax import cli, datasets, tokenizers
 from gptjax.cli.options import parse
@@ -26,11 +28,12 @@ from gptjax.datasets import Corpus
 from gptjax.datasets.batches import Windows, in_order
 from gptjax.errors import ConfigError, DataError, naming
 from gptjax.evaluate import hellaswag
-from gptjax.evaluate.corpus import score_corpus
+from gptjax.evaluate.corpus import score, score_corpus
 from gptjax.evaluate.estimate import Estimate
+from gptjax.models.batch import Batch
 from gptjax.models.params import num_params
-from gptjax.tokenizers import Tokenizer, is_gpt2
-from gptjax.weights import Source, load_params, open_weights
+from gptjax.tokenizers import Tokenizer, is_gpt2, printable
+from gptjax.weights import Source, load_params, open_weights, with_named_tokenizer
 from gptjax.xla.backend import platform_name, start_jax
 from gptjax.xla.cache import keep_compiled_programs
 
@@ -47,7 +50,8 @@ def main(argv: list[str] | None = None) -> int:
         cli.quiet_libraries()
         cli.replace_unprintable()
         source = open_weights(cfg.checkpoint)
-        tokenizer = tokenizer_of(cfg, source)
+        source = with_named_tokenizer(source, cfg.checkpoint, cfg.tokenizer)
+        tokenizer = source.tokenizer
         how: dict[str, Any] = {
             "attention": "auto",
             "dropout": 0.0,
@@ -58,8 +62,9 @@ def main(argv: list[str] | None = None) -> int:
         start_jax(model.dtype)
         show("device", f"{platform_name()} ({jax.devices()[0].device_kind}), jax {jax.__version__}")
         show("model", f"{cfg.checkpoint}, {source.format}, {num_params(model):,} parameters")
-        file = hellaswag.find_questions(cfg.dataset, Path(cfg.root))
-        if file:
+        if cfg.text is not None:
+            figures = evaluate_text(cfg, source, model, cfg.text)
+        elif file := hellaswag.find_questions(cfg.dataset, Path(cfg.root)):
             figures = evaluate_questions(cfg, source, model, tokenizer, file)
         else:
             figures = evaluate_corpus(cfg, source, model, tokenizer)
@@ -68,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         if cfg.json:
             settings = {
                 "checkpoint": cfg.checkpoint,
-                "dataset": cfg.dataset,
+                **({"text": cfg.text} if cfg.text is not None else {"dataset": cfg.dataset}),
                 "dtype": model.resolve(platform_name(), 1).dtype,
             }
             with naming(cfg.json):
@@ -76,6 +81,8 @@ def main(argv: list[str] | None = None) -> int:
                     json.dumps(settings | figures | {"seconds": seconds}, indent=1) + "\n"
                 )
             show("wrote", cfg.json)
+        if cfg.text is not None:
+            show("loss", f"{figures['loss']:.4f} nats a token")
     return 0
 
 
@@ -272,32 +279,49 @@ def evaluate_questions(
     return figures | as_json("acc", found.acc) | as_json("acc_norm", found.acc_norm)
 
 
-# --- Both ---
+# --- A text ---
 
 
-def tokenizer_of(cfg: EvaluateConfig, source: Source) -> Tokenizer | None:
-    """The model's tokenizer: the checkpoint's own, or the one that is named for it.
+def evaluate_text(
+    cfg: EvaluateConfig, source: Source, model: ModelConfig, text: str
+) -> dict[str, Any]:
+    """Print the loss of each token of a text, given those before it, and return the figures.
 
     Raises:
-        ConfigError: both are there and differ.
-        GptjaxError: the one that is named cannot be had.
+        GptjaxError: the model's tokenizer is not known or cannot encode the text, or the text is
+            too short or too long for the model.
 
     """
-    given = tokenizers.find(cfg.tokenizer) if cfg.tokenizer else None
-    if given and source.tokenizer and not given.same_as(source.tokenizer):
+    tokenizer = source.tokenizer
+    if tokenizer is None:
+        reason = f" ({source.note})" if source.note else ""
         raise ConfigError(
-            f"{cfg.checkpoint} comes with the tokenizer {source.tokenizer.name} of "
-            f"{source.tokenizer.vocab_size} ids, "
-            f"and {cfg.tokenizer} is another: leave --tokenizer out"
+            f"{cfg.checkpoint} comes without a tokenizer{reason}: name it, as in --tokenizer gpt2"
         )
-    found = source.tokenizer or given
-    if found and found.vocab_size > source.cfg.vocab_size:
-        raise ConfigError(
-            f"the tokenizer {found.name} has {found.vocab_size} ids, but {cfg.checkpoint} knows "
-            f"{source.cfg.vocab_size}: "
-            "name the tokenizer that belongs to it"
+    begin = tokenizer.begin_of_text
+    if begin is None and cfg.bos:
+        begin = tokenizer.end_of_text
+        if begin is None:
+            raise ConfigError(
+                f"the tokenizer {tokenizer.name} has no token that begins a text: leave bos out"
+            )
+    encoded = tokenizer.encode(text)
+    ids = encoded if begin is None or cfg.bos is False else [begin, *encoded]
+    if not 2 <= len(ids) <= model.max_seq_len + 1:
+        raise DataError(
+            f"the text has {len(ids)} tokens, but it takes 2 to {model.max_seq_len + 1}: give "
+            "another, or a file of it as --dataset"
         )
-    return found
+    model = model.resolve(platform_name(), len(ids) - 1)
+    row = np.asarray([ids], np.int32)
+    batch = Batch(row[:, :-1], row[:, 1:])
+    ((_, losses),) = score(load_params(source, model), [batch], model)
+    scored = losses[0].tolist()
+    shown = ["", *(f"{loss:.4f}" for loss in scored)]
+    for token, loss in zip(ids, shown, strict=True):
+        piece = printable(tokenizer.decode_bytes([token]))
+        print(f"{token:>6} {loss:>9} {piece}", flush=True)
+    return {"ids": ids, "losses": scored, "tokens": len(scored), "loss": float(np.mean(scored))}
 
 
 def plus_minus(estimate: Estimate, digits: int = 4) -> str:

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -66,14 +66,15 @@ class CorpusScore(NamedTuple):
         return Estimate(value, None if self.loss.error is None else value * self.loss.error)
 
 
-def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
-    """(V,) int64: the bytes of text that each id stands for; 0 for end-of-text, -1 for an id that
-    the tokenizer lacks.
+def token_bytes(tokenizer: Tokenizer, vocab_size: int, before: Sequence[int] = ()) -> np.ndarray:
+    """(V,) int64: the bytes of text that each id stands for where it follows ``before``; 0 for
+    control tokens such as end-of-text, -1 for an id that the tokenizer lacks.
     """
     lengths = np.full(max(vocab_size, tokenizer.vocab_size), -1)
-    lengths[: tokenizer.vocab_size] = [len(piece) for piece in tokenizer.pieces]
-    if tokenizer.end_of_text is not None:
-        lengths[tokenizer.end_of_text] = 0
+    lengths[: tokenizer.vocab_size] = [
+        len(tokenizer.decode_more(before, [i])) for i in range(tokenizer.vocab_size)
+    ]
+    lengths[[*tokenizer.ends, *tokenizer.special_tokens.values()]] = 0
     return lengths
 
 
@@ -98,14 +99,17 @@ def score_corpus(
 
     """
     lengths = token_bytes(tokenizer, cfg.vocab_size) if tokenizer else None
+    begin = tokenizer.begin_of_text if tokenizer else None
+    first = token_bytes(tokenizer, cfg.vocab_size, [begin]) if begin is not None else lengths
     nats, tokens, sizes = [], [], []
     unknown = lengths is None
     for batch, losses in score(params, batches, cfg):
         kept = batch.mask[:, 0] > 0
         nats.append(losses[kept].sum(1))
         tokens.append(np.full(kept.sum(), losses.shape[1]))
-        if lengths is not None:
-            found = lengths[batch.targets[kept]]
+        if lengths is not None and first is not None:
+            targets, begins = batch.targets[kept], batch.inputs[kept] == begin
+            found = np.where(begins, first[targets], lengths[targets])
             unknown |= bool((found < 0).any())
             sizes.append(found.sum(1))
         advance(int(kept.sum()), f"loss {sum(map(np.sum, nats)) / sum(map(np.sum, tokens)):.4f}")

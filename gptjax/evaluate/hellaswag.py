@@ -105,10 +105,9 @@ def read_jsonl(path: Path, tokenizer: Tokenizer) -> list[Question]:
                     f"line {number} of {path} has the label {str(label)[:20]!r}: 0 to "
                     f"{ENDINGS - 1} is expected"
                 )
-            tokens = [
-                tokenizer.encode(text) for text in (context, *(f" {ending}" for ending in endings))
-            ]
-            questions.append(Question(tokens[0], tokens[1:], label))
+            begin = [] if tokenizer.begin_of_text is None else [tokenizer.begin_of_text]
+            answers = [tokenizer.encode_more(f" {ending}") for ending in endings]
+            questions.append(Question(begin + tokenizer.encode(context), answers, label))
     return questions
 
 

@@ -1,8 +1,8 @@
 """Continue text: ``python -m gptjax.generate --checkpoint runs/124m --prompt "Once upon a time"``.
 
-The checkpoint is a run, a Hugging Face GPT-2 folder, an llm.c model ``.bin``, safetensors in our
-names, or ``hf:NAME`` on the hub. A single text is shown token by token, several of them once they
-are whole. Without a prompt the model begins by itself. A text that outgrows the model's context
+The checkpoint is a run, a Hugging Face folder, a model ``.bin`` of llm.c or llama2.c, safetensors
+in our names, or ``hf:NAME`` on the hub. A single text is shown token by token, several of them
+once they are whole. Without a prompt the model begins by itself. A text that outgrows the model's context
 goes on from its newer part, at least half a context, which is read anew.
 """
 
@@ -139,11 +139,11 @@ def load(args: GenerateConfig) -> Model:
     start_jax(wanted.dtype)
     cfg: ModelConfig = wanted.resolve(platform_name(), 1)
     params = load_params(source, cfg)
-    end = None if args.ignore_end else tokenizer.end_of_text
+    ends = () if args.ignore_end else tokenizer.ends
     return Model(
         store_for_decoding(params, cfg, args.int8),
         tokenizer,
-        Rules(cfg, args.sampler, tokenizer.vocab_size, end),
+        Rules(cfg, args.sampler, tokenizer.vocab_size, ends),
     )
 
 
@@ -168,7 +168,7 @@ def write(model: Model, prompts: list[str], args: GenerateConfig) -> None:
         show(prompts[0])
     began, made = time.perf_counter(), 0
     chunk = 1 if streaming and sys.stdout.isatty() else CHUNK
-    key = jax.random.key(args.seed)
+    key = args.seed if args.draw == "run.c" else jax.random.key(args.seed)
     for first in range(0, total, args.batch_size):
         numbers = range(first, min(first + args.batch_size, total))
         samples = [Sample(model.tokenizer, ids[i // args.num_samples], args.stop) for i in numbers]
@@ -224,12 +224,19 @@ def converse(model: Model, args: GenerateConfig) -> None:
                 return
             continue
         try:
-            said += prompt_ids(model.tokenizer, ("\n" if said else "") + line)
+            if said:
+                said += model.tokenizer.encode_more("\n" + line)
+            else:
+                said = prompt_ids(model.tokenizer, line)
         except DataError as error:
             print(f"{error}", file=sys.stderr)
             continue
         sample = Sample(model.tokenizer, said, args.stop)
-        key = jax.random.fold_in(jax.random.key(args.seed), turn)
+        key = (
+            args.seed + turn
+            if args.draw == "run.c"
+            else jax.random.fold_in(jax.random.key(args.seed), turn)
+        )
         with contextlib.suppress(KeyboardInterrupt):
             for texts in continued(
                 model.params, [sample], model.rules, key, args.max_new_tokens, 1

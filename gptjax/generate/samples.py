@@ -1,6 +1,6 @@
 """Continuations of prompts: tokens, their text, and why they ended."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any, Literal
 
 from gptjax.generate.engine import CHUNK, Rules, generate
@@ -16,7 +16,7 @@ class Sample:
     ) -> None:
         """Nothing is drawn yet."""
         self.tokenizer, self.prompt = tokenizer, prompt
-        self.stream = TextStream(tokenizer, stops)
+        self.stream = TextStream(tokenizer, stops, prompt[-1])
         self.ids: list[int] = []
         self.logprobs: list[float] = []
         self.finish: Literal["length", "end", "stop"] | None = None
@@ -25,16 +25,16 @@ class Sample:
         """
 
     def take(
-        self, ids: Sequence[int], logprobs: Sequence[float], end: int | None, last: bool
+        self, ids: Sequence[int], logprobs: Sequence[float], ends: Container[int], last: bool
     ) -> str:
-        """Add tokens up to the one that ends it; returns the text that has become certain."""
+        """Add tokens up to one that ends it; returns the text that has become certain."""
         text = ""
         for token, logprob in zip(ids, logprobs, strict=True):
             if self.finish:
                 return text
             self.ids.append(token)
             self.logprobs.append(logprob)
-            if token == end:
+            if token in ends:
                 self.finish = "end"
                 return text + self.stream.feed([], last=True)
             text += self.stream.feed([token])
@@ -48,7 +48,7 @@ class Sample:
     def seen(self) -> list[int]:
         """The ids of what can be seen of it: without end-of-text, and without a stop string."""
         if self.finish == "stop":
-            return self.tokenizer.encode(self.stream.text) if self.stream.text else []
+            return self.tokenizer.encode_more(self.stream.text) if self.stream.text else []
         return self.ids[:-1] if self.finish == "end" else self.ids
 
     def record(self, logprobs: bool) -> dict[str, Any]:
@@ -85,6 +85,6 @@ def continued(
     ):
         left -= new.tokens.shape[1]
         rows = zip(samples, new.tokens.tolist(), new.logprobs.tolist(), strict=True)
-        yield [sample.take(ids, logprobs, rules.end, left == 0) for sample, ids, logprobs in rows]
+        yield [sample.take(ids, logprobs, rules.ends, left == 0) for sample, ids, logprobs in rows]
         if all(sample.finish for sample in samples):
             return

@@ -20,13 +20,17 @@ def choose(
     """The next id of each row, drawn with its own key."""
     logits = logits.astype(accumulation_dtype(logits))
     if sampler.temperature == 0:
-        best = logits == logits.max(-1, keepdims=True)
-        ids = jnp.arange(logits.shape[1], dtype=jnp.int32)
-        # The first of equals; faster than argmax on CPU
-        return jnp.where(best, ids[None], ids[-1]).min(-1)
+        return likeliest(logits)
     # First, or a low temperature magnifies how the best one is rounded
     below = logits - logits.max(-1, keepdims=True)
     return draw(keys, filtered(below / sampler.temperature, sampler))
+
+
+def likeliest(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
+    """The id of each row with the largest logit, the first of equals; faster than argmax on CPU."""
+    best = logits == logits.max(-1, keepdims=True)
+    ids = jnp.arange(logits.shape[1], dtype=jnp.int32)
+    return jnp.where(best, ids[None], ids[-1]).min(-1)
 
 
 def filtered(logits: Float[Array, "B V"], sampler: Sampler) -> Float[Array, "B V"]:

@@ -15,9 +15,14 @@ class TextStream:
     The text ends before the first stop string.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
-        """Nothing has arrived; a ``stops`` that is empty text is ignored."""
+    def __init__(
+        self, tokenizer: Tokenizer, stops: Sequence[str] = (), before: int | None = None
+    ) -> None:
+        """Nothing has arrived after the id ``before``, if any; a ``stops`` that is empty text is
+        ignored.
+        """
         self.tokenizer = tokenizer
+        self._before = [] if before is None else [before]
         self.stops = [stop for stop in stops if stop]
         self.text = ""
         """All that is certain so far."""
@@ -30,7 +35,9 @@ class TextStream:
         """Take some ids, the last ones if so said; returns the text that has become certain."""
         if self.stopped:
             return ""
-        self._held += self._decoder.decode(self.tokenizer.decode_bytes(ids), last)
+        arrived = self.tokenizer.decode_more(self._before, ids)
+        self._before = [*self._before, *ids][-1:]
+        self._held += self._decoder.decode(arrived, last)
         places = [place for stop in self.stops if (place := self._held.find(stop)) >= 0]
         self.stopped = bool(places)
         end = min(places) if places else len(self._held) - (0 if last else self._undecided())
@@ -47,10 +54,11 @@ class TextStream:
 
 
 def prompt_ids(tokenizer: Tokenizer | None, prompt: str) -> list[int]:
-    """At least one id to start a sample from.
+    """At least one id to start a sample from: begin-of-text, where the tokenizer has one, and the
+    prompt's.
 
-    Those of the prompt; if it is empty, end-of-text, or a line end where there is none. Without a
-    tokenizer, or where its vocabulary has no line end, the first id.
+    If that is none, end-of-text, or a line end where there is none. Without a tokenizer, or where
+    its vocabulary has no line end, the first id.
 
     Raises:
         DataError: the vocabulary lacks a character of the prompt, other than a line end.
@@ -58,6 +66,9 @@ def prompt_ids(tokenizer: Tokenizer | None, prompt: str) -> list[int]:
     """
     if not tokenizer:
         return [0]
+    begin = tokenizer.begin_of_text
+    if begin is not None:
+        return [begin, *tokenizer.encode(prompt)]
     if not prompt and tokenizer.end_of_text is not None:
         return [tokenizer.end_of_text]
     try:

@@ -1,9 +1,10 @@
 """Tokenizers: text <-> token ids, behind one small interface.
 
 `gpt2`, `byte`, `train_bpe` and llm.c's files give a `BytePairEncoding`, which tiktoken runs;
-`train_characters` gives `Characters`; a ``tokenizer.json`` of Hugging Face's that is no such
-encoding a `HuggingFace`, which its own library runs. Each is saved as one JSON file beside what was
-made with it, so that ids can be decoded wherever they turn up.
+`train_characters` gives `Characters`, llama2.c's ``tokenizer.bin`` a `Llama2c`; a
+``tokenizer.json`` of Hugging Face's that is no such encoding a `HuggingFace`, which its own library
+runs. Each is saved as one JSON file beside what was made with it, so that ids can be decoded
+wherever they turn up.
 """
 
 import base64
@@ -13,8 +14,8 @@ from pathlib import Path
 
 from gptjax.errors import DataError, FormatError
 from gptjax.files import read_small
-from gptjax.formats import llmc_tokenizer
-from gptjax.formats.recognise import recognise
+from gptjax.formats import llama2c_tokenizer, llmc_tokenizer
+from gptjax.formats.recognise import LLAMA2C_TOKENIZER, recognise
 from gptjax.tokenizers import tokenizer_json
 from gptjax.tokenizers.bpe import (
     GPT2_IDS,
@@ -28,6 +29,7 @@ from gptjax.tokenizers.bpe import (
 from gptjax.tokenizers.characters import Characters, train_characters
 from gptjax.tokenizers.hugging_face import HuggingFace
 from gptjax.tokenizers.interface import END_OF_TEXT, Tokenizer
+from gptjax.tokenizers.llama2c import Llama2c
 
 FILE = "tokenizer.json"  # a tokenizer's name in the folder of a run or a corpus
 LARGEST_FILE = 1 << 28  # bytes
@@ -40,9 +42,11 @@ __all__ = [
     "BytePairEncoding",
     "Characters",
     "HuggingFace",
+    "Llama2c",
     "Tokenizer",
     "byte",
     "find",
+    "from_llama2c",
     "from_llmc",
     "gpt2",
     "is_gpt2",
@@ -58,8 +62,8 @@ def find(which: str | os.PathLike[str]) -> Tokenizer:
 
     Args:
         which: ``gpt2``; ``byte``; a file that `Tokenizer.save` wrote; a ``tokenizer.json`` of
-            Hugging Face's; llm.c's ``gpt2_tokenizer.bin``; or a folder that holds a
-            ``tokenizer.json``, of a run, a corpus or a model.
+            Hugging Face's; llm.c's ``gpt2_tokenizer.bin``; llama2.c's ``tokenizer.bin``; or a
+            folder that holds a ``tokenizer.json``, of a run, a corpus or a model.
 
     Raises:
         DataError: there is no such tokenizer, or GPT-2's cannot be had (see `gpt2`).
@@ -74,7 +78,9 @@ def find(which: str | os.PathLike[str]) -> Tokenizer:
             f"there is no tokenizer {path}: gpt2, byte, or a file or a folder with {FILE} is "
             "expected"
         )
-    return from_llmc(path) if llmc_tokenizer.is_tokenizer(path) else load(path)
+    if llmc_tokenizer.is_tokenizer(path):
+        return from_llmc(path)
+    return from_llama2c(path) if recognise(path) == LLAMA2C_TOKENIZER else load(path)
 
 
 def is_gpt2(tokenizer: Tokenizer) -> bool:
@@ -103,17 +109,23 @@ def load(path: str | os.PathLike[str]) -> Tokenizer:
             return tokenizer_json.read(Path(path))
         kind = content.get("kind") or ("char" if "characters" in content else "bpe")
         name = content["name"]
-        if not isinstance(name, str) or kind not in ("bpe", "char", "hf"):
+        if not isinstance(name, str) or kind not in ("bpe", "char", "hf", "llama2c"):
             raise ValueError(f"its kind is {str(kind)[:20]!r}, its name {str(name)[:20]!r}")
         if kind == "char":
             return Characters(content["characters"], name)
         if kind == "hf":
-            return HuggingFace(name, json.dumps(content["tokenizer"]), content["end_of_text"])
+            return HuggingFace(
+                name,
+                json.dumps(content["tokenizer"]),
+                content["end_of_text"],
+                content.get("begin_of_text"),
+            )
         if name == "gpt2" and "tokens" not in content:
             return gpt2()
-        return BytePairEncoding(
-            name, tuple(base64.b64decode(token, validate=True) for token in content["tokens"])
-        )
+        tokens = tuple(base64.b64decode(token, validate=True) for token in content["tokens"])
+        if kind == "llama2c":
+            return Llama2c(tokens, tuple(map(float, content["scores"])), name)
+        return BytePairEncoding(name, tokens)
     except OSError as error:
         raise FormatError(f"tokenizer {path} cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -148,3 +160,17 @@ def from_llmc(path: str | os.PathLike[str]) -> BytePairEncoding:
         return found
     except (ValueError, DataError) as error:
         raise FormatError(f"{path} holds no byte-level BPE: {error}") from error
+
+
+def from_llama2c(path: str | os.PathLike[str]) -> Llama2c:
+    """The tokenizer in llama2.c's ``tokenizer.bin``.
+
+    Raises:
+        FormatError: see `gptjax.formats.llama2c_tokenizer.read_tokenizer`.
+
+    """
+    tokens, scores = llama2c_tokenizer.read_tokenizer(path)
+    try:
+        return Llama2c(tuple(tokens), tuple(scores), Path(path).stem)
+    except ValueError as error:
+        raise FormatError(f"{path} holds no vocabulary of llama2.c: {error}") from error

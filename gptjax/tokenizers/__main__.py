@@ -5,7 +5,8 @@ train|encode|decode|export``.
 ``--kind char`` takes the text's characters. ``encode --tokenizer gpt2 some text`` prints ids,
 ``decode --tokenizer gpt2 15496 11`` text; both read standard input where nothing is given, and a
 token shard is written by ``encode --output`` and read by ``decode --input``. ``export --tokenizer
-gpt2 --output gpt2_tokenizer.bin`` writes llm.c's file.
+gpt2`` writes llm.c's ``gpt2_tokenizer.bin``, and llama2.c's ``tokenizer.bin`` of a tokenizer that
+has scores.
 """
 
 import dataclasses
@@ -23,8 +24,9 @@ from gptjax.config import DecodeConfig, EncodeConfig, ExportTokenizerConfig, Tra
 from gptjax.datasets.prepare import id_dtype, make_tokenizer
 from gptjax.datasets.text import Piece, find_files, pieces
 from gptjax.errors import ConfigError, DataError
-from gptjax.formats import llmc_tokenizer
+from gptjax.formats import llama2c_tokenizer, llmc_tokenizer
 from gptjax.formats.token_shards import open_shard, write_shard
+from gptjax.tokenizers.llama2c import scored
 
 PROG = "python -m gptjax.tokenizers"
 CHUNK = 1 << 16  # ids decoded at a time
@@ -98,11 +100,11 @@ def decode(args: DecodeConfig) -> None:
     if args.input and args.ids:
         raise ConfigError("ids are given and --input too: leave one of them out")
     ids = open_shard(args.input).tokens if args.input else args.ids or _ids(_standard_input())
+    before = [] if tokenizer.begin_of_text is None else [tokenizer.begin_of_text]
     for begin in range(0, len(ids), CHUNK):
-        part = ids[begin : begin + CHUNK]
-        sys.stdout.buffer.write(
-            tokenizer.decode_bytes(part if isinstance(part, list) else part.tolist())
-        )
+        part = list(map(int, ids[begin : begin + CHUNK]))
+        sys.stdout.buffer.write(tokenizer.decode_more(before, part))
+        before = part[-1:]
     if sys.stdout.isatty():
         sys.stdout.buffer.write(b"\n")
 
@@ -117,9 +119,20 @@ def _ids(text: str) -> list[int]:
 
 
 def export(args: ExportTokenizerConfig) -> None:
-    """Write llm.c's file."""
-    refuse_existing(args.output)
+    """Write llm.c's or llama2.c's file."""
     tokenizer = tokenizers.find(args.tokenizer)
+    to = args.to or ("llama2c" if isinstance(tokenizer, tokenizers.Llama2c) else "llmc")
+    output = args.output or {"llmc": "gpt2_tokenizer.bin", "llama2c": "tokenizer.bin"}[to]
+    refuse_existing(output)
+    if to == "llama2c":
+        chosen = scored(tokenizer)
+        llama2c_tokenizer.write_tokenizer(output, chosen.tokens, chosen.scores)
+    else:
+        _export_llmc(tokenizer, args, output)
+    print(f"{tokenizer.vocab_size} tokens in {output}, {Path(output).stat().st_size} bytes")
+
+
+def _export_llmc(tokenizer: tokenizers.Tokenizer, args: ExportTokenizerConfig, output: str) -> None:
     if tokenizer.end_of_text is None:
         raise ConfigError(f"{args.tokenizer} has no end-of-text id, which llm.c's file needs")
     if not isinstance(tokenizer, tokenizers.BytePairEncoding):
@@ -129,13 +142,10 @@ def export(args: ExportTokenizerConfig) -> None:
         )
     try:
         llmc_tokenizer.write_tokenizer(
-            args.output, tokenizer.pieces, tokenizer.end_of_text, args.version
+            output, tokenizer.pieces, tokenizer.end_of_text, args.version
         )
     except ValueError as error:
         raise ConfigError(f"{args.tokenizer} does not fit llm.c's file: {error}") from error
-    print(
-        f"{tokenizer.vocab_size} tokens in {args.output}, {Path(args.output).stat().st_size} bytes"
-    )
 
 
 def _standard_input() -> str:

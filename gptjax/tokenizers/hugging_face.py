@@ -54,6 +54,7 @@ class HuggingFace(Tokenizer):
     source: str
     """The content of ``tokenizer.json``, as `canonical` gives it."""
     end_of_text: int | None = None
+    begin_of_text: int | None = None
     kind = "hf"
 
     def __post_init__(self) -> None:
@@ -88,7 +89,13 @@ class HuggingFace(Tokenizer):
         return found
 
     def __reduce__(self) -> tuple[object, ...]:
-        return HuggingFace, (self.name, self.source, self.end_of_text)
+        return HuggingFace, (self.name, self.source, self.end_of_text, self.begin_of_text)
+
+    @functools.cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """See `Tokenizer`."""
+        added = json.loads(self.source)["added_tokens"]
+        return {token["content"]: token["id"] for token in added if token["special"]}
 
     @functools.cached_property
     def pieces(self) -> tuple[bytes, ...]:
@@ -137,7 +144,8 @@ class HuggingFace(Tokenizer):
 
     def content(self) -> dict[str, object]:
         """See `Tokenizer`."""
-        return {"tokenizer": json.loads(self.source), "end_of_text": self.end_of_text}
+        begin = {} if self.begin_of_text is None else {"begin_of_text": self.begin_of_text}
+        return {"tokenizer": json.loads(self.source), "end_of_text": self.end_of_text} | begin
 
 
 def read_library(source: str) -> Any:
@@ -209,6 +217,10 @@ def check(content: dict[str, Any]) -> None:
             raise ValueError(
                 f"it changes the text or its ids (its {setting}), which is not supported"
             )
+    if before.get("type") == "Sequence" and before["pretokenizers"][:-1] == [
+        {"type": "Digits", "individual_digits": True}  # which cut nothing between blanks
+    ]:
+        before = before["pretokenizers"][-1]
     if (
         before.get("type") != "ByteLevel"
         or before["add_prefix_space"]

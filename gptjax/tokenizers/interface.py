@@ -47,6 +47,16 @@ class Tokenizer(abc.ABC):
         """
         return {}
 
+    @property
+    def document_start(self) -> int | None:
+        """The id before each document: `begin_of_text`, or where there is none the separator."""
+        return self.end_of_text if self.begin_of_text is None else self.begin_of_text
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The ids after which a text is over: the separator, or the beginning of another text."""
+        return tuple(i for i in (self.end_of_text, self.begin_of_text) if i is not None)
+
     @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
         """Ids of a text. ``<|endoftext|>`` in it is ordinary text, never the separator.
@@ -55,6 +65,15 @@ class Tokenizer(abc.ABC):
             DataError: it cannot be encoded: it holds a character that the vocabulary lacks, say.
 
         """
+
+    def encode_more(self, text: str) -> list[int]:
+        """Ids of a text that goes on after others; some tokenizers put a space before a first one.
+
+        Raises:
+            DataError: see `encode`.
+
+        """
+        return self.encode(text)
 
     @abc.abstractmethod
     def content(self) -> dict[str, object]:
@@ -75,6 +94,10 @@ class Tokenizer(abc.ABC):
         """The bytes of some ids; for an id outside the vocabulary, those of U+FFFD."""
         pieces = self.pieces
         return b"".join(pieces[i] if 0 <= i < len(pieces) else REPLACEMENT for i in ids)
+
+    def decode_more(self, before: Sequence[int], ids: Sequence[int]) -> bytes:
+        """The bytes of some ids that follow others: `decode_bytes` of both, without the first's."""
+        return self.decode_bytes([*before, *ids])[len(self.decode_bytes(before)) :]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of some ids; a cut character at either end becomes U+FFFD, an id outside the
