@@ -62,9 +62,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         if cfg.destination is None:
             raise ConfigError("name what to write, too, or give --inspect")
-        convert(
-            cfg.source, Path(cfg.destination), cfg.to, cfg.dtype, cfg.version, cfg.tokenizer
-        )
+        convert(cfg.source, Path(cfg.destination), cfg.to, cfg.dtype, cfg.version, cfg.tokenizer)
     return 0
 
 

@@ -85,6 +85,28 @@ def prefill(
     return _logits(params, x[:, -1:], cfg)[:, 0], cache
 
 
+def empty_cache(cfg: ModelConfig, rows: int, slots: int) -> Any:
+    """A cache of so many slots in which nothing is written yet."""
+    shape = (rows, cfg.num_kv_heads, slots, cfg.head_dim)
+    if cfg.layers == "scan":
+        shape = (cfg.num_layers, *shape)
+    layers = 1 if cfg.layers == "scan" else cfg.num_layers
+    found = tuple(
+        LayerCache(*(jnp.zeros(shape, cfg.compute_dtype) for _ in range(2))) for _ in range(layers)
+    )
+    return found[0] if cfg.layers == "scan" else found
+
+
+def with_slots(cache: Any, slots: int) -> Any:
+    """The cache with at least so many slots; the new ones come last."""
+
+    def longer(x: Array) -> Array:
+        more = max(0, slots - x.shape[-2])
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, more), (0, 0)]) if more else x
+
+    return jax.tree.map(longer, cache)
+
+
 def extend(
     params: Any,
     tokens: Int[Array, "B P"],

@@ -58,9 +58,8 @@ class ChatTemplate(NamedTuple):
 class Endings(NamedTuple):
     """What ends an answer."""
 
-    ids: frozenset[int]
+    ids: tuple[int, ...]
     texts: tuple[str, ...]
-    """Where no control token does."""
 
 
 def find(which: str) -> ChatTemplate:
@@ -131,19 +130,20 @@ def render(
 
 
 def endings(template: ChatTemplate, tokenizer: Tokenizer) -> Endings:
-    """What ends an answer: begin- and end-of-text, and what the template writes after one.
+    """What ends an answer: begin- and end-of-text, the template's control tokens, and if it ends
+    an answer with none, the text that it writes there.
 
     Raises:
         FormatError, DataError, ConfigError: see `encode`; a template that fails is found here.
 
     """
     probe = [{"role": "user", "content": "user"}, {"role": "assistant", "content": "\ue000"}]
-    after = _rendered(probe, template, tokenizer, False).rpartition("\ue000")[2]
+    text = _rendered(probe, template, tokenizer, False)
+    after = text.rpartition("\ue000")[2]
     specials = _specials(tokenizer)
-    known = re.findall(_any_of(specials), after)
-    ids = {tokenizer.begin_of_text, tokenizer.end_of_text, *(specials[text] for text in known[:1])}
-    texts = () if known or not after.strip() else (after.strip(),)
-    return Endings(frozenset(i for i in ids if i is not None), texts)
+    ids = {specials[found] for found in re.findall(_any_of(specials), text)}
+    texts = () if re.search(_any_of(specials), after) or not after.strip() else (after.strip(),)
+    return Endings(tuple(sorted(ids.union(tokenizer.ends))), texts)
 
 
 # --- Rendered text: control tokens as they are, those in messages with stand-ins ---
@@ -184,7 +184,9 @@ def _encoded(text: str, tokenizer: Tokenizer) -> list[int]:
         if part in specials:
             ids.append(specials[part])
         elif part:
-            ids += tokenizer.encode(_plain(part, specials))
+            begins = not ids or ids[-1] == tokenizer.begin_of_text
+            encode = tokenizer.encode if begins else tokenizer.encode_more
+            ids += encode(_plain(part, specials))
     return ids
 
 

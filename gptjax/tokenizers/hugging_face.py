@@ -111,15 +111,6 @@ class HuggingFace(Tokenizer):
         known = set(self.library.get_vocab(with_added_tokens=False))
         return frozenset(byte for byte, character in PRINTABLE.items() if character not in known)
 
-    @functools.cached_property
-    def special_tokens(self) -> dict[str, int]:
-        """See `Tokenizer`."""
-        return {
-            token["content"]: token["id"]
-            for token in json.loads(self.source)["added_tokens"]
-            if token["special"]
-        }
-
     def encode(self, text: str) -> list[int]:
         """See `Tokenizer`. Half a surrogate pair is encoded as U+FFFD.
 
