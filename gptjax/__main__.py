@@ -7,6 +7,7 @@ from gptjax import __version__
 COMMANDS = {
     "train": "train a model, or go on with a run",
     "generate": "continue text with a model",
+    "chat": "talk with a model",
     "evaluate": "perplexity on a corpus or a text, HellaSwag",
     "verify": "prove the hand-written gradient",
     "plot": "draw the curves of runs",

@@ -19,7 +19,7 @@ import jax
 
 from gptjax import cli, tokenizers
 from gptjax.cli.options import parse
-from gptjax.cli.streams import standard_input
+from gptjax.cli.streams import show, standard_input
 from gptjax.config import MOST_SAMPLES, GenerateConfig, ModelConfig
 from gptjax.errors import ConfigError, DataError
 from gptjax.files import read_stream
@@ -244,18 +244,6 @@ def converse(model: Model, args: GenerateConfig) -> None:
                 show(texts[0])
         said += sample.seen()
         show("\n")
-
-
-def show(text: str) -> None:
-    """Write text now; on a terminal, a placeholder for the control characters that a model may well
-    produce.
-    """
-    if sys.stdout.isatty():
-        text = "".join(
-            c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
-        )
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":
