@@ -21,14 +21,18 @@ from gptjax.chat.conversation import Conversation
 from gptjax.cli.options import parse
 from gptjax.cli.streams import show
 from gptjax.config import ChatConfig
+from gptjax.convert.weights import (
+    Source,
+    load_for_decoding,
+    open_weights,
+    with_named_tokenizer,
+)
 from gptjax.errors import ConfigError, DataError
 from gptjax.generate.engine import CHUNK, Rules
 from gptjax.generate.session import Session
-from gptjax.models.decode import store_for_decoding
 from gptjax.tokenizers.chat_template import ChatTemplate, endings, find
-from gptjax.weights import Source, load_params, open_weights, with_named_tokenizer
 from gptjax.xla.backend import platform_name, start_jax
-from gptjax.xla.cache import keep_compiled_programs
+from gptjax.xla.cache import enable_compilation_cache
 
 PROG = "python -m gptjax.chat"
 HELP = """\
@@ -53,8 +57,8 @@ def main(argv: list[str] | None = None) -> int:
         for text in [*args.prompt, args.system or ""]:
             if any("\ud800" <= c <= "\udfff" for c in text):
                 raise DataError("prompt and system must be UTF-8 text")
-        cli.keep_freed_memory()
-        keep_compiled_programs()
+        cli.reuse_freed_memory()
+        enable_compilation_cache()
         cli.quiet_libraries()
         cli.replace_unprintable()
         conversation = opened(args)
@@ -78,7 +82,7 @@ def opened(args: ChatConfig) -> Conversation:
     if not tokenizer:
         reason = f" ({source.note})" if source.note else ""
         raise ConfigError(
-            f"{args.checkpoint} comes without a tokenizer{reason}: name it, as in --tokenizer gpt2"
+            f"{args.checkpoint} has no tokenizer{reason}: name one, as in --tokenizer gpt2"
         )
     template = template_of(source, args)
     ends = endings(template, tokenizer)
@@ -87,7 +91,7 @@ def opened(args: ChatConfig) -> Conversation:
     )
     start_jax(wanted.dtype)
     cfg = wanted.resolve(platform_name(), 1)
-    params = store_for_decoding(load_params(source, cfg), cfg, args.int8)
+    params = load_for_decoding(source, cfg, args.storage)
     rules = Rules(cfg, args.sampler, tokenizer.vocab_size, ends.ids)
     return Conversation(Session(params, rules), tokenizer, template, ends, args.system)
 
@@ -106,8 +110,8 @@ def template_of(source: Source, args: ChatConfig) -> ChatTemplate:
     if source.tokenizer and "<|im_start|>" in source.tokenizer.special_tokens:
         return find("chatml")
     raise ConfigError(
-        f"{args.checkpoint} comes without a chat template, as a model that only continues text "
-        "does: use python -m gptjax.generate, or name a template, as in --template chatml"
+        f"{args.checkpoint} has no chat template, as a model that only continues text has "
+        "none: use python -m gptjax.generate, or name a template, as in --template chatml"
     )
 
 

@@ -169,7 +169,7 @@ def test_on_a_terminal(arguments, monkeypatch, capsys):
         (["--prompt", "a\udcff"], "prompt and system must be UTF-8 text"),
         (["--prompt", "x" * 200], "of the model's context of 160"),
         (["--stop", "x"], "chat does not read stop"),
-        (["--tokenizer", "byte"], "comes without a chat template"),
+        (["--tokenizer", "byte"], "has no chat template"),
     ],
 )
 def test_bad_input_ends_in_one_sentence(arguments, options, message, tmp_path, monkeypatch, capsys):
@@ -191,4 +191,4 @@ def test_standard_input_that_is_closed(arguments, monkeypatch, capsys):
 
 
 def test_a_model_without_a_tokenizer(arguments, capsys):
-    expect_error(command.main, arguments[:2], "comes without a tokenizer", capsys)
+    expect_error(command.main, arguments[:2], "has no tokenizer", capsys)
