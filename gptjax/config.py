@@ -1139,6 +1139,27 @@ class GenerateConfig(Sampler):
         )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatConfig(GenerateConfig):
+    """A conversation, and how the model answers."""
+
+    READS: ClassVar = (
+        *(field.name for field in dataclasses.fields(Sampler)),
+        *("checkpoint", "seed", "tokenizer", "dtype", "weights", "int8"),
+    )
+
+    prompt: list[str] = dataclasses.field(default_factory=list, metadata=SEVERAL)
+    """Say this, print the answer, and end; several are said one after the other."""
+    system: str | None = None
+    """What the model is told before the conversation; by default what its template says."""
+    template: str | None = None
+    """How a conversation is written: chatml, llama2 or a file in Jinja; by default as the model's
+    own chat template says, or chatml where the tokenizer has its control tokens.
+    """
+    max_new_tokens: int = 512
+    """Tokens in an answer, unless it ends before."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ConvertConfig:
     """A model to convert and the format to write."""
@@ -1273,6 +1294,7 @@ class PlotConfig:
 COMMANDS: dict[str, Any] = {
     "train": Config,
     "generate": GenerateConfig,
+    "chat": ChatConfig,
     "evaluate": EvaluateConfig,
     "verify": VerifyConfig,
     "explore": ExploreConfig,
