@@ -9,7 +9,7 @@ CUDNN = (9, 10)
 
 
 def _gpu(name: str, major_minor: tuple[int, int], cores: int, fpus: int, **fields: Any) -> Any:
-    """XLA's GpuTargetConfigProto of a GPU; sizes in KiB, the clock in GHz, the bandwidth in GB/s."""
+    """XLA's GpuTargetConfigProto of a GPU: caches in KiB, the clock in GHz, bandwidth in GB/s."""
     major, minor = major_minor
     return {
         "gpu_device_info": {

@@ -21,6 +21,7 @@ class Lowered:
         self.known, self.asked = known, []
 
     def compile(self, compiler_options):
+        """The options, or XLA's error."""
         self.asked.append(set(compiler_options))
         for option in compiler_options:
             if option not in self.known:
@@ -37,7 +38,7 @@ def test_a_platform_gets_its_own(device, name):
 
 
 def test_what_an_xla_does_not_know_is_left_out_and_the_rest_is_kept():
-    first, *rest = OPTIONS["cuda"]
+    _, *rest = OPTIONS["cuda"]
     lowered = Lowered(set(rest))
     assert set(compile_tuned(lowered, H100)) == set(rest)
     assert len(lowered.asked) == 2
@@ -50,9 +51,8 @@ def test_this_xla_leaves_out_what_it_does_not_know(monkeypatch):
 
 
 def test_another_error_is_raised():
-    class Failing:
-        def compile(self, compiler_options):
-            raise jax.errors.JaxRuntimeError("INTERNAL: other")
+    def fail(**_):
+        raise jax.errors.JaxRuntimeError("INTERNAL: other")
 
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        compile_tuned(Failing(), H100)
+        compile_tuned(SimpleNamespace(compile=fail), H100)
