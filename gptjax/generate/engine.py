@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from gptjax.config import ModelConfig, Sampler
 from gptjax.errors import CheckpointError
+from gptjax.generate import run_c
 from gptjax.generate.sampling import choose
 from gptjax.models.decode import decode, prefill
 from gptjax.xla.products import accumulation_dtype
@@ -36,8 +37,8 @@ class Rules(NamedTuple):
     sampler: Sampler
     allowed: int
     """Ids below this are drawn: of a tokenizer smaller than the model's vocabulary."""
-    end: int | None
-    """The id after which a sequence is done; None: none is."""
+    ends: tuple[int, ...] = ()
+    """The ids after any of which a sequence is done."""
 
 
 class Decoding(NamedTuple):
@@ -53,7 +54,8 @@ class Decoding(NamedTuple):
     drawn: Int[Array, ""]
     """Tokens drawn so far."""
     done: Bool[Array, " B"]
-    keys: Key[Array, " B"]
+    keys: Any
+    """What each row draws with: keys (B,), or run.c's random numbers (B, n)."""
 
 
 class Drawn(NamedTuple):
@@ -82,7 +84,7 @@ def generate(
     params: Any,
     prompts: Sequence[Sequence[int]],
     rules: Rules,
-    key: Key[Array, ""],
+    key: Any,
     new_tokens: int,
     chunk: int = CHUNK,
     fetch: Callable[[Any], np.ndarray] = np.asarray,
@@ -95,7 +97,8 @@ def generate(
         params: parameters, or what `gptjax.models.decode.store_for_decoding` makes of them.
         prompts: ids, at least one each, of any length.
         rules: see there.
-        key: the same one gives the same tokens.
+        key: the same one gives the same tokens; of run.c's draws the seed, an int, to which a row
+            adds its index.
         new_tokens: how many, at most.
         chunk: at most so many at a time, up to `CHUNK`.
         fetch: brings an array from the devices, where several processes have them.
@@ -109,7 +112,7 @@ def generate(
     if not len(prompts) or not all(len(prompt) for prompt in prompts):
         raise ValueError("each prompt needs at least one id")
     context = rules.cfg.max_seq_len
-    keys = jax.vmap(partial(jax.random.fold_in, key))(first + jnp.arange(len(prompts)))
+    keys = _keys(rules.sampler, key, range(first, first + len(prompts)), new_tokens)
     rows = [np.asarray(prompt).tolist() for prompt in prompts]
     done = np.zeros(len(rows), bool)
     state, starts, drawn = None, [0] * len(rows), 0
@@ -155,11 +158,18 @@ def sample(
     """Continue each prompt by ``new_tokens`` ids below ``allowed``, by default all: (B,
     new_tokens). See `generate`.
     """
-    rules = Rules(cfg, sampler, allowed or cfg.vocab_size, None)
+    rules = Rules(cfg, sampler, allowed or cfg.vocab_size)
     return np.concatenate(
         [new.tokens for new in generate(params, prompts, rules, key, new_tokens, fetch=fetch)],
         axis=1,
     )
+
+
+def _keys(sampler: Sampler, key: Any, rows: range, new_tokens: int) -> Array:
+    """What the rows draw with; see `Decoding`."""
+    if sampler.draw == "run.c":
+        return jnp.asarray(np.stack([run_c.coins(key + row, new_tokens) for row in rows]))
+    return jax.vmap(partial(jax.random.fold_in, key))(jnp.asarray(rows))
 
 
 def _padded(
@@ -207,7 +217,7 @@ def _advance(
     """
     B = state.token.shape[0]
     room = (
-        jnp.full((B, CHUNK), 0 if rules.end is None else rules.end, jnp.int32),
+        jnp.full((B, CHUNK), rules.ends[0] if rules.ends else 0, jnp.int32),
         jnp.zeros((B, CHUNK), jnp.float32),
     )
 
@@ -236,10 +246,14 @@ def _next(
 ) -> tuple[Array, Array, Array]:
     """(token, its log-probability, whether the row is done) of each row."""
     logits = logits[:, : rules.allowed].astype(accumulation_dtype(logits))
-    token = choose(jax.vmap(partial(jax.random.fold_in, data=drawn))(keys), logits, rules.sampler)
+    if rules.sampler.draw == "run.c":
+        token = run_c.choose(keys[:, drawn], logits, rules.sampler)
+    else:
+        token_keys = jax.vmap(partial(jax.random.fold_in, data=drawn))(keys)
+        token = choose(token_keys, logits, rules.sampler)
     logprob = jnp.take_along_axis(logits, token[:, None], 1)[:, 0] - jax.nn.logsumexp(logits, -1)
     logprob = logprob.astype(jnp.float32)
-    if rules.end is None:
+    if not rules.ends:
         return token, logprob, done
-    token = jnp.where(done, rules.end, token)
-    return token, jnp.where(done, 0, logprob), done | (token == rules.end)
+    token = jnp.where(done, rules.ends[0], token)
+    return token, jnp.where(done, 0, logprob), done | jnp.isin(token, jnp.array(rules.ends))

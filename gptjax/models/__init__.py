@@ -2,6 +2,6 @@
 
 from typing import Any
 
-from gptjax.models import gpt2
+from gptjax.models import gpt2, llama
 
-FAMILIES: dict[str, Any] = {"gpt2": gpt2}
+FAMILIES: dict[str, Any] = {"gpt2": gpt2, "llama": llama}

@@ -20,12 +20,15 @@ class Batch(NamedTuple):
     """Token ids and, at each position, the next id: JAX or NumPy arrays, (B, T) int32.
 
     A target of `IGNORE_INDEX` does not count. The optional ``mask``, (B, T) float, weights each
-    target; 0 excludes it.
+    target; 0 excludes it. The optional ``segments``, (B, T) int32, numbers the documents that are
+    packed into a sequence, one after the other: positions restart at each, and a token attends to
+    its own alone.
     """
 
     inputs: Any
     targets: Any
     mask: Any = None
+    segments: Any = None
 
 
 def checked_ids(name: str, ids: Any, cfg: ModelConfig, ignored: bool = False) -> Int[Array, "B T"]:
@@ -81,7 +84,8 @@ def checked_batch(batch: Batch, cfg: ModelConfig) -> Batch:
         checked_ids("inputs", batch.inputs, cfg),
         checked_ids("targets", batch.targets, cfg, ignored=True),
     )
-    for name, x in (("targets", targets), ("mask", batch.mask)):
+    others = {"targets": targets, "mask": batch.mask, "segments": batch.segments}
+    for name, x in others.items():
         if x is not None and x.shape != inputs.shape:
             raise ValueError(f"{name} must have the inputs' shape {inputs.shape}, not {x.shape}")
     return batch._replace(inputs=inputs, targets=targets)

@@ -5,6 +5,7 @@ from those: the network and its gradient (`gptjax.models.transformer`), decoding
 counts, sharding, checkpoints, plans. `Family` is the interface, `FAMILIES` the registry.
 """
 
+import dataclasses
 from typing import Any, Literal, NamedTuple, Protocol
 
 from gptjax.config import Architecture, ModelConfig
@@ -36,11 +37,17 @@ class Family(Protocol):
     """The class of all weights; its field ``blocks`` holds the layers."""
     Block: Any
     """The class of one layer's weights."""
-    HEAD: str
-    """The field of ``Params`` that is the classifier's matrix, (Vp, C), tied or untied."""
+    OPTIONS: tuple[str, ...]
+    """The options of the architecture, among `OPTIONAL`, that the family reads."""
 
     def weights(self, cfg: Architecture) -> Any:
-        """A ``Params`` of `Weight`, whose ``blocks`` is a single layer's ``Block``."""
+        """A ``Params`` of `Weight`, whose ``blocks`` is a single layer's ``Block``.
+
+        A field that the configuration does without is None.
+        """
+
+    def head_name(self, cfg: Architecture) -> str:
+        """The field of ``Params`` that is the classifier's matrix, (Vp, C), tied or untied."""
 
     def embed_fwd(self, params: Any, tokens: Any, positions: Any, cfg: ModelConfig) -> Any:
         """(B, T) ids, (T) or (B, T) positions -> (B, T, C) residual stream in the compute dtype."""
@@ -74,7 +81,7 @@ class Family(Protocol):
     def recompute(self, saved: Any, dx: Any, cfg: ModelConfig) -> Any:
         """Undo `discard` once ``dx``, the gradient of the block's output, is available."""
 
-    def norm_fwd(self, params: Any, x: Any) -> Any:
+    def norm_fwd(self, params: Any, x: Any, cfg: ModelConfig) -> Any:
         """(h, saved) of the final norm."""
 
     def norm_bwd(self, params: Any, saved: Any, dh: Any) -> tuple[Any, dict[str, Any]]:
@@ -82,6 +89,8 @@ class Family(Protocol):
 
 
 RECOMPUTED = "recomputed"
+OPTIONAL = ("num_kv_heads", "rope_theta", "norm_eps", "tied")
+"""Options of the architecture that only some families read."""
 
 
 def family_of(cfg: Architecture) -> Any:
@@ -98,3 +107,20 @@ def family_of(cfg: Architecture) -> Any:
             f"model.family {cfg.family!r} is not known: choose one of {', '.join(FAMILIES)}"
         )
     return FAMILIES[cfg.family]
+
+
+def check_options(cfg: Architecture) -> None:
+    """Refuse options that the family does not read.
+
+    Raises:
+        ConfigError: one differs from its default.
+
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(Architecture)}
+    defaults["num_kv_heads"] = cfg.num_heads
+    for name in set(OPTIONAL) - set(family_of(cfg).OPTIONS):
+        if getattr(cfg, name) != defaults[name]:
+            raise ConfigError(
+                f"model.{name} {getattr(cfg, name)} does not apply to model.family {cfg.family}, "
+                f"which always has {defaults[name]}: leave it out"
+            )

@@ -24,7 +24,7 @@ from gptjax.models.layers import (
     residual_fwd,
 )
 
-HEAD = "wte"  # the classifier is tied to the token embeddings
+OPTIONS = ()
 
 
 class Block(NamedTuple):
@@ -89,6 +89,11 @@ def weights(cfg: Architecture) -> Params:
     )
 
 
+def head_name(cfg: Architecture) -> str:
+    """The classifier is tied to the token embeddings."""
+    return "wte"
+
+
 def embed_fwd(
     params: Params, tokens: Int[Array, "B T"], positions: Int[Array, "..."], cfg: ModelConfig
 ) -> Array:
@@ -101,13 +106,14 @@ def embed_fwd(
 def embed_bwd(
     params: Params,
     tokens: Int[Array, "B T"],
-    positions: Int[Array, " T"],
+    positions: Int[Array, "*B T"],
     dhead: Array,
     dx: Float[Array, "B T C"],
 ) -> dict[str, Array]:
     """Gradients of wpe and of wte, which is also the classifier."""
     dx = dx.astype(dhead.dtype)
-    dwpe = embedding_bwd(positions, jnp.zeros_like(params.wpe), dx.sum(0))
+    dp = dx.sum(0) if positions.ndim == 1 else dx
+    dwpe = embedding_bwd(positions, jnp.zeros_like(params.wpe), dp)
     dwte = embedding_bwd(tokens, dhead, dx)
     return {"wte": dwte, "wpe": dwpe}
 
@@ -215,7 +221,9 @@ def recompute(saved: BlockSaved, dx: Float[Array, "B T C"], cfg: ModelConfig) ->
     return saved._replace(fcproj=dropout_bwd(saved.dropmlp, cfg.dropout_mlp, g))
 
 
-def norm_fwd(params: Params, x: Float[Array, "B T C"]) -> tuple[Float[Array, "B T C"], Any]:
+def norm_fwd(
+    params: Params, x: Float[Array, "B T C"], cfg: ModelConfig
+) -> tuple[Float[Array, "B T C"], Any]:
     """The final LayerNorm."""
     return layernorm_fwd(x, params.lnfw, params.lnfb)
 

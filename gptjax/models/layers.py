@@ -11,13 +11,24 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from gptjax import ops
-from gptjax.ops import dropout_bwd, dropout_fwd, embedding_bwd, layernorm_fwd
+from gptjax.ops import (
+    dropout_bwd,
+    dropout_fwd,
+    embedding_bwd,
+    layernorm_fwd,
+    rmsnorm_fwd,
+    rotary_bwd,
+    rotary_fwd,
+    swiglu_fwd,
+)
 from gptjax.ops.activation import gelu
-from gptjax.ops.quantized import OutIn, Quantized, quantized_linear, table_rows
+from gptjax.ops.quantized import Blocks, OutIn, product, quantized_linear, table_rows
 from gptjax.xla.barrier import barrier, cpu_barrier
 from gptjax.xla.forms import form_of
+from gptjax.xla.products import contract
 
 __all__ = [
+    "classifier_fwd",
     "dropout_bwd",
     "dropout_fwd",
     "embedding_bwd",
@@ -30,14 +41,19 @@ __all__ = [
     "linear_bwd",
     "linear_fwd",
     "residual_fwd",
+    "rmsnorm_bwd",
+    "rmsnorm_fwd",
+    "rotary_bwd",
+    "rotary_fwd",
+    "swiglu_again",
+    "swiglu_bwd",
+    "swiglu_fwd",
 ]
 
 
 def linear_fwd(x: Array, w: Any, b: Array | None = None) -> tuple[Array, Any]:
     """`ops.linear_fwd`, also on weights stored for decoding."""
-    return (
-        quantized_linear(x, w, b) if isinstance(w, OutIn | Quantized) else ops.linear_fwd(x, w, b)
-    )
+    return quantized_linear(x, w, b) if isinstance(w, OutIn | Blocks) else ops.linear_fwd(x, w, b)
 
 
 def linear_bwd(x: Array, w: Array, dy: Array) -> tuple[Array, Array, Array]:
@@ -54,6 +70,13 @@ def layernorm_bwd(saved: Any, w: Array, dy: Array) -> tuple[Array, Array, Array]
     saved = saved._replace(mean=barrier(dy, saved.mean), rstd=barrier(dy, saved.rstd))
     dx, dw, db = ops.layernorm_bwd(saved, w, dy)
     return cpu_barrier((dw, db), dx), dw, db
+
+
+def rmsnorm_bwd(saved: Any, w: Array, dy: Array) -> tuple[Array, Array]:
+    """`ops.rmsnorm_bwd`; its statistic waits for dy, as `layernorm_bwd`'s do."""
+    saved = saved._replace(rstd=barrier(dy, saved.rstd))
+    dx, dw = ops.rmsnorm_bwd(saved, w, dy)
+    return cpu_barrier(dw, dx), dw
 
 
 def gelu_fwd(x: Array) -> tuple[Array, Array]:
@@ -84,11 +107,30 @@ def gelu_again(dx: Array, x: Array) -> Array:
     return ops.gelu_fwd(barrier(dx, x))[0]
 
 
+def swiglu_bwd(saved: Any, dy: Array) -> tuple[Array, Array]:
+    """`ops.swiglu_bwd`; the gate waits for dy, or XLA computes its sigmoid in the forward and
+    stores it.
+    """
+    return ops.swiglu_bwd(saved._replace(gate=barrier(dy, saved.gate)), dy)
+
+
+def swiglu_again(dx: Array, saved: Any) -> Array:
+    """`ops.swiglu_fwd`, recomputed in the backward once dx is available."""
+    return ops.swiglu_fwd(barrier(dx, saved.gate), saved.up)[0]
+
+
+def classifier_fwd(h: Float[Array, "N C"], head: Any) -> Float[Array, "N Vp"]:
+    """``h head^T``, also with a classifier stored for decoding."""
+    if isinstance(head, OutIn | Blocks):
+        return product(h, head)
+    return contract("nc,vc->nv", h, head.astype(h.dtype))
+
+
 def embedding_fwd(ids: Int[Array, "..."], table: Any) -> Float[Array, "..."]:
     """`ops.embedding_fwd`, also of a table stored for decoding."""
     return (
         table_rows(table, ids)
-        if isinstance(table, OutIn | Quantized)
+        if isinstance(table, OutIn | Blocks)
         else ops.embedding_fwd(ids, table)
     )
 

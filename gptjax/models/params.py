@@ -9,7 +9,7 @@ from jaxtyping import Array, Key
 
 from gptjax.config import Architecture
 from gptjax.errors import ConfigError
-from gptjax.models.family import Weight, family_of
+from gptjax.models.family import Weight, check_options, family_of
 from gptjax.xla.random import normal
 
 INIT_STD = 0.02
@@ -29,7 +29,8 @@ def weight_table(cfg: Architecture, layered: bool = True) -> Any:
             those of a single layer.
 
     Raises:
-        ConfigError: the vocabulary size is not known yet.
+        ConfigError: the vocabulary size is not known yet, or an option does not apply to the
+            family.
 
     """
     if not cfg.vocab_size:
@@ -37,6 +38,7 @@ def weight_table(cfg: Architecture, layered: bool = True) -> Any:
             "model.vocab_size is not known yet: give it, "
             "or take the tokenizer's with ModelConfig.with_vocabulary"
         )
+    check_options(cfg)
     table = family_of(cfg).weights(cfg)
     if not layered:
         return table
@@ -72,7 +74,7 @@ def rows(cfg: Architecture) -> list[tuple[str, bool, Weight, tuple[int, ...]]]:
             found += [
                 (n, True, *row) for n, *row in zip(weight._fields, weight, shape, strict=True)
             ]
-        else:
+        elif weight is not None:
             found.append((name, False, weight, shape))
     return found
 
@@ -160,7 +162,7 @@ def flops_per_token(cfg: Architecture, seq_len: int) -> int:
 
 def head_of(params: Any, cfg: Architecture) -> Any:
     """The classifier's matrix, (Vp, C)."""
-    return getattr(params, family_of(cfg).HEAD)
+    return getattr(params, family_of(cfg).head_name(cfg))
 
 
 def tensor_at(path: Any) -> tuple[str, int | None]:

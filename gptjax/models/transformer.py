@@ -18,7 +18,7 @@ from gptjax.config import ModelConfig
 from gptjax.models.batch import Batch, Ids, checked_batch, checked_ids
 from gptjax.models.chunks import join_chunks, row_chunks, sum_of_shares, total
 from gptjax.models.family import RECOMPUTED, family_of
-from gptjax.models.layers import dropout_bwd, dropout_fwd
+from gptjax.models.layers import classifier_fwd, dropout_bwd, dropout_fwd
 from gptjax.models.params import head_of, is_weight, weight_table
 from gptjax.ops import (
     IGNORE_INDEX,
@@ -42,13 +42,14 @@ def training_block(
     positions: Any,
     cfg: ModelConfig,
     key: Key[Array, ""] | None,
+    segments: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T C"], Any]:
     """The family's block, attending to its own sequence.
 
     ``attend`` is `attention_fwd` or `attention`; ``key`` turns dropout on.
     """
     att_key, key = (None, None) if key is None else jax.random.split(key)
-    attend = partial(attend, cfg.attention, rate=cfg.dropout, key=att_key)
+    attend = partial(attend, cfg.attention, rate=cfg.dropout, key=att_key, segments=segments)
     return family_of(cfg).block_fwd(to_compute(w, cfg), x, positions, cfg, attend, key)
 
 
@@ -58,12 +59,13 @@ def blocks_fwd(
     positions: Any,
     cfg: ModelConfig,
     keys: Key[Array, " L"] | None,
+    segments: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T C"], Any]:
     """All layers, first to last. Saved: per layer, what ``cfg.recompute`` does not recompute."""
 
     def body(x: Array, w_key: tuple[Any, Any]) -> tuple[Array, Any]:
         w, key = w_key
-        y, saved = training_block(attention_fwd, w, x, positions, cfg, key)
+        y, saved = training_block(attention_fwd, w, x, positions, cfg, key, segments)
         if cfg.recompute == "block":
             return y, x
         return y, family_of(cfg).discard(saved) if cfg.recompute == "gelu" else saved
@@ -78,6 +80,7 @@ def blocks_bwd(
     positions: Any,
     cfg: ModelConfig,
     keys: Key[Array, " L"] | None,
+    segments: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T C"], Any]:
     """(dx, dblocks) of `blocks_fwd`, from the last layer to the first."""
     family = family_of(cfg)
@@ -87,7 +90,9 @@ def blocks_bwd(
         # Without this, a scan over layers may carry dx sharded along channels.
         dx = compute_layout(dx, "B", None, None)
         if cfg.recompute == "block":
-            _, saved = training_block(attention_fwd, w, barrier(dx, saved), positions, cfg, key)
+            _, saved = training_block(
+                attention_fwd, w, barrier(dx, saved), positions, cfg, key, segments
+            )
         elif cfg.recompute == "gelu":
             saved = family.recompute(saved, dx, cfg)
         # Gather again instead of keeping the forward's gathered weights until now.
@@ -161,7 +166,7 @@ def split_key(key: Key[Array, ""] | None, cfg: ModelConfig) -> tuple[Any, Any]:
 
 
 def embed_fwd(
-    params: Any, inputs: Int[Array, "B T"], positions: Int[Array, " T"], cfg: ModelConfig
+    params: Any, inputs: Int[Array, "B T"], positions: Int[Array, "*B T"], cfg: ModelConfig
 ) -> Array:
     """The family's embedding.
 
@@ -176,7 +181,7 @@ def embed_fwd(
 def embed_bwd(
     params: Any,
     inputs: Int[Array, "B T"],
-    positions: Int[Array, " T"],
+    positions: Int[Array, "*B T"],
     dhead: Array,
     dx: Float[Array, "B T C"],
     cfg: ModelConfig,
@@ -186,21 +191,35 @@ def embed_bwd(
     return family_of(cfg).embed_bwd(params, param_layout(inputs, "B", None), positions, dhead, dx)
 
 
-def positions_of(inputs: Int[Array, "B T"]) -> Int[Array, " T"]:
-    """Positions 0, 1, 2... of the tokens."""
-    return jnp.arange(inputs.shape[1], dtype=jnp.int32)
+def positions_of(
+    inputs: Int[Array, "B T"], segments: Int[Array, "B T"] | None = None
+) -> Int[Array, "*B T"]:
+    """Positions 0, 1, 2... of the tokens; (B, T), from 0 in each segment, if there are any."""
+    place = jnp.arange(inputs.shape[1], dtype=jnp.int32)
+    if segments is None:
+        return place
+    place = jnp.broadcast_to(place, segments.shape)
+    starts = segments != jnp.pad(segments, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+    return place - lax.cummax(jnp.where(starts, place, 0), axis=1)
 
 
-def hidden(params: Any, inputs: Ids, cfg: ModelConfig, key: Key[Array, ""] | None = None) -> Array:
+def hidden(
+    params: Any,
+    inputs: Ids,
+    cfg: ModelConfig,
+    key: Key[Array, ""] | None = None,
+    segments: Int[Array, "B T"] | None = None,
+) -> Array:
     """(B, T) ids -> (B, T, C) output of the final norm: the plain forward up to the classifier."""
     inputs = checked_ids("inputs", inputs, cfg)
-    family, positions = family_of(cfg), positions_of(inputs)
+    family, positions = family_of(cfg), positions_of(inputs, segments)
     key, keys = split_key(key, cfg)
     x = embed_fwd(params, inputs, positions, cfg)
     x, _ = dropout_fwd(x, cfg.dropout, key)
 
     def body(x: Array, w_key: tuple[Any, Any]) -> tuple[Array, None]:
-        return training_block(attention, w_key[0], x, positions, cfg, w_key[1])[0], None
+        w, key = w_key
+        return training_block(attention, w, x, positions, cfg, key, segments)[0], None
 
     if cfg.recompute == "block":
         body = jax.checkpoint(body)
@@ -209,7 +228,7 @@ def hidden(params: Any, inputs: Ids, cfg: ModelConfig, key: Key[Array, ""] | Non
             body, policy=jax.checkpoint_policies.save_anything_except_these_names(RECOMPUTED)
         )
     x, _ = over_layers(body, x, (params.blocks, keys), cfg)
-    return family.norm_fwd(params, x)[0]
+    return family.norm_fwd(params, x, cfg)[0]
 
 
 def logits(params: Any, inputs: Ids, cfg: ModelConfig) -> Float[Array, "B T V"]:
@@ -240,7 +259,7 @@ def loss(
 
     """
     batch = checked_batch(batch, cfg)
-    x = hidden(params, batch.inputs, cfg, key)
+    x = hidden(params, batch.inputs, cfg, key, batch.segments)
     w = compute_layout(head_of(params, cfg).astype(x.dtype), "Vp", "C")
 
     def chunk_loss(x: Array, targets: Array, weights: Array) -> Array:
@@ -262,18 +281,18 @@ def loss_and_grad(
 ) -> tuple[Float[Array, ""], Any]:
     """`loss` and its gradient by the hand-derived backward; arguments as in `loss`."""
     batch = checked_batch(batch, cfg)
-    family, positions = family_of(cfg), positions_of(batch.inputs)
+    family, positions = family_of(cfg), positions_of(batch.inputs, batch.segments)
     key, keys = split_key(key, cfg)
 
     x = embed_fwd(params, batch.inputs, positions, cfg)
     x, drop = dropout_fwd(x, cfg.dropout, key)
-    x, saved = blocks_fwd(params.blocks, x, positions, cfg, keys)
-    h, norm = family.norm_fwd(params, x)
+    x, saved = blocks_fwd(params.blocks, x, positions, cfg, keys, batch.segments)
+    h, norm = family.norm_fwd(params, x, cfg)
 
     value, dh, dhead = classifier_and_grad(head_of(params, cfg), h, batch, cfg, count)
 
     dx, dnorm = family.norm_bwd(params, norm, dh)
-    dx, dblocks = blocks_bwd(params.blocks, saved, dx, positions, cfg, keys)
+    dx, dblocks = blocks_bwd(params.blocks, saved, dx, positions, cfg, keys, batch.segments)
     dx = dropout_bwd(drop, cfg.dropout, dx)
     dembed = embed_bwd(params, batch.inputs, positions, dhead, dx, cfg)
     grads = family.Params(**dembed, **dnorm, blocks=dblocks)
@@ -313,11 +332,10 @@ def token_losses(params: Any, batch: Batch, cfg: ModelConfig) -> Float[Array, "B
     """-log p of each target in nats, without dropout; 0 at `IGNORE_INDEX`. Their mean is `loss`.
 
     The mask is ignored. The scores of only one sequence are in memory at a time. Arguments as in
-    `loss`.
+    `loss`; parameters may be stored for decoding.
     """
     batch = checked_batch(batch, cfg)
-    x = hidden(params, batch.inputs, cfg)
-    head = head_of(params, cfg).astype(x.dtype)
+    x = hidden(params, batch.inputs, cfg, segments=batch.segments)
 
     def one_token(scores: Array, target: Array) -> Array:
         return cross_entropy_fwd(
@@ -326,7 +344,7 @@ def token_losses(params: Any, batch: Batch, cfg: ModelConfig) -> Float[Array, "B
 
     def one_sequence(x_targets: tuple[Array, Array]) -> Array:
         x, targets = x_targets
-        losses = jax.vmap(one_token)(contract("tc,vc->tv", x, head), targets)
+        losses = jax.vmap(one_token)(classifier_fwd(x, head_of(params, cfg)), targets)
         return jnp.where(targets == IGNORE_INDEX, jnp.zeros((), losses.dtype), losses)
 
     return lax.map(one_sequence, (x, batch.targets))

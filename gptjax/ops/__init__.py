@@ -15,20 +15,22 @@ The dimension legend for all shapes (einsum letters are the lower case):
 
 ==  =====================================  ==  =======================================
 B   batch                                  H   heads
-T   time: positions of the query           D   head dimension, C / H
-S   time: positions of the key and value   F   hidden width of the MLP, 4 C
-C   channels (the model's width)           V   vocabulary
-L   layers                                 Vp  vocabulary padded to a multiple of 128
+T   time: positions of the query           K   key-value heads; G = H / K share one
+S   time: positions of the key and value   D   head dimension, C / H
+C   channels (the model's width)           F   hidden width of the MLP
+L   layers                                 V   vocabulary
+                                           Vp  vocabulary padded to a multiple of 128
 ==  =====================================  ==  =======================================
 """
 
-from gptjax.ops.activation import gelu_bwd, gelu_fwd
+from gptjax.ops.activation import gelu_bwd, gelu_fwd, swiglu_bwd, swiglu_fwd
 from gptjax.ops.attention import ATTENTION_IMPLEMENTATIONS, attention, attention_bwd, attention_fwd
 from gptjax.ops.dropout import dropout_bwd, dropout_fwd
 from gptjax.ops.embedding import embedding_bwd, embedding_fwd
 from gptjax.ops.linear import linear_bwd, linear_fwd
 from gptjax.ops.loss import IGNORE_INDEX, cross_entropy_bwd, cross_entropy_fwd, target_weights
-from gptjax.ops.norm import layernorm_bwd, layernorm_fwd
+from gptjax.ops.norm import layernorm_bwd, layernorm_fwd, rmsnorm_bwd, rmsnorm_fwd
+from gptjax.ops.rotary import rotary_bwd, rotary_fwd
 
 __all__ = [
     "ATTENTION_IMPLEMENTATIONS",
@@ -48,5 +50,11 @@ __all__ = [
     "layernorm_fwd",
     "linear_bwd",
     "linear_fwd",
+    "rmsnorm_bwd",
+    "rmsnorm_fwd",
+    "rotary_bwd",
+    "rotary_fwd",
+    "swiglu_bwd",
+    "swiglu_fwd",
     "target_weights",
 ]

@@ -11,15 +11,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from gptjax.ops.blockwise import blockwise_bwd, blockwise_fwd
 from gptjax.ops.dropout import dropout_bwd, dropout_fwd
+from gptjax.ops.heads import heads_of_rows, rows_of_groups
 from gptjax.ops.splash import splash, splash_fwd
 from gptjax.xla.products import accumulation_dtype, contract
 
 Heads = Float[Array, "B T H D"]
-KeyHeads = Float[Array, "B S H D"]
+KeyHeads = Float[Array, "B S K D"]
+Segments = Int[Array, "B T"]
 ATTENTION_IMPLEMENTATIONS = ("materialised", "blockwise", "cudnn", "splash")
 
 
@@ -27,10 +29,11 @@ ATTENTION_IMPLEMENTATIONS = ("materialised", "blockwise", "cudnn", "splash")
 def attention_fwd(
     implementation: str,
     q: Heads,
-    k: Heads,
-    v: Heads,
+    k: KeyHeads,
+    v: KeyHeads,
     rate: float = 0.0,
     key: Key[Array, ""] | None = None,
+    segments: Segments | None = None,
 ) -> tuple[Heads, Any]:
     """Causal self-attention with the chosen implementation; `materialised_fwd` has the equation.
 
@@ -38,27 +41,35 @@ def attention_fwd(
         implementation: one of `ATTENTION_IMPLEMENTATIONS`. All compute the same function, up to
             rounding and, with dropout, up to which probabilities are dropped.
         q: queries (B, T, H, D).
-        k: keys (B, T, H, D).
-        v: values (B, T, H, D).
+        k: keys (B, T, K, D), each for a group of H / K query heads.
+        v: values (B, T, K, D).
         rate: dropout on the attention probabilities; ``cudnn`` and ``splash`` do not support it.
         key: dropout's random key; None disables dropout.
+        segments: the number of each token's document (B, T), where several are packed into a
+            sequence: a token attends to its own alone. ``cudnn`` does not support it.
 
     Raises:
-        ValueError: the implementation is unknown or does not support the requested dropout.
+        ValueError: the implementation is unknown or does not support the dropout or the segments.
 
     """
     match implementation:
         case "materialised":
-            return materialised_fwd(q, k, v, rate, key)
+            return materialised_fwd(q, k, v, rate, key, causal(q.shape[1], segments))
         case "blockwise":
-            return blockwise_fwd(q, k, v, rate, key)
+            return blockwise_fwd(q, k, v, rate, key, segments)
         case "cudnn" | "splash":
             if rate and key is not None:
                 raise ValueError(
                     f"{implementation} attention has no dropout: "
                     "use attention materialised or blockwise, or dropout 0"
                 )
-            return cudnn_fwd(q, k, v) if implementation == "cudnn" else splash_fwd(q, k, v)
+            if implementation == "splash":
+                return splash_fwd(q, k, v, segments)
+            if segments is not None:
+                raise ValueError(
+                    "cudnn attention has no segments: use attention materialised or blockwise"
+                )
+            return cudnn_fwd(q, k, v)
     raise ValueError(
         f"attention must be one of {', '.join(ATTENTION_IMPLEMENTATIONS)}, not {implementation}"
     )
@@ -68,24 +79,27 @@ def attention_fwd(
 def attention(
     implementation: str,
     q: Heads,
-    k: Heads,
-    v: Heads,
+    k: KeyHeads,
+    v: KeyHeads,
     rate: float = 0.0,
     key: Key[Array, ""] | None = None,
+    segments: Segments | None = None,
 ) -> tuple[Heads, None]:
     """`attention_fwd` for JAX to differentiate: it saves nothing, and kernels use their own
     rules.
     """
-    kernels = {"cudnn": _cudnn, "splash": splash}
-    if implementation in kernels and not (rate and key is not None):
-        return kernels[implementation](q, k, v), None
-    return attention_fwd(implementation, q, k, v, rate, key)[0], None
+    if not (rate and key is not None):
+        if implementation == "splash":
+            return splash(q, k, v, segments), None
+        if implementation == "cudnn" and segments is None:
+            return _cudnn(q, k, v), None
+    return attention_fwd(implementation, q, k, v, rate, key, segments)[0], None
 
 
 @partial(jax.jit, static_argnames=("implementation", "rate"))
 def attention_bwd(
     implementation: str, saved: Any, do: Heads, rate: float = 0.0
-) -> tuple[Heads, Heads, Heads]:
+) -> tuple[Heads, KeyHeads, KeyHeads]:
     """(dq, dk, dv) of `attention_fwd`; ``do`` is the gradient of its output."""
     match implementation:
         case "materialised":
@@ -97,13 +111,22 @@ def attention_bwd(
 
 
 class MaterialisedSaved(NamedTuple):
-    """What `materialised_bwd` needs."""
+    """What `materialised_bwd` needs; R = T G rows of queries."""
 
-    q: Heads
+    q: Float[Array, "B R K D"]
     k: KeyHeads
     v: KeyHeads
-    p: Float[Array, "B H T S"]
-    keep: Bool[Array, "B H T S"] | None
+    p: Float[Array, "B K R S"]
+    keep: Bool[Array, "B K R S"] | None
+
+
+def causal(T: int, segments: Segments | None = None) -> Bool[Array, "*B T T"]:
+    """Which keys each query sees: itself and those before it, of its own segment."""
+    triangle = jnp.tri(T, dtype=bool)
+    if segments is None:
+        return triangle
+    own = segments[:, :, None] == segments[:, None, :]
+    return own & jnp.broadcast_to(triangle, own.shape)
 
 
 def materialised_fwd(
@@ -112,12 +135,14 @@ def materialised_fwd(
     v: KeyHeads,
     rate: float = 0.0,
     key: Key[Array, ""] | None = None,
-    visible: Bool[Array, "*any T S"] | None = None,
+    visible: Bool[Array, "*B T S"] | None = None,
 ) -> tuple[Heads, MaterialisedSaved]:
     """``o = dropout(p) v``, ``p = softmax(s)`` over the keys, ``s = q k^T / sqrt(D)``.
 
-    Scores that are not ``visible`` are -inf. ``visible`` defaults to the causal triangle; decoding
-    passes its own, because its keys come from a cache.
+    Each of the K heads of keys and values serves G = H / K query heads, which are rows of queries
+    like any others (`rows_of_groups`). Scores that are not ``visible`` are -inf. ``visible``
+    defaults to the causal triangle; packed documents and decoding, whose keys come from a cache,
+    have their own.
 
     Derivation of the backward, with r = dropout(p):
 
@@ -126,37 +151,44 @@ def materialised_fwd(
         ds = p (dp - sum_s dp p)            the softmax's Jacobian, diag(p) - p p^T, applied to dp
         dq = ds k / sqrt(D),   dk = ds^T q / sqrt(D)
 
+    dk and dv are sums over rows, and so over a group's heads. A masked score has p = 0 and
+    therefore ds = 0: the mask adds nothing to the backward.
+
     Saved: q, k, v, the probabilities and the dropout mask: O(T^2) memory, no recomputation.
     """
+    (_, T, H, D), K, acc = q.shape, k.shape[2], accumulation_dtype(q)
     if visible is None:
-        visible = jnp.tri(q.shape[1], k.shape[1], dtype=bool)
-    acc = accumulation_dtype(q)
-    s = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=acc) / math.sqrt(q.shape[3])
+        visible = jnp.tri(T, k.shape[1], dtype=bool)
+    q = rows_of_groups(q, K)
+    s = jnp.einsum("brkd,bskd->bkrs", q, k, preferred_element_type=acc) / math.sqrt(D)
+    visible = jnp.repeat(visible.reshape(-1, 1, *visible.shape[-2:]), H // K, axis=2)
     s = jnp.where(jnp.broadcast_to(visible, s.shape), s, -jnp.inf)
     p = jax.nn.softmax(s, axis=-1).astype(v.dtype)
     r, keep = dropout_fwd(p, rate, key)
-    return contract("bhts,bshd->bthd", r, v), MaterialisedSaved(q, k, v, p, keep)
+    o = contract("bkrs,bskd->brkd", r, v)
+    return heads_of_rows(o, H), MaterialisedSaved(q, k, v, p, keep)
 
 
 def materialised_bwd(
     saved: MaterialisedSaved, do: Heads, rate: float = 0.0
-) -> tuple[Heads, Heads, Heads]:
+) -> tuple[Heads, KeyHeads, KeyHeads]:
     """(dq, dk, dv) of `materialised_fwd`."""
     q, k, v, p, keep = saved
-    acc = accumulation_dtype(q)
+    acc, H = accumulation_dtype(q), do.shape[2]
+    do = rows_of_groups(do, k.shape[2])
     r = dropout_bwd(keep, rate, p)
-    dv = contract("bhts,bthd->bshd", r, do)
-    dr = jnp.einsum("bthd,bshd->bhts", do, v, preferred_element_type=acc)
+    dv = contract("bkrs,brkd->bskd", r, do)
+    dr = jnp.einsum("brkd,bskd->bkrs", do, v, preferred_element_type=acc)
     dp = dropout_bwd(keep, rate, dr)
     pf = p.astype(acc)
     ds = pf * (dp - (dp * pf).sum(-1, keepdims=True)) / math.sqrt(q.shape[3])
     ds = ds.astype(q.dtype)
-    dq = contract("bhts,bshd->bthd", ds, k)
-    dk = contract("bhts,bthd->bshd", ds, q)
-    return dq, dk, dv
+    dq = contract("bkrs,bskd->brkd", ds, k)
+    dk = contract("bkrs,brkd->bskd", ds, q)
+    return heads_of_rows(dq, H), dk, dv
 
 
-def cudnn_fwd(q: Heads, k: Heads, v: Heads) -> tuple[Heads, Any]:
+def cudnn_fwd(q: Heads, k: KeyHeads, v: KeyHeads) -> tuple[Heads, Any]:
     """`materialised_fwd` by cuDNN's flash-attention kernel.
 
     Needs a CUDA GPU of compute capability 8.0 or later, a 16-bit dtype, and D a multiple of 8 and
@@ -167,5 +199,5 @@ def cudnn_fwd(q: Heads, k: Heads, v: Heads) -> tuple[Heads, Any]:
     return jax.vjp(_cudnn, q, k, v)
 
 
-def _cudnn(q: Heads, k: Heads, v: Heads) -> Heads:
+def _cudnn(q: Heads, k: KeyHeads, v: KeyHeads) -> Heads:
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")

@@ -10,15 +10,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key, Shaped
 
 from gptjax.ops.dropout import dropout_bwd, dropout_fwd
+from gptjax.ops.heads import heads_of_rows, rows_of_groups
 from gptjax.xla.products import accumulation_dtype
 
 BLOCK = 128  # at most so many rows of queries, and of keys, in a block
 
 Heads = Float[Array, "B T H D"]
-Blocks = Float[Array, "N B H R D"]  # T cut into N blocks of R rows
+KeyHeads = Float[Array, "B T K D"]
+Blocks = Float[Array, "N B K R D"]  # N blocks of R rows, of G heads at each position
+KeyBlocks = Float[Array, "N B K S D"]
 
 
 class BlockwiseSaved(NamedTuple):
@@ -28,19 +31,21 @@ class BlockwiseSaved(NamedTuple):
     """
 
     q: Blocks
-    k: Blocks
-    v: Blocks
+    k: KeyBlocks
+    v: KeyBlocks
     o: Heads
-    lse: Float[Array, "N B H R"]
+    lse: Float[Array, "N B K R"]
     key: Key[Array, ""] | None
+    segments: Int[Array, "N B S"] | None
 
 
 def blockwise_fwd(
     q: Heads,
-    k: Heads,
-    v: Heads,
+    k: KeyHeads,
+    v: KeyHeads,
     rate: float = 0.0,
     key: Key[Array, ""] | None = None,
+    segments: Int[Array, "B T"] | None = None,
     block_size: int | None = None,
 ) -> tuple[Heads, BlockwiseSaved]:
     """``o = dropout(softmax(q k^T / sqrt(D))) v``, causal, by blocks of queries and of keys.
@@ -61,105 +66,121 @@ def blockwise_fwd(
         dq = ds k / sqrt(D),   dk = ds^T q / sqrt(D)
 
     where delta = sum_s dp p = sum_s dr r = do . o: one number a row replaces a sum over all keys.
+    The G query heads that share a head of keys and values are rows, as in the materialised form.
     """
-    T, D = q.shape[1], q.shape[3]
-    acc = accumulation_dtype(q)
+    (_, T, H, _), K, acc = q.shape, k.shape[2], accumulation_dtype(q)
     blocks = -(-T // (block_size or BLOCK))
     # Blocks of equal length need little padding.
-    q_blocks, k_blocks, v_blocks = (_to_blocks(x, -(-T // blocks)) for x in (q, k, v))
-    N, B, H, R, _ = q_blocks.shape
+    length = -(-T // blocks)
+    q_blocks = _to_blocks(rows_of_groups(q, K), length * (H // K))
+    k_blocks, v_blocks = _to_blocks(k, length), _to_blocks(v, length)
+    segment_blocks = None
+    if segments is not None:
+        segment_blocks = _to_blocks(segments[..., None, None], length)[..., 0, :, 0]
+    N, shape = len(q_blocks), q_blocks.shape[1:]
+    numbers = jnp.arange(N, dtype=jnp.int32)
 
-    def query_block(_: None, i_qi: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
-        i, qi = i_qi
+    def query_block(_: None, i_row: tuple[Any, ...]) -> tuple[None, tuple[Array, Array]]:
+        i, qi, si = i_row
 
         def key_block(
-            carry: tuple[Array, Array, Array], j_kv: tuple[Array, Array, Array]
+            carry: tuple[Array, Array, Array], j_row: tuple[Any, ...]
         ) -> tuple[Any, None]:
-            j, kj, vj = j_kv
+            j, kj, vj, sj = j_row
 
             def visit(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
                 m, z, a = carry
-                s = _scores(qi, kj, i, j)
+                s = _scores(qi, kj, i, j, si, sj)
                 m_new = jnp.maximum(m, s.max(-1))
                 shrink = jnp.exp(m - m_new)
                 p = jnp.exp(s - m_new[..., None])
                 r, _ = dropout_fwd(p, rate, _block_key(key, i, j, N))
                 av = jnp.einsum(
-                    "bhrs,bhsd->bhrd", r.astype(vj.dtype), vj, preferred_element_type=acc
+                    "bkrs,bksd->bkrd", r.astype(vj.dtype), vj, preferred_element_type=acc
                 )
                 return m_new, z * shrink + p.sum(-1), a * shrink[..., None] + av
 
             return lax.cond(j <= i, visit, lambda carry: carry, carry), None
 
         empty = (
-            jnp.full((B, H, R), -jnp.inf, acc),
-            jnp.zeros((B, H, R), acc),
-            jnp.zeros((B, H, R, D), acc),
+            # Finite, because a row may see nothing in the first blocks, and inf - inf is NaN.
+            jnp.full(shape[:-1], jnp.finfo(acc).min, acc),
+            jnp.zeros(shape[:-1], acc),
+            jnp.zeros(shape, acc),
         )
-        (m, z, a), _ = lax.scan(
-            key_block, empty, (jnp.arange(N, dtype=jnp.int32), k_blocks, v_blocks)
-        )
+        (m, z, a), _ = lax.scan(key_block, empty, (numbers, k_blocks, v_blocks, segment_blocks))
         return None, ((a / z[..., None]).astype(qi.dtype), m + jnp.log(z))
 
-    _, (o, lse) = lax.scan(query_block, None, (jnp.arange(N, dtype=jnp.int32), q_blocks))
-    o = _from_blocks(o, T)
-    return o, BlockwiseSaved(q_blocks, k_blocks, v_blocks, o, lse, key)
+    _, (o, lse) = lax.scan(query_block, None, (numbers, q_blocks, segment_blocks))
+    o = heads_of_rows(_from_blocks(o, T * (H // K)), H)
+    return o, BlockwiseSaved(q_blocks, k_blocks, v_blocks, o, lse, key, segment_blocks)
 
 
 def blockwise_bwd(
     saved: BlockwiseSaved, do: Heads, rate: float = 0.0
-) -> tuple[Heads, Heads, Heads]:
+) -> tuple[Heads, KeyHeads, KeyHeads]:
     """(dq, dk, dv) of `blockwise_fwd`, looping over blocks of keys and, within, of queries."""
-    q, k, v, o, lse, key = saved
-    N, acc, scale = q.shape[0], lse.dtype, 1 / math.sqrt(q.shape[4])
-    dob = _to_blocks(do, q.shape[3])
-    delta = _to_blocks((do.astype(acc) * o.astype(acc)).sum(-1, keepdims=True), q.shape[3])[..., 0]
+    q, k, v, o, lse, key, segments = saved
+    (N, _, K, R, D), (_, T, H, _), acc = q.shape, do.shape, lse.dtype
+    scale = 1 / math.sqrt(D)
+    numbers = jnp.arange(N, dtype=jnp.int32)
+    delta = (do.astype(acc) * o.astype(acc)).sum(-1, keepdims=True)
+    dob, delta = (_to_blocks(rows_of_groups(x, K), R) for x in (do, delta))
+    delta = delta[..., 0]
 
-    def key_block(dq: Array, j_kv: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
-        j, kj, vj = j_kv
+    def key_block(dq: Array, j_row: tuple[Any, ...]) -> tuple[Array, tuple[Array, Array]]:
+        j, kj, vj, sj = j_row
 
         def query_block(
-            carry: tuple[Array, Array, Array], i_row: tuple[Array, ...]
+            carry: tuple[Array, Array, Array], i_row: tuple[Any, ...]
         ) -> tuple[Any, None]:
-            i, qi, doi, lsei, deltai = i_row
+            i, qi, doi, lsei, deltai, si = i_row
 
             def visit(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
                 dq, dkj, dvj = carry
-                p = jnp.exp(_scores(qi, kj, i, j) - lsei[..., None])
+                p = jnp.exp(_scores(qi, kj, i, j, si, sj) - lsei[..., None])
                 r, keep = dropout_fwd(p, rate, _block_key(key, i, j, N))
-                dr = jnp.einsum("bhrd,bhsd->bhrs", doi, vj, preferred_element_type=acc)
+                dr = jnp.einsum("bkrd,bksd->bkrs", doi, vj, preferred_element_type=acc)
                 dp = dropout_bwd(keep, rate, dr)
                 ds = (p * (dp - deltai[..., None]) * scale).astype(qi.dtype)
                 dvj += jnp.einsum(
-                    "bhrs,bhrd->bhsd", r.astype(doi.dtype), doi, preferred_element_type=acc
+                    "bkrs,bkrd->bksd", r.astype(doi.dtype), doi, preferred_element_type=acc
                 )
-                dkj += jnp.einsum("bhrs,bhrd->bhsd", ds, qi, preferred_element_type=acc)
-                dq = dq.at[i].add(jnp.einsum("bhrs,bhsd->bhrd", ds, kj, preferred_element_type=acc))
+                dkj += jnp.einsum("bkrs,bkrd->bksd", ds, qi, preferred_element_type=acc)
+                dq = dq.at[i].add(jnp.einsum("bkrs,bksd->bkrd", ds, kj, preferred_element_type=acc))
                 return dq, dkj, dvj
 
             return lax.cond(j <= i, visit, lambda carry: carry, carry), None
 
         zeros = jnp.zeros(kj.shape, acc)
         (dq, dkj, dvj), _ = lax.scan(
-            query_block, (dq, zeros, zeros), (jnp.arange(N, dtype=jnp.int32), q, dob, lse, delta)
+            query_block, (dq, zeros, zeros), (numbers, q, dob, lse, delta, segments)
         )
         return dq, (dkj, dvj)
 
-    dq, (dk, dv) = lax.scan(
-        key_block, jnp.zeros(q.shape, acc), (jnp.arange(N, dtype=jnp.int32), k, v)
-    )
-    dq, dk, dv = (_from_blocks(x.astype(do.dtype), do.shape[1]) for x in (dq, dk, dv))
-    return dq, dk, dv
+    dq, (dk, dv) = lax.scan(key_block, jnp.zeros(q.shape, acc), (numbers, k, v, segments))
+    dq = _from_blocks(dq.astype(do.dtype), T * (H // K))
+    dk, dv = (_from_blocks(x.astype(do.dtype), T) for x in (dk, dv))
+    return heads_of_rows(dq, H), dk, dv
 
 
-def _scores(qi: Array, kj: Array, i: Array, j: Array) -> Float[Array, "B H R S"]:
-    """Scaled scores of query block i against key block j, -inf for keys after the query."""
+def _scores(
+    qi: Array, kj: Array, i: Array, j: Array, si: Array | None, sj: Array | None
+) -> Float[Array, "B K R S"]:
+    """Scaled scores of query block i against key block j, -inf for keys after the query or of
+    another segment.
+    """
     s = jnp.einsum(
-        "bhrd,bhsd->bhrs", qi, kj, preferred_element_type=accumulation_dtype(qi)
-    ) / math.sqrt(qi.shape[3])
-    row = i * qi.shape[2] + lax.broadcasted_iota(jnp.int32, s.shape, 2)
+        "bkrd,bksd->bkrs", qi, kj, preferred_element_type=accumulation_dtype(qi)
+    ) / math.sqrt(qi.shape[-1])
+    G = qi.shape[2] // kj.shape[2]
+    query = i * kj.shape[2] + lax.broadcasted_iota(jnp.int32, s.shape, 2) // G
     column = j * kj.shape[2] + lax.broadcasted_iota(jnp.int32, s.shape, 3)
-    return jnp.where(column <= row, s, -jnp.inf)
+    visible = column <= query
+    if si is not None and sj is not None:
+        own = jnp.repeat(si, G, axis=1)[:, :, None] == sj[:, None, :]
+        visible &= jnp.broadcast_to(own[:, None], s.shape)
+    return jnp.where(visible, s, -jnp.inf)
 
 
 def _block_key(key: Key[Array, ""] | None, i: Array, j: Array, N: int) -> Key[Array, ""] | None:
@@ -167,18 +188,18 @@ def _block_key(key: Key[Array, ""] | None, i: Array, j: Array, N: int) -> Key[Ar
     return None if key is None else jax.random.fold_in(key, i * N + j)
 
 
-def _to_blocks(x: Heads, R: int) -> Blocks:
-    """(B, T, H, D) -> (N, B, H, R, D), zero rows filling the last block.
+def _to_blocks(x: Shaped[Array, "B T K D"], R: int) -> Shaped[Array, "N B K R D"]:
+    """Cut the rows into N blocks of R, zeros filling the last one.
 
     Causality hides these rows from the real ones.
     """
-    B, T, H, D = x.shape
+    B, T, K, D = x.shape
     N = -(-T // R)
     x = jnp.pad(x, ((0, 0), (0, N * R - T), (0, 0), (0, 0)))
-    return x.reshape(B, N, R, H, D).transpose(1, 0, 3, 2, 4)
+    return x.reshape(B, N, R, K, D).transpose(1, 0, 3, 2, 4)
 
 
-def _from_blocks(x: Blocks, T: int) -> Heads:
-    """(N, B, H, R, D) -> (B, T, H, D)."""
-    N, B, H, R, D = x.shape
-    return x.transpose(1, 0, 3, 2, 4).reshape(B, N * R, H, D)[:, :T]
+def _from_blocks(x: Shaped[Array, "N B K R D"], T: int) -> Shaped[Array, "B T K D"]:
+    """Undo `_to_blocks`."""
+    N, B, K, R, D = x.shape
+    return x.transpose(1, 0, 3, 2, 4).reshape(B, N * R, K, D)[:, :T]

@@ -1,5 +1,8 @@
-"""Layer normalisation (Ba, Kiros and Hinton 2016, arXiv:1607.06450)."""
+"""Layer normalisation (Ba, Kiros and Hinton 2016, arXiv:1607.06450) and RMSNorm (Zhang and Sennrich
+2019, arXiv:1910.07467).
+"""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -59,3 +62,48 @@ def layernorm_bwd(
     dn = dyf * jnp.broadcast_to(w.astype(mean.dtype), dy.shape)
     dx = rstd * (dn - dn.mean(-1, keepdims=True) - n * (dn * n).mean(-1, keepdims=True))
     return dx.astype(x.dtype), (dyf * n).sum((0, 1)), dyf.sum((0, 1))
+
+
+class RMSNormSaved(NamedTuple):
+    """What `rmsnorm_bwd` needs: the input and each row's statistic."""
+
+    x: Float[Array, "B T C"]
+    rstd: Float[Array, "B T 1"]
+
+
+@partial(jax.jit, static_argnames="eps")
+def rmsnorm_fwd(
+    x: Float[Array, "B T C"], w: Float[Array, " C"], eps: float = EPS
+) -> tuple[Float[Array, "B T C"], RMSNormSaved]:
+    """``y = n w``, ``n = x rstd``, ``rstd = 1 / sqrt(mean(x^2) + eps)`` over the channels.
+
+    Derivation of the backward. Let dn = dy w. Moving x_j changes n_i directly and through rstd,
+    whose derivative is -rstd^3 x_j / C:
+
+        dn_i/dx_j = rstd (delta_ij - n_i n_j / C)
+
+    This is LayerNorm's without the mean. Summing dn_i over i with those weights:
+
+        dx = rstd (dn - n mean(dn n))
+        dw = sum over rows of dy n
+
+    Saved: x and rstd, which give n in one product.
+    """
+    xf = x.astype(accumulation_dtype(x))
+    rstd = lax.rsqrt(jnp.square(xf).mean(-1, keepdims=True) + eps)
+    n = xf * rstd
+    y = n * jnp.broadcast_to(w.astype(n.dtype), n.shape)
+    return y.astype(x.dtype), RMSNormSaved(x, rstd)
+
+
+@jax.jit
+def rmsnorm_bwd(
+    saved: RMSNormSaved, w: Float[Array, " C"], dy: Float[Array, "B T C"]
+) -> tuple[Float[Array, "B T C"], Float[Array, " C"]]:
+    """(dx, dw) of `rmsnorm_fwd`."""
+    x, rstd = saved
+    n = x.astype(rstd.dtype) * rstd
+    dyf = dy.astype(rstd.dtype)
+    dn = dyf * jnp.broadcast_to(w.astype(rstd.dtype), dy.shape)
+    dx = rstd * (dn - n * (dn * n).mean(-1, keepdims=True))
+    return dx.astype(x.dtype), (dyf * n).sum((0, 1))

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from gptjax.config import SPLASH_MULTIPLE
 from gptjax.parallel.sharding import RULES, num_shards
@@ -14,9 +14,13 @@ LANES = SPLASH_MULTIPLE
 LARGEST_BLOCK = 512  # rows of queries, and of keys, in a block
 
 Heads = Float[Array, "B T H D"]
+KeyHeads = Float[Array, "B T K D"]
+Segments = Int[Array, "B T"]
 
 
-def splash_fwd(q: Heads, k: Heads, v: Heads) -> tuple[Heads, Any]:
+def splash_fwd(
+    q: Heads, k: KeyHeads, v: KeyHeads, segments: Segments | None = None
+) -> tuple[Heads, Any]:
     """`materialised_fwd` by the splash kernel, which skips blocks above the diagonal.
 
     Needs a TPU (or `jax.experimental.pallas.tpu.force_tpu_interpret_mode`), a dtype of at most 32
@@ -24,29 +28,38 @@ def splash_fwd(q: Heads, k: Heads, v: Heads) -> tuple[Heads, Any]:
 
     Saved: JAX's handle on the kernel's own backward, which holds q, k, v, o and lse.
     """
-    return jax.vjp(splash, q, k, v)
+    return jax.vjp(lambda q, k, v: splash(q, k, v, segments), q, k, v)
 
 
-def splash(q: Heads, k: Heads, v: Heads) -> Heads:
+def splash(q: Heads, k: KeyHeads, v: KeyHeads, segments: Segments | None = None) -> Heads:
     """The kernel alone, for JAX to differentiate."""
     T, D = q.shape[1], q.shape[3]
 
-    def one_device(q: Heads, k: Heads, v: Heads) -> Heads:
+    def one_device(q: Heads, k: KeyHeads, v: KeyHeads, segments: Segments | None) -> Heads:
         # The kernel does not scale the scores.
         heads_first = (x.swapaxes(1, 2) for x in (q * (1 / math.sqrt(D)), k, v))
-        return jax.vmap(_kernel(T, q.shape[2]))(*heads_first).swapaxes(1, 2)
+        pairs = None if segments is None else _segment_ids(segments)
+        return jax.vmap(_kernel(T, q.shape[2]))(*heads_first, pairs).swapaxes(1, 2)
 
     if num_shards() == 1:
-        return one_device(q, k, v)
+        return one_device(q, k, v, segments)
     # XLA cannot partition a kernel, so each device runs its own.
-    cut = PartitionSpec(RULES["B"].compute, None, RULES["H"].compute, None)
-    return jax.shard_map(one_device, in_specs=(cut, cut, cut), out_specs=cut, check_vma=False)(
-        q, k, v
+    rows, heads = (RULES[axis].compute for axis in ("B", "H"))
+    cut = PartitionSpec(rows, None, heads, None)
+    cuts = cut, cut, cut, None if segments is None else PartitionSpec(rows, None)
+    return jax.shard_map(one_device, in_specs=cuts, out_specs=cut, check_vma=False)(
+        q, k, v, segments
     )
 
 
+def _segment_ids(segments: Segments) -> Any:
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+
+    return kernel.SegmentIds(segments, segments)
+
+
 def _kernel(T: int, H: int) -> Any:
-    """The kernel that maps (H, T, D) queries, keys and values to (H, T, D)."""
+    """The kernel that maps (H, T, D) queries and (K, T, D) keys and values to (H, T, D)."""
     # Imported here because only a TPU needs it.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks

@@ -84,7 +84,7 @@ def plan(cfg: PlanConfig, file: Path | None, topology: Topology) -> dict[str, An
         print(f"{'vocabulary':<12} {size:,} ids, of {whose}")
     asked = cfg.model.with_vocabulary(size)
     model = asked.resolve(topology.platform, cfg.data.seq_len)
-    cfg, chosen = settle(cfg, model, topology)
+    cfg, chosen = fit_to_topology(cfg, model, topology)
     work = Work(
         model,
         BatchShape(cfg.optim.accumulate, cfg.data.batch_size, cfg.data.seq_len),
@@ -125,7 +125,9 @@ def opened(topology: Topology) -> list[Any] | None:
         return None
 
 
-def settle(cfg: PlanConfig, model: ModelConfig, topology: Topology) -> tuple[PlanConfig, list[str]]:
+def fit_to_topology(
+    cfg: PlanConfig, model: ModelConfig, topology: Topology
+) -> tuple[PlanConfig, list[str]]:
     """The configuration with a mesh in numbers, whole rows on every device and the steps of a token
     budget.
 
@@ -149,7 +151,7 @@ def settle(cfg: PlanConfig, model: ModelConfig, topology: Topology) -> tuple[Pla
     # So many rows divide anyhow
     shape = mesh_shape(mesh, model.axis_sizes, n * batch, n, topology.hosts)
     if math.prod(shape) < n:
-        chosen.append(f"so {n - math.prod(shape)} devices stay idle: --mesh.data -1 takes all")
+        chosen.append(f"so {n - math.prod(shape)} devices stay idle: --mesh.data -1 uses all")
     shares = shape[0] * shape[1]
     rounded = -(-batch // shares) * shares
     if rounded != batch:

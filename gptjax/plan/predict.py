@@ -8,6 +8,7 @@ compiler adds or saves is not known here.
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -131,7 +132,8 @@ def _block_bytes(work: Work, discard: bool) -> int:
 
 def _norm_bytes(work: Work) -> int:
     """Bytes that the final norm saves, and its output, which the classifier reads."""
-    return _distinct_bytes(family_of(work.model).norm_fwd, _weights(work), _stream(work))
+    norm_fwd = partial(family_of(work.model).norm_fwd, cfg=work.model)
+    return _distinct_bytes(norm_fwd, _weights(work), _stream(work))
 
 
 def _weights(work: Work) -> Any:

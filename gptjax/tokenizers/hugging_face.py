@@ -1,5 +1,5 @@
-"""What Hugging Face's ``tokenizers`` wrote and no ranks of merges express: that library itself
-encodes it.
+"""Tokenizers that Hugging Face's ``tokenizers`` runs, because ranks of merges cannot express
+them.
 """
 
 import dataclasses
@@ -41,9 +41,8 @@ class HuggingFace(Tokenizer):
     """A byte-level BPE in a ``tokenizer.json``: merges and ids in any order, added tokens,
     ``ignore_merges``.
 
-    Special tokens are never found in text; other added tokens are, as the library does it. A
-    setting that changes ids and that this project could not keep to where it encodes text in parts,
-    or decodes bytes one by one, is refused.
+    As in the library, text may contain added tokens, but never special ones. Settings under which
+    encoding text in parts, or decoding ids one by one, would give another result are rejected.
 
     Raises:
         ValueError: the library cannot read it, or it has such a setting; the message names it.
@@ -52,8 +51,9 @@ class HuggingFace(Tokenizer):
 
     name: str
     source: str
-    """The content of ``tokenizer.json``, as `canonical` gives it."""
+    """The content of ``tokenizer.json``, as `canonical` returns it."""
     end_of_text: int | None = None
+    begin_of_text: int | None = None
     kind = "hf"
 
     def __post_init__(self) -> None:
@@ -62,10 +62,10 @@ class HuggingFace(Tokenizer):
         for token in content["added_tokens"]:
             text = token["content"]
             if _bytes_of(text) != text.encode():
-                raise ValueError(f"its added token {text!r} would be decoded as other text")
+                raise ValueError(f"its added token {text!r} would be decoded as different text")
             if not token["special"] and (token["rstrip"] or re.search(r"\S\s", text)):
                 raise ValueError(
-                    f"its added token {text!r} reaches over blanks, where a long text may be cut"
+                    f"its added token {text!r} spans blanks, where long texts may be cut"
                 )
         if self.end_of_text is not None:
             if not 0 <= self.end_of_text < self.vocab_size:
@@ -77,18 +77,24 @@ class HuggingFace(Tokenizer):
                 end
             ):
                 raise ValueError(
-                    f"its end-of-text, {end!r}, is no special token: text could hold it"
+                    f"its end-of-text {end!r} is not a special token, so text could contain it"
                 )
 
     @functools.cached_property
     def library(self) -> Any:
-        """``tokenizers``' own object."""
+        """The tokenizer object of ``tokenizers``."""
         found = read_library(self.source)
         found.encode_special_tokens = True  # as the text that they are
         return found
 
     def __reduce__(self) -> tuple[object, ...]:
-        return HuggingFace, (self.name, self.source, self.end_of_text)
+        return HuggingFace, (self.name, self.source, self.end_of_text, self.begin_of_text)
+
+    @functools.cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """See `Tokenizer`."""
+        added = json.loads(self.source)["added_tokens"]
+        return {token["content"]: token["id"] for token in added if token["special"]}
 
     @functools.cached_property
     def pieces(self) -> tuple[bytes, ...]:
@@ -98,7 +104,7 @@ class HuggingFace(Tokenizer):
 
     @functools.cached_property
     def _missing(self) -> frozenset[int]:
-        """Bytes that no token stands for alone; the library leaves them out of a text, or puts its
+        """Bytes without a token of their own, which the library drops or replaces by its
         ``unk_token``.
         """
         known = set(self.library.get_vocab(with_added_tokens=False))
@@ -116,43 +122,43 @@ class HuggingFace(Tokenizer):
         if lost:
             raise DataError(
                 f"the text has the byte 0x{min(lost):02X}, which the vocabulary {self.name} "
-                "lacks: leave the character out, "
-                "or name another tokenizer"
+                "lacks: leave the character out, or name another tokenizer"
             )
         return self._ids(text)
 
     def _ids(self, text: str) -> list[int]:
-        """The library's; this way of asking for them lets other threads run."""
+        """The library's ids, through the call that releases the interpreter's lock."""
         ids: list[int] = self.library.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return ids
 
     def content(self) -> dict[str, object]:
         """See `Tokenizer`."""
-        return {"tokenizer": json.loads(self.source), "end_of_text": self.end_of_text}
+        begin = {} if self.begin_of_text is None else {"begin_of_text": self.begin_of_text}
+        return {"tokenizer": json.loads(self.source), "end_of_text": self.end_of_text} | begin
 
 
 def read_library(source: str) -> Any:
-    """``tokenizers``' own object from the content of a ``tokenizer.json``.
+    """The tokenizer object of ``tokenizers`` for the content of a ``tokenizer.json``.
 
     Raises:
         ValueError: the library cannot read it.
 
     """
-    from tokenizers import Tokenizer as Library  # half a second that only those who need it pay
+    from tokenizers import Tokenizer as Library  # imported late: it takes half a second
 
     try:
         return Library.from_str(source)
-    except Exception as error:  # the library knows no narrower one
+    except Exception as error:  # the library raises no narrower one
         raise ValueError(str(error)) from error
 
 
 def canonical(content: dict[str, Any], end_of_text: str | None) -> tuple[str, int | None]:
-    """The content of a ``tokenizer.json`` as the library writes it, end-of-text made special; and
-    its id.
+    """The content of a ``tokenizer.json`` as the library writes it, with end-of-text as a special
+    token, and end-of-text's id.
 
     Raises:
-        ValueError: see `check`; or the library cannot read it, or gives added tokens other ids than
-            the file does.
+        ValueError: see `check`; or the library cannot read it, or its ids of added tokens differ
+            from the file's.
 
     """
     from tokenizers import AddedToken
@@ -162,8 +168,8 @@ def canonical(content: dict[str, Any], end_of_text: str | None) -> tuple[str, in
     for token in content.get("added_tokens") or []:
         if library.token_to_id(token["content"]) != token["id"]:
             raise ValueError(
-                f"its added token {token['content']!r} has another id than its library gives it, "
-                f"{token['id']}"
+                f"its added token {token['content']!r} has the id {token['id']}, but its library "
+                "gives it another"
             )
     if end_of_text is None:
         return _content(library), None
@@ -179,8 +185,8 @@ def _content(library: Any) -> str:
 
 
 def check(content: dict[str, Any]) -> None:
-    """Raise ValueError for what is not kept to here, or what the library would not survive, in a
-    ``tokenizer.json``.
+    """Raise ValueError for a setting of a ``tokenizer.json`` that is not supported or that would
+    crash the library.
     """
     model, before, after = (
         content["model"],
@@ -192,26 +198,30 @@ def check(content: dict[str, Any]) -> None:
     for setting in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model.get(setting):
             raise ValueError(
-                f"its {setting} is {model[setting]!r}, which is not supported: nothing or false "
-                "is expected"
+                f"its {setting} is {model[setting]!r}, which is not supported: it must be false or "
+                "absent"
             )
     for setting in ("normalizer", "truncation", "padding"):
         if content.get(setting):
             raise ValueError(
                 f"it changes the text or its ids (its {setting}), which is not supported"
             )
+    if before.get("type") == "Sequence" and before["pretokenizers"][:-1] == [
+        {"type": "Digits", "individual_digits": True}  # which cut nothing between blanks
+    ]:
+        before = before["pretokenizers"][-1]
     if (
         before.get("type") != "ByteLevel"
         or before["add_prefix_space"]
         or not before.get("use_regex", True)
     ):
-        raise ValueError("it cuts text otherwise than GPT-2 does (its pre_tokenizer)")
+        raise ValueError("it splits text differently from GPT-2 (its pre_tokenizer)")
     if after.get("type", "ByteLevel") != "ByteLevel":
         raise ValueError(
             "it may add tokens to every text (its post_processor), which is not supported"
         )
     if (content.get("decoder") or {}).get("type") != "ByteLevel":
-        raise ValueError("it does not decode bytes (its decoder): ByteLevel is expected")
+        raise ValueError("it does not decode bytes (its decoder): it must be ByteLevel")
     unknown = sorted({*(content.keys() - FILE_SETTINGS), *(model.keys() - MODEL_SETTINGS)})
     if unknown:
         raise ValueError(f"it has the unknown setting {unknown[0]!r}")
@@ -225,7 +235,7 @@ def check(content: dict[str, Any]) -> None:
 
 
 def _bytes_of(token: str) -> bytes:
-    """The bytes of a token, as the library's byte-level decoder has it: what is not all stand-ins
-    of bytes is text.
+    """The bytes of a token as the library's byte-level decoder gives them: a token that is not all
+    printable stand-ins is text.
     """
     return bytes(map(BYTES.__getitem__, token)) if BYTES.keys() >= set(token) else token.encode()

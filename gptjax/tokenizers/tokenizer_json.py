@@ -1,9 +1,9 @@
-"""Hugging Face's ``tokenizer.json``, and the ``vocab.json`` and ``merges.txt`` before it:
-byte-level BPEs, as GPT-2's.
+"""Read and write Hugging Face's ``tokenizer.json``, and read the older ``vocab.json`` and
+``merges.txt``: byte-level BPEs like GPT-2's.
 
-One whose ids are the ranks of its merges becomes a `BytePairEncoding`, if each token is what its
-own merge makes of those before it: then the lowest rank first gives the same ids, whichever pairs
-the file lists. Any other is encoded by the library that wrote it, see `HuggingFace`.
+If the ids are the ranks of the merges and each token is the merge of two earlier ones, merging by
+lowest rank gives the same ids, and the result is a `BytePairEncoding`. Any other tokenizer is run
+by the library itself; see `HuggingFace`.
 """
 
 import json
@@ -22,7 +22,7 @@ BAD = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionErr
 
 
 def can_write(tokenizer: Tokenizer | None) -> bool:
-    """Whether `write` knows this kind."""
+    """Whether `write` supports this tokenizer."""
     return isinstance(tokenizer, BytePairEncoding | HuggingFace)
 
 
@@ -31,7 +31,7 @@ def write(folder: Path, tokenizer: Tokenizer) -> None:
 
     Raises:
         DataError: a token is not the merge of two earlier ones.
-        TypeError: a kind that `can_write` does not know.
+        TypeError: see `can_write`.
 
     """
     if isinstance(tokenizer, HuggingFace):
@@ -46,7 +46,7 @@ def write(folder: Path, tokenizer: Tokenizer) -> None:
         ends = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
         config = {"tokenizer_class": "GPT2TokenizerFast", **ends}
     else:
-        raise TypeError(f"a {tokenizer.kind} tokenizer has no {FILE} of Hugging Face's")
+        raise TypeError(f"a {tokenizer.kind} tokenizer cannot be written as Hugging Face's {FILE}")
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2))
 
 
@@ -69,14 +69,14 @@ def _byte_level(theirs: Any) -> Any:
 
 
 def read(path: Path) -> Tokenizer:
-    """The tokenizer in a ``tokenizer.json``, or in a folder that holds one, or ``vocab.json`` and
+    """Read a ``tokenizer.json``, or the one in a folder, or the folder's ``vocab.json`` and
     ``merges.txt``.
 
-    End-of-text is what ``tokenizer_config.json`` beside it calls ``eos_token``, else
-    ``<|endoftext|>``, if it has that.
+    End-of-text is the ``eos_token`` of ``tokenizer_config.json`` in the same folder, or else
+    ``<|endoftext|>`` if the vocabulary has it.
 
     Raises:
-        FormatError: there is none, it is damaged, or it would not encode as the library does.
+        FormatError: there is none, it is damaged, or it cannot be run as the library does.
 
     """
     folder, path = (path, path / FILE) if path.is_dir() else (path.parent, path)
@@ -87,7 +87,7 @@ def read(path: Path) -> Tokenizer:
     try:
         return _checked(folder.name, content, _named_end(folder))
     except BAD as error:
-        raise FormatError(f"{path} holds no byte-level BPE that is known here: {error}") from error
+        raise FormatError(f"{path} is not a supported byte-level BPE: {error}") from error
 
 
 def _of_two_files(folder: Path) -> dict[str, Any]:
@@ -105,20 +105,20 @@ def _of_two_files(folder: Path) -> dict[str, Any]:
         content: dict[str, Any] = json.loads(
             _byte_level(Tokenizer(models.BPE(vocabulary, pairs))).to_str()
         )
-    except Exception as error:  # the library knows no narrower one
+    except Exception as error:  # the library raises no narrower one
         raise FormatError(
-            f"{folder / 'vocab.json'} holds no byte-level BPE that is known here: {error}"
+            f"{folder / 'vocab.json'} is not a supported byte-level BPE: {error}"
         ) from error
     return content
 
 
 def _named_end(folder: Path) -> str | None:
-    """The end-of-text that the folder names; None where it names none."""
+    """The folder's end-of-text, or None."""
     config = read_object(folder / CONFIG_FILE) if (folder / CONFIG_FILE).exists() else {}
     named = config.get("eos_token")
     end = named.get("content") if isinstance(named, dict) else named
     if end is not None and not isinstance(end, str):
-        raise ValueError(f"{CONFIG_FILE} names no text as eos_token")
+        raise ValueError(f"the eos_token of {CONFIG_FILE} is not text")
     return end
 
 
@@ -131,10 +131,10 @@ def _checked(name: str, content: dict[str, Any], end: str | None) -> Tokenizer:
 
 
 def _as_ranks(found: HuggingFace) -> BytePairEncoding | None:
-    """The same tokenizer as ranks of merges; None if it is not the same.
+    """The same tokenizer as ranks of merges; None if it cannot be expressed so.
 
-    Where all of a token's bytes are left as two parts once every merge of a lower rank is made, and
-    these two are its listed pair, no other pair can ever join to it.
+    If merging a token's bytes by all lower ranks leaves exactly its listed pair, no other pair can
+    ever merge to it.
     """
     content = json.loads(found.source)
     added = [token["content"] for token in content["added_tokens"]]

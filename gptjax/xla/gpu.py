@@ -1,4 +1,4 @@
-"""What XLA has to be told to compile for a GPU that is not in this machine."""
+"""Compile for a GPU that is not in this machine."""
 
 import contextlib
 import importlib
@@ -9,7 +9,7 @@ CUDNN = (9, 10)
 
 
 def _gpu(name: str, major_minor: tuple[int, int], cores: int, fpus: int, **fields: Any) -> Any:
-    """XLA's GpuTargetConfigProto of a GPU: caches in KiB, the clock in GHz, bandwidth in GB/s."""
+    """XLA's GpuTargetConfigProto of a GPU; sizes in KiB, clock in GHz, bandwidth in GB/s."""
     major, minor = major_minor
     return {
         "gpu_device_info": {
@@ -99,11 +99,9 @@ def open_gpus(kind: str, count: int) -> list[Any]:
 
 @contextlib.contextmanager
 def assumed_cudnn() -> Iterator[None]:
-    """Let JAX trace cuDNN's attention where no cuDNN is installed, as if it were the version
-    `CUDNN`.
+    """Let JAX trace cuDNN's attention without an installed cuDNN, as if it were version `CUDNN`.
 
-    JAX asks for the version in its own module, which other versions of JAX may not have: then
-    nothing is done.
+    The version check is internal to JAX; a version of JAX without it is left alone.
     """
     version = CUDNN[0] * 10_000 + CUDNN[1] * 100
     try:

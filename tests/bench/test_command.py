@@ -129,7 +129,10 @@ def test_decoding(option, capsys, monkeypatch):
     assert rows(capsys.readouterr().out)[2:] == [
         "greedy",
         "top 50, top p 0.95",
-        "greedy, int8",
+        "greedy, bfloat16",
+        "greedy, q8_0",
+        "greedy, q4_0",
+        "greedy, q4_1",
         "floor",
     ]
 

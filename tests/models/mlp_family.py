@@ -29,7 +29,7 @@ from gptjax.models.layers import (
 )
 
 NAME = "mlp"
-HEAD = "head"
+OPTIONS = ()
 
 
 class Block(NamedTuple):
@@ -60,6 +60,10 @@ def weights(cfg: Any) -> Params:
         normb=Weight(("C",), "vector", "zeros"),
         head=Weight(("Vp", "C"), "table", "normal"),
     )
+
+
+def head_name(cfg: Any) -> str:
+    return "head"
 
 
 def embed_fwd(params: Params, tokens: Any, positions: Any, cfg: Any) -> Any:
@@ -109,7 +113,7 @@ def recompute(saved: BlockSaved, dx: Any, cfg: Any) -> BlockSaved:
     return saved._replace(down=dropout_bwd(saved.drop, cfg.dropout_mlp, gelu_again(dx, saved.gelu)))
 
 
-def norm_fwd(params: Params, x: Any) -> Any:
+def norm_fwd(params: Params, x: Any, cfg: Any) -> Any:
     return layernorm_fwd(x, params.normw, params.normb)
 
 

@@ -26,7 +26,7 @@ MESHES = [None, make_mesh(MeshConfig(2, 2, 2), {}, 8), make_mesh(MeshConfig(fsdp
 
 @pytest.mark.parametrize("mesh", MESHES, ids=["one device", "data 2 x fsdp 2 x tensor 2", "fsdp 4"])
 @pytest.mark.parametrize("chunks", [1, 2, 4, 7])
-def test_chunks_hold_each_row_once_with_its_target_and_come_back(mesh, chunks):
+def test_chunks_hold_each_row_once_and_join_again(mesh, chunks):
     def f(h):
         cut = row_chunks(h, TARGETS, None, tiny.config(loss_chunks=chunks), None)
         return cut, join_chunks([rows for rows, _, _ in cut], h)

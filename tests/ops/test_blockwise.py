@@ -25,8 +25,10 @@ def qkv(B, T, H, D):
 def test_blockwise_backward_equals_vjp(shape, rate, block_size):
     """Blocks that divide T, that do not, and one block larger than T."""
     args, do = qkv(*shape), normal(9, *shape)
-    _, saved = blockwise_fwd(*args, rate, KEY, block_size)
-    reference = vjp_of(lambda *x: blockwise_fwd(*x, rate, KEY, block_size)[0], *args, dy=do)
+    _, saved = blockwise_fwd(*args, rate, KEY, block_size=block_size)
+    reference = vjp_of(
+        lambda *x: blockwise_fwd(*x, rate, KEY, block_size=block_size)[0], *args, dy=do
+    )
     assert_same_gradients(blockwise_bwd(saved, do, rate), reference, tuple(args))
 
 

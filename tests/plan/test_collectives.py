@@ -74,7 +74,7 @@ def test_what_a_loop_sends_counts_for_each_turn():
     ]
 
 
-def test_a_ring_sends_all_but_ones_own_part_and_a_sum_twice_that():
+def test_bytes_sent_by_rings():
     assert bytes_sent("all-gather", 80, 8) == bytes_sent("reduce-scatter", 80, 8) == 70
     assert bytes_sent("all-reduce", 80, 8) == 140
     assert bytes_sent("all-reduce", 80, 1) == 0
@@ -173,7 +173,7 @@ def test_the_ways_in_which_groups_are_listed(groups, devices):
     assert _group(line) == devices
 
 
-def test_a_way_that_is_not_known_is_said_and_not_counted_as_nothing():
+def test_an_unknown_collective_is_reported():
     with pytest.raises(FormatError, match="in a way that is not known here"):
         _group("%g = f32[16]{0} all-gather(%p), replica_groups=torus[2]")
 

