@@ -120,9 +120,9 @@ def test_a_step_compiles_for_an_h100(tmp_path):
         [*command, *config], capture_output=True, text=True, env=environment, timeout=600
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(
+    assert (
         "compiled for NVIDIA H100 80GB HBM3, bfloat16, attention cudnn, layers unroll, 512 tokens"
-    )
+    ) in done.stdout
     names = {
         f"{way}-{part}.txt" for way in ("manual", "autodiff") for part in ("gradient", "update")
     }
