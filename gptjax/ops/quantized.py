@@ -100,9 +100,29 @@ def quantize(w: Float[Array, "..."], kind: Kind, inputs: int = 1) -> Blocks:
         offset = 8 if kind == "q4_0" else -minimum.astype(jnp.float32)[..., None] / divisor
         q = jnp.clip(jnp.round(blocks / divisor + offset), 0, 15).astype(jnp.uint8)
         q = q[..., : BLOCK // 2] | q[..., BLOCK // 2 :] << 4
-    q = q.reshape(P, PANEL, N, -1, GROUP).transpose(0, 2, 3, 1, 4)
-    scale, minimum = (a.transpose(0, 2, 1) for a in (scale, minimum))
-    return Blocks(q, scale, minimum if kind == "q4_1" else None, w.shape, inputs)
+    return interleaved(q, scale, minimum if kind == "q4_1" else None, w.shape, inputs)
+
+
+def interleaved(
+    q: Shaped[Any, "P 8 N bytes"],
+    scale: Float16[Any, "P 8 N"],
+    minimum: Float16[Any, "P 8 N"] | None,
+    shape: tuple[int, ...],
+    inputs: int,
+) -> Blocks:
+    """`Blocks` from the blocks of each output: int8, or uint8 with the first 16 inputs in the lower
+    halves.
+
+    The arrays may be NumPy's, and remain so.
+    """
+    P, _, N, _ = q.shape
+    return Blocks(
+        q.reshape(P, PANEL, N, -1, GROUP).transpose(0, 2, 3, 1, 4),
+        scale.transpose(0, 2, 1),
+        None if minimum is None else minimum.transpose(0, 2, 1),
+        shape,
+        inputs,
+    )
 
 
 def dequantize(w: Blocks) -> Float[Array, "..."]:
