@@ -284,7 +284,9 @@ def load_for_decoding(source: Source, cfg: ModelConfig, how: Storage = "as_store
             if in_blocks and how == "as_stored":
                 converted["q8_0"] += 1
             kind: Storage = "q8_0" if in_blocks and how == "as_stored" else how
-            found = store(jax.device_put(pad_vocab(array, weight, cfg)), weight, cfg, kind)
+            on_device = jax.device_put(pad_vocab(array, weight, cfg))
+            # Wait, or several would be in memory
+            found = jax.block_until_ready(store(on_device, weight, cfg, kind))
         if isinstance(found, Blocks) and not all(
             np.isfinite(np.asarray(x)).all() for x in found.arrays[1:]
         ):

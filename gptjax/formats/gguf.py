@@ -70,7 +70,7 @@ PLAIN: dict[str, np.dtype] = {
 """Types that are no blocks."""
 BLOCK_BYTES = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20}
 """Bytes of a block of the types that decoding computes with."""
-FILE_TYPES = {"F32": 0, "Q8_0": 7, "BF16": 32}
+FILE_TYPES = {"F32": 0, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}
 """The types that are written, with llama.cpp's number of a file of them."""
 
 TABLES: dict[str, Table] = {

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float16, Int, Shaped
 
@@ -23,6 +24,7 @@ LARGEST = 127  # of signed 8 bits; -128 stays unused to make the range symmetric
 TINY = 2.0**-90  # activations below this count as zeros: their products would leave float32's range
 FEW_ROWS = 8  # of x, up to which a product with bfloat16 takes as long as reading the weights
 Kind = Literal["q8_0", "q4_0", "q4_1"]
+AnyArray = Array | np.ndarray
 
 
 class OutIn(NamedTuple):
@@ -50,10 +52,10 @@ class Blocks:
     c]`` from there. Stacked layers have one more axis in front.
     """
 
-    q: Shaped[Array, "*L P N J 8 4"]
+    q: Shaped[AnyArray, "*L P N J 8 4"]
     """int8, J = 8; or uint8, J = 4, each two numbers of 4 bits."""
-    scale: Float16[Array, "*L P N 8"]
-    minimum: Float16[Array, "*L P N 8"] | None
+    scale: Float16[AnyArray, "*L P N 8"]
+    minimum: Float16[AnyArray, "*L P N 8"] | None
     shape: tuple[int, ...]
     """Of one layer's weight."""
     inputs: int
@@ -104,9 +106,9 @@ def quantize(w: Float[Array, "..."], kind: Kind, inputs: int = 1) -> Blocks:
 
 
 def interleaved(
-    q: Shaped[Any, "P 8 N bytes"],
-    scale: Float16[Any, "P 8 N"],
-    minimum: Float16[Any, "P 8 N"] | None,
+    q: Shaped[AnyArray, "P 8 N bytes"],
+    scale: Float16[AnyArray, "P 8 N"],
+    minimum: Float16[AnyArray, "P 8 N"] | None,
     shape: tuple[int, ...],
     inputs: int,
 ) -> Blocks:
