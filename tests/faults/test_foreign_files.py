@@ -15,6 +15,11 @@ OURS = {
     "an llm.c tokenizer",
     "an llm.c debug state",
     "an llm.c evaluation file",
+    "a GGUF model",
+    "a llama2.c model (version 0)",
+    "a llama2.c model (version 1)",
+    "a llama2.c model (version 2)",
+    "a llama2.c tokenizer",
 }
 MODELS = {kind for kind in FILES if kind.startswith("a llama2.c model")} | {"a GGUF model"}
 TOKENIZERS = {"a llama2.c tokenizer", "a GGUF model"}
