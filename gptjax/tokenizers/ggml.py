@@ -120,7 +120,8 @@ def _by_scores(path: Path, fields: Mapping[str, Any]) -> Llama2c:
             f"{path} has the special token {tokens[FIRST_TEXT + odd[0]]!r}, but a tokenizer of "
             f"kind 'llama' is read with {', '.join(CONTROLS)} alone"
         )
-    texts = (token.replace(SPACE, " ").encode() for token in tokens)
+    texts = [token.replace(SPACE, " ").encode() for token in tokens]
+    texts[BEGIN : END + 1] = b"\n<s>\n", b"\n</s>\n"  # as llama2.c has them
     try:
         return Llama2c(tuple(texts), tuple(scores.tolist()), path.stem)
     except (ValueError, TypeError) as error:
