@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gptjax.weights import load_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gptjax.convert.weights import load_weights
 from gptjax.errors import CheckpointError, ConfigError, FormatError
 from gptjax.formats import llama2c
 from gptjax.models.params import num_params, stack
