@@ -121,6 +121,15 @@ def test_the_real_vocabulary_survives(shared):
     assert ggml.from_fields(PATH, ggml.fields_of(own, 512)).same_as(own)
 
 
+def test_sentencepiece_is_written_by_its_scores():
+    pytest.importorskip("sentencepiece")
+    own = tokenizers.train_sentencepiece(TEXTS * 9, 290, "cats")
+    assert ggml.can_write(own)
+    found = ggml.from_fields(PATH, ggml.fields_of(own, own.vocab_size))
+    for text in [*TEXTS[:2], "a café", "\n  mats"]:
+        assert found.encode(text) == own.encode(text)
+
+
 def test_other_kinds_are_left_out():
     own = tokenizers.train_characters(["the cat"])
     assert not ggml.can_write(own)
