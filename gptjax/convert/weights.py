@@ -182,13 +182,13 @@ def with_named_tokenizer(source: Source, where: str, which: str | None) -> Sourc
     own = source.tokenizer
     if given and own and not given.same_as(own):
         raise ConfigError(
-            f"{where} comes with the tokenizer {own.name} of {own.vocab_size} ids, and {which} is "
+            f"{where} has its own tokenizer, {own.name} of {own.vocab_size} ids, and {which} is "
             "another: leave --tokenizer out"
         )
     found = own or given
     if found and found.vocab_size > source.cfg.vocab_size:
         raise ConfigError(
-            f"the tokenizer {found.name} has {found.vocab_size} ids, but {where} knows "
+            f"the tokenizer {found.name} has {found.vocab_size} ids, but {where} only "
             f"{source.cfg.vocab_size}: name the tokenizer that belongs to it"
         )
     return source._replace(tokenizer=found)

@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.errors import FormatError
+from gptjax.errors import ConfigError, FormatError
 from gptjax.formats.llama2c_tokenizer import BEGIN, END, FIRST_BYTE, FIRST_TEXT, UNKNOWN
 from gptjax.tokenizers.bpe import LARGEST, BytePairEncoding, printable
 from gptjax.tokenizers.hugging_face import HuggingFace, canonical
 from gptjax.tokenizers.interface import END_OF_TEXT, Tokenizer
-from gptjax.tokenizers.llama2c import CONTROLS, Llama2c
+from gptjax.tokenizers.llama2c import CONTROLS, Llama2c, scored
+from gptjax.tokenizers.sentencepiece import SentencePiece
 
 PREFIX, TEMPLATE = "tokenizer.ggml.", "tokenizer.chat_template"
 NONE = {"none", "no_vocab"}
@@ -120,7 +121,8 @@ def _by_scores(path: Path, fields: Mapping[str, Any]) -> Llama2c:
             f"{path} has the special token {tokens[FIRST_TEXT + odd[0]]!r}, but a tokenizer of "
             f"kind 'llama' is read with {', '.join(CONTROLS)} alone"
         )
-    texts = (token.replace(SPACE, " ").encode() for token in tokens)
+    texts = [token.replace(SPACE, " ").encode() for token in tokens]
+    texts[BEGIN : END + 1] = b"\n<s>\n", b"\n</s>\n"  # as llama2.c has them
     try:
         return Llama2c(tuple(texts), tuple(scores.tolist()), path.stem)
     except (ValueError, TypeError) as error:
@@ -154,6 +156,11 @@ def can_write(tokenizer: Tokenizer | None) -> bool:
     """Whether `fields_of` describes this tokenizer."""
     if isinstance(tokenizer, HuggingFace):
         return _pre_tokenizer(tokenizer) is not None
+    if isinstance(tokenizer, SentencePiece):
+        try:
+            return can_write(scored(tokenizer))
+        except ConfigError:
+            return False
     if isinstance(tokenizer, Llama2c):
         return b"".join(tokenizer.tokens).decode(errors="ignore").encode() == b"".join(
             tokenizer.tokens
@@ -187,8 +194,8 @@ def fields_of(
     templates = {TEMPLATE: template} if template else {}
     if not can_write(tokenizer):
         return {f"{PREFIX}model": "none", **templates}
-    if isinstance(tokenizer, Llama2c):
-        return _fields_by_scores(tokenizer, vocab_size) | templates
+    if isinstance(tokenizer, Llama2c | SentencePiece):
+        return _fields_by_scores(scored(tokenizer), vocab_size) | templates
     if isinstance(tokenizer, BytePairEncoding):
         pre, special = "gpt-2", {END_OF_TEXT: tokenizer.end_of_text}
         tokens = [*map(printable, tokenizer.tokens), END_OF_TEXT]

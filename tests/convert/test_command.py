@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from gptjax import tokenizers
 from gptjax.config import OptimConfig
 from gptjax.convert.__main__ import main
-from gptjax.convert.weights import load_weights
+from gptjax.convert.weights import Q8_0, load_weights, open_weights, write_weights
 from gptjax.formats import llama2c, llmc, llmc_tokenizer, safetensors
 from gptjax.formats.lazy import collect, tensor_names
 from gptjax.formats.token_shards import write_shard
@@ -123,6 +123,36 @@ def test_a_run_goes_to_every_format_and_starts_another(run, tmp_path, capsys):
     assert theirs.encode("the mat").ids == BPE.encode("the mat")
 
 
+LLAMA = {"family": "llama", "num_heads": 4, "num_kv_heads": 2, "channels": 32, "hidden": 64}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "q8_0"])
+def test_gguf_keeps_model_tokenizer_and_template(tmp_path, capsys, dtype):
+    """A tokenizer that is named for a source goes into the file."""
+    pytest.importorskip("gguf")
+    cfg = tiny.config(vocab_size=270, dtype="float32", **LLAMA)
+    safetensors.write_model(
+        tmp_path / "m.safetensors", tiny.params(cfg, jnp.float32), cfg, np.dtype("<f4")
+    )
+    BPE.save(tmp_path / "t.json")
+    source = tmp_path / "m.safetensors"
+    convert(source, tmp_path / "m.gguf", "--dtype", dtype, "--tokenizer", tmp_path / "t.json")
+    assert "was left out" not in capsys.readouterr().out
+    found = open_weights(str(tmp_path / "m.gguf"))
+    assert found.cfg.architecture == cfg.architecture
+    assert found.tokenizer.encode("the mat") == BPE.encode("the mat")
+    assert found.tokenizer.vocab_size == 270
+    assert tokenizers.find(tmp_path / "m.gguf").same_as(found.tokenizer)
+    convert(tmp_path / "m.gguf", "--inspect")
+    kinds = {"float32": "F32", "bfloat16": "BF16", "q8_0": "Q8_0"}
+    assert kinds[dtype] in capsys.readouterr().out.splitlines()[0]
+    convert(tmp_path / "m.gguf", tmp_path / "back.safetensors")
+    if dtype == "float32":
+        assert (tmp_path / "back.safetensors").read_bytes() == source.read_bytes()
+    write_weights(found._replace(chat_template="{{ messages }}"), tmp_path / "t.gguf", "gguf", Q8_0)
+    assert open_weights(str(tmp_path / "t.gguf")).chat_template == "{{ messages }}"
+
+
 def test_what_is_printed(model, tmp_path, capsys):
     convert(model, tmp_path / "m.safetensors")
     lines = capsys.readouterr().out.splitlines()
@@ -162,7 +192,10 @@ def test_inspect_knows_every_file(model, tmp_path, capsys):
         (["text.pt", "x.bin"], "it may be a PyTorch pickle"),
         (["text.index", "x.bin"], "it may be a TensorFlow checkpoint"),
         (["text.txt", "x.bin", "--inspect"], "in an unknown format"),
-        (["model.bin", "x.bin", "--to", "gguf"], "gguf"),
+        (["model.bin", "x.bin", "--to", "onnx"], "onnx"),
+        (["model.bin", "x.gguf"], "a GGUF model holds a model of llama, not of gpt2"),
+        (["model.bin", "x", "--dtype", "q8_0"], "hf has no blocks of 8 bits: q8_0 is of GGUF"),
+        (["model.bin", "x", "--tokenizer", "byte"], "the tokenizer byte has 257 ids, but"),
         (["model.bin", "x.bin", "--dtpye", "float32"], "dtpye"),
     ],
 )

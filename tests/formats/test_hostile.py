@@ -28,10 +28,10 @@ from gptjax.convert.__main__ import inspect
 from gptjax.convert.weights import open_weights
 from gptjax.datasets.text import pieces
 from gptjax.errors import GptjaxError
-from gptjax.formats import hf, llama2c, llmc, llmc_eval, llmc_tokenizer, safetensors
+from gptjax.formats import gguf, hf, llama2c, llmc, llmc_eval, llmc_tokenizer, safetensors
 from gptjax.formats.llama2c_tokenizer import BYTES
 from gptjax.formats.token_shards import open_shard, write_shard
-from gptjax.tokenizers import tokenizer_json
+from gptjax.tokenizers import ggml, tokenizer_json
 from tests.formats.test_llmc_eval import EXAMPLE, evaluation_file
 from tests.formats.test_recognise import llama2c_tokenizer
 from tests.models import tiny
@@ -104,6 +104,15 @@ def write_index(path):
 
 def write_table(path):
     parquet.write_table(pyarrow.table({"text": ["some text", "and more"], "n": [1, 2]}), path)
+
+
+def write_gguf(path, kind="F32"):
+    """A Llama with a tokenizer."""
+    pytest.importorskip("gguf")
+    sizes = {"family": "llama", "channels": 32, "num_kv_heads": 1, "vocab_size": 262}
+    cfg = tiny.config(dtype="float32", **sizes)
+    fields = ggml.fields_of(BPE, 262, "a template")
+    gguf.write_model(path, tiny.params(cfg, jnp.float32), cfg, kind, fields)
 
 
 ZSTD = pyarrow.Codec("zstd")
@@ -185,6 +194,13 @@ FORMATS = {
         "e.bin",
         lambda p: p.write_bytes(evaluation_file([EXAMPLE, EXAMPLE])),
         lambda p: [question.endings[question.label] for question in llmc_eval.read_questions(p)],
+    ),
+    "GGUF": ("m.gguf", write_gguf, weights),
+    "GGUF in 8 bits": ("m.gguf", lambda p: write_gguf(p, "Q8_0"), weights),
+    "GGUF tokenizer": (
+        "m.gguf",
+        write_gguf,
+        lambda p: tokenizers.find(str(p)).encode("the mat"),
     ),
     "Parquet": ("a.parquet", write_table, lambda p: list(pieces([p]))),
     "gzip": (
