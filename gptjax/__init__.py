@@ -1,8 +1,7 @@
 """Language models in JAX as pure functions, with a backward pass derived by hand: see
 `gptjax.models.gpt2`.
 
-The names that ``__init__.pyi`` lists are here once they are asked for, so that importing the
-package costs nothing.
+The names in ``__init__.pyi`` are imported on first use, so importing the package takes no time.
 """
 
 import lazy_loader

@@ -7,6 +7,8 @@ from .config import DataConfig as DataConfig
 from .config import ModelConfig as ModelConfig
 from .config import OptimConfig as OptimConfig
 from .config import TrainConfig as TrainConfig
+from .convert.weights import load_weights as load_weights
+from .convert.weights import open_weights as open_weights
 from .generate import sample as sample
 from .models.batch import Batch as Batch
 from .models.gpt2 import block_bwd as block_bwd
@@ -21,5 +23,3 @@ from .models.transformer import loss_and_grad as loss_and_grad
 from .ops.attention import materialised_bwd as materialised_bwd
 from .verify import check as check
 from .verify import compare as compare
-from .weights import load_weights as load_weights
-from .weights import open_weights as open_weights

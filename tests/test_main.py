@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 def test_it_lists_the_commands_that_there_are(capsys):
     assert main() == 0
     listed = capsys.readouterr().out
-    there = {p.parent.name for p in (ROOT / "gptjax").glob("*/__main__.py")} | {"convert"}
+    there = {p.parent.name for p in (ROOT / "gptjax").glob("*/__main__.py")}
     assert set(COMMANDS) == there
     for name, purpose in COMMANDS.items():
         assert importlib.util.find_spec(f"gptjax.{name}")

@@ -14,13 +14,13 @@ import pytest
 
 from gptjax import tokenizers
 from gptjax.config import OptimConfig
+from gptjax.convert.weights import load_weights, open_weights, write_weights
 from gptjax.formats import llmc
 from gptjax.models import transformer
 from gptjax.models.batch import Batch
 from gptjax.train import step as steps
 from gptjax.train.optimizer import make_optimizer
 from gptjax.train.step import TrainState
-from gptjax.weights import load_weights, open_weights, write_weights
 from tests.compare import relative_l2
 from tests.golden import torch_gpt2, torch_llama
 from tests.models import tiny

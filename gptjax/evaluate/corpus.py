@@ -1,4 +1,4 @@
-"""How well a model predicts a corpus: loss, perplexity, bits per byte."""
+"""Scores of a model on a corpus: loss, perplexity, bits per byte."""
 
 import itertools
 import math
@@ -10,7 +10,7 @@ import numpy as np
 
 from gptjax.config import ModelConfig
 from gptjax.errors import CheckpointError
-from gptjax.evaluate.estimate import Estimate, ratio
+from gptjax.evaluate.statistics import Estimate, ratio
 from gptjax.models.batch import Batch
 from gptjax.models.transformer import token_losses
 from gptjax.tokenizers import Tokenizer
@@ -21,10 +21,11 @@ compiled_losses = jax.jit(token_losses, static_argnames="cfg")
 def score(
     params: Any, batches: Iterable[Batch], cfg: ModelConfig
 ) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Each batch, and the loss of each of its targets times its mask: (B, T) float64 in nats,
-    without dropout.
+    """Each batch with the loss of each target times its mask: (B, T) float64 in nats, without
+    dropout.
 
-    A batch's are fetched after the next one was dispatched. Batches of one shape are compiled once.
+    A batch's losses are fetched after the next batch is dispatched. Batches of one shape are
+    compiled once.
 
     Raises:
         CheckpointError: a loss is not finite.
@@ -44,24 +45,22 @@ def score(
 
 
 class CorpusScore(NamedTuple):
-    """What came of it. Standard errors are over sequences, as if these were independent: where
-    neighbours are of one document, and alike, they are somewhat too small.
+    """A corpus's scores. Standard errors treat sequences as independent, and are somewhat too small
+    where neighbouring sequences come from one document.
     """
 
     tokens: int
     sequences: int
     bytes: int | None
-    """Of the text that the scored tokens stand for; None where no tokenizer is known."""
+    """Bytes of text that the scored tokens stand for; None without a tokenizer."""
     loss: Estimate
     """Nats a token, end-of-text included: a model has to predict where a text ends."""
     bits_per_byte: Estimate | None
-    """All the nats, those of end-of-text too, over the bytes of the text, to which end-of-text adds
-    none.
-    """
+    """Total loss in bits over the bytes of text. End-of-text adds to the loss but has no bytes."""
 
     @property
     def perplexity(self) -> Estimate:
-        """exp(loss), its error to first order."""
+        """exp(loss), with its error to first order."""
         value = math.exp(self.loss.value) if self.loss.value < math.log(1e300) else math.inf
         return Estimate(value, None if self.loss.error is None else value * self.loss.error)
 
@@ -85,22 +84,24 @@ def score_corpus(
     tokenizer: Tokenizer | None = None,
     advance: Callable[[int, str], None] = lambda sequences, text: None,
 ) -> CorpusScore:
-    """Score the targets of ``batches`` that their masks leave in, a mask being of whole sequences.
+    """Score every sequence of ``batches`` whose mask is not zero; masks cover whole sequences.
 
     Args:
         params: in the layout of ``cfg.layers``.
-        batches: at least one sequence; arrays of NumPy, of one shape.
+        batches: NumPy arrays of one shape, with at least one sequence.
         cfg: resolved.
-        tokenizer: of the corpus. Where it lacks an id that occurs, there are no bits per byte.
-        advance: called with the sequences just done, and the loss up to there in words.
+        tokenizer: the corpus's tokenizer; bits per byte need it, with every id that occurs.
+        advance: called with the number of sequences just done and the loss so far as text.
 
     Raises:
         CheckpointError: a loss is not finite.
 
     """
-    lengths = token_bytes(tokenizer, cfg.vocab_size) if tokenizer else None
-    begin = tokenizer.begin_of_text if tokenizer else None
-    first = token_bytes(tokenizer, cfg.vocab_size, [begin]) if begin is not None else lengths
+    lengths = first = begin = None
+    if tokenizer:
+        lengths = first = token_bytes(tokenizer, cfg.vocab_size)
+        if (begin := tokenizer.begin_of_text) is not None:
+            first = token_bytes(tokenizer, cfg.vocab_size, [begin])
     nats, tokens, sizes = [], [], []
     unknown = lengths is None
     for batch, losses in score(params, batches, cfg):

@@ -43,7 +43,7 @@ LARGEST = 2**24  # upper bound of any size, number of values or length of a text
 MOST_DIMENSIONS = 4
 
 STRING, ARRAY, BOOL, INT32, UINT32, FLOAT32 = 8, 9, 7, 5, 4, 6
-SCALARS = {
+SCALARS: dict[int, np.dtype] = {
     0: np.dtype("<u1"),
     1: np.dtype("<i1"),
     2: np.dtype("<u2"),
@@ -56,7 +56,7 @@ SCALARS = {
     11: np.dtype("<i8"),
     12: np.dtype("<f8"),
 }
-PLAIN = {
+PLAIN: dict[str, np.dtype] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
     "BF16": np.dtype(jnp.bfloat16),
@@ -247,7 +247,8 @@ def read_file(path: str | os.PathLike[str]) -> File:
     with open_file(path) as file:  # a regular one
         if file.read(4) != MAGIC:
             raise FormatError(f"{path} is not a {MODEL}: it does not begin with {MAGIC.decode()}")
-    reader = _Reader(path, memoryview(np.memmap(path, np.uint8, "r")))
+    mapped: Any = np.memmap(path, np.uint8, "r")
+    reader = _Reader(path, memoryview(mapped))
     reader.at = len(MAGIC)
     version = reader.uint32()
     if version not in READ_VERSIONS:

@@ -46,7 +46,7 @@ HEADER_BYTES = 256  # of versions 1 and 2
 FLOAT32 = np.dtype("<f4")
 GROUP = 64  # numbers to a scale, where the widths allow it
 LARGEST = 2**24  # upper bound of any header field
-ASSUMED = {"rope_theta": 1e4, "norm_eps": 1e-5}
+ASSUMED: dict[str, Any] = {"rope_theta": 1e4, "norm_eps": 1e-5}
 """What the file does not hold, and run.c takes for granted."""
 NEWER = "att_norm ffn_norm final_norm tok_emb wq wk wv wo w1 w2 w3 wcls"
 ORDERS = {

@@ -11,46 +11,55 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from gptjax.config import ModelConfig
-from gptjax.models.family import family_of
-from gptjax.models.params import head_of, is_stacked, is_weight, weight_table
+from gptjax.config import ModelConfig, Storage
+from gptjax.models.family import Weight, family_of
+from gptjax.models.params import head_of, is_weight, per_tensor
 from gptjax.models.transformer import over_layers
 from gptjax.ops.attention import materialised_fwd
 from gptjax.ops.kv_cache import LayerCache, cached_attention
 from gptjax.ops.quantized import OutIn, product, quantize
 
 
-@partial(jax.jit, static_argnames=("cfg", "int8"))
-def store_for_decoding(params: Any, cfg: ModelConfig, int8: bool = False) -> Any:
-    """Store the matrices as (out, in), which decoding reads fastest.
+def store_for_decoding(params: Any, cfg: ModelConfig, how: Storage = "as_stored") -> Any:
+    """Store the matrices as (out, in), which decoding reads fastest; see `store`.
 
     Args:
         params: in the layout of ``cfg.layers``, which is preserved.
-        cfg: resolved; matrices are stored in its compute dtype.
-        int8: store 8 bits and one scale per output instead (`gptjax.ops.quantized.Quantized`).
+        cfg: resolved.
+        how: to store them.
 
     """
+    weights = per_tensor(lambda weight: weight, params, cfg)
+    return jax.tree.map(
+        lambda weight, w: store(w, weight, cfg, how), weights, params, is_leaf=is_weight
+    )
 
-    def store(w: Array, inputs: int) -> Any:
-        return quantize(w, inputs) if int8 else OutIn(w.astype(cfg.compute_dtype))
 
-    def turn(weight: Any, w: Array) -> Any:
-        if weight.kind != "matrix":
-            return w
+@partial(jax.jit, static_argnames=("weight", "cfg", "how"))
+def store(w: Array, weight: Weight, cfg: ModelConfig, how: Storage) -> Any:
+    """Store one tensor: matrices and the tables of the vocabulary, which a classifier may be, as
+    ``how`` says; others remain as they are.
+
+    Args:
+        w: the tensor, with the layers' axis in front if they are stacked.
+        weight: its row in the family's table.
+        cfg: resolved. Matrices in float32 are stored in its compute dtype.
+        how: ``as_stored`` is bfloat16 for tensors that have it, which keeps every number, and
+            float32 for others.
+
+    """
+    if weight.kind == "matrix":
         first = w.ndim - len(weight.axes)  # the first input axis, after the layers'
         inputs = range(first, first + weight.inputs)
-        return store(jnp.moveaxis(w, list(inputs), list(range(-weight.inputs, 0))), weight.inputs)
-
-    table = weight_table(cfg, layered=False)
-    turn_block = partial(jax.tree.map, turn, table.blocks, is_leaf=is_weight)
-    blocks = (
-        turn_block(params.blocks)
-        if is_stacked(params.blocks)
-        else tuple(map(turn_block, params.blocks))
-    )
-    return params._replace(
-        blocks=blocks, **{family_of(cfg).head_name(cfg): store(head_of(params, cfg), 1)}
-    )
+        w = jnp.moveaxis(w, list(inputs), list(range(-weight.inputs, 0)))
+    elif weight.axes[0] != "Vp":
+        return w
+    if how == "bfloat16" or (how == "as_stored" and w.dtype == jnp.bfloat16):
+        return OutIn(w.astype(jnp.bfloat16))
+    if how in ("float32", "as_stored"):
+        return OutIn(w.astype(cfg.compute_dtype))
+    round_layer = partial(quantize, kind=how, inputs=weight.inputs)
+    return jax.vmap(round_layer)(w) if w.ndim > len(weight.axes) else round_layer(w)
 
 
 def prefill(

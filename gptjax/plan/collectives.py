@@ -3,7 +3,7 @@
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from gptjax.errors import FormatError
@@ -38,10 +38,13 @@ class Collective(NamedTuple):
     """Bytes that each device sends, by a ring: of what is gathered or scattered all but its own
     part, of a sum twice that.
     """
+    compute: float = 0.0
+    """Seconds of kernels between start and done, where they are known: what hides the sending."""
 
 
-def collectives(text: str) -> list[Collective]:
-    """Those that a program runs, as often as its loops run them.
+def collectives(text: str, seconds: Mapping[str, float] | None = None) -> list[Collective]:
+    """Those that a program runs, as often as its loops run them; ``seconds`` are those of its
+    kernels by name.
 
     A loop's turns are the number that XLA says, or else follow from what its condition compares
     with. An asynchronous collective of a TPU appears in each of the fusions that it is spread over,
@@ -57,19 +60,21 @@ def collectives(text: str) -> list[Collective]:
             if (found := _collective(line, name)) and runs[name]:
                 spread = re.search(r"channel_id=(\d+),.*async_collective_fusion_config", line)
                 key = (found.kind, spread[1]) if spread else (name, str(number))
+                found = found._replace(compute=_compute(lines, number, seconds or {}))
                 if key not in channels or runs[name] < channels[key][1]:
                     channels[key] = found, runs[name]
     return summed(
-        found._replace(times=turns, sent=found.sent * turns) for found, turns in channels.values()
+        Collective(found.kind, found.group, turns, found.sent * turns, found.compute * turns)
+        for found, turns in channels.values()
     )
 
 
 def summed(collectives: Iterable[Collective]) -> list[Collective]:
     """One for each kind and group, those that send most first; what sends nothing is left out."""
-    totals: dict[tuple[str, int], list[float]] = defaultdict(lambda: [0, 0])
+    totals: dict[tuple[str, int], list[float]] = defaultdict(lambda: [0, 0, 0])
     for c in collectives:
-        totals[c.kind, c.group][0] += c.times
-        totals[c.kind, c.group][1] += c.sent
+        for i, number in enumerate(c[2:]):
+            totals[c.kind, c.group][i] += number
     found = [Collective(*key, *total) for key, total in totals.items() if total[1]]
     return sorted(found, key=lambda c: -c.sent)
 
@@ -168,15 +173,29 @@ def _collective(line: str, computation: str) -> Collective | None:
         for shape in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shapes)
         if shape != ("u32", "")
     ]
-    if start and kind in ("all-gather", "reduce-scatter", "collective-permute"):
-        half = len(sizes) // 2  # operands, then as many results: the larger are whole
-        sizes = [max(sum(sizes[:half]), sum(sizes[half:]))]
+    # The operands, then the results: ((a, b), (A, B)), or (a, A) with one of each. But an
+    # all-reduce has results alone.
+    if start and (kind in ("all-gather", "reduce-scatter", "collective-permute") or "((" in shapes):
+        half = len(sizes) // 2
+        sizes = [max(sum(sizes[:half]), sum(sizes[half:]))]  # the larger are whole
     group = 2 if kind == "collective-permute" else _group(line)
     nbytes = sum(sizes) * (group if kind == "reduce-scatter" and not start else 1)
     # What XLA calls it on TPU
     if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"
     return Collective(kind, group, 1, bytes_sent(kind, nbytes, group))
+
+
+def _compute(lines: list[str], number: int, seconds: Mapping[str, float]) -> float:
+    """Seconds of the kernels between the start of a collective in this line and its done."""
+    call = re.match(r"(?:ROOT )?%?([\w.\-]+) = .*-start\(", lines[number])
+    total = 0.0
+    for line in lines[number + 1 :] if call and seconds else []:
+        name = re.match(r"(?:ROOT )?%?([\w.\-]+) = ", line)
+        if call and re.search(rf"-done\([^)]*%{re.escape(call[1])}[),]", line):
+            break
+        total += seconds.get(name[1], 0.0) if name else 0.0
+    return total
 
 
 def _nbytes(dtype: str, dimensions: str) -> float:

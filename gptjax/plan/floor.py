@@ -1,10 +1,12 @@
 """The least time of a step: its FLOPs, bytes and collectives at the rates of data sheets."""
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from gptjax.parallel.devices import NETWORK, Device
 from gptjax.plan.collectives import Collective
+from gptjax.plan.kernels import REACHED
 from gptjax.plan.predict import Work, step_flops, step_traffic
 
 DAY = 86400
@@ -30,6 +32,11 @@ class Floor(NamedTuple):
         """With no collective hidden."""
         return max(self.products, self.memory) + self.collectives + self.update
 
+    @property
+    def serial(self) -> float:
+        """With nothing hidden, and products at the rate that they reach: kernels run in turn."""
+        return self.products / REACHED + self.memory + self.collectives + self.update
+
     def efficiency(self, seconds: float) -> float:
         """Of ``seconds`` a step, the part that it would take without collectives: the throughput of
         a device beside others.
@@ -45,9 +52,16 @@ def step_floor(work: Work, device: Device, collectives: list[Collective]) -> Flo
     return Floor(
         products=step_flops(work) / device.flops,
         memory=traffic / device.bandwidth,
-        collectives=sum(c.sent / sending_rate(work.mesh, device, c.group) for c in collectives),
+        collectives=sending_seconds(work.mesh, device, collectives),
         update=update / device.bandwidth,
     )
+
+
+def sending_seconds(
+    mesh: tuple[int, ...], device: Device, collectives: Iterable[Collective]
+) -> float:
+    """Seconds to send the bytes of collectives one after the other."""
+    return sum(c.sent / sending_rate(mesh, device, c.group) for c in collectives)
 
 
 def sending_rate(mesh: tuple[int, ...], device: Device, group: int) -> float:

@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from gptjax.config import ModelConfig
 from gptjax.datasets.batches import BatchShape
+from gptjax.models.chunks import num_chunks
 from gptjax.models.family import Weight, family_of
 from gptjax.models.params import is_weight, num_block_params, num_matrix_params, rows, weight_table
 from gptjax.models.transformer import training_block
@@ -188,7 +189,7 @@ def working_bytes(work: Work) -> int:
     item, tokens = model.compute_dtype.itemsize, work.rows * work.shape.seq_len
     head = work.local_elements(HEAD)
     # And their gradient
-    scores = 2 * tokens * model.padded_vocab_size // tensor // model.loss_chunks
+    scores = 2 * tokens * model.padded_vocab_size // tensor // num_chunks(model, tokens)
     # Bytes of a weight, and of its gradient before it is scattered
     gathered = item + 4 if fsdp > 1 else 0
     classifier = item * (scores + work.stream) + head * gathered

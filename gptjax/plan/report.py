@@ -5,6 +5,7 @@ from gptjax.parallel.devices import NETWORK, Device
 from gptjax.parallel.sharding import MESH_AXES
 from gptjax.plan.collectives import Collective
 from gptjax.plan.floor import DAY, sending_rate
+from gptjax.plan.kernels import REACHED
 from gptjax.plan.search import USABLE, Plan
 from gptjax.plan.topology import Topology
 from gptjax.train.metrics import human_bytes
@@ -70,7 +71,7 @@ def _collectives(plan: Plan, device: Device | None) -> list[str]:
     def at(c: Collective) -> str:
         return (
             f" at {sending_rate(plan.work.mesh, device, c.group) / 1e9:,.0f} GB/s" if device else ""
-        )
+        ) + (f", beside {c.compute * 1e3:,.1f} ms of kernels" if plan.kernels else "")
 
     found = plan.collectives
     lines = [f"{'sent':<12} {human_bytes(sum(c.sent for c in found))} by each device and step"]
@@ -104,16 +105,16 @@ def _time(plan: Plan, device: Device | None) -> list[str]:
         f"{'floor':<12} "
         + ", ".join(f"{name} {seconds * 1e3:,.1f} ms" for name, seconds in parts.items())
     )
-    for name, seconds in {
-        "all overlaps": floor.overlapped,
-        "nothing sent does": floor.exposed,
-    }.items():
+    ways = {"all overlaps": floor.overlapped, "nothing sent does": floor.exposed}
+    if plan.serial:
+        ways["in turn"] = plan.serial
+    for name, seconds in ways.items():
         days = plan.tokens / tokens * seconds / DAY
-        rate = f"{tokens / seconds:,.0f} tokens/s, {days:,.2f} days for {plan.tokens:.3g} tokens"
-        lines.append(
-            f"  {name:<17} {seconds * 1e3:,.1f} ms, {rate}, scaling efficiency "
-            f"{floor.efficiency(seconds):.0%}"
-        )
+        line = f"{seconds * 1e3:,.1f} ms, {tokens / seconds:,.0f} tokens/s, "
+        line += f"{days:,.2f} days for {plan.tokens:.3g} tokens"
+        if name != "in turn":
+            line += f", scaling efficiency {floor.efficiency(seconds):.0%}"
+        lines.append(f"  {name:<17} {line}")
     rates = (
         f"{device.flops / 1e12:,.4g} TFLOP/s in bfloat16, {device.bandwidth / 1e9:,.4g} GB/s of "
         "memory"
@@ -127,8 +128,19 @@ def _time(plan: Plan, device: Device | None) -> list[str]:
         "the update follows",
         "  nothing sent does the slower of products and memory hides the other; the collectives "
         "follow, then the update",
+        "  in turn           " + _in_turn(plan),
         "  efficiency        the time without collectives over the time",
     ]
+
+
+def _in_turn(plan: Plan) -> str:
+    reached = f"products at {REACHED:.0%} of that rate"
+    if not plan.kernels:
+        return f"products, memory, collectives and update one after the other, {reached}"
+    return (
+        f"the compiled program's {plan.kernels:,} kernels one after the other, {reached}, and "
+        "what of the collectives takes longer than the kernels beside them"
+    )
 
 
 def comparison(plans: dict[str, Plan]) -> str:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from gptjax.config import Backward
 from gptjax.plan.collectives import Collective
 from gptjax.plan.compiled import Compiled, compile_work
-from gptjax.plan.floor import Floor, step_floor
+from gptjax.plan.floor import Floor, sending_seconds, step_floor
 from gptjax.plan.predict import (
     Work,
     saved_bytes,
@@ -41,6 +41,12 @@ class Plan(NamedTuple):
     flops: float
     compiler_flops: float | None
     floor: Floor | None
+    serial: float | None
+    """Seconds at the least where kernels run one after the other: those of the compiled program,
+    and the collectives that it does not overlap with them, or by shapes.
+    """
+    kernels: int
+    """Runs of kernels in the compiled program of a GPU, 0 for others."""
     largest: int | None
     """Rows of a micro-batch on each device that fit; 0 if not one, None if not asked for."""
     searched: str
@@ -116,6 +122,12 @@ def make_plan(
             "by shapes",
         )
     rated = topology.device and work.model.dtype == "bfloat16"
+    floor = step_floor(work, topology.device, sent) if topology.device and rated else None
+    serial = floor.serial if floor else None
+    if isinstance(found, Compiled) and found.kernels and topology.device:
+        serial = sum(kernel.seconds for kernel in found.kernels)
+        for c in sent:
+            serial += max(0.0, sending_seconds(work.mesh, topology.device, [c]) - c.compute)
     return Plan(
         work=work,
         source=source,
@@ -127,7 +139,9 @@ def make_plan(
         collectives=sent,
         flops=step_flops(work),
         compiler_flops=found.flops if isinstance(found, Compiled) else None,
-        floor=step_floor(work, topology.device, sent) if topology.device and rated else None,
+        floor=floor,
+        serial=serial,
+        kernels=round(sum(k.times for k in found.kernels)) if isinstance(found, Compiled) else 0,
         largest=largest,
         searched=searched,
         tokens=tokens,

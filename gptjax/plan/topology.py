@@ -9,7 +9,7 @@ import jax
 
 from gptjax.errors import ConfigError
 from gptjax.parallel.devices import DEVICES, Device
-from gptjax.xla.gpu import open_h100s
+from gptjax.xla.gpu import open_gpus
 
 TPUS = {  # name: JAX's device_kind, the axes of its torus
     "v4": ("TPU v4", 3),
@@ -132,7 +132,7 @@ def start(topology: Topology) -> None:
 
 
 def open_devices(topology: Topology, otherwise: str = "") -> list[Any]:
-    """The devices to compile for: simulated CPUs, H100s, or the TPUs of a slice as libtpu describes
+    """The devices to compile for: simulated CPUs, GPUs, or the TPUs of a slice as libtpu describes
     it.
 
     Args:
@@ -146,13 +146,8 @@ def open_devices(topology: Topology, otherwise: str = "") -> list[Any]:
     if topology.platform == "cpu":
         return jax.devices("cpu")[: topology.size]
     if topology.platform == "cuda":
-        if topology.kind != GPUS["h100"]:
-            raise ConfigError(
-                f"to compile for {topology.name} is not possible: of NVIDIA's GPUs only h100 is "
-                "described"
-            )
         try:
-            return open_h100s(topology.size)
+            return open_gpus(topology.kind, topology.size)
         except NotImplementedError as error:  # JAX knows no platform of this name
             message = (
                 f"to compile for {topology.name} needs jax-cuda12-plugin: pip install "

@@ -1,10 +1,10 @@
 """Tokenizers: text <-> token ids, behind one small interface.
 
-`gpt2`, `byte`, `train_bpe` and llm.c's files give a `BytePairEncoding`, which tiktoken runs;
+`gpt2`, `byte`, `train_bpe` and llm.c's files give a `BytePairEncoding`, run by tiktoken.
 `train_characters` gives `Characters`, llama2.c's ``tokenizer.bin`` a `Llama2c`, a ``.model`` or
-`train_sentencepiece` a `SentencePiece`; a ``tokenizer.json`` of Hugging Face's that is no such
-encoding a `HuggingFace`, which its own library runs. Each is saved as one JSON file beside what was
-made with it, so that ids can be decoded wherever they turn up.
+`train_sentencepiece` a `SentencePiece`. Any other ``tokenizer.json`` of Hugging Face gives a
+`HuggingFace`, run by Hugging Face's own library. Each is saved as a JSON file next to the data made
+with it, so that ids can always be decoded.
 """
 
 import base64
@@ -14,9 +14,9 @@ from pathlib import Path
 
 from gptjax.errors import DataError, FormatError
 from gptjax.files import read_small
-from gptjax.formats import llama2c_tokenizer, llmc_tokenizer
+from gptjax.formats import gguf, llama2c_tokenizer, llmc_tokenizer
 from gptjax.formats.recognise import LLAMA2C_TOKENIZER, SENTENCEPIECE, recognise
-from gptjax.tokenizers import tokenizer_json
+from gptjax.tokenizers import ggml, tokenizer_json
 from gptjax.tokenizers.bpe import (
     GPT2_IDS,
     GPT2_PATTERN,
@@ -64,18 +64,18 @@ __all__ = [
 
 
 def find(which: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer that a word or a path stands for.
+    """Find a tokenizer by name or path.
 
     Args:
         which: ``gpt2``; ``byte``; a file that `Tokenizer.save` wrote; a ``tokenizer.json`` of
-            Hugging Face's; a SentencePiece ``.model``; llm.c's ``gpt2_tokenizer.bin``; llama2.c's
-            ``tokenizer.bin``; or a folder that holds a ``tokenizer.json``, of a run, a corpus or a
-            model.
+            Hugging Face; a SentencePiece ``.model``; llm.c's ``gpt2_tokenizer.bin``; llama2.c's
+            ``tokenizer.bin``; a GGUF file; or the folder of a run, a corpus or a model with a
+            ``tokenizer.json``.
 
     Raises:
-        DataError: there is no such tokenizer, GPT-2's cannot be had (see `gpt2`), or a package is
-            missing.
-        FormatError: the file is damaged, or of another kind.
+        DataError: there is no such tokenizer, GPT-2's is not available (see `gpt2`), or a package
+            is missing.
+        FormatError: the file is damaged, or in another format.
 
     """
     if which in ("gpt2", "byte"):
@@ -83,18 +83,19 @@ def find(which: str | os.PathLike[str]) -> Tokenizer:
     path = Path(which) / FILE if Path(which).is_dir() else Path(which)
     if not path.exists():
         raise DataError(
-            f"there is no tokenizer {path}: gpt2, byte, or a file or a folder with {FILE} is "
-            "expected"
+            f"there is no tokenizer {path}: name gpt2, byte, or a file or folder with {FILE}"
         )
     if llmc_tokenizer.is_tokenizer(path):
         return from_llmc(path)
+    if gguf.is_file(path):
+        return ggml.from_fields(path, gguf.read_file(path).fields)
     readers = {LLAMA2C_TOKENIZER: from_llama2c, SENTENCEPIECE: from_sentencepiece}
     return readers.get(recognise(path) or "", load)(path)
 
 
 def is_gpt2(tokenizer: Tokenizer) -> bool:
-    """Whether its ids are GPT-2's; judged by their number alone where GPT-2's vocabulary cannot be
-    had (see `gpt2`).
+    """Whether its ids are GPT-2's; only their number is compared if GPT-2's vocabulary is not
+    available (see `gpt2`).
     """
     try:
         return tokenizer.vocab_size == GPT2_IDS and tokenizer.same_as(gpt2())
@@ -103,13 +104,12 @@ def is_gpt2(tokenizer: Tokenizer) -> bool:
 
 
 def load(path: str | os.PathLike[str]) -> Tokenizer:
-    """Read what `Tokenizer.save` wrote, also before it wrote the kind; or a ``tokenizer.json`` of
-    Hugging Face's.
+    """Read a file that `Tokenizer.save` wrote, also one without a kind, or a ``tokenizer.json`` of
+    Hugging Face.
 
     Raises:
-        FormatError: missing, or not such a file.
-        DataError: it only names GPT-2's vocabulary, which is neither cached nor to be had (see
-            `gpt2`).
+        FormatError: the file is missing, or not such a file.
+        DataError: it only names GPT-2's vocabulary, which is not available (see `gpt2`).
 
     """
     try:
@@ -141,36 +141,35 @@ def load(path: str | os.PathLike[str]) -> Tokenizer:
         raise FormatError(f"tokenizer {path} cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if found := recognise(Path(path)):
-            raise FormatError(f"{path} is {found}, not a tokenizer that is read here") from error
+            raise FormatError(f"{path} is {found}, not a tokenizer") from error
         raise FormatError(
             f"{path} is not a gptjax tokenizer file ({str(error)[:200]}): "
-            "make one with python -m gptjax.tokenizers train, or remove this one to have it made "
-            "again"
+            "make one with python -m gptjax.tokenizers train, or remove this one so that it is "
+            "made again"
         ) from error
 
 
 def from_llmc(path: str | os.PathLike[str]) -> BytePairEncoding:
-    """The tokenizer in llm.c's ``gpt2_tokenizer.bin``, whose ids are the ranks of the merges.
+    """Read llm.c's ``gpt2_tokenizer.bin``, whose ids are the ranks of the merges.
 
     Raises:
-        FormatError: see `gptjax.formats.llmc_tokenizer.read_tokenizer`; or it is no byte-level BPE
-            with end-of-text last.
+        FormatError: see `gptjax.formats.llmc_tokenizer.read_tokenizer`; or it is not a byte-level
+            BPE with end-of-text as its last token.
 
     """
     tokens, end_of_text = llmc_tokenizer.read_tokenizer(path)
     if end_of_text != len(tokens) - 1 or tokens[-1] != END_OF_TEXT.encode():
         raise FormatError(
-            f"{path} has end-of-text at {end_of_text} of {len(tokens)} tokens, and last "
-            f"{tokens[-1]!r}: "
-            f"{END_OF_TEXT} is expected to be the last"
+            f"{path} has end-of-text at {end_of_text} of {len(tokens)} tokens, and the last token "
+            f"is {tokens[-1]!r}, not {END_OF_TEXT}"
         )
     try:
         found = BytePairEncoding(Path(path).stem, tuple(tokens[:-1]))
-        # Ids of another order than the merges' would be encoded otherwise than by what made them
+        # Ids must be in the order of the merges, or text would be encoded differently
         found.merges()
         return found
     except (ValueError, DataError) as error:
-        raise FormatError(f"{path} holds no byte-level BPE: {error}") from error
+        raise FormatError(f"{path} is not a byte-level BPE: {error}") from error
 
 
 def from_llama2c(path: str | os.PathLike[str]) -> Llama2c:

@@ -1,7 +1,8 @@
 """Tokenizers in the metadata of GGUF files, under ``tokenizer.ggml.``.
 
 ``gpt2`` names a byte-level BPE: its tokens, merges, and kind of pre-tokenizer. It becomes a
-``tokenizer.json`` of Hugging Face's, which the library ``tokenizers`` runs.
+``tokenizer.json`` of Hugging Face's, which the library ``tokenizers`` runs. ``llama`` names a BPE
+by scores, as llama2.c's, with U+2581 for a space.
 """
 
 import json
@@ -12,13 +13,16 @@ from typing import Any
 import numpy as np
 
 from gptjax.errors import FormatError
+from gptjax.formats.llama2c_tokenizer import BEGIN, END, FIRST_BYTE, FIRST_TEXT, UNKNOWN
 from gptjax.tokenizers.bpe import LARGEST, BytePairEncoding, printable
 from gptjax.tokenizers.hugging_face import HuggingFace, canonical
 from gptjax.tokenizers.interface import END_OF_TEXT, Tokenizer
+from gptjax.tokenizers.llama2c import CONTROLS, Llama2c
 
 PREFIX, TEMPLATE = "tokenizer.ggml.", "tokenizer.chat_template"
 NONE = {"none", "no_vocab"}
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # kinds of tokens
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+NORMAL, UNKNOWN_KIND, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of tokens
 
 BYTE_LEVEL = {
     "type": "ByteLevel",
@@ -50,16 +54,16 @@ def from_fields(path: Path, fields: Mapping[str, Any]) -> Tokenizer:
     model = fields.get(f"{PREFIX}model", "none")
     if model in NONE:
         raise FormatError(f"{path} holds no tokenizer")
+    if model == "llama":
+        return _by_scores(path, fields)
     pre = fields.get(f"{PREFIX}pre")
     if model != "gpt2" or not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
         raise FormatError(
-            f"{path} has a tokenizer of kind {model!r} with the pre-tokenizer {pre!r}, but 'gpt2' "
-            f"with {' or '.join(PRE_TOKENIZERS)} is expected"
+            f"{path} has a tokenizer of kind {model!r} with the pre-tokenizer {pre!r}, but "
+            f"'llama', or 'gpt2' with {' or '.join(PRE_TOKENIZERS)}, is expected"
         )
     tokens, merges = (_texts(path, fields, name) for name in ("tokens", "merges"))
-    kinds = fields.get(f"{PREFIX}token_type", np.full(len(tokens), NORMAL))
-    if not isinstance(kinds, np.ndarray) or kinds.size != len(tokens):
-        raise FormatError(f"{path} has {PREFIX}token_type of another length than its tokens")
+    kinds = _numbers(path, fields, "token_type", len(tokens))
     begin, end = (_id(path, fields, name, len(tokens)) for name in ("bos", "eos"))
     added = [
         {
@@ -90,6 +94,46 @@ def from_fields(path: Path, fields: Mapping[str, Any]) -> Tokenizer:
         raise FormatError(f"{path} holds no byte-level BPE that is known here: {error}") from error
 
 
+def _by_scores(path: Path, fields: Mapping[str, Any]) -> Llama2c:
+    """The tokenizer of kind ``llama``, if llama2.c's file could hold it."""
+    tokens = _texts(path, fields, "tokens")
+    scores = _numbers(path, fields, "scores", len(tokens))
+    kinds = _numbers(path, fields, "token_type", len(tokens))
+    expected = {
+        "bos_token_id": (BEGIN, None),
+        "eos_token_id": (END, None),
+        "add_bos_token": (True, None),
+        "add_eos_token": (False, None),
+        "add_space_prefix": (True, None),
+    }
+    for name, values in expected.items():
+        if fields.get(f"{PREFIX}{name}") not in values:
+            raise FormatError(
+                f"{path} has {PREFIX}{name} {fields[f'{PREFIX}{name}']!r}, but {values[0]!r} is "
+                "expected"
+            )
+    number = int(np.flatnonzero(kinds != UNUSED).max(initial=-1)) + 1
+    tokens, scores, kinds = tokens[:number], scores[:number], kinds[:number]  # without padding
+    odd = np.flatnonzero(kinds[FIRST_TEXT:] != NORMAL)
+    if odd.size:
+        raise FormatError(
+            f"{path} has the special token {tokens[FIRST_TEXT + odd[0]]!r}, but a tokenizer of "
+            f"kind 'llama' is read with {', '.join(CONTROLS)} alone"
+        )
+    texts = (token.replace(SPACE, " ").encode() for token in tokens)
+    try:
+        return Llama2c(tuple(texts), tuple(scores.tolist()), path.stem)
+    except (ValueError, TypeError) as error:
+        raise FormatError(f"{path} holds no tokenizer that is known here: {error}") from error
+
+
+def _numbers(path: Path, fields: Mapping[str, Any], name: str, number: int) -> np.ndarray:
+    found = fields.get(f"{PREFIX}{name}")
+    if not isinstance(found, np.ndarray) or found.size != number:
+        raise FormatError(f"{path} has no {PREFIX}{name} of its {number} tokens")
+    return found
+
+
 def _texts(path: Path, fields: Mapping[str, Any], name: str) -> list[str]:
     found = fields.get(f"{PREFIX}{name}")
     if not isinstance(found, list) or not 1 <= len(found) <= LARGEST:
@@ -108,9 +152,13 @@ def _id(path: Path, fields: Mapping[str, Any], name: str, number: int) -> int | 
 
 def can_write(tokenizer: Tokenizer | None) -> bool:
     """Whether `fields_of` describes this tokenizer."""
-    return isinstance(tokenizer, BytePairEncoding) or (
-        isinstance(tokenizer, HuggingFace) and _pre_tokenizer(tokenizer) is not None
-    )
+    if isinstance(tokenizer, HuggingFace):
+        return _pre_tokenizer(tokenizer) is not None
+    if isinstance(tokenizer, Llama2c):
+        return b"".join(tokenizer.tokens).decode(errors="ignore").encode() == b"".join(
+            tokenizer.tokens
+        )
+    return isinstance(tokenizer, BytePairEncoding)
 
 
 def _pre_tokenizer(tokenizer: HuggingFace) -> str | None:
@@ -139,6 +187,8 @@ def fields_of(
     templates = {TEMPLATE: template} if template else {}
     if not can_write(tokenizer):
         return {f"{PREFIX}model": "none", **templates}
+    if isinstance(tokenizer, Llama2c):
+        return _fields_by_scores(tokenizer, vocab_size) | templates
     if isinstance(tokenizer, BytePairEncoding):
         pre, special = "gpt-2", {END_OF_TEXT: tokenizer.end_of_text}
         tokens = [*map(printable, tokenizer.tokens), END_OF_TEXT]
@@ -154,11 +204,9 @@ def fields_of(
         special = {text: token["id"] for text, token in added.items() if token["special"]}
         own = {text: token["id"] for text, token in added.items() if not token["special"]}
         pairs = content["model"]["merges"]
-    kinds = np.full(vocab_size, NORMAL, "<i4")
+    tokens, kinds = _padded(tokens, vocab_size)
     kinds[list(special.values())] = CONTROL
     kinds[list(own.values())] = USER_DEFINED
-    kinds[len(tokens) :] = UNUSED
-    tokens += [f"[PAD{i}]" for i in range(len(tokens), vocab_size)]
     begin, end = tokenizer.begin_of_text, tokenizer.end_of_text
     ids = {"bos_token_id": end if begin is None else begin, "eos_token_id": end}
     fields = {
@@ -172,3 +220,34 @@ def fields_of(
         **{name: i for name, i in ids.items() if i is not None},
     }
     return {f"{PREFIX}{name}": value for name, value in fields.items()} | templates
+
+
+def _padded(tokens: list[str], vocab_size: int) -> tuple[list[str], np.ndarray]:
+    """The tokens up to the model's number, and the kind of each."""
+    kinds = np.full(vocab_size, NORMAL, "<i4")
+    kinds[len(tokens) :] = UNUSED
+    return tokens + [f"[PAD{i}]" for i in range(len(tokens), vocab_size)], kinds
+
+
+def _fields_by_scores(tokenizer: Llama2c, vocab_size: int) -> dict[str, Any]:
+    texts = [token.decode().replace(" ", SPACE) for token in tokenizer.tokens[FIRST_BYTE:]]
+    tokens, kinds = _padded([*CONTROLS, *texts], vocab_size)
+    kinds[UNKNOWN] = UNKNOWN_KIND
+    kinds[[BEGIN, END]] = CONTROL
+    kinds[FIRST_BYTE:FIRST_TEXT] = BYTE
+    scores = np.zeros(vocab_size, "<f4")
+    scores[: len(tokenizer.scores)] = tokenizer.scores
+    fields = {
+        "model": "llama",
+        "pre": "default",
+        "tokens": tokens,
+        "scores": scores,
+        "token_type": kinds,
+        "bos_token_id": BEGIN,
+        "eos_token_id": END,
+        "unknown_token_id": UNKNOWN,
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "add_space_prefix": True,
+    }
+    return {f"{PREFIX}{name}": value for name, value in fields.items()}

@@ -1,5 +1,5 @@
-"""What Hugging Face's ``tokenizers`` wrote and no ranks of merges express: that library itself
-encodes it.
+"""Tokenizers that Hugging Face's ``tokenizers`` runs, because ranks of merges cannot express
+them.
 """
 
 import dataclasses
@@ -50,12 +50,11 @@ MODEL_SETTINGS |= {"continuing_subword_prefix", "end_of_word_suffix"}
 class HuggingFace(SpaceFirst):
     """A BPE in a ``tokenizer.json``: merges and ids in any order, added tokens, ``ignore_merges``.
 
-    It is byte-level, as GPT-2's, or as Llama 2's: words begin with U+2581, and characters that the
-    vocabulary lacks become bytes (``byte_fallback``).
+    It is either byte-level, like GPT-2's, or like Llama 2's: words begin with U+2581, and
+    characters outside the vocabulary become bytes (``byte_fallback``).
 
-    Special tokens are never found in text; other added tokens are, as the library does it. A
-    setting that changes ids and that this project could not keep to where it encodes text in parts,
-    or decodes bytes one by one, is refused.
+    As in the library, text may contain added tokens, but never special ones. Settings under which
+    encoding text in parts, or decoding ids one by one, would give another result are rejected.
 
     Raises:
         ValueError: the library cannot read it, or it has such a setting; the message names it.
@@ -64,7 +63,7 @@ class HuggingFace(SpaceFirst):
 
     name: str
     source: str
-    """The content of ``tokenizer.json``, as `canonical` gives it."""
+    """The content of ``tokenizer.json``, as `canonical` returns it."""
     end_of_text: int | None = None
     begin_of_text: int | None = None
     kind = "hf"
@@ -76,12 +75,12 @@ class HuggingFace(SpaceFirst):
         for token in content["added_tokens"]:
             text = token["content"]
             if bytes_of(text) != text.encode():
-                raise ValueError(f"its added token {text!r} would be decoded as other text")
+                raise ValueError(f"its added token {text!r} would be decoded as different text")
             if not token["special"] and self.space_first:
-                raise ValueError(f"its added token {text!r} would have a space put after it")
+                raise ValueError(f"its added token {text!r} would be followed by an extra space")
             if not token["special"] and (token["rstrip"] or re.search(r"\S\s", text)):
                 raise ValueError(
-                    f"its added token {text!r} reaches over blanks, where a long text may be cut"
+                    f"its added token {text!r} spans blanks, where long texts may be cut"
                 )
         merged = set(map("".join, content["model"]["merges"]))
         for what, number in (
@@ -94,11 +93,13 @@ class HuggingFace(SpaceFirst):
                 raise ValueError(f"its {what} is {number}, but it has {self.vocab_size} ids")
             text = self.library.id_to_token(number)
             if text in merged or number in self._ids(text):
-                raise ValueError(f"its {what}, {text!r}, is no special token: text could hold it")
+                raise ValueError(
+                    f"its {what} {text!r} is not a special token, so text could contain it"
+                )
 
     @functools.cached_property
     def library(self) -> Any:
-        """``tokenizers``' own object; it puts no space before a text."""
+        """The tokenizer object of ``tokenizers``, without the space before a text."""
         found = read_library(json.dumps(without_space(json.loads(self.source))))
         found.encode_special_tokens = True  # as the text that they are
         return found
@@ -131,8 +132,8 @@ class HuggingFace(SpaceFirst):
 
     @functools.cached_property
     def _missing(self) -> frozenset[int]:
-        """Bytes that no token stands for alone; the library leaves them out of a text, or puts its
-        ``unk_token``. None of them where a byte is ``<0x41>``, see `check`.
+        """Bytes without a token of their own, which the library drops or replaces by its
+        ``unk_token``; none with ``byte_fallback`` (see `check`).
         """
         if json.loads(self.source)["model"].get("byte_fallback"):
             return frozenset()
@@ -140,7 +141,7 @@ class HuggingFace(SpaceFirst):
         return frozenset(byte for byte, character in PRINTABLE.items() if character not in known)
 
     def encode(self, text: str) -> list[int]:
-        """See `SpaceFirst`; some put no space before a text that begins with one."""
+        """See `SpaceFirst`; Metaspace adds no space to a text that begins with one."""
         if self._space in METASPACE and text.startswith((" ", SPACE)):
             return self.encode_more(text)
         return super().encode(text)
@@ -157,13 +158,12 @@ class HuggingFace(SpaceFirst):
         if lost:
             raise DataError(
                 f"the text has the byte 0x{min(lost):02X}, which the vocabulary {self.name} "
-                "lacks: leave the character out, "
-                "or name another tokenizer"
+                "lacks: leave the character out, or name another tokenizer"
             )
         return self._ids(text)
 
     def _ids(self, text: str) -> list[int]:
-        """The library's; this way of asking for them lets other threads run."""
+        """The library's ids, through the call that releases the interpreter's lock."""
         ids: list[int] = self.library.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return ids
 
@@ -174,27 +174,27 @@ class HuggingFace(SpaceFirst):
 
 
 def read_library(source: str) -> Any:
-    """``tokenizers``' own object from the content of a ``tokenizer.json``.
+    """The tokenizer object of ``tokenizers`` for the content of a ``tokenizer.json``.
 
     Raises:
         ValueError: the library cannot read it.
 
     """
-    from tokenizers import Tokenizer as Library  # half a second that only those who need it pay
+    from tokenizers import Tokenizer as Library  # imported late: it takes half a second
 
     try:
         return Library.from_str(source)
-    except Exception as error:  # the library knows no narrower one
+    except Exception as error:  # the library raises no narrower one
         raise ValueError(str(error)) from error
 
 
 def canonical(content: dict[str, Any], end_of_text: str | None) -> tuple[str, int | None]:
-    """The content of a ``tokenizer.json`` as the library writes it, end-of-text made special; and
-    its id.
+    """The content of a ``tokenizer.json`` as the library writes it, with end-of-text as a special
+    token, and end-of-text's id.
 
     Raises:
-        ValueError: see `check`; or the library cannot read it, or gives added tokens other ids than
-            the file does.
+        ValueError: see `check`; or the library cannot read it, or its ids of added tokens differ
+            from the file's.
 
     """
     from tokenizers import AddedToken
@@ -204,8 +204,8 @@ def canonical(content: dict[str, Any], end_of_text: str | None) -> tuple[str, in
     for token in content.get("added_tokens") or []:
         if library.token_to_id(token["content"]) != token["id"]:
             raise ValueError(
-                f"its added token {token['content']!r} has another id than its library gives it, "
-                f"{token['id']}"
+                f"its added token {token['content']!r} has the id {token['id']}, but its library "
+                "gives it another"
             )
     if end_of_text is None:
         return _content(library), None
@@ -221,8 +221,8 @@ def _content(library: Any) -> str:
 
 
 def check(content: dict[str, Any]) -> None:
-    """Raise ValueError for what is not kept to here, or what the library would not survive, in a
-    ``tokenizer.json``.
+    """Raise ValueError for a setting of a ``tokenizer.json`` that is not supported or that would
+    crash the library.
     """
     model = content["model"]
     if model.get("type", "BPE") != "BPE":
@@ -230,15 +230,15 @@ def check(content: dict[str, Any]) -> None:
     for setting in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(setting):
             raise ValueError(
-                f"its {setting} is {model[setting]!r}, which is not supported: nothing or false "
-                "is expected"
+                f"its {setting} is {model[setting]!r}, which is not supported: it must be false or "
+                "absent"
             )
     for setting in ("truncation", "padding"):
         if content.get(setting):
             raise ValueError(
                 f"it changes the text or its ids (its {setting}), which is not supported"
             )
-    (_check_spaces if model.get("byte_fallback") else _check_byte_level)(content)
+    (_check_byte_fallback if model.get("byte_fallback") else _check_byte_level)(content)
     begin_of(content)
     unknown = sorted({*(content.keys() - FILE_SETTINGS), *(model.keys() - MODEL_SETTINGS)})
     if unknown:
@@ -265,34 +265,36 @@ def _check_byte_level(content: dict[str, Any]) -> None:
         or before["add_prefix_space"]
         or not before.get("use_regex", True)
     ):
-        raise ValueError("it cuts text otherwise than GPT-2 does (its pre_tokenizer)")
+        raise ValueError("it splits text differently from GPT-2 (its pre_tokenizer)")
     if (content.get("decoder") or {}).get("type") != "ByteLevel":
-        raise ValueError("it does not decode bytes (its decoder): ByteLevel is expected")
+        raise ValueError("it does not decode bytes (its decoder): it must be ByteLevel")
 
 
-def _check_spaces(content: dict[str, Any]) -> None:
-    """What `check` is about, where bytes are ``<0x41>`` and words begin with U+2581."""
+def _check_byte_fallback(content: dict[str, Any]) -> None:
+    """Check a tokenizer like Llama 2's, whose words begin with U+2581 and whose bytes are tokens
+    such as ``<0x41>``.
+    """
     model = content["model"]
     if model.get("ignore_merges"):
-        raise ValueError("its ignore_merges joins words, where a long text may be cut")
+        raise ValueError("its ignore_merges joins words, where long texts may be cut")
     if not all(f"<0x{byte:02X}>" in model["vocab"] for byte in range(256)):
-        raise ValueError("its vocabulary lacks a byte, though byte_fallback is on")
+        raise ValueError("its vocabulary lacks a byte, in spite of byte_fallback")
     strip = [DECODER_STRIP] if space_of(content) != "never" else []
     if content.get("decoder") != {"type": "Sequence", "decoders": [*DECODERS, *strip]}:
-        raise ValueError("it does not decode as Llama 2's does (its decoder)")
+        raise ValueError("it decodes differently from Llama 2 (its decoder)")
     for token in model["vocab"]:
         if OVER_BLANKS.search(token):
-            raise ValueError(f"its token {token!r} reaches over blanks, where text may be cut")
+            raise ValueError(f"its token {token!r} spans blanks, where long texts may be cut")
 
 
 def space_of(content: dict[str, Any]) -> str:
     """How a tokenizer with ``byte_fallback`` puts a space before a text.
 
     Returns:
-        ``prepend``: always; ``first`` or ``always``: unless there is one; ``never``.
+        ``prepend``: always; ``first`` or ``always``: unless the text begins with one; ``never``.
 
     Raises:
-        ValueError: it cuts or changes the text otherwise.
+        ValueError: it splits or changes the text differently from Llama 2.
 
     """
     normalizer, before = content.get("normalizer") or {}, content.get("pre_tokenizer") or {}
@@ -302,11 +304,13 @@ def space_of(content: dict[str, Any]) -> str:
     if not normalizer and before.get("type") == "Metaspace" and before["replacement"] == SPACE:
         always = "always" if before.get("add_prefix_space", True) else "never"
         return str(before.get("prepend_scheme", always))
-    raise ValueError("it cuts text otherwise than Llama 2 does (its normalizer or pre_tokenizer)")
+    raise ValueError(
+        "it splits text differently from Llama 2 (its normalizer or its pre_tokenizer)"
+    )
 
 
 def without_space(content: dict[str, Any]) -> dict[str, Any]:
-    """The content of a ``tokenizer.json`` that puts no space before a text."""
+    """The same ``tokenizer.json`` without the space before a text."""
     if not content["model"].get("byte_fallback"):
         return content
     if before := content["pre_tokenizer"]:
@@ -315,10 +319,10 @@ def without_space(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def begin_of(content: dict[str, Any]) -> int | None:
-    """The id that a ``tokenizer.json`` puts before each text, begin-of-text; None for none.
+    """The id that a ``tokenizer.json`` adds before each text (begin-of-text), or None.
 
     Raises:
-        ValueError: it puts other ids around a text.
+        ValueError: it adds other ids to a text.
 
     """
     after = content.get("post_processor") or {"type": "ByteLevel"}
@@ -336,12 +340,13 @@ def begin_of(content: dict[str, Any]) -> int | None:
             if len(ids) == 1 and isinstance(ids[0], int):
                 return ids[0]
     raise ValueError(
-        "it may add more than one token to every text (its post_processor), which is not supported"
+        "it may add other tokens than begin-of-text to a text (its post_processor), which is not "
+        "supported"
     )
 
 
 def with_begin(content: dict[str, Any], begin: int | None, text: str) -> dict[str, Any]:
-    """The content of a ``tokenizer.json`` that puts ``begin``, whose text it is, before each
+    """The same ``tokenizer.json``, adding the id ``begin`` of the token ``text`` before each
     text.
     """
     if begin is None or begin_of(content) == begin:
@@ -358,15 +363,15 @@ def with_begin(content: dict[str, Any], begin: int | None, text: str) -> dict[st
 
 
 def _bytes_of(model: dict[str, Any]) -> Callable[[str], bytes]:
-    """What gives the bytes of a token as the library's decoder has it."""
+    """A function that gives the bytes of a token as the library's decoder does."""
 
-    def of_stand_ins(token: str) -> bytes:
-        """What is not all stand-ins of bytes is text."""
+    def byte_level(token: str) -> bytes:
+        """A token that is not all printable stand-ins is text."""
         known = BYTES.keys() >= set(token)
         return bytes(map(BYTES.__getitem__, token)) if known else token.encode()
 
-    def of_spaces(token: str) -> bytes:
+    def byte_fallback(token: str) -> bytes:
         byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
         return bytes.fromhex(byte[1]) if byte else token.replace(SPACE, " ").encode()
 
-    return of_spaces if model.get("byte_fallback") else of_stand_ins
+    return byte_fallback if model.get("byte_fallback") else byte_level

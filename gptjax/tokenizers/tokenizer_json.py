@@ -1,9 +1,9 @@
-"""The tokenizer of a Hugging Face folder: ``tokenizer.json``, or what came before it,
-``vocab.json`` and ``merges.txt`` of a byte-level BPE or SentencePiece's ``tokenizer.model``.
+"""Read and write the tokenizer of a Hugging Face folder: ``tokenizer.json``, and read what came
+before it, ``vocab.json`` and ``merges.txt``, or SentencePiece's ``tokenizer.model``.
 
-One whose ids are the ranks of its merges becomes a `BytePairEncoding`, if each token is what its
-own merge makes of those before it: then the lowest rank first gives the same ids, whichever pairs
-the file lists. Any other is encoded by the library that wrote it, see `HuggingFace`.
+If the ids are the ranks of the merges and each token is the merge of two earlier ones, merging by
+lowest rank gives the same ids, and the result is a `BytePairEncoding`. Any other tokenizer is run
+by the library itself; see `HuggingFace`.
 """
 
 import json
@@ -38,7 +38,7 @@ BAD = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionErr
 
 
 def can_write(tokenizer: Tokenizer | None) -> bool:
-    """Whether `write` knows this kind."""
+    """Whether `write` supports this tokenizer."""
     if isinstance(tokenizer, SCORED):
         return from_scores(tokenizer) is not None
     return isinstance(tokenizer, BytePairEncoding | HuggingFace)
@@ -50,7 +50,7 @@ def write(folder: Path, tokenizer: Tokenizer, chat_template: str | None = None) 
 
     Raises:
         DataError: a token is not the merge of two earlier ones.
-        TypeError: a kind that `can_write` does not know.
+        TypeError: see `can_write`.
 
     """
     if isinstance(tokenizer, SentencePiece):
@@ -72,7 +72,7 @@ def write(folder: Path, tokenizer: Tokenizer, chat_template: str | None = None) 
         ends = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
         config = {"tokenizer_class": "GPT2TokenizerFast", **ends}
     else:
-        raise TypeError(f"a {tokenizer.kind} tokenizer has no {FILE} of Hugging Face's")
+        raise TypeError(f"a {tokenizer.kind} tokenizer cannot be written as Hugging Face's {FILE}")
     if chat_template is not None:
         config["chat_template"] = chat_template
         (folder / TEMPLATE_FILE).write_text(chat_template, "utf-8", newline="")
@@ -80,10 +80,10 @@ def write(folder: Path, tokenizer: Tokenizer, chat_template: str | None = None) 
 
 
 def read_template(folder: Path) -> str | None:
-    """The folder's template of a conversation, in Jinja; of several, the one named ``default``.
+    """Read a folder's chat template, in Jinja; of several, the one named ``default``.
 
     Raises:
-        FormatError: it cannot be read, or is no text.
+        FormatError: it cannot be read, or is not text.
 
     """
     path = folder / TEMPLATE_FILE
@@ -98,16 +98,16 @@ def read_template(folder: Path) -> str | None:
         named = (entry for entry in found if isinstance(entry, dict))
         found = next((e.get("template") for e in named if e.get("name") == "default"), None)
     if found is not None and not isinstance(found, str):
-        raise FormatError(f"{path} has a chat_template that is no text")
+        raise FormatError(f"{path} has a chat_template that is not text")
     return found
 
 
 def from_scores(tokenizer: SentencePiece | Llama2c) -> HuggingFace | None:
-    """A BPE by scores as a list of merges, which the library ``tokenizers`` runs.
+    """Turn a BPE by scores into a list of merges, run by the library ``tokenizers``.
 
-    Each way to join two tokens to a third is a merge, the best score first; of equals the shorter
-    left part, as ``transformers`` has it. None where the tokens do not allow it: no BPE, or two of
-    one text.
+    Each way to join two tokens into a third is a merge. They are sorted by score and then by the
+    length of the left part, as in ``transformers``. Returns None if this is not a BPE, or if two
+    tokens have the same text.
     """
     try:
         scored_one = scored(tokenizer)
@@ -168,15 +168,15 @@ def _byte_level(theirs: Any) -> Any:
 
 
 def read(path: Path) -> Tokenizer:
-    """The tokenizer in a ``tokenizer.json``, or in a folder that holds one, or a
-    ``tokenizer.model``, or ``vocab.json`` and ``merges.txt``.
+    """Read a ``tokenizer.json``, or the one in a folder, or the folder's ``tokenizer.model``, or
+    its ``vocab.json`` and ``merges.txt``.
 
-    End-of-text is what ``tokenizer_config.json`` beside it calls ``eos_token``, else
-    ``<|endoftext|>``, if it has that. Begin-of-text is what the file puts before each text, or the
-    config's ``bos_token`` if that says ``add_bos_token``.
+    End-of-text is the ``eos_token`` of ``tokenizer_config.json`` in the same folder, or else
+    ``<|endoftext|>`` if the vocabulary has it. Begin-of-text is the token that the file adds before
+    each text, or else the config's ``bos_token`` if ``add_bos_token`` is true.
 
     Raises:
-        FormatError: there is none, it is damaged, or it would not encode as the library does.
+        FormatError: there is none, it is damaged, or it cannot be run as the library does.
         DataError: a package is missing.
 
     """
@@ -192,11 +192,11 @@ def read(path: Path) -> Tokenizer:
         begin = _named(config, "bos_token") if config.get("add_bos_token") is True else None
         return _checked(folder.name, content, _named(config, "eos_token"), begin)
     except BAD as error:
-        raise FormatError(f"{path} holds no BPE that is known here: {error}") from error
+        raise FormatError(f"{path} is not a supported BPE: {error}") from error
 
 
 def from_sentencepiece(path: Path) -> SentencePiece:
-    """The tokenizer in a SentencePiece ``.model``.
+    """Read a SentencePiece ``.model``.
 
     Raises:
         FormatError: it is damaged, or has a setting that is not supported.
@@ -208,7 +208,7 @@ def from_sentencepiece(path: Path) -> SentencePiece:
     except OSError as error:
         raise FormatError(f"tokenizer {path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
-        raise FormatError(f"{path} is no SentencePiece model that is read here: {error}") from error
+        raise FormatError(f"{path} is not a supported SentencePiece model: {error}") from error
 
 
 def _of_two_files(folder: Path) -> dict[str, Any]:
@@ -226,19 +226,19 @@ def _of_two_files(folder: Path) -> dict[str, Any]:
         content: dict[str, Any] = json.loads(
             _byte_level(Tokenizer(models.BPE(vocabulary, pairs))).to_str()
         )
-    except Exception as error:  # the library knows no narrower one
+    except Exception as error:  # the library raises no narrower one
         raise FormatError(
-            f"{folder / 'vocab.json'} holds no byte-level BPE that is known here: {error}"
+            f"{folder / 'vocab.json'} is not a supported byte-level BPE: {error}"
         ) from error
     return content
 
 
 def _named(config: dict[str, Any], what: str) -> str | None:
-    """The token that a config names; None where it names none."""
+    """The token that a config calls ``what``, or None."""
     named = config.get(what)
     text = named.get("content") if isinstance(named, dict) else named
     if text is not None and not isinstance(text, str):
-        raise ValueError(f"{CONFIG_FILE} names no text as {what}")
+        raise ValueError(f"the {what} of {CONFIG_FILE} is not text")
     return text
 
 
@@ -259,10 +259,10 @@ def _checked(
 
 
 def _as_ranks(found: HuggingFace) -> BytePairEncoding | None:
-    """The same tokenizer as ranks of merges; None if it is not the same.
+    """The same tokenizer as ranks of merges; None if it cannot be expressed so.
 
-    Where all of a token's bytes are left as two parts once every merge of a lower rank is made, and
-    these two are its listed pair, no other pair can ever join to it.
+    If merging a token's bytes by all lower ranks leaves exactly its listed pair, no other pair can
+    ever merge to it.
     """
     content = json.loads(found.source)
     added = [token["content"] for token in content["added_tokens"]]

@@ -1,5 +1,6 @@
 """One training step and one evaluation step as compiled functions."""
 
+import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
@@ -20,10 +21,10 @@ from gptjax.parallel import mesh as meshes
 from gptjax.parallel.sharding import on_mesh
 from gptjax.train.optimizer import Optimizer, StepMetrics, fused_update, update
 from gptjax.xla import native
+from gptjax.xla.compile_options import compile_tuned
 
 # Of the parameters: an update that needs more room beside them copies what it is to overwrite
 COPIED = 1 / 8
-MEMORY_SCHEDULER: dict[str, Any] = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
 class TrainState(NamedTuple):
@@ -108,7 +109,10 @@ def mean_loss_and_grad(
     def one(batch: Batch, key: Any) -> tuple[Array, Any]:
         if backward == "manual":
             return transformer.loss_and_grad(params, batch, cfg, key, count)
-        return jax.value_and_grad(transformer.loss)(params, batch, cfg, key, count)
+        # JAX's backward would compute a chunk's scores again, so that chunks do not come free there
+        chunks: Any = 1 if cfg.loss_chunks == "auto" else cfg.loss_chunks
+        plain = dataclasses.replace(cfg, loss_chunks=chunks)
+        return jax.value_and_grad(transformer.loss)(params, batch, plain, key, count)
 
     A = batch.inputs.shape[0]
     keys = None if key is None else jax.random.split(key, A)
@@ -312,16 +316,8 @@ def temporary_bytes(*programs: Any) -> int:
 
 
 def compile_for_memory(lowered: jax.stages.Lowered, mesh: Mesh | None = None) -> Any:
-    """Compile, on CPU with the scheduler that keeps few arrays alive at once, if this XLA has
-    it.
-    """
-    if platform_of(mesh) == "cpu":
-        try:
-            return lowered.compile(compiler_options=MEMORY_SCHEDULER)
-        except jax.errors.JaxRuntimeError as error:
-            if "compile option" not in str(error):
-                raise
-    return lowered.compile()
+    """Compile with the options that a step's programs need on this platform."""
+    return compile_tuned(lowered, mesh.devices.flat[0] if mesh else jax.devices()[0])
 
 
 @functools.cache

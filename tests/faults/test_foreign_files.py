@@ -21,10 +21,8 @@ PLACES = {
     "a token shard": lambda path: tokenizers.main(
         ["decode", "--tokenizer", "byte", "--input", path]
     ),
-    "weights that are read here": lambda path: convert.main([path, f"{path}.safetensors"]),
-    "a tokenizer that is read here": lambda path: tokenizers.main(
-        ["encode", "--tokenizer", path, "text"]
-    ),
+    "a model's weights": lambda path: convert.main([path, f"{path}.safetensors"]),
+    "a tokenizer": lambda path: tokenizers.main(["encode", "--tokenizer", path, "text"]),
     "text": lambda path: datasets.main([path, "--root", f"{path}-data", "--tokenizer", "byte"]),
 }
 

@@ -23,13 +23,13 @@ from pyarrow import parquet
 from safetensors.numpy import load_file, save_file
 
 from gptjax import tokenizers
-from gptjax.convert import inspect
+from gptjax.convert.__main__ import inspect
+from gptjax.convert.weights import open_weights
 from gptjax.datasets.text import pieces
 from gptjax.errors import GptjaxError
 from gptjax.formats import hf, llmc, llmc_eval, llmc_tokenizer, safetensors
 from gptjax.formats.token_shards import open_shard, write_shard
 from gptjax.tokenizers import tokenizer_json
-from gptjax.weights import open_weights
 from tests.formats.test_llmc_eval import EXAMPLE, evaluation_file
 from tests.models import tiny
 from tests.models.fused import fuse

@@ -9,6 +9,7 @@ import pytest
 import safetensors.numpy
 
 from gptjax.config import Architecture
+from gptjax.convert.weights import load_params, open_weights
 from gptjax.errors import ConfigError, FormatError
 from gptjax.formats import hf, llmc
 from gptjax.formats import safetensors as ours
@@ -17,7 +18,6 @@ from gptjax.formats.tables import each_layer, file_tensors, join, open_params
 from gptjax.models import FAMILIES
 from gptjax.models.family import Weight
 from gptjax.models.params import rows
-from gptjax.weights import load_params, open_weights
 from tests.models import tiny
 
 FLOAT32 = ours.DTYPES["F32"]
@@ -60,11 +60,7 @@ def cfg(monkeypatch):
         FAMILIES,
         "gated",
         SimpleNamespace(
-            OPTIONS=(),
-            Params=Params,
-            Block=Block,
-            head_name=lambda cfg: "head",
-            weights=weights,
+            Params=Params, Block=Block, OPTIONS=(), head_name=lambda cfg: "head", weights=weights
         ),
     )
     return tiny.config(family="gated", hidden=24, dtype="float32")

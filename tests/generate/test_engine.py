@@ -103,7 +103,7 @@ def test_ids_beyond_the_tokenizer_are_not_drawn():
     )
 
 
-def test_a_row_that_has_ended_repeats_its_end_and_all_stop_when_the_last_has():
+def test_an_ended_row_repeats_end_of_text_until_all_have_ended():
     free, _ = tokens(PROMPTS, Rules(CFG, DRAWN, 11), 30)
     end = int(free[0, 4])
     ids, logprobs = tokens(PROMPTS, Rules(CFG, DRAWN, 11, (end,)), 30)

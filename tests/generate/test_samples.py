@@ -36,7 +36,11 @@ def test_what_is_seen_is_without_what_ended_it():
     ended.take([97, END], [0, 0], [END], False)
     take(stopped, b"ab.c", last=True)
     take(whole, b"ab", last=True)
-    assert [ended.seen(), stopped.seen(), whole.seen()] == [[97], [97], [97, 98]]
+    assert [ended.visible_ids(), stopped.visible_ids(), whole.visible_ids()] == [
+        [97],
+        [97],
+        [97, 98],
+    ]
 
 
 def test_it_goes_on_past_an_end_that_is_ignored():

@@ -31,13 +31,27 @@ def test_cached_logits_equal_uncached_at_every_position(layers, stored):
             logits, cache = step(weights, tokens[:, end], PADDING, cache, jnp.int32(end), cfg=cfg)
 
 
-def test_weights_of_eight_bits_give_nearly_the_same_logits():
-    cfg = tiny.config(dtype="float32")
+@pytest.mark.parametrize(("how", "least", "most"), [("q8_0", 1e-4, 2e-2), ("q4_1", 1e-2, 0.4)])
+@pytest.mark.parametrize("layers", ["unroll", "scan"])
+def test_weights_of_few_bits_give_nearly_the_same_logits(how, least, most, layers):
+    cfg = tiny.config(dtype="float32", layers=layers)
     params, tokens = tiny.params(cfg, jnp.float32), tiny.batch(cfg, B=3, T=4).inputs
     exact, _ = prefill(params, tokens, PADDING, 4, cfg)
-    nearly, _ = prefill(store_for_decoding(params, cfg, int8=True), tokens, PADDING, 4, cfg)
+    nearly, _ = prefill(store_for_decoding(params, cfg, how), tokens, PADDING, 4, cfg)
     error = np.linalg.norm(nearly - exact) / np.linalg.norm(exact)
-    assert 1e-4 < error < 2e-2
+    assert least < error < most
+
+
+@pytest.mark.parametrize("how", ["as_stored", "bfloat16", "float32"])
+def test_a_dtype_is_kept_or_chosen(how):
+    cfg = tiny.config(dtype="float32")
+    params = tiny.params(cfg, jnp.float32)
+    params = params._replace(wte=params.wte.astype(jnp.bfloat16))
+    stored = store_for_decoding(params, cfg, how)
+    matrix = "bfloat16" if how == "bfloat16" else "float32"
+    assert stored.blocks[0].qw.w.dtype == matrix
+    assert stored.wte.w.dtype == ("float32" if how == "float32" else "bfloat16")
+    assert (stored.wpe.dtype, stored.lnfw.dtype) == ("float32", "float32")
 
 
 def test_cache_is_kept_in_the_compute_dtype():

@@ -107,7 +107,7 @@ for name in sys.argv[1:]:
 
 @needs_libtpu
 @pytest.mark.slow
-def test_slices_have_the_devices_in_the_machines_that_libtpu_says():
+def test_slices_have_the_devices_that_libtpu_describes():
     """In a process of its own, as libtpu reads the environment before Python can change it."""
     found = subprocess.run(
         [sys.executable, "-c", COUNT, *SLICES], capture_output=True, text=True, check=True

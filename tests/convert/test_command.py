@@ -13,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 from gptjax import tokenizers
 from gptjax.config import OptimConfig
-from gptjax.convert import main
+from gptjax.convert.__main__ import main
+from gptjax.convert.weights import load_weights
 from gptjax.formats import llmc, llmc_tokenizer
 from gptjax.formats.lazy import collect, tensor_names
 from gptjax.formats.token_shards import write_shard
@@ -21,7 +22,6 @@ from gptjax.models.params import stack
 from gptjax.train.checkpoint import CheckpointWriter
 from gptjax.train.optimizer import make_optimizer
 from gptjax.train.step import init_state
-from gptjax.weights import load_weights
 from tests.conftest import ROOT
 from tests.models import tiny
 
@@ -155,12 +155,12 @@ def test_inspect_knows_every_file(model, tmp_path, capsys):
     ("args", "message"),
     [
         (["none.bin", "x.bin"], "none.bin does not exist"),
-        (["model.bin"], "name what to write, too"),
-        (["model.bin", "model.bin"], "model.bin exists already"),
+        (["model.bin"], "the destination is missing"),
+        (["model.bin", "model.bin"], "model.bin already exists"),
         (["model.bin", "none/x.bin"], "there is no folder"),
-        (["text.pt", "x.bin"], "a PyTorch pickle, maybe"),
-        (["text.index", "x.bin"], "a TensorFlow checkpoint, maybe"),
-        (["text.txt", "x.bin", "--inspect"], "in no format that is known here"),
+        (["text.pt", "x.bin"], "it may be a PyTorch pickle"),
+        (["text.index", "x.bin"], "it may be a TensorFlow checkpoint"),
+        (["text.txt", "x.bin", "--inspect"], "in an unknown format"),
         (["model.bin", "x.bin", "--to", "gguf"], "gguf"),
         (["model.bin", "x.bin", "--dtpye", "float32"], "dtpye"),
     ],
@@ -181,7 +181,7 @@ def test_bad_input_ends_in_one_sentence(model, tmp_path, args, message, capsys, 
 
 MEASURE = """
 import sys, threading, time
-from gptjax.convert import main
+from gptjax.convert.__main__ import main
 def held():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1024
 main(sys.argv[1:3])  # first a small one: what is left after that is the program itself
@@ -260,7 +260,7 @@ def test_one_tensor_at_a_time_is_in_memory(model, tmp_path, way):
     assert float(shown.stdout.split("PEAK")[1]) < 1.5 * largest
 
 
-def test_only_a_model_of_sixteen_bits_throughout_is_written_in_them(model, tmp_path, capsys):
+def test_only_an_all_bfloat16_model_is_written_in_bfloat16(model, tmp_path, capsys):
     convert(model, tmp_path / "hf", "--dtype", "bfloat16")
     file = tmp_path / "hf" / "model.safetensors"
     tensors = load_file(file)
@@ -275,7 +275,7 @@ def test_only_a_model_of_sixteen_bits_throughout_is_written_in_them(model, tmp_p
 
 def test_what_is_no_longer_there_afterwards_is_said(run, model, tmp_path, capsys):
     convert(run, tmp_path / "m.bin")
-    assert "llmc keeps no bpe tokenizer: it was left out" in capsys.readouterr().out
+    assert "llmc cannot hold a bpe tokenizer: it was left out" in capsys.readouterr().out
     (run / "tokenizer.json").write_text("{}")
     convert(run, tmp_path / "hf")
     assert "tokenizer  none (" in capsys.readouterr().out
@@ -288,10 +288,10 @@ def test_inspect_does_not_take_anything_for_ids(tmp_path, capsys, content):
     (tmp_path / "pytorch_model.bin").write_bytes(content + bytes(len(content) % 2))
     with pytest.raises(SystemExit):
         main([str(tmp_path / "pytorch_model.bin"), "--inspect"])
-    assert "in no format that is known here: a PyTorch pickle, maybe" in capsys.readouterr().err
+    assert "in an unknown format: it may be a PyTorch pickle" in capsys.readouterr().err
 
 
-def test_inspect_of_hugging_faces_tokenizer_and_of_a_state_that_cannot_be(run, tmp_path, capsys):
+def test_inspect_reads_tokenizers_and_rejects_an_invalid_debug_state(run, tmp_path, capsys):
     convert(run, tmp_path / "hf")
     capsys.readouterr()
     convert(tmp_path / "hf" / "tokenizer.json", "--inspect")

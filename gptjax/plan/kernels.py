@@ -1,0 +1,184 @@
+"""The kernels of a program compiled for a GPU: what each reads, writes and computes at least.
+
+A GPU runs a program's kernels one after the other, so each takes at least as long as the larger of
+its bytes at the memory's rate and its products at the rate that products reach. What a kernel
+slices, gathers or updates in place counts by the part that it touches. Launches, cache hits and
+the workspace of libraries are not known here.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+from gptjax.parallel.devices import Device
+from gptjax.plan.collectives import KINDS
+from gptjax.plan.hlo import Instruction, Module, parse
+
+# Of a data sheet's FLOP/s: cuBLAS's large bfloat16 products on an H100, which its power limits
+REACHED = 0.81
+# What moves no bytes by itself
+FREE = {
+    "bitcast",
+    "call",
+    "conditional",
+    "constant",
+    "get-tuple-element",
+    "opt-barrier",
+    "parameter",
+    "partition-id",
+    "tuple",
+    "while",
+}
+# Operations that read all of their operands however little of their result is used
+WHOLE = {
+    "concatenate",
+    "dot",
+    "dynamic-update-slice",
+    "gather",
+    "pad",
+    "reduce",
+    "scatter",
+    "tuple",
+}
+# Operations that read of their first operand no more than is used of their result
+PART = {"dynamic-slice", "gather", "slice"}
+
+
+class Kernel(NamedTuple):
+    """Runs of one kernel, or of several together."""
+
+    kind: str
+    """What it does, or the library that does it."""
+    source: str
+    """FILE:LINE in the package."""
+    times: float
+    read: float
+    """Bytes, of all runs."""
+    written: float
+    flops: float
+    """Of matrix products and attention."""
+    seconds: float = 0.0
+    """At least."""
+    name: str = ""
+    """Of the instruction."""
+
+
+def kernels(text: str, device: Device) -> list[Kernel]:
+    """The kernels that a program runs, those of a loop as often as its turns; no collectives."""
+    module = parse(text)
+    return [
+        kernel._replace(seconds=least_seconds(kernel, device))
+        for kernel in _of_computation(module, module.entry, 1.0)
+    ]
+
+
+def least_seconds(kernel: Kernel, device: Device) -> float:
+    """The time of all runs of a kernel at the least."""
+    moving = (kernel.read + kernel.written) / device.bandwidth
+    return max(moving, kernel.flops / (REACHED * device.flops))
+
+
+def summed(kernels: Iterable[Kernel], key: Callable[[Kernel], str]) -> dict[str, Kernel]:
+    """The sum of the kernels of each key, the slowest first."""
+    sums: dict[str, list[float]] = defaultdict(lambda: [0.0] * 5)
+    for kernel in kernels:
+        total = sums[key(kernel)]
+        for i, number in enumerate(kernel[2:7]):
+            total[i] += number
+    totals = {name: Kernel(name, name, *numbers) for name, numbers in sums.items()}
+    return dict(sorted(totals.items(), key=lambda item: -item[1].seconds))
+
+
+def _of_computation(module: Module, name: str, times: float) -> Iterator[Kernel]:
+    types = {i.name: i for i in module.computations[name]}
+    for i in module.computations[name]:
+        if i.opcode in ("while", "call", "async-start"):
+            turns = int(i.attribute(r'"known_trip_count":\{"n":"(\d+)"') or 1)
+            if called := i.attribute(r"(?:body|to_apply|calls)=%([\w.\-]+)"):
+                yield from _of_computation(module, called, times * turns)
+        elif i.opcode in FREE or i.opcode.endswith(("-done", "-update")) or _is_collective(i):
+            continue
+        else:
+            kind, read, written, flops = _cost(module, i, types)
+            source = module.source(i)
+            costs = (times * number for number in (read, written, flops))
+            yield Kernel(kind, source, times, *costs, name=i.name)
+
+
+def _is_collective(instruction: Instruction) -> bool:
+    return instruction.opcode.removesuffix("-start") in KINDS
+
+
+def _cost(
+    module: Module, i: Instruction, types: dict[str, Instruction]
+) -> tuple[str, float, float, float]:
+    """(kind, bytes read, bytes written, FLOPs) of one run."""
+    read = sum(types[name].nbytes for name in set(i.operands))
+    if i.opcode == "fusion":
+        return _fusion_cost(module.computations[i.attribute(r"calls=%([\w.\-]+)") or ""])
+    target = i.attribute(r'custom_call_target="([^"]*)"')
+    if target is None:
+        return i.opcode, read, i.nbytes, 0.0
+    # A library's workspace is a result of bytes
+    written = sum(array.nbytes for array in i.results if array.dtype not in ("s8", "u8"))
+    flops = 0.0
+    if "matmul" in target or target == "__cublas$gemm":
+        contracted = i.attribute(r'"lhs_contracting_dimensions":\["(\d+)"') or "0"
+        inner = types[i.operands[0]].results[0].shape[int(contracted)]
+        flops = 2.0 * i.results[0].size * inner
+    elif "fmha" in target:
+        batch, tokens, heads, channels = types[i.operands[0]].results[0].shape
+        products = 5 if "Backward" in target else 2
+        visible = 0.5 if '"CAUSAL"' in i.attributes else 1.0
+        flops = visible * products * 2 * batch * heads * tokens**2 * channels
+    return _library(target), read, written, flops
+
+
+def _library(target: str) -> str:
+    names = {"__cublas": "cuBLAS product", "fmhaSoftmaxBackward": "cuDNN attention backward"}
+    names |= {"fmhaSoftmax": "cuDNN attention"}
+    return next((name for part, name in names.items() if part in target), target)
+
+
+def _fusion_cost(body: list[Instruction]) -> tuple[str, float, float, float]:
+    """(kind, bytes read, bytes written, FLOPs) of a fused computation.
+
+    From the results back to the parameters, ``used[name]`` is how many elements of a value the
+    operations after it need.
+    """
+    types = {i.name: i for i in body}
+    size = {i.name: sum(array.size for array in i.results) for i in body}
+    used: dict[str, int] = defaultdict(int)
+    flops = read = written = 0.0
+    for i in reversed(body):
+        here = size[i.name] if i.is_root else min(used[i.name], size[i.name])
+        used[i.name] = here
+        for position, operand in enumerate(i.operands if here else []):
+            if position == 0 and i.opcode in PART:
+                used[operand] += here
+            elif position == 0 and i.opcode == "dynamic-update-slice":
+                pass  # what is not updated stays where it is
+            elif position == 0 and i.opcode == "scatter":
+                used[operand] += size[i.operands[2]]
+            elif i.opcode in WHOLE:
+                used[operand] += size[operand]
+            else:
+                used[operand] += min(size[operand], here)
+        if i.opcode == "dot":
+            dims = i.attribute(r"lhs_contracting_dims=\{([\d,]+)\}") or ""
+            left = types[i.operands[0]].results[0].shape
+            flops += 2.0 * i.results[0].size * math.prod(left[int(n)] for n in dims.split(","))
+        elif i.opcode == "parameter" and here:
+            read += i.nbytes * here / size[i.name]
+        elif i.opcode in ("dynamic-update-slice", "scatter"):
+            written += types[i.operands[1 if i.opcode == "dynamic-update-slice" else 2]].nbytes
+    opcodes = {i.opcode for i in body}
+    written = written or next(i.nbytes for i in body if i.is_root)
+    kinds = {
+        "product": flops > 0,
+        "scatter": "scatter" in opcodes,
+        "reduction": "reduce" in opcodes,
+    }
+    kind = next((name for name, is_so in kinds.items() if is_so), "elementwise")
+    return kind, read, written, flops
