@@ -281,9 +281,9 @@ class ModelConfig(Computation, Architecture):
         """The dtype of activations, once `resolve` has been called."""
         return jnp.dtype(self.dtype)
 
-    def resolve(self, platform: str, seq_len: int) -> "ModelConfig":
+    def resolve(self, platform: str, seq_len: int, packed: bool = False) -> "ModelConfig":
         """A copy with every ``auto`` resolved for a platform ("cpu", "cuda", "rocm" or "tpu")
-        and a sequence length.
+        and a sequence length; ``packed`` if a sequence holds several documents.
 
         Raises:
             ConfigError: the sequence is too long, or the chosen attention kernel cannot run on the
@@ -299,7 +299,7 @@ class ModelConfig(Computation, Architecture):
             ("float32" if platform == "cpu" else "bfloat16") if self.dtype == "auto" else self.dtype
         )
         obstacles: dict[Any, str | None] = {
-            "cudnn": self._cudnn_obstacle(platform, dtype),
+            "cudnn": self._cudnn_obstacle(platform, dtype, packed),
             "splash": self._splash_obstacle(platform, dtype, seq_len),
         }
         if obstacle := obstacles.get(self.attention):
@@ -315,13 +315,15 @@ class ModelConfig(Computation, Architecture):
             )
         return dataclasses.replace(self, dtype=dtype, attention=attention)
 
-    def _cudnn_obstacle(self, platform: str, dtype: str) -> str | None:
+    def _cudnn_obstacle(self, platform: str, dtype: str, packed: bool) -> str | None:
         if platform != "cuda":
             return f"needs an NVIDIA GPU, not {platform}"
         if dtype != "bfloat16":
             return f"needs model.dtype bfloat16, not {dtype}"
         if self.head_dim % 8 or self.head_dim > 128:
             return f"needs heads of a multiple of 8 and at most 128 channels, not {self.head_dim}"
+        if packed:
+            return "cannot keep the conversations of a sequence apart"
         if self.dropout:
             return "offers no dropout"
         return None
@@ -345,7 +347,8 @@ class DataConfig:
     dataset: str = "pydoc"
     """A named corpus (pydoc, tinyshakespeare, shakespeare-char, tinystories, openwebtext, fineweb,
     fineweb-edu), a folder of train*.bin and val*.bin token shards, or text: a file, folder or
-    pattern of .txt, .jsonl or .parquet, maybe .gz or .zst."""
+    pattern of .txt, .jsonl or .parquet, maybe .gz or .zst. A .jsonl of {"messages": [...]} holds
+    conversations."""
     root: str = "data"
     """Folder in which prepared corpora are kept."""
     tokenizer: str | None = None
@@ -356,6 +359,9 @@ class DataConfig:
     """Column of .jsonl or .parquet that holds the text; by default the one named text, or else the
     first that holds any.
     """
+    chat_template: str | None = None
+    """Renders a dataset of conversations, JSON lines of messages: chatml, llama2 or a file in
+    Jinja; by default the template of init, or chatml."""
     tokens: int | None = None
     """Training tokens to prepare of tinystories, openwebtext, fineweb or fineweb-edu, rounded up to
     whole parts; by default all."""
@@ -1133,6 +1139,27 @@ class GenerateConfig(Sampler):
         )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatConfig(GenerateConfig):
+    """A conversation, and how the model answers."""
+
+    READS: ClassVar = (
+        *(field.name for field in dataclasses.fields(Sampler)),
+        *("checkpoint", "seed", "tokenizer", "dtype", "weights", "int8"),
+    )
+
+    prompt: list[str] = dataclasses.field(default_factory=list, metadata=SEVERAL)
+    """Say this, print the answer, and end; several are said one after the other."""
+    system: str | None = None
+    """What the model is told before the conversation; by default what its template says."""
+    template: str | None = None
+    """How a conversation is written: chatml, llama2 or a file in Jinja; by default as the model's
+    own chat template says, or chatml where the tokenizer has its control tokens.
+    """
+    max_new_tokens: int = 512
+    """Tokens in an answer, unless it ends before."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ConvertConfig:
     """A model to convert and the format to write."""
@@ -1267,6 +1294,7 @@ class PlotConfig:
 COMMANDS: dict[str, Any] = {
     "train": Config,
     "generate": GenerateConfig,
+    "chat": ChatConfig,
     "evaluate": EvaluateConfig,
     "verify": VerifyConfig,
     "explore": ExploreConfig,

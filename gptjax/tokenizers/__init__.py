@@ -1,8 +1,8 @@
 """Tokenizers: text <-> token ids, behind one small interface.
 
 `gpt2`, `byte`, `train_bpe` and llm.c's files give a `BytePairEncoding`, run by tiktoken.
-`train_characters` gives `Characters`, llama2.c's ``tokenizer.bin`` a `Llama2c`, a ``.model`` or
-`train_sentencepiece` a `SentencePiece`. Any other ``tokenizer.json`` of Hugging Face gives a
+`train_characters` gives `Characters`, llama2.c's ``tokenizer.bin`` a `Llama2c`, a ``.model``
+or `train_sentencepiece` a `SentencePiece`. Any other ``tokenizer.json`` of Hugging Face gives a
 `HuggingFace`, run by Hugging Face's own library. Each is saved as a JSON file next to the data made
 with it, so that ids can always be decoded.
 """
@@ -73,8 +73,8 @@ def find(which: str | os.PathLike[str]) -> Tokenizer:
             ``tokenizer.json``.
 
     Raises:
-        DataError: there is no such tokenizer, GPT-2's is not available (see `gpt2`), or a package
-            is missing.
+        DataError: there is no such tokenizer, or GPT-2's is not available (see `gpt2`), or a
+            package is missing.
         FormatError: the file is damaged, or in another format.
 
     """

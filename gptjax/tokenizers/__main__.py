@@ -2,11 +2,12 @@
 train|encode|decode|export``.
 
 ``train --input stories.txt --vocab_size 2048 --output tokenizer.json`` trains a byte-level BPE;
-``--kind sentencepiece`` trains SentencePiece's with the settings of llama2.c, ``--kind char`` takes
-the text's characters instead. ``encode --tokenizer gpt2 some text`` prints ids, ``decode
---tokenizer gpt2 15496 11`` prints text. Without text or ids, both read standard input. ``encode
---output`` writes a token shard, which ``decode --input`` reads. ``export --tokenizer gpt2`` writes
-llm.c's ``gpt2_tokenizer.bin``, or llama2.c's ``tokenizer.bin`` for a tokenizer with scores.
+``--kind sentencepiece`` trains SentencePiece's as llama2.c does, ``--kind char`` takes the text's
+characters. ``encode --tokenizer gpt2 some text`` prints
+ids, ``decode --tokenizer gpt2 15496 11`` prints text. Without text or ids, both read standard
+input. ``encode --output`` writes a token shard, which ``decode --input`` reads. ``export
+--tokenizer gpt2`` writes llm.c's ``gpt2_tokenizer.bin``, or llama2.c's ``tokenizer.bin`` for a
+tokenizer with scores.
 """
 
 import dataclasses

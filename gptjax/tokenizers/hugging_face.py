@@ -50,8 +50,8 @@ MODEL_SETTINGS |= {"continuing_subword_prefix", "end_of_word_suffix"}
 class HuggingFace(SpaceFirst):
     """A BPE in a ``tokenizer.json``: merges and ids in any order, added tokens, ``ignore_merges``.
 
-    It is either byte-level, like GPT-2's, or like Llama 2's: words begin with U+2581, and
-    characters outside the vocabulary become bytes (``byte_fallback``).
+    It is byte-level, as GPT-2's, or as Llama 2's: words begin with U+2581, and characters that the
+    vocabulary lacks become bytes (``byte_fallback``).
 
     As in the library, text may contain added tokens, but never special ones. Settings under which
     encoding text in parts, or decoding ids one by one, would give another result are rejected.
@@ -77,7 +77,7 @@ class HuggingFace(SpaceFirst):
             if bytes_of(text) != text.encode():
                 raise ValueError(f"its added token {text!r} would be decoded as different text")
             if not token["special"] and self.space_first:
-                raise ValueError(f"its added token {text!r} would be followed by an extra space")
+                raise ValueError(f"its added token {text!r} would have a space put after it")
             if not token["special"] and (token["rstrip"] or re.search(r"\S\s", text)):
                 raise ValueError(
                     f"its added token {text!r} spans blanks, where long texts may be cut"
@@ -99,7 +99,7 @@ class HuggingFace(SpaceFirst):
 
     @functools.cached_property
     def library(self) -> Any:
-        """The tokenizer object of ``tokenizers``, without the space before a text."""
+        """The tokenizer object of ``tokenizers``; it puts no space before a text."""
         found = read_library(json.dumps(without_space(json.loads(self.source))))
         found.encode_special_tokens = True  # as the text that they are
         return found
@@ -133,7 +133,7 @@ class HuggingFace(SpaceFirst):
     @functools.cached_property
     def _missing(self) -> frozenset[int]:
         """Bytes without a token of their own, which the library drops or replaces by its
-        ``unk_token``; none with ``byte_fallback`` (see `check`).
+        ``unk_token``; none with ``byte_fallback``, see `check`.
         """
         if json.loads(self.source)["model"].get("byte_fallback"):
             return frozenset()
@@ -141,7 +141,7 @@ class HuggingFace(SpaceFirst):
         return frozenset(byte for byte, character in PRINTABLE.items() if character not in known)
 
     def encode(self, text: str) -> list[int]:
-        """See `SpaceFirst`; Metaspace adds no space to a text that begins with one."""
+        """See `SpaceFirst`; some put no space before a text that begins with one."""
         if self._space in METASPACE and text.startswith((" ", SPACE)):
             return self.encode_more(text)
         return super().encode(text)
@@ -238,7 +238,7 @@ def check(content: dict[str, Any]) -> None:
             raise ValueError(
                 f"it changes the text or its ids (its {setting}), which is not supported"
             )
-    (_check_byte_fallback if model.get("byte_fallback") else _check_byte_level)(content)
+    (_check_spaces if model.get("byte_fallback") else _check_byte_level)(content)
     begin_of(content)
     unknown = sorted({*(content.keys() - FILE_SETTINGS), *(model.keys() - MODEL_SETTINGS)})
     if unknown:
@@ -270,31 +270,29 @@ def _check_byte_level(content: dict[str, Any]) -> None:
         raise ValueError("it does not decode bytes (its decoder): it must be ByteLevel")
 
 
-def _check_byte_fallback(content: dict[str, Any]) -> None:
-    """Check a tokenizer like Llama 2's, whose words begin with U+2581 and whose bytes are tokens
-    such as ``<0x41>``.
-    """
+def _check_spaces(content: dict[str, Any]) -> None:
+    """`check` where bytes are ``<0x41>`` and words begin with U+2581."""
     model = content["model"]
     if model.get("ignore_merges"):
-        raise ValueError("its ignore_merges joins words, where long texts may be cut")
+        raise ValueError("its ignore_merges joins words, where a long text may be cut")
     if not all(f"<0x{byte:02X}>" in model["vocab"] for byte in range(256)):
-        raise ValueError("its vocabulary lacks a byte, in spite of byte_fallback")
+        raise ValueError("its vocabulary lacks a byte, though byte_fallback is on")
     strip = [DECODER_STRIP] if space_of(content) != "never" else []
     if content.get("decoder") != {"type": "Sequence", "decoders": [*DECODERS, *strip]}:
-        raise ValueError("it decodes differently from Llama 2 (its decoder)")
+        raise ValueError("it does not decode as Llama 2's does (its decoder)")
     for token in model["vocab"]:
         if OVER_BLANKS.search(token):
-            raise ValueError(f"its token {token!r} spans blanks, where long texts may be cut")
+            raise ValueError(f"its token {token!r} reaches over blanks, where text may be cut")
 
 
 def space_of(content: dict[str, Any]) -> str:
     """How a tokenizer with ``byte_fallback`` puts a space before a text.
 
     Returns:
-        ``prepend``: always; ``first`` or ``always``: unless the text begins with one; ``never``.
+        ``prepend``: always; ``first`` or ``always``: unless there is one; ``never``.
 
     Raises:
-        ValueError: it splits or changes the text differently from Llama 2.
+        ValueError: it cuts or changes the text otherwise.
 
     """
     normalizer, before = content.get("normalizer") or {}, content.get("pre_tokenizer") or {}
@@ -304,13 +302,11 @@ def space_of(content: dict[str, Any]) -> str:
     if not normalizer and before.get("type") == "Metaspace" and before["replacement"] == SPACE:
         always = "always" if before.get("add_prefix_space", True) else "never"
         return str(before.get("prepend_scheme", always))
-    raise ValueError(
-        "it splits text differently from Llama 2 (its normalizer or its pre_tokenizer)"
-    )
+    raise ValueError("it splits text differently from Llama 2 (its normalizer or pre_tokenizer)")
 
 
 def without_space(content: dict[str, Any]) -> dict[str, Any]:
-    """The same ``tokenizer.json`` without the space before a text."""
+    """The content of a ``tokenizer.json`` that puts no space before a text."""
     if not content["model"].get("byte_fallback"):
         return content
     if before := content["pre_tokenizer"]:
@@ -319,10 +315,10 @@ def without_space(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def begin_of(content: dict[str, Any]) -> int | None:
-    """The id that a ``tokenizer.json`` adds before each text (begin-of-text), or None.
+    """The id that a ``tokenizer.json`` puts before each text, begin-of-text; None for none.
 
     Raises:
-        ValueError: it adds other ids to a text.
+        ValueError: it puts other ids around a text.
 
     """
     after = content.get("post_processor") or {"type": "ByteLevel"}
@@ -340,13 +336,12 @@ def begin_of(content: dict[str, Any]) -> int | None:
             if len(ids) == 1 and isinstance(ids[0], int):
                 return ids[0]
     raise ValueError(
-        "it may add other tokens than begin-of-text to a text (its post_processor), which is not "
-        "supported"
+        "it may add more than one token to every text (its post_processor), which is not supported"
     )
 
 
 def with_begin(content: dict[str, Any], begin: int | None, text: str) -> dict[str, Any]:
-    """The same ``tokenizer.json``, adding the id ``begin`` of the token ``text`` before each
+    """The content of a ``tokenizer.json`` that puts ``begin``, whose text it is, before each
     text.
     """
     if begin is None or begin_of(content) == begin:
@@ -363,15 +358,15 @@ def with_begin(content: dict[str, Any], begin: int | None, text: str) -> dict[st
 
 
 def _bytes_of(model: dict[str, Any]) -> Callable[[str], bytes]:
-    """A function that gives the bytes of a token as the library's decoder does."""
+    """What gives the bytes of a token as the library's decoder has it."""
 
-    def byte_level(token: str) -> bytes:
-        """A token that is not all printable stand-ins is text."""
+    def of_stand_ins(token: str) -> bytes:
+        """What is not all stand-ins of bytes is text."""
         known = BYTES.keys() >= set(token)
         return bytes(map(BYTES.__getitem__, token)) if known else token.encode()
 
-    def byte_fallback(token: str) -> bytes:
+    def of_spaces(token: str) -> bytes:
         byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
         return bytes.fromhex(byte[1]) if byte else token.replace(SPACE, " ").encode()
 
-    return byte_fallback if model.get("byte_fallback") else byte_level
+    return of_spaces if model.get("byte_fallback") else of_stand_ins

@@ -1,5 +1,5 @@
-"""Read and write the tokenizer of a Hugging Face folder: ``tokenizer.json``, and read what came
-before it, ``vocab.json`` and ``merges.txt``, or SentencePiece's ``tokenizer.model``.
+"""Read and write the tokenizer of a Hugging Face folder: ``tokenizer.json``, or the older
+``vocab.json`` and ``merges.txt`` of a byte-level BPE, or SentencePiece's ``tokenizer.model``.
 
 If the ids are the ranks of the merges and each token is the merge of two earlier ones, merging by
 lowest rank gives the same ids, and the result is a `BytePairEncoding`. Any other tokenizer is run
@@ -80,10 +80,10 @@ def write(folder: Path, tokenizer: Tokenizer, chat_template: str | None = None) 
 
 
 def read_template(folder: Path) -> str | None:
-    """Read a folder's chat template, in Jinja; of several, the one named ``default``.
+    """The folder's template of a conversation, in Jinja; of several, the one named ``default``.
 
     Raises:
-        FormatError: it cannot be read, or is not text.
+        FormatError: it cannot be read, or is no text.
 
     """
     path = folder / TEMPLATE_FILE
@@ -103,11 +103,11 @@ def read_template(folder: Path) -> str | None:
 
 
 def from_scores(tokenizer: SentencePiece | Llama2c) -> HuggingFace | None:
-    """Turn a BPE by scores into a list of merges, run by the library ``tokenizers``.
+    """A BPE by scores as a list of merges, which the library ``tokenizers`` runs.
 
-    Each way to join two tokens into a third is a merge. They are sorted by score and then by the
-    length of the left part, as in ``transformers``. Returns None if this is not a BPE, or if two
-    tokens have the same text.
+    Each way to join two tokens to a third is a merge, the best score first; of equals the shorter
+    left part, as ``transformers`` has it. None where the tokens do not allow it: no BPE, or two of
+    one text.
     """
     try:
         scored_one = scored(tokenizer)
@@ -172,8 +172,8 @@ def read(path: Path) -> Tokenizer:
     its ``vocab.json`` and ``merges.txt``.
 
     End-of-text is the ``eos_token`` of ``tokenizer_config.json`` in the same folder, or else
-    ``<|endoftext|>`` if the vocabulary has it. Begin-of-text is the token that the file adds before
-    each text, or else the config's ``bos_token`` if ``add_bos_token`` is true.
+    ``<|endoftext|>`` if the vocabulary has it. Begin-of-text is what the file puts before each
+    text, or the config's ``bos_token`` if that has ``add_bos_token``.
 
     Raises:
         FormatError: there is none, it is damaged, or it cannot be run as the library does.
@@ -196,7 +196,7 @@ def read(path: Path) -> Tokenizer:
 
 
 def from_sentencepiece(path: Path) -> SentencePiece:
-    """Read a SentencePiece ``.model``.
+    """Read the tokenizer in a SentencePiece ``.model``.
 
     Raises:
         FormatError: it is damaged, or has a setting that is not supported.
@@ -234,7 +234,7 @@ def _of_two_files(folder: Path) -> dict[str, Any]:
 
 
 def _named(config: dict[str, Any], what: str) -> str | None:
-    """The token that a config calls ``what``, or None."""
+    """The token that a config names, or None."""
     named = config.get(what)
     text = named.get("content") if isinstance(named, dict) else named
     if text is not None and not isinstance(text, str):

@@ -60,7 +60,11 @@ def cfg(monkeypatch):
         FAMILIES,
         "gated",
         SimpleNamespace(
-            Params=Params, Block=Block, OPTIONS=(), head_name=lambda cfg: "head", weights=weights
+            OPTIONS=(),
+            Params=Params,
+            Block=Block,
+            head_name=lambda cfg: "head",
+            weights=weights,
         ),
     )
     return tiny.config(family="gated", hidden=24, dtype="float32")

@@ -173,24 +173,24 @@ def test_words_after_spaces_have_controls():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c["model"]["vocab"].update({"e\n": 268}), "spans blanks"),
-        (lambda c: c["model"]["vocab"].update({f"e{SPACE}": 268}), "spans blanks"),
+        (lambda c: c["model"]["vocab"].update({"e\n": 268}), "reaches over blanks"),
+        (lambda c: c["model"]["vocab"].update({f"e{SPACE}": 268}), "reaches over blanks"),
         (lambda c: c["model"].update(ignore_merges=True), "ignore_merges joins words"),
         (lambda c: c["model"]["vocab"].pop("<0x41>"), "lacks a byte"),
         (lambda c: c.update(normalizer={"type": "NFC"}), "splits text differently from Llama 2"),
         (lambda c: c.update(normalizer=None), "splits text differently from Llama 2"),
-        (lambda c: c["decoder"]["decoders"].pop(), "decodes differently from Llama 2"),
-        (lambda c: c.update(decoder=None), "decodes differently from Llama 2"),
-        (lambda c: c["post_processor"]["single"].reverse(), "other tokens than begin-of-text"),
+        (lambda c: c["decoder"]["decoders"].pop(), "does not decode as Llama 2"),
+        (lambda c: c.update(decoder=None), "does not decode as Llama 2"),
+        (lambda c: c["post_processor"]["single"].reverse(), "more than one token to every text"),
         (
             lambda c: c["post_processor"]["single"].append(c["post_processor"]["single"][0]),
-            "other tokens than begin-of-text",
+            "more than one token to every text",
         ),
         (
             lambda c: c["added_tokens"].append(
                 c["added_tokens"][0] | {"content": "<tool>", "id": 268, "special": False}
             ),
-            "'<tool>' would be followed by an extra space",
+            "'<tool>' would have a space put after it",
         ),
     ],
 )

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptjax import tokenizers
-from gptjax.errors import DataError, FormatError
+from gptjax.errors import ConfigError, DataError, FormatError
 from gptjax.tokenizers.sentencepiece import SPACE, SentencePiece, read_model
 
 library = pytest.importorskip("sentencepiece")
@@ -204,3 +204,33 @@ def test_without_the_package_the_extra_is_named(monkeypatch):
 
 def test_half_a_surrogate_pair_is_replaced():
     assert CATS.decode(CATS.encode("a\udc80b")) == "a\ufffdb"
+
+
+def test_it_is_exported_as_llama2c_does(tmp_path, capsys):
+    """The same ids, from llama2.c's file and from GGUF's fields."""
+    from gptjax.tokenizers import ggml
+    from gptjax.tokenizers.__main__ import main
+
+    (tmp_path / "cats.model").write_bytes(CATS.model)
+    main(
+        ["export", "--tokenizer", str(tmp_path / "cats.model"), "--output", str(tmp_path / "t.bin")]
+    )
+    assert "310 tokens in" in capsys.readouterr().out
+    found = tokenizers.find(tmp_path / "t.bin")
+    assert found.kind == "llama2c"
+    assert found.tokens[:3] == (b"<unk>", b"\n<s>\n", b"\n</s>\n")
+    again = ggml.from_fields(tmp_path, ggml.fields_of(CATS, 320))
+    for text in [*TEXT[:2], "", "  a ", "\n\u2603 12"]:
+        assert found.encode(text) == again.encode(text) == CATS.encode(text)
+
+
+@pytest.mark.parametrize("settings", [{"model_type": "unigram"}, {"user_defined_symbols": ["<x>"]}])
+def test_what_llama2c_cannot_hold_is_not_exported(settings):
+    from gptjax.tokenizers import ggml, tokenizer_json
+    from gptjax.tokenizers.llama2c import scored
+
+    other = SentencePiece(trained(**settings))
+    with pytest.raises(ConfigError, match="its file cannot hold it"):
+        scored(other)
+    assert not ggml.can_write(other)
+    assert not tokenizer_json.can_write(other)
