@@ -19,10 +19,10 @@ from gptjax.tokenizers.hugging_face import HuggingFace, canonical
 from gptjax.tokenizers.interface import END_OF_TEXT, Tokenizer
 from gptjax.tokenizers.llama2c import CONTROLS, Llama2c, scored
 from gptjax.tokenizers.sentencepiece import SentencePiece
+from gptjax.tokenizers.space_first import SPACE
 
 PREFIX, TEMPLATE = "tokenizer.ggml.", "tokenizer.chat_template"
 NONE = {"none", "no_vocab"}
-SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 NORMAL, UNKNOWN_KIND, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of tokens
 
 BYTE_LEVEL = {
@@ -154,18 +154,22 @@ def _id(path: Path, fields: Mapping[str, Any], name: str, number: int) -> int | 
 
 def can_write(tokenizer: Tokenizer | None) -> bool:
     """Whether `fields_of` describes this tokenizer."""
-    if isinstance(tokenizer, HuggingFace):
-        return _pre_tokenizer(tokenizer) is not None
+    return _describable(tokenizer) is not None
+
+
+def _describable(tokenizer: Tokenizer | None) -> BytePairEncoding | HuggingFace | Llama2c | None:
+    """The tokenizer as one of a kind that GGUF has, or None."""
     if isinstance(tokenizer, SentencePiece):
         try:
-            return can_write(scored(tokenizer))
+            return _describable(scored(tokenizer))
         except ConfigError:
-            return False
+            return None
+    if isinstance(tokenizer, HuggingFace):
+        return tokenizer if _pre_tokenizer(tokenizer) else None
     if isinstance(tokenizer, Llama2c):
-        return b"".join(tokenizer.tokens).decode(errors="ignore").encode() == b"".join(
-            tokenizer.tokens
-        )
-    return isinstance(tokenizer, BytePairEncoding)
+        joined = b"".join(tokenizer.tokens)
+        return tokenizer if joined.decode(errors="ignore").encode() == joined else None
+    return tokenizer if isinstance(tokenizer, BytePairEncoding) else None
 
 
 def _pre_tokenizer(tokenizer: HuggingFace) -> str | None:
@@ -192,17 +196,17 @@ def fields_of(
 
     """
     templates = {TEMPLATE: template} if template else {}
-    if not can_write(tokenizer):
+    tokenizer = _describable(tokenizer)
+    if not tokenizer:
         return {f"{PREFIX}model": "none", **templates}
-    if isinstance(tokenizer, Llama2c | SentencePiece):
-        return _fields_by_scores(scored(tokenizer), vocab_size) | templates
+    if isinstance(tokenizer, Llama2c):
+        return _fields_by_scores(tokenizer, vocab_size) | templates
     if isinstance(tokenizer, BytePairEncoding):
         pre, special = "gpt-2", {END_OF_TEXT: tokenizer.end_of_text}
         tokens = [*map(printable, tokenizer.tokens), END_OF_TEXT]
         pairs = [(printable(left), printable(right)) for left, right in tokenizer.merges()]
         own: dict[str, int] = {}
     else:
-        assert isinstance(tokenizer, HuggingFace)
         pre = _pre_tokenizer(tokenizer) or ""
         content = json.loads(tokenizer.source)
         added = {token["content"]: token for token in content["added_tokens"]}

@@ -1,9 +1,8 @@
-"""SentencePiece (Kudo and Richardson 2018): vocabularies in its ``.model`` files, run by its own
-library.
+"""SentencePiece (Kudo and Richardson 2018): its ``.model`` files, run by its own library.
 
-A file is a protocol buffer (``sentencepiece_model.proto`` has its fields). It is read here as far
-as a setting could change what we rely on: that text can be encoded in parts, and ids decoded one by
-one.
+A file is a protocol buffer, with the fields of ``sentencepiece_model.proto``. We read the pieces
+and the settings ourselves, to reject those under which encoding text in parts, or decoding ids one
+by one, would give another result.
 """
 
 import base64
@@ -31,7 +30,7 @@ LONGEST_LINE = 1 << 10  # characters, in training: the trainer leaves out lines 
 
 
 class Piece(NamedTuple):
-    """A token of the vocabulary."""
+    """A token."""
 
     text: str = ""
     score: float = 0.0
@@ -39,7 +38,7 @@ class Piece(NamedTuple):
 
     @property
     def bytes(self) -> bytes:
-        """What it stands for."""
+        """The text's bytes."""
         if self.kind == BYTE:
             return bytes([int(self.text[3:5], 16)])
         if self.kind == UNKNOWN:
@@ -48,7 +47,7 @@ class Piece(NamedTuple):
 
 
 class Model(NamedTuple):
-    """What a ``.model`` says of itself."""
+    """The contents of a ``.model``."""
 
     pieces: tuple[Piece, ...]
     kind: int
@@ -57,14 +56,13 @@ class Model(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SentencePiece(SpaceFirst):
-    """Any text encodes if the vocabulary has the bytes; U+2581 counts as a space.
+    """A SentencePiece model; it can encode any text if its vocabulary has the 256 bytes.
 
-    Runs of spaces are kept, also where the file asks to shorten them: llama2.c keeps them, and no
-    text changes.
+    U+2581 in a text is read as a space. Runs of spaces are kept even if the file says to shorten
+    them, as llama2.c keeps them.
 
     Raises:
-        ValueError: the model is damaged, or has a setting that is not supported; the message names
-            it.
+        ValueError: the model is damaged, or has an unsupported setting, which the message names.
         DataError: the package ``sentencepiece`` is missing.
 
     """
@@ -81,19 +79,19 @@ class SentencePiece(SpaceFirst):
         except (RuntimeError, OSError) as error:
             raise ValueError(f"its library cannot read it: {error}") from error
         if count != len(pieces):
-            raise ValueError(f"it has {len(pieces)} pieces, and {count} of them are read")
+            raise ValueError(f"it has {len(pieces)} pieces, but its library reads {count}")
 
     def __reduce__(self) -> tuple[object, ...]:
         return SentencePiece, (self.model, self.name)
 
     @functools.cached_property
     def read(self) -> Model:
-        """The pieces, and the settings that count."""
+        """The model's pieces and settings."""
         return read_model(self.model)
 
     @functools.cached_property
     def library(self) -> Any:
-        """The library's own object; it puts no space before a text."""
+        """The library's object, without the space before a text."""
         return _library().SentencePieceProcessor(model_proto=self.model + NO_NORMALIZATION)
 
     @property
@@ -126,7 +124,7 @@ class SentencePiece(SpaceFirst):
         """See `SpaceFirst`. Half a surrogate pair is encoded as U+FFFD.
 
         Raises:
-            DataError: the text has a character that the vocabulary lacks.
+            DataError: the vocabulary lacks a character of the text.
 
         """
         text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
@@ -136,7 +134,7 @@ class SentencePiece(SpaceFirst):
             lost = next((c for c in text.replace(" ", SPACE) if c not in known), text[:1])
             raise DataError(
                 f"the text has the character {lost!r}, which the vocabulary {self.name} lacks: "
-                "leave it out, or name another tokenizer"
+                "remove it, or use another tokenizer"
             )
         return ids
 
@@ -154,16 +152,16 @@ def _library() -> Any:
         import sentencepiece
     except ImportError as error:
         raise DataError(
-            "a SentencePiece vocabulary needs a package more: pip install 'gptjax[llama]'"
+            "a SentencePiece model needs another package: pip install 'gptjax[llama]'"
         ) from error
     return sentencepiece
 
 
 def read_model(content: bytes) -> Model:
-    """The pieces and settings in the content of a ``.model``.
+    """Parse the content of a ``.model``.
 
     Raises:
-        ValueError: it is damaged, or has a setting that is not supported.
+        ValueError: it is damaged, or has an unsupported setting.
 
     """
     pieces: list[Piece] = []
@@ -179,16 +177,16 @@ def read_model(content: bytes) -> Model:
         raise ValueError(f"its {len(texts)} pieces repeat, are empty, or more than {LARGEST}")
     kind = trainer.get(3, UNIGRAM)
     if kind not in (UNIGRAM, BPE):
-        raise ValueError(f"its model_type is {kind!r}: bpe or unigram is expected")
+        raise ValueError(f"its model_type is {kind!r}: it must be bpe or unigram")
     if normalizer.get(2):
         raise ValueError(
-            f"its normalizer {normalizer.get(1, b'')[:20]!r} changes the text: identity is expected"
+            f"its normalizer {normalizer.get(1, b'')[:20]!r} changes the text: it must be identity"
         )
     if trainer.get(24) or not normalizer.get(5, 1):
-        raise ValueError("its spaces do not begin words: treat_whitespace_as_suffix is on")
+        raise ValueError("its spaces end words (its treat_whitespace_as_suffix)")
     for piece in pieces:
         if piece.kind == NORMAL and OVER_BLANKS.search(piece.text):
-            raise ValueError(f"its piece {piece.text!r} reaches over blanks, where text may be cut")
+            raise ValueError(f"its piece {piece.text!r} spans blanks, where long texts may be cut")
     return Model(tuple(pieces), kind, bool(normalizer.get(3, 1)))
 
 
@@ -203,9 +201,9 @@ def _piece(message: Any) -> Piece:
 
 
 def _fields(message: Any) -> Iterator[tuple[int, Any]]:
-    """Number and value of a protocol buffer's fields: integers, else bytes."""
+    """Iterate over a protocol buffer's fields: number, and value as an integer or bytes."""
     if not isinstance(message, bytes):
-        raise ValueError("it is no protocol buffer, or is damaged")
+        raise ValueError("it is not a protocol buffer, or is damaged")
     at = 0
 
     def varint() -> int:
@@ -218,7 +216,7 @@ def _fields(message: Any) -> Iterator[tuple[int, Any]]:
             at += 1
             if message[at - 1] < 128:
                 return value
-        raise ValueError("it is no protocol buffer, or is cut off")
+        raise ValueError("it is not a protocol buffer, or is cut off")
 
     while at < len(message):
         tag = varint()
@@ -228,20 +226,21 @@ def _fields(message: Any) -> Iterator[tuple[int, Any]]:
             continue
         size = {1: 8, 5: 4}.get(wire) or (varint() if wire == 2 else len(message) + 1)
         if at + size > len(message):
-            raise ValueError("it is no protocol buffer, or is cut off")
+            raise ValueError("it is not a protocol buffer, or is cut off")
         at += size
         yield number, message[at - size : at]
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, name: str) -> SentencePiece:
-    """A vocabulary trained on the lines of ``texts`` with the settings of llama2.c's
-    ``tinystories.py``, but that runs of spaces are kept: BPE, digits apart, a byte for each
-    character that is no token.
+    """Train a BPE on the lines of ``texts`` with the settings of llama2.c's ``tinystories.py``,
+    except that runs of spaces are kept.
 
-    The trainer sees at most `TRAINED_ON` characters.
+    Digits are separate tokens, and characters outside the vocabulary become bytes. At most
+    `TRAINED_ON` characters are used.
 
     Raises:
-        ValueError: the texts are too short, or have too many characters, for that size.
+        ValueError: ``vocab_size`` is too large for the length of the texts, or too small for the
+            number of their characters.
         DataError: the package ``sentencepiece`` is missing.
 
     """

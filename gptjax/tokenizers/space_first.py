@@ -1,4 +1,4 @@
-"""Vocabularies in which a word's first character is a space, as SentencePiece's."""
+"""Tokenizers that treat a space as the first character of the next word, as SentencePiece."""
 
 import abc
 import re
@@ -8,27 +8,27 @@ from gptjax.tokenizers.interface import REPLACEMENT, Tokenizer
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # stands for a space in a token
 OVER_BLANKS = re.compile(rf"[^\s{SPACE}][ \n{SPACE}]")
-"""In a token that a text could not be cut in front of a blank for."""
+"""Matches a token that spans blanks, so that text cannot be cut before a blank."""
 
 
 class SpaceFirst(Tokenizer):
-    """A tokenizer that puts a space before a text, and drops one when it decodes."""
+    """A tokenizer that adds a space before a text, and drops it in decoding."""
 
     @property
     def space_first(self) -> bool:
-        """Whether it does so; otherwise this is a tokenizer like any other."""
+        """Whether it does so; if not, it is an ordinary tokenizer."""
         return True
 
     @abc.abstractmethod
     def encode_more(self, text: str) -> list[int]:
-        """See `Tokenizer`: no space comes first."""
+        """See `Tokenizer`; no space is added."""
 
     def encode(self, text: str) -> list[int]:
-        """See `Tokenizer`: a space comes first, unless the text is empty."""
+        """See `Tokenizer`; a space is added before a text that is not empty."""
         return self.encode_more(" " + text if text and self.space_first else text)
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """See `Tokenizer`: a space right after begin-of-text is dropped."""
+        """See `Tokenizer`; a space directly after begin-of-text is dropped."""
         pieces, begin = self.pieces, self.begin_of_text
         found = [pieces[i] if 0 <= i < len(pieces) else REPLACEMENT for i in ids]
         if self.space_first and begin is not None:
@@ -38,7 +38,7 @@ class SpaceFirst(Tokenizer):
         return b"".join(found)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """See `Tokenizer`: the ids begin a text, with begin-of-text or without."""
+        """See `Tokenizer`; the ids begin a text, with or without begin-of-text."""
         if not self.space_first:
             return super().decode(ids)
         rest = ids[1:] if len(ids) and ids[0] == self.begin_of_text else ids

@@ -98,7 +98,7 @@ def read_template(folder: Path) -> str | None:
         named = (entry for entry in found if isinstance(entry, dict))
         found = next((e.get("template") for e in named if e.get("name") == "default"), None)
     if found is not None and not isinstance(found, str):
-        raise FormatError(f"{path} has a chat_template that is no text")
+        raise FormatError(f"{path} has a chat_template that is not text")
     return found
 
 
@@ -238,7 +238,7 @@ def _named(config: dict[str, Any], what: str) -> str | None:
     named = config.get(what)
     text = named.get("content") if isinstance(named, dict) else named
     if text is not None and not isinstance(text, str):
-        raise ValueError(f"{CONFIG_FILE} has a {what} that is not text")
+        raise ValueError(f"the {what} of {CONFIG_FILE} is not text")
     return text
 
 

@@ -334,6 +334,18 @@ def test_a_llama_that_is_computed_otherwise_is_refused_by_field(tmp_path, fields
         hf.read_model(tmp_path / "m")
 
 
+@pytest.mark.parametrize("kind", ["<f2", jnp.bfloat16])
+def test_a_llama_in_half_precision(tmp_path, kind):
+    cfg = tiny.config(**LLAMA)
+    params = tiny.params(cfg, jnp.float32)
+    hf.write_model(tmp_path / "m", params, cfg, np.dtype(kind), None, lambda into: None)
+    config = json.loads((tmp_path / "m" / hf.CONFIG_FILE).read_text())
+    assert config["torch_dtype"] == np.dtype(kind).name
+    found = hf.read_model(tmp_path / "m")[1].blocks[1].w2
+    assert found.dtype == np.dtype(kind)
+    np.testing.assert_array_equal(found, np.asarray(params.blocks[1].w2).astype(kind))
+
+
 def test_a_llamas_tokens_are_named(tmp_path):
     write_llama(tmp_path / "m")
     config = json.loads((tmp_path / "m" / hf.CONFIG_FILE).read_text())

@@ -49,6 +49,7 @@ FLOAT32 = np.dtype("<f4")
 LLAMA = dataclasses.replace(CFG, family="llama", num_kv_heads=1, hidden=8)
 LLAMA_PARAMS = tiny.params(LLAMA, jnp.float32)
 CONTROLS = [b"<unk>", b"\n<s>\n", b"\n</s>\n"]
+WORDS = tokenizers.Llama2c((*CONTROLS, *BYTES, b"th", b" t", b"t", b"h", b" "), (0.0,) * 264)
 
 
 def shard(path):
@@ -178,6 +179,16 @@ FORMATS = {
         "hf/config.json",
         lambda p: hf.write_model(p.parent, PARAMS, CFG, FLOAT32, None, lambda into: None),
         lambda p: weights(p.parent),
+    ),
+    "Hugging Face config of a Llama": (
+        "hf/config.json",
+        lambda p: hf.write_model(p.parent, LLAMA_PARAMS, LLAMA, FLOAT32, None, lambda into: None),
+        lambda p: weights(p.parent),
+    ),
+    "Hugging Face tokenizer of a Llama": (
+        "tokenizer.json",
+        lambda p: tokenizer_json.write(p.parent, WORDS),
+        lambda p: tokenizer_json.read(p.parent).encode("the mat"),
     ),
     "Hugging Face tokenizer": (
         "tokenizer.json",

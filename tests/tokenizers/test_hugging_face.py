@@ -201,7 +201,7 @@ def test_what_cuts_words_otherwise_is_refused(change, message):
         HuggingFace("spaces", *canonical(content, "</s>"), begin_of_text=1)
 
 
-@pytest.mark.parametrize(("begin", "message"), [(999, "begin-of-text is 999"), (266, "'.the', is no special")])  # fmt: skip
+@pytest.mark.parametrize(("begin", "message"), [(999, "begin-of-text is 999"), (266, "'.the' is not a special")])  # fmt: skip
 def test_a_begin_of_text_that_cannot_be_one(begin, message):
     with pytest.raises(ValueError, match=message):
         HuggingFace("spaces", SPACED["prepend"].source, 2, begin)

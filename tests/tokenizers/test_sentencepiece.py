@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptjax import tokenizers
-from gptjax.errors import DataError, FormatError
+from gptjax.errors import ConfigError, DataError, FormatError
 from gptjax.tokenizers.sentencepiece import SPACE, SentencePiece, read_model
 
 library = pytest.importorskip("sentencepiece")
@@ -100,7 +100,7 @@ def test_it_is_trained_for_a_corpus(tmp_path):
     assert corpus.tokenizer.kind == "sentencepiece"
     assert "the cat sat" in corpus.tokenizer.decode(corpus.train[0].tokens.tolist())
     assert datasets.vocabulary_without_corpus("sentencepiece:310")[0] == 310
-    with pytest.raises(DataError, match=r"lacks the vocabulary's size: sentencepiece:2048, say"):
+    with pytest.raises(DataError, match=r"lacks the vocabulary size, as in sentencepiece:2048"):
         datasets.find_corpus(str(tmp_path / "a.txt"), tmp_path / "data", "sentencepiece:x")
 
 
@@ -151,9 +151,9 @@ def test_user_defined_pieces_are_found_in_text():
     ("settings", "message"),
     [
         ({"normalization_rule_name": "nmt_nfkc"}, "normalizer b'nmt_nfkc' changes the text"),
-        ({"model_type": "char"}, "model_type is 4: bpe or unigram"),
-        ({"treat_whitespace_as_suffix": True}, "do not begin words"),
-        ({"split_by_whitespace": False}, "reaches over blanks"),
+        ({"model_type": "char"}, "model_type is 4: it must be bpe"),
+        ({"treat_whitespace_as_suffix": True}, "spaces end words"),
+        ({"split_by_whitespace": False}, "spans blanks"),
     ],
 )
 def test_settings_that_are_not_kept_to_are_refused(settings, message):
@@ -182,7 +182,7 @@ def test_damaged_models_are_refused(data):
     "content", [b"", b"abc", b"\n\x03\n\x01a" * 2, b"\n\xff\xff\xff\xff\xff\xff\xff\xff\xff\x7f", b"\x08\x01"]
 )  # fmt: skip
 def test_what_is_no_model_is_refused(content, tmp_path):
-    with pytest.raises(ValueError, match="it is|its"):
+    with pytest.raises(ValueError, match="it is not|its"):
         read_model(content)
     (tmp_path / "m.model").write_bytes(content)
     with pytest.raises(FormatError, match=r"m\.model is not a supported SentencePiece model"):
@@ -204,3 +204,33 @@ def test_without_the_package_the_extra_is_named(monkeypatch):
 
 def test_half_a_surrogate_pair_is_replaced():
     assert CATS.decode(CATS.encode("a\udc80b")) == "a\ufffdb"
+
+
+def test_it_is_exported_as_llama2c_does(tmp_path, capsys):
+    """The same ids, from llama2.c's file and from GGUF's fields."""
+    from gptjax.tokenizers import ggml
+    from gptjax.tokenizers.__main__ import main
+
+    (tmp_path / "cats.model").write_bytes(CATS.model)
+    main(
+        ["export", "--tokenizer", str(tmp_path / "cats.model"), "--output", str(tmp_path / "t.bin")]
+    )
+    assert "310 tokens in" in capsys.readouterr().out
+    found = tokenizers.find(tmp_path / "t.bin")
+    assert found.kind == "llama2c"
+    assert found.tokens[:3] == (b"<unk>", b"\n<s>\n", b"\n</s>\n")
+    again = ggml.from_fields(tmp_path, ggml.fields_of(CATS, 320))
+    for text in [*TEXT[:2], "", "  a ", "\n\u2603 12"]:
+        assert found.encode(text) == again.encode(text) == CATS.encode(text)
+
+
+@pytest.mark.parametrize("settings", [{"model_type": "unigram"}, {"user_defined_symbols": ["<x>"]}])
+def test_what_llama2c_cannot_hold_is_not_exported(settings):
+    from gptjax.tokenizers import ggml, tokenizer_json
+    from gptjax.tokenizers.llama2c import scored
+
+    other = SentencePiece(trained(**settings))
+    with pytest.raises(ConfigError, match="its file cannot hold it"):
+        scored(other)
+    assert not ggml.can_write(other)
+    assert not tokenizer_json.can_write(other)

@@ -274,7 +274,7 @@ def test_the_chat_template_stands_where_old_and_new_versions_look(tmp_path):
         )
         assert tokenizer_json.read_template(tmp_path) == found
     change_file(tmp_path / "tokenizer_config.json", lambda c: c.update(chat_template=3))
-    with pytest.raises(FormatError, match="has a chat_template that is no text"):
+    with pytest.raises(FormatError, match="has a chat_template that is not text"):
         tokenizer_json.read_template(tmp_path)
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(FormatError, match=r"chat_template\.jinja cannot be read"):
