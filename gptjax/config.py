@@ -281,9 +281,9 @@ class ModelConfig(Computation, Architecture):
         """The dtype of activations, once `resolve` has been called."""
         return jnp.dtype(self.dtype)
 
-    def resolve(self, platform: str, seq_len: int) -> "ModelConfig":
+    def resolve(self, platform: str, seq_len: int, packed: bool = False) -> "ModelConfig":
         """A copy with every ``auto`` resolved for a platform ("cpu", "cuda", "rocm" or "tpu")
-        and a sequence length.
+        and a sequence length; ``packed`` if a sequence holds several documents.
 
         Raises:
             ConfigError: the sequence is too long, or the chosen attention kernel cannot run on the
@@ -299,7 +299,7 @@ class ModelConfig(Computation, Architecture):
             ("float32" if platform == "cpu" else "bfloat16") if self.dtype == "auto" else self.dtype
         )
         obstacles: dict[Any, str | None] = {
-            "cudnn": self._cudnn_obstacle(platform, dtype),
+            "cudnn": self._cudnn_obstacle(platform, dtype, packed),
             "splash": self._splash_obstacle(platform, dtype, seq_len),
         }
         if obstacle := obstacles.get(self.attention):
@@ -315,13 +315,15 @@ class ModelConfig(Computation, Architecture):
             )
         return dataclasses.replace(self, dtype=dtype, attention=attention)
 
-    def _cudnn_obstacle(self, platform: str, dtype: str) -> str | None:
+    def _cudnn_obstacle(self, platform: str, dtype: str, packed: bool) -> str | None:
         if platform != "cuda":
             return f"needs an NVIDIA GPU, not {platform}"
         if dtype != "bfloat16":
             return f"needs model.dtype bfloat16, not {dtype}"
         if self.head_dim % 8 or self.head_dim > 128:
             return f"needs heads of a multiple of 8 and at most 128 channels, not {self.head_dim}"
+        if packed:
+            return "cannot keep the conversations of a sequence apart"
         if self.dropout:
             return "offers no dropout"
         return None
@@ -345,17 +347,21 @@ class DataConfig:
     dataset: str = "pydoc"
     """A named corpus (pydoc, tinyshakespeare, shakespeare-char, tinystories, openwebtext, fineweb,
     fineweb-edu), a folder of train*.bin and val*.bin token shards, or text: a file, folder or
-    pattern of .txt, .jsonl or .parquet, maybe .gz or .zst."""
+    pattern of .txt, .jsonl or .parquet, maybe .gz or .zst. A .jsonl of {"messages": [...]} holds
+    conversations."""
     root: str = "data"
     """Folder in which prepared corpora are kept."""
     tokenizer: str | None = None
-    """What text is tokenized with: gpt2, byte, char, bpe:SIZE (trained on it), a file; by default a
-    corpus's own, or gpt2.
+    """What text is tokenized with: gpt2, byte, char, bpe:SIZE or sentencepiece:SIZE (trained on
+    it), a file; by default a corpus's own, or gpt2.
     """
     column: str | None = None
     """Column of .jsonl or .parquet that holds the text; by default the one named text, or else the
     first that holds any.
     """
+    chat_template: str | None = None
+    """Renders a dataset of conversations, JSON lines of messages: chatml, llama2 or a file in
+    Jinja; by default the template of init, or chatml."""
     tokens: int | None = None
     """Training tokens to prepare of tinystories, openwebtext, fineweb or fineweb-edu, rounded up to
     whole parts; by default all."""
@@ -1190,8 +1196,8 @@ class DatasetConfig:
     root: str = "data"
     """Folder in which prepared corpora are kept."""
     tokenizer: str | None = None
-    """What the text is tokenized with: gpt2, byte, char, bpe:SIZE (trained on it), a file; by
-    default a corpus's own, or gpt2."""
+    """What the text is tokenized with: gpt2, byte, char, bpe:SIZE or sentencepiece:SIZE (trained on
+    it), a file; by default a corpus's own, or gpt2."""
     column: str | None = None
     """Column of .jsonl or .parquet that holds the text; by default the one named text, or else the
     first that holds any.
@@ -1208,10 +1214,12 @@ class TrainTokenizerConfig:
     """Files, folders or patterns of text, as for --data.dataset of training."""
     column: str | None = None
     """The column of .jsonl or .parquet that holds the text."""
-    kind: Literal["bpe", "char"] = "bpe"
-    """What to train: bpe, a byte-level BPE, or char, the text's characters."""
+    kind: Literal["bpe", "sentencepiece", "char"] = "bpe"
+    """What to train: bpe, a byte-level BPE; sentencepiece, with llama2.c's settings; or char, the
+    text's characters."""
     vocab_size: int = 2048
-    """Ids of a BPE: 256 bytes, the merges, and end-of-text."""
+    """Ids of a BPE: 256 bytes, the merges, and end-of-text; of SentencePiece: three controls, 256
+    bytes, the merges, and the text's characters."""
     output: str = "tokenizer.json"
     """File to write."""
 

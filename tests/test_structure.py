@@ -113,7 +113,9 @@ def test_type_checkers_know_the_names_that_the_package_offers():
 NAMES_TENSORS = {
     "gptjax.models.gpt2": "the family itself",
     "gptjax.models.llama": "the family itself",
+    "gptjax.formats.gguf": "a format's table",
     "gptjax.formats.hf": "a format's table",
+    "gptjax.formats.llama2c": "a format's table",
     "gptjax.formats.llmc": "a format's table",
     "gptjax.formats.safetensors": "a format's table",
     "gptjax.plot.figures": "draws GPT-2's block for the notebooks",
@@ -140,6 +142,7 @@ def test_only_the_registry_imports_a_family():
 SHARED_NAMES = {
     "__init__": "Python's",
     "__main__": "a room's command",
+    "llama2c": "of llama2.c's files",
     "report": "prints what a command says of its subject",
     "samples": "text that a model wrote",
 }

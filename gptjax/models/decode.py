@@ -36,10 +36,14 @@ def store_for_decoding(params: Any, cfg: ModelConfig, how: Storage = "as_stored"
     )
 
 
+def is_storable(weight: Weight) -> bool:
+    """True for matrices and the tables of the vocabulary, one of which is the classifier."""
+    return weight.kind == "matrix" or weight.axes[0] == "Vp"
+
+
 @partial(jax.jit, static_argnames=("weight", "cfg", "how"))
 def store(w: Array, weight: Weight, cfg: ModelConfig, how: Storage) -> Any:
-    """Store one tensor: matrices and the tables of the vocabulary, which a classifier may be, as
-    ``how`` says; others remain as they are.
+    """Store one tensor as ``how`` says if it `is_storable`; others remain as they are.
 
     Args:
         w: the tensor, with the layers' axis in front if they are stacked.
@@ -53,7 +57,7 @@ def store(w: Array, weight: Weight, cfg: ModelConfig, how: Storage) -> Any:
         first = w.ndim - len(weight.axes)  # the first input axis, after the layers'
         inputs = range(first, first + weight.inputs)
         w = jnp.moveaxis(w, list(inputs), list(range(-weight.inputs, 0)))
-    elif weight.axes[0] != "Vp":
+    elif not is_storable(weight):
         return w
     if how == "bfloat16" or (how == "as_stored" and w.dtype == jnp.bfloat16):
         return OutIn(w.astype(jnp.bfloat16))

@@ -69,7 +69,11 @@ def add_optimizer(
 
 
 def step_arguments(
-    cfg: ModelConfig, optimizer: Optimizer, shape: tuple[int, int, int], mesh: Mesh | None = None
+    cfg: ModelConfig,
+    optimizer: Optimizer,
+    shape: tuple[int, int, int],
+    mesh: Mesh | None = None,
+    packed: bool = False,
 ) -> tuple[TrainState, Batch, Any]:
     """Shapes of a step's (state, batch, key), on a mesh with their layout: what `compile_step`
     needs; nothing is allocated.
@@ -79,6 +83,7 @@ def step_arguments(
         optimizer: whose state it is.
         shape: (A, B, T) of the batch, on all devices together.
         mesh: of devices that are there, or of a topology that is compiled for ahead of time.
+        packed: whether batches have segments.
 
     """
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -88,7 +93,8 @@ def step_arguments(
     ids = jax.ShapeDtypeStruct(
         shape, jnp.int32, sharding=meshes.row_sharding(mesh, 3) if mesh else None
     )
-    return state, Batch(ids, ids), meshes.abstract(mesh, param_axes(cfg), key)
+    batch = Batch(ids, ids, segments=ids if packed else None)
+    return state, batch, meshes.abstract(mesh, param_axes(cfg), key)
 
 
 def mean_loss_and_grad(

@@ -15,13 +15,14 @@ from gptjax import tokenizers
 from gptjax.config import OptimConfig
 from gptjax.convert.__main__ import main
 from gptjax.convert.weights import load_weights
-from gptjax.formats import llmc, llmc_tokenizer
+from gptjax.formats import llama2c, llmc, llmc_tokenizer, safetensors
 from gptjax.formats.lazy import collect, tensor_names
 from gptjax.formats.token_shards import write_shard
 from gptjax.models.params import stack
 from gptjax.train.checkpoint import CheckpointWriter
 from gptjax.train.optimizer import make_optimizer
 from gptjax.train.step import init_state
+from tests.commands import expect_error
 from tests.conftest import ROOT
 from tests.models import tiny
 
@@ -302,4 +303,73 @@ def test_inspect_reads_tokenizers_and_rejects_an_invalid_debug_state(run, tmp_pa
     assert (
         "is an invalid llm.c debug state: version 99, -5 x 7 tokens in 1024 bytes"
         in capsys.readouterr().err
+    )
+
+
+LLAMA = tiny.config(
+    family="llama", num_heads=4, num_kv_heads=2, channels=16, hidden=24, tied=False, dtype="float32"
+)
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """A llama2.c model, version 0."""
+    path = tmp_path / "llama.bin"
+    llama2c.write_model(path, tiny.params(LLAMA, jnp.float32), LLAMA)
+    return path
+
+
+@pytest.mark.parametrize("through", [["a.safetensors"], ["a.bin"], ["a.safetensors", "b.bin"]])
+def test_llama2_cs_model_through_other_formats_gives_the_same_bytes(llama, tmp_path, through):
+    source = llama
+    for name in through:
+        options = ["--to", "llama2c", "--version", 1] if name.endswith(".bin") else []
+        convert(source, tmp_path / name, *options)
+        source = tmp_path / name
+    convert(source, tmp_path / "again.bin")
+    assert (tmp_path / "again.bin").read_bytes() == llama.read_bytes()
+
+
+def test_llama2_cs_models_are_described_with_their_version(llama, tmp_path, capsys):
+    for version in (0, 1, 2):
+        convert(llama, tmp_path / f"{version}.bin", "--version", version)
+        capsys.readouterr()
+        convert(tmp_path / f"{version}.bin", "--inspect")
+        shown = capsys.readouterr().out
+        assert f"format     llama2.c model (version {version})" in shown
+        assert "vocabulary 11, 12 positions" in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--to", "llmc"], "an llm.c model holds a model of gpt2, not of llama"),
+        (["--dtype", "bfloat16"], "is in float32, or with --version 2 in int8"),
+        (["--to", "safetensors", "--version", "2"], "version is of a llama2.c model"),
+        (["--version", "3"], "version"),
+    ],
+)
+def test_llama2_cs_options_where_they_do_not_belong(llama, tmp_path, options, message, capsys):
+    expect_error(main, [str(llama), str(tmp_path / "new.bin"), *options], message, capsys)
+    assert not (tmp_path / "new.bin").exists()
+
+
+def test_a_theta_that_llama2_cs_file_lacks_is_not_lost(tmp_path, capsys):
+    cfg = dataclasses.replace(LLAMA, rope_theta=1e5)
+    safetensors.write_model(
+        tmp_path / "m.safetensors", tiny.params(cfg, jnp.float32), cfg, np.dtype("<f4")
+    )
+    arguments = [str(tmp_path / "m.safetensors"), str(tmp_path / "m.bin")]
+    expect_error(main, arguments, "no place for the 100000 of this model", capsys)
+    assert not (tmp_path / "m.bin").exists()
+
+
+def test_a_cut_model_of_llama2_c_is_not_called_a_pickle(llama, tmp_path, capsys):
+    llama.write_bytes(llama.read_bytes()[:-4])
+    size = llama.stat().st_size
+    expect_error(
+        main,
+        [str(llama), str(tmp_path / "new.bin")],
+        f"llama2.c model of version 0, but its header announces {size + 4} bytes, and it has {size}",
+        capsys,
     )

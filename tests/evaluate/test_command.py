@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import yaml
 
-from gptjax import convert, tokenizers
+from gptjax import tokenizers
 from gptjax.cli import progress
 from gptjax.config import OptimConfig
+from gptjax.convert import __main__ as convert
 from gptjax.convert.weights import load_weights
 from gptjax.datasets import find_corpus
 from gptjax.datasets.batches import validation_batches

@@ -5,6 +5,7 @@ bounded memory.
 default it is a few.
 """
 
+import dataclasses
 import gzip
 import json
 import os
@@ -27,10 +28,12 @@ from gptjax.convert.__main__ import inspect
 from gptjax.convert.weights import open_weights
 from gptjax.datasets.text import pieces
 from gptjax.errors import GptjaxError
-from gptjax.formats import hf, llmc, llmc_eval, llmc_tokenizer, safetensors
+from gptjax.formats import hf, llama2c, llmc, llmc_eval, llmc_tokenizer, safetensors
+from gptjax.formats.llama2c_tokenizer import BYTES
 from gptjax.formats.token_shards import open_shard, write_shard
 from gptjax.tokenizers import tokenizer_json
 from tests.formats.test_llmc_eval import EXAMPLE, evaluation_file
+from tests.formats.test_recognise import llama2c_tokenizer
 from tests.models import tiny
 from tests.models.fused import fuse
 
@@ -43,6 +46,9 @@ CFG = tiny.config(
 PARAMS = tiny.params(CFG, jnp.float32)
 BPE = tokenizers.train_bpe(["the cat sat on the mat"] * 9, 262, "cats")
 FLOAT32 = np.dtype("<f4")
+LLAMA = dataclasses.replace(CFG, family="llama", num_kv_heads=1, hidden=8)
+LLAMA_PARAMS = tiny.params(LLAMA, jnp.float32)
+CONTROLS = [b"<unk>", b"\n<s>\n", b"\n</s>\n"]
 
 
 def shard(path):
@@ -122,6 +128,19 @@ FORMATS = {
         "t.bin",
         lambda p: llmc_tokenizer.write_tokenizer(p, BPE.pieces, 261),
         lambda p: tokenizers.find(str(p)).encode("the mat"),
+    ),
+    **{
+        f"llama2.c model, version {version}": (
+            "m.bin",
+            lambda p, version=version: llama2c.write_model(p, LLAMA_PARAMS, LLAMA, version),
+            weights,
+        )
+        for version in llama2c.VERSIONS
+    },
+    "llama2.c tokenizer": (
+        "t.bin",
+        lambda p: p.write_bytes(llama2c_tokenizer([*CONTROLS, *BYTES, b"a", b" a"])),
+        lambda p: tokenizers.find(str(p)).encode("a cat"),
     ),
     "uint16 shard": ("train.bin", lambda p: write_shard(p, np.arange(99)), shard),
     "uint32 shard": ("train.bin", lambda p: write_shard(p, np.arange(99), np.uint32), shard),
