@@ -177,13 +177,6 @@ def test_ctrl_c_ends_the_answer_and_not_the_session(session, monkeypatch):
     assert seen == [b"ab", b"c"]
 
 
-def test_control_characters_are_not_sent_to_a_terminal(capsys, monkeypatch):
-    command.show("a\x1b[2J")
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    command.show("b\x1b\n")
-    assert capsys.readouterr().out == "a\x1b[2Jb\N{REPLACEMENT CHARACTER}\n"
-
-
 def test_a_session_ends_with_its_input(model, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("ab\n"))
     assert (

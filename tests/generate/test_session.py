@@ -47,7 +47,7 @@ def expected(rules, ids, new_tokens, key=KEY):
 def test_turns_are_continued_as_texts_read_anew(rules):
     """Three turns, of which the last is not what the others went on with."""
     session, text = Session(params(), rules), [1, 2, 3]
-    for turn, more in enumerate(([4, 5], [6] * 9, [7])):
+    for turn, more in enumerate(([4, 5], [6] * 9, [7, 8, 9])):
         text = [*text[: 6 if turn == 2 else None], *more]
         key = jax.random.fold_in(KEY, turn)
         tokens, logprobs = made(session, text, 7, key)
@@ -82,6 +82,7 @@ def test_the_kept_cache_is_that_of_reading_anew(cuts):
     for seed, (kept, more) in enumerate(cuts):
         text = text[:kept] + np.random.default_rng(seed).integers(0, 11, more).tolist()
         made(session, text, 3)
+        assert session.ids[: len(text)] == text
         known = len(session.ids) - 1
         logits, _ = jax.jit(extend, static_argnames="cfg")(
             params(),
