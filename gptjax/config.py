@@ -352,8 +352,8 @@ class DataConfig:
     root: str = "data"
     """Folder in which prepared corpora are kept."""
     tokenizer: str | None = None
-    """What text is tokenized with: gpt2, byte, char, bpe:SIZE (trained on it), a file; by default a
-    corpus's own, or gpt2.
+    """What text is tokenized with: gpt2, byte, char, bpe:SIZE or sentencepiece:SIZE (trained on
+    it), a file; by default a corpus's own, or gpt2.
     """
     column: str | None = None
     """Column of .jsonl or .parquet that holds the text; by default the one named text, or else the
@@ -1139,6 +1139,27 @@ class GenerateConfig(Sampler):
         )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatConfig(GenerateConfig):
+    """A conversation, and how the model answers."""
+
+    READS: ClassVar = (
+        *(field.name for field in dataclasses.fields(Sampler)),
+        *("checkpoint", "seed", "tokenizer", "dtype", "weights", "int8"),
+    )
+
+    prompt: list[str] = dataclasses.field(default_factory=list, metadata=SEVERAL)
+    """Say this, print the answer, and end; several are said one after the other."""
+    system: str | None = None
+    """What the model is told before the conversation; by default what its template says."""
+    template: str | None = None
+    """How a conversation is written: chatml, llama2 or a file in Jinja; by default as the model's
+    own chat template says, or chatml where the tokenizer has its control tokens.
+    """
+    max_new_tokens: int = 512
+    """Tokens in an answer, unless it ends before."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ConvertConfig:
     """A model to convert and the format to write."""
@@ -1175,8 +1196,8 @@ class DatasetConfig:
     root: str = "data"
     """Folder in which prepared corpora are kept."""
     tokenizer: str | None = None
-    """What the text is tokenized with: gpt2, byte, char, bpe:SIZE (trained on it), a file; by
-    default a corpus's own, or gpt2."""
+    """What the text is tokenized with: gpt2, byte, char, bpe:SIZE or sentencepiece:SIZE (trained on
+    it), a file; by default a corpus's own, or gpt2."""
     column: str | None = None
     """Column of .jsonl or .parquet that holds the text; by default the one named text, or else the
     first that holds any.
@@ -1193,10 +1214,12 @@ class TrainTokenizerConfig:
     """Files, folders or patterns of text, as for --data.dataset of training."""
     column: str | None = None
     """The column of .jsonl or .parquet that holds the text."""
-    kind: Literal["bpe", "char"] = "bpe"
-    """What to train: bpe, a byte-level BPE, or char, the text's characters."""
+    kind: Literal["bpe", "sentencepiece", "char"] = "bpe"
+    """What to train: bpe, a byte-level BPE; sentencepiece, with llama2.c's settings; or char, the
+    text's characters."""
     vocab_size: int = 2048
-    """Ids of a BPE: 256 bytes, the merges, and end-of-text."""
+    """Ids of a BPE: 256 bytes, the merges, and end-of-text; of SentencePiece: three controls, 256
+    bytes, the merges, and the text's characters."""
     output: str = "tokenizer.json"
     """File to write."""
 
@@ -1271,6 +1294,7 @@ class PlotConfig:
 COMMANDS: dict[str, Any] = {
     "train": Config,
     "generate": GenerateConfig,
+    "chat": ChatConfig,
     "evaluate": EvaluateConfig,
     "verify": VerifyConfig,
     "explore": ExploreConfig,

@@ -1,12 +1,14 @@
 """The rules that keep the package readable, checked by a machine."""
 
 import ast
+import importlib
 import re
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
+import gptjax
 from gptjax.models import FAMILIES, gpt2, llama
 from gptjax.parallel.sharding import RULES
 from tests.conftest import ROOT
@@ -34,6 +36,7 @@ ORDER = (
     "evaluate",
     "verify",
     "explore",
+    "chat",
     "plan",
     "bench",
     "plot",
@@ -88,6 +91,20 @@ def test_no_cycles():
 
     for module in graph:
         visit(module, [])
+
+
+def test_type_checkers_know_the_names_that_the_package_offers():
+    (block,) = (
+        node
+        for node in ast.parse((PACKAGE / "__init__.py").read_text()).body
+        if isinstance(node, ast.If)
+    )
+    declared = {(node.module, alias.name) for node in block.body for alias in node.names}
+    for module, name in declared:
+        assert getattr(gptjax, name) is getattr(
+            importlib.import_module(f"gptjax.{module}" if module else "gptjax"), name
+        )
+    assert {name for _, name in declared} == set(gptjax.__all__)
 
 
 # --- A family is a module ---

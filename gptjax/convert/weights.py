@@ -1,7 +1,9 @@
 """Open, load and write model weights in any known format."""
 
 import dataclasses
+import logging
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,13 +22,12 @@ from gptjax.files import read_text
 from gptjax.formats import gguf, hf, llama2c, llmc, safetensors
 from gptjax.formats.lazy import LazyTensor, pad_vocab, stack_lazily
 from gptjax.formats.recognise import recognise
-from gptjax.models.decode import store
+from gptjax.models.decode import is_storable, store
 from gptjax.models.family import Weight
 from gptjax.models.params import param_axes, per_tensor, tensor_at
-from gptjax.ops.quantized import Blocks
+from gptjax.ops.quantized import PANEL, Blocks, interleaved
 from gptjax.parallel.mesh import param_shardings, place
 from gptjax.tokenizers import Tokenizer, ggml, tokenizer_json
-from gptjax.train.checkpoint import open_newest
 
 Format = Literal["hf", "llmc", "llama2c", "gguf", "safetensors"]
 Q8_0 = np.dtype(np.int8)
@@ -35,6 +36,7 @@ LARGEST_TEMPLATE = 1 << 20  # bytes
 HUB = "hf:"
 HUB_FILES = ["config.json", "*.safetensors", "model.safetensors.index.json"]
 HUB_FILES += ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"]
+HUB_FILES += ["tokenizer.model", "chat_template.jinja"]
 TENSORFLOW, PICKLED = (".index", ".meta", ".ckpt"), (".pt", ".pth", ".pkl", ".ckpt", ".bin")
 
 
@@ -83,9 +85,12 @@ def open_weights(where: str) -> Source:
         )
     if path.is_dir() and (path / hf.CONFIG_FILE).exists():
         cfg, params = hf.read_model(path)
-        return _with_tokenizer(
-            Source(hf.title(cfg), _by_default(cfg), params), lambda: tokenizer_json.read(path)
-        )
+        source = Source(hf.title(cfg), _by_default(cfg), params)
+        try:
+            source = source._replace(chat_template=tokenizer_json.read_template(path))
+        except FormatError as error:
+            source = source._replace(note=str(error))
+        return _with_tokenizer(source, lambda: tokenizer_json.read(path))
     if path.is_dir():
         return _open_run(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
     if llmc.is_model(path):
@@ -139,6 +144,8 @@ def _open_run(folder: Path) -> Source:
     """The model in a run's ``checkpoints``, with the run's tokenizer if it matches the
     checkpoint's.
     """
+    from gptjax.train.checkpoint import open_newest  # Orbax takes a second to import
+
     cfg, params, meta = open_newest(folder)
 
     def tokenizer() -> Tokenizer:
@@ -277,19 +284,61 @@ def load_for_decoding(source: Source, cfg: ModelConfig, how: Storage = "as_store
 
     """
     weights = per_tensor(lambda weight: weight, source.params, cfg)
+    converted: Counter[str] = Counter()
 
     def load(path: Any, tensor: LazyTensor, weight: Weight) -> Any:
-        array = np.asarray(tensor)
-        check_finite(source.format, path, array)
-        found = store(place(pad_vocab(array, weight, cfg), None), weight, cfg, how)
-        if isinstance(found, Blocks) and not all(jnp.isfinite(x).all() for x in found.arrays[1:]):
+        in_blocks = tensor.blocks and is_storable(weight)
+        raw = tensor.blocks() if tensor.blocks and in_blocks else None
+        if raw and how in ("as_stored", raw.kind.lower()):
+            found = _as_it_lies(raw, tensor, weight)
+        else:
+            array = np.asarray(tensor)
+            check_finite(source.format, path, array)
+            if not is_storable(weight):
+                return jax.device_put(array)
+            if in_blocks and how == "as_stored":
+                converted["q8_0"] += 1
+            kind: Storage = "q8_0" if in_blocks and how == "as_stored" else how
+            on_device = jax.device_put(pad_vocab(array, weight, cfg))
+            # Wait, or several would be in memory
+            found = jax.block_until_ready(store(on_device, weight, cfg, kind))
+        if isinstance(found, Blocks) and not all(
+            np.isfinite(np.asarray(x)).all() for x in found.arrays[1:]
+        ):
             raise CheckpointError(
-                f"the {source.format} has numbers in {_name(path)} that are too large for {how}: "
-                "keep them in float32, with --weights float32"
+                f"the {source.format} has numbers in {_name(path)} that are not finite, or too "
+                "large for half precision: it is damaged, or takes --weights float32"
             )
         return found
 
-    return jax.tree_util.tree_map_with_path(load, source.params, weights)
+    params = jax.tree_util.tree_map_with_path(load, source.params, weights)
+    for kind, count in converted.items():
+        logging.getLogger(__name__).warning(
+            "%d tensors of the %s are of types that are not computed with: they are stored as %s",
+            count,
+            source.format,
+            kind,
+        )
+    return params
+
+
+def _as_it_lies(raw: gguf.RawBlocks, tensor: LazyTensor, weight: Weight) -> Blocks:
+    """The same integers and scales in decoding's order."""
+    pad = -len(raw.scale) % PANEL
+
+    def panels(x: np.ndarray) -> np.ndarray:
+        x = np.pad(x, [(0, pad), *[(0, 0)] * (x.ndim - 1)]) if pad else x
+        return x.reshape(-1, PANEL, *x.shape[1:])
+
+    first = weight.inputs if weight.kind == "matrix" else 0
+    found = interleaved(
+        panels(raw.integers.view(np.int8) if raw.kind == "Q8_0" else raw.integers),
+        panels(raw.scale),
+        None if raw.minimum is None else panels(raw.minimum),
+        tensor.shape[first:] + tensor.shape[:first] if first else tensor.shape,
+        weight.inputs,
+    )
+    return jax.tree.map(jax.device_put, found)
 
 
 def check_finite(what: str, path: Any, array: np.ndarray) -> None:
@@ -343,13 +392,15 @@ def write_weights(
         safetensors.write_model(path, source.params, source.cfg, dtype)
     else:
         known = source.tokenizer
-        end = known.end_of_text if known else None
+        begin, end = (known.begin_of_text, known.end_of_text) if known else (None, None)
 
         def extra(into: Path) -> None:
             if known and tokenizer_json.can_write(known):
-                tokenizer_json.write(into, known)
+                tokenizer_json.write(into, known, source.chat_template)
 
-        hf.write_model(path, source.params, source.cfg, dtype, end, extra, source.cfg.dropout)
+        hf.write_model(
+            path, source.params, source.cfg, dtype, end, extra, source.cfg.dropout, begin
+        )
 
 
 def keeps_tokenizer(to: Format, tokenizer: Tokenizer) -> bool:

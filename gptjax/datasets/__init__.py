@@ -19,7 +19,7 @@ from gptjax.datasets.conversations import (
     prepare_conversations,
 )
 from gptjax.datasets.named import CORPORA, Request
-from gptjax.datasets.prepare import TOKENIZER_FILE, prepare_text
+from gptjax.datasets.prepare import TOKENIZER_FILE, TRAINED, prepare_text
 from gptjax.datasets.text import find_files
 from gptjax.errors import DataError
 from gptjax.files import file_lock, read_text
@@ -185,9 +185,9 @@ def vocabulary_without_corpus(tokenizer: str | None) -> tuple[int, str]:
 
     """
     kind, _, size = (tokenizer or "").partition(":")
-    if kind == "bpe" and size.isdecimal():
+    if kind in TRAINED and size.isdecimal():
         return int(size), f"data.tokenizer {tokenizer}"
-    if tokenizer in (None, "char") or kind == "bpe":
+    if tokenizer in (None, "char") or kind in TRAINED:
         return tokenizers.GPT2_IDS, "GPT-2 (no corpus is read; model.vocab_size sets another)"
     if tokenizer == "gpt2":
         return tokenizers.GPT2_IDS, "data.tokenizer gpt2"

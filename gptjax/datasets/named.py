@@ -13,6 +13,7 @@ from gptjax import tokenizers
 from gptjax.datasets.download import fetch
 from gptjax.datasets.prepare import (
     TOKENIZER_FILE,
+    TRAINED,
     Split,
     encode,
     folder_name,
@@ -233,7 +234,7 @@ def _shard_corpus(request: Request, name: str, repo: str, pattern: str, shards: 
 def _parquet_corpus(request: Request, name: str, listing: str) -> Path:
     """Tokenize each Parquet file into one shard per split, then delete the file."""
     which = request.tokenizer or "gpt2"
-    if isinstance(which, str) and (which == "char" or which.startswith("bpe:")):
+    if isinstance(which, str) and (which == "char" or which.partition(":")[0] in TRAINED):
         raise DataError(
             f"{name} comes in parts, so its tokenizer must already exist: train one, then name its "
             "file"

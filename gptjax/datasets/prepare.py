@@ -30,6 +30,11 @@ SHARD_TOKENS = 100_000_000
 VAL_EVERY = 10
 VAL_CHARACTERS = 20_000_000
 MIN_DOCUMENTS = 2 * VAL_EVERY
+TRAINED: dict[str, Callable[[Iterable[str], int, str], Tokenizer]] = {
+    "bpe": tokenizers.train_bpe,
+    "sentencepiece": tokenizers.train_sentencepiece,
+}
+"""What trains a vocabulary, by the word before its size."""
 AHEAD = 4  # pieces waiting to be tokenized, per worker
 
 
@@ -58,8 +63,8 @@ def prepare_text(
         files: see `gptjax.datasets.text.find_files`.
         root: the folder of prepared corpora.
         name: first part of the folder's name.
-        tokenizer: gpt2, byte, char, bpe:SIZE (trained on the training text), or a file; see
-            `make_tokenizer`.
+        tokenizer: gpt2, byte, char, bpe:SIZE or sentencepiece:SIZE (trained on the training text),
+            or a file; see `make_tokenizer`.
         column: see `gptjax.datasets.text.pieces`.
 
     Raises:
@@ -103,7 +108,7 @@ def folder_name(tokenizer: str | Tokenizer) -> str:
     """
     if isinstance(tokenizer, Tokenizer):
         found = tokenizer
-    elif tokenizer in ("gpt2", "byte", "char") or tokenizer.startswith("bpe:"):
+    elif tokenizer in ("gpt2", "byte", "char") or tokenizer.partition(":")[0] in TRAINED:
         return tokenizer.replace(":", "-")
     else:
         found = tokenizers.find(tokenizer)
@@ -120,7 +125,8 @@ def make_tokenizer(
 
     Args:
         which: ``char`` (every character of the whole text, as in nanoGPT), ``bpe:SIZE`` (a
-            byte-level BPE trained on the training text), or see `gptjax.tokenizers.find`.
+            byte-level BPE trained on the training text), ``sentencepiece:SIZE`` (SentencePiece's,
+            likewise), or see `gptjax.tokenizers.find`.
         training: returns the training text.
         everything: returns the whole text.
 
@@ -133,12 +139,12 @@ def make_tokenizer(
     kind, _, size = which.partition(":")
     if which == "char":
         return tokenizers.train_characters(piece.text for piece in everything())
-    if kind != "bpe":
+    if kind not in TRAINED:
         return tokenizers.find(which)
     if not size.isdecimal():
-        raise DataError(f"data.tokenizer {which} lacks the vocabulary size, as in bpe:2048")
+        raise DataError(f"data.tokenizer {which} lacks the vocabulary size, as in {kind}:2048")
     try:
-        return tokenizers.train_bpe(training(), int(size), f"bpe-{size}")
+        return TRAINED[kind](training(), int(size), f"{kind}-{size}")
     except ValueError as error:
         raise DataError(f"data.tokenizer {which}: {error}") from error
 

@@ -6,21 +6,25 @@ that is checked here before anything is read or allocated; the package ``gguf`` 
 dequantizes. Matrices are (out, in), and queries and keys rotate neighbours.
 """
 
+import dataclasses
 import importlib
 import math
 import os
 import struct
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gptjax.config import Architecture
 from gptjax.errors import ConfigError, FormatError
 from gptjax.files import open_file, write_whole
+from gptjax.formats.lazy import LazyTensor
 from gptjax.formats.safetensors import check_names
 from gptjax.formats.tables import (
     FileTensor,
@@ -33,6 +37,7 @@ from gptjax.formats.tables import (
     table_of,
 )
 from gptjax.models.family import family_of
+from gptjax.models.params import tensor_at
 
 MAGIC, VERSION = b"GGUF", 3
 READ_VERSIONS = (2, 3)
@@ -63,7 +68,9 @@ PLAIN: dict[str, np.dtype] = {
     "F64": np.dtype("<f8"),
 }
 """Types that are no blocks."""
-FILE_TYPES = {"F32": 0, "Q8_0": 7, "BF16": 32}
+BLOCK_BYTES = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20}
+"""Bytes of a block of the types that decoding computes with."""
+FILE_TYPES = {"F32": 0, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}
 """The types that are written, with llama.cpp's number of a file of them."""
 
 TABLES: dict[str, Table] = {
@@ -374,7 +381,48 @@ def read_model(path: str | os.PathLike[str]) -> tuple[Architecture, Any, File]:
     def dtype_of(tensor: FileTensor, layer: int | None) -> np.dtype:
         return PLAIN.get(file.tensors[tensor.name.format(layer)].type, PLAIN["F32"])
 
-    return cfg, open_params(tensors, cfg, read, dtype_of), file
+    parts = {(part.param, t.layered): (t, part) for t in tensors for part in t.parts}
+
+    def with_blocks(path: Any, lazy: LazyTensor) -> LazyTensor:
+        name, layer = tensor_at(path)
+        tensor, part = parts[name, layer is not None]
+        kind, data = blocks[tensor.name.format(layer)]
+        if kind in PLAIN:
+            return lazy
+        return dataclasses.replace(lazy, blocks=partial(read_blocks, kind, data, part))
+
+    params = open_params(tensors, cfg, read, dtype_of)
+    return cfg, jax.tree_util.tree_map_with_path(with_blocks, params), file
+
+
+class RawBlocks(NamedTuple):
+    """A tensor's blocks of 32 inputs, outputs first."""
+
+    kind: str
+    """GGML's name of the type, as in ``Q4_1``."""
+    integers: np.ndarray
+    """(O, N, bytes) uint8: signed integers of 8 bits; or of 4, the lower halves of the bytes first.
+    """
+    scale: np.ndarray
+    """(O, N) float16."""
+    minimum: np.ndarray | None
+    """(O, N) float16, of Q4_1."""
+
+
+def read_blocks(kind: str, data: np.ndarray, part: Part) -> RawBlocks | None:
+    """The blocks of a tensor of `raw_blocks` as they lie; None of types other than `BLOCK_BYTES`."""
+    if kind not in BLOCK_BYTES:
+        return None
+    rows = data[part.place[0]]
+    if part.neighbours:
+        pairs = rows.reshape(-1, part.shape[-1] // 2, 2, rows.shape[-1])
+        rows = pairs.swapaxes(1, 2).reshape(rows.shape)
+    found = rows.reshape(len(rows), -1, BLOCK_BYTES[kind])
+    begin = 4 if kind == "Q4_1" else 2
+    numbers = np.ascontiguousarray(found[..., :begin]).view(np.float16)
+    return RawBlocks(
+        kind, found[..., begin:], numbers[..., 0], numbers[..., 1] if begin == 4 else None
+    )
 
 
 def dequantized(kind: str, data: np.ndarray) -> np.ndarray:

@@ -112,7 +112,7 @@ def generate(
     if not len(prompts) or not all(len(prompt) for prompt in prompts):
         raise ValueError("each prompt needs at least one id")
     context = rules.cfg.max_seq_len
-    keys = _keys(rules.sampler, key, range(first, first + len(prompts)), new_tokens)
+    keys = row_keys(rules.sampler, key, range(first, first + len(prompts)), new_tokens)
     rows = [np.asarray(prompt).tolist() for prompt in prompts]
     done = np.zeros(len(rows), bool)
     state, starts, drawn = None, [0] * len(rows), 0
@@ -123,7 +123,7 @@ def generate(
         )
         if state and readable > 0:
             count = min(left, chunk, readable)
-            state, tokens, logprobs = _advance(params, state, rules, count)
+            state, tokens, logprobs = advance(params, state, rules, count)
         else:
             count = 1
             starts = [window_start(len(row), context) for row in rows]
@@ -131,17 +131,27 @@ def generate(
             state, tokens, logprobs = _start(
                 params, *_padded(windows, rules, left), rules, keys, drawn, done
             )
-        new = Drawn(fetch(tokens)[:, :count], fetch(logprobs)[:, :count])
-        if not np.isfinite(new.logprobs).all():
-            raise CheckpointError(
-                "the model gives probabilities that are not finite: it is damaged, or its "
-                "training diverged"
-            )
+        new = finite(fetch(tokens)[:, :count], fetch(logprobs)[:, :count])
         done = fetch(state.done)
         drawn += count
         for row, ids in zip(rows, new.tokens.tolist(), strict=True):
             row.extend(ids)
         yield new
+
+
+def finite(tokens: np.ndarray, logprobs: np.ndarray) -> Drawn:
+    """What was drawn from sound probabilities.
+
+    Raises:
+        CheckpointError: they are not finite.
+
+    """
+    if not np.isfinite(logprobs).all():
+        raise CheckpointError(
+            "the model gives probabilities that are not finite: it is damaged, or its training "
+            "diverged"
+        )
+    return Drawn(tokens, logprobs)
 
 
 def sample(
@@ -165,7 +175,7 @@ def sample(
     )
 
 
-def _keys(sampler: Sampler, key: Any, rows: range, new_tokens: int) -> Array:
+def row_keys(sampler: Sampler, key: Any, rows: range, new_tokens: int) -> Array:
     """What the rows draw with; see `Decoding`."""
     if sampler.draw == "run.c":
         return jnp.asarray(np.stack([run_c.coins(key + row, new_tokens) for row in rows]))
@@ -201,7 +211,7 @@ def _start(
 ) -> tuple[Decoding, Array, Array]:
     """Read the prompts and draw one token a row."""
     logits, cache = prefill(params, ids, padding, slots, rules.cfg)
-    token, logprob, done = _next(logits, rules, keys, drawn, done)
+    token, logprob, done = draw_next(logits, rules, keys, drawn, done)
     state = Decoding(
         cache, padding, jnp.int32(ids.shape[1]), token, jnp.int32(drawn + 1), done, keys
     )
@@ -209,7 +219,7 @@ def _start(
 
 
 @partial(jax.jit, static_argnames="rules", donate_argnames="state")
-def _advance(
+def advance(
     params: Any, state: Decoding, rules: Rules, count: Any
 ) -> tuple[Decoding, Array, Array]:
     """``count`` times: read the newest token of each row, and draw the next; it stops when all rows
@@ -230,7 +240,7 @@ def _advance(
         logits, cache = decode(
             params, state.token, state.padding, state.cache, state.slot, rules.cfg
         )
-        token, logprob, done = _next(logits, rules, state.keys, state.drawn, state.done)
+        token, logprob, done = draw_next(logits, rules, state.keys, state.drawn, state.done)
         room = tuple(r.at[:, i].set(x) for r, x in zip(room, (token, logprob), strict=True))
         new = Decoding(
             cache, state.padding, state.slot + 1, token, state.drawn + 1, done, state.keys
@@ -241,7 +251,7 @@ def _advance(
     return state, tokens, logprobs
 
 
-def _next(
+def draw_next(
     logits: Float[Array, "B V"], rules: Rules, keys: Any, drawn: Any, done: Array
 ) -> tuple[Array, Array, Array]:
     """(token, its log-probability, whether the row is done) of each row."""

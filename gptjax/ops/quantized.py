@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float16, Int, Shaped
 
@@ -23,6 +24,7 @@ LARGEST = 127  # of signed 8 bits; -128 stays unused to make the range symmetric
 TINY = 2.0**-90  # activations below this count as zeros: their products would leave float32's range
 FEW_ROWS = 8  # of x, up to which a product with bfloat16 takes as long as reading the weights
 Kind = Literal["q8_0", "q4_0", "q4_1"]
+AnyArray = Array | np.ndarray
 
 
 class OutIn(NamedTuple):
@@ -50,10 +52,10 @@ class Blocks:
     c]`` from there. Stacked layers have one more axis in front.
     """
 
-    q: Shaped[Array, "*L P N J 8 4"]
+    q: Shaped[AnyArray, "*L P N J 8 4"]
     """int8, J = 8; or uint8, J = 4, each two numbers of 4 bits."""
-    scale: Float16[Array, "*L P N 8"]
-    minimum: Float16[Array, "*L P N 8"] | None
+    scale: Float16[AnyArray, "*L P N 8"]
+    minimum: Float16[AnyArray, "*L P N 8"] | None
     shape: tuple[int, ...]
     """Of one layer's weight."""
     inputs: int
@@ -100,9 +102,29 @@ def quantize(w: Float[Array, "..."], kind: Kind, inputs: int = 1) -> Blocks:
         offset = 8 if kind == "q4_0" else -minimum.astype(jnp.float32)[..., None] / divisor
         q = jnp.clip(jnp.round(blocks / divisor + offset), 0, 15).astype(jnp.uint8)
         q = q[..., : BLOCK // 2] | q[..., BLOCK // 2 :] << 4
-    q = q.reshape(P, PANEL, N, -1, GROUP).transpose(0, 2, 3, 1, 4)
-    scale, minimum = (a.transpose(0, 2, 1) for a in (scale, minimum))
-    return Blocks(q, scale, minimum if kind == "q4_1" else None, w.shape, inputs)
+    return interleaved(q, scale, minimum if kind == "q4_1" else None, w.shape, inputs)
+
+
+def interleaved(
+    q: Shaped[AnyArray, "P 8 N bytes"],
+    scale: Float16[AnyArray, "P 8 N"],
+    minimum: Float16[AnyArray, "P 8 N"] | None,
+    shape: tuple[int, ...],
+    inputs: int,
+) -> Blocks:
+    """`Blocks` from the blocks of each output: int8, or uint8 with the first 16 inputs in the lower
+    halves.
+
+    The arrays may be NumPy's, and remain so.
+    """
+    P, _, N, _ = q.shape
+    return Blocks(
+        q.reshape(P, PANEL, N, -1, GROUP).transpose(0, 2, 3, 1, 4),
+        scale.transpose(0, 2, 1),
+        None if minimum is None else minimum.transpose(0, 2, 1),
+        shape,
+        inputs,
+    )
 
 
 def dequantize(w: Blocks) -> Float[Array, "..."]:

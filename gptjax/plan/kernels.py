@@ -81,12 +81,21 @@ def least_seconds(kernel: Kernel, device: Device) -> float:
 
 def summed(kernels: Iterable[Kernel], key: Callable[[Kernel], str]) -> dict[str, Kernel]:
     """The sum of the kernels of each key, the slowest first."""
-    sums: dict[str, list[float]] = defaultdict(lambda: [0.0] * 5)
+    groups: dict[str, list[Kernel]] = defaultdict(list)
     for kernel in kernels:
-        total = sums[key(kernel)]
-        for i, number in enumerate(kernel[2:7]):
-            total[i] += number
-    totals = {name: Kernel(name, name, *numbers) for name, numbers in sums.items()}
+        groups[key(kernel)].append(kernel)
+    totals = {
+        name: Kernel(
+            kind=name,
+            source=name,
+            times=sum(k.times for k in group),
+            read=sum(k.read for k in group),
+            written=sum(k.written for k in group),
+            flops=sum(k.flops for k in group),
+            seconds=sum(k.seconds for k in group),
+        )
+        for name, group in groups.items()
+    }
     return dict(sorted(totals.items(), key=lambda item: -item[1].seconds))
 
 
@@ -101,9 +110,15 @@ def _of_computation(module: Module, name: str, times: float) -> Iterator[Kernel]
             continue
         else:
             kind, read, written, flops = _cost(module, i, types)
-            source = module.source(i)
-            costs = (times * number for number in (read, written, flops))
-            yield Kernel(kind, source, times, *costs, name=i.name)
+            yield Kernel(
+                kind,
+                module.source(i),
+                times,
+                times * read,
+                times * written,
+                times * flops,
+                name=i.name,
+            )
 
 
 def _is_collective(instruction: Instruction) -> bool:

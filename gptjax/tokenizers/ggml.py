@@ -168,7 +168,7 @@ def _pre_tokenizer(tokenizer: HuggingFace) -> str | None:
         parts = cutter.get("pretokenizers", [cutter])
         return [{k: v for k, v in part.items() if k != "trim_offsets"} for part in parts]
 
-    found = json.loads(tokenizer.source)["pre_tokenizer"]
+    found = json.loads(tokenizer.source)["pre_tokenizer"] or {}
     names = (name for name, cutter in PRE_TOKENIZERS.items() if essence(cutter) == essence(found))
     return next(names, None)
 

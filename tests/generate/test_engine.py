@@ -146,7 +146,7 @@ def test_a_cache_is_changed_in_place():
     state, _, _ = engine._start(
         stored, ids, padding, slots, rules, jax.random.split(KEY, 2), 0, np.zeros(2, bool)
     )
-    program = engine._advance.lower(stored, state, rules, 8).compile().as_text()
+    program = engine.advance.lower(stored, state, rules, 8).compile().as_text()
     cache = f"f64[2,{CFG.num_heads},{slots},{CFG.channels // CFG.num_heads}]"
     assert cache in program
     assert not re.findall(re.escape(cache) + r"\S* copy\(", program)
@@ -155,9 +155,9 @@ def test_a_cache_is_changed_in_place():
 def test_prompts_of_similar_length_share_a_program():
     rules = Rules(CFG, Sampler(0.7, 3), 11)
     tokens([[1, 2]], rules, 9)
-    known = engine._start._cache_size(), engine._advance._cache_size()
+    known = engine._start._cache_size(), engine.advance._cache_size()
     tokens([[1, 2, 3, 4]], rules, 7)
-    assert (engine._start._cache_size(), engine._advance._cache_size()) == known
+    assert (engine._start._cache_size(), engine.advance._cache_size()) == known
 
 
 @pytest.mark.parametrize("prompts", [[], [[1], []]])

@@ -2,11 +2,10 @@
 what takes its place.
 """
 
-import inspect
 import sys
-import textwrap
 from typing import Any, NamedTuple
 
+from gptjax.explore import faults
 from gptjax.models import chunks, gpt2, layers, transformer
 from gptjax.ops import (
     cross_entropy_bwd,
@@ -488,13 +487,7 @@ def planted(name: str) -> Any:
 
 def wrong_version(error: Planted) -> Any:
     """The function with the error in it, in a namespace of its own."""
-    source = textwrap.dedent(inspect.getsource(error.function))
-    assert source.count(error.right) == 1, (
-        f"{error.right!r} is {source.count(error.right)} times in {error}"
-    )
-    names = dict(vars(sys.modules[error.function.__module__]))
-    exec(compile(source.replace(error.right, error.wrong), f"<{error}>", "exec"), names)
-    return names[error.function.__name__]
+    return faults.wrong_version(error.function, error.right, error.wrong)
 
 
 def plant(monkeypatch: Any, error: Planted) -> None:
