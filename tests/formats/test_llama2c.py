@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gptjax.weights import load_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
