@@ -19,9 +19,7 @@ from gptjax.plan.predict import (
 from gptjax.plan.topology import Topology
 from gptjax.train.optimizer import Optimizer
 
-USABLE = (
-    0.95  # of a device's memory; the runtime, library workspaces and fragmentation need the rest
-)
+USABLE = 0.95  # of a device's memory; runtime, library workspaces and fragmentation take the rest
 PREDICTED = "predicted from shapes, not compiled"
 
 
