@@ -171,24 +171,24 @@ def _with_tokenizer(source: Source, read: Callable[[], Tokenizer]) -> Source:
 
 
 def with_named_tokenizer(source: Source, where: str, which: str | None) -> Source:
-    """The model ``where`` with its own tokenizer, or else the one that is named for it.
+    """The model ``where`` with its own tokenizer, or else the one named ``which``.
 
     Raises:
-        ConfigError: both are there and differ, or the tokenizer has more ids than the model.
-        GptjaxError: the named one cannot be had.
+        ConfigError: both exist and differ, or the tokenizer has more ids than the model.
+        GptjaxError: the named one cannot be read.
 
     """
     given = tokenizers.find(which) if which else None
     own = source.tokenizer
     if given and own and not given.same_as(own):
         raise ConfigError(
-            f"{where} comes with the tokenizer {own.name} of {own.vocab_size} ids, and {which} is "
+            f"{where} has its own tokenizer, {own.name} of {own.vocab_size} ids, and {which} is "
             "another: leave --tokenizer out"
         )
     found = own or given
     if found and found.vocab_size > source.cfg.vocab_size:
         raise ConfigError(
-            f"the tokenizer {found.name} has {found.vocab_size} ids, but {where} knows "
+            f"the tokenizer {found.name} has {found.vocab_size} ids, but {where} only "
             f"{source.cfg.vocab_size}: name the tokenizer that belongs to it"
         )
     return source._replace(tokenizer=found)
@@ -268,19 +268,19 @@ def load_params(source: Source, cfg: ModelConfig, mesh: Mesh | None = None) -> A
 
 
 def load_for_decoding(source: Source, cfg: ModelConfig, how: Storage = "as_stored") -> Any:
-    """The parameters of an opened model as decoding reads them fastest, in the unrolled layout.
+    """Load the parameters of an opened model in the form that decodes fastest, in the unrolled
+    layout.
 
-    They are read and stored one after the other, so that there is never a float32 copy of all.
+    Tensors are loaded one by one, so a float32 copy of the whole model never exists.
 
     Args:
         source: the model.
         cfg: resolved, with the model's architecture.
-        how: to store the matrices and the tables of the vocabulary: see
-            `gptjax.models.decode.store`.
+        how: storage of matrices and vocabulary tables, see `gptjax.models.decode.store`.
 
     Raises:
-        CheckpointError: a number is not finite, or too large for half precision's scales; its
-            tensor is named.
+        CheckpointError: a number is not finite, or too large for half-precision scales; the message
+            names its tensor.
 
     """
     weights = per_tensor(lambda weight: weight, source.params, cfg)
