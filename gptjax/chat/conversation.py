@@ -1,4 +1,4 @@
-"""A conversation: messages, what the model sees of them, and its answers."""
+"""A conversation: its messages, the part that the model sees, and the model's answers."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,10 +12,10 @@ from gptjax.tokenizers.chat_template import ChatTemplate, Endings, encode
 
 
 class Conversation:
-    """Messages of a user and a model in turn.
+    """Alternating messages of a user and a model.
 
-    What no longer fits the model's context is kept, but the model does not see it: the oldest turns
-    go, until the rest takes half a context, so that it is read anew seldom.
+    If they outgrow the model's context, the model no longer sees the oldest turns. They are hidden
+    until the rest takes half a context, so that it is seldom read again.
     """
 
     def __init__(
@@ -26,14 +26,14 @@ class Conversation:
         endings: Endings,
         system: str | None = None,
     ) -> None:
-        """Nothing is said yet.
+        """Start an empty conversation.
 
         Args:
             session: the model, whose rules end a text at the ids of ``endings``.
-            tokenizer: the model's.
-            template: how the model was trained to see conversations.
+            tokenizer: the model's tokenizer.
+            template: the model's chat template.
             endings: see `gptjax.tokenizers.chat_template.endings`.
-            system: a message before all others, which stays in view.
+            system: a first message, which the model always sees.
 
         """
         self.session, self.tokenizer = session, tokenizer
@@ -46,27 +46,27 @@ class Conversation:
         self.said: list[dict[str, str]] = []
         """The user's messages and the answers."""
         self.hidden = 0
-        """How many of them, the oldest, the model no longer sees."""
+        """The number of oldest messages that the model no longer sees."""
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """All messages, those that the model no longer sees among them."""
+        """All messages, including those that the model no longer sees."""
         return self.system + self.said
 
     def answer(self, text: str, key: Any, new_tokens: int, chunk: int = CHUNK) -> Iterator[str]:
-        """Say something: the answer in parts, as they become certain.
+        """Add the user's message and yield the answer in parts, as they become final.
 
-        An answer that is left before it ends remains as far as it came.
+        An iteration that is abandoned leaves the answer as far as it came.
 
         Args:
-            text: what the user says.
+            text: the user's message.
             key: see `gptjax.generate.engine.generate`.
-            new_tokens: how many, at most.
-            chunk: draw at most so many between two parts.
+            new_tokens: the most tokens to draw.
+            chunk: the most tokens to draw for a part.
 
         Raises:
-            DataError: it does not fit the context even alone, the vocabulary lacks one of its
-                characters, or the template refuses it; nothing has then been said.
+            DataError: the message alone does not fit the context, the vocabulary lacks one of its
+                characters, or the template rejects it; the conversation is then unchanged.
             CheckpointError: the model's probabilities are not finite.
 
         """

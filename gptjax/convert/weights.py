@@ -171,11 +171,11 @@ def _with_tokenizer(source: Source, read: Callable[[], Tokenizer]) -> Source:
 
 
 def with_named_tokenizer(source: Source, where: str, which: str | None) -> Source:
-    """The model ``where`` with its own tokenizer, or else the one that is named for it.
+    """The model ``where`` with its own tokenizer, or else the one named ``which``.
 
     Raises:
-        ConfigError: both are there and differ, or the tokenizer has more ids than the model.
-        GptjaxError: the named one cannot be had.
+        ConfigError: both exist and differ, or the tokenizer has more ids than the model.
+        GptjaxError: the named one cannot be read.
 
     """
     given = tokenizers.find(which) if which else None
@@ -268,19 +268,19 @@ def load_params(source: Source, cfg: ModelConfig, mesh: Mesh | None = None) -> A
 
 
 def load_for_decoding(source: Source, cfg: ModelConfig, how: Storage = "as_stored") -> Any:
-    """The parameters of an opened model as decoding reads them fastest, in the unrolled layout.
+    """Load the parameters of an opened model in the form that decodes fastest, in the unrolled
+    layout.
 
-    They are read and stored one after the other, so that there is never a float32 copy of all.
+    Tensors are loaded one by one, so a float32 copy of the whole model never exists.
 
     Args:
         source: the model.
         cfg: resolved, with the model's architecture.
-        how: to store the matrices and the tables of the vocabulary: see
-            `gptjax.models.decode.store`.
+        how: storage of matrices and vocabulary tables, see `gptjax.models.decode.store`.
 
     Raises:
-        CheckpointError: a number is not finite, or too large for half precision's scales; its
-            tensor is named.
+        CheckpointError: a number is not finite, or too large for half-precision scales; the message
+            names its tensor.
 
     """
     weights = per_tensor(lambda weight: weight, source.params, cfg)

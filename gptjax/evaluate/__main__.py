@@ -327,7 +327,7 @@ def evaluate_text(
     if tokenizer is None:
         reason = f" ({source.note})" if source.note else ""
         raise ConfigError(
-            f"{cfg.checkpoint} comes without a tokenizer{reason}: name it, as in --tokenizer gpt2"
+            f"{cfg.checkpoint} has no tokenizer{reason}: name one, as in --tokenizer gpt2"
         )
     begin = tokenizer.begin_of_text
     if begin is None and cfg.bos:

@@ -274,7 +274,7 @@ def damage(
     due: list[Any],
     largest: float,
 ) -> dict[str, Any]:
-    """What a planted error does to every gradient, and what the verifier says of it."""
+    """The effect of a planted error on every gradient, and the verifier's verdict."""
     with planted(fault):
         wrong = traced(cfg, params, batch)
     found = compare(wrong.gradient, reference.gradient, largest)

@@ -1,9 +1,9 @@
-"""Prompts in, tokens out, a few at a time: prefill, then a compiled loop over a cache of keys and
-values.
+"""Generate tokens from prompts, a few at a time: prefill, then a compiled loop over a key-value
+cache.
 
-A sequence that outgrows the model's context goes on from its newer part: see `window_start`. What
-is drawn for a row depends on its prompt, its seed and its index alone, not on the rows beside it or
-on how many tokens are asked for at a time.
+A sequence that outgrows the model's context continues from its last part; see `window_start`. A
+row's tokens depend only on its prompt, its seed and its index, not on other rows or on the number
+of tokens drawn at a time.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +22,7 @@ from gptjax.generate.sampling import choose
 from gptjax.models.decode import decode, prefill
 from gptjax.xla.products import accumulation_dtype
 
-CHUNK = 32  # tokens between looks at what was drawn, unless told otherwise
+CHUNK = 32  # default number of tokens drawn before they are returned
 # Prompts are padded to this times a power of two, so that few programs are compiled
 LEAST_PREFILL = 16
 DEFAULT = Sampler()
@@ -69,12 +69,11 @@ class Drawn(NamedTuple):
 
 
 def window_start(length: int, context: int) -> int:
-    """Where the part of a sequence begins that the model sees: 0 until it is longer than the
-    context.
+    """The start of the part of a sequence that the model sees: 0 while it fits the context.
 
-    From then on, the last tokens, at least half a context of them: the start moves on by half a
-    context whenever the sequence would not fit, and the part is read anew, since GPT-2's positions
-    are absolute.
+    Beyond that, the model sees at least half a context of the last tokens. The start advances by
+    half a context whenever the sequence would not fit, and the part is read again, since GPT-2's
+    positions are absolute.
     """
     half = max(1, context // 2)
     return max(0, -(-(length - context) // half)) * half
@@ -90,19 +89,19 @@ def generate(
     fetch: Callable[[Any], np.ndarray] = np.asarray,
     first: int = 0,
 ) -> Iterator[Drawn]:
-    """Continue each prompt by ``new_tokens``, a few at a time; a row that is done repeats its end,
-    and when all are, it ends.
+    """Continue each prompt by ``new_tokens``, a few at a time; a finished row repeats its end, and
+    the iterator ends when all rows are finished.
 
     Args:
-        params: parameters, or what `gptjax.models.decode.store_for_decoding` makes of them.
-        prompts: ids, at least one each, of any length.
-        rules: see there.
-        key: the same one gives the same tokens; of run.c's draws the seed, an int, to which a row
-            adds its index.
-        new_tokens: how many, at most.
-        chunk: at most so many at a time, up to `CHUNK`.
-        fetch: brings an array from the devices, where several processes have them.
-        first: index of the first row, among more than fit at once.
+        params: parameters, or those stored for decoding, see `gptjax.convert.weights`.
+        prompts: ids of any length, at least one each.
+        rules: see `Rules`.
+        key: the key of all draws; for run.c's sampling the seed, an int, to which each row adds its
+            index.
+        new_tokens: the most tokens to draw.
+        chunk: the most tokens to draw at a time, up to `CHUNK`.
+        fetch: copies an array to the host, also from several processes.
+        first: index of the first row, if there are more rows than fit at once.
 
     Raises:
         ValueError: there is no prompt, or an empty one.

@@ -1,4 +1,4 @@
-"""A text that is continued again and again, as a conversation is: what was read stays read."""
+"""A text that is continued repeatedly, such as a conversation, without reading it again."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -23,35 +23,34 @@ from gptjax.models.decode import empty_cache, extend, with_slots
 
 # Tokens are read in blocks of these sizes, so that few programs are compiled
 LARGE_BLOCK, SMALL_BLOCK = 256, 32
-LEAST_SLOTS = 1024  # of a cache, which doubles when it is full
+LEAST_SLOTS = 1024  # slots of a new cache, which doubles when it is full
 
 
 class Session:
     """The keys and values of the text read so far.
 
-    Each text is continued as if it was read anew, but what it begins with and was read before is
-    not read again.
+    Texts are continued as if read from the start, but a prefix that is in the cache is not read
+    again.
     """
 
     def __init__(self, params: Any, rules: Rules) -> None:
-        """Nothing is read yet; see `gptjax.generate.engine.generate` for the arguments."""
+        """Start with an empty cache; see `gptjax.generate.engine.generate` for the arguments."""
         self.params, self.rules = params, rules
         self.ids: list[int] = []
-        """Those whose keys and values the cache holds, a slot each."""
+        """The ids whose keys and values are in the cache, one for each slot."""
         self._cache: Any = None
 
     def continued(
         self, ids: Sequence[int], key: Any, new_tokens: int, chunk: int = CHUNK
     ) -> Iterator[Drawn]:
-        """Continue a text, a few tokens at a time, until one of the rules' ends has come, the
+        """Continue a text, a few tokens at a time, until one of the rules' ends is drawn, the
         context is full or there are ``new_tokens``.
 
         Args:
-            ids: the text: at least one id, and no more than the model's context has room for.
-            key: gives the same tokens as it gives the first row of
-                `gptjax.generate.engine.generate`.
-            new_tokens: how many, at most.
-            chunk: at most so many at a time, up to `CHUNK`.
+            ids: the text, with at least one id and at most the model's context.
+            key: gives the same tokens as for the first row of `gptjax.generate.engine.generate`.
+            new_tokens: the most tokens to draw.
+            chunk: the most tokens to draw at a time, up to `CHUNK`.
 
         Raises:
             ValueError: there is no id, or too many.
@@ -63,7 +62,7 @@ class Session:
             raise ValueError(f"from 1 to {context} ids can be continued, not {len(ids)}")
         new_tokens = min(new_tokens, context + 1 - len(ids))
         keys = row_keys(self.rules.sampler, key, range(1), new_tokens)
-        # At least one is read anew: what comes after it is not kept
+        # Read the last id at least, since the logits after it are not in the cache
         self.ids = self.ids[: _common(self.ids, ids[:-1])]
         self._provide(len(ids) + new_tokens + SMALL_BLOCK)
         for block in _blocks(ids[len(self.ids) :]):
