@@ -63,7 +63,8 @@ def store(w: Array, weight: Weight, cfg: ModelConfig, how: Storage) -> Any:
         return OutIn(w.astype(jnp.bfloat16))
     if how in ("float32", "as_stored"):
         return OutIn(w.astype(cfg.compute_dtype))
-    round_layer = partial(quantize, kind=how, inputs=weight.inputs)
+    kind: Any = how
+    round_layer = partial(quantize, kind=kind, inputs=weight.inputs)
     return jax.vmap(round_layer)(w) if w.ndim > len(weight.axes) else round_layer(w)
 
 
