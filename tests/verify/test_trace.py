@@ -136,7 +136,7 @@ def test_an_error_in_a_weights_gradient_alone_is_named(monkeypatch):
 
 def test_an_error_between_the_ops_is_named_by_who_receives_it(monkeypatch):
     monkeypatch.setattr(
-        gpt2, "block_bwd", planted("block: the stream's gradient is not added to the MLP's")
+        gpt2, "block_bwd", planted("gpt2.block: the stream's gradient is not added to the MLP's")
     )
     received = "dropout_bwd receives a wrong gradient, though every op before it is right"
     assert part().startswith(f"layer 1, dropout (after attprojw): {received}")
