@@ -5,22 +5,23 @@ import sys
 from gptjax import __version__
 
 COMMANDS = {
-    "train": "train a model, or go on with a run",
+    "train": "train a model, or resume a run",
     "generate": "continue text with a model",
+    "chat": "talk with a model",
     "evaluate": "perplexity on a corpus or a text, HellaSwag",
-    "verify": "prove the hand-written gradient",
+    "verify": "check the hand-written gradient",
     "explore": "write a page that shows a model's backward, op by op",
-    "plot": "draw the curves of runs",
-    "convert": "inspect models, and write them in other formats",
+    "plot": "draw the metrics of runs",
+    "convert": "inspect models, convert them to other formats",
     "datasets": "prepare a corpus",
     "tokenizers": "train a tokenizer, encode, decode",
-    "plan": "memory, collectives and least time of a run on any devices",
+    "plan": "predict memory, collectives and step time on any devices",
     "bench": "time steps, decoding, data and the loop",
 }
 
 
 def main() -> int:
-    """Print the commands."""
+    """List the commands."""
     print(f"gptjax {__version__}\n")
     for name, purpose in COMMANDS.items():
         print(f"  python -m gptjax.{name:<11} {purpose}")

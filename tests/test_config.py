@@ -58,7 +58,7 @@ def test_vocabulary_is_padded_to_a_multiple_of_128(vocab_size, padded):
         ({"dropout": 1.0}, r"model.dropout must be in \[0, 1\)"),
         ({"dropout_mlp": -0.1}, r"model.dropout_mlp must be in \[0, 1\)"),
         ({"vocab_size": -1}, "model.vocab_size must be at least 0, not -1"),
-        ({"loss_chunks": 0}, "model.loss_chunks must be at least 1"),
+        ({"loss_chunks": 0}, "model.loss_chunks must be auto or at least 1"),
     ],
 )
 def test_impossible_dimensions(changes, message):
@@ -116,7 +116,7 @@ def test_sequence_longer_than_the_model():
         resolved("cpu", 5000)
 
 
-def test_what_the_weights_are_says_nothing_of_how_they_are_computed():
+def test_weights_do_not_depend_on_the_computation_options():
     cfg = tiny.config(dropout=0.5, dtype="bfloat16", layers="scan")
     assert cfg.architecture == tiny.CONFIG.architecture
     assert isinstance(cfg.architecture, Architecture)
@@ -125,5 +125,5 @@ def test_what_the_weights_are_says_nothing_of_how_they_are_computed():
 
 def test_the_sizes_of_the_axes_are_those_of_the_legend():
     sizes = tiny.config(channels=24, num_heads=3, hidden=7).axis_sizes
-    assert sizes == {"L": 2, "C": 24, "H": 3, "D": 8, "F": 7, "Vp": 128, "T": 12}
+    assert sizes == {"L": 2, "C": 24, "H": 3, "K": 3, "D": 8, "F": 7, "Vp": 128, "T": 12}
     assert tiny.CONFIG.hidden == 4 * tiny.CONFIG.channels

@@ -5,7 +5,7 @@ import pytest
 from gptjax import errors
 
 
-def test_each_of_the_projects_errors_is_one_that_a_person_can_mend():
+def test_every_project_error_is_a_gptjax_error():
     own = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, Exception)]
     assert len(own) == 5
     assert all(issubclass(e, errors.GptjaxError) for e in own)

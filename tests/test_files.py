@@ -27,7 +27,7 @@ def test_a_regular_file_is_read_also_through_a_link(tmp_path):
     assert read_text(tmp_path / "b", 8) == "Zoë\n\n"
 
 
-def test_what_is_larger_is_refused_also_where_its_size_is_not_known(tmp_path):
+def test_larger_files_are_refused_even_without_a_known_size(tmp_path):
     (tmp_path / "a").write_bytes(bytes(100))
     assert read_small(tmp_path / "a", 100) == bytes(100)
     for path in (tmp_path / "a", "/proc/self/maps"):

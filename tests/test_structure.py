@@ -1,13 +1,15 @@
 """The rules that keep the package readable, checked by a machine."""
 
 import ast
+import importlib
 import re
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
-from gptjax.models import FAMILIES, gpt2
+import gptjax
+from gptjax.models import FAMILIES, gpt2, llama
 from gptjax.parallel.sharding import RULES
 from tests.conftest import ROOT
 
@@ -34,6 +36,7 @@ ORDER = (
     "evaluate",
     "verify",
     "explore",
+    "chat",
     "plan",
     "bench",
     "plot",
@@ -62,7 +65,7 @@ def level(module: str) -> int:
     return len(ORDER) if rest == ["__main__"] or room == "__main__" else ORDER.index(room)
 
 
-def test_the_package_has_few_rooms_and_each_has_its_place_in_the_order():
+def test_the_package_has_at_most_24_entries_each_in_the_import_order():
     entries = {p.name for p in PACKAGE.iterdir() if p.name != "__pycache__"}
     assert len(entries) <= 24
     rooms = {p.removesuffix(".py") for p in entries if not p.startswith("__") and p != "py.typed"}
@@ -90,23 +93,42 @@ def test_no_cycles():
         visit(module, [])
 
 
+def test_type_checkers_know_the_names_that_the_package_offers():
+    (block,) = (
+        node
+        for node in ast.parse((PACKAGE / "__init__.py").read_text()).body
+        if isinstance(node, ast.If)
+    )
+    declared = {(node.module, alias.name) for node in block.body for alias in node.names}
+    for module, name in declared:
+        assert getattr(gptjax, name) is getattr(
+            importlib.import_module(f"gptjax.{module}" if module else "gptjax"), name
+        )
+    assert {name for _, name in declared} == set(gptjax.__all__)
+
+
 # --- A family is a module ---
 
-# Who may name GPT-2's tensors, and why.
-NAMES_GPT2 = {
+# Who may name a family's tensors, and why.
+NAMES_TENSORS = {
     "gptjax.models.gpt2": "the family itself",
+    "gptjax.models.llama": "the family itself",
+    "gptjax.formats.gguf": "a format's table",
     "gptjax.formats.hf": "a format's table",
+    "gptjax.formats.llama2c": "a format's table",
     "gptjax.formats.llmc": "a format's table",
     "gptjax.formats.safetensors": "a format's table",
     "gptjax.plot.figures": "draws GPT-2's block for the notebooks",
 }
-TENSORS = {*gpt2.Params._fields, *gpt2.Block._fields, "qkvw", "qkvb"} - {"blocks"}
+TENSORS = {"qkvw", "qkvb"}.union(
+    *(family.Params._fields + family.Block._fields for family in (gpt2, llama))
+) - {"blocks"}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_only_its_own_files_name_a_familys_tensors(path):
     found = set(re.findall(rf"\b(?:{'|'.join(TENSORS)})\b", path.read_text()))
-    assert bool(found) == (name_of(path) in NAMES_GPT2), found
+    assert bool(found) == (name_of(path) in NAMES_TENSORS), found
 
 
 def test_only_the_registry_imports_a_family():
@@ -120,6 +142,7 @@ def test_only_the_registry_imports_a_family():
 SHARED_NAMES = {
     "__init__": "Python's",
     "__main__": "a room's command",
+    "llama2c": "of llama2.c's files",
     "report": "prints what a command says of its subject",
     "samples": "text that a model wrote",
 }
@@ -133,6 +156,9 @@ def test_modules_and_public_classes_of_one_name_mean_one_thing():
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 classes[node.name].append(name_of(path))
     assert {name for name, where in modules.items() if len(where) > 1} == set(SHARED_NAMES)
+    # Every family has these, by which the rest knows it.
+    for name in ("Params", "Block", "BlockSaved"):
+        assert classes.pop(name) == [f"gptjax.models.{family}" for family in FAMILIES]
     assert {name: where for name, where in classes.items() if len(where) > 1} == {}
 
 
@@ -141,10 +167,10 @@ def test_modules_and_public_classes_of_one_name_mean_one_thing():
 
 def test_the_one_custom_derivative_binds_the_network_to_its_backward():
     """Ops stay free of custom derivatives, or JAX's gradient of the forward would be no
-    reference.
+    reference. A form for one compiler has JAX's derivative of the plain form.
     """
     uses = {name_of(p) for p in MODULES if re.search(r"custom_[vj][jv]p\b(?!``)", p.read_text())}
-    assert uses == {"gptjax.models.transformer"}
+    assert uses == {"gptjax.models.transformer", "gptjax.xla.forms"}
 
 
 def test_ops_know_neither_the_mesh_nor_barriers():

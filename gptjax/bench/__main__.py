@@ -10,12 +10,17 @@ The floor is measured in the same run: for a step, its matrix products at the ra
 product, and one pass of AdamW over memory; for decoding, one read of all weights a token.
 
 ``--what program`` times nothing. It counts the step's operations as lowered for ``--platform``,
-without needing that hardware. With ``--hlo FOLDER`` it writes the programs compiled for an H100
+without needing that hardware. For cuda, where JAX's plugin is installed (``gptjax[cuda-aot]``), it
+compiles the step for an H100 and adds up the kernels instead: bytes, FLOPs, and the least time if
+they run one after the other. With ``--hlo FOLDER`` it writes the programs compiled for an H100
 (cuda), a TPU v5e (tpu) or the CPU.
 """
 
 import dataclasses
+import itertools
 import json
+import math
+import operator
 import os
 import statistics
 import sys
@@ -34,12 +39,14 @@ from gptjax.datasets import find_corpus, vocabulary, vocabulary_without_corpus
 from gptjax.datasets.batches import BatchShape
 from gptjax.errors import ConfigError, naming
 from gptjax.models.params import flops_per_token
-from gptjax.plan.topology import open_devices, parse_topology, start
+from gptjax.plan.kernels import Kernel, kernels, summed
+from gptjax.plan.topology import Topology, open_devices, parse_topology, start
 from gptjax.train.metrics import human_bytes, peak_flops
 from gptjax.xla.backend import platform_name, start_jax
 
 PROG = "python -m gptjax.bench"
 OPS = 12  # listed in a profile
+KERNELS = 25  # kinds or source lines of kernels that are listed
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,13 +64,13 @@ def main(argv: list[str] | None = None) -> int:
             size, whose = vocabulary_without_corpus(cfg.data.tokenizer)
             print(f"vocabulary of {size:,} ids, of {whose}")
             cfg = dataclasses.replace(cfg, model=cfg.model.with_vocabulary(size))
-        cli.keep_freed_memory()
+        cli.reuse_freed_memory()
         if cfg.what == "data":
             record = time_data(cfg)
         elif cfg.what == "loop":
             record = time_loop(cfg)
         elif cfg.what == "program":
-            record = write_programs(cfg, Path(cfg.hlo)) if cfg.hlo else count_program(cfg)
+            record = study_program(cfg)
         else:
             if cfg.peer == "torch":
                 # JAX and PyTorch share the GPU's memory
@@ -229,6 +236,30 @@ def time_loop(cfg: BenchConfig) -> dict[str, Any]:
     return {"steps": count, "tokens": tokens, "rows": rows}
 
 
+def study_program(cfg: BenchConfig) -> dict[str, Any]:
+    """Compile the step where asked for or, for CUDA, where it can be; else count what is lowered.
+
+    Raises:
+        GptjaxError: as `compile_program` and `count_program` do.
+
+    """
+    if cfg.hlo:
+        if cfg.platform is None:
+            start_jax(cfg.model.dtype)
+        topology = program.target(cfg, cfg.platform or platform_name())
+        return compile_program(cfg, topology, Path(cfg.hlo))
+    if cfg.platform == "cuda":
+        topology = program.target(cfg, "cuda")
+        start(topology)
+        try:
+            open_devices(topology)
+        except ConfigError as error:
+            print(f"lowered only, as {error}")
+        else:
+            return compile_program(cfg, topology, None)
+    return count_program(cfg)
+
+
 def count_program(cfg: BenchConfig) -> dict[str, Any]:
     """Print how often each operation runs and the gigabytes of its results, for both backwards.
 
@@ -263,41 +294,86 @@ def count_program(cfg: BenchConfig) -> dict[str, Any]:
     }
 
 
-def write_programs(cfg: BenchConfig, folder: Path) -> dict[str, Any]:
-    """Compile the step with both backwards, write each program's text to the folder and print a row
-    for each file.
+def compile_program(cfg: BenchConfig, topology: Topology, folder: Path | None) -> dict[str, Any]:
+    """Compile the step with both backwards and print a row for each program; write their texts to
+    the folder, if any. Of a GPU's programs also print what their kernels read, write and compute.
 
     Raises:
         GptjaxError: the compiler is not installed, the model does not fit the platform, or a file
             cannot be written.
 
     """
-    if cfg.platform is None:
-        start_jax(cfg.model.dtype)
-    topology = program.target(cfg, cfg.platform or platform_name())
     start(topology)
     start_jax(cfg.model.dtype)
     devices = open_devices(topology)
     model = cfg.model.resolve(topology.platform, cfg.data.seq_len)
-    with naming(str(folder)):
-        folder.mkdir(parents=True, exist_ok=True)
+    if folder:
+        with naming(str(folder)):
+            folder.mkdir(parents=True, exist_ok=True)
+            for backward, name in itertools.product(program.BACKWARDS, program.NAMES):
+                # An earlier run for another platform may have left more files
+                (folder / f"{backward}-{name}.txt").unlink(missing_ok=True)
     tokens = cfg.optim.accumulate * cfg.data.batch_size * cfg.data.seq_len
     print(
         f"compiled for {topology.kind}, {model.dtype}, attention {model.attention}, layers "
         f"{model.layers}, {tokens:,} tokens"
     )
-    print(f"{'file':<24} {'temporaries':>11}")
+    print(f"{'program':<24} {'temporaries':>11}")
     record: dict[str, Any] = {}
+    found: dict[str, list[Kernel]] = {}
     for backward in program.BACKWARDS:
-        for name in program.NAMES:  # an earlier run for another platform may have left more files
-            (folder / f"{backward}-{name}.txt").unlink(missing_ok=True)
-        for found in program.compiled_step(cfg, model, backward, devices):
-            path = folder / f"{backward}-{found.name}.txt"
-            with naming(str(path)):
-                path.write_text(found.text)
-            print(f"{path.name:<24} {human_bytes(found.temporary_bytes):>11}", flush=True)
-            record[path.name] = {"temporary_bytes": found.temporary_bytes}
+        for one in program.compiled_step(cfg, model, backward, devices):
+            file = f"{backward}-{one.name}.txt"
+            if folder:
+                with naming(str(folder / file)):
+                    (folder / file).write_text(one.text)
+            print(f"{file:<24} {human_bytes(one.temporary_bytes):>11}", flush=True)
+            record[file] = {"temporary_bytes": one.temporary_bytes}
+            if topology.platform == "cuda" and topology.device:
+                found.setdefault(backward, []).extend(kernels(one.text, topology.device))
+    if found:
+        each = tokens / math.prod(max(1, size) for size in cfg.mesh.shape)
+        record["kernels"] = print_kernels(found, each)
     return record
+
+
+def print_kernels(found: dict[str, list[Kernel]], tokens: float) -> dict[str, Any]:
+    """Print the sums of kernels by kind and by source line, for each backward; returns them.
+
+    Args:
+        found: the kernels of a step by backward.
+        tokens: of a step on one device.
+
+    """
+    columns = f"{'runs':>6} {'GB read':>7} {'written':>7} {'TFLOP':>6} {'ms':>6}"
+    record: dict[str, Any] = {}
+    for title in ("kind", "source"):
+        sums = {
+            way: summed(ran, operator.attrgetter(title))
+            | {"in all": summed(ran, lambda _: "in all")["in all"]}
+            for way, ran in found.items()
+        }
+        print(f"{'kernels by ' + title:<28}" + "".join(f" | {way:<36}" for way in sums))
+        print(f"{'':<28}" + f" | {columns}" * len(sums))
+        names = sorted(
+            set().union(*sums.values()),
+            key=lambda name: -max(ks[name].seconds for ks in sums.values() if name in ks),
+        )
+        for name in names[:KERNELS]:
+            cells = (_cells(ks[name]) if name in ks else f"{'':<36}" for ks in sums.values())
+            print(f"{name:<28}" + "".join(f" | {cell}" for cell in cells))
+        record[title] = {
+            way: {name: kernel._asdict() for name, kernel in ks.items()} for way, ks in sums.items()
+        }
+    for way, ran in found.items():
+        print(f"{way}: at best {tokens / sum(k.seconds for k in ran):,.0f} tokens/s a device")
+    return record
+
+
+def _cells(kernel: Kernel) -> str:
+    gigabytes = f"{kernel.read / 1e9:>7.2f} {kernel.written / 1e9:>7.2f}"
+    times = f"{kernel.flops / 1e12:>6.2f} {kernel.seconds * 1e3:>6.2f}"
+    return f"{kernel.times:>6,.0f} {gigabytes} {times}"
 
 
 def time_data(cfg: BenchConfig) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def loading(
 
     def cold() -> int:
         for shard in shards:
-            forget(shard)
+            drop_page_cache(shard)
         batches = TrainingBatches(shards, shape, order, 0, vocab_size)
         return sum(next(batches).inputs.size for _ in range(BATCHES))
 
@@ -81,7 +81,7 @@ def _crops(shard: Shard, shape: BatchShape) -> Iterator[int]:
         yield inputs.size
 
 
-def forget(shard: Shard) -> None:
+def drop_page_cache(shard: Shard) -> None:
     """Unmap a shard's pages and drop them from the page cache; mapped pages would stay."""
     mapped: Any = shard.tokens
     if hasattr(os, "posix_fadvise"):

@@ -17,7 +17,7 @@ from gptjax.train.checkpoint import CheckpointWriter
 from gptjax.train.hooks import add_hooks
 from gptjax.train.loggers import Loggers
 from gptjax.train.metrics import Display, MetricsFile
-from gptjax.train.setup import fill_folder, owned, set_up
+from gptjax.train.setup import claim_folder, set_up, write_run_files
 from gptjax.train.trainer import Trainer
 from gptjax.verify.live import LiveCheck
 
@@ -46,9 +46,9 @@ def contenders(cfg: Config) -> Iterator[list[Contender]]:
         folder = cleanup.enter_context(tempfile.TemporaryDirectory())
         nowhere = cleanup.enter_context(Path(os.devnull).open("w"))
         run = cleanup.enter_context(
-            owned(set_up(dataclasses.replace(cfg, runs=folder, resume=None)))
+            claim_folder(set_up(dataclasses.replace(cfg, runs=folder, resume=None)))
         )
-        fill_folder(run)
+        write_run_files(run)
         shapes = steps.step_arguments(run.model, run.optimizer, run.shape, run.mesh)
         compiled = steps.compile_step(
             run.model, run.optimizer, cfg.train.backward, *shapes, run.mesh

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from gptjax.bench.timing import Contender
-from gptjax.config import Config, ModelConfig, Sampler
+from gptjax.config import Config, ModelConfig, Sampler, Storage
 from gptjax.errors import ConfigError
 from gptjax.generate import sample
 from gptjax.models.batch import Batch
@@ -22,6 +22,7 @@ from gptjax.train.optimizer import make_optimizer
 from gptjax.xla.backend import platform_name
 
 PROMPT_TOKENS, NEW_TOKENS = 16, 256
+STORAGES: tuple[Storage, ...] = ("as_stored", "bfloat16", "q8_0", "q4_0", "q4_1")
 GREEDY, FILTERED = Sampler(temperature=0), Sampler(0.8, top_k=50, top_p=0.95)
 
 
@@ -95,7 +96,7 @@ def step_contenders(cfg: Config, compare: bool) -> Iterator[Contender]:
 
 def decode_contenders(cfg: Config) -> Iterator[Contender]:
     """Decoding of `NEW_TOKENS` after `PROMPT_TOKENS`: greedy, with top-k and top-p, and greedy with
-    8-bit weights.
+    the weights stored in other ways.
 
     Raises:
         ConfigError: the model has too few positions for the tokens.
@@ -109,16 +110,17 @@ def decode_contenders(cfg: Config) -> Iterator[Contender]:
             f"{PROMPT_TOKENS + NEW_TOKENS}"
         )
     fresh = jax.jit(partial(init_params, cfg=model))(jax.random.key(cfg.seed))
-    weights = {int8: store_for_decoding(fresh, model, int8) for int8 in (False, True)}
+    weights = {how: store_for_decoding(fresh, model, how) for how in STORAGES}
     prompts = random_prompt(cfg).tolist()
     drawn = f"top {FILTERED.top_k}, top p {FILTERED.top_p}"
-    for name, int8, sampler in (
-        ("greedy", False, GREEDY),
-        (drawn, False, FILTERED),
-        ("greedy, int8", True, GREEDY),
-    ):
+    rows: list[tuple[str, Storage, Sampler]] = [
+        ("greedy", "as_stored", GREEDY),
+        (drawn, "as_stored", FILTERED),
+        *((f"greedy, {how}", how, GREEDY) for how in STORAGES[1:]),
+    ]
+    for name, how, sampler in rows:
 
-        def run(params: Any = weights[int8], sampler: Sampler = sampler) -> None:
+        def run(params: Any = weights[how], sampler: Sampler = sampler) -> None:
             sample(
                 params,
                 prompts,

@@ -22,7 +22,7 @@ def load(cfg: Config) -> tuple[Any, Any, Any]:
     to the same size as ours.
 
     Raises:
-        ConfigError: a package is missing, or the model is no GPT-2.
+        ConfigError: a package is missing, or the model is not GPT-2.
 
     """
     if cfg.model.family != "gpt2":

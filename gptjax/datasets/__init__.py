@@ -1,5 +1,5 @@
-"""Corpora: a name, a folder of token shards, or your own text -> shards of train and val, and the
-tokenizer that made them.
+"""Corpora: open a named corpus, a folder of token shards or your own text as training and
+validation shards with their tokenizer.
 """
 
 import contextlib
@@ -12,30 +12,41 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gptjax import tokenizers
-from gptjax.datasets.named import CORPORA, Wanted
-from gptjax.datasets.prepare import TOKENIZER_FILE, prepare_text
+from gptjax.datasets.conversations import (
+    LABELS,
+    TEMPLATE_FILE,
+    hold_conversations,
+    prepare_conversations,
+)
+from gptjax.datasets.named import CORPORA, Request
+from gptjax.datasets.prepare import TOKENIZER_FILE, TRAINED, prepare_text
 from gptjax.datasets.text import find_files
 from gptjax.errors import DataError
-from gptjax.files import alone
+from gptjax.files import file_lock, read_text
 from gptjax.formats.token_shards import Shard, open_shard
 from gptjax.tokenizers import Tokenizer
+from gptjax.tokenizers.chat_template import ChatTemplate
+from gptjax.tokenizers.chat_template import find as find_template
 
-HASHED_IDS = 1 << 23  # from each end of a shard
+HASHED_IDS = 1 << 23  # hashed at each end of a shard
 
 __all__ = [
     "CORPORA",
+    "TEMPLATE_FILE",
     "TOKENIZER_FILE",
     "Corpus",
     "find_corpus",
     "fitted",
+    "holds_conversations",
     "holds_shards",
+    "template_of",
     "vocabulary",
     "vocabulary_without_corpus",
 ]
 
 
 class Corpus(NamedTuple):
-    """Opened shards and, where known, the tokenizer that made them."""
+    """Opened shards and the tokenizer that made them, if known."""
 
     folder: Path
     train: list[Shard]
@@ -45,109 +56,138 @@ class Corpus(NamedTuple):
 
     @property
     def tokenizer_is_kept(self) -> bool:
-        """Whether the folder says what made its ids; otherwise GPT-2's vocabulary is assumed."""
+        """Whether the folder holds its tokenizer; if not, GPT-2's is assumed."""
         return (self.folder / TOKENIZER_FILE).exists()
 
 
 def find_corpus(
     dataset: str,
     root: str | os.PathLike[str],
-    tokenizer: str | None = None,
+    tokenizer: str | Tokenizer | None = None,
     column: str | None = None,
     tokens: int | None = None,
+    template: ChatTemplate | None = None,
 ) -> Corpus:
-    """Open a corpus, making it first where it is a named one, or text, that is not yet under
-    ``root``.
+    """Open a corpus; a named one or text is prepared first, unless it already is under ``root``.
 
     Args:
         dataset: a name in `CORPORA`; a folder of token shards, ``train*.bin`` and ``val*.bin``
-            (also ``*_train*.bin``, as llm.c names them), with the ``tokenizer.json`` that made them
-            if it is not GPT-2's; or text: a file, a folder or a glob pattern, see
-            `gptjax.datasets.text`.
-        root: the folder that prepared corpora live in.
-        tokenizer: what text is tokenized with, see `gptjax.datasets.prepare.make_tokenizer`; None
-            for gpt2, or a named corpus's own.
-        column: of JSON lines and Parquet, the one that holds the text.
-        tokens: how many training tokens of a named corpus that comes in parts are enough; None for
-            all.
+            (or ``*_train*.bin``, as llm.c names them), with the ``tokenizer.json`` that made them
+            if that is not GPT-2's; or text: a file, a folder or a glob pattern, see
+            `gptjax.datasets.text`; or conversations in JSON lines, see
+            `gptjax.datasets.conversations`.
+        root: the folder of prepared corpora.
+        tokenizer: tokenizer for text, see `gptjax.datasets.prepare.make_tokenizer`; None for gpt2,
+            or a named corpus's own.
+        column: the column of JSON lines and Parquet that holds the text.
+        tokens: training tokens to prepare of a named corpus that comes in parts; None for all.
+        template: renders conversations; by default ChatML.
 
     Raises:
-        DataError: no such corpus, or it cannot be had or made.
+        DataError: there is no such corpus, or it cannot be downloaded or prepared.
         FormatError: a shard or a text file is damaged.
 
     """
     if tokens is not None and tokens < 1:
         raise DataError(
-            f"{tokens} training tokens are asked for: give at least 1, or nothing for all"
+            f"tokens must be at least 1, not {tokens}: leave it out for all of the corpus"
         )
     path, root = Path(dataset), Path(root)
     if dataset in CORPORA:
-        with _alone(root, dataset, tokenizer):
-            made = CORPORA[dataset](Wanted(root, tokenizer, tokens))
+        with _locked(root, dataset, _name(tokenizer)):
+            made = CORPORA[dataset](Request(root, tokenizer, tokens))
         return _open(made, tokens)
     if holds_shards(path):
         found = _open(path, tokens)
-        return found._replace(tokenizer=tokenizers.find(tokenizer)) if tokenizer else found
+        return found._replace(tokenizer=_found(tokenizer)) if tokenizer else found
     if not path.exists() and not set(dataset) & set("*?["):
         near = difflib.get_close_matches(dataset, CORPORA, 1)
         raise DataError(
-            f"data.dataset {dataset} is no file or folder, nor one of {', '.join(CORPORA)}"
+            f"data.dataset {dataset} is neither a file or folder nor one of {', '.join(CORPORA)}"
             + (f": did you mean {near[0]}?" if near else "")
         )
     name = re.sub(r"\W+", "-", path.name.split(".")[0]).strip("-") or "text"
     files = find_files(dataset)
-    with _alone(root, *map(str, files), tokenizer, column):
-        made = prepare_text(files, root, name, tokenizer or "gpt2", column)
+    with _locked(root, *map(str, files), _name(tokenizer), column):
+        if hold_conversations(files):
+            form = template or find_template("chatml")
+            made = prepare_conversations(files, root, name, _found(tokenizer or "gpt2"), form)
+        else:
+            made = prepare_text(files, root, name, tokenizer or "gpt2", column)
     return _open(made, tokens)
 
 
+def _found(tokenizer: str | Tokenizer) -> Tokenizer:
+    return tokenizer if isinstance(tokenizer, Tokenizer) else tokenizers.find(tokenizer)
+
+
+def _name(tokenizer: str | Tokenizer | None) -> str | None:
+    return tokenizer.sha256 if isinstance(tokenizer, Tokenizer) else tokenizer
+
+
+def holds_conversations(dataset: str) -> bool:
+    """Whether `find_corpus` opens this as conversations, which are packed into sequences."""
+    path = Path(dataset)
+    if dataset in CORPORA or holds_shards(path):
+        return any(path.glob(f"*{LABELS}"))
+    try:
+        return hold_conversations(find_files(dataset))
+    except DataError:
+        return False  # and `find_corpus` says why
+
+
 @contextlib.contextmanager
-def _alone(root: Path, *what: str | None) -> Iterator[None]:
-    """Let one process at a time prepare a corpus. Where nothing can be written, all there is to do
-    is to look.
+def _locked(root: Path, *what: str | None) -> Iterator[None]:
+    """Let one process at a time prepare a corpus. A read-only ``root`` needs no lock: its corpora
+    can only be opened.
     """
     if root.is_dir() and not os.access(root, os.W_OK):
         yield
         return
     root.mkdir(parents=True, exist_ok=True)
-    with alone(root / f".{hashlib.sha256(repr(what).encode()).hexdigest()[:12]}.lock"):
+    with file_lock(root / f".{hashlib.sha256(repr(what).encode()).hexdigest()[:12]}.lock"):
         yield
 
 
 def holds_shards(path: Path) -> bool:
-    """Whether `find_corpus` takes this for a folder of token shards."""
+    """Whether `find_corpus` opens this as a folder of token shards."""
     return path.is_dir() and any(path.glob("*.bin"))
 
 
+def template_of(corpus: Corpus) -> str | None:
+    """The chat template that rendered a corpus of conversations, in Jinja; None for text."""
+    file = corpus.folder / TEMPLATE_FILE
+    return read_text(file, 1 << 20) if file.exists() else None
+
+
 def vocabulary(corpus: Corpus) -> int:
-    """How many ids the tokenizer has that made a corpus: GPT-2's number where the corpus does not
-    say.
+    """The vocabulary size of a corpus's tokenizer; GPT-2's if the corpus does not name one.
 
     Raises:
-        DataError: another tokenizer made it, which nothing here can read.
+        DataError: another tokenizer made the corpus, which cannot be read.
 
     """
     if corpus.tokenizer:
         return corpus.tokenizer.vocab_size
     if (corpus.folder / "meta.pkl").exists():
         raise DataError(
-            f"{corpus.folder} does not say how many ids its tokenizer has: give model.vocab_size"
+            f"the tokenizer of {corpus.folder} cannot be read: give its size as model.vocab_size"
         )
     return tokenizers.GPT2_IDS
 
 
 def vocabulary_without_corpus(tokenizer: str | None) -> tuple[int, str]:
-    """How many ids ``data.tokenizer`` has, as far as that is known before there is a corpus, and
-    whose they are, in words.
+    """The vocabulary size of ``data.tokenizer``, as far as it is known without a corpus, and its
+    origin as text.
 
     Raises:
-        GptjaxError: it names no tokenizer, or a damaged one.
+        GptjaxError: the tokenizer does not exist or is damaged.
 
     """
     kind, _, size = (tokenizer or "").partition(":")
-    if kind == "bpe" and size.isdecimal():
+    if kind in TRAINED and size.isdecimal():
         return int(size), f"data.tokenizer {tokenizer}"
-    if tokenizer in (None, "char") or kind == "bpe":
+    if tokenizer in (None, "char") or kind in TRAINED:
         return tokenizers.GPT2_IDS, "GPT-2 (no corpus is read; model.vocab_size sets another)"
     if tokenizer == "gpt2":
         return tokenizers.GPT2_IDS, "data.tokenizer gpt2"
@@ -155,8 +195,8 @@ def vocabulary_without_corpus(tokenizer: str | None) -> tuple[int, str]:
 
 
 def fitted(corpus: Corpus, vocab_size: int) -> Corpus:
-    """The corpus for a model of ``vocab_size`` ids: without a tokenizer where GPT-2's was assumed,
-    and made no such ids.
+    """The corpus for a model of ``vocab_size`` ids, without a tokenizer if GPT-2's was only assumed
+    and is too large.
 
     Raises:
         DataError: the tokenizer that made the corpus has more ids than the model.
@@ -179,8 +219,8 @@ def _open(folder: Path, tokens: int | None) -> Corpus:
         paths = sorted({*folder.glob(f"{split}*.bin"), *folder.glob(f"*_{split}*.bin")})
         if not paths:
             raise DataError(
-                f"{folder} holds no {split}*.bin: data.dataset needs train*.bin and val*.bin "
-                "token shards"
+                f"{folder} has no {split}*.bin: data.dataset needs the token shards train*.bin and "
+                "val*.bin"
             )
         splits.append([open_shard(path) for path in paths])
     train, val = splits
@@ -190,10 +230,10 @@ def _open(folder: Path, tokens: int | None) -> Corpus:
 
 
 def _tokenizer_of(folder: Path) -> Tokenizer | None:
-    """The one that is saved with the shards, or else GPT-2's, if it can be had.
+    """The tokenizer saved with the shards, or else GPT-2's, if it is available.
 
-    None with nanoGPT's ``meta.pkl``: then another vocabulary made them, but that file is a pickle
-    and is not opened.
+    None if there is a ``meta.pkl`` of nanoGPT: that means another vocabulary, but the file is a
+    pickle and is not opened.
     """
     made_with = folder / TOKENIZER_FILE
     if not made_with.exists() and (folder / "meta.pkl").exists():
@@ -205,8 +245,8 @@ def _tokenizer_of(folder: Path) -> Tokenizer | None:
 
 
 def _fingerprint(shards: list[Shard]) -> str:
-    """SHA-256 over each shard's name, length and ids; of a very long one, the first and last
-    `HASHED_IDS` alone.
+    """SHA-256 of each shard's name, length and ids; of a long shard, only the first and last
+    `HASHED_IDS`.
     """
     digest = hashlib.sha256()
     for shard in shards:

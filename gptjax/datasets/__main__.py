@@ -1,8 +1,8 @@
 """Prepare a corpus: ``python -m gptjax.datasets tinyshakespeare``, or any text: ``python -m
 gptjax.datasets stories/``.
 
-``gptjax.train --data.dataset`` does the same on first use. What it makes lies under ``--root``, and
-is not made twice.
+``gptjax.train --data.dataset`` does the same on first use. Prepared corpora are kept under
+``--root`` and reused.
 """
 
 import sys

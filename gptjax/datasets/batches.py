@@ -1,13 +1,15 @@
-"""Token shards -> batches: seeded, prefetched, resumable at an exact position."""
+"""Batches from token shards: seeded, prefetched, resumable at an exact position."""
 
 import bisect
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import grain
+import jax
 import numpy as np
 
 from gptjax.config import Order
+from gptjax.datasets.conversations import Conversations, labels_of
 from gptjax.errors import ConfigError, DataError
 from gptjax.formats.token_shards import Shard
 from gptjax.models.batch import Batch
@@ -24,7 +26,7 @@ class Windows:
     """
 
     def __init__(self, shards: list[Shard], seq_len: int, group: int, vocab_size: int) -> None:
-        """Count the windows of each shard; nothing is read yet."""
+        """Count the windows of each shard without reading any."""
         self.shards = shards
         self.seq_len = seq_len
         self.vocab_size = vocab_size
@@ -39,7 +41,7 @@ class Windows:
         """Window ``index``: (T + 1,) int32.
 
         Raises:
-            DataError: it holds an id that the model's vocabulary does not.
+            DataError: it holds an id beyond the model's vocabulary.
 
         """
         i = bisect.bisect_right(self.starts, index) - 1
@@ -67,18 +69,45 @@ class BatchShape(NamedTuple):
         return self.accumulate * self.batch_size * self.seq_len
 
 
-def to_batch(windows: np.ndarray) -> Batch:
-    """(..., T + 1) ids -> inputs and, one to the right, targets, each (..., T)."""
-    return Batch(windows[..., :-1], windows[..., 1:])
+def to_batch(window: np.ndarray) -> Batch:
+    """(T + 1,) ids -> inputs, and targets shifted by one, each (T,)."""
+    return Batch(window[:-1], window[1:])
+
+
+class Sequences:
+    """The sequences of a corpus as `Batch`es of (T,) arrays: windows of text, or packed
+    conversations.
+    """
+
+    def __init__(self, shards: list[Shard], seq_len: int, group: int, vocab_size: int) -> None:
+        """Count the sequences; see `Windows` and `Conversations`."""
+        self.source: Windows | Conversations
+        if labels_of(shards[0]) is None:
+            self.source = Windows(shards, seq_len, group, vocab_size)
+        else:
+            self.source = Conversations(shards, seq_len, vocab_size)
+
+    def __len__(self) -> int:
+        """The number of sequences."""
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Batch:
+        """Sequence ``index``.
+
+        Raises:
+            DataError: it holds an id beyond the model's vocabulary.
+
+        """
+        found = self.source[index]
+        return found if isinstance(found, Batch) else to_batch(found)
 
 
 class TrainingBatches:
-    """An endless iterator of batches, each a `Batch` of (A, B, T) arrays (B / n of n processes),
-    prefetched by a thread.
+    """An endless iterator of `Batch`es of (A, B, T) arrays, prefetched by a thread. Each of n
+    processes gets B / n rows.
 
-    ``sequential``: step n reads the tokens from n A B T on, as llm.c does, and starts over at the
-    corpus's end. ``shuffle``: windows in an order drawn from the seed, another one each time round
-    the corpus.
+    ``sequential``: step n reads from token n A B T on, as in llm.c, and starts over at the end of
+    the corpus. ``shuffle``: windows in an order drawn from the seed, anew in every epoch.
     """
 
     def __init__(
@@ -90,16 +119,15 @@ class TrainingBatches:
         vocab_size: int,
         process: tuple[int, int] = (0, 1),
     ) -> None:
-        """Set the iterator to the first batch.
+        """Start at the first batch.
 
         Args:
-            shards: of the training split.
-            shape: of the whole batch, that of all processes together.
+            shards: the training split.
+            shape: shape of the whole batch, over all processes.
             order: see above.
-            seed: of the shuffle.
-            vocab_size: ids must be below it.
-            process: which of how many this one is; process p of n gets rows p B / n up to (p + 1) B
-                / n of each micro-batch.
+            seed: seed of the shuffle.
+            vocab_size: upper bound of the ids.
+            process: (p, n): this process reads rows p B / n to (p + 1) B / n of each micro-batch.
 
         Raises:
             DataError: the shards are shorter than one batch.
@@ -109,19 +137,18 @@ class TrainingBatches:
         index, count = process
         if shape.batch_size % count:
             raise ConfigError(
-                f"data.batch_size {shape.batch_size} cannot be shared out evenly among {count} "
-                "processes"
+                f"data.batch_size {shape.batch_size} does not divide evenly among {count} "
+                "processes: choose a multiple"
             )
         per_step = shape.accumulate * shape.batch_size
-        windows = Windows(
+        windows = Sequences(
             shards, shape.seq_len, shape.batch_size if order == "sequential" else 1, vocab_size
         )
         if len(windows) < per_step:
             raise DataError(
                 f"the training shards in {shards[0].path.parent} give {len(windows)} sequences of "
-                f"{shape.seq_len} tokens, "
-                f"but one step takes {per_step}: lower data.batch_size, data.seq_len or "
-                "optim.accumulate, or bring more text"
+                f"{shape.seq_len} tokens, but one step takes {per_step}: lower data.batch_size, "
+                "data.seq_len or optim.accumulate, or use more text"
             )
         dataset = grain.MapDataset.source(windows)
         if order == "shuffle":
@@ -145,47 +172,49 @@ class TrainingBatches:
             DataError: an id is beyond the model's vocabulary.
 
         """
-        return to_batch(next(self._iterator))
+        found: Batch = next(self._iterator)
+        return found
 
     def position(self) -> dict[str, Any]:
-        """Where the next batch comes from, as JSON."""
+        """The position of the next batch, as JSON data."""
         return self._iterator.get_state()
 
     def seek(self, position: dict[str, Any]) -> None:
-        """Go to a `position`."""
+        """Move to a `position`."""
         self._iterator.set_state(position)
 
 
 def validation_batches(
     shards: list[Shard], tokens: int, batch_size: int, seq_len: int, vocab_size: int
 ) -> list[Batch]:
-    """The first ``tokens`` targets of the shards in order, in whole sequences, the same whatever
-    the batch size.
+    """Batches (B, T) of the first ``tokens`` targets of the shards, rounded up to whole sequences;
+    the same tokens for every batch size.
 
-    Each batch is (B, T); in the last one, sequences beyond the count are masked out. A corpus that
-    is shorter than ``tokens`` is used whole.
+    In the last batch, sequences beyond the count are masked. A corpus shorter than ``tokens`` is
+    used whole.
 
     Raises:
         DataError: the shards are shorter than one sequence.
 
     """
-    windows = Windows(shards, seq_len, 1, vocab_size)
+    windows = Sequences(shards, seq_len, 1, vocab_size)
     if not len(windows):
         total = sum(shard.tokens.size for shard in shards)
         raise DataError(
             f"the validation shards in {shards[0].path.parent} hold {total} tokens, but one "
-            f"sequence takes {seq_len + 1}: "
-            "lower data.seq_len, or bring more text"
+            f"sequence takes {seq_len + 1}: lower data.seq_len, or use more text"
         )
     return list(in_order(windows, min(len(windows), -(-tokens // seq_len)), batch_size))
 
 
-def in_order(windows: Windows, count: int, batch_size: int) -> Iterator[Batch]:
-    """The first ``count`` windows in batches of (B, T); in the last one, what is beyond the count
-    is masked out.
+def in_order(windows: Sequences, count: int, batch_size: int) -> Iterator[Batch]:
+    """The first ``count`` windows in batches (B, T); in the last one, rows beyond the count are
+    masked.
     """
     for begin in range(0, count, batch_size):
         rows = range(begin, begin + batch_size)
-        batch = to_batch(np.stack([windows[min(i, count - 1)] for i in rows]))
+        batch: Batch = jax.tree.map(
+            lambda *x: np.stack(x), *(windows[min(i, count - 1)] for i in rows)
+        )
         mask = np.array([i < count for i in rows], np.float32)
         yield batch._replace(mask=np.broadcast_to(mask[:, None], batch.targets.shape))

@@ -1,6 +1,4 @@
-"""Files from the web: resumed, retried, verified, and under their own name only when they are
-whole.
-"""
+"""Downloads: resumed, retried, verified, and renamed to their name once complete."""
 
 import hashlib
 import re
@@ -11,48 +9,46 @@ import requests
 
 from gptjax.cli.progress import progress
 from gptjax.errors import DataError, naming
-from gptjax.files import alone, open_file
+from gptjax.files import file_lock, open_file
 
 TIMEOUT_S = 30
 CHUNK_BYTES = 1 << 16
 ATTEMPTS = 5
-PAUSE_S = 1.0  # before the second attempt, doubled before each one after it
-AGAIN = {408, 425, 429, 500, 502, 503, 504}  # HTTP statuses that another attempt may not meet
+PAUSE_S = 1.0  # before the second attempt; doubled before each further one
+TRANSIENT = {408, 425, 429, 500, 502, 503, 504}  # HTTP statuses worth another attempt
 
 
 class _InterruptedError(Exception):
-    """An attempt failed in a way that the next one may not; what arrived so far stays."""
+    """A transient failure; the part received so far is kept for the next attempt."""
 
 
 def fetch(url: str, path: Path, sha256: str | None = None) -> Path:
-    """The file at ``path``, downloaded from ``url`` unless it is there already.
+    """Download ``url`` to ``path`` unless the file exists; returns ``path``.
 
-    It arrives as ``NAME.partial`` and is renamed once complete. What an interrupted download left
-    is gone on with where the result can be verified: against ``sha256``, or against the SHA-256
-    that the Hugging Face hub announces for its large files (header ``X-Linked-ETag``). Otherwise it
-    starts over.
+    The file is received as ``NAME.partial`` and renamed once complete. An interrupted download
+    resumes if the result can be verified, against ``sha256`` or against the SHA-256 that the
+    Hugging Face hub sends for large files (header ``X-Linked-ETag``). Otherwise it starts over.
 
     Args:
-        url: where it comes from.
-        path: where it goes; folders are made.
-        sha256: of the whole file, in hexadecimal, where it is known in advance.
+        url: the address to download from.
+        path: the file to write; its folders are made.
+        sha256: the file's SHA-256 in hexadecimal, if known.
 
     Raises:
-        DataError: no network, no such file, or not the expected content.
-        OSError: it cannot be written.
+        DataError: there is no network or no such file, or the content is not the expected one.
+        OSError: the file cannot be written.
 
     """
     if path.exists():
         if sha256 and _sha256(path) != sha256:
             raise DataError(
-                f"{path} is not what {url} holds: its SHA-256 is not {sha256}; remove it and try "
-                "again"
+                f"{path} differs from {url}: its SHA-256 is not {sha256}; remove it and try again"
             )
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     reason = ""
-    with alone(partial.with_name(f".{partial.name}.lock")):
+    with file_lock(partial.with_name(f".{partial.name}.lock")):
         for attempt in range(ATTEMPTS):
             if path.exists():  # another process was faster
                 return path
@@ -73,7 +69,7 @@ def fetch(url: str, path: Path, sha256: str | None = None) -> Path:
 
 
 def _receive(url: str, partial: Path, sha256: str | None) -> str | None:
-    """One attempt. Returns the SHA-256 that the file should have, if anyone told."""
+    """Make one attempt. Returns the expected SHA-256, if known."""
     held = partial.stat().st_size if partial.exists() else 0
     try:
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={held}-"} if held else {})
@@ -83,15 +79,14 @@ def _receive(url: str, partial: Path, sha256: str | None) -> str | None:
                 held and not expected
             ):
                 partial.unlink()
-                raise _InterruptedError("what an earlier attempt left cannot be gone on with")
-            if response.status_code in AGAIN:
+                raise _InterruptedError("the partial file of an earlier attempt cannot be resumed")
+            if response.status_code in TRANSIENT:
                 raise _InterruptedError(f"HTTP status {response.status_code}")
             if response.status_code not in (requests.codes.ok, requests.codes.partial_content):
                 raise DataError(
                     f"{url} cannot be downloaded: the server answers with status "
-                    f"{response.status_code}; "
-                    f"put the file at {partial.with_name(partial.name.removesuffix('.partial'))} "
-                    "yourself"
+                    f"{response.status_code}; put the file at "
+                    f"{partial.with_name(partial.name.removesuffix('.partial'))} yourself"
                 )
             held = held if response.status_code == requests.codes.partial_content else 0
             length = response.headers.get("Content-Length")
@@ -110,7 +105,7 @@ def _receive(url: str, partial: Path, sha256: str | None) -> str | None:
 
 
 def _innermost(error: BaseException) -> str:
-    """What went wrong at the bottom, without the objects that requests and urllib3 wrap it in."""
+    """The message of the innermost cause, without the wrappers of requests and urllib3."""
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__ or error
     return getattr(error, "strerror", None) or str(error)
@@ -136,6 +131,5 @@ def _verify(partial: Path, url: str, expected: str | None) -> None:
     if found != expected:
         partial.unlink()
         raise DataError(
-            f"{url} has the SHA-256 {found}, but {expected} is expected: the download was "
-            "removed, try again"
+            f"{url} has the SHA-256 {found}, not {expected}: the download was removed; try again"
         )

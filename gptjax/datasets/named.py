@@ -1,6 +1,4 @@
-"""The corpora that have a name: where each comes from, how it is split, what it is tokenized with
-by default.
-"""
+"""Named corpora: the source, split and default tokenizer of each."""
 
 import hashlib
 import json
@@ -15,6 +13,7 @@ from gptjax import tokenizers
 from gptjax.datasets.download import fetch
 from gptjax.datasets.prepare import (
     TOKENIZER_FILE,
+    TRAINED,
     Split,
     encode,
     folder_name,
@@ -40,21 +39,19 @@ TINYSHAKESPEARE_VAL_TOKENS = 32_768
 OPENWEBTEXT_VAL_EVERY = 2000
 
 
-class Wanted(NamedTuple):
-    """What is asked of a named corpus."""
+class Request(NamedTuple):
+    """A request for a named corpus."""
 
     root: Path
-    """The folder that corpora are kept in."""
-    tokenizer: str | None = None
-    """In place of the corpus's own; see `gptjax.datasets.prepare.make_tokenizer`."""
+    """The folder of prepared corpora."""
+    tokenizer: str | Tokenizer | None = None
+    """Replaces the corpus's own; see `gptjax.datasets.prepare.make_tokenizer`."""
     tokens: int | None = None
-    """Training tokens that are enough, where the corpus comes in parts; None for all."""
+    """Training tokens to prepare if the corpus comes in parts; None for all."""
 
 
 def hub(repo: str, file: str) -> str:
-    """The address of a file of a dataset on the Hugging Face hub, or on the mirror that
-    ``HF_ENDPOINT`` names.
-    """
+    """The address of a dataset's file on the Hugging Face hub or its mirror ``HF_ENDPOINT``."""
     return f"{_hub()}/datasets/{repo}/resolve/main/{file}"
 
 
@@ -62,17 +59,17 @@ def _hub() -> str:
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 
 
-def pydoc(wanted: Wanted) -> Path:
-    """The embedded corpus: the Python language reference that CPython carries for ``help()``, about
-    0.5 MB of text.
+def pydoc(request: Request) -> Path:
+    """Prepare the embedded corpus: the Python language reference that CPython ships for ``help()``,
+    about 0.5 MB of text.
 
-    Every tenth topic is held out for validation. Topics quote each other, so a paragraph that
-    occurs in a held-out topic is left out of the training text. A byte-level BPE is trained on the
-    training text. Everything is kept in ``root/pydoc-SIZE-HASH``, where SIZE is the vocabulary's
-    and HASH the text's: it differs between Python versions.
+    Every tenth topic is held out for validation. Topics quote each other, so paragraphs of held-out
+    topics are removed from the training text. A byte-level BPE is trained on the training text. The
+    folder is ``root/pydoc-SIZE-HASH`` with the vocabulary's size and a hash of the text, which
+    differs between Python versions.
 
     Raises:
-        DataError: this Python comes without the module ``pydoc_data.topics``.
+        DataError: this Python lacks the module ``pydoc_data.topics``.
 
     """
     try:
@@ -84,9 +81,9 @@ def pydoc(wanted: Wanted) -> Path:
         ) from error
     documents = [topics[name] for name in sorted(topics)]
     digest = hashlib.sha256("\0".join(documents).encode()).hexdigest()
-    which = wanted.tokenizer or f"bpe:{PYDOC_VOCAB_SIZE}"
-    label = str(PYDOC_VOCAB_SIZE) if wanted.tokenizer is None else folder_name(which)
-    folder = wanted.root / f"pydoc-{label}-{digest[:12]}"
+    which = request.tokenizer or f"bpe:{PYDOC_VOCAB_SIZE}"
+    label = str(PYDOC_VOCAB_SIZE) if request.tokenizer is None else folder_name(which)
+    folder = request.root / f"pydoc-{label}-{digest[:12]}"
     if folder.exists():
         return folder
     held_out = documents[::PYDOC_VAL_EVERY]
@@ -116,21 +113,21 @@ def _tinyshakespeare_text(root: Path) -> Path:
     )
 
 
-def tinyshakespeare(wanted: Wanted) -> Path:
-    """TinyShakespeare (1.1 MB), byte for byte as llm.c's ``dev/data/tinyshakespeare.py`` makes it.
+def tinyshakespeare(request: Request) -> Path:
+    """Prepare TinyShakespeare (1.1 MB), byte for byte as llm.c's ``dev/data/tinyshakespeare.py``.
 
-    End-of-text stands before the text and after each blank line; the first 32,768 tokens are for
+    End-of-text precedes the text and follows each blank line. The first 32,768 tokens are for
     validation.
     """
-    which = wanted.tokenizer or "gpt2"
-    folder = wanted.root / f"tinyshakespeare-{folder_name(which)}"
+    which = request.tokenizer or "gpt2"
+    folder = request.root / f"tinyshakespeare-{folder_name(which)}"
     if folder.exists():
         return folder
-    *begun, last = read_text(_tinyshakespeare_text(wanted.root), LARGEST).split("\n\n")
+    *begun, last = read_text(_tinyshakespeare_text(request.root), LARGEST).split("\n\n")
     documents = [
         Piece(i, text) for i, text in enumerate([*(f"{part}\n\n" for part in begun), last])
     ]
-    held_out = len(documents) // 10  # about what the first 32,768 tokens take: not to be trained on
+    held_out = len(documents) // 10  # covers the first 32,768 tokens; no BPE is trained on them
     tokenizer = make_tokenizer(
         which, lambda: (piece.text for piece in documents[held_out:]), lambda: documents
     )
@@ -145,28 +142,30 @@ def tinyshakespeare(wanted: Wanted) -> Path:
     return write_folder(folder, write)
 
 
-def shakespeare_char(wanted: Wanted) -> Path:
-    """TinyShakespeare by characters, as nanoGPT's ``data/shakespeare_char`` makes it: 65 of them,
-    the last tenth held out.
+def shakespeare_char(request: Request) -> Path:
+    """Prepare TinyShakespeare by characters like nanoGPT's ``data/shakespeare_char``: 65 ids, the
+    last tenth held out.
     """
-    which = wanted.tokenizer or "char"
+    which = request.tokenizer or "char"
     folder = (
-        wanted.root / f"shakespeare-char-{folder_name(which)}"
+        request.root / f"shakespeare-char-{folder_name(which)}"
         if which != "char"
-        else wanted.root / "shakespeare-char"
+        else request.root / "shakespeare-char"
     )
     if folder.exists():
         return folder
-    made = prepare_text([_tinyshakespeare_text(wanted.root)], wanted.root, "shakespeare", which)
+    made = prepare_text([_tinyshakespeare_text(request.root)], request.root, "shakespeare", which)
     return made.rename(folder)
 
 
-def tinystories(wanted: Wanted) -> Path:
-    """TinyStories' GPT-4 version (Eldan & Li 2023; 2.2 GB), with its own validation file."""
-    which = wanted.tokenizer or "gpt2"
+def tinystories(request: Request) -> Path:
+    """Prepare TinyStories, GPT-4's version (Eldan & Li 2023; 2.2 GB), with its own validation
+    file.
+    """
+    which = request.tokenizer or "gpt2"
     folder = (
-        wanted.root
-        / f"tinystories-{folder_name(which)}{f'-{wanted.tokens}' if wanted.tokens else ''}"
+        request.root
+        / f"tinystories-{folder_name(which)}{f'-{request.tokens}' if request.tokens else ''}"
     )
     if folder.exists():
         return folder
@@ -175,7 +174,7 @@ def tinystories(wanted: Wanted) -> Path:
         "val": "TinyStoriesV2-GPT4-valid.txt",
     }
     files = {
-        split: fetch(hub("roneneldan/TinyStories", name), wanted.root / "downloads" / name)
+        split: fetch(hub("roneneldan/TinyStories", name), request.root / "downloads" / name)
         for split, name in names.items()
     }
 
@@ -188,61 +187,61 @@ def tinystories(wanted: Wanted) -> Path:
     total = sum(path.stat().st_size for path in files.values())
     source: dict[str, object] = {"files": list(names.values())}
     return write_corpus(
-        folder, tokenizer, {s: read(s) for s in names}, total, source, wanted.tokens
+        folder, tokenizer, {s: read(s) for s in names}, total, source, request.tokens
     )
 
 
-def openwebtext(wanted: Wanted) -> Path:
-    """OpenWebText (Gokaslan & Cohen 2019; 9.0 billion GPT-2 tokens), part by part from the hub's
-    Parquet files.
+def openwebtext(request: Request) -> Path:
+    """Prepare OpenWebText (Gokaslan & Cohen 2019; 9.0 billion GPT-2 tokens), one Parquet file of
+    the hub after the other.
 
-    Of each part every 2,000th document is for validation, nanoGPT's share.
+    Every 2,000th document of a part is for validation, the same share as in nanoGPT.
     """
-    return _parquet_corpus(wanted, "openwebtext", "Skylion007/openwebtext/parquet/plain_text/train")
+    return _parquet_corpus(
+        request, "openwebtext", "Skylion007/openwebtext/parquet/plain_text/train"
+    )
 
 
-def fineweb(wanted: Wanted) -> Path:
-    """FineWeb's 10-billion-token sample (Penedo et al. 2024), as modded-nanogpt keeps it: llm.c
+def fineweb(request: Request) -> Path:
+    """Download FineWeb's 10-billion-token sample (Penedo et al. 2024), from modded-nanogpt's llm.c
     shards of 0.1 billion.
     """
-    return _shard_corpus(wanted, "fineweb", "kjj0/fineweb10B-gpt2", "fineweb_{}_{:06d}.bin", 103)
+    return _shard_corpus(request, "fineweb", "kjj0/fineweb10B-gpt2", "fineweb_{}_{:06d}.bin", 103)
 
 
-def fineweb_edu(wanted: Wanted) -> Path:
-    """FineWeb-Edu's sample of the same size, likewise."""
+def fineweb_edu(request: Request) -> Path:
+    """Download FineWeb-Edu's 10-billion-token sample; see `fineweb`."""
     return _shard_corpus(
-        wanted, "fineweb-edu", "kjj0/finewebedu10B-gpt2", "finewebedu_{}_{:06d}.bin", 99
+        request, "fineweb-edu", "kjj0/finewebedu10B-gpt2", "finewebedu_{}_{:06d}.bin", 99
     )
 
 
-def _shard_corpus(wanted: Wanted, name: str, repo: str, pattern: str, shards: int) -> Path:
-    """Shards as the hub holds them: those that are there stay, and as many more are fetched as the
-    tokens asked for take.
-    """
-    if wanted.tokenizer not in (None, "gpt2"):
-        raise DataError(f"{name} comes tokenized with gpt2: leave data.tokenizer out")
-    folder = wanted.root / name
+def _shard_corpus(request: Request, name: str, repo: str, pattern: str, shards: int) -> Path:
+    """Download shards from the hub until they hold the requested tokens; existing ones are kept."""
+    if request.tokenizer not in (None, "gpt2"):
+        raise DataError(f"{name} is already tokenized with gpt2: leave data.tokenizer out")
+    folder = request.root / name
 
     def get(split: str, number: int) -> int:
         file = pattern.format(split, number)
         return open_shard(fetch(hub(repo, file), folder / file)).tokens.size
 
     get("val", 0)
-    _until_enough(wanted.tokens, (get("train", number) for number in range(1, shards + 1)))
+    _until_enough(request.tokens, (get("train", number) for number in range(1, shards + 1)))
     return folder
 
 
-def _parquet_corpus(wanted: Wanted, name: str, listing: str) -> Path:
+def _parquet_corpus(request: Request, name: str, listing: str) -> Path:
     """Tokenize each Parquet file into one shard per split, then delete the file."""
-    which = wanted.tokenizer or "gpt2"
-    if which == "char" or which.startswith("bpe:"):
+    which = request.tokenizer or "gpt2"
+    if isinstance(which, str) and (which == "char" or which.partition(":")[0] in TRAINED):
         raise DataError(
-            f"{name} comes in parts, so its tokenizer must exist before: train one, then name its "
+            f"{name} comes in parts, so its tokenizer must already exist: train one, then name its "
             "file"
         )
     import_arrow(Path(f"{name}'s Parquet"))  # before anything is downloaded
-    tokenizer = tokenizers.find(which)
-    folder = wanted.root / f"{name}-{folder_name(which)}"
+    tokenizer = which if isinstance(which, Tokenizer) else tokenizers.find(which)
+    folder = request.root / f"{name}-{folder_name(which)}"
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder / TOKENIZER_FILE)
 
@@ -253,12 +252,12 @@ def _parquet_corpus(wanted: Wanted, name: str, listing: str) -> Path:
         return open_shard(done).tokens.size
 
     parts = _listed(listing, folder / "parts.json")
-    _until_enough(wanted.tokens, (part(number, url) for number, url in enumerate(parts)))
+    _until_enough(request.tokens, (part(number, url) for number, url in enumerate(parts)))
     return folder
 
 
 def _until_enough(tokens: int | None, parts: Iterator[int]) -> None:
-    """Have parts made, each of which says how many tokens it holds, until that many are there."""
+    """Make parts, each of which yields its number of tokens, until ``tokens`` are reached."""
     held = 0
     for count in parts:
         held += count
@@ -268,7 +267,7 @@ def _until_enough(tokens: int | None, parts: Iterator[int]) -> None:
 
 def _tokenize_part(url: str, folder: Path, number: int, tokenizer: Tokenizer) -> None:
     source = fetch(url, folder / f"part_{number:06d}.parquet")
-    for split in ("val", "train"):  # train last: it says that the part is done
+    for split in ("val", "train"):  # train last: it marks the part as done
         kept = (
             p
             for p in pieces([source])
@@ -281,7 +280,7 @@ def _tokenize_part(url: str, folder: Path, number: int, tokenizer: Tokenizer) ->
 
 
 def _listed(listing: str, kept: Path) -> list[str]:
-    """The addresses of a dataset's Parquet files, which the hub tells; asked once, then kept."""
+    """The addresses of a dataset's Parquet files, from the hub's API; cached in ``kept``."""
     fetch(f"{_hub()}/api/datasets/{listing}", kept)
     try:
         addresses = json.loads(read_small(kept, LARGEST))
@@ -290,7 +289,7 @@ def _listed(listing: str, kept: Path) -> list[str]:
             or not isinstance(addresses, list)
             or not all(isinstance(x, str) for x in addresses)
         ):
-            raise ValueError("it is empty, or of something else")
+            raise ValueError("it is empty or holds something else")
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"{kept} should list the addresses of Parquet files, but {error}: remove it and try "
@@ -299,7 +298,7 @@ def _listed(listing: str, kept: Path) -> list[str]:
     return addresses
 
 
-CORPORA: dict[str, Callable[[Wanted], Path]] = {
+CORPORA: dict[str, Callable[[Request], Path]] = {
     "pydoc": pydoc,
     "tinyshakespeare": tinyshakespeare,
     "shakespeare-char": shakespeare_char,

@@ -1,5 +1,5 @@
-"""Text -> token shards: split by document, tokenized in parallel, kept under the hash of what went
-in.
+"""Prepare text as token shards: split by document, tokenized in parallel, kept under a hash of the
+content.
 """
 
 import collections
@@ -30,32 +30,41 @@ SHARD_TOKENS = 100_000_000
 VAL_EVERY = 10
 VAL_CHARACTERS = 20_000_000
 MIN_DOCUMENTS = 2 * VAL_EVERY
+TRAINED: dict[str, Callable[[Iterable[str], int, str], Tokenizer]] = {
+    "bpe": tokenizers.train_bpe,
+    "sentencepiece": tokenizers.train_sentencepiece,
+}
+"""What trains a vocabulary, by the word before its size."""
 AHEAD = 4  # pieces waiting to be tokenized, per worker
 
 
 class Scan(NamedTuple):
-    """What a pass over the text counted."""
+    """The counts of one pass over the text."""
 
     documents: int
     characters: int
 
 
 def prepare_text(
-    files: list[Path], root: Path, name: str, tokenizer: str, column: str | None = None
+    files: list[Path],
+    root: Path,
+    name: str,
+    tokenizer: str | Tokenizer,
+    column: str | None = None,
 ) -> Path:
-    """The folder of token shards made from ``files``: ``root/NAME-TOKENIZER-HASH``, made unless it
-    is there.
+    """Tokenize ``files`` into shards unless that was done before; returns the folder
+    ``root/NAME-TOKENIZER-HASH``, where HASH is that of the content.
 
-    HASH is that of the files' content. Of ``MIN_DOCUMENTS`` or more documents every tenth is held
-    out for validation, or so many fewer that they are about ``VAL_CHARACTERS``; of fewer, the last
-    tenth of the text, as nanoGPT does.
+    Of ``MIN_DOCUMENTS`` or more documents, every tenth is held out for validation, or fewer, for
+    about ``VAL_CHARACTERS`` in all. Of fewer documents, it is the last tenth of the text, as in
+    nanoGPT.
 
     Args:
-        files: as `gptjax.datasets.text.find_files` gives them.
-        root: the folder that corpora are kept in.
-        name: for the folder.
-        tokenizer: gpt2, byte, char, bpe:SIZE (trained on the training text), or a file; see
-            `make_tokenizer`.
+        files: see `gptjax.datasets.text.find_files`.
+        root: the folder of prepared corpora.
+        name: first part of the folder's name.
+        tokenizer: gpt2, byte, char, bpe:SIZE or sentencepiece:SIZE (trained on the training text),
+            or a file; see `make_tokenizer`.
         column: see `gptjax.datasets.text.pieces`.
 
     Raises:
@@ -65,7 +74,7 @@ def prepare_text(
     """
     total = sum(path.stat().st_size for path in files)
     with progress("reading", total) as advance:
-        digest = _content_hash(files, column, advance)
+        digest = content_hash(files, column, advance)
     folder = root / f"{name}-{folder_name(tokenizer)}-{digest[:12]}"
     if folder.exists():
         return folder
@@ -90,50 +99,58 @@ def prepare_text(
     )
 
 
-def folder_name(tokenizer: str) -> str:
-    """The tokenizer's part of a corpus folder's name; of a file, with a hash of what it holds.
+def folder_name(tokenizer: str | Tokenizer) -> str:
+    """The tokenizer's part of a corpus folder's name; a file's includes a hash of its content.
 
     Raises:
         DataError: there is no such file.
 
     """
-    if tokenizer in ("gpt2", "byte", "char") or tokenizer.startswith("bpe:"):
+    if isinstance(tokenizer, Tokenizer):
+        found = tokenizer
+    elif tokenizer in ("gpt2", "byte", "char") or tokenizer.partition(":")[0] in TRAINED:
         return tokenizer.replace(":", "-")
-    found = tokenizers.find(tokenizer)
+    else:
+        found = tokenizers.find(tokenizer)
     digest = hashlib.sha256(json.dumps(found.content(), sort_keys=True).encode()).hexdigest()
     return f"{re.sub(r'[^A-Za-z0-9]+', '-', found.name)}-{digest[:8]}"
 
 
 def make_tokenizer(
-    which: str, training: Callable[[], Iterable[str]], everything: Callable[[], Iterable[Piece]]
+    which: str | Tokenizer,
+    training: Callable[[], Iterable[str]],
+    everything: Callable[[], Iterable[Piece]],
 ) -> Tokenizer:
-    """The tokenizer that a word or a path stands for; trained, where it has to be, on the text.
+    """Find a tokenizer by name or path, or train it on the text.
 
     Args:
-        which: ``char`` (every character of the whole text, as nanoGPT), ``bpe:SIZE`` (a byte-level
-            BPE trained on the training text), or what `gptjax.tokenizers.find` knows.
-        training: gives the training text.
-        everything: gives all of it.
+        which: ``char`` (every character of the whole text, as in nanoGPT), ``bpe:SIZE`` (a
+            byte-level BPE trained on the training text), ``sentencepiece:SIZE`` (SentencePiece's,
+            likewise), or see `gptjax.tokenizers.find`.
+        training: returns the training text.
+        everything: returns the whole text.
 
     Raises:
-        DataError: no such tokenizer, or the text is too short to train it.
+        DataError: there is no such tokenizer, or the text is too short to train it.
 
     """
+    if isinstance(which, Tokenizer):
+        return which
     kind, _, size = which.partition(":")
     if which == "char":
         return tokenizers.train_characters(piece.text for piece in everything())
-    if kind != "bpe":
+    if kind not in TRAINED:
         return tokenizers.find(which)
     if not size.isdecimal():
-        raise DataError(f"data.tokenizer {which} lacks the vocabulary's size: bpe:2048, say")
+        raise DataError(f"data.tokenizer {which} lacks the vocabulary size, as in {kind}:2048")
     try:
-        return tokenizers.train_bpe(training(), int(size), f"bpe-{size}")
+        return TRAINED[kind](training(), int(size), f"{kind}-{size}")
     except ValueError as error:
         raise DataError(f"data.tokenizer {which}: {error}") from error
 
 
 def count(text: Iterable[Piece]) -> Scan:
-    """Documents and characters."""
+    """Count documents and characters."""
     documents = characters = 0
     for document, part in text:
         documents = document + 1
@@ -147,7 +164,7 @@ def of_split(text: Iterable[Piece], scan: Scan, split: Split) -> Iterator[Piece]
         every = max(VAL_EVERY, scan.characters // VAL_CHARACTERS)
         yield from (piece for piece in text if (piece.document % every == 0) == (split == "val"))
         return
-    # Characters of the training text still to come
+    # Characters left of the training text
     left = scan.characters * (VAL_EVERY - 1) // VAL_EVERY
     for document, part in text:
         kept = part[:left] if split == "train" else part[left:]
@@ -159,21 +176,23 @@ def of_split(text: Iterable[Piece], scan: Scan, split: Split) -> Iterator[Piece]
 def encode(
     tokenizer: Tokenizer, text: Iterable[Piece], workers: int | None = None
 ) -> Iterator[np.ndarray]:
-    """The ids of the pieces in order, each document after an end-of-text id where the tokenizer has
-    one.
+    """The ids of the pieces in order; each document begins with begin-of-text, or end-of-text, if
+    the tokenizer has one.
 
-    Threads do it, since tiktoken lets go of the interpreter's lock; no more pieces are read ahead
-    than they can use.
+    Threads encode in parallel, since tiktoken releases the interpreter's lock. A bounded number of
+    pieces is read ahead.
 
     Returns:
-        arrays (n,), of `id_dtype`.
+        Arrays (n,) of `id_dtype`.
 
     """
     dtype = id_dtype(tokenizer)
     workers = workers or os.cpu_count() or 1
 
     def ids(begins: bool, part: str) -> np.ndarray:
-        start = [tokenizer.end_of_text] if begins and tokenizer.end_of_text is not None else []
+        if not begins:
+            return np.array(tokenizer.encode_more(part), dtype)
+        start = [] if tokenizer.document_start is None else [tokenizer.document_start]
         return np.array(start + tokenizer.encode(part), dtype)
 
     pool = ThreadPoolExecutor(workers)
@@ -192,7 +211,7 @@ def encode(
 
 
 def id_dtype(tokenizer: Tokenizer) -> np.dtype:
-    """uint16 where it holds every id, else uint32."""
+    """uint16 if it can hold every id, else uint32."""
     return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
 
 
@@ -204,10 +223,8 @@ def write_corpus(
     source: dict[str, object],
     tokens: int | None = None,
 ) -> Path:
-    """Tokenize each split into shards of ``SHARD_TOKENS`` ids in ``folder``, which appears once
-    everything is in it.
-
-    Of the training split the first ``tokens`` are enough, if that is given.
+    """Tokenize each split into shards of ``SHARD_TOKENS`` ids in ``folder``, which appears once it
+    is complete; of the training split only the first ``tokens``, if given.
     """
 
     def write(into: Path) -> None:
@@ -236,23 +253,24 @@ def _first(ids: Iterator[np.ndarray], tokens: int | None) -> Iterator[np.ndarray
                 return
 
 
-def write_shards(into: Path, split: str, ids: Iterable[np.ndarray], dtype: np.dtype) -> None:
-    """Write ids as ``SPLIT_000000.bin``, ``SPLIT_000001.bin``... of ``SHARD_TOKENS`` ids each but
-    the last.
+def write_shards(
+    into: Path, split: str, ids: Iterable[np.ndarray], dtype: np.dtype, suffix: str = ".bin"
+) -> None:
+    """Write ids as ``SPLIT_000000.bin``, ``SPLIT_000001.bin``... of ``SHARD_TOKENS`` ids each.
 
     Raises:
-        DataError: there is not a single id.
+        DataError: there are no ids.
 
     """
     numbered = itertools.groupby(_numbered(ids), key=lambda number_array: number_array[0])
     for number, group in numbered:
-        write_shard(into / f"{split}_{number:06d}.bin", (array for _, array in group), dtype)
-    if not list(into.glob(f"{split}_*.bin")):
-        raise DataError(f"the text is too short: nothing is left for the {split} split")
+        write_shard(into / f"{split}_{number:06d}{suffix}", (array for _, array in group), dtype)
+    if not list(into.glob(f"{split}_*{suffix}")):
+        raise DataError(f"the text is too short: the {split} split is empty; use more text")
 
 
 def _numbered(ids: Iterable[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
-    """The ids with the number of the shard that they go to, cut where one ends."""
+    """(shard number, ids), cut at the ends of shards."""
     position = 0
     for array in ids:
         while array.size:
@@ -268,7 +286,8 @@ def _counted(text: Iterable[Piece], advance: Callable[[int], None]) -> Iterator[
         advance(len(piece.text))
 
 
-def _content_hash(files: list[Path], column: str | None, advance: Callable[[int], None]) -> str:
+def content_hash(files: list[Path], column: str | None, advance: Callable[[int], None]) -> str:
+    """SHA-256 of the files' kinds, sizes and content, and of how they are read."""
     digest = hashlib.sha256(f"{column}\0".encode())
     for path in files:
         with open_file(path) as file:

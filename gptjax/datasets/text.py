@@ -1,7 +1,7 @@
-"""Text from files: plain, JSON lines or Parquet, as it is or compressed, in pieces that fit memory.
+"""Read text files in pieces that fit memory: plain, JSON lines or Parquet, maybe compressed.
 
-A corpus is a sequence of documents. A plain text file is one, or several where ``<|endoftext|>``
-separates them (as in TinyStories); of JSON lines and Parquet each row is one.
+A corpus is a sequence of documents. A plain text file is one document, or several separated by
+``<|endoftext|>`` (as in TinyStories). In JSON lines and Parquet, each row is one.
 """
 
 import contextlib
@@ -19,26 +19,25 @@ from gptjax.files import check_file, open_file
 from gptjax.formats.recognise import recognise
 from gptjax.tokenizers import END_OF_TEXT
 
-PIECE = 1 << 20  # characters, about
-LONGEST = 16 * PIECE  # without a place to cut
+PIECE = 1 << 20  # characters, approximately
+LONGEST = 16 * PIECE  # characters of a piece if there is no safe place to cut
 LONGEST_LINE = 1 << 26  # characters of a line of JSON
 SUFFIXES = (".txt", ".text", ".md", ".jsonl", ".ndjson", ".parquet")
 COMPRESSED = (".gz", ".zst")
 
 
 class Piece(NamedTuple):
-    """A document, or where it is long a part of it. Tokenized one by one, pieces give the ids of
-    the whole.
+    """A document or a part of a long one. Tokenizing the pieces one by one gives the ids of the
+    whole.
     """
 
     document: int
-    """Counts up from 0 through all files."""
+    """Number of the document over all files, from 0."""
     text: str
 
 
 def find_files(dataset: str) -> list[Path]:
-    """The text files that a path, a folder (searched to the bottom) or a glob pattern stands for,
-    sorted.
+    """The text files of a path, a folder (searched recursively) or a glob pattern, sorted.
 
     Raises:
         DataError: there are none.
@@ -57,8 +56,8 @@ def find_files(dataset: str) -> list[Path]:
         found = [p for p in map(Path, glob.glob(dataset, recursive=True)) if p.is_file()]
     if not found:
         raise DataError(
-            f"data.dataset {dataset} holds no text: a file, folder or pattern of "
-            f"{', '.join(SUFFIXES)} files is expected, each maybe with {' or '.join(COMPRESSED)}"
+            f"data.dataset {dataset} has no text: name a file, folder or pattern of "
+            f"{', '.join(SUFFIXES)} files, each maybe with {' or '.join(COMPRESSED)}"
         )
     return sorted(found)
 
@@ -67,9 +66,9 @@ def pieces(files: list[Path], column: str | None = None) -> Iterator[Piece]:
     """The text of all files, document by document.
 
     Args:
-        files: of any kind that this module knows; an unknown suffix is taken for plain text.
-        column: of JSON lines and Parquet, the one that holds the text; None for ``text``, or else
-            the first that holds text.
+        files: a file with an unknown suffix is read as plain text.
+        column: the column of JSON lines and Parquet that holds the text; None for ``text``, or else
+            the first one that holds text.
 
     Raises:
         FormatError: a file is not what its name says, or is not UTF-8.
@@ -102,13 +101,13 @@ def pieces(files: list[Path], column: str | None = None) -> Iterator[Piece]:
 
 
 def kind_of(path: Path) -> str:
-    """The suffix that tells how a file is read: beneath a compressed one, where there is one."""
+    """The suffix that determines how to read a file, without that of a compression."""
     return (Path(path.stem) if path.suffix in COMPRESSED else path).suffix
 
 
 @contextlib.contextmanager
-def _text(path: Path) -> Iterator[io.TextIOWrapper]:
-    """The file, decompressed and decoded; line ends stay as they are."""
+def open_text(path: Path) -> Iterator[io.TextIOWrapper]:
+    """Open a file, decompressed and decoded; line ends are kept."""
     with contextlib.ExitStack() as stack:
         if path.suffix == ".gz":
             binary: Any = stack.enter_context(gzip.open(stack.enter_context(open_file(path))))
@@ -131,10 +130,10 @@ def _plain(path: Path, column: str | None) -> Iterator[tuple[int, str]]:
     number, rest, begun = 0, "", False
 
     def part(text: str) -> tuple[int, str]:
-        # The separator stands on a line of its own
+        # The separator is on a line of its own
         return number, text.lstrip("\n") if number and not begun else text
 
-    with _text(path) as file:
+    with open_text(path) as file:
         while chunk := file.read(PIECE):
             *ended, rest = (rest + chunk).split(END_OF_TEXT)
             for document in ended:
@@ -148,18 +147,18 @@ def _plain(path: Path, column: str | None) -> Iterator[tuple[int, str]]:
 
 
 def _safe_cut(text: str) -> int:
-    """Where a long text can be cut so that its parts' ids are those of the whole: before a space or
-    newline that follows none.
+    """A position at which cutting a long text does not change its ids: before a space or newline
+    that does not follow another. GPT-2's pattern always starts a new word there.
 
-    GPT-2's pattern starts a new word there in any case. 0 for a short text, or one without such a
-    place in its last `PIECE` characters: nobody looks for one in the rest twice. A text of
-    `LONGEST` without one is cut at its end.
+    Only the last `PIECE` characters are searched, since the rest was searched before. Returns 0 if
+    the text is short or there is no such place; a text of `LONGEST` characters is then cut at its
+    end.
     """
     end = len(text) if len(text) > PIECE else 0
     last = max(end - PIECE, 0)
     while end > last:
         end = max(text.rfind(" ", last, end), text.rfind("\n", last, end))
-        begins = len(text[last : end + 1].rstrip()) + last  # of the run of blanks that it stands in
+        begins = len(text[last : end + 1].rstrip()) + last  # start of this run of blanks
         if end > last and begins > last and text[begins] in " \n":
             return begins
         end = min(begins, end)
@@ -168,7 +167,7 @@ def _safe_cut(text: str) -> int:
 
 def _json_lines(path: Path, column: str | None) -> Iterator[tuple[int, str]]:
     name = column
-    with _text(path) as file:
+    with open_text(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), "")):
             if len(line) == LONGEST_LINE:
                 raise FormatError(
@@ -224,23 +223,21 @@ def _parquet(path: Path, column: str | None) -> Iterator[tuple[int, str]]:
                     yield number, text or ""
                     number += 1
     except (arrow.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno:  # Arrow's own have no number
+        if isinstance(error, OSError) and error.errno:  # Arrow's own errors have no number
             raise
         reason = " ".join(str(error).split())
         raise FormatError(f"{path} is not a Parquet file, or is damaged: {reason}") from error
 
 
 def import_arrow(path: Path) -> Any:
-    """The package ``pyarrow``.
+    """Import ``pyarrow`` to read ``path``.
 
     Raises:
-        DataError: it is not installed; the message names what it is needed for.
+        DataError: it is not installed.
 
     """
     try:
         import pyarrow
     except ImportError as error:
-        raise DataError(
-            f"{path} needs a package more to be read: pip install 'gptjax[data]'"
-        ) from error
+        raise DataError(f"{path} needs the package pyarrow: pip install 'gptjax[data]'") from error
     return pyarrow

@@ -1,1 +1,1 @@
-"""How good a model is: loss and bits per byte of a corpus or a text, HellaSwag."""
+"""Evaluation of models: loss and bits per byte on a corpus or text, and HellaSwag."""

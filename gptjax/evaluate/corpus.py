@@ -1,8 +1,8 @@
-"""How well a model predicts a corpus: loss, perplexity, bits per byte."""
+"""Scores of a model on a corpus: loss, perplexity, bits per byte."""
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,9 +10,10 @@ import numpy as np
 
 from gptjax.config import ModelConfig
 from gptjax.errors import CheckpointError
-from gptjax.evaluate.estimate import Estimate, ratio
+from gptjax.evaluate.statistics import Estimate, ratio
 from gptjax.models.batch import Batch
 from gptjax.models.transformer import token_losses
+from gptjax.ops import IGNORE_INDEX
 from gptjax.tokenizers import Tokenizer
 
 compiled_losses = jax.jit(token_losses, static_argnames="cfg")
@@ -21,10 +22,11 @@ compiled_losses = jax.jit(token_losses, static_argnames="cfg")
 def score(
     params: Any, batches: Iterable[Batch], cfg: ModelConfig
 ) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Each batch, and the loss of each of its targets times its mask: (B, T) float64 in nats,
-    without dropout.
+    """Each batch with the loss of each target times its mask: (B, T) float64 in nats, without
+    dropout.
 
-    A batch's are fetched after the next one was dispatched. Batches of one shape are compiled once.
+    A batch's losses are fetched after the next batch is dispatched. Batches of one shape are
+    compiled once.
 
     Raises:
         CheckpointError: a loss is not finite.
@@ -44,36 +46,35 @@ def score(
 
 
 class CorpusScore(NamedTuple):
-    """What came of it. Standard errors are over sequences, as if these were independent: where
-    neighbours are of one document, and alike, they are somewhat too small.
+    """A corpus's scores. Standard errors treat sequences as independent, and are somewhat too small
+    where neighbouring sequences come from one document.
     """
 
     tokens: int
     sequences: int
     bytes: int | None
-    """Of the text that the scored tokens stand for; None where no tokenizer is known."""
+    """Bytes of text that the scored tokens stand for; None without a tokenizer."""
     loss: Estimate
     """Nats a token, end-of-text included: a model has to predict where a text ends."""
     bits_per_byte: Estimate | None
-    """All the nats, those of end-of-text too, over the bytes of the text, to which end-of-text adds
-    none.
-    """
+    """Total loss in bits over the bytes of text. End-of-text adds to the loss but has no bytes."""
 
     @property
     def perplexity(self) -> Estimate:
-        """exp(loss), its error to first order."""
+        """exp(loss), with its error to first order."""
         value = math.exp(self.loss.value) if self.loss.value < math.log(1e300) else math.inf
         return Estimate(value, None if self.loss.error is None else value * self.loss.error)
 
 
-def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
-    """(V,) int64: the bytes of text that each id stands for; 0 for end-of-text, -1 for an id that
-    the tokenizer lacks.
+def token_bytes(tokenizer: Tokenizer, vocab_size: int, before: Sequence[int] = ()) -> np.ndarray:
+    """(V,) int64: the bytes of text that each id stands for where it follows ``before``; 0 for
+    control tokens such as end-of-text, -1 for an id that the tokenizer lacks.
     """
     lengths = np.full(max(vocab_size, tokenizer.vocab_size), -1)
-    lengths[: tokenizer.vocab_size] = [len(piece) for piece in tokenizer.pieces]
-    if tokenizer.end_of_text is not None:
-        lengths[tokenizer.end_of_text] = 0
+    lengths[: tokenizer.vocab_size] = [
+        len(tokenizer.decode_more(before, [i])) for i in range(tokenizer.vocab_size)
+    ]
+    lengths[[*tokenizer.ends, *tokenizer.special_tokens.values()]] = 0
     return lengths
 
 
@@ -84,28 +85,34 @@ def score_corpus(
     tokenizer: Tokenizer | None = None,
     advance: Callable[[int, str], None] = lambda sequences, text: None,
 ) -> CorpusScore:
-    """Score the targets of ``batches`` that their masks leave in, a mask being of whole sequences.
+    """Score every sequence of ``batches`` whose mask is not zero; masks cover whole sequences.
 
     Args:
         params: in the layout of ``cfg.layers``.
-        batches: at least one sequence; arrays of NumPy, of one shape.
+        batches: NumPy arrays of one shape, with at least one sequence.
         cfg: resolved.
-        tokenizer: of the corpus. Where it lacks an id that occurs, there are no bits per byte.
-        advance: called with the sequences just done, and the loss up to there in words.
+        tokenizer: the corpus's tokenizer; bits per byte need it, with every id that occurs.
+        advance: called with the number of sequences just done and the loss so far as text.
 
     Raises:
         CheckpointError: a loss is not finite.
 
     """
-    lengths = token_bytes(tokenizer, cfg.vocab_size) if tokenizer else None
+    lengths = first = begin = None
+    if tokenizer:
+        lengths = first = token_bytes(tokenizer, cfg.vocab_size)
+        if (begin := tokenizer.begin_of_text) is not None:
+            first = token_bytes(tokenizer, cfg.vocab_size, [begin])
     nats, tokens, sizes = [], [], []
     unknown = lengths is None
     for batch, losses in score(params, batches, cfg):
         kept = batch.mask[:, 0] > 0
         nats.append(losses[kept].sum(1))
-        tokens.append(np.full(kept.sum(), losses.shape[1]))
-        if lengths is not None:
-            found = lengths[batch.targets[kept]]
+        counts = batch.targets[kept] != IGNORE_INDEX
+        tokens.append(counts.sum(1))
+        if lengths is not None and first is not None:
+            targets, begins = batch.targets[kept], batch.inputs[kept] == begin
+            found = np.where(begins, first[targets], lengths[targets]) * counts
             unknown |= bool((found < 0).any())
             sizes.append(found.sum(1))
         advance(int(kept.sum()), f"loss {sum(map(np.sum, nats)) / sum(map(np.sum, tokens)):.4f}")

@@ -1,9 +1,7 @@
-"""HellaSwag (Zellers et al. 2019): which of four endings goes on from a context? Scored as llm.c
-scores it.
+"""HellaSwag (Zellers et al. 2019), scored as llm.c does: choose one of four endings for a context.
 
-Each context is completed by each of its endings; the answer is the one whose tokens have the lowest
-loss in sum (acc), or in the mean (acc_norm). llm.c's ``dev/data/hellaswag.py`` gives both, its C
-programs the second one.
+The model's answer is the ending whose tokens have the lowest loss given the context, summed (acc)
+or averaged (acc_norm). llm.c's ``dev/data/hellaswag.py`` prints both, its C programs acc_norm.
 """
 
 import difflib
@@ -19,7 +17,7 @@ from gptjax.config import ModelConfig
 from gptjax.datasets.download import fetch
 from gptjax.errors import DataError, FormatError
 from gptjax.evaluate.corpus import score
-from gptjax.evaluate.estimate import Estimate, ratio
+from gptjax.evaluate.statistics import Estimate, ratio
 from gptjax.files import open_file
 from gptjax.formats.llmc_eval import ENDINGS, Question, is_questions, read_questions
 from gptjax.models.batch import Batch
@@ -32,16 +30,16 @@ LONGEST_LINE = 1 << 20  # bytes; the longest of the original has 2,000
 
 
 def find_questions(dataset: str, root: Path) -> Path | None:
-    """The file of questions that ``dataset`` stands for; None where it stands for something else.
+    """The file of questions that ``dataset`` names; None if it is something else.
 
     Args:
-        dataset: ``hellaswag``, its 10,042 validation questions, which are downloaded to
-            ``root/downloads`` and held against the pinned SHA-256; an evaluation file of llm.c; or
-            JSON lines, of which the first has ``endings``.
-        root: the folder that corpora are kept in.
+        dataset: ``hellaswag``, for the 10,042 validation questions, which are downloaded to
+            ``root/downloads`` and verified against the pinned SHA-256; an llm.c evaluation file; or
+            JSON lines whose first has ``endings``.
+        root: the folder of corpora.
 
     Raises:
-        DataError: it cannot be downloaded, is not what is pinned, or is a misspelt name.
+        DataError: the download fails or does not match the SHA-256, or the name is misspelt.
 
     """
     if dataset == NAME:
@@ -69,11 +67,10 @@ def _begins_with_endings(path: Path) -> bool:
 
 
 def read_jsonl(path: Path, tokenizer: Tokenizer) -> list[Question]:
-    """The questions of JSON lines like the original's: ``ctx``, four ``endings`` and ``label``, the
-    right one's index.
+    """The questions of JSON lines like the original's: ``ctx``, four ``endings``, and ``label``,
+    the index of the right one.
 
-    A blank goes before each ending, and context and ending are tokenized each by itself, as llm.c
-    does.
+    As in llm.c, each ending gets a leading blank, and context and ending are tokenized separately.
 
     Raises:
         FormatError: a line is not such an object.
@@ -91,7 +88,8 @@ def read_jsonl(path: Path, tokenizer: Tokenizer) -> list[Question]:
             except (ValueError, TypeError, KeyError, RecursionError) as error:
                 reason = f"there is no {error}" if isinstance(error, KeyError) else str(error)[:100]
                 raise FormatError(
-                    f"line {number} of {path} is no question with ctx, endings and label: {reason}"
+                    f"line {number} of {path} is not a question with ctx, endings and label: "
+                    f"{reason}"
                 ) from error
             texts = [context, *endings] if isinstance(endings, list) else []
             if len(texts) != 1 + ENDINGS or not all(
@@ -102,13 +100,12 @@ def read_jsonl(path: Path, tokenizer: Tokenizer) -> list[Question]:
                 )
             if type(label) is not int or not 0 <= label < ENDINGS:
                 raise FormatError(
-                    f"line {number} of {path} has the label {str(label)[:20]!r}: 0 to "
-                    f"{ENDINGS - 1} is expected"
+                    f"line {number} of {path} has the label {str(label)[:20]!r}, not one from 0 to "
+                    f"{ENDINGS - 1}"
                 )
-            tokens = [
-                tokenizer.encode(text) for text in (context, *(f" {ending}" for ending in endings))
-            ]
-            questions.append(Question(tokens[0], tokens[1:], label))
+            begin = [] if tokenizer.begin_of_text is None else [tokenizer.begin_of_text]
+            answers = [tokenizer.encode_more(f" {ending}") for ending in endings]
+            questions.append(Question(begin + tokenizer.encode(context), answers, label))
     return questions
 
 
@@ -117,38 +114,35 @@ def load_questions(path: Path, tokenizer: Tokenizer | None) -> list[Question]:
 
     Raises:
         FormatError: it is damaged.
-        DataError: text cannot be tokenized; or the file's ids are GPT-2's, and the tokenizer's are
-            not.
+        DataError: there is no tokenizer for its text, or it holds GPT-2's ids and the tokenizer is
+            another.
 
     """
     if is_questions(path):
         if tokenizer and not is_gpt2(tokenizer):
             raise DataError(
                 f"{path} holds GPT-2's ids, but the model's tokenizer is {tokenizer.name} of "
-                f"{tokenizer.vocab_size} ids: "
-                f"evaluate on {NAME} or a .jsonl, whose text is tokenized with it"
+                f"{tokenizer.vocab_size} ids: evaluate on {NAME} or a .jsonl, which are text"
             )
         return read_questions(path)
     if not tokenizer:
         raise DataError(
-            f"{path} is text, and no tokenizer is known for the model: give --tokenizer, gpt2 say"
+            f"{path} is text, and the model has no tokenizer: name one, as in --tokenizer gpt2"
         )
     return read_jsonl(path, tokenizer)
 
 
 class Rows(NamedTuple):
-    """Contexts with an ending each, `ENDINGS` rows a question; R rows in all."""
+    """R rows, each a context with one of its `ENDINGS` endings."""
 
     ids: np.ndarray
-    """(R, T + 1) int32, 0 after the end. T is the longest that occurs, or the model's."""
+    """(R, T + 1) int32, padded with 0. T is the longest row's, or the model's longest sequence."""
     scored: np.ndarray
-    """(R, T) bool: targets that are the ending's, the first of them predicted by the context's last
-    token.
-    """
+    """(R, T) bool: the ending's targets; the context's last token predicts the first of them."""
     labels: np.ndarray
     """(R / 4,) the right endings."""
     cut: int
-    """Questions whose context lost tokens at its start, to fit the model."""
+    """Questions whose context was cut at the start to fit the model."""
 
 
 def make_rows(questions: list[Question], max_seq_len: int, vocab_size: int) -> Rows:
@@ -165,7 +159,7 @@ def make_rows(questions: list[Question], max_seq_len: int, vocab_size: int) -> R
         for ending in question.endings
     ]
     if not rows:
-        raise DataError("there is not one question to ask")
+        raise DataError("there are no questions")
     longest, largest = max(length for _, length in rows), max(max(ids) for ids, _ in rows)
     if longest > max_seq_len:
         raise DataError(
@@ -189,18 +183,18 @@ def make_rows(questions: list[Question], max_seq_len: int, vocab_size: int) -> R
 
 
 class Accuracy(NamedTuple):
-    """The share of right answers; standard errors over questions."""
+    """The fraction of right answers; standard errors are over questions."""
 
     questions: int
     acc: Estimate
-    """By the summed loss of the ending."""
+    """Choosing by the summed loss of an ending."""
     acc_norm: Estimate
-    """By its mean loss a token."""
+    """Choosing by the mean loss of an ending's tokens."""
 
 
 def accuracy(sums: np.ndarray, lengths: np.ndarray, labels: np.ndarray) -> Accuracy:
-    """Of summed losses and numbers of tokens, (4 n,) each, and the right endings, (n,). Of equals
-    the first is the answer.
+    """Accuracy from the endings' summed losses and lengths, (4 n,) each, and the labels, (n,). The
+    first of equal losses is the answer.
     """
     right = [
         (x.reshape(-1, ENDINGS).argmin(1) == labels).astype(np.float64)
@@ -222,8 +216,8 @@ def score_questions(
         params: in the layout of ``cfg.layers``.
         rows: see `make_rows`.
         cfg: resolved.
-        batch_size: rows at a time; it changes the answers by no more than rounding.
-        advance: called with the rows just done, and the share of right answers so far in words.
+        batch_size: rows at a time; the losses depend on it by rounding at most.
+        advance: called with the number of rows just done and the accuracy so far as text.
 
     Raises:
         CheckpointError: a loss is not finite.
@@ -245,7 +239,7 @@ def score_questions(
 
 
 def _batches(rows: Rows, batch_size: int) -> Iterator[Batch]:
-    """All of one shape: the last is filled up with rows that do not count."""
+    """Batches of one shape; the last is padded with masked rows."""
     for begin in range(0, len(rows.ids), batch_size):
         some = slice(begin, begin + batch_size)
         missing = (0, max(0, begin + batch_size - len(rows.ids))), (0, 0)

@@ -115,7 +115,7 @@ def open_model(cfg: ExploreConfig) -> tuple[ModelConfig, Any, Tokenizer]:
         found = tokenizers.find(which) if which else source.tokenizer
         if found is None:
             raise ConfigError(
-                f"{cfg.checkpoint} comes without a tokenizer"
+                f"{cfg.checkpoint} has no tokenizer"
                 + (f" ({source.note})" if source.note else "")
                 + ": give --data.tokenizer gpt2, byte or a tokenizer file"
             )

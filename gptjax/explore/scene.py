@@ -28,10 +28,10 @@ from gptjax.verify.comparison import compare
 from gptjax.verify.rows import Comparison, quotient
 from gptjax.verify.tolerance import gradient_variances, tolerance
 from gptjax.verify.trace import (
-    Parting,
+    Mismatch,
     Reference,
     given_and_due,
-    parting,
+    mismatch,
     received_gradient,
     record,
 )
@@ -95,7 +95,7 @@ def scene(cfg: ModelConfig, params: Any, batch: Batch) -> dict[str, Any]:
         "tensors": tensors(found),
         "token_losses": token_losses(right.pairs[-1], cfg.vocab_size),
         "faults": changed,
-        "verdict": said(parting(right.gradient, right.calls, reference, largest)),
+        "verdict": said(mismatch(right.gradient, right.calls, reference, largest)),
     }
 
 
@@ -274,11 +274,11 @@ def damage(
     due: list[Any],
     largest: float,
 ) -> dict[str, Any]:
-    """What a planted error does to every gradient, and what the verifier says of it."""
+    """The effect of a planted error on every gradient, and the verifier's verdict."""
     with planted(fault):
         wrong = traced(cfg, params, batch)
     found = compare(wrong.gradient, reference.gradient, largest)
-    told = parting(wrong.gradient, wrong.calls, reference, largest)
+    told = mismatch(wrong.gradient, wrong.calls, reference, largest)
     received = {}
     if len(wrong.pairs) == len(due):
         for i, (pair, cotangent) in enumerate(zip(wrong.pairs, due, strict=True)):
@@ -306,12 +306,12 @@ def damage(
     }
 
 
-def said(told: Parting | None) -> str:
+def said(told: Mismatch | None) -> str:
     """What the verifier says."""
     return str(told) if told else "no op gives another gradient than JAX's"
 
 
-def blamed(told: Parting | None, of: Traced) -> str | None:
+def blamed(told: Mismatch | None, of: Traced) -> str | None:
     """The node of the op that the verifier names: of several calls of one name, the last, whose
     backward comes first; of one that computes nothing, as dropout at rate 0, the op before it.
     """

@@ -1,5 +1,5 @@
 """llm.c's common file layout: a header of 256 little-endian int32, then arrays without gaps up to
-the end of the file.
+the end of the file. llama2.c's differ in the header.
 """
 
 import os
@@ -25,17 +25,28 @@ def read_header(path: Path, kind: str) -> tuple[list[int], int]:
         FormatError: it cannot be read, or is shorter than a header.
 
     """
+    start, size = read_start(path, kind, HEADER_BYTES)
+    return np.frombuffer(start, "<i4").tolist(), size
+
+
+def read_start(path: Path, kind: str, length: int) -> tuple[bytes, int]:
+    """Read a header of ``length`` bytes, and the file's size in bytes.
+
+    Raises:
+        FormatError: it cannot be read, or is shorter than that.
+
+    """
     try:
         with open_file(path) as file:
             size = os.fstat(file.fileno()).st_size
-            start = file.read(HEADER_BYTES)
+            start = file.read(length)
     except OSError as error:
         raise FormatError(f"{kind} {path} cannot be read: {error.strerror or error}") from error
-    if len(start) < HEADER_BYTES:
+    if len(start) < length:
         raise FormatError(
-            f"{kind} {path} is truncated: {size} bytes, but its header alone takes {HEADER_BYTES}"
+            f"{kind} {path} is truncated: {size} bytes, but its header alone takes {length}"
         )
-    return np.frombuffer(start, "<i4").tolist(), size
+    return start, size
 
 
 def check_size(path: Path, kind: str, size: int, expected: int, announced: str) -> None:
@@ -59,7 +70,17 @@ def write_file(
     """
     padded = np.zeros(HEADER_BYTES // 4, "<i4")
     padded[: len(header)] = header
+    write_arrays(path, padded.tobytes(), arrays)
+
+
+def write_arrays(path: str | os.PathLike[str], header: bytes, arrays: Iterable[np.ndarray]) -> None:
+    """Write a header of any length and arrays durably and atomically.
+
+    Raises:
+        OSError: it cannot be written; the message names the file.
+
+    """
     with write_whole(Path(path)) as file:
-        file.write(padded.tobytes())
+        file.write(header)
         for array in arrays:
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

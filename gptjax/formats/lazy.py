@@ -22,6 +22,8 @@ class LazyTensor:
     """Dtype in the file."""
     load: Callable[[], np.ndarray]
     """Reads the tensor, with shape `shape`."""
+    blocks: Callable[[], Any] | None = None
+    """Reads the blocks that the file stores it in; None if it stores none that decoding takes."""
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """NumPy's protocol."""

@@ -27,7 +27,10 @@ LLMC = {
 }
 """Descriptions of llm.c's files by magic number."""
 LLAMA2C_MAGIC = 0x616B3432
+LLAMA2C_MODEL, LLAMA2C_TOKENIZER = "a llama2.c model", "a llama2.c tokenizer"
 SAFETENSORS = "a safetensors file"
+SENTENCEPIECE = "a SentencePiece model"
+GGUF = "a GGUF model"
 LARGEST_VOCABULARY = 1 << 26  # bytes of a llama2.c tokenizer
 LONGEST_TOKEN = 1 << 12
 BEGINNINGS = {
@@ -59,7 +62,7 @@ def recognise(path: Path) -> str | None:
         if start.startswith(beginning):
             return name
     if start[:4] == b"GGUF" and 1 <= int.from_bytes(start[4:8], "little") <= 99:
-        return "a GGUF model"
+        return GGUF
     if start[:4] == end[-4:] == b"PAR1":
         return "a Parquet file"
     if re.match(rb"BZh[1-9]1AY&SY", start):
@@ -111,7 +114,7 @@ def _llama2c(start: bytes, size: int) -> str | None:
         return None
     magic, version = struct.unpack_from("<Ii", start)
     if magic == LLAMA2C_MAGIC and 1 <= version <= 99:
-        return f"a llama2.c model (version {version})"
+        return f"{LLAMA2C_MODEL} (version {version})"
     dim, hidden, layers, heads, kv_heads, vocabulary, positions = struct.unpack_from("<7i", start)
     if (
         min(dim, hidden, layers, heads, kv_heads, positions, abs(vocabulary)) < 1
@@ -123,7 +126,7 @@ def _llama2c(start: bytes, size: int) -> str | None:
     block = 2 * dim + 2 * dim * dim + 2 * dim * kv_heads * head + 3 * dim * hidden
     tables = abs(vocabulary) * dim * (1 if vocabulary > 0 else 2)
     numbers = tables + layers * block + dim + 2 * positions * (head // 2)
-    return "a llama2.c model (version 0)" if size == 28 + 4 * numbers else None
+    return f"{LLAMA2C_MODEL} (version 0)" if size == 28 + 4 * numbers else None
 
 
 def _protobuf(start: bytes) -> str | None:
@@ -138,7 +141,7 @@ def _protobuf(start: bytes) -> str | None:
             break
         at += 2 + found[1][0]
     else:
-        return "a SentencePiece model"
+        return SENTENCEPIECE
     writer = re.match(rb"\x08[\x01-\x1f]\x12([\x01-\x40])", start)
     if writer and len(start) > 4 + writer[1][0]:
         name, after = start[4 : 4 + writer[1][0]], start[4 + writer[1][0]]
@@ -176,4 +179,4 @@ def _tokenizer(path: Path) -> str | None:
             ):
                 return None
             longest = max(longest, length)
-    return "a llama2.c tokenizer" if longest and longest == announced else None
+    return LLAMA2C_TOKENIZER if longest and longest == announced else None

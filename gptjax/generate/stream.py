@@ -1,4 +1,4 @@
-"""From tokens to text as they arrive."""
+"""Decode tokens to text as they arrive."""
 
 import codecs
 from collections.abc import Sequence
@@ -8,29 +8,33 @@ from gptjax.tokenizers import Tokenizer
 
 
 class TextStream:
-    """Text of tokens that arrive one after the other, shown as soon as no later token can change
-    it.
+    """Decodes tokens as they arrive, and returns text once no later token can change it.
 
-    A character may span tokens, and a stop string too: what may still become either is held back.
-    The text ends before the first stop string.
+    Characters and stop strings may span tokens, so the beginning of either is held back. The text
+    ends before the first stop string.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
-        """Nothing has arrived; a ``stops`` that is empty text is ignored."""
+    def __init__(
+        self, tokenizer: Tokenizer, stops: Sequence[str] = (), before: int | None = None
+    ) -> None:
+        """Start with no tokens after the id ``before``, if any; empty ``stops`` are ignored."""
         self.tokenizer = tokenizer
+        self._before = [] if before is None else [before]
         self.stops = [stop for stop in stops if stop]
         self.text = ""
-        """All that is certain so far."""
+        """All text that is final so far."""
         self.stopped = False
-        """Whether a stop string has arrived; nothing is taken after it."""
+        """Whether a stop string has appeared; later tokens are ignored."""
         self._held = ""
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, ids: Sequence[int], last: bool = False) -> str:
-        """Take some ids, the last ones if so said; returns the text that has become certain."""
+        """Add ids, ``last`` for the final ones; returns the text that is now final."""
         if self.stopped:
             return ""
-        self._held += self._decoder.decode(self.tokenizer.decode_bytes(ids), last)
+        arrived = self.tokenizer.decode_more(self._before, ids)
+        self._before = [*self._before, *ids][-1:]
+        self._held += self._decoder.decode(arrived, last)
         places = [place for stop in self.stops if (place := self._held.find(stop)) >= 0]
         self.stopped = bool(places)
         end = min(places) if places else len(self._held) - (0 if last else self._undecided())
@@ -39,7 +43,7 @@ class TextStream:
         return certain
 
     def _undecided(self) -> int:
-        """Length of the longest end of what is held that is the beginning of a stop string."""
+        """Length of the longest suffix of the held text that begins a stop string."""
         lengths = (
             n for stop in self.stops for n in range(1, len(stop)) if self._held.endswith(stop[:n])
         )
@@ -47,17 +51,21 @@ class TextStream:
 
 
 def prompt_ids(tokenizer: Tokenizer | None, prompt: str) -> list[int]:
-    """At least one id to start a sample from.
+    """The ids to start a sample from, at least one: begin-of-text, if the tokenizer has one, and
+    the prompt's.
 
-    Those of the prompt; if it is empty, end-of-text, or a line end where there is none. Without a
-    tokenizer, or where its vocabulary has no line end, the first id.
+    If there are none, end-of-text, or a newline if the tokenizer has no end-of-text. Without a
+    tokenizer, or if its vocabulary lacks the newline, the sample starts from id 0.
 
     Raises:
-        DataError: the vocabulary lacks a character of the prompt, other than a line end.
+        DataError: the vocabulary lacks a character of the prompt other than a newline.
 
     """
     if not tokenizer:
         return [0]
+    begin = tokenizer.begin_of_text
+    if begin is not None:
+        return [begin, *tokenizer.encode(prompt)]
     if not prompt and tokenizer.end_of_text is not None:
         return [tokenizer.end_of_text]
     try:

@@ -21,6 +21,7 @@ from gptjax.models.layers import (
     layernorm_fwd,
     linear_bwd,
     linear_fwd,
+    residual_fwd,
 )
 
 OPTIONS = ()
@@ -150,7 +151,7 @@ def block_fwd(
     o, att = attend(q, k, v)
     a, attproj = linear_fwd(o, w.attprojw, w.attprojb)
     a, drop1 = dropout_fwd(a, cfg.dropout, key1)
-    x = x + a
+    x = residual_fwd(x, a)
     h2, ln2 = layernorm_fwd(x, w.ln2w, w.ln2b)
     f, fc = linear_fwd(h2, w.fcw, w.fcb)
     g, gelu = gelu_fwd(f)
@@ -158,7 +159,7 @@ def block_fwd(
     g, dropmlp = dropout_fwd(g, cfg.dropout_mlp, key3)
     m, fcproj = linear_fwd(g, w.fcprojw, w.fcprojb)
     m, drop2 = dropout_fwd(m, cfg.dropout, key2)
-    x = x + m
+    x = residual_fwd(x, m)
     return x, BlockSaved(ln1, qkv, att, attproj, drop1, ln2, fc, gelu, dropmlp, fcproj, drop2)
 
 

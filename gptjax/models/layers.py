@@ -7,6 +7,7 @@ lays out a block's weights and gradients.
 
 from typing import Any
 
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from gptjax import ops
@@ -14,17 +15,20 @@ from gptjax.ops import (
     dropout_bwd,
     dropout_fwd,
     embedding_bwd,
-    gelu_fwd,
     layernorm_fwd,
     rmsnorm_fwd,
     rotary_bwd,
     rotary_fwd,
     swiglu_fwd,
 )
-from gptjax.ops.quantized import OutIn, Quantized, quantized_linear, table_rows
+from gptjax.ops.activation import gelu
+from gptjax.ops.quantized import Blocks, OutIn, product, quantized_linear, table_rows
 from gptjax.xla.barrier import barrier, cpu_barrier
+from gptjax.xla.forms import form_of
+from gptjax.xla.products import contract
 
 __all__ = [
+    "classifier_fwd",
     "dropout_bwd",
     "dropout_fwd",
     "embedding_bwd",
@@ -36,6 +40,7 @@ __all__ = [
     "layernorm_fwd",
     "linear_bwd",
     "linear_fwd",
+    "residual_fwd",
     "rmsnorm_bwd",
     "rmsnorm_fwd",
     "rotary_bwd",
@@ -48,9 +53,7 @@ __all__ = [
 
 def linear_fwd(x: Array, w: Any, b: Array | None = None) -> tuple[Array, Any]:
     """`ops.linear_fwd`, also on weights stored for decoding."""
-    return (
-        quantized_linear(x, w, b) if isinstance(w, OutIn | Quantized) else ops.linear_fwd(x, w, b)
-    )
+    return quantized_linear(x, w, b) if isinstance(w, OutIn | Blocks) else ops.linear_fwd(x, w, b)
 
 
 def linear_bwd(x: Array, w: Array, dy: Array) -> tuple[Array, Array, Array]:
@@ -76,6 +79,24 @@ def rmsnorm_bwd(saved: Any, w: Array, dy: Array) -> tuple[Array, Array]:
     return cpu_barrier(dw, dx), dw
 
 
+def gelu_fwd(x: Array) -> tuple[Array, Array]:
+    """`ops.gelu_fwd`; on CUDA in the form that XLA fuses into the product that made x.
+
+    cuBLASLt then computes it from the product's float32 sums. XLA recognises the equation only in
+    x's own dtype.
+    """
+    return lax.platform_dependent(x, cuda=_gelu_of_product, default=_gelu), x
+
+
+def _gelu(x: Array) -> Array:
+    return ops.gelu_fwd(x)[0]
+
+
+@form_of(_gelu)
+def _gelu_of_product(x: Array) -> Array:
+    return gelu(x)
+
+
 def gelu_bwd(x: Array, dy: Array) -> Array:
     """`ops.gelu_bwd`; x waits for dy, or XLA computes tanh(u) in the forward and stores it."""
     return ops.gelu_bwd(barrier(dy, x), dy)
@@ -98,10 +119,30 @@ def swiglu_again(dx: Array, saved: Any) -> Array:
     return ops.swiglu_fwd(barrier(dx, saved.gate), saved.up)[0]
 
 
+def classifier_fwd(h: Float[Array, "N C"], head: Any) -> Float[Array, "N Vp"]:
+    """``h head^T``, also with a classifier stored for decoding."""
+    if isinstance(head, OutIn | Blocks):
+        return product(h, head)
+    return contract("nc,vc->nv", h, head.astype(h.dtype))
+
+
 def embedding_fwd(ids: Int[Array, "..."], table: Any) -> Float[Array, "..."]:
     """`ops.embedding_fwd`, also of a table stored for decoding."""
     return (
         table_rows(table, ids)
-        if isinstance(table, OutIn | Quantized)
+        if isinstance(table, OutIn | Blocks)
         else ops.embedding_fwd(ids, table)
     )
+
+
+def residual_fwd(x: Float[Array, "B T C"], y: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
+    """``x + y``, a branch's output added to the residual stream.
+
+    cuBLASLt adds x to a product as it writes it. XLA's GPU compiler copies x first, unless x is
+    the matrix of that product's own shape that it can see to be used again.
+    """
+    return (_rows(x) + _rows(y)).reshape(x.shape)
+
+
+def _rows(x: Float[Array, "B T C"]) -> Float[Array, "N C"]:
+    return x.reshape(-1, x.shape[-1])

@@ -22,6 +22,7 @@ from gptjax.models.layers import (
     embedding_fwd,
     linear_bwd,
     linear_fwd,
+    residual_fwd,
     rmsnorm_bwd,
     rmsnorm_fwd,
     rotary_bwd,
@@ -153,7 +154,7 @@ def block_fwd(
     o, att = attend(q, k, v)
     a, o = linear_fwd(o, w.wo)
     a, drop1 = dropout_fwd(a, cfg.dropout, key1)
-    x = x + a
+    x = residual_fwd(x, a)
     h2, ffn_norm = rmsnorm_fwd(x, w.ffn_norm, cfg.norm_eps)
     gate, ffn = linear_fwd(h2, w.w1)
     up, _ = linear_fwd(h2, w.w3)
@@ -162,7 +163,7 @@ def block_fwd(
     g, drop_mlp = dropout_fwd(g, cfg.dropout_mlp, key3)
     m, down = linear_fwd(g, w.w2)
     m, drop2 = dropout_fwd(m, cfg.dropout, key2)
-    x = x + m
+    x = residual_fwd(x, m)
     return x, BlockSaved(att_norm, qkv, att, o, drop1, ffn_norm, ffn, swiglu, drop_mlp, down, drop2)
 
 

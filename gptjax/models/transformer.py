@@ -18,7 +18,7 @@ from gptjax.config import ModelConfig
 from gptjax.models.batch import Batch, Ids, checked_batch, checked_ids
 from gptjax.models.chunks import join_chunks, row_chunks, sum_of_shares, total
 from gptjax.models.family import RECOMPUTED, family_of
-from gptjax.models.layers import dropout_bwd, dropout_fwd
+from gptjax.models.layers import classifier_fwd, dropout_bwd, dropout_fwd
 from gptjax.models.params import head_of, is_weight, weight_table
 from gptjax.ops import (
     IGNORE_INDEX,
@@ -29,7 +29,7 @@ from gptjax.ops import (
     cross_entropy_fwd,
 )
 from gptjax.parallel.sharding import compute_layout, num_shards, param_layout
-from gptjax.xla.barrier import barrier, cpu_barrier
+from gptjax.xla.barrier import barrier, chunk_barrier
 from gptjax.xla.products import contract
 
 # --- One block, and the stack of blocks under each recompute setting ---
@@ -265,8 +265,8 @@ def loss(
     def chunk_loss(x: Array, targets: Array, weights: Array) -> Array:
         return cross_entropy_fwd(contract("nc,vc->nv", x, w), targets, weights, cfg.vocab_size)[0]
 
-    chunks = row_chunks(x, batch.targets, batch.mask, cfg.loss_chunks, count)
-    if cfg.loss_chunks > 1:
+    chunks = row_chunks(x, batch.targets, batch.mask, cfg, count)
+    if len(chunks) > 1:
         chunk_loss = jax.checkpoint(chunk_loss)
     losses = [chunk_loss(*chunk) for chunk in chunks]
     return sum(losses[1:], losses[0])
@@ -311,8 +311,8 @@ def classifier_and_grad(
     dh: list[Array] = []
     dhead: Any = None
     w = compute_layout(head.astype(h.dtype), "Vp", "C")
-    for x, targets, weights in row_chunks(h, batch.targets, batch.mask, cfg.loss_chunks, count):
-        scores = contract("nc,vc->nv", cpu_barrier((dh[-1], dhead), x) if dh else x, w)
+    for x, targets, weights in row_chunks(h, batch.targets, batch.mask, cfg, count):
+        scores = contract("nc,vc->nv", chunk_barrier((dh[-1], dhead), x) if dh else x, w)
         nll, saved = cross_entropy_fwd(scores, targets, weights, cfg.vocab_size)
         dscores = cross_entropy_bwd(saved, cfg.vocab_size)
         dh.append(contract("nv,vc->nc", dscores, w))
@@ -332,11 +332,10 @@ def token_losses(params: Any, batch: Batch, cfg: ModelConfig) -> Float[Array, "B
     """-log p of each target in nats, without dropout; 0 at `IGNORE_INDEX`. Their mean is `loss`.
 
     The mask is ignored. The scores of only one sequence are in memory at a time. Arguments as in
-    `loss`.
+    `loss`; parameters may be stored for decoding.
     """
     batch = checked_batch(batch, cfg)
     x = hidden(params, batch.inputs, cfg, segments=batch.segments)
-    head = head_of(params, cfg).astype(x.dtype)
 
     def one_token(scores: Array, target: Array) -> Array:
         return cross_entropy_fwd(
@@ -345,7 +344,7 @@ def token_losses(params: Any, batch: Batch, cfg: ModelConfig) -> Float[Array, "B
 
     def one_sequence(x_targets: tuple[Array, Array]) -> Array:
         x, targets = x_targets
-        losses = jax.vmap(one_token)(contract("tc,vc->tv", x, head), targets)
+        losses = jax.vmap(one_token)(classifier_fwd(x, head_of(params, cfg)), targets)
         return jnp.where(targets == IGNORE_INDEX, jnp.zeros((), losses.dtype), losses)
 
     return lax.map(one_sequence, (x, batch.targets))

@@ -15,6 +15,11 @@ SLOPE = math.sqrt(2 / math.pi)
 CUBIC = 0.044715
 
 
+def gelu(x: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
+    """GELU alone, computed in x's dtype."""
+    return x * (0.5 * (1 + jnp.tanh(SLOPE * (x + CUBIC * (x * x * x)))))
+
+
 @jax.jit
 def gelu_fwd(x: Float[Array, "B T F"]) -> tuple[Float[Array, "B T F"], Float[Array, "B T F"]]:
     """``y = x (1 + t) / 2`` with ``t = tanh(u)`` and ``u = SLOPE (x + CUBIC x^3)``.
@@ -26,9 +31,7 @@ def gelu_fwd(x: Float[Array, "B T F"]) -> tuple[Float[Array, "B T F"], Float[Arr
 
     Saved: x; the backward recomputes t.
     """
-    xf = x.astype(accumulation_dtype(x))
-    t = jnp.tanh(SLOPE * (xf + CUBIC * xf * xf * xf))
-    return (0.5 * xf * (1 + t)).astype(x.dtype), x
+    return gelu(x.astype(accumulation_dtype(x))).astype(x.dtype), x
 
 
 @jax.jit

@@ -1,13 +1,14 @@
-"""Attention of one new position over a cache of keys and values."""
+"""Attention of new positions over a cache of keys and values."""
 
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from gptjax.ops.attention import Heads, KeyHeads
+from gptjax.ops.attention import Heads
 from gptjax.xla.barrier import cpu_barrier
 from gptjax.xla.products import accumulation_dtype
 
@@ -21,39 +22,48 @@ class LayerCache(NamedTuple):
 
 def cached_attention(
     q: Heads,
-    k: KeyHeads,
-    v: KeyHeads,
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K D"],
     cache: LayerCache,
     slot: Int[Array, ""],
     visible: Bool[Array, "B S"],
 ) -> tuple[Heads, LayerCache]:
-    """Attention of one position, T = 1, to itself and to the ``visible`` slots.
+    """Attention of T new positions to the ``visible`` slots, to themselves and to those of them
+    that come before.
 
-    Computes the position's own score separately and writes the cache only after reading it. XLA
-    then updates the cache in place instead of copying all of it for each token.
+    Scores their own keys apart and writes the cache only after reading it. XLA then updates the
+    cache in place instead of copying all of it for each token.
+
+    Args:
+        q: queries (B, T, H, D) of the new positions.
+        k: their keys (B, T, K, D).
+        v: their values (B, T, K, D).
+        cache: what came before.
+        slot: where the first new position goes; there are at least T slots from there.
+        visible: the slots that hold a row's earlier positions.
 
     Returns:
-        The output, and the cache with the position's own key and value in ``slot``.
+        The output, and the cache with the new keys and values in ``slot`` and the T - 1 after it.
 
     """
     acc, K = accumulation_dtype(q), k.shape[2]
-    B, _, H, D = q.shape
-    q1, k1, v1 = q.reshape(B, K, H // K, D), k[:, 0], v[:, 0]
-    s = jnp.einsum("bksd,bkgd->bkgs", cache.k, q1, preferred_element_type=acc) / math.sqrt(D)
-    s = jnp.where(jnp.broadcast_to(visible[:, None, None], s.shape), s, -jnp.inf)
-    k_own, v_own = (jnp.broadcast_to(x[:, :, None].astype(acc), q1.shape) for x in (k1, v1))
-    own = (q1.astype(acc) * k_own).sum(-1, keepdims=True) / math.sqrt(D)
-    top = jnp.maximum(s.max(-1, keepdims=True), own)
-    e, e_own = jnp.exp(s - top), jnp.exp(own - top)
-    total = e.sum(-1, keepdims=True) + e_own
-    o = jnp.einsum(
-        "bkgs,bksd->bkgd", (e / total).astype(v.dtype), cache.v, preferred_element_type=acc
-    )
-    o = (o + e_own / total * v_own).astype(q.dtype).reshape(q.shape)
-    k1, v1 = cpu_barrier(o, k1), cpu_barrier(o, v1)
+    B, T, H, D = q.shape
+    q, k, v = q.reshape(B, T, K, H // K, D), k.swapaxes(1, 2), v.swapaxes(1, 2)
+    rows = q.transpose(0, 2, 1, 3, 4).reshape(B, K, -1, D)
+    past = jnp.einsum("bksd,bkrd->bkrs", cache.k, rows, preferred_element_type=acc)
+    new = jnp.einsum("bktd,bkrd->bkrt", k, rows, preferred_element_type=acc)
+    causal = jnp.repeat(jnp.tri(T, dtype=bool), H // K, axis=0)
+    past = jnp.where(jnp.broadcast_to(visible[:, None, None], past.shape), past, -jnp.inf)
+    new = jnp.where(jnp.broadcast_to(causal[None, None], new.shape), new, -jnp.inf)
+    p = jax.nn.softmax(jnp.concatenate([past, new], -1) / math.sqrt(D), -1).astype(v.dtype)
+    S = cache.k.shape[2]
+    o = jnp.einsum("bkrs,bksd->bkrd", p[..., :S], cache.v, preferred_element_type=acc)
+    o += jnp.einsum("bkrt,bktd->bkrd", p[..., S:], v, preferred_element_type=acc)
+    o = o.astype(rows.dtype).reshape(B, K, T, -1, D).transpose(0, 2, 1, 3, 4).reshape(B, T, H, D)
+    k, v = cpu_barrier(o, k), cpu_barrier(o, v)
     return o, LayerCache(
         *(
-            lax.dynamic_update_slice_in_dim(c, x[:, :, None], slot, 2)
-            for c, x in zip(cache, (k1, v1), strict=True)
+            lax.dynamic_update_slice_in_dim(c, x, slot, 2)
+            for c, x in zip(cache, (k, v), strict=True)
         )
     )

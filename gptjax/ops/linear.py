@@ -27,8 +27,10 @@ def linear_fwd(
     Saved: x, for dw; dx needs only the weight.
     """
     xi, io, outputs = _flat(x), _matrix(w, x.ndim - 2), w.shape[x.ndim - 2 :]
-    y = contract("bti,io->bto", xi, io.astype(x.dtype)).reshape(*x.shape[:2], *outputs)
-    return (y if b is None else y + jnp.broadcast_to(b.astype(x.dtype), y.shape)), x
+    y = contract("bti,io->bto", xi, io.astype(x.dtype))
+    if b is not None:
+        y = y + jnp.broadcast_to(b.reshape(-1).astype(x.dtype), y.shape)
+    return y.reshape(*x.shape[:2], *outputs), x
 
 
 @jax.jit

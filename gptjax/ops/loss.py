@@ -9,6 +9,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from gptjax.xla.products import accumulation_dtype
+from gptjax.xla.softmax import log_sum_exp
 
 IGNORE_INDEX = -1  # targets with this id do not count
 
@@ -62,10 +63,7 @@ def cross_entropy_fwd(
     """
     x = _exclude_padding(logits.astype(accumulation_dtype(logits)), vocab_size)
     others = jnp.where(_is_target(x, targets), -jnp.inf, x)
-    least = jnp.finfo(x.dtype)  # for a vocabulary of one, which has no other tokens
-    # The shift cancels, so no gradient flows through it.
-    peak = lax.stop_gradient(jnp.maximum(others.max(-1), least.min))
-    lse = peak + jnp.log(jnp.maximum(jnp.exp(others - peak[:, None]).sum(-1), least.tiny))
+    lse = log_sum_exp(others)
     odds = lse - jnp.take_along_axis(x, jnp.maximum(targets, 0)[:, None], axis=1)[:, 0]
     weights = weights.astype(x.dtype)
     loss = (weights * jax.nn.softplus(odds)).sum()

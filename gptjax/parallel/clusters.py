@@ -1,6 +1,4 @@
-"""Clusters that JAX does not see although this process was started as one of many: they would train
-as many models.
-"""
+"""Clusters that JAX does not detect, in which each process would train a model of its own."""
 
 import contextlib
 import warnings
@@ -8,8 +6,8 @@ from collections.abc import Iterator, Mapping
 
 from gptjax.errors import ConfigError
 
-# What starts processes, with the variables in which it tells each how many there are and which one
-# it is. Slurm's batch script, which is one process whatever the job has, is told of no step.
+# Launchers, each with its environment variables for the number of processes and the index of this
+# one. Slurm's batch script, always a single process, has no step variables.
 LAUNCHERS = {
     "Open MPI": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
     "an MPI like MPICH": ("PMI_SIZE", "PMI_RANK"),
@@ -18,11 +16,11 @@ LAUNCHERS = {
 
 
 def is_alone(env: Mapping[str, str]) -> bool:
-    """Whether this is the one process of a Slurm step, a shell in an allocation say; JAX would wait
-    for the whole job's.
+    """Whether this is the only process of a Slurm step, such as a shell in an allocation; JAX would
+    wait for the processes of the whole job.
 
     Args:
-        env: the environment's variables.
+        env: the environment variables.
 
     """
     of_mpi = "OMPI_COMM_WORLD_SIZE" in env or env.get("PMI_SIZE", "1") not in ("0", "1")
@@ -30,35 +28,33 @@ def is_alone(env: Mapping[str, str]) -> bool:
 
 
 def require_none(env: Mapping[str, str]) -> None:
-    """Check, where JAX has found no cluster, that this process is alone indeed.
+    """Check that this process is alone, where JAX has detected no cluster.
 
     Raises:
-        ConfigError: it is one of many.
+        ConfigError: it is one of several.
 
     """
-    unseen = "but JAX does not see the others"
+    unseen = "but JAX does not detect the others"
     if "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env:
-        install = "for want of the package kubernetes: pip install 'gptjax[kubernetes]'"
+        install = "without the package kubernetes: pip install 'gptjax[kubernetes]'"
         raise ConfigError(
-            f"this is a pod of an indexed job of Kubernetes, {unseen} {install}, or train in each "
-            "pod alone with "
-            "--distributed.detect false"
+            f"this is a pod of an indexed Kubernetes job, {unseen} {install}, or train in each "
+            "pod alone with --distributed.detect false"
         )
     for launcher, (count, index) in LAUNCHERS.items():
         if env.get(count, "1") not in ("0", "1"):
             raise ConfigError(
                 f"{launcher} has started {env[count]} processes, {unseen}: give each "
                 "--distributed.coordinator HOST:PORT and "
-                f"--distributed.process ${index}/{env[count]}, which a shell in each fills in, or "
-                "train in each alone "
-                "with --distributed.detect false"
+                f"--distributed.process ${index}/{env[count]}, which a shell in each expands, or "
+                "train in each alone with --distributed.detect false"
             )
 
 
 @contextlib.contextmanager
 def without_advice() -> Iterator[None]:
-    """Leave out what JAX says in every pod of Kubernetes that lacks a package; `require_none` says
-    it where it matters.
+    """Suppress JAX's warning about a package missing in a Kubernetes pod; `require_none` reports it
+    if it matters.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Kubernetes environment detected")

@@ -1,33 +1,31 @@
-"""What devices can do at most: one table, from their makers' data sheets.
+"""Peak rates and memory sizes of devices, from their makers' data sheets.
 
-NVIDIA: the data sheets of A100, H100, H200 and L4 Tensor Core GPUs. Those of the last three give
-bfloat16 with sparsity, twice what is dense, and all give NVLink and PCIe as both directions
-together. Between machines, the reference architecture of DGX BasePOD: eight GPUs and eight adapters
-of 400 Gb/s.
+NVIDIA: the data sheets of the A100, H100, H200 and L4 Tensor Core GPUs. Those of the last three
+give bfloat16 rates with sparsity, twice the dense ones, and all give NVLink and PCIe rates for both
+directions together. Networks follow the reference architecture of DGX BasePOD: eight GPUs with
+eight adapters of 400 Gb/s.
 
 Google: docs.cloud.google.com/tpu/docs/v3, v4, v5e, v5p and v6e, which give the links of v5e, v5p
-and v6e as both directions together. A v4 chip has six links of 400 Gb/s each way (Zu et al. 2024,
-"Resiliency at Scale"), a v3 pod sums 340 TB/s.
+and v6e for both directions together. A v4 chip has six links of 400 Gb/s each way (Zu et al. 2024,
+"Resiliency at Scale"); all-reduce of a v3 pod runs at 340 TB/s.
 """
 
 from typing import NamedTuple
 
 
 class Device(NamedTuple):
-    """Rates and sizes of one of what JAX calls a device."""
+    """Rates and sizes of one JAX device."""
 
     flops: float
     """Peak dense bfloat16 FLOP/s."""
     memory: float
-    """Bytes of its own memory."""
+    """Bytes of device memory."""
     bandwidth: float
-    """Bytes a second between it and its memory."""
+    """Bytes a second to and from its memory."""
     link: float
-    """Bytes a second that it can send to its neighbours, over all its links at once, in one
-    direction.
-    """
+    """Bytes a second to its neighbours, over all links at once, in one direction."""
     neighbours: int
-    """Devices that these links connect; beyond, there is a network."""
+    """Devices that these links connect; others are reached over a network."""
 
 
 GIB = 2**30
@@ -58,7 +56,5 @@ DEVICES = {  # by JAX's `device_kind`
 
 
 def device_of(device_kind: str) -> Device | None:
-    """The row of a device that JAX names so, or None where there is none: NVIDIA L40 is no NVIDIA
-    L4.
-    """
+    """The device with exactly this name in JAX (an NVIDIA L40 is not an NVIDIA L4), or None."""
     return DEVICES.get(device_kind)

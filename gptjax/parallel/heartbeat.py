@@ -1,10 +1,9 @@
-"""How a run of many processes ends when one of them fails, dies or hangs: all of them, in bounded
-time, with one sentence.
+"""Heartbeats: if one process fails, dies or hangs, all end within bounded time and with one
+sentence.
 
-JAX's coordination service notices a process that is gone, too, but from a thread of its own, which
-aborts the process with a stack trace for a last word. So each process tells the others through the
-service's store that it is alive, and ends by itself when one falls silent; what JAX notices, in
-twice the time, is left for a process whose Python hangs.
+JAX's coordination service detects a lost process, too, but its thread then aborts the others with a
+stack trace. So each process writes heartbeats to the service's store and exits when another's stop.
+JAX's own detection, with twice the timeout, remains for a process whose Python code hangs.
 """
 
 import contextlib
@@ -33,28 +32,27 @@ SIGNS = (
     "heartbeat",
     "barrier",
 )
-BEATS = 10  # signs of life, at least, within the time after which a process counts as lost
-# Seconds that an error of this process waits for the same one of process 0, and process 0 for those
-# that ask
+BEATS = 10  # heartbeats, at least, within the timeout
+# Seconds for which a failing process waits for process 0's error, and process 0 for its readers
 LINGER = 5.0
 ALIVE = "gptjax/alive/"
-ENDING = threading.Lock()  # whoever has it has the last word, so nobody gives it back
+ENDING = threading.Lock()  # never released: only its first owner prints the reason and exits
 
 
-def tells_of_a_lost_process(error: BaseException) -> bool:
-    """Whether the error is, by its words, what JAX raises when another process is gone."""
-    return processes.are_many() and any(sign in str(error) for sign in SIGNS)
+def is_lost_process_error(error: BaseException) -> bool:
+    """Whether the message is one that JAX raises when another process is lost."""
+    return processes.is_distributed() and any(sign in str(error) for sign in SIGNS)
 
 
 @contextlib.contextmanager
 def watched(prog: str, timeout: float) -> Iterator[None]:
-    """End this process with a sentence once another has given no sign of life for ``timeout``
-    seconds; nothing to do alone.
+    """For the block, exit with a sentence once another process has sent no heartbeat for
+    ``timeout`` seconds; a no-op in a single process.
     """
-    if not processes.are_many():
+    if not processes.is_distributed():
         yield
         return
-    ended, seen = threading.Event(), _Seen(jax.process_count())
+    ended, seen = threading.Event(), _LastBeats(jax.process_count())
     _delay_abort()
     beat = threading.Thread(target=_beat, args=(prog, timeout / BEATS, seen, ended), daemon=True)
     beat.start()
@@ -62,7 +60,7 @@ def watched(prog: str, timeout: float) -> Iterator[None]:
     try:
         yield
         ended.set()
-        beat.join()  # so that it says nothing later
+        beat.join()  # so that "done" is the last word
         processes.store().key_value_set(
             f"{ALIVE}{jax.process_index()}", "done", allow_overwrite=True
         )
@@ -70,16 +68,16 @@ def watched(prog: str, timeout: float) -> Iterator[None]:
         ended.set()
 
 
-class _Seen:
-    """When each process was last seen to have said something new, in seconds; infinitely late once
-    it is done.
+class _LastBeats:
+    """The last heartbeat of each process and the time at which it was seen; infinite once the
+    process is done.
     """
 
     def __init__(self, count: int) -> None:
         self.said = [""] * count
         self.when = [time.monotonic()] * count
         self.asked = float("inf")
-        """When the store was asked for what it has not answered yet."""
+        """Time of the pending request to the store; infinite if there is none."""
 
     def add(self, process: int, said: str) -> None:
         if said != self.said[process]:
@@ -87,8 +85,8 @@ class _Seen:
             self.when[process] = float("inf") if said == "done" else time.monotonic()
 
 
-def _beat(prog: str, interval: float, seen: _Seen, ended: threading.Event) -> None:
-    """Say something new, and see what the others have said, until the end."""
+def _beat(prog: str, interval: float, seen: _LastBeats, ended: threading.Event) -> None:
+    """Send heartbeats and read those of the others, until the end."""
     store, beats = processes.store(), 0
     while not ended.wait(min(interval, 1.0)):
         beats, seen.asked = beats + 1, time.monotonic()
@@ -102,16 +100,16 @@ def _beat(prog: str, interval: float, seen: _Seen, ended: threading.Event) -> No
         seen.asked = float("inf")
 
 
-def _watch(prog: str, timeout: float, seen: _Seen, ended: threading.Event) -> None:
-    """Look for a process that is silent, until the end; if process 0 is, nothing is heard of the
-    others either.
+def _watch(prog: str, timeout: float, seen: _LastBeats, ended: threading.Event) -> None:
+    """Look for a silent process, until the end. If process 0 is silent, the store does not answer
+    at all.
     """
     interval, me = timeout / BEATS, jax.process_index()
     patience = timeout - 2 * interval
     awake = looked = time.monotonic()
     while not ended.wait(min(interval, 1.0)):
         now = time.monotonic()
-        # This process was held up, and has heard of nobody meanwhile
+        # This process itself was suspended and has read no heartbeats
         if now - looked > interval + 1:
             awake = now
         looked = now
@@ -127,13 +125,13 @@ def _watch(prog: str, timeout: float, seen: _Seen, ended: threading.Event) -> No
         if silent:
             _end(
                 prog,
-                f"process {silent[0]} of {len(seen.when)} has given no sign of life for "
+                f"process {silent[0]} of {len(seen.when)} has sent no heartbeat for "
                 f"{patience:.0f} s",
             )
 
 
 def _is_gone(address: str) -> bool:
-    """Whether nobody listens at HOST:PORT any more, on a machine that answers."""
+    """Whether the machine answers but nothing listens at HOST:PORT any more."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port or 0)), 1).close()
@@ -145,24 +143,22 @@ def _is_gone(address: str) -> bool:
 
 
 def _delay_abort() -> None:
-    """Give Python some seconds to say what happened when JAX's thread aborts the process: it does
-    once process 0 is gone.
+    """Delay the abort of JAX's thread, which follows the loss of process 0, so that Python can
+    print the reason.
 
-    The signal's handler is libc's `sleep`. It gets the signal's number, 6, as its seconds; the
-    abort goes on after them.
+    libc's `sleep` becomes the handler of SIGABRT. It is called with the signal's number, so it
+    sleeps for 6 seconds before the abort continues.
     """
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # no such library here
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # there is no such library
         libc: Any = ctypes.CDLL(None)
         libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
         libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
 
 
-def speaks(message: str) -> bool:
-    """Whether this process has to print the error that ends it: not if process 0 ends with the same
-    one.
-    """
-    with contextlib.suppress(Exception):  # of a store, or a backend, that is no more or never was
-        if not processes.are_many():
+def should_report(message: str) -> bool:
+    """True unless process 0 reports the same error."""
+    with contextlib.suppress(Exception):  # the store or the backend may be gone or not started
+        if not processes.is_distributed():
             return True
         store = processes.store()
         if processes.is_first():
@@ -175,11 +171,11 @@ def speaks(message: str) -> bool:
 
 
 @contextlib.contextmanager
-def ending_together(prog: str) -> Iterator[None]:
-    """With several processes, end this one at once when the block fails, with a sentence if another
-    is lost.
+def exit_together(prog: str) -> Iterator[None]:
+    """If the block fails in one of several processes, exit at once, with a sentence if another
+    process is lost.
 
-    Otherwise it would wait at its exit for the others, and they for it.
+    A normal exit would wait for the others, and they for this one.
     """
     try:
         yield
@@ -187,16 +183,16 @@ def ending_together(prog: str) -> Iterator[None]:
         if not jax.distributed.is_initialized():
             raise
         if not isinstance(error, SystemExit):
-            if tells_of_a_lost_process(error):
+            if is_lost_process_error(error):
                 _end(prog, _first_line(error))
             traceback.print_exc()
-        _wait_for_those_who_ask()
+        _wait_for_readers()
         _exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
 
 
-def _wait_for_those_who_ask() -> None:
-    """Keep the store, which ends with process 0, until the others have its error, or are too
-    late.
+def _wait_for_readers() -> None:
+    """Keep process 0, and with it the store, until the others have read its error, for `LINGER`
+    seconds at most.
     """
     deadline = time.monotonic() + LINGER
     with contextlib.suppress(Exception):
@@ -204,15 +200,14 @@ def _wait_for_those_who_ask() -> None:
         for process in range(1, jax.process_count() if processes.is_first() else 1):
             left = max(1, int((deadline - time.monotonic()) * 1000))
             processes.store().blocking_key_value_get(f"gptjax/heard/{process}", left)
-        time.sleep(0.5)  # in which they end
+        time.sleep(0.5)  # time for them to end
 
 
 def _end(prog: str, reason: str) -> None:
     ENDING.acquire()
     print(
         f"{prog}: error: another process was lost ({reason}): start them all again with --resume "
-        "auto, to go on from the "
-        "newest checkpoint",
+        "auto, to continue from the newest checkpoint",
         file=sys.stderr,
     )
     _exit(1)

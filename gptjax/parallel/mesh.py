@@ -1,6 +1,4 @@
-"""The mesh of devices that a run computes on, and arrays laid out over it by the rules of
-`gptjax.parallel.sharding`.
-"""
+"""The mesh of devices, and arrays laid out over it by the rules of `gptjax.parallel.sharding`."""
 
 import itertools
 import math
@@ -17,7 +15,7 @@ from gptjax.config import MeshConfig
 from gptjax.errors import ConfigError
 from gptjax.parallel.sharding import MESH_AXES, RULES, param_spec
 
-OPTIONS = {  # the option that sets the size of an axis that a mesh cuts
+OPTIONS = {  # the option that sets the size of each sharded axis
     "B": "data.batch_size",
     "C": "model.channels",
     "H": "model.num_heads",
@@ -25,7 +23,7 @@ OPTIONS = {  # the option that sets the size of an axis that a mesh cuts
     "F": "model.hidden",
     "Vp": "model.vocab_size, padded to",
 }
-LISTED = 4  # valid meshes that the error about an invalid one names
+LISTED = 4  # valid meshes named in the error about an invalid one
 
 
 def make_mesh(
@@ -34,14 +32,14 @@ def make_mesh(
     """The mesh, or None for one device.
 
     Args:
-        cfg: its shape.
-        sizes: of the model's logical axes, which have to be cut evenly.
-        batch_size: rows of a micro-batch, on all devices together.
-        devices: those there are; by default all of JAX's. In one process some may stay idle.
+        cfg: the mesh's shape.
+        sizes: sizes of the model's logical axes, which must divide evenly.
+        batch_size: rows of a micro-batch over all devices.
+        devices: the devices; all of JAX's by default. A single process may leave some idle.
 
     Raises:
-        ConfigError: there are fewer devices, or something cannot be cut evenly; it lists what would
-            work.
+        ConfigError: there are too few devices, or an axis does not divide evenly; the message lists
+            valid meshes.
 
     """
     devices = jax.devices() if devices is None else devices
@@ -60,8 +58,8 @@ def make_mesh(
 def mesh_shape(
     cfg: MeshConfig, sizes: dict[str, int], batch_size: int, devices: int, processes: int = 1
 ) -> tuple[int, ...]:
-    """(data, fsdp, tensor) of the mesh that `make_mesh` makes of so many devices; raises as it
-    does.
+    """(data, fsdp, tensor) of the mesh that `make_mesh` makes of this number of devices, with the
+    same errors.
     """
     shape = _resolve(cfg.shape, devices)
     obstacle = _miscounted(cfg.shape, shape, devices, processes) or _uneven(
@@ -82,7 +80,7 @@ def describe_mesh(mesh: Mesh) -> str:
 
 
 def _resolve(shape: tuple[int, ...], devices: int) -> tuple[int, ...]:
-    """The shape with -1 replaced by what the others leave, at least 1."""
+    """The shape with -1 replaced by the number of remaining devices, at least 1."""
     known = math.prod(size for size in shape if size != -1)
     return tuple(max(devices // known, 1) if size == -1 else size for size in shape)
 
@@ -109,7 +107,7 @@ def _miscounted(
 
 
 def _uneven(shape: tuple[int, ...], sizes: dict[str, int], batch_size: int) -> str | None:
-    """Which axis does not divide by the mesh axes that cut it; None if each does."""
+    """The axis that does not divide by its mesh axes, as text; None if all do."""
     mesh = dict(zip(MESH_AXES, shape, strict=True))
     for axis, rule in RULES.items():
         for cut in rule:
@@ -125,8 +123,8 @@ def _uneven(shape: tuple[int, ...], sizes: dict[str, int], batch_size: int) -> s
 def _alternatives(
     asked: tuple[int, ...], sizes: dict[str, int], batch_size: int, devices: int, processes: int
 ) -> str:
-    """The valid meshes of all devices in words, those most like the requested one first."""
-    each = devices // processes  # that hold whole rows, or parts of the same: see `row_share`
+    """The valid meshes of all devices as text, those most similar to the requested one first."""
+    each = devices // processes  # must hold whole rows or parts of the same ones, see `row_share`
 
     def of(rows: int) -> list[tuple[int, ...]]:
         return [
@@ -169,18 +167,18 @@ def param_shardings(mesh: Mesh, axes: Any) -> Any:
 
     Args:
         mesh: the mesh.
-        axes: the tree of their logical axes, of `gptjax.models.params.param_axes`.
+        axes: the tree of logical axes, from `gptjax.models.params.param_axes`.
 
     """
     return jax.tree.map(lambda axes: NamedSharding(mesh, param_spec(axes)), axes, is_leaf=_is_axes)
 
 
 def shardings(mesh: Mesh, axes: Any, tree: Any) -> Any:
-    """The layout of a tree: arrays shaped like a parameter as it is, all others whole on every
-    device.
+    """The layout of a tree: arrays shaped like a parameter are sharded like it, all others
+    replicated.
 
-    Optimizers keep trees of the parameters' structure, in which some leaves are missing or, as in
-    Adafactor, smaller.
+    Optimizer states contain trees with the parameters' structure, in which leaves may be missing
+    or, as in Adafactor, smaller.
     """
 
     def layout(axes: tuple[str, ...], x: Any) -> NamedSharding:
@@ -208,19 +206,17 @@ def _is_axes(x: Any) -> bool:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Whole on every device."""
+    """The layout with a full copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def row_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
-    """The layout of tokens, (..., B, T): rows cut."""
+    """The layout of tokens (..., B, T), sharded by rows."""
     return NamedSharding(mesh, PartitionSpec(*[None] * (ndim - 2), RULES["B"].compute, None))
 
 
 def abstract(mesh: Mesh | None, axes: Any, tree: Any) -> Any:
-    """Shapes of a tree with the layout of `shardings`, for lowering a function; nothing is
-    allocated.
-    """
+    """Shapes of a tree in the layout of `shardings`, to lower a function without allocating."""
     if mesh is None:
         return tree
     layout = shardings(mesh, axes, tree)
@@ -230,11 +226,11 @@ def abstract(mesh: Mesh | None, axes: Any, tree: Any) -> Any:
 
 
 def row_share(mesh: Mesh | None, batch_size: int) -> tuple[int, int]:
-    """(i, n): this process reads the i-th of n equal shares of a batch's rows; processes that hold
-    the same rows read the same.
+    """(i, n): this process reads the i-th of n equal shares of a batch's rows. Processes that hold
+    the same rows read the same share.
 
     Raises:
-        ConfigError: the devices lie so that processes hold unequal or overlapping rows.
+        ConfigError: processes would hold unequal or overlapping rows.
 
     """
     if mesh is None:
@@ -249,22 +245,20 @@ def row_share(mesh: Mesh | None, batch_size: int) -> tuple[int, int]:
         or len({*map(len, groups)}) > 1
     ):
         raise ConfigError(
-            f"data.batch_size {batch_size} cannot be shared out evenly among {len(rows)} "
-            "processes on this mesh: "
-            "make mesh.tensor a divisor or a multiple of the devices of one process"
+            f"data.batch_size {batch_size} does not divide evenly among {len(rows)} processes on "
+            "this mesh: make mesh.tensor a divisor or a multiple of the devices of one process"
         )
     return groups.index(tuple(sorted(rows[jax.process_index()]))), len(groups)
 
 
 def place_rows(mesh: Mesh | None, batch: Any, shares: int = 1) -> Any:
-    """Arrays of tokens, (..., B / shares, T) in this process, laid out over the mesh as (..., B,
-    T); as they are without one.
+    """Lay tokens out over the mesh: this process's (..., B / shares, T) become (..., B, T). Without
+    a mesh they stay as they are.
 
     Args:
-        mesh: of all processes.
-        batch: a tree of NumPy arrays: this process's rows.
-        shares: into how many the rows are cut, see `row_share`; 1 where each process has all of
-            them.
+        mesh: the mesh of all processes.
+        batch: a tree of NumPy arrays with this process's rows.
+        shares: the n of `row_share`; 1 if each process has all rows.
 
     """
     if mesh is None:
@@ -288,9 +282,7 @@ def place_rows(mesh: Mesh | None, batch: Any, shares: int = 1) -> Any:
 
 
 def place(array: Any, sharding: Any) -> jax.Array:
-    """An array that every process has, in float32, laid out; on the default device where there is
-    no layout.
-    """
+    """Lay out an array that every process has, in float32; None puts it on the default device."""
     if sharding is None:
         return jax.numpy.asarray(array, jax.numpy.float32)
     return jax.make_array_from_callback(
@@ -299,7 +291,5 @@ def place(array: Any, sharding: Any) -> jax.Array:
 
 
 def whole(mesh: Mesh | None, x: Any) -> Any:
-    """Arrays brought together, whole on every device, so that any process can read them; small ones
-    only.
-    """
+    """Replicate small arrays on every device, so that any process can read them."""
     return x if mesh is None else jax.jit(lambda x: x, out_shardings=replicated(mesh))(x)

@@ -1,15 +1,14 @@
-"""The one table of which mesh axis cuts which axis of an array, `RULES`, and the layouts that
-follow from it.
+"""The sharding rules: one table, `RULES`, of which mesh axes shard each logical axis, and the
+layouts that follow from it.
 
-The mesh has three axes. ``data`` copies the model and shares out the batch's rows. ``fsdp`` shares
-out the rows too, and cuts each parameter that has channels, with its gradient and moments, along
-them: a layer's are gathered while it is computed. ``tensor`` cuts the work on one token: the heads,
-the MLP's hidden units and the vocabulary.
+The mesh has three axes. ``data`` replicates the model and divides the batch's rows. ``fsdp``
+divides the rows, too, and shards each parameter that has channels, with its gradient and moments,
+along them; a layer's parameters are gathered while it is computed. ``tensor`` divides the work on
+one token: the heads, the MLP's hidden units and the vocabulary.
 
-The functions of the model stay as they are: `on_mesh` traces one for a mesh, and XLA splits it by
-the layouts of its arguments and of the few values that `compute_layout` and `param_layout` name.
-Without a mesh both are the identity: one device runs the program that it would run if this module
-did not exist.
+The model's functions need no change. `on_mesh` traces one for a mesh, and XLA partitions it by the
+layouts of its arguments and of the few values passed to `compute_layout` and `param_layout`.
+Without a mesh both are the identity, and one device runs the same program as without this module.
 """
 
 import math
@@ -26,17 +25,17 @@ MESH_AXES = ("data", "fsdp", "tensor")
 
 
 class Rule(NamedTuple):
-    """The mesh axes that cut a logical axis."""
+    """The mesh axes that shard a logical axis."""
 
     compute: tuple[str, ...]
-    """Where it is computed with."""
+    """In computations."""
     param: tuple[str, ...]
-    """Where a parameter, its gradient and its moments are kept."""
+    """In stored parameters, their gradients and moments."""
 
 
 RULES: dict[str | None, Rule] = {
     None: Rule((), ()),
-    "B": Rule(("data", "fsdp"), ("data",)),  # param: in the embedding, whose channels fsdp cuts
+    "B": Rule(("data", "fsdp"), ("data",)),  # param: in the embedding, where fsdp shards channels
     "C": Rule((), ("fsdp",)),
     "H": Rule(("tensor",), ("tensor",)),
     "K": Rule(("tensor",), ("tensor",)),
@@ -49,25 +48,25 @@ RULES: dict[str | None, Rule] = {
 
 
 def param_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
-    """How a parameter with these logical axes is cut."""
+    """The sharding of a parameter with these logical axes."""
     return _spec([RULES[axis].param for axis in axes])
 
 
 def compute_layout(x: Array, *axes: str | None) -> Array:
-    """x, cut as `RULES` say for computing with these logical axes; x itself without a mesh."""
+    """``x`` in the layout for computing with these logical axes; unchanged without a mesh."""
     return _constrain(x, [RULES[axis].compute for axis in axes])
 
 
 def param_layout(x: Array, *axes: str | None) -> Array:
-    """x, cut as `RULES` say for a parameter with these logical axes; x itself without a mesh."""
+    """``x`` in the layout of a parameter with these logical axes; unchanged without a mesh."""
     return _constrain(x, [RULES[axis].param for axis in axes])
 
 
 def sum_to_param_layout(terms: Array, *axes: str | None) -> Array:
-    """(n, ...), a term for each share of the rows -> their sum, in `param_layout`.
+    """Sum (n, ...), one term for each share of the rows, in `param_layout`.
 
-    It is scattered over the mesh axes that cut it, and only the parts are summed over the others.
-    Left to XLA, all of it would be summed over all devices, and then cut.
+    The sum is reduce-scattered over the mesh axes that shard it and all-reduced over the others.
+    XLA would all-reduce it over all devices and then slice it.
     """
     compute, param = ([getattr(RULES[axis], place) for axis in axes] for place in Rule._fields)
     shares = RULES["B"].compute
@@ -83,15 +82,15 @@ def sum_to_param_layout(terms: Array, *axes: str | None) -> Array:
 
 
 def num_shards(*axes: str) -> int:
-    """How many parts these mesh axes, or all of them, make in the mesh that is traced for; 1
-    without one.
+    """The number of shards along these axes, or all, of the mesh being traced for; 1 without a
+    mesh.
     """
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape[axis] for axis in axes or MESH_AXES) if not mesh.empty else 1
 
 
 def on_mesh(mesh: Mesh | None, f: Callable[..., Any]) -> Callable[..., Any]:
-    """f, to be traced for a mesh; f itself without one."""
+    """``f`` traced for a mesh; unchanged without one."""
     if mesh is None:
         return f
 

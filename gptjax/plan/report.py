@@ -1,17 +1,18 @@
-"""A plan as lines to read."""
+"""Format a plan as text."""
 
 from gptjax.models.params import num_params
 from gptjax.parallel.devices import NETWORK, Device
 from gptjax.parallel.sharding import MESH_AXES
 from gptjax.plan.collectives import Collective
 from gptjax.plan.floor import DAY, sending_rate
+from gptjax.plan.kernels import REACHED
 from gptjax.plan.search import USABLE, Plan
 from gptjax.plan.topology import Topology
 from gptjax.train.metrics import human_bytes
 
 
 def describe(plan: Plan, topology: Topology, chosen: list[str], backward: str) -> str:
-    """The plan of one step, for a person."""
+    """The plan of a step as text."""
     model, shape, mesh = plan.work.model, plan.work.shape, plan.work.mesh
     each = (
         f" of {human_bytes(topology.device.memory)} each"
@@ -44,7 +45,7 @@ def describe(plan: Plan, topology: Topology, chosen: list[str], backward: str) -
 
 def _memory(plan: Plan) -> list[str]:
     verdict = "fits" if plan.total <= plan.capacity else "DOES NOT FIT"
-    usable = f"{human_bytes(plan.capacity)} ({USABLE:.0%}) that can be used"
+    usable = f"{human_bytes(plan.capacity)} ({USABLE:.0%}) usable"
     lines = [f"{'memory':<12} {human_bytes(plan.total)} a device of {usable}: {verdict}"]
     lines += [f"  {name:<10} {human_bytes(size):>9}" for name, size in plan.memory.items()]
     at = next(i for i, name in enumerate(plan.memory, 1) if name == "temporaries")
@@ -70,7 +71,7 @@ def _collectives(plan: Plan, device: Device | None) -> list[str]:
     def at(c: Collective) -> str:
         return (
             f" at {sending_rate(plan.work.mesh, device, c.group) / 1e9:,.0f} GB/s" if device else ""
-        )
+        ) + (f", beside {c.compute * 1e3:,.1f} ms of kernels" if plan.kernels else "")
 
     found = plan.collectives
     lines = [f"{'sent':<12} {human_bytes(sum(c.sent for c in found))} by each device and step"]
@@ -82,7 +83,7 @@ def _collectives(plan: Plan, device: Device | None) -> list[str]:
 
 def _time(plan: Plan, device: Device | None) -> list[str]:
     counted = (
-        f"; XLA counts {plan.compiler_flops / 1e9:,.4g}, loops once and kernels not"
+        f"; XLA counts {plan.compiler_flops / 1e9:,.4g}, with loops once and without kernels"
         if plan.compiler_flops
         else ""
     )
@@ -90,7 +91,7 @@ def _time(plan: Plan, device: Device | None) -> list[str]:
     if not plan.floor or not device:
         return [
             *lines,
-            f"{'floor':<12} not known: no data sheet gives this device's rate in "
+            f"{'floor':<12} unknown: no data sheet gives this device's rate in "
             f"{plan.work.model.dtype}",
         ]
     floor, tokens = plan.floor, plan.work.shape.tokens
@@ -104,16 +105,16 @@ def _time(plan: Plan, device: Device | None) -> list[str]:
         f"{'floor':<12} "
         + ", ".join(f"{name} {seconds * 1e3:,.1f} ms" for name, seconds in parts.items())
     )
-    for name, seconds in {
-        "all overlaps": floor.overlapped,
-        "nothing sent does": floor.exposed,
-    }.items():
+    ways = {"all overlaps": floor.overlapped, "nothing sent does": floor.exposed}
+    if plan.serial:
+        ways["in turn"] = plan.serial
+    for name, seconds in ways.items():
         days = plan.tokens / tokens * seconds / DAY
-        rate = f"{tokens / seconds:,.0f} tokens/s, {days:,.2f} days for {plan.tokens:.3g} tokens"
-        lines.append(
-            f"  {name:<17} {seconds * 1e3:,.1f} ms, {rate}, scaling efficiency "
-            f"{floor.efficiency(seconds):.0%}"
-        )
+        line = f"{seconds * 1e3:,.1f} ms, {tokens / seconds:,.0f} tokens/s, "
+        line += f"{days:,.2f} days for {plan.tokens:.3g} tokens"
+        if name != "in turn":
+            line += f", scaling efficiency {floor.efficiency(seconds):.0%}"
+        lines.append(f"  {name:<17} {line}")
     rates = (
         f"{device.flops / 1e12:,.4g} TFLOP/s in bfloat16, {device.bandwidth / 1e9:,.4g} GB/s of "
         "memory"
@@ -127,12 +128,23 @@ def _time(plan: Plan, device: Device | None) -> list[str]:
         "the update follows",
         "  nothing sent does the slower of products and memory hides the other; the collectives "
         "follow, then the update",
+        "  in turn           " + _in_turn(plan),
         "  efficiency        the time without collectives over the time",
     ]
 
 
+def _in_turn(plan: Plan) -> str:
+    reached = f"products at {REACHED:.0%} of that rate"
+    if not plan.kernels:
+        return f"products, memory, collectives and update one after the other, {reached}"
+    return (
+        f"the compiled program's {plan.kernels:,} kernels one after the other, {reached}, and "
+        "what of the collectives takes longer than the kernels beside them"
+    )
+
+
 def comparison(plans: dict[str, Plan]) -> str:
-    """A line for each implementation of attention."""
+    """A table with a line for each attention implementation."""
     head = (
         f"{'attention':<14} {'memory':>9} {'temporaries':>11} {'TFLOP':>8} {'by XLA':>8} "
         f"{'sent':>9} {'floor ms':>9}"

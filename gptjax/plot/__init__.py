@@ -1,1 +1,1 @@
-"""Pictures: the curves of runs, and figures for notebooks."""
+"""Plots: the metrics of runs, and figures for notebooks."""

@@ -1,11 +1,11 @@
 """Draw runs: ``python -m gptjax.plot runs/124m`` or ``python -m gptjax.plot runs/*``, also while
 they train.
 
-A RUN is a run's folder or its ``metrics.jsonl``. Loss, validation loss, learning rate, gradient
-norm and throughput of all runs go into one picture, as far as they were measured: ``metrics.png``
-in the folder of a single run, of several in the current folder. A picture that is there already is
-replaced. Of what differs from step to step, the line is a running mean and the faint line behind it
-is what was measured; a cross marks what was not finite.
+A RUN is a run's folder or its ``metrics.jsonl``. One picture shows the loss, validation loss,
+learning rate, gradient norm and throughput of all runs, as far as they were measured. It is
+``metrics.png`` in the folder of a single run, or in the current folder for several runs, and
+replaces an earlier one. Noisy quantities are drawn as a running mean, with the measured values as a
+faint line behind it; a cross marks values that were not finite.
 """
 
 import sys
@@ -18,7 +18,7 @@ from gptjax.cli.options import parse
 from gptjax.config import PlotConfig
 from gptjax.errors import ConfigError, DataError
 from gptjax.files import write_whole
-from gptjax.plot.curves import RunRecords, draw
+from gptjax.plot.runs import RunRecords, draw
 from gptjax.train.metrics import read_records
 
 PROG = "python -m gptjax.plot"
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         output = output_path(args.output, args.runs)
         runs = read_runs(args.runs, note=lambda text: print(f"{'note':<10} {text}"))
         with warnings.catch_warnings():
-            # Of letters in a run's name that the font lacks, of axes without extent
+            # About characters that the font lacks, and axes of zero extent
             warnings.simplefilter("ignore")
             picture = draw(runs, args.x, args.smooth)
             output.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def output_path(given: str | None, runs: Sequence[str]) -> Path:
     """The file to write.
 
     Raises:
-        ConfigError: its name says no format that is written.
+        ConfigError: its suffix is not that of a known format.
 
     """
     if given is None:
@@ -60,11 +60,11 @@ def output_path(given: str | None, runs: Sequence[str]) -> Path:
 
 
 def read_runs(paths: Sequence[str], note: Callable[[str], None]) -> list[RunRecords]:
-    """The runs, each once, under names that tell them apart; ``note`` is told of one that is left
-    out for want of a step.
+    """Read the records of the runs, each once and under a distinct name; ``note`` gets a line about
+    a run without any step, which is left out.
 
     Raises:
-        ConfigError: one is no run.
+        ConfigError: a path is not a run.
         DataError: none has a step.
         FormatError: a file is damaged.
 
@@ -77,13 +77,13 @@ def read_runs(paths: Sequence[str], note: Callable[[str], None]) -> list[RunReco
     )
     for path, given in zip(files, paths, strict=False):
         if not path.is_file():
-            raise ConfigError(f"{given} is no run: there is no {path}")
+            raise ConfigError(f"{given} is not a run: there is no {path}")
     found = [(path, records) for path in files if (records := read_records(path))]
     for path in files if found else []:
         if path not in [kept for kept, _ in found]:
-            note(f"{path} has no step yet: left out")
+            note(f"{path} has no step yet and is left out")
     if not found:
-        raise DataError(f"{files[0]} has no step yet: nothing to draw")
+        raise DataError(f"{files[0]} has no step yet, so there is nothing to draw")
     return [
         RunRecords(name, records)
         for name, (_, records) in zip(short_names([path for path, _ in found]), found, strict=True)
@@ -91,8 +91,8 @@ def read_runs(paths: Sequence[str], note: Callable[[str], None]) -> list[RunReco
 
 
 def short_names(files: Sequence[Path]) -> list[str]:
-    """The names of the files' folders, with as many folders above them as it takes to tell them
-    apart.
+    """The names of the files' folders, with as many parent folders as it takes to make them
+    distinct.
     """
     folders = [path.parent if path.name == "metrics.jsonl" else path for path in files]
     for count in range(1, max(len(folder.parts) for folder in folders) + 1):
@@ -103,7 +103,7 @@ def short_names(files: Sequence[Path]) -> list[str]:
 
 
 def summary(run: RunRecords) -> str:
-    """Where a run stands, in a line."""
+    """The run's latest figures, in one line."""
     parts = [f"step {run.records[-1]['step']:,}"]
     losses = [r["loss"] for r in run.records if r.get("loss") is not None]
     if losses:

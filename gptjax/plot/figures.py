@@ -1,5 +1,5 @@
-"""What the notebooks share to show things: source code, tokens, heat maps, the diagram of a block.
-Needs matplotlib.
+"""Figures of the notebooks: source code, tokens, heat maps, the diagram of a block. Needs
+matplotlib.
 """
 
 import inspect
@@ -19,7 +19,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator
 from gptjax.tokenizers import Tokenizer
 from gptjax.verify import Comparison, Row
 
-# Okabe and Ito's palette, which no kind of colour blindness confuses (jfly.uni-koeln.de/color).
+# Okabe and Ito's palette, distinct for every kind of colour vision (jfly.uni-koeln.de/color)
 COLOURS = BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE = (
     "#0072B2",
     "#D55E00",
@@ -33,9 +33,7 @@ WHITESPACE = str.maketrans(" \n\t", "␣↵→")
 
 
 def use_style() -> None:
-    """Set matplotlib to this project's look: `COLOURS`, thin frames, small type, a white
-    background.
-    """
+    """Set matplotlib's style: `COLOURS`, thin frames, small type, a white background."""
     mpl.rcParams.update(
         {
             "axes.prop_cycle": cycler(color=COLOURS),
@@ -58,10 +56,10 @@ def use_style() -> None:
 
 
 class SourceCode:
-    """Source code that a notebook shows in colour, and a terminal as it is."""
+    """Source code, highlighted in a notebook and plain in a terminal."""
 
     def __init__(self, *functions: Callable[..., Any]) -> None:
-        """The functions' source, as `inspect.getsource` finds it."""
+        """Get the functions' source from `inspect.getsource`."""
         self.text = "\n\n".join(inspect.getsource(function).rstrip() for function in functions)
 
     def __repr__(self) -> str:
@@ -72,8 +70,8 @@ class SourceCode:
 
 
 def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
-    """Each id's text, for an axis: blanks and line ends are visible, and bytes that are no
-    character are hexadecimal.
+    """The text of each id, for an axis: blanks and line ends are made visible, and bytes that are
+    not a character are hexadecimal.
     """
 
     def piece(token: int) -> str:
@@ -100,21 +98,20 @@ def heat_map(
     texts: Sequence[Sequence[str]] = (),
     bar: bool = True,
 ) -> None:
-    """Draw a matrix as colours: viridis, or for numbers of both signs purple to orange with 0
-    white.
+    """Draw a matrix as a heat map, in viridis or, if ``diverging``, from purple over white at 0 to
+    orange.
 
     Args:
-        ax: where to draw.
-        values: (R, C); places that are not finite stay grey, with ``log`` also those that are not
-            above 0.
-        label: what the colours are, with its unit.
+        ax: axes to draw on.
+        values: (R, C); entries that are not finite, or with ``log`` not above 0, are grey.
+        label: the quantity with its unit, for the colour bar.
         rows: names of the rows.
         columns: names of the columns.
-        log: a logarithmic scale of colours.
-        diverging: symmetric about 0.
-        limits: of the colours; by default those of the values.
-        texts: (R, C), written into the places.
-        bar: whether to draw the scale of colours.
+        log: use a logarithmic colour scale.
+        diverging: use a colour scale symmetric about 0.
+        limits: limits of the colour scale; by default those of the values.
+        texts: (R, C), written into the cells.
+        bar: draw a colour bar.
 
     """
     values = np.ma.masked_invalid(np.asarray(values, np.float64))
@@ -131,7 +128,7 @@ def heat_map(
     for names, axis in ((rows, ax.yaxis), (columns, ax.xaxis)):
         if len(names):
             axis.set_ticks(range(len(names)), names)
-        # As it is if shared with axes that have names
+        # Axes shared with named ones keep their ticks
         elif not isinstance(axis.get_major_locator(), FixedLocator):
             axis.set_major_locator(MaxNLocator(integer=True))
     colours = cmap(norm(values))
@@ -147,16 +144,16 @@ def heat_map(
 def by_layer(
     found: Comparison, value: Callable[[Row], float]
 ) -> tuple[np.ndarray, list[str], list[str]]:
-    """A number of each tensor of a gradient, laid out by layer.
+    """Arrange a number for each tensor of a gradient by layer.
 
     Args:
         found: a comparison of two gradients in the unrolled layout.
-        value: the number to show of a row.
+        value: maps a row to the number.
 
     Returns:
-        (tensors, 2 + L) values, NaN where a tensor has no such place: tensors that a family lists
-        before its blocks come before the layers, the others after them; then the names of the rows
-        and of the columns.
+        (tensors, 2 + L) values, then the names of the rows and of the columns. Tensors that a
+        family lists before its blocks are in the first column, those after in the last; other
+        entries are NaN.
 
     """
     names = list(dict.fromkeys(row.tensor for row in found.rows))
@@ -171,8 +168,7 @@ def by_layer(
     return values, names, ["embed", *map(str, range(layers)), "final"]
 
 
-# The diagram of GPT-2's block: each op of the two branches, the weights it uses, what it hands on,
-# and in which shape.
+# GPT-2's block: each op of the two branches with its weights, its result and the result's shape
 BRANCHES = (
     (
         ("layernorm", "ln1w ln1b", "h1", "B T C"),
@@ -187,18 +183,18 @@ BRANCHES = (
         ("linear", "fcprojw fcprojb", "m", "B T C"),
     ),
 )
-# Of the boxes: where the first stands, and how far apart they are
+# Boxes: position of the first, distance, size
 FIRST, STEP, WIDTH, HEIGHT = 1.75, 2.15, 1.2, 0.62
-# From branch to branch, from a branch to its return, from an arrow to its gradient's
+# Distances: between branches, from a branch to its return, from an arrow to its gradient's
 ROW, DOWN, ASIDE = 2.3, 0.95, 0.17
 
 
 def block_diagram(backward: bool = False) -> Figure:
-    """One block of GPT-2: the residual stream on the left, its two branches, what each op hands on
-    and in which shape.
+    """Draw a block of GPT-2: the residual stream on the left, and the two branches with the result
+    and shape of each op.
 
-    With ``backward`` the gradients too: they run against the arrows of the forward, and add up
-    where it branched.
+    ``backward`` adds the gradients, which run against the forward's arrows and add up where it
+    branches.
     """
     fig, ax = plt.subplots(figsize=(9.2, 4.1))
     ax.set(xlim=(-0.9, 10.0), ylim=(-4.0, 0.85))

@@ -1,11 +1,13 @@
-"""Train a tokenizer, or turn text into ids and back: ``python -m gptjax.tokenizers
+"""Train a tokenizer, encode text, decode ids: ``python -m gptjax.tokenizers
 train|encode|decode|export``.
 
 ``train --input stories.txt --vocab_size 2048 --output tokenizer.json`` trains a byte-level BPE;
-``--kind char`` takes the text's characters. ``encode --tokenizer gpt2 some text`` prints ids,
-``decode --tokenizer gpt2 15496 11`` text; both read standard input where nothing is given, and a
-token shard is written by ``encode --output`` and read by ``decode --input``. ``export --tokenizer
-gpt2 --output gpt2_tokenizer.bin`` writes llm.c's file.
+``--kind sentencepiece`` trains SentencePiece's as llama2.c does, ``--kind char`` takes the text's
+characters. ``encode --tokenizer gpt2 some text`` prints
+ids, ``decode --tokenizer gpt2 15496 11`` prints text. Without text or ids, both read standard
+input. ``encode --output`` writes a token shard, which ``decode --input`` reads. ``export
+--tokenizer gpt2`` writes llm.c's ``gpt2_tokenizer.bin``, or llama2.c's ``tokenizer.bin`` for a
+tokenizer with scores.
 """
 
 import dataclasses
@@ -23,12 +25,13 @@ from gptjax.config import DecodeConfig, EncodeConfig, ExportTokenizerConfig, Tra
 from gptjax.datasets.prepare import id_dtype, make_tokenizer
 from gptjax.datasets.text import Piece, find_files, pieces
 from gptjax.errors import ConfigError, DataError
-from gptjax.formats import llmc_tokenizer
+from gptjax.formats import llama2c_tokenizer, llmc_tokenizer
 from gptjax.formats.token_shards import open_shard, write_shard
+from gptjax.tokenizers.llama2c import SCORED, scored
 
 PROG = "python -m gptjax.tokenizers"
 CHUNK = 1 << 16  # ids decoded at a time
-MOST_BYTES = 1 << 28  # of standard input, which is held in memory
+MOST_BYTES = 1 << 28  # read from standard input into memory
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         if name not in COMMANDS:
             raise ConfigError(
-                "say what to do: train, encode, decode or export; --help explains each"
+                "the subcommand is missing: give train, encode, decode or export; see --help"
             )
         config_class, run = COMMANDS[name]
         cli.replace_unprintable()
@@ -59,16 +62,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def refuse_existing(path: str | None) -> None:
-    """Raise `ConfigError` if there is a file already: nothing is overwritten."""
+    """Raise `ConfigError` if the file exists; nothing is overwritten."""
     if path and Path(path).exists():
-        raise ConfigError(f"{path} exists already: name another file, or remove it")
+        raise ConfigError(f"{path} already exists: name another file, or remove it")
 
 
 def train(args: TrainTokenizerConfig) -> None:
-    """Train, and say what came of it."""
+    """Train a tokenizer and write it to a file."""
     refuse_existing(args.output)
     files = [file for given in args.input for file in find_files(given)]
-    which = "char" if args.kind == "char" else f"bpe:{args.vocab_size}"
+    which = "char" if args.kind == "char" else f"{args.kind}:{args.vocab_size}"
 
     def everything() -> Iterator[Piece]:
         return pieces(files, args.column)
@@ -93,16 +96,16 @@ def encode(args: EncodeConfig) -> None:
 
 
 def decode(args: DecodeConfig) -> None:
-    """Write the bytes that the ids stand for."""
+    """Print the text of the ids."""
     tokenizer = tokenizers.find(args.tokenizer)
     if args.input and args.ids:
-        raise ConfigError("ids are given and --input too: leave one of them out")
+        raise ConfigError("ids and --input are both given: leave one of them out")
     ids = open_shard(args.input).tokens if args.input else args.ids or _ids(_standard_input())
+    before = [] if tokenizer.begin_of_text is None else [tokenizer.begin_of_text]
     for begin in range(0, len(ids), CHUNK):
-        part = ids[begin : begin + CHUNK]
-        sys.stdout.buffer.write(
-            tokenizer.decode_bytes(part if isinstance(part, list) else part.tolist())
-        )
+        part = list(map(int, ids[begin : begin + CHUNK]))
+        sys.stdout.buffer.write(tokenizer.decode_more(before, part))
+        before = part[-1:]
     if sys.stdout.isatty():
         sys.stdout.buffer.write(b"\n")
 
@@ -112,30 +115,37 @@ def _ids(text: str) -> list[int]:
         return [int(word) for word in text.split()]
     except ValueError as error:
         raise DataError(
-            f"ids are whole numbers with blanks between them: {str(error)[:100]}"
+            f"ids must be whole numbers separated by blanks: {str(error)[:100]}"
         ) from error
 
 
 def export(args: ExportTokenizerConfig) -> None:
-    """Write llm.c's file."""
-    refuse_existing(args.output)
+    """Write a tokenizer as llm.c's or llama2.c's file."""
     tokenizer = tokenizers.find(args.tokenizer)
+    to = args.to or ("llama2c" if isinstance(tokenizer, SCORED) else "llmc")
+    output = args.output or {"llmc": "gpt2_tokenizer.bin", "llama2c": "tokenizer.bin"}[to]
+    refuse_existing(output)
+    if to == "llama2c":
+        chosen = scored(tokenizer)
+        llama2c_tokenizer.write_tokenizer(output, chosen.tokens, chosen.scores)
+    else:
+        _export_llmc(tokenizer, args, output)
+    print(f"{tokenizer.vocab_size} tokens in {output}, {Path(output).stat().st_size} bytes")
+
+
+def _export_llmc(tokenizer: tokenizers.Tokenizer, args: ExportTokenizerConfig, output: str) -> None:
     if tokenizer.end_of_text is None:
         raise ConfigError(f"{args.tokenizer} has no end-of-text id, which llm.c's file needs")
     if not isinstance(tokenizer, tokenizers.BytePairEncoding):
         raise ConfigError(
-            f"{args.tokenizer} has ids that are not the ranks of its merges, as llm.c's file has "
-            "them"
+            f"the ids of {args.tokenizer} are not the ranks of its merges, which llm.c's file needs"
         )
     try:
         llmc_tokenizer.write_tokenizer(
-            args.output, tokenizer.pieces, tokenizer.end_of_text, args.version
+            output, tokenizer.pieces, tokenizer.end_of_text, args.version
         )
     except ValueError as error:
         raise ConfigError(f"{args.tokenizer} does not fit llm.c's file: {error}") from error
-    print(
-        f"{tokenizer.vocab_size} tokens in {args.output}, {Path(args.output).stat().st_size} bytes"
-    )
 
 
 def _standard_input() -> str:

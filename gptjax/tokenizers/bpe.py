@@ -25,18 +25,16 @@ BLANKS = re.compile(r"\s+")
 
 @dataclasses.dataclass(frozen=True)
 class BytePairEncoding(Tokenizer):
-    """Any text encodes, and decoding gives its bytes back. The end-of-text id is the last one.
+    """A byte-level BPE: it encodes any text without loss. End-of-text is the last id.
 
     Raises:
-        ValueError: a token is empty or repeats, or a byte has none.
+        ValueError: a token is empty or repeats, or a byte has no token.
 
     """
 
     name: str
     tokens: tuple[bytes, ...]
-    """The bytes of each id but end-of-text, in the order of their ids, which are the ranks of the
-    merges.
-    """
+    """The bytes of each id but end-of-text. Ids are the ranks of the merges."""
     kind = "bpe"
 
     def __post_init__(self) -> None:
@@ -50,7 +48,7 @@ class BytePairEncoding(Tokenizer):
 
     @functools.cached_property
     def encoding(self) -> tiktoken.Encoding:
-        """What encodes; made when first asked for."""
+        """The tiktoken encoding, made on first use."""
         ranks = {token: rank for rank, token in enumerate(self.tokens)}
         special = {END_OF_TEXT: len(self.tokens)}
         return tiktoken.Encoding(
@@ -74,22 +72,19 @@ class BytePairEncoding(Tokenizer):
         """See `Tokenizer`. Half a surrogate pair is encoded as U+FFFD; a run of blanks is cut every
         `LONGEST_RUN`.
         """
-        # So long a run covers a multiple of this, and more: a search of the whole text takes longer
+        # A run that long covers one of these samples, which is faster than searching all the text
         step = LONGEST_RUN // 2
         if any(text[i : i + step // 2].isspace() for i in range(0, len(text), step)):
             return [i for part in _cut_blanks(text) for i in self.encoding.encode_ordinary(part)]
         return self.encoding.encode_ordinary(text)
 
     def merges(self) -> list[tuple[bytes, bytes]]:
-        """The two tokens that each token beyond the single bytes is made of, in the order of the
-        merges.
+        """The pair of tokens that each token of several bytes merges, in order of rank.
 
-        A token's bytes are merged with the ranks below its own; what is left are the two that its
-        own merge joins.
+        Merging a token's bytes by all lower ranks leaves the two tokens of its own merge.
 
         Raises:
-            DataError: a token is not the merge of two earlier ones, so that no list of merges makes
-                it.
+            DataError: a token is not the merge of two earlier ones, so no list of merges yields it.
 
         """
         ranks = {token: rank for rank, token in enumerate(self.tokens)}
@@ -107,8 +102,8 @@ class BytePairEncoding(Tokenizer):
         return pairs
 
     def content(self) -> dict[str, object]:
-        """See `Tokenizer`. Also GPT-2's tokens are written out, so that its ids can be decoded
-        without a network.
+        """See `Tokenizer`. GPT-2's tokens are written out, too, so that decoding needs no
+        network.
         """
         return {"tokens": [base64.b64encode(token).decode("ascii") for token in self.tokens]}
 
@@ -121,9 +116,7 @@ def _cut_blanks(text: str) -> Iterator[str]:
 
 
 def _merge(token: bytes, ranks: dict[bytes, int], below: int) -> list[bytes]:
-    """The parts that are left of ``token`` once every merge of a rank under ``below`` is made,
-    lowest first.
-    """
+    """The parts of ``token`` after all merges of rank less than ``below``, lowest first."""
     parts = [bytes([b]) for b in token]
     while len(parts) > 1:
         joined = [ranks.get(left + right, below) for left, right in itertools.pairwise(parts)]
@@ -137,19 +130,19 @@ def _merge(token: bytes, ranks: dict[bytes, int], below: int) -> list[bytes]:
 
 @functools.cache
 def gpt2() -> BytePairEncoding:
-    """GPT-2's own BPE, 50,257 ids. tiktoken downloads its two files once and keeps them
+    """GPT-2's own BPE of 50,257 ids. tiktoken downloads its two files once and caches them
     (``TIKTOKEN_CACHE_DIR``).
 
     Raises:
-        DataError: not cached, and no network to fetch it.
+        DataError: it is not cached and cannot be downloaded.
 
     """
     try:
         encoding = tiktoken.get_encoding("gpt2")
-    # Requests' errors are OSErrors; a cached file of the wrong hash a ValueError
+    # An error of requests is an OSError; a cached file with a wrong hash raises ValueError
     except (OSError, ValueError) as error:
         raise DataError(
-            "GPT-2's vocabulary is neither in tiktoken's cache nor to be downloaded: "
+            "GPT-2's vocabulary is not in tiktoken's cache and cannot be downloaded: "
             "set TIKTOKEN_CACHE_DIR to a folder that holds it, or go online once"
         ) from error
     return BytePairEncoding(
@@ -158,21 +151,19 @@ def gpt2() -> BytePairEncoding:
 
 
 def byte() -> BytePairEncoding:
-    """The 256 bytes, and end-of-text: a BPE without merges."""
+    """A BPE without merges: the 256 bytes and end-of-text."""
     return BytePairEncoding("byte", tuple(bytes([b]) for b in range(256)))
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, name: str) -> BytePairEncoding:
-    """A byte-level BPE trained on ``texts`` with GPT-2's splitting pattern: 256 bytes, the merges,
-    then end-of-text.
+    """Train a byte-level BPE on ``texts`` with GPT-2's splitting pattern: ids for 256 bytes, the
+    merges, then end-of-text.
 
-    A word of more than `LONGEST_WORD` bytes is trained on in parts of that length: the trainer's
-    time grows with the square of it. Ctrl-C ends the call at once; what the trainer then still
-    counts is thrown away.
+    Words longer than `LONGEST_WORD` bytes are split, since training takes time quadratic in their
+    length. Ctrl-C ends the call at once and discards the trainer's work.
 
     Raises:
-        ValueError: the texts are too short for that many merges, or fewer than 257 ids are asked
-            for.
+        ValueError: the texts are too short for that many merges, or ``vocab_size`` is out of range.
 
     """
     from tokenizers import Regex, models, pre_tokenizers, trainers  # only training needs them
@@ -188,7 +179,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, name: str) -> BytePairEncod
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False
     )
-    _interruptible(lambda texts: bpe.train_from_iterator(texts, trainer), texts)
+    interruptible(lambda texts: bpe.train_from_iterator(texts, trainer), texts)
     by_id = sorted(bpe.get_vocab().items(), key=lambda item: item[1])
     if len(by_id) != vocab_size - 1:
         raise ValueError(
@@ -198,9 +189,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int, name: str) -> BytePairEncod
     return BytePairEncoding(name, tuple(bytes(to_byte[c] for c in token) for token, _ in by_id))
 
 
-def _interruptible(work: Callable[[Iterable[str]], None], texts: Iterable[str]) -> None:
-    """Call ``work(texts)`` in a thread, since signals wait for native code in the main one. Its
-    errors are raised here.
+def interruptible(work: Callable[[Iterable[str]], None], texts: Iterable[str]) -> None:
+    """Call ``work(texts)`` in a thread, so that native code does not delay signals; its errors are
+    raised here.
     """
     errors: list[BaseException] = []
     stopped = threading.Event()
@@ -232,10 +223,10 @@ def _printable() -> dict[int, str]:
 
 
 PRINTABLE = _printable()
-"""GPT-2's stand-in for each byte, in ``vocab.json`` and ``merges.txt``: printable Latin-1 is
-itself, the rest count up from U+0100."""
+"""GPT-2's printable character for each byte in ``vocab.json`` and ``merges.txt``: printable Latin-1
+stands for itself, other bytes count up from U+0100."""
 
 
 def printable(token: bytes) -> str:
-    """A token as ``vocab.json`` and ``merges.txt`` show it."""
+    """A token as written in ``vocab.json`` and ``merges.txt``."""
     return "".join(map(PRINTABLE.__getitem__, token))

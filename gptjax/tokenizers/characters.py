@@ -12,7 +12,7 @@ from gptjax.tokenizers.interface import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Characters(Tokenizer):
-    """One id for each character, in the order of their code points. There is no end-of-text.
+    """One id for each character, in order of code points, without end-of-text.
 
     Raises:
         ValueError: there are no characters, or they are not sorted, repeat, or include half of a
@@ -21,7 +21,7 @@ class Characters(Tokenizer):
     """
 
     characters: str
-    """Each once, sorted."""
+    """All characters, sorted, each once."""
     name: str = "char"
     kind = "char"
     end_of_text = None
@@ -49,9 +49,8 @@ class Characters(Tokenizer):
             position = int(unknown[0])
             raise DataError(
                 f"the character {text[position]!r} (U+{points[position]:04X}) at position "
-                f"{position} of the text is not among "
-                f"the {self.vocab_size} of the vocabulary {self.name}: leave it out, or train a "
-                "vocabulary on text that has it"
+                f"{position} of the text is not among the {self.vocab_size} of the vocabulary "
+                f"{self.name}: leave it out, or train a vocabulary on text that has it"
             )
         return ids.tolist()
 
@@ -65,7 +64,7 @@ def _code_points(text: str) -> np.ndarray:
 
 
 def train_characters(texts: Iterable[str], name: str = "char") -> Characters:
-    """A vocabulary of every character that the texts hold.
+    """The vocabulary of all characters in the texts.
 
     Raises:
         DataError: there are none.
@@ -75,5 +74,5 @@ def train_characters(texts: Iterable[str], name: str = "char") -> Characters:
     for text in texts:
         found.update(text)
     if not found:
-        raise DataError("there is no text to take the characters of")
+        raise DataError("the text is empty: there are no characters to make a vocabulary of")
     return Characters("".join(sorted(found)), name)

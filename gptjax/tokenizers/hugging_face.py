@@ -1,16 +1,17 @@
-"""What Hugging Face's ``tokenizers`` wrote and no ranks of merges express: that library itself
-encodes it.
+"""Tokenizers that Hugging Face's ``tokenizers`` runs, because ranks of merges cannot express
+them.
 """
 
 import dataclasses
 import functools
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 from gptjax.errors import DataError
 from gptjax.tokenizers.bpe import LARGEST, PRINTABLE
-from gptjax.tokenizers.interface import Tokenizer
+from gptjax.tokenizers.space_first import OVER_BLANKS, SPACE, SpaceFirst
 
 BYTES = {character: byte for byte, character in PRINTABLE.items()}
 FILE_SETTINGS = {
@@ -33,17 +34,27 @@ MODEL_SETTINGS = {
     "ignore_merges",
     "dropout",
 }
+PREPEND = {"type": "Prepend", "prepend": SPACE}
+REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+DECODERS = [
+    {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+    {"type": "ByteFallback"},
+    {"type": "Fuse"},
+]
+DECODER_STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+METASPACE = ("first", "always")
 MODEL_SETTINGS |= {"continuing_subword_prefix", "end_of_word_suffix"}
 
 
 @dataclasses.dataclass(frozen=True)
-class HuggingFace(Tokenizer):
-    """A byte-level BPE in a ``tokenizer.json``: merges and ids in any order, added tokens,
-    ``ignore_merges``.
+class HuggingFace(SpaceFirst):
+    """A BPE in a ``tokenizer.json``: merges and ids in any order, added tokens, ``ignore_merges``.
 
-    Special tokens are never found in text; other added tokens are, as the library does it. A
-    setting that changes ids and that this project could not keep to where it encodes text in parts,
-    or decodes bytes one by one, is refused.
+    It is byte-level, as GPT-2's, or as Llama 2's: words begin with U+2581, and characters that the
+    vocabulary lacks become bytes (``byte_fallback``).
+
+    As in the library, text may contain added tokens, but never special ones. Settings under which
+    encoding text in parts, or decoding ids one by one, would give another result are rejected.
 
     Raises:
         ValueError: the library cannot read it, or it has such a setting; the message names it.
@@ -52,60 +63,91 @@ class HuggingFace(Tokenizer):
 
     name: str
     source: str
-    """The content of ``tokenizer.json``, as `canonical` gives it."""
+    """The content of ``tokenizer.json``, as `canonical` returns it."""
     end_of_text: int | None = None
+    begin_of_text: int | None = None
     kind = "hf"
 
     def __post_init__(self) -> None:
         content = json.loads(self.source)
         check(content)
+        bytes_of = _bytes_of(content["model"])
         for token in content["added_tokens"]:
             text = token["content"]
-            if _bytes_of(text) != text.encode():
-                raise ValueError(f"its added token {text!r} would be decoded as other text")
+            if bytes_of(text) != text.encode():
+                raise ValueError(f"its added token {text!r} would be decoded as different text")
+            if not token["special"] and self.space_first:
+                raise ValueError(f"its added token {text!r} would have a space put after it")
             if not token["special"] and (token["rstrip"] or re.search(r"\S\s", text)):
                 raise ValueError(
-                    f"its added token {text!r} reaches over blanks, where a long text may be cut"
+                    f"its added token {text!r} spans blanks, where long texts may be cut"
                 )
-        if self.end_of_text is not None:
-            if not 0 <= self.end_of_text < self.vocab_size:
+        merged = set(map("".join, content["model"]["merges"]))
+        for what, number in (
+            ("end-of-text", self.end_of_text),
+            ("begin-of-text", self.begin_of_text),
+        ):
+            if number is None:
+                continue
+            if not 0 <= number < self.vocab_size:
+                raise ValueError(f"its {what} is {number}, but it has {self.vocab_size} ids")
+            text = self.library.id_to_token(number)
+            if text in merged or number in self._ids(text):
                 raise ValueError(
-                    f"its end-of-text is {self.end_of_text}, but it has {self.vocab_size} ids"
-                )
-            end = self.library.id_to_token(self.end_of_text)
-            if end in map("".join, content["model"]["merges"]) or self.end_of_text in self._ids(
-                end
-            ):
-                raise ValueError(
-                    f"its end-of-text, {end!r}, is no special token: text could hold it"
+                    f"its {what} {text!r} is not a special token, so text could contain it"
                 )
 
     @functools.cached_property
     def library(self) -> Any:
-        """``tokenizers``' own object."""
-        found = read_library(self.source)
+        """The tokenizer object of ``tokenizers``; it puts no space before a text."""
+        found = read_library(json.dumps(without_space(json.loads(self.source))))
         found.encode_special_tokens = True  # as the text that they are
         return found
 
+    @functools.cached_property
+    def _space(self) -> str:
+        content = json.loads(self.source)
+        return space_of(content) if content["model"].get("byte_fallback") else "never"
+
+    @property
+    def space_first(self) -> bool:
+        """See `SpaceFirst`."""
+        return self._space != "never"
+
     def __reduce__(self) -> tuple[object, ...]:
-        return HuggingFace, (self.name, self.source, self.end_of_text)
+        return HuggingFace, (self.name, self.source, self.end_of_text, self.begin_of_text)
+
+    @functools.cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """See `Tokenizer`."""
+        added = json.loads(self.source)["added_tokens"]
+        return {token["content"]: token["id"] for token in added if token["special"]}
 
     @functools.cached_property
     def pieces(self) -> tuple[bytes, ...]:
         """See `Tokenizer`."""
         vocabulary = self.library.get_vocab()
-        return tuple(map(_bytes_of, sorted(vocabulary, key=vocabulary.__getitem__)))
+        bytes_of = _bytes_of(json.loads(self.source)["model"])
+        return tuple(map(bytes_of, sorted(vocabulary, key=vocabulary.__getitem__)))
 
     @functools.cached_property
     def _missing(self) -> frozenset[int]:
-        """Bytes that no token stands for alone; the library leaves them out of a text, or puts its
-        ``unk_token``.
+        """Bytes without a token of their own, which the library drops or replaces by its
+        ``unk_token``; none with ``byte_fallback``, see `check`.
         """
+        if json.loads(self.source)["model"].get("byte_fallback"):
+            return frozenset()
         known = set(self.library.get_vocab(with_added_tokens=False))
         return frozenset(byte for byte, character in PRINTABLE.items() if character not in known)
 
     def encode(self, text: str) -> list[int]:
-        """See `Tokenizer`. Half a surrogate pair is encoded as U+FFFD.
+        """See `SpaceFirst`; some put no space before a text that begins with one."""
+        if self._space in METASPACE and text.startswith((" ", SPACE)):
+            return self.encode_more(text)
+        return super().encode(text)
+
+    def encode_more(self, text: str) -> list[int]:
+        """See `SpaceFirst`. Half a surrogate pair is encoded as U+FFFD.
 
         Raises:
             DataError: the text has a byte that the vocabulary lacks.
@@ -116,43 +158,43 @@ class HuggingFace(Tokenizer):
         if lost:
             raise DataError(
                 f"the text has the byte 0x{min(lost):02X}, which the vocabulary {self.name} "
-                "lacks: leave the character out, "
-                "or name another tokenizer"
+                "lacks: leave the character out, or name another tokenizer"
             )
         return self._ids(text)
 
     def _ids(self, text: str) -> list[int]:
-        """The library's; this way of asking for them lets other threads run."""
+        """The library's ids, through the call that releases the interpreter's lock."""
         ids: list[int] = self.library.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return ids
 
     def content(self) -> dict[str, object]:
         """See `Tokenizer`."""
-        return {"tokenizer": json.loads(self.source), "end_of_text": self.end_of_text}
+        begin = {} if self.begin_of_text is None else {"begin_of_text": self.begin_of_text}
+        return {"tokenizer": json.loads(self.source), "end_of_text": self.end_of_text} | begin
 
 
 def read_library(source: str) -> Any:
-    """``tokenizers``' own object from the content of a ``tokenizer.json``.
+    """The tokenizer object of ``tokenizers`` for the content of a ``tokenizer.json``.
 
     Raises:
         ValueError: the library cannot read it.
 
     """
-    from tokenizers import Tokenizer as Library  # half a second that only those who need it pay
+    from tokenizers import Tokenizer as Library  # imported late: it takes half a second
 
     try:
         return Library.from_str(source)
-    except Exception as error:  # the library knows no narrower one
+    except Exception as error:  # the library raises no narrower one
         raise ValueError(str(error)) from error
 
 
 def canonical(content: dict[str, Any], end_of_text: str | None) -> tuple[str, int | None]:
-    """The content of a ``tokenizer.json`` as the library writes it, end-of-text made special; and
-    its id.
+    """The content of a ``tokenizer.json`` as the library writes it, with end-of-text as a special
+    token, and end-of-text's id.
 
     Raises:
-        ValueError: see `check`; or the library cannot read it, or gives added tokens other ids than
-            the file does.
+        ValueError: see `check`; or the library cannot read it, or its ids of added tokens differ
+            from the file's.
 
     """
     from tokenizers import AddedToken
@@ -162,8 +204,8 @@ def canonical(content: dict[str, Any], end_of_text: str | None) -> tuple[str, in
     for token in content.get("added_tokens") or []:
         if library.token_to_id(token["content"]) != token["id"]:
             raise ValueError(
-                f"its added token {token['content']!r} has another id than its library gives it, "
-                f"{token['id']}"
+                f"its added token {token['content']!r} has the id {token['id']}, but its library "
+                "gives it another"
             )
     if end_of_text is None:
         return _content(library), None
@@ -179,39 +221,25 @@ def _content(library: Any) -> str:
 
 
 def check(content: dict[str, Any]) -> None:
-    """Raise ValueError for what is not kept to here, or what the library would not survive, in a
-    ``tokenizer.json``.
+    """Raise ValueError for a setting of a ``tokenizer.json`` that is not supported or that would
+    crash the library.
     """
-    model, before, after = (
-        content["model"],
-        content.get("pre_tokenizer") or {},
-        content.get("post_processor") or {},
-    )
+    model = content["model"]
     if model.get("type", "BPE") != "BPE":
         raise ValueError(f"its model is {model['type']}, not BPE")
-    for setting in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+    for setting in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(setting):
             raise ValueError(
-                f"its {setting} is {model[setting]!r}, which is not supported: nothing or false "
-                "is expected"
+                f"its {setting} is {model[setting]!r}, which is not supported: it must be false or "
+                "absent"
             )
-    for setting in ("normalizer", "truncation", "padding"):
+    for setting in ("truncation", "padding"):
         if content.get(setting):
             raise ValueError(
                 f"it changes the text or its ids (its {setting}), which is not supported"
             )
-    if (
-        before.get("type") != "ByteLevel"
-        or before["add_prefix_space"]
-        or not before.get("use_regex", True)
-    ):
-        raise ValueError("it cuts text otherwise than GPT-2 does (its pre_tokenizer)")
-    if after.get("type", "ByteLevel") != "ByteLevel":
-        raise ValueError(
-            "it may add tokens to every text (its post_processor), which is not supported"
-        )
-    if (content.get("decoder") or {}).get("type") != "ByteLevel":
-        raise ValueError("it does not decode bytes (its decoder): ByteLevel is expected")
+    (_check_spaces if model.get("byte_fallback") else _check_byte_level)(content)
+    begin_of(content)
     unknown = sorted({*(content.keys() - FILE_SETTINGS), *(model.keys() - MODEL_SETTINGS)})
     if unknown:
         raise ValueError(f"it has the unknown setting {unknown[0]!r}")
@@ -224,8 +252,121 @@ def check(content: dict[str, Any]) -> None:
         )
 
 
-def _bytes_of(token: str) -> bytes:
-    """The bytes of a token, as the library's byte-level decoder has it: what is not all stand-ins
-    of bytes is text.
+def _check_byte_level(content: dict[str, Any]) -> None:
+    if content.get("normalizer"):
+        raise ValueError("it changes the text or its ids (its normalizer), which is not supported")
+    before = content.get("pre_tokenizer") or {}
+    if before.get("type") == "Sequence" and before["pretokenizers"][:-1] == [
+        {"type": "Digits", "individual_digits": True}  # which cut nothing between blanks
+    ]:
+        before = before["pretokenizers"][-1]
+    if (
+        before.get("type") != "ByteLevel"
+        or before["add_prefix_space"]
+        or not before.get("use_regex", True)
+    ):
+        raise ValueError("it splits text differently from GPT-2 (its pre_tokenizer)")
+    if (content.get("decoder") or {}).get("type") != "ByteLevel":
+        raise ValueError("it does not decode bytes (its decoder): it must be ByteLevel")
+
+
+def _check_spaces(content: dict[str, Any]) -> None:
+    """`check` where bytes are ``<0x41>`` and words begin with U+2581."""
+    model = content["model"]
+    if model.get("ignore_merges"):
+        raise ValueError("its ignore_merges joins words, where a long text may be cut")
+    if not all(f"<0x{byte:02X}>" in model["vocab"] for byte in range(256)):
+        raise ValueError("its vocabulary lacks a byte, though byte_fallback is on")
+    strip = [DECODER_STRIP] if space_of(content) != "never" else []
+    if content.get("decoder") != {"type": "Sequence", "decoders": [*DECODERS, *strip]}:
+        raise ValueError("it does not decode as Llama 2's does (its decoder)")
+    for token in model["vocab"]:
+        if OVER_BLANKS.search(token):
+            raise ValueError(f"its token {token!r} reaches over blanks, where text may be cut")
+
+
+def space_of(content: dict[str, Any]) -> str:
+    """How a tokenizer with ``byte_fallback`` puts a space before a text.
+
+    Returns:
+        ``prepend``: always; ``first`` or ``always``: unless there is one; ``never``.
+
+    Raises:
+        ValueError: it cuts or changes the text otherwise.
+
     """
-    return bytes(map(BYTES.__getitem__, token)) if BYTES.keys() >= set(token) else token.encode()
+    normalizer, before = content.get("normalizer") or {}, content.get("pre_tokenizer") or {}
+    parts = normalizer.get("normalizers", [normalizer])
+    if not before and parts in ([PREPEND, REPLACE], [REPLACE]):
+        return "prepend" if parts[0] == PREPEND else "never"
+    if not normalizer and before.get("type") == "Metaspace" and before["replacement"] == SPACE:
+        always = "always" if before.get("add_prefix_space", True) else "never"
+        return str(before.get("prepend_scheme", always))
+    raise ValueError("it splits text differently from Llama 2 (its normalizer or pre_tokenizer)")
+
+
+def without_space(content: dict[str, Any]) -> dict[str, Any]:
+    """The content of a ``tokenizer.json`` that puts no space before a text."""
+    if not content["model"].get("byte_fallback"):
+        return content
+    if before := content["pre_tokenizer"]:
+        return content | {"pre_tokenizer": before | {"prepend_scheme": "never"}}
+    return content | {"normalizer": REPLACE}
+
+
+def begin_of(content: dict[str, Any]) -> int | None:
+    """The id that a ``tokenizer.json`` puts before each text, begin-of-text; None for none.
+
+    Raises:
+        ValueError: it puts other ids around a text.
+
+    """
+    after = content.get("post_processor") or {"type": "ByteLevel"}
+    parts = after["processors"] if after["type"] == "Sequence" else [after]
+    templates = [part for part in parts if part["type"] != "ByteLevel"]
+    if not templates:
+        return None
+    template = templates[0]
+    if len(templates) == 1 and template["type"] == "TemplateProcessing":
+        *first, last = template["single"]
+        if last.get("Sequence", {}).get("id") == "A" and not first:
+            return None
+        if "Sequence" in last and len(first) == 1 and "SpecialToken" in first[0]:
+            ids = template["special_tokens"][first[0]["SpecialToken"]["id"]]["ids"]
+            if len(ids) == 1 and isinstance(ids[0], int):
+                return ids[0]
+    raise ValueError(
+        "it may add more than one token to every text (its post_processor), which is not supported"
+    )
+
+
+def with_begin(content: dict[str, Any], begin: int | None, text: str) -> dict[str, Any]:
+    """The content of a ``tokenizer.json`` that puts ``begin``, whose text it is, before each
+    text.
+    """
+    if begin is None or begin_of(content) == begin:
+        return content
+    special = {"SpecialToken": {"id": text, "type_id": 0}}
+    a, b = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
+    template = {
+        "type": "TemplateProcessing",
+        "single": [special, a],
+        "pair": [special, a, {"SpecialToken": {"id": text, "type_id": 1}}, b],
+        "special_tokens": {text: {"id": text, "ids": [begin], "tokens": [text]}},
+    }
+    return content | {"post_processor": template}
+
+
+def _bytes_of(model: dict[str, Any]) -> Callable[[str], bytes]:
+    """What gives the bytes of a token as the library's decoder has it."""
+
+    def of_stand_ins(token: str) -> bytes:
+        """What is not all stand-ins of bytes is text."""
+        known = BYTES.keys() >= set(token)
+        return bytes(map(BYTES.__getitem__, token)) if known else token.encode()
+
+    def of_spaces(token: str) -> bytes:
+        byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
+        return bytes.fromhex(byte[1]) if byte else token.replace(SPACE, " ").encode()
+
+    return of_spaces if model.get("byte_fallback") else of_stand_ins

@@ -1,11 +1,11 @@
 """Train a model: ``python -m gptjax.train --config configs/124m.yaml``.
 
 Every option of the config file is also an option here, as in ``--optim.learning_rate 1e-3``; the
-command line wins. A run is kept in ``runs/NAME``: ``config.yaml`` as resolved, ``metrics.jsonl``,
+command line wins. A run is kept in ``runs/NAME``: the resolved ``config.yaml``, ``metrics.jsonl``,
 ``tokenizer.json``, ``checkpoints/``, and a ``lock`` that the training process holds. ``python -m
-gptjax.plot runs/NAME`` draws it; ``--log.tensorboard`` or ``--log.wandb PROJECT`` log it there,
-too. Ctrl-C, SIGTERM or SIGHUP saves a checkpoint and ends; ``--resume auto`` goes on from the
-newest one as if never interrupted.
+gptjax.plot runs/NAME`` draws it; ``--log.tensorboard`` and ``--log.wandb PROJECT`` also log it
+elsewhere. Ctrl-C, SIGTERM and SIGHUP save a checkpoint and end the run; ``--resume auto`` continues
+from the newest checkpoint as if never interrupted.
 """
 
 import contextlib
@@ -21,18 +21,20 @@ from gptjax.config import Config
 from gptjax.convert.weights import load_weights, open_weights
 from gptjax.generate.stream import prompt_ids
 from gptjax.parallel import heartbeat, processes
+from gptjax.tokenizers import Tokenizer, is_gpt2
+from gptjax.tokenizers.chat_template import ChatTemplate
 from gptjax.train import step as steps
 from gptjax.train.checkpoint import CheckpointWriter, Restored
 from gptjax.train.hooks import add_hooks
 from gptjax.train.loggers import open_loggers
 from gptjax.train.metrics import Display, MetricsFile, NoMetrics
 from gptjax.train.report import describe, describe_memory
-from gptjax.train.setup import Run, fill_folder, owned, resolved, restore, set_up
-from gptjax.train.signals import stopping
+from gptjax.train.setup import Run, claim_folder, resolved_config, restore, set_up, write_run_files
+from gptjax.train.signals import stop_on_signals
 from gptjax.train.trainer import DivergedError, Trainer, WrongGradientError
 from gptjax.verify.live import LiveCheck
 from gptjax.xla.backend import start_jax
-from gptjax.xla.cache import keep_compiled_programs
+from gptjax.xla.cache import enable_compilation_cache
 
 PROG = "python -m gptjax.train"
 FAILED = 1  # exit status
@@ -43,10 +45,10 @@ def main(argv: list[str] | None = None) -> int:
     raises SystemExit(2).
     """
     less = "lower data.batch_size, set model.recompute block"
-    with heartbeat.ending_together(PROG), cli.reported_errors(PROG, less, heartbeat.speaks):
+    with heartbeat.exit_together(PROG), cli.reported_errors(PROG, less, heartbeat.should_report):
         cfg, file = parse(Config, PROG, __doc__ or "", argv)
-        cli.keep_freed_memory()
-        keep_compiled_programs()
+        cli.reuse_freed_memory()
+        enable_compilation_cache()
         cli.quiet_libraries()
         cli.replace_unprintable()
         processes.start(cfg.distributed)
@@ -54,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         with heartbeat.watched(PROG, cfg.distributed.timeout):
             try:
                 train(dataclasses.replace(cfg, name=cfg.name or (file.stem if file else "run")))
-            # In all processes, so none of them is lost
+            # Raised in every process, so that none waits for another
             except (DivergedError, WrongGradientError) as error:
                 if processes.is_first():
                     print(f"{PROG}: error: {error}", file=sys.stderr)
@@ -63,20 +65,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train(cfg: Config) -> None:
-    """Train as configured, to the last step or to a signal.
+    """Train to the last step or until a signal stops the run.
 
     Raises:
-        GptjaxError: anything about the configuration, corpus, checkpoint or disk that a person can
-            mend.
+        GptjaxError: the configuration, corpus, checkpoint or disk cannot be used.
         DivergedError: ``train.max_nonfinite`` steps in a row were not finite.
-        WrongGradientError: a check that ``train.verify_every`` asks for failed.
+        WrongGradientError: a gradient check (``train.verify_every``) failed.
 
     """
     display = Display(cfg.train.steps, quiet=not processes.is_first())
-    new = set_up(with_vocabulary(cfg))
-    # Better an error now than after the last step
+    new = set_up(*with_init(cfg))
+    # Fail now rather than at the first sample
     prompt_ids(new.corpus.tokenizer, cfg.train.sample_prompt)
-    with owned(new) as run:
+    with claim_folder(new) as run:
         display.print(describe(run))
         restored = restore(run) if cfg.resume else None
         if restored:
@@ -92,26 +93,24 @@ def train(cfg: Config) -> None:
 
 
 def _train(run: Run, restored: Restored | None, display: Display) -> str:
-    """Train a run that has its folder, from the beginning or from a checkpoint. Returns the last
-    line to print.
-    """
+    """Train a run from its first step or from a checkpoint. Returns the last line to print."""
     cfg, done = run.cfg, restored.step if restored else 0
     state = restored.state if restored else initial_state(run)
-    # What they lack is told before compiling
-    loggers = open_loggers(cfg.log, run.folder, done, resolved(run), display.print)
+    # Opened before compiling, so that they fail early
+    loggers = open_loggers(cfg.log, run.folder, done, resolved_config(run), display.print)
     began = time.perf_counter()
-    shapes = steps.step_arguments(run.model, run.optimizer, run.shape, run.mesh)
+    shapes = steps.step_arguments(run.model, run.optimizer, run.shape, run.mesh, run.packed)
     compiled = steps.compile_step(run.model, run.optimizer, cfg.train.backward, *shapes, run.mesh)
     display.print(describe_memory(compiled, time.perf_counter() - began))
     state = state or steps.make_state(run.key, run.model, run.optimizer, run.mesh)
-    fill_folder(run)
+    write_run_files(run)
     trainer = Trainer(run, compiled, jax.block_until_ready(state), done)
     if cfg.init and not done and cfg.train.eval_every:
         display.print(f"{'init':<10} {cfg.init}, val loss {trainer.validation_loss():.4f}")
     stop = processes.Stop(done, cfg.train.steps)
     with contextlib.ExitStack() as cleanup:
-        # First in, so last out: until all is on disk
-        cleanup.enter_context(stopping(PROG, stop, display))
+        # Entered first, so that signals are handled until everything is on disk
+        cleanup.enter_context(stop_on_signals(PROG, stop, display))
         cleanup.enter_context(loggers)
         records = (
             MetricsFile(run.folder / "metrics.jsonl", done) if processes.is_first() else NoMetrics()
@@ -136,28 +135,29 @@ def _train(run: Run, restored: Restored | None, display: Display) -> str:
     return f"saved in {run.folder}"
 
 
-def with_vocabulary(cfg: Config) -> Config:
-    """Take the vocabulary's size from the weights that ``init`` names, where the model does not
-    give it.
+def with_init(cfg: Config) -> tuple[Config, Tokenizer | None, ChatTemplate | None]:
+    """The configuration with the vocabulary of ``init`` if it gives none, and the tokenizer and
+    chat template of ``init``, if it has them.
 
     Raises:
         GptjaxError: the weights cannot be read.
 
     """
-    if not cfg.init or cfg.model.vocab_size:
-        return cfg
-    size = processes.first_then_others(
-        "vocabulary", lambda: open_weights(str(cfg.init)).cfg.vocab_size
-    )
-    return dataclasses.replace(cfg, model=cfg.model.with_vocabulary(size))
+    if not cfg.init:
+        return cfg, None, None
+    source = processes.first_then_others("init", lambda: open_weights(str(cfg.init)))
+    model = cfg.model.with_vocabulary(source.cfg.vocab_size)
+    template = ChatTemplate(source.chat_template) if source.chat_template else None
+    # GPT-2's is every corpus's default
+    tokenizer = None if source.tokenizer and is_gpt2(source.tokenizer) else source.tokenizer
+    return dataclasses.replace(cfg, model=model), tokenizer, template
 
 
 def initial_state(run: Run) -> steps.TrainState | None:
-    """The parameters that ``init`` names and a fresh optimizer; None where parameters are to be
-    drawn.
+    """The parameters of ``init`` with a fresh optimizer state; None without ``init``.
 
     Raises:
-        GptjaxError: the weights cannot be had, or are of other dimensions.
+        GptjaxError: the weights cannot be read, or have other dimensions.
 
     """
     if not run.cfg.init:

@@ -1,9 +1,9 @@
 """Checkpoints of a run: atomic, asynchronous, verified when read.
 
-Orbax writes each to a temporary folder and renames it, so one cut off by a crash never counts. Each
-carries a JSON document with a checksum of every array, taken on the device when it was saved, and
-the document's own SHA-256: what is restored is what was saved, or it is not used. No other file in
-it is believed: one that is damaged leads to other arrays, or to an error.
+Orbax writes each to a temporary folder and renames it, so one that a crash interrupts never counts.
+Each holds a JSON document with a checksum of every array, taken on the device before saving, and
+the document's own SHA-256. A checkpoint whose arrays do not match is not used. Damage to any other
+file in it changes the arrays or raises an error, so the checksums cover it.
 """
 
 import contextlib
@@ -35,12 +35,12 @@ from gptjax.formats.lazy import collect
 from gptjax.models.params import is_stacked, param_axes, rows, stack, unstack
 from gptjax.parallel import mesh as meshes
 from gptjax.parallel import processes
-from gptjax.parallel.heartbeat import tells_of_a_lost_process
+from gptjax.parallel.heartbeat import is_lost_process_error
 from gptjax.train.optimizer import Optimizer
 from gptjax.train.step import TrainState, init_state
 
 PREFIX = "step"
-CHUNK_BYTES = 1 << 22  # of an array: what is written, and read to verify it, at a time
+CHUNK_BYTES = 1 << 22  # of an array, written and verified at a time
 NOT_DAMAGE = (
     "RESOURCE_EXHAUSTED",
     "PERMISSION_DENIED",
@@ -51,7 +51,7 @@ T = TypeVar("T")
 
 
 class Restored(NamedTuple):
-    """A checkpoint read back."""
+    """A checkpoint that was read and verified."""
 
     state: TrainState
     step: int
@@ -62,14 +62,14 @@ class CheckpointWriter:
     """Saves into one folder in the background and keeps the newest few."""
 
     def __init__(self, folder: Path, keep: int) -> None:
-        """Make the folder; leftovers of a crash in it are removed."""
+        """Make the folder, and remove what a crash left in it."""
         self.folder = folder
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             step_prefix=PREFIX,
             step_format_fixed_length=8,
             cleanup_tmp_directories=True,
-            # Reads no metadata of older checkpoints: a damaged one keeps nobody from saving
+            # Skip the metadata of older checkpoints, so that a damaged one does not prevent saving
             lightweight_initialize=True,
         )
         with _write_errors(folder):
@@ -83,19 +83,17 @@ class CheckpointWriter:
         optimizer: Optimizer,
         meta: dict[str, Any],
     ) -> None:
-        """Start saving the state after ``step`` steps; returns as soon as the state may change
-        again.
+        """Start saving the state after ``step`` steps; returns once the state may change again.
 
         Args:
             step: steps done.
             state: parameters and optimizer state.
-            cfg: the model, whose dimensions and layout are kept with it.
-            optimizer: whose state it is.
-            meta: anything JSON that resuming needs.
+            cfg: the model; its dimensions and layout are saved, too.
+            optimizer: the optimizer that the state belongs to.
+            meta: JSON data that resuming needs.
 
         Raises:
-            CheckpointError: this save was declined, or it, or an earlier one in the background,
-                could not be written.
+            CheckpointError: Orbax declined this save, or this or an earlier one cannot be written.
 
         """
         content = {
@@ -114,20 +112,20 @@ class CheckpointWriter:
             )
         if not saving:
             raise CheckpointError(
-                f"step {step} was not saved: {self.folder} holds a later checkpoint; choose "
-                "another --name"
+                f"step {step} was not saved: {self.folder} already holds a later checkpoint; "
+                "choose another --name"
             )
 
     def check(self) -> None:
-        """Raise the `CheckpointError` of a save that failed in the background, if one did."""
+        """Raise a `CheckpointError` if a save failed in the background."""
         with _write_errors(self.folder):
             self._manager.check_for_errors()
 
     def close(self) -> None:
-        """Wait until everything is on disk.
+        """Wait until every save is on disk.
 
         Raises:
-            CheckpointError: it could not be written.
+            CheckpointError: one could not be written.
 
         """
         with _write_errors(self.folder):
@@ -138,53 +136,53 @@ class CheckpointWriter:
 def restore_newest(
     folder: Path, cfg: ModelConfig, optimizer: Optimizer, mesh: Mesh | None = None
 ) -> Restored | None:
-    """The newest checkpoint in ``folder`` that reads back as it was saved, in the layout of
-    ``cfg``; None if there is none.
+    """Restore the newest intact checkpoint in ``folder``, in the layout of ``cfg``; None if there
+    is no checkpoint.
 
-    Whatever mesh it was saved from, it is read to lie over ``mesh``. A damaged one is renamed to
-    ``damaged-...`` with a warning, and the one before it is tried: by all processes, if any of them
-    finds it damaged.
+    It is laid out over ``mesh``, whatever mesh it was saved from. A damaged one is renamed to
+    ``damaged-...`` with a warning, and the one before it is tried; all processes do so if any of
+    them finds it damaged.
 
     Raises:
         GptjaxError: the model's dimensions differ, or there are checkpoints but all are damaged.
 
     """
-    found = _newest_whole(
-        folder, lambda path, step: _restore(path, step, cfg, optimizer, mesh), processes.agreed
+    found = _newest_intact(
+        folder, lambda path, step: _restore(path, step, cfg, optimizer, mesh), processes.broadcast
     )
     return found and found._replace(state=_in_layout(found.state, cfg, optimizer, mesh))
 
 
 def open_newest(folder: Path) -> tuple[ModelConfig, Any, dict[str, Any]]:
-    """The model of the newest whole checkpoint in ``folder``, its parameters, verified now, read
-    when used, and its ``meta``.
+    """The newest intact checkpoint in ``folder``: its model, its parameters, verified now and read
+    lazily, and its ``meta``.
 
     A damaged one is renamed to ``damaged-...`` with a warning, and the one before it is tried. The
-    run may be training meanwhile: what it is still writing is left alone.
+    run may be training meanwhile; a checkpoint that it is writing is left alone.
 
     Raises:
-        CheckpointError: there is none, or all are damaged.
+        CheckpointError: there is no checkpoint, or all are damaged.
 
     """
-    found = _newest_whole(folder, _open, lambda name, decide: decide())
+    found = _newest_intact(folder, _open, lambda name, decide: decide())
     if not found:
         raise CheckpointError(f"{folder} holds no checkpoint")
     return found
 
 
-def _newest_whole(
-    folder: Path, read: Callable[[Path, int], T], agreed: Callable[[str, Callable[[], str]], str]
+def _newest_intact(
+    folder: Path, read: Callable[[Path, int], T], broadcast: Callable[[str, Callable[[], str]], str]
 ) -> T | None:
-    """What ``read(path, step)`` makes of the newest checkpoint that it can read; None if there is
-    no checkpoint at all.
+    """``read(path, step)`` of the newest checkpoint that it can read; None if there is no
+    checkpoint.
 
-    ``read`` raises `GptjaxError` for what is no damage, anything else for what is. ``agreed`` is
-    `processes.agreed` if all processes read the same checkpoint.
+    Any exception of ``read`` but `GptjaxError` means damage. ``broadcast`` is
+    `processes.broadcast` if all processes read the same checkpoint.
     """
     names = ocp.path.step.standard_name_format(step_prefix=PREFIX, step_format_fixed_length=8)
     tried: set[int] = set()
 
-    def steps() -> set[int]:  # finished ones only: what is being written has another name
+    def steps() -> set[int]:  # finished ones only; one being written has another name
         return (
             {found.step for found in names.find_all(folder.absolute())} - tried
             if folder.is_dir()
@@ -196,15 +194,15 @@ def _newest_whole(
 
     def put_aside() -> str:
         if not path.exists() or max(steps(), default=-1) > step:
-            return ""  # the run is training: it has a newer one, and drops its older ones
+            return ""  # a training run has written a newer one and removed this one
         try:
             set_aside(path)
             return "was set aside"
-        except OSError as failure:  # a folder that is read-only, say
-            return f"is left out (it cannot be renamed: {failure.strerror})"
+        except OSError as failure:  # such as a read-only folder
+            return f"is skipped (it cannot be renamed: {failure.strerror})"
 
     while True:
-        step, some_were_damaged = json.loads(agreed(f"checkpoint {len(tried)}", newest))
+        step, some_were_damaged = json.loads(broadcast(f"checkpoint {len(tried)}", newest))
         if step is None:
             break
         path = folder.absolute() / names.build_name(step)
@@ -213,25 +211,24 @@ def _newest_whole(
         except GptjaxError:
             raise
         except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
-            if tells_of_a_lost_process(error):
+            if is_lost_process_error(error):
                 raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             tried.add(step)
-            done = agreed(f"{path.name} set aside", put_aside)
+            done = broadcast(f"{path.name} set aside", put_aside)
             if done and processes.is_first():
                 warnings.warn(
                     f"checkpoint {path} is damaged and {done}: {reason[:200]}", stacklevel=3
                 )
     if tried or some_were_damaged:
         raise CheckpointError(
-            f"no checkpoint in {folder} can be read: all are damaged, so start afresh without "
-            "--resume"
+            f"no checkpoint in {folder} can be read: all are damaged; start afresh without --resume"
         )
     return None
 
 
 class _Info(NamedTuple):
-    """What a checkpoint says of itself, once its own checksum was found to be right."""
+    """A checkpoint's JSON document, verified by its own checksum."""
 
     model: ModelConfig
     optimizer: dict[str, str | None]
@@ -240,29 +237,30 @@ class _Info(NamedTuple):
 
 
 def _digest(content: Any) -> str:
-    """SHA-256 of JSON in its canonical form."""
+    """SHA-256 of the content as canonical JSON."""
     return hashlib.sha256(
         json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
     ).hexdigest()
 
 
 def _read_info(path: Path, step: int) -> _Info:
-    """Read what a checkpoint says of itself, and believe it only if its checksum is right.
+    """Read and verify a checkpoint's JSON document.
 
     Raises:
-        CheckpointError: it is whole, but another version of gptjax wrote it.
+        CheckpointError: it is intact, but another version of gptjax wrote it.
         Exception: it is damaged.
 
     """
     found = _reader().restore(path, args=ocp.args.Composite(info=ocp.args.JsonRestore())).info
     of_another_version = CheckpointError(
-        f"checkpoint {path} is of another version of gptjax: use that version, or train afresh"
+        f"checkpoint {path} was written by another version of gptjax: use that version, or train "
+        "afresh"
     )
     if "checksums" in found:
         raise of_another_version
     content = found["content"]
     if _digest(content) != found["sha256"]:
-        raise ValueError("what it says of itself does not match its checksum")
+        raise ValueError("its JSON document does not match its checksum")
     try:
         of_step = content["step"]
         info = _Info(
@@ -274,19 +272,19 @@ def _read_info(path: Path, step: int) -> _Info:
     except (ConfigError, KeyError, TypeError) as error:
         raise of_another_version from error
     if of_step != step:
-        raise ValueError(f"it is that of step {of_step}")
+        raise ValueError(f"it belongs to step {of_step}")
     return info
 
 
 def _open(path: Path, step: int) -> tuple[ModelConfig, Any, dict[str, Any]]:
-    """What `open_newest` returns, of one checkpoint."""
+    """Open one checkpoint; see `open_newest`."""
     places: dict[
         tuple[str, int | None], tuple[Any, int, int, int]
-    ] = {}  # of each tensor: array, rows from, to, and their checksum
+    ] = {}  # (tensor, layer) -> array, first row, end row, checksum of the rows
     with _not_damage(path):
         info = _read_info(path, step)
         sums = {}
-        for name, key, shape, rows in _stored(info.model):
+        for name, key, shape, rows in _saved_arrays(info.model):
             array, read = _open_array(path, key), 0
             if array.shape != shape or array.dtype.numpy_dtype != np.float32:
                 raise ValueError(f"its {key} is {array.dtype.name} of the shape {array.shape}")
@@ -302,27 +300,26 @@ def _open(path: Path, step: int) -> tuple[ModelConfig, Any, dict[str, Any]]:
         array, start, stop, checksum = places[name, layer]
         found = np.empty((stop - start, *array.shape[1:]), np.float32)
         try:
-            if _read(array, start, stop, found) != checksum:  # a file that is gone reads as zeros
-                raise ValueError("its checksums do not match any more")
+            if _read(array, start, stop, found) != checksum:  # a removed file reads as zeros
+                raise ValueError("its checksums no longer match")
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise CheckpointError(
                 f"checkpoint {path} changed while it was read ({reason[:200]}): if its run is "
-                "training and has dropped it "
-                "for a newer one, try again"
+                "training and has removed it for a newer one, try again"
             ) from error
         return found[0] if layer is not None and info.model.layers == "scan" else found
 
     return info.model, collect(info.model, load, lambda *place: np.dtype(np.float32)), info.meta
 
 
-def _stored(
+def _saved_arrays(
     cfg: ModelConfig,
 ) -> Iterator[tuple[str, str, tuple[int, ...], dict[int | None, tuple[int, int]]]]:
-    """Each array that parameters are kept in: tensor, its own name, its shape, and where in it each
-    layer's rows begin and end.
+    """Each array of the parameters: (tensor, array name, shape, {layer: (first row, end row)}).
 
-    The layer is None outside the blocks; the vocabulary's pad rows, which come last, are nobody's.
+    The layer is None outside the blocks. The vocabulary's pad rows, which come last, belong to no
+    layer.
     """
     for name, layered, weight, shape in rows(cfg):
         if not layered:
@@ -346,9 +343,7 @@ def _stored(
 
 
 def _reader() -> ocp.Checkpointer:
-    """What reads a checkpoint without waiting for other processes, which may be doing something
-    else, or fail to read it.
-    """
+    """A reader that does not wait for other processes, which may be busy or fail to read."""
     me = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
     handler = ocp.CompositeCheckpointHandler(
@@ -358,16 +353,14 @@ def _reader() -> ocp.Checkpointer:
 
 
 def _open_array(path: Path, key: str) -> Any:
-    """One array of a checkpoint where Orbax keeps it: as zarr, in a database of the checkpoint's
-    arrays.
-    """
+    """Open one array of a checkpoint, which Orbax stores as zarr in an OCDBT database."""
     store = {"driver": "ocdbt", "base": f"file://{path / 'state'}/", "path": f"{key}/"}
     return tensorstore.open({"driver": "zarr", "kvstore": store}, open=True, read=True).result()
 
 
 def _read(array: Any, start: int, stop: int, into: np.ndarray | None = None) -> int:
-    """Read rows of a stored array in parts of about `CHUNK_BYTES`; what `_checksums` says of them,
-    where they stand in it.
+    """Read rows of an array, about `CHUNK_BYTES` at a time, into ``into`` if given; returns their
+    part of the array's checksum.
     """
     width, total = math.prod(array.shape[1:]), 0
     rows = max(1, CHUNK_BYTES // (4 * width))
@@ -389,14 +382,14 @@ def _on_device(tree: Any) -> Any:
 def _restore(
     path: Path, step: int, cfg: ModelConfig, optimizer: Optimizer, mesh: Mesh | None
 ) -> Restored:
-    """One checkpoint, in the layout it was saved in; if any process cannot read its part of it,
-    none has it.
+    """Restore one checkpoint in the layout it was saved in; it fails in every process if it fails
+    in one.
     """
 
     def read() -> tuple[TrainState, _Info]:
         if not path.is_dir() and not processes.is_first():
             raise CheckpointError(
-                f"there is no {path} here: --runs must be a folder that all processes share"
+                f"this process finds no {path}: --runs must be a folder that all processes share"
             )
         info = _read_info(path, step)
         as_saved = dataclasses.replace(cfg, layers=info.model.layers)
@@ -406,13 +399,13 @@ def _restore(
         for name, value in saved.items():
             if value != now.get(name):
                 raise CheckpointError(
-                    f"{path} was trained with {name} {value}, not {now.get(name)}: give it that "
+                    f"{path} was trained with {name} {value}, not {now.get(name)}: set it to that "
                     "value"
                 )
-        # It factors the stack, not each layer
+        # Adafactor factors the stack of layers, not each layer
         if info.model.layers != cfg.layers and optimizer.cfg.name == "adafactor":
             raise CheckpointError(
-                f"{path} was trained with model.layers {info.model.layers}: give it that value"
+                f"{path} was trained with model.layers {info.model.layers}: set it to that value"
             )
         arrays = ocp.args.StandardRestore(
             meshes.abstract(mesh, param_axes(as_saved), shapes) if mesh else _on_device(shapes)
@@ -423,17 +416,15 @@ def _restore(
         if _sums(state) != info.sums:
             raise ValueError("its checksums do not match")
 
-    state, info = processes.together(f"{path.name} read", _not_damage(path)(read))
-    _not_damage(path)(check)()  # with the others; the sums are the same in all
+    state, info = processes.run_in_all(f"{path.name} read", _not_damage(path)(read))
+    _not_damage(path)(check)()  # same result in every process
     return Restored(state, step, info.meta)
 
 
 def _in_layout(
     state: TrainState, cfg: ModelConfig, optimizer: Optimizer, mesh: Mesh | None
 ) -> TrainState:
-    """The state with its layers, and what the optimizer keeps for them, stacked or not as
-    ``cfg.layers`` says.
-    """
+    """The state with parameters and optimizer state stacked, or not, as ``cfg.layers`` says."""
     if is_stacked(state.params.blocks) == (cfg.layers == "scan"):
         return state
     one = stack if cfg.layers == "scan" else partial(unstack, num_layers=cfg.num_layers)
@@ -450,7 +441,7 @@ def _in_layout(
 
 @contextlib.contextmanager
 def _not_damage(path: Path) -> Iterator[None]:
-    """Turn what is the fault of this machine, or of its memory, into `CheckpointError`."""
+    """Turn failures of this machine, such as a lack of memory, into `CheckpointError`."""
     try:
         yield
     except Exception as error:
@@ -462,7 +453,7 @@ def _not_damage(path: Path) -> Iterator[None]:
 
 
 def _kind(optimizer: Optimizer) -> dict[str, str | None]:
-    """The options that decide what the optimizer's state is."""
+    """The options that determine the optimizer state's structure."""
     return {"optim.name": optimizer.cfg.name, "optim.mu_dtype": optimizer.cfg.mu_dtype}
 
 
@@ -480,7 +471,7 @@ def _checksums(tree: Any) -> Any:
         words = lax.bitcast_convert_type(
             x, jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint32
         ).astype(jnp.uint32)
-        # In the flat array, which would bring a cut one together
+        # Index into the flat array, computed without reshaping, which would gather a sharded one
         place = jnp.zeros(words.shape, jnp.uint32)
         for axis, size in enumerate(words.shape):
             place = place * size + lax.broadcasted_iota(jnp.uint32, words.shape, axis)
@@ -490,10 +481,10 @@ def _checksums(tree: Any) -> Any:
 
 
 def _mixed(words: Any, place: Any) -> Any:
-    """Words hashed with their places (Wellons' lowbias32), to be added up: any changed word or pair
-    of swapped ones shows.
+    """Words hashed with their positions (Wellons' lowbias32), to be summed.
 
-    One changed word always does, since the hash is one-to-one; of other changes 1 in 2^32 escapes.
+    The hash is one-to-one, so the sum reveals every change of a single word, and all but 1 in 2^32
+    of other changes, such as swapped words.
     """
     x = words ^ (place * np.uint32(0x9E3779B9))
     x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
@@ -503,16 +494,15 @@ def _mixed(words: Any, place: Any) -> Any:
 
 @contextlib.contextmanager
 def _write_errors(folder: Path) -> Iterator[None]:
-    """Turn what Orbax raises while writing into `CheckpointError`; the system's own words for it
-    are deep in its message.
+    """Turn Orbax's errors while writing into `CheckpointError` with the system's reason, which is
+    deep in their messages.
 
-    A process that is lost meanwhile is no fault of the disk: that goes on to
-    `gptjax.parallel.heartbeat.ending_together`.
+    The loss of another process is passed on to `gptjax.parallel.heartbeat.exit_together`.
     """
     try:
         yield
     except Exception as error:
-        if tells_of_a_lost_process(error):
+        if is_lost_process_error(error):
             raise
         known = (
             os.strerror(code)
@@ -524,6 +514,5 @@ def _write_errors(folder: Path) -> Iterator[None]:
         )
         raise CheckpointError(
             f"the checkpoint in {folder} cannot be written ({reason}): free space or choose "
-            "another --runs folder; "
-            "earlier checkpoints are untouched"
+            "another --runs folder; earlier checkpoints are untouched"
         ) from error

@@ -1,4 +1,4 @@
-"""The folder of a run: its name, and the one process that may write into it."""
+"""Run folders: their names, and the lock of the one process that may write into each."""
 
 import contextlib
 import errno
@@ -25,18 +25,18 @@ class RunInUseError(CheckpointError):
 
 
 @contextlib.contextmanager
-def owned(runs: Path, name: str, resume: str | None) -> Iterator[Path]:
-    """The folder of a run, which is this process's alone until the block ends, however it ends.
+def claim(runs: Path, name: str, resume: str | None) -> Iterator[Path]:
+    """Lock the folder of a run for the block; it is unlocked however the block ends.
 
-    A new run gets a new folder, ``NAME``, ``NAME-2``, ``NAME-3``... One that never got as far as to
-    have its configuration written is no run: the block leaves none behind, and what a kill leaves
-    is used again.
+    A new run gets a new folder, ``NAME``, ``NAME-2``, ``NAME-3``... A folder without the run's
+    configuration is unused: the block removes it, and one that a killed process left is taken by
+    the next run.
 
     Args:
-        runs: where runs are kept.
-        name: the run's.
-        resume: ``auto`` for the newest run of that name, or else a new one; the folder of a run;
-            None for a new one.
+        runs: the folder that holds all runs.
+        name: the run's name.
+        resume: ``auto`` for the newest run of that name, or a new one if there is none; a run's
+            folder to resume that run; None for a new run.
 
     Raises:
         CheckpointError: the folder to resume is not a run's, or another process is training it.
@@ -67,12 +67,12 @@ def _newest(runs: Path, name: str) -> tuple[Path, TextIO]:
         numbers = _numbers(runs, name)
         for number in numbers:
             folder = _numbered(runs, name, number)
-            with contextlib.suppress(FileNotFoundError):  # the process that made it failed
+            with contextlib.suppress(FileNotFoundError):  # its process failed and removed it
                 if is_run(folder) or (_is_unused(folder) and not unused):
                     lock = _lock(folder)
                     if is_run(folder):
                         return folder, lock
-                    # Or two that look at once would each find it locked
+                    # Keep the lock, or two processes that search at once each find it locked
                     unused = folder, kept.enter_context(lock)
         kept.pop_all()
     return unused or _new(runs, name, numbers, resume=True)
@@ -96,7 +96,7 @@ def _new(runs: Path, name: str, numbers: list[int], resume: bool = False) -> tup
             if resume:
                 raise
             continue
-        # To resume is to take what another process has just begun, or to be refused
+        # Resuming takes over a run that another process has just started and left
         if resume or not is_run(folder):
             break
         lock.close()
@@ -109,8 +109,8 @@ def is_run(folder: Path) -> bool:
 
 
 def _is_unused(folder: Path) -> bool:
-    """Whether nothing is in the folder, or only the lock of a process that ended before it
-    trained.
+    """Whether the folder is empty, or holds only the lock of a process that ended before
+    training.
     """
     with contextlib.suppress(OSError):
         return set(os.listdir(folder)) <= {LOCK_FILE}
@@ -118,7 +118,7 @@ def _is_unused(folder: Path) -> bool:
 
 
 def _numbers(runs: Path, name: str) -> list[int]:
-    """Those of the folders of this name, the newest first."""
+    """Numbers of the existing folders with this name, newest first."""
     matches = (
         re.fullmatch(re.escape(name) + r"(?:-([1-9]\d*))?", path.name)
         for path in runs.glob(f"{glob.escape(name)}*")
@@ -131,11 +131,11 @@ def _numbered(runs: Path, name: str, number: int) -> Path:
 
 
 def _lock(folder: Path) -> TextIO:
-    """Lock a run's folder until what this returns is closed, or the process ends; its file says
-    which one it is.
+    """Lock a run's folder until the returned file is closed or the process ends. The file names the
+    process.
 
     Raises:
-        RunInUseError: another process has the lock.
+        RunInUseError: another process holds the lock.
         FileNotFoundError: the folder was removed meanwhile.
 
     """
@@ -159,7 +159,7 @@ def _flock(file: TextIO, folder: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        time.sleep(0.1)  # in which the other writes its name
+        time.sleep(0.1)  # time for the owner to write its name
         owner = file.read(300).strip() or "another process"
         raise RunInUseError(
             f"{folder} is being trained by {owner}: wait until it ends, or stop it"
@@ -168,6 +168,6 @@ def _flock(file: TextIO, folder: Path) -> None:
         if error.errno not in NO_LOCKS:
             raise
         warnings.warn(
-            f"{folder} cannot be locked on this file system: start no second process on it",
+            f"{folder} cannot be locked on this file system: do not start a second process there",
             stacklevel=2,
         )

@@ -1,6 +1,4 @@
-"""What a run does between its steps: logging, validation, samples, checkpoints, checks of the
-gradient.
-"""
+"""The hooks of a run: logging, validation, samples, checkpoints and gradient checks."""
 
 from collections.abc import Callable
 
@@ -12,7 +10,7 @@ from gptjax.train.samples import sample_text
 from gptjax.train.setup import checkpoint_meta
 from gptjax.train.trainer import Record, Trainer, WrongGradientError
 
-# A step with one of them gets its line whatever log_every says
+# A step whose record has one of these is printed whatever log_every is
 NOTABLE = {"val_loss", "skipped", "gradient_error"}
 
 
@@ -24,9 +22,7 @@ def add_hooks(
     display: Display,
     check: Callable[[Batch], Record],
 ) -> None:
-    """Add what a run does between its steps, as configured; ``check`` checks the gradient of a
-    batch.
-    """
+    """Add the configured hooks to a trainer; ``check`` verifies the gradient of a batch."""
     run, cfg = trainer.run, trainer.run.cfg.train
 
     def save() -> None:
@@ -48,7 +44,7 @@ def add_hooks(
             trainer.saved = trainer.done
         else:
             display.print(
-                f"{display.of(trainer.done)} | no checkpoint: the parameters give a loss that is "
+                f"{display.label(trainer.done)} | no checkpoint: the loss at these parameters is "
                 "not finite"
             )
 
@@ -61,7 +57,7 @@ def add_hooks(
         try:
             return check(batch)
         except WrongGradientError:
-            # The parameters in question, for `gptjax.verify --checkpoint`
+            # Keep the parameters at fault for `gptjax.verify --checkpoint`
             if trainer.saved < trainer.done:
                 save()
             raise

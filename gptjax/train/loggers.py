@@ -1,9 +1,7 @@
-"""TensorBoard and Weights & Biases beside ``metrics.jsonl``: the same numbers, the samples and the
-configuration.
+"""TensorBoard and Weights & Biases loggers: a run's metrics, samples and configuration.
 
-``metrics.jsonl`` stays what resuming and plotting read. These are extras, imported only where a run
-asks for them; one that fails in the middle of training is left out from then on, and training goes
-on.
+Resuming and plotting read ``metrics.jsonl`` alone. These loggers are extras, imported only if a run
+asks for them. One that fails during training is dropped, and training goes on.
 """
 
 import contextlib
@@ -24,7 +22,7 @@ from gptjax.config import LogConfig
 from gptjax.errors import ConfigError
 from gptjax.files import read_text
 
-# The chart of each number: both programs group charts by what stands before the slash.
+# Chart names; both programs group charts by the part before the slash.
 CHARTS = {
     "val_loss": "val/loss",
     "ms": "speed/ms",
@@ -35,33 +33,32 @@ ID_FILE = "wandb_id"
 
 
 class Logger(Protocol):
-    """A place besides ``metrics.jsonl`` that a run reports to."""
+    """A logger that gets a run's metrics in addition to ``metrics.jsonl``."""
 
     title: str
 
     def write(self, record: dict[str, Any]) -> None:
-        """Log the record of a step, as ``MetricsFile.write`` gets it."""
+        """Log the record of a step, the same that ``MetricsFile.write`` gets."""
 
     def text(self, name: str, text: str, step: int) -> None:
         """Log a text that belongs to a step."""
 
     def close(self, failed: bool) -> None:
-        """End the log of a run that was done or stopped, or failed."""
+        """End the log; ``failed`` if the run ended with an error."""
 
 
 class TensorBoard:
-    """Events in a folder, one file each time that training starts, each step on disk as soon as it
-    is known.
+    """Event files in a folder, a new one each time training starts, flushed at every step.
 
-    TensorBoard's `EventFileWriter` writes from a thread, so that a kill loses what it holds and a
-    full disk shows late; this writes the same records at once.
+    TensorBoard's own `EventFileWriter` writes from a thread, which loses events when the process is
+    killed and reports a full disk late.
     """
 
     title = "TensorBoard"
 
     def __init__(self, folder: Path, done: int, config: dict[str, Any]) -> None:
-        """Start a file; TensorBoard drops earlier events of steps after ``done``, left by a run
-        that was cut off.
+        """Start a file; TensorBoard then drops earlier events of steps after ``done``, which an
+        interrupted run left.
         """
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
@@ -70,7 +67,7 @@ class TensorBoard:
 
         self._event, self._summary, self._text_summary = Event, Summary, text_pb
         folder.mkdir(parents=True, exist_ok=True)
-        # TensorBoard reads a folder's files in the order of their names.
+        # TensorBoard reads a folder's files in order of their names
         self._file = (
             folder / f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
         ).open("xb")
@@ -80,7 +77,7 @@ class TensorBoard:
         self.text("config", yaml.safe_dump(config, sort_keys=False), done)
 
     def write(self, record: dict[str, Any]) -> None:
-        """All numbers of a step as one event."""
+        """Log all numbers of a step as one event."""
         values = [
             self._summary.Value(tag=tag, simple_value=value)
             for tag, value in _charts(record).items()
@@ -88,7 +85,7 @@ class TensorBoard:
         self._add(step=record["step"], summary=self._summary(value=values))
 
     def text(self, name: str, text: str, step: int) -> None:
-        """The text as it is: TensorBoard renders Markdown, in which indented lines are code."""
+        """Log the text, indented so that TensorBoard's Markdown shows it unchanged."""
         self._add(
             step=step,
             summary=self._text_summary(name, textwrap.indent(text, "    ", lambda _: True)),
@@ -104,27 +101,27 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases, its files under ``FOLDER/wandb``, named as the folder.
+    """A Weights & Biases run, named after the run's folder, with its files under ``FOLDER/wandb``.
 
-    The run's id is kept in the folder, and a resumed run goes on under it. W&B cannot take steps
-    back: those that it has had already, from a run that was cut off after its last checkpoint, stay
-    as they were. The environment says the rest: ``WANDB_MODE=offline`` keeps everything on disk,
-    for ``wandb sync``; ``WANDB_API_KEY``, ``WANDB_TAGS``...
+    The folder keeps the run's id, under which a resumed run continues. W&B cannot take steps back:
+    steps that an interrupted run logged after its last checkpoint stay as they were. Environment
+    variables configure the rest: ``WANDB_MODE=offline`` keeps everything on disk, for ``wandb
+    sync``; ``WANDB_API_KEY``, ``WANDB_TAGS``...
     """
 
     title = "Weights & Biases"
 
     def __init__(self, project: str, folder: Path, done: int, config: dict[str, Any]) -> None:
-        """Start or go on with the run.
+        """Start or continue the W&B run.
 
         Args:
-            project: its name, or ENTITY/PROJECT.
-            folder: the run's.
+            project: PROJECT or ENTITY/PROJECT.
+            folder: the run's folder.
             done: steps done before.
-            config: shown beside the charts.
+            config: shown next to the charts.
 
         Raises:
-            ConfigError: there is no login or no network.
+            ConfigError: W&B is not logged in or the network is down.
 
         """
         import wandb
@@ -145,9 +142,9 @@ class WeightsAndBiases:
                 allow_val_change=True,
                 settings=wandb.Settings(console="off", quiet=True),
             )
-        except Exception as error:  # its own, of several kinds, and the network's
+        except Exception as error:  # W&B and the network raise many kinds
             with contextlib.suppress(OSError):
-                folder.rmdir()  # if nothing is in it, as before
+                folder.rmdir()  # only if empty
             reason = str(error).rstrip(".")
             raise ConfigError(
                 f"log.wandb {project} cannot start ({reason}): run `wandb login`, "
@@ -157,15 +154,15 @@ class WeightsAndBiases:
         self._html = wandb.Html
 
     def write(self, record: dict[str, Any]) -> None:
-        """All numbers of a step."""
+        """Log all numbers of a step."""
         self._log(_charts(record), record["step"])
 
     def text(self, name: str, text: str, step: int) -> None:
-        """The text as it is, with its line ends."""
+        """Log the text with its line breaks."""
         self._log({name: self._html(f"<pre>{html.escape(text)}</pre>")}, step)
 
     def close(self, failed: bool) -> None:
-        """Wait until all is uploaded; a second Ctrl-C leaves it."""
+        """Wait until everything is uploaded; a second Ctrl-C ends the wait."""
         self._run.finish(exit_code=int(failed))
 
     def _log(self, values: dict[str, Any], step: int) -> None:
@@ -182,10 +179,10 @@ def _charts(record: dict[str, Any]) -> dict[str, float]:
 
 
 class Loggers:
-    """All the loggers of a run, none by default. One that fails is dropped with a warning."""
+    """The loggers of a run, none by default. One that fails is dropped with a warning."""
 
     def __init__(self, loggers: list[Logger], warn: Callable[[str], None]) -> None:
-        """``warn`` is told, in one line each, which logger failed."""
+        """Take the loggers; ``warn`` gets one line about each that fails."""
         self._loggers, self._warn = loggers, warn
 
     def write(self, record: dict[str, Any]) -> None:
@@ -206,20 +203,20 @@ class Loggers:
         for logger in list(self._loggers):
             try:
                 action(logger)
-            except Exception as error:  # whatever goes wrong in there, training goes on
+            except Exception as error:  # no failure of a logger may stop training
                 self._loggers.remove(logger)
                 reason = " ".join(str(error).split()) or type(error).__name__
                 self._warn(
-                    f"{logger.title} failed and is left out from here on: {reason}; metrics.jsonl "
+                    f"{logger.title} failed and is not used any more: {reason}; metrics.jsonl "
                     "has every step"
                 )
 
 
 def check_installed(cfg: LogConfig) -> None:
-    """Fail early, before anything is downloaded or compiled.
+    """Check, before anything is downloaded or compiled, that the packages of ``cfg`` are installed.
 
     Raises:
-        ConfigError: a package that ``cfg`` needs is missing.
+        ConfigError: a package is missing.
 
     """
     for package, wanted in (("tensorboard", cfg.tensorboard), ("wandb", cfg.wandb)):
@@ -235,11 +232,11 @@ def check_installed(cfg: LogConfig) -> None:
 def open_loggers(
     cfg: LogConfig, folder: Path, done: int, config: dict[str, Any], warn: Callable[[str], None]
 ) -> Loggers:
-    """The loggers that ``cfg`` asks for, of the run in ``folder``, after ``done`` steps; none in
-    any process but the first.
+    """Open the loggers of ``cfg`` for the run in ``folder`` after ``done`` steps; only the first
+    process has any.
 
     Raises:
-        ConfigError: Weights & Biases has no login or no network.
+        ConfigError: Weights & Biases is not logged in or the network is down.
         OSError: the folder cannot be written.
 
     """

@@ -1,6 +1,4 @@
-"""What a run reports: one JSON object a step in a file, and a line or a progress bar for the person
-watching.
-"""
+"""A run's metrics: one JSON object a step in a file, and lines or a progress bar on the screen."""
 
 import contextlib
 import json
@@ -22,11 +20,11 @@ from gptjax.files import open_file
 from gptjax.parallel.devices import device_of
 from gptjax.train.optimizer import StepMetrics
 
-LONGEST_LINE = 1 << 16  # bytes; a record has a few hundred
+LONGEST_LINE = 1 << 16  # bytes; a record takes a few hundred
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
-    """The device's peak FLOP/s for model FLOPs utilisation, or None where it is not known."""
+    """The device's peak FLOP/s for model FLOPs utilisation; None if unknown."""
     if dtype != "bfloat16":
         return None
     device = device_of(device_kind)
@@ -34,11 +32,11 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
 
 
 class MetricsFile:
-    """``metrics.jsonl``: one JSON object a step, each on disk as soon as it is known."""
+    """``metrics.jsonl``: one JSON object a step, each flushed at once."""
 
     def __init__(self, path: Path, last_step: int) -> None:
-        """Open for appending; records of steps after ``last_step``, left by a run that was cut off,
-        are dropped.
+        """Open for appending, and drop records of steps after ``last_step``, which an interrupted
+        run left.
         """
         if path.exists():
             partial = path.with_name(path.name + ".partial")
@@ -56,7 +54,7 @@ class MetricsFile:
         """Append one record; a number that is not finite becomes null.
 
         Raises:
-            OSError: the disk is full, with the file's name in it.
+            OSError: the disk is full; the error names the file.
 
         """
         with naming(self.path):
@@ -73,7 +71,7 @@ class MetricsFile:
 
 
 class NoMetrics:
-    """In place of a `MetricsFile` in all processes but the first."""
+    """Stands in for `MetricsFile` in all processes but the first."""
 
     def write(self, record: dict[str, Any]) -> None:
         """Do nothing."""
@@ -83,9 +81,7 @@ class NoMetrics:
 
 
 def _lines(file: BufferedReader) -> Iterator[bytes]:
-    """The lines of a file; one that no step's record could fill comes in parts, so that it does not
-    fill memory.
-    """
+    """The lines of a file; one longer than any record is split, so that it does not fill memory."""
     return iter(lambda: file.readline(LONGEST_LINE), b"")
 
 
@@ -93,13 +89,13 @@ def _step_of(line: bytes) -> float:
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return float("inf")  # a line cut off in the middle goes too
+        return float("inf")  # drop a truncated line, too
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a ``metrics.jsonl``, in the order of their steps, the last one of each step.
+    """The records of a ``metrics.jsonl`` by step; of several for one step, the last.
 
-    A last line that is cut off is left out: a run may be writing it.
+    A truncated last line is skipped: a run may be writing it.
 
     Raises:
         FormatError: another line is not the record of a step.
@@ -134,21 +130,21 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 class Meter:
-    """Turns a step's device scalars into its record; fetching them waits until the step is done."""
+    """Turns a step's scalars on the device into its record, which waits until the step is done."""
 
     def __init__(self, tokens: int, flops: float, peak: float | None) -> None:
-        """Tokens and FLOPs of one step, and the device's peak FLOP/s if known."""
+        """Take the tokens and FLOPs of one step, and the device's peak FLOP/s if known."""
         self.tokens, self.flops, self.peak = tokens, flops, peak
         self.nonfinite = 0
         self.restart()
 
     def restart(self) -> None:
-        """Start timing the next step now, after a pause that is not its own."""
+        """Start timing the next step now, so that work since the last step does not count."""
         self._clock = time.perf_counter()
 
     def record(self, step: int, metrics: StepMetrics) -> dict[str, Any]:
-        """The record of a step; `nonfinite` counts the steps in a row, up to this one, whose update
-        was skipped.
+        """The record of a step. `nonfinite` then counts the consecutive skipped updates up to this
+        step.
         """
         loss, norm, learning_rate, finite = (x.item() for x in jax.device_get(metrics))
         now = time.perf_counter()
@@ -163,31 +159,31 @@ class Meter:
         return record
 
 
-class Output:
-    """Standard output that a run outlives: once nobody reads it any more, what is written goes
-    nowhere.
+class ResilientOutput:
+    """Standard output that may fail, such as a closed pipe: from then on output is discarded and
+    training goes on.
     """
 
     def __init__(self) -> None:
-        """Where it is closed, nothing is ever shown."""
+        """Wrap stdout; a closed one discards everything."""
         self._stream = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
 
     def write(self, text: str) -> int:
-        """Write what can be written."""
-        with self._outlived():
+        """Write the text, or discard it."""
+        with self._surviving():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Show what was written."""
-        with self._outlived():
+        """Flush the stream."""
+        with self._surviving():
             self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     @contextlib.contextmanager
-    def _outlived(self) -> Iterator[None]:
+    def _surviving(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -205,10 +201,14 @@ class Display:
     """A progress bar at the foot of a terminal, or plain lines when the output is piped."""
 
     def __init__(self, steps: int, quiet: bool = False) -> None:
-        """Nothing is drawn before `running`, nor anything where it is to be ``quiet``."""
+        """Draw nothing before `running`, and nothing at all if ``quiet``."""
         self.steps = steps
         self.console = Console(
-            file=cast(IO[str], Output()), highlight=False, soft_wrap=True, emoji=False, quiet=quiet
+            file=cast(IO[str], ResilientOutput()),
+            highlight=False,
+            soft_wrap=True,
+            emoji=False,
+            quiet=quiet,
         )
         columns = (
             TextColumn("step {task.completed}/{task.total}"),
@@ -221,7 +221,7 @@ class Display:
 
     @contextlib.contextmanager
     def running(self, done: int) -> Iterator[None]:
-        """Show the bar, if there is one, at ``done`` steps, until the block ends."""
+        """Show the bar for the block, starting at ``done`` steps; no-op without a terminal."""
         if not self.bar:
             yield
             return
@@ -230,12 +230,14 @@ class Display:
             yield
 
     def close(self) -> None:
-        """Take the bar away, and give the terminal back."""
+        """Remove the bar and release the terminal."""
         if self.bar:
             self.bar.stop()
 
     def print(self, text: str) -> None:
-        """Lines that stay; control characters, which a model may well produce, are replaced."""
+        """Print lines above the bar; control characters, which a model may produce, are
+        replaced.
+        """
         safe = "".join(
             c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
         )
@@ -243,21 +245,21 @@ class Display:
         self.console.file.flush()
 
     def step(self, record: dict[str, Any], line: bool) -> None:
-        """Report one step: move the bar, and print a line if asked to."""
+        """Report one step: advance the bar, and print a line if ``line``."""
         text = format_step(record)
         if self.bar:
             self.bar.update(self.task, completed=record["step"], description=text)
         if line:
-            self.print(f"{self.of(record['step'])} | {text}")
+            self.print(f"{self.label(record['step'])} | {text}")
 
-    def of(self, step: int) -> str:
+    def label(self, step: int) -> str:
         """``step   7/100``."""
         return f"step {step:{len(str(self.steps))}}/{self.steps}"
 
 
 def format_step(record: dict[str, Any]) -> str:
     """``loss 4.1234 | norm 1.02 | lr 6.00e-04 | 612.3 ms | 418 tok/s``, with MFU and validation
-    loss where measured.
+    loss if measured.
     """
     parts = [
         f"loss {record['loss']:.4f}",

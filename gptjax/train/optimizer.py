@@ -42,16 +42,16 @@ def make_schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:
 
 
 class Optimizer(NamedTuple):
-    """An optimizer of optax's, after clipping, and what the fast path needs to know of it."""
+    """An optax optimizer behind gradient clipping, with what the fast path needs to know."""
 
     transform: optax.GradientTransformation
-    """``optax.chain(clipping, optimizer)``: its state is the run's, whichever path computes the
+    """``optax.chain(clipping, optimizer)``. The run keeps its state, whichever path computes the
     update.
     """
     schedule: optax.Schedule
     cfg: OptimConfig
     decays: Callable[[Any], Any]
-    """Parameters -> a tree of booleans: the tensors that weight decay applies to."""
+    """Parameters -> a tree of booleans: whether weight decay applies to the tensor."""
 
     @property
     def fused(self) -> bool:
@@ -73,9 +73,9 @@ def make_optimizer(cfg: OptimConfig, steps: int, model: Architecture) -> Optimiz
     """The optimizer of a run.
 
     Args:
-        cfg: which one, and its settings.
-        steps: of the whole run, for the schedule.
-        model: whose weight table says what decays, and what Muon orthogonalises.
+        cfg: the optimizer's name and settings.
+        steps: length of the whole run, for the schedule.
+        model: its weight table determines what decays and what Muon orthogonalises.
 
     """
     schedule = make_schedule(cfg, steps)
@@ -88,8 +88,8 @@ def make_optimizer(cfg: OptimConfig, steps: int, model: Architecture) -> Optimiz
     )
 
     def muon() -> optax.GradientTransformation:
-        """Muon for matrices, AdamW for the rest; in either, what the other has is an
-        `optax.MaskedNode`.
+        """Muon for the blocks' matrices and AdamW for the rest, each with the other's tensors
+        masked.
         """
         absent = optax.MaskedNode()
         matrices = optax.contrib.muon(
@@ -115,8 +115,8 @@ def make_optimizer(cfg: OptimConfig, steps: int, model: Architecture) -> Optimiz
         return optax.partition({"muon": matrices, "adamw": others}, kinds)
 
     def adafactor() -> optax.GradientTransformation:
-        """Its own decay is not scaled by the learning rate; this one is, as every other optimizer's
-        here.
+        """Adafactor with weight decay scaled by the learning rate, as in the other optimizers;
+        optax's own is not.
         """
         # The direction is already negative
         decay = optax.add_decayed_weights(-cfg.weight_decay, decays)
@@ -139,8 +139,8 @@ def make_optimizer(cfg: OptimConfig, steps: int, model: Architecture) -> Optimiz
 
 
 def _muon_axes(weight: Weight) -> optax.contrib.MuonDimensionNumbers | None:
-    """A matrix's input and output axes, counted from the last, so that stacked layers are left
-    apart.
+    """A matrix's input and output axes, counted from the last one, so that a leading layer axis is
+    a batch axis.
     """
     if weight.kind != "matrix":
         return None
@@ -159,17 +159,17 @@ def update(
     norm: Float[Array, ""],
     step: Array,
 ) -> tuple[Any, Any, StepMetrics]:
-    """One step: (parameters, state, metrics), all unchanged, counters included, where loss or norm
-    are not finite.
+    """Apply one step and return (parameters, state, metrics). If loss or norm is not finite,
+    parameters and state, counters included, stay as they were.
 
     Args:
-        optimizer: any.
+        optimizer: any of them.
         params: the parameters.
-        state: of ``optimizer.transform``.
-        grads: of the loss.
-        loss: to be reported.
+        state: the state of ``optimizer.transform``.
+        grads: gradient of the loss.
+        loss: reported in the metrics.
         norm: the global norm of ``grads``.
-        step: steps done, of which the schedule makes the reported learning rate.
+        step: steps done before this one, for the reported learning rate.
 
     """
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
@@ -184,22 +184,22 @@ def update(
 
 
 class Scalars(NamedTuple):
-    """What all tensors share in one step; a moment becomes ``keep * moment + (1 - keep) * x``, x
-    ``clip * g`` or its square.
+    """Factors of one AdamW step that all tensors share, in the order that `native.adamw` takes
+    them.
     """
 
-    keep1: Any
-    take1: Any
-    """``(1 - keep1) * clip``."""
-    keep2: Any
-    take2: Any
-    """``sqrt(1 - keep2) * clip``, to be squared."""
-    correct1: Any
-    """Bias correction of the first moment, a factor."""
-    correct2: Any
+    beta1: Any
+    scale1: Any
+    """``(1 - beta1) * clip``, of the gradient in the first moment."""
+    beta2: Any
+    scale2: Any
+    """``sqrt(1 - beta2) * clip``, of the gradient before it is squared for the second moment."""
+    correction1: Any
+    """Bias correction of the first moment, ``1 / (1 - beta1^n)``."""
+    correction2: Any
     learning_rate: Any
     finite: Any
-    """Whether anything is to change."""
+    """False to leave everything unchanged."""
 
 
 def fused_update(
@@ -211,7 +211,7 @@ def fused_update(
     norm: Float[Array, ""],
     native_code: bool = False,
 ) -> tuple[Any, Any, StepMetrics]:
-    """`update` of AdamW, on optax's own state, in one pass over memory.
+    """AdamW's `update` in one pass over memory, on optax's own state.
 
     Gradients are scaled down to a global norm of at most ``grad_clip`` (Pascanu et al. 2013,
     arXiv:1211.5063). Then, for each parameter p with its gradient g, at the n-th step (Loshchilov
@@ -224,11 +224,11 @@ def fused_update(
     Args:
         optimizer: one that is ``fused``.
         params: the parameters.
-        state: of ``optimizer.transform``.
-        grads: of the loss.
-        loss: to be reported.
+        state: the state of ``optimizer.transform``.
+        grads: gradient of the loss.
+        loss: reported in the metrics.
         norm: the global norm of ``grads``.
-        native_code: by `gptjax.xla.native.adamw`, where it is available and all is float32.
+        native_code: use `gptjax.xla.native.adamw`, which must be available and needs float32.
 
     """
     cfg = optimizer.cfg
@@ -238,12 +238,12 @@ def fused_update(
     learning_rate = optimizer.schedule(adam.count)
     clip = jnp.where(norm > cfg.grad_clip, cfg.grad_clip / norm, 1) if cfg.grad_clip else 1.0
     scalars = Scalars(
-        keep1=cfg.beta1,
-        take1=(1 - cfg.beta1) * clip,
-        keep2=cfg.beta2,
-        take2=math.sqrt(1 - cfg.beta2) * clip,
-        correct1=1 / (1 - cfg.beta1**count),
-        correct2=1 / (1 - cfg.beta2**count),
+        beta1=cfg.beta1,
+        scale1=(1 - cfg.beta1) * clip,
+        beta2=cfg.beta2,
+        scale2=math.sqrt(1 - cfg.beta2) * clip,
+        correction1=1 / (1 - cfg.beta1**count),
+        correction2=1 / (1 - cfg.beta2**count),
         learning_rate=learning_rate,
         finite=finite,
     )
@@ -272,14 +272,12 @@ def fused_update(
 def _adamw(
     scalars: Scalars, p: Array, m: Array, v: Array, g: Array, weight_decay: float, eps: float
 ) -> tuple[Array, Array, Array]:
-    """(parameter, first moment, second moment) after one step of one tensor; each element depends
-    on its own alone.
-    """
+    """(parameter, first moment, second moment) of one tensor after a step, element by element."""
     s = Scalars(*(jnp.asarray(x, p.dtype) for x in scalars))
     finite = scalars.finite
-    new_m = s.keep1 * m.astype(p.dtype) + s.take1 * g
-    new_v = s.keep2 * v + jnp.square(s.take2 * g)
-    direction = new_m * s.correct1 / (jnp.sqrt(new_v * s.correct2) + eps) + weight_decay * p
+    new_m = s.beta1 * m.astype(p.dtype) + s.scale1 * g
+    new_v = s.beta2 * v + jnp.square(s.scale2 * g)
+    direction = new_m * s.correction1 / (jnp.sqrt(new_v * s.correction2) + eps) + weight_decay * p
     new_p = p - s.learning_rate * direction
     return (
         jnp.where(finite, new_p, p),

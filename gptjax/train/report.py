@@ -11,7 +11,7 @@ from gptjax.xla.backend import platform_name
 
 
 def describe(run: Run) -> str:
-    """What will be trained, and on what: a few lines."""
+    """The lines that describe the run: device, model, data and steps."""
     model, shape, corpus = run.model, run.shape, run.corpus
     train, val = (
         sum(shard.tokens.size for shard in shards) for shards in (corpus.train, corpus.val)
@@ -21,7 +21,7 @@ def describe(run: Run) -> str:
     )
     gflop = flops_per_token(model, shape.seq_len) * shape.tokens / 1e9
     processes = (
-        f"{jax.process_count()} processes; should one be lost, all end within "
+        f"{jax.process_count()} processes; if one is lost, all end within "
         f"{run.cfg.distributed.timeout} s"
     )
     idle = jax.device_count() - (run.mesh.size if run.mesh else 1)
@@ -29,7 +29,7 @@ def describe(run: Run) -> str:
         "device": [
             f"{platform_name()} ({jax.devices()[0].device_kind})",
             f"jax {jax.__version__}",
-            *([f"{idle} more like it idle: --mesh.data -1 takes all"] if idle else []),
+            *([f"{idle} more like it idle: --mesh.data -1 uses all"] if idle else []),
         ],
         **({"mesh": [describe_mesh(run.mesh)]} if run.mesh else {}),
         **({"processes": [processes]} if jax.process_count() > 1 else {}),
@@ -64,7 +64,7 @@ def describe(run: Run) -> str:
 
 
 def describe_memory(compiled: CompiledStep, seconds: float) -> str:
-    """What the compiler says a step needs."""
+    """The memory that a step needs, as the compiler reports it."""
     parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in compiled.memory.items())
     total = human_bytes(sum(compiled.memory.values()))
     native = ", AdamW in C++" if compiled.native_code else ""

@@ -1,4 +1,4 @@
-"""Samples of text on the way through training."""
+"""Text samples during training."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from gptjax.train.setup import Run
 
 
 def sample_text(run: Run, params: Any, step: int) -> str:
-    """The configured prompt and what the model makes of it; ids where no tokenizer is known."""
+    """The configured prompt with its continuation, as text, or as ids if no tokenizer is known."""
     cfg, tokenizer = run.cfg.train, run.corpus.tokenizer
     prompt = prompt_ids(tokenizer, cfg.sample_prompt)
     ids = sample(

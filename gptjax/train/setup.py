@@ -1,6 +1,4 @@
-"""A training run before its first step: everything checked, every ``auto`` decided, its folder its
-own.
-"""
+"""Set up a training run: check everything, resolve every ``auto``, claim the run's folder."""
 
 import contextlib
 import dataclasses
@@ -15,25 +13,28 @@ from jax.sharding import Mesh
 
 from gptjax import datasets
 from gptjax.config import Config, DistributedConfig, ModelConfig
-from gptjax.datasets import TOKENIZER_FILE, Corpus
+from gptjax.datasets import TEMPLATE_FILE, TOKENIZER_FILE, Corpus
 from gptjax.datasets.batches import BatchShape, TrainingBatches, validation_batches
 from gptjax.errors import CheckpointError
 from gptjax.files import write_whole
 from gptjax.models.batch import Batch
 from gptjax.parallel import processes
 from gptjax.parallel.mesh import make_mesh, place_rows, row_share, whole
+from gptjax.tokenizers import Tokenizer
+from gptjax.tokenizers.chat_template import ChatTemplate
+from gptjax.tokenizers.chat_template import find as find_template
 from gptjax.train import folders
 from gptjax.train.checkpoint import Restored, restore_newest
 from gptjax.train.loggers import check_installed
 from gptjax.train.optimizer import Optimizer, make_optimizer
 from gptjax.xla.backend import platform_name, start_jax
 
-# A resumed run sees the batches that it would have seen only while these stay the same.
+# Settings that decide the sequence of batches; a resumed run must not change them.
 RESUME_KEYS = ("data.batch_size", "data.seq_len", "data.order", "optim.accumulate", "seed")
 
 
 class Run(NamedTuple):
-    """What a run is made of."""
+    """A run that is ready to train."""
 
     cfg: Config
     model: ModelConfig
@@ -45,30 +46,53 @@ class Run(NamedTuple):
     key: Any
     mesh: Mesh | None
     share: tuple[int, int]
+    template: str | None = None
+    """The chat template, in Jinja, that the model was or is trained with."""
     folder: Path = Path()
-    """Where it is kept: the one that it has `owned`."""
+    """The run's folder, once `claim_folder` has claimed it."""
+
+    @property
+    def packed(self) -> bool:
+        """Whether batches have segments."""
+        return self.val[0].segments is not None
 
     def next_batch(self) -> Batch:
-        """The next step's, laid out over the mesh: of this process's rows, and the others'."""
+        """The next step's batch, laid out over the mesh; each process reads its own rows."""
         return place_rows(self.mesh, next(self.batches), self.share[1])
 
 
-def set_up(cfg: Config) -> Run:
-    """Open the corpus and decide every ``auto``; nothing is computed or written yet.
+def set_up(
+    cfg: Config, tokenizer: Tokenizer | None = None, template: ChatTemplate | None = None
+) -> Run:
+    """Open the corpus and resolve every ``auto``; nothing is computed or written yet.
+
+    Args:
+        cfg: the configuration.
+        tokenizer: replaces ``data.tokenizer`` if that is None.
+        template: replaces ``data.chat_template`` if that is None.
 
     Raises:
-        GptjaxError: anything about the configuration or the corpus that a person can mend.
+        GptjaxError: the configuration or the corpus cannot be used.
 
     """
     check_installed(cfg.log)
     start_jax(cfg.model.dtype)
     processes.require_same(dataclasses.replace(cfg, distributed=DistributedConfig()))
-    model = cfg.model.resolve(platform_name(), cfg.data.seq_len)
-    # Better an error now than after a download
+    packed = datasets.holds_conversations(cfg.data.dataset)
+    model = cfg.model.resolve(platform_name(), cfg.data.seq_len, packed)
+    # Fail before a download rather than after it
     make_mesh(cfg.mesh, model.axis_sizes, cfg.data.batch_size)
     data = cfg.data
+    if data.chat_template:
+        template = find_template(data.chat_template)
     find = partial(
-        datasets.find_corpus, data.dataset, data.root, data.tokenizer, data.column, data.tokens
+        datasets.find_corpus,
+        data.dataset,
+        data.root,
+        data.tokenizer or (None if datasets.holds_shards(Path(data.dataset)) else tokenizer),
+        data.column,
+        data.tokens,
+        template,
     )
     corpus = processes.first_then_others("corpus", find)
     model = model if model.vocab_size else model.with_vocabulary(datasets.vocabulary(corpus))
@@ -89,50 +113,50 @@ def set_up(cfg: Config) -> Run:
         key=whole(mesh, jax.random.key(cfg.seed)),
         mesh=mesh,
         share=share,
+        template=template.source if template else datasets.template_of(corpus),
     )
 
 
 @contextlib.contextmanager
-def owned(run: Run) -> Iterator[Run]:
-    """The run with its folder, which until the block ends no other run can have; the first process
-    sees to that.
+def claim_folder(run: Run) -> Iterator[Run]:
+    """Hold the run's folder for the block, so that no other process trains in it; yields the run
+    with its folder. The first process holds the lock.
 
     Raises:
-        CheckpointError: the folder to resume is not a run's, or a run that is being trained owns
-            it.
+        CheckpointError: the folder to resume is not a run's, or another process is training it.
 
     """
     cfg = run.cfg
-    with contextlib.ExitStack() as until_the_end:
+    with contextlib.ExitStack() as stack:
 
-        def own() -> str:
-            folder = folders.owned(Path(cfg.runs), cfg.name or "run", cfg.resume)
-            return str(until_the_end.enter_context(folder))
+        def claim() -> str:
+            folder = folders.claim(Path(cfg.runs), cfg.name or "run", cfg.resume)
+            return str(stack.enter_context(folder))
 
-        yield run._replace(folder=Path(processes.agreed("folder", own)))
+        yield run._replace(folder=Path(processes.broadcast("folder", claim)))
 
 
 def restore(run: Run) -> Restored | None:
-    """The newest checkpoint in the run's folder, the batches moved to its position; None where
+    """Read the newest checkpoint in the run's folder and move the batches to its position; None if
     there is none.
 
     Raises:
         CheckpointError: the model or the order of the batches differs from the checkpoint's, all
-            checkpoints are damaged, or a folder is named that has none.
+            checkpoints are damaged, or the folder given to --resume has none.
 
     """
     folder = run.folder / "checkpoints"
     restored = restore_newest(folder, run.model, run.optimizer, run.mesh)
     if not restored and run.cfg.resume != "auto":
         raise CheckpointError(
-            f"{folder} holds no checkpoint to resume from; --resume auto would start the run afresh"
+            f"{folder} has no checkpoint to resume from: use --resume auto to start the run afresh"
         )
     if restored:
         now = _identity(run)
         for key, value in restored.meta["identity"].items():
             if now[key] != value:
                 raise CheckpointError(
-                    f"{run.folder} was trained with {key} {value}, not {now[key]}: give it that "
+                    f"{run.folder} was trained with {key} {value}, not {now[key]}: set it to that "
                     "value to resume"
                 )
         run.batches.seek(restored.meta["position"])
@@ -140,8 +164,8 @@ def restore(run: Run) -> Restored | None:
 
 
 def checkpoint_meta(run: Run) -> dict[str, Any]:
-    """What a checkpoint keeps beside the arrays: which batches the run reads, where it is in them,
-    and with what tokenizer.
+    """Metadata saved with a checkpoint: the sequence of batches, the position in it, and the
+    tokenizer.
     """
     tokenizer = run.corpus.tokenizer.sha256 if run.corpus.tokenizer else None
     return {"identity": _identity(run), "position": run.batches.position(), "tokenizer": tokenizer}
@@ -156,20 +180,22 @@ def _identity(run: Run) -> dict[str, Any]:
     return values | {"the corpus": run.corpus.sha256}
 
 
-def resolved(run: Run) -> dict[str, Any]:
-    """The configuration with every ``auto`` decided, as nested dicts: what repeats the run."""
+def resolved_config(run: Run) -> dict[str, Any]:
+    """The configuration with every ``auto`` resolved, as nested dicts; it reproduces the run."""
     return dataclasses.asdict(
         dataclasses.replace(run.cfg, model=run.model, resume=None, distributed=DistributedConfig())
     )
 
 
-def fill_folder(run: Run) -> None:
-    """Write the configuration as resolved, and the tokenizer, into the run's folder: in the first
+def write_run_files(run: Run) -> None:
+    """Write the resolved configuration and the tokenizer to the run's folder, in the first
     process.
     """
     if not processes.is_first():
         return
     if run.corpus.tokenizer:
         run.corpus.tokenizer.save(run.folder / TOKENIZER_FILE)
-    with write_whole(run.folder / "config.yaml") as file:  # with which the folder is that of a run
-        file.write(yaml.safe_dump(resolved(run), sort_keys=False).encode())
+    if run.template:
+        (run.folder / TEMPLATE_FILE).write_text(run.template)
+    with write_whole(run.folder / "config.yaml") as file:  # last: it makes the folder a run's
+        file.write(yaml.safe_dump(resolved_config(run), sort_keys=False).encode())

@@ -1,4 +1,4 @@
-"""Signals that stop a run: the first one after a checkpoint, a second Ctrl-C at once."""
+"""Signals that stop a run: the first saves a checkpoint, a second Ctrl-C ends at once."""
 
 import contextlib
 import os
@@ -13,20 +13,20 @@ from gptjax.parallel.processes import Stop
 from gptjax.train.metrics import Display
 
 STOPPING = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-PATIENCE = 1.0  # seconds for the display to let go of the terminal
+PATIENCE = 1.0  # seconds to wait for the display to release the terminal
 
 
 @contextlib.contextmanager
-def stopping(prog: str, stop: Stop, display: Display) -> Iterator[None]:
-    """Until the block ends, tell ``stop`` of Ctrl-C, SIGTERM and SIGHUP, and the person when
-    training will stop.
+def stop_on_signals(prog: str, stop: Stop, display: Display) -> Iterator[None]:
+    """For the block, pass Ctrl-C, SIGTERM and SIGHUP to ``stop`` and print when training will stop.
 
-    A Ctrl-C after that ends the process: without Python's finalization, which would take JAX's and
-    Orbax's threads by surprise. What was being saved keeps its temporary name, and does not count.
+    A second Ctrl-C ends the process at once, without Python's finalization, which would surprise
+    the threads of JAX and Orbax. A checkpoint being saved then keeps its temporary name and does
+    not count.
 
-    Python runs its handlers between two of its own instructions, of which there are none while a
-    step is computed. So a thread handles what arrives, which is told through a pipe. A signal that
-    this process was started to ignore, as SIGHUP by ``nohup``, stays ignored.
+    Python runs signal handlers only between bytecodes, so none runs while a step is computed. A
+    thread therefore reads the signals from a wakeup pipe. A signal that is ignored from the start,
+    such as SIGHUP under ``nohup``, stays ignored.
     """
     arriving, arrived = os.pipe()
     os.set_blocking(arrived, False)
@@ -60,21 +60,21 @@ def _watch(prog: str, arriving: int, stop: Stop, display: Display) -> None:
         last = stop.receive(name)
         if not asked_before:
             again = " again" if name == "SIGINT" else ""
-            _within(
+            _with_timeout(
                 PATIENCE,
                 display.print,
                 f"stopping after step {last}, saving; Ctrl-C{again} quits without saving",
             )
         elif name == "SIGINT":
-            _within(PATIENCE, display.close)
+            _with_timeout(PATIENCE, display.close)
             with contextlib.suppress(OSError, AttributeError):
                 print(f"{prog}: error: interrupted", file=sys.stderr, flush=True)
             os._exit(INTERRUPTED)
 
 
-def _within(seconds: float, f: Callable[..., None], *args: Any) -> None:
-    """``f(*args)``, but go on after so many seconds: whoever reads the output may have stopped
-    to.
+def _with_timeout(seconds: float, f: Callable[..., None], *args: Any) -> None:
+    """Call ``f(*args)``, but wait no longer than this: the reader of the output may have
+    stopped.
     """
     thread = threading.Thread(target=f, args=args, daemon=True)
     thread.start()

@@ -22,34 +22,30 @@ from gptjax.train.step import (
 )
 
 Record = dict[str, Any]
-"""What is known of one step: its number, loss, gradient norm, learning rate, times, and what hooks
-measure.
-"""
+"""One step's numbers: step, loss, gradient norm, learning rate, times, and what hooks measure."""
 
 
 class DivergedError(Exception):
-    """Too many steps in a row were not finite; the message says what is left to go on from."""
+    """Too many steps in a row were not finite; the message names the last good checkpoint."""
 
 
 class WrongGradientError(Exception):
-    """The hand-written gradient is not JAX's; the message says where, and where the report is."""
+    """The hand-written gradient differs from JAX's; the message names the op and the report."""
 
 
 class Hook(NamedTuple):
     """A callback of the loop."""
 
     every: int
-    """Steps between calls; 0 for never, but for ``at_end``."""
+    """Steps between calls; 0 for no regular calls."""
     at_end: bool
-    """Whether it is also called after the last step."""
+    """Also call after the last step."""
     when_stopped: bool
-    """Whether it is called after the step at which a signal stopped the run, and else not at all
-    there.
-    """
+    """Call after the step at which a signal stopped the run; other hooks are not called there."""
     call: Any
 
     def due(self, step: int) -> bool:
-        """Whether it is called at this step."""
+        """Whether a regular call is due at this step."""
         return self.every > 0 and step % self.every == 0
 
 
@@ -57,11 +53,11 @@ class Trainer:
     """A run in progress: the state that steps change, and the hooks between them."""
 
     def __init__(self, run: Run, compiled: CompiledStep, state: TrainState, done: int = 0) -> None:
-        """Begin after ``done`` steps, with their state."""
+        """Start from the state after ``done`` steps."""
         self.run, self.compiled, self.state = run, compiled, state
         self.buffer = gradient_buffer(state.params)
         self.done = self.saved = done
-        """Steps done, and those after which the newest checkpoint was saved."""
+        """Steps done, and the step of the newest checkpoint."""
         self.steps = run.cfg.train.steps
         flops = flops_per_token(run.model, run.shape.seq_len) * run.shape.tokens
         peak = peak_flops(jax.devices()[0].device_kind, run.model.dtype)
@@ -75,29 +71,31 @@ class Trainer:
         self._pending: tuple[int, StepMetrics] | None = None
 
     def before_step(self, call: Callable[[Batch], Record], every: int) -> None:
-        """Add a hook that is called with the batch of a step to come; what it returns joins that
-        step's record.
+        """Add a hook that is called with the next step's batch before that step; what it returns is
+        added to that step's record.
         """
         self._before.append(Hook(every, False, False, call))
 
     def measure(self, call: Callable[[], Record], every: int, at_end: bool = True) -> None:
-        """Add a hook whose numbers, of the state after a step, join that step's record."""
+        """Add a hook that measures the state after a step; its numbers are added to that step's
+        record.
+        """
         self._measures.append(Hook(every, at_end, False, call))
 
     def after_step(
         self, call: Callable[[], None], every: int, at_end: bool = True, when_stopped: bool = False
     ) -> None:
-        """Add a hook that is called once a step's record is out."""
+        """Add a hook that is called after a step's record has been passed to the listeners."""
         self._after.append(Hook(every, at_end, when_stopped, call))
 
     def listen(self, call: Callable[[Record], None]) -> None:
-        """Add a callback that gets every step's record, in turn."""
+        """Add a callback that receives every step's record, in order."""
         self._listeners.append(call)
 
     def fit(self, stop: Stop | None = None) -> None:
-        """Train to the last step, or to the one at which ``stop`` says so.
+        """Train to the last step, or until ``stop`` ends the run.
 
-        A step's numbers are fetched after the next step was dispatched, so that the device never
+        A step's numbers are fetched after the next step is dispatched, so that the device never
         waits for the host.
 
         Raises:
@@ -114,16 +112,16 @@ class Trainer:
                     self._flush()
                     found |= hook.call(batch)
                     self.meter.restart()
-            stop.say(step)
+            stop.announce(step)
             self.state, self.buffer, metrics = run_step(
                 self.compiled, self.state, self.buffer, batch, self.run.key, step
             )
             self._flush()
             self._pending, self.done = (step, metrics), step
-            self._between(found, last=step == self.steps, stopping=stop.now(step))
+            self._between(found, last=step == self.steps, stopping=stop.is_last(step))
 
     def _between(self, found: Record, last: bool, stopping: bool) -> None:
-        """Everything that is due after a step."""
+        """Call the hooks that are due after a step."""
 
         def due(hook: Hook) -> bool:
             return hook.when_stopped if stopping else hook.due(self.done) or (last and hook.at_end)
@@ -138,7 +136,7 @@ class Trainer:
             self.meter.restart()
 
     def _flush(self, found: Record | None = None, measures: list[Hook] | None = None) -> None:
-        """Fetch the numbers of the step that was dispatched last, and pass them on."""
+        """Fetch the numbers of the last dispatched step and pass its record to the listeners."""
         if not self._pending:
             return
         record = self.meter.record(*self._pending) | (found or {})
@@ -148,12 +146,12 @@ class Trainer:
         for listen in self._listeners:
             listen(record)
         if self.meter.nonfinite >= self.run.cfg.train.max_nonfinite:
-            good = f"the checkpoint after step {self.saved} is the last good one"
+            good = f"the last good checkpoint is after step {self.saved}"
             left = good if self.saved else "there is no checkpoint yet"
             raise DivergedError(
-                f"{self.meter.nonfinite} losses or gradients in a row were not finite, up to step "
-                f"{record['step']}: "
-                f"stopped; {left}; lower optim.learning_rate or raise optim.warmup_steps"
+                f"stopped after step {record['step']}: {self.meter.nonfinite} losses or gradients "
+                f"in a row were not finite; {left}; lower optim.learning_rate or raise "
+                "optim.warmup_steps"
             )
 
     def validation_loss(self) -> float:
@@ -163,8 +161,8 @@ class Trainer:
         )
 
     def is_finite(self) -> bool:
-        """Whether the parameters give a finite loss: a finite step can still leave some that are
-        not fit to go on from.
+        """Whether the loss at the current parameters is finite; a finite step can still leave
+        parameters where it is not.
         """
         eval_loss = make_eval_loss(self.run.model, self.run.mesh)
         return math.isfinite(evaluate(eval_loss, self.state.params, self.run.val[:1]))

@@ -1,5 +1,5 @@
-"""Prove a hand-written gradient: ``python -m gptjax.verify`` for GPT-2's, `check` and `compare` for
-yours.
+"""Verify hand-written gradients: ``python -m gptjax.verify`` for a model's, `check` and `compare`
+for your own.
 
 ::
 

@@ -1,14 +1,13 @@
 """Check the hand-written backward: ``python -m gptjax.verify --config configs/124m.yaml``.
 
-Compares the gradient that a training step of this configuration computes, from all its
-micro-batches and on its mesh, tensor by tensor, with JAX's gradient of the plain forward on one
+Takes the gradient that a training step of this configuration computes, over all its micro-batches
+and on its mesh, and compares it tensor by tensor with JAX's gradient of the plain forward on one
 device (autodiff), with differences of that forward (finite-difference), or with another program's
-gradient (an llm.c debug state file), then loss and logits, Hessian-vector products, and each op by
-itself. Reads the same configuration as training. Where something is wrong, the first op, walking
-the backward from the loss, that gives another gradient than JAX's is named, or the program that
-alone differs: the one on the mesh, or the accumulated one.
+gradient (an llm.c debug state file). Then it compares loss and logits, Hessian-vector products, and
+each op by itself. If something is wrong, it names the first op, going backward from the loss, whose
+gradient differs from JAX's, or says that only the sharded or only the accumulated program differs.
 
-Exit status 0 when everything holds, 1 when something is wrong, 2 for bad input.
+The exit status is 0 if everything agrees, 1 if something is wrong, 2 for bad input.
 """
 
 import dataclasses
@@ -53,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     began = time.perf_counter()
     with cli.reported_errors(PROG):
         cfg, _ = parse(VerifyConfig, PROG, __doc__ or "", argv)
-        cli.keep_freed_memory()
+        cli.reuse_freed_memory()
         cli.quiet_libraries()
         check_writable(cfg)
         jax.config.update("jax_enable_x64", True)
@@ -67,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
             end="\n\n",
             flush=True,
         )
-        # Of float32: elsewhere than on CPU the default rounds its inputs
+        # By default, GPUs and TPUs round the inputs of float32 products
         with jax.default_matmul_precision("highest"):
             report = make_report(cfg, subject, state)
         seconds, peak = time.perf_counter() - began, peak_memory()
@@ -76,16 +75,16 @@ def main(argv: list[str] | None = None) -> int:
         )
         print(report)
         print(f"took {report.environment['took']}")
-        keep(cfg, report, subject)
+        write_outputs(cfg, report, subject)
     return 0 if report else WRONG
 
 
-def keep(cfg: VerifyConfig, report: Report, subject: Subject) -> None:
-    """Write the files that were asked for.
+def write_outputs(cfg: VerifyConfig, report: Report, subject: Subject) -> None:
+    """Write the requested files.
 
     Raises:
-        OSError: one cannot be written. Where the gradient is wrong it is only told, so that the
-            verdict is the exit status.
+        OSError: a file cannot be written. If the gradient is wrong, that is only printed, so that
+            the exit status reports the gradient.
 
     """
     try:
@@ -95,7 +94,7 @@ def keep(cfg: VerifyConfig, report: Report, subject: Subject) -> None:
         if cfg.export and report:
             export(Path(cfg.export), subject)
         elif cfg.export:
-            print("nothing was exported: it would not be right")
+            print("nothing was exported, as the gradient is wrong")
     except OSError as error:
         if report:
             raise
@@ -103,12 +102,11 @@ def keep(cfg: VerifyConfig, report: Report, subject: Subject) -> None:
 
 
 def check_writable(cfg: VerifyConfig) -> None:
-    """Find out before the work whether its results can be kept.
+    """Check before the work that the results can be written.
 
     Raises:
-        ConfigError: a file to write is a folder, or lies in one that does not exist or may not be
-            written to.
-        OSError: the export's folder cannot be made.
+        ConfigError: an output file is a folder, or its folder does not exist or is not writable.
+        OSError: the export folder cannot be made.
 
     """
     for path in map(Path, filter(None, (cfg.json, cfg.html))):
@@ -127,11 +125,11 @@ def check_writable(cfg: VerifyConfig) -> None:
 
 
 def make_subject(cfg: VerifyConfig) -> tuple[Subject, llmc.DebugState | None, dict[str, str]]:
-    """Model, parameters and batch; another program's results, if they are the reference; and a
-    description.
+    """The model, parameters and batch to check; the reference file's contents, if there is one; and
+    a description.
 
     Raises:
-        GptjaxError: something of it does not exist or does not fit together.
+        GptjaxError: a file does not exist, or the parts do not fit together.
 
     """
     settings, whose = known_vocabulary(cfg)
@@ -149,8 +147,8 @@ def make_subject(cfg: VerifyConfig) -> tuple[Subject, llmc.DebugState | None, di
         )
     if from_file and cfg.checkpoint is None:
         raise ConfigError(
-            f"the gradients in {cfg.reference} are those of certain parameters: give their file "
-            "as --checkpoint"
+            f"the gradients in {cfg.reference} need the parameters that they were taken at: give "
+            "their file as --checkpoint"
         )
     state = llmc.read_debug_state(cfg.reference, settings) if from_file else None
     seq_len = state.inputs.shape[1] if state else cfg.data.seq_len
@@ -163,7 +161,7 @@ def make_subject(cfg: VerifyConfig) -> tuple[Subject, llmc.DebugState | None, di
     if state:
         batch, tokens = (
             Batch(jnp.asarray(state.inputs)[None], jnp.asarray(state.targets)[None]),
-            "of the reference",
+            "from the reference",
         )
     elif cfg.batch == "corpus":
         batch, tokens = (
@@ -182,8 +180,8 @@ def make_subject(cfg: VerifyConfig) -> tuple[Subject, llmc.DebugState | None, di
         targets = np.where(left_out, IGNORE_INDEX, ids)[..., 1:]
         batch = Batch(jnp.asarray(ids[..., :-1]), jnp.asarray(targets))
         tokens = (
-            f"random, seed {cfg.seed}, {np.count_nonzero(targets != IGNORE_INDEX)} of them to be "
-            "predicted"
+            f"random, seed {cfg.seed}, {np.count_nonzero(targets != IGNORE_INDEX)} of them are "
+            "targets"
         )
     mesh = make_mesh(cfg.mesh, resolved.axis_sizes, batch.inputs.shape[1])
     subject = Subject(
@@ -193,7 +191,7 @@ def make_subject(cfg: VerifyConfig) -> tuple[Subject, llmc.DebugState | None, di
 
 
 def known_vocabulary(cfg: VerifyConfig) -> tuple[ModelConfig, str]:
-    """The model with the size of its vocabulary, and whose that is, in words; nothing where it is
+    """The model with its vocabulary size, and where that comes from as text; "" if it is
     configured.
 
     Raises:
@@ -212,7 +210,7 @@ def known_vocabulary(cfg: VerifyConfig) -> tuple[ModelConfig, str]:
 
 
 def describe(cfg: VerifyConfig, subject: Subject, tokens: str, whose: str) -> dict[str, str]:
-    """What is checked, and on what; ``whose`` vocabulary it is, if nobody configured it."""
+    """The facts about a check by name; ``whose`` is the origin of an unconfigured vocabulary."""
     resolved, (A, B, T) = subject.cfg, subject.batch.inputs.shape
     dropouts = f"dropout {resolved.dropout}"
     if resolved.dropout_mlp:
@@ -233,7 +231,7 @@ def describe(cfg: VerifyConfig, subject: Subject, tokens: str, whose: str) -> di
             f"loss_chunks {resolved.loss_chunks}",
             *([describe_mesh(subject.mesh)] if subject.mesh else []),
         ],
-        "parameters": [cfg.checkpoint or f"initial ones with noise, seed {cfg.seed}"],
+        "parameters": [cfg.checkpoint or f"initial with noise, seed {cfg.seed}"],
         "batch": [
             f"{B} x {T} tokens, {tokens}"
             if A == 1
@@ -248,7 +246,7 @@ def describe(cfg: VerifyConfig, subject: Subject, tokens: str, whose: str) -> di
 
 
 def make_report(cfg: VerifyConfig, subject: Subject, state: llmc.DebugState | None) -> Report:
-    """Everything that was asked for."""
+    """Run the configured comparison and the checks of the ops."""
     if state:
         report = references.against_file(subject, state)
     elif cfg.reference == "autodiff":
@@ -259,8 +257,8 @@ def make_report(cfg: VerifyConfig, subject: Subject, state: llmc.DebugState | No
 
 
 def export(folder: Path, subject: Subject) -> None:
-    """Write ``gpt2_124M.bin`` and ``gpt2_124M_debug_state.bin``, which are the names that llm.c's
-    test looks for.
+    """Write ``gpt2_124M.bin`` and ``gpt2_124M_debug_state.bin``, the names that llm.c's test
+    reads.
     """
     found = model.by_hand(subject)
     inputs, targets, logits = (
@@ -273,7 +271,7 @@ def export(folder: Path, subject: Subject) -> None:
 
 
 def peak_memory() -> float:
-    """The most bytes that were in use at once: on an accelerator its own, on CPU the process's."""
+    """Peak memory in bytes: an accelerator's own, or on CPU the process's."""
     stats: dict[str, Any] = jax.devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]

@@ -1,4 +1,4 @@
-"""Two gradients side by side: one row of errors for each tensor, or for each tensor and layer."""
+"""Compare two gradients: one row of errors for each tensor, or for each tensor and layer."""
 
 import math
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from gptjax.verify.rows import Comparison, Row, quotient
 from gptjax.verify.tolerance import LAMBDA, unit_roundoff
 from gptjax.verify.tolerance import tolerance as tolerance_of
 
-# Roundings on the way to a gradient, where nothing tells how many: GPT-2 124M has some 300,000
+# Roundings on the way to a gradient if their number is unknown; GPT-2 124M has some 300,000
 DEEP = 1_000_000
 
 
@@ -24,24 +24,24 @@ def compare(
     Args:
         ours: any pytree of floating-point arrays or numbers.
         reference: the same tree, in any dtype at least as precise.
-        tolerance: largest relative L2 error, one number or a tree of one a leaf; by default what
-            rounding explains after `DEEP` roundings in each of the two.
-        autodiff: JAX's gradient in the precision of ``ours``, to judge 16-bit results by: ours may
-            be no further from the reference than this one, but for the scatter of two random
-            errors, which is taken to be that of norms of as many independent numbers as the last
-            axis has.
-        dtype: whose units in the last place the errors are told in; by default that of each leaf of
-            ``ours``.
+        tolerance: largest relative L2 error, as one number or a tree with one for each leaf; by
+            default what `DEEP` roundings in each gradient explain.
+        autodiff: JAX's gradient in the precision of ``ours``, to judge 16-bit results: ours may be
+            no further from the reference than this one, apart from the scatter of two random
+            errors. That is taken as the scatter of norms of as many independent numbers as the
+            last axis has.
+        dtype: dtype whose units in the last place (ulps) measure the errors; by default each leaf's
+            own in ``ours``.
 
     Returns:
-        A row for each leaf, named by `leaf_names`. Errors are relative to the leaf's norm. A leaf
-        of the reference that is smaller than the rounding of the whole is zero but for rounding, as
-        is the gradient of a bias of attention's keys, which moves all scores of a query alike: its
-        error is relative to the norm of the whole.
+        A row for each leaf, named by `leaf_names`. Errors are relative to the leaf's norm. A
+        reference leaf smaller than the rounding of the whole gradient counts as zero, and its
+        error is relative to the norm of the whole. The bias of attention's keys is such a leaf: it
+        shifts all scores of a query alike, so its gradient is zero up to rounding.
 
     Raises:
-        ValueError: the trees or the shapes differ, or a leaf is not of floating-point numbers; the
-            message names the first such leaf. Or there is no leaf.
+        ValueError: the trees or shapes differ, a leaf is not floating-point (the message names the
+            first one), or there is no leaf.
 
     """
     tree: Any = jax.tree.structure(ours)
@@ -93,7 +93,7 @@ def _default_tolerance(ours: Any, reference: Any) -> float:
 
 
 class _Measured(NamedTuple):
-    """L2 norms and other sums over the elements of a leaf, or of several."""
+    """L2 norms and other sums over the elements of one leaf or of several."""
 
     tensor: str
     layer: int | None
@@ -114,8 +114,8 @@ class _Measured(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    """Of two arrays: squares of L2 norms, in units of a power of two each, so that none under- or
-    overflows.
+    """Sums over two arrays. Squared L2 norms come with a power of two as their unit, so that none
+    under- or overflows.
     """
 
     reference: tuple[Array, Array]
@@ -144,7 +144,7 @@ def _sums(ours: Array, reference: Array) -> _Sums:
 
 
 def _in_units(x: Array) -> tuple[Array, Array]:
-    """X in units of a power of two near its largest element, and that unit."""
+    """``x`` divided by a power of two near its largest element, and that power."""
     info = jnp.finfo(x.dtype)
     exponent = jnp.clip(jnp.frexp(jnp.abs(x).max())[1], info.minexp, info.maxexp - 1)
     unit = jnp.ldexp(jnp.ones((), x.dtype), exponent)
@@ -187,7 +187,7 @@ def _measure(
 
 
 def _together(leaves: list[_Measured]) -> _Measured:
-    """All layers of a tensor as one; the layer becomes the first index."""
+    """Merge all layers of a tensor; the layer becomes the first index."""
     first = leaves[0]
     if len(leaves) == 1:
         return first
@@ -210,7 +210,7 @@ def _together(leaves: list[_Measured]) -> _Measured:
 
 def _row(m: _Measured, whole: float, layers_ok: bool = True) -> Row:
     norms = m.reference * m.ours
-    zero = m.reference <= m.unit * whole  # but for rounding
+    zero = m.reference <= m.unit * whole  # up to rounding
     rival = None if zero else m.autodiff_error
     return Row(
         tensor=m.tensor,
@@ -232,7 +232,7 @@ def _row(m: _Measured, whole: float, layers_ok: bool = True) -> Row:
 
 
 def ulp(x: float, dtype: Any) -> float:
-    """The distance from |x| to the next larger number of ``dtype``; of 0, the smallest normal
+    """The distance from |x| to the next larger number in ``dtype``; for 0, the smallest normal
     number.
     """
     info = jnp.finfo(dtype)
@@ -246,10 +246,10 @@ def ulp(x: float, dtype: Any) -> float:
 def leaf_names(tree: Any) -> list[tuple[str, int | None]]:
     """The (tensor, layer) of each leaf.
 
-    The first index into a sequence on the way to a leaf is its layer, if what the layers have there
-    is of one shape. The tensor is then named by the way from the layer on, where that tells it from
-    every other tensor, else by the whole way but the index. Without layers, and for entries of a
-    plain tuple or list, the index belongs to the name.
+    The first sequence index in a leaf's path is its layer, if the leaves at that place have the
+    same shape in all layers. The tensor's name is then the path after the layer if that is unique,
+    else the whole path without the index. Without layers, and for entries of a plain tuple or list,
+    the index is part of the name.
     """
     paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(tree), strict=True)
     layers = [_layer(path) for path in paths]
@@ -275,7 +275,7 @@ def leaf_names(tree: Any) -> list[tuple[str, int | None]]:
 
 
 def _layer(path: Any) -> int | None:
-    """Where on the way the first index into a sequence is."""
+    """The position of the first sequence index in a path."""
     return next(
         (i for i, key in enumerate(path) if isinstance(key, jax.tree_util.SequenceKey)), None
     )

@@ -1,4 +1,4 @@
-"""How the tolerances of a configuration come about, in words and numbers."""
+"""Explain how the tolerances of a configuration are derived, in words and numbers."""
 
 import math
 
@@ -13,31 +13,33 @@ from gptjax.verify.tolerance import LAMBDA, unit_roundoff
 TEXT = """\
 What rounding explains
 
-Every operation rounds its result: relative error at most u, the unit roundoff, which is {u:.2e} in {dtype}.
-If roundings are independent with mean zero, then n of them in a row, 1 + delta each, multiply to within {LAMBDA:g} sqrt(n) u
-of 1 with a probability of at least 1 - 2 exp(-{LAMBDA:g}^2 / 2) = {probability:.5f} (Higham and Mary 2019,
-doi:10.1137/18M1226312, theorem 2.4). A term of a sum of n sees at most n. A gradient is a chain of such sums: forward
-through every layer to the loss, and back. Their variances n u^2 add up. The chains are followed in the program itself, from
-the tokens to each tensor of the gradient, and the longest counts. That is a model, not a bound: what a step magnifies, and
-what cancels in a sum, are taken to make up for each other.
+Every operation rounds its result, with a relative error of at most the unit roundoff u, {u:.2e} in
+{dtype}. If roundings are independent with mean zero, then the product of n of them, 1 + delta each,
+is within {LAMBDA:g} sqrt(n) u of 1 with a probability of at least 1 - 2 exp(-{LAMBDA:g}^2 / 2) =
+{probability:.5f} (Higham and Mary 2019, doi:10.1137/18M1226312, theorem 2.4). Each term of a sum of
+n goes through at most n roundings. A gradient is a chain of such sums, forward through every layer
+to the loss, and back. Their variances n u^2 add up. The traced program gives the chains from the
+tokens to each tensor of the gradient, and the longest counts. This models rounding; it is no bound:
+magnified errors and errors that cancel are assumed to balance.
 
     n           terms of all sums on the longest chain, in units of u^2
-    tolerance   {LAMBDA:g} sqrt(n) u, times sqrt(1 + (u'/u)^2) for the reference's own rounding, with its u'
+    tolerance   {LAMBDA:g} sqrt(n) u, times sqrt(1 + (u'/u)^2) for the rounding u' of the reference
 
-Where an error is beyond that, JAX's own gradient decides whether it can be rounding: each parameter is moved by one unit in
-the last place, and {LAMBDA:g} times the distance that JAX's gradient then moves is allowed, if that is more.
+If an error exceeds that, JAX's own gradient decides whether rounding can cause it: each parameter
+is moved by one unit in the last place, and {LAMBDA:g} times the resulting change of JAX's gradient
+is allowed, if larger.
 
-No tensor has a number of its own that somebody chose. An error is told relative to the tensor's size:
-|ours - reference| / |reference|, L2 norms. Differences of the loss are held to sqrt(u) of float64, {difference:.1e}, the
-best that a plain one-sided difference could do, or to {LAMBDA:g} times the error that the extrapolation estimates of
-itself. In bfloat16 the gradient must also be no further from float64 than JAX's own is: the ratio of the two distances may
-exceed 1 by {LAMBDA:g} / sqrt(2 C), the scatter of the norms of two random errors of C independent parts, where C, the
-length of the tensor's last axis, stands for how many those are.
+No tolerance is chosen by hand. Errors are relative to the tensor's size, |ours - reference| /
+|reference| in L2 norms. Finite differences must agree to sqrt(u) of float64, {difference:.1e}, the
+best that a one-sided difference can do, or to {LAMBDA:g} times the error that the extrapolation
+estimates. In bfloat16 the gradient must also be as close to float64 as JAX's own: the ratio of the
+two distances may exceed 1 by {LAMBDA:g} / sqrt(2 C), the scatter of the norms of two random errors
+with C independent parts, where C is the length of the tensor's last axis.
 """
 
 
 def explain(subject: Subject) -> str:
-    """The derivation, and what it gives for each tensor."""
+    """The derivation in words, then the tolerance of each tensor."""
     u = unit_roundoff(subject.cfg.compute_dtype)
     text = TEXT.format(
         u=u,

@@ -1,9 +1,8 @@
-"""Derivatives from values of the function alone: Richardson-extrapolated central differences, in
-float64.
+"""Derivatives from function values: Richardson-extrapolated central differences in float64.
 
-A central difference (f(x + h d) - f(x - h d)) / 2h has an error in even powers of h. Halving h and
-combining removes one power after another (Richardson 1911); the two best entries of the triangle
-that results estimate its error (Ridders 1982).
+The error of a central difference (f(x + h d) - f(x - h d)) / 2h is a series in even powers of h.
+Combining the differences at h, h/2, h/4... removes one power after another (Richardson 1911).
+Neighbouring entries of the resulting triangle estimate its error (Ridders 1982).
 """
 
 import itertools
@@ -21,14 +20,12 @@ from gptjax.verify.comparison import leaf_names
 from gptjax.verify.rows import Comparison, Row
 from gptjax.verify.tolerance import LAMBDA, unit_roundoff
 
-STEP = 0.1  # the first h, times the tensor's root mean square
-LEVELS = 6  # halvings, the first value included: two evaluations of f each
+STEP = 0.1  # the first h, relative to the tensor's root mean square
+LEVELS = 6  # values of h, each half of the one before; two evaluations of f each
 RANDOM_DIRECTIONS = 3
 RANDOM = "random direction"
 TOLERANCE = unit_roundoff(jnp.float64) ** 0.5
-"""What a plain one-sided difference could reach at best, 1.1e-8; extrapolation must do better than
-that.
-"""
+"""The best accuracy of a one-sided difference, 1.1e-8, which extrapolation must beat."""
 
 
 class Derivative(NamedTuple):
@@ -39,8 +36,8 @@ class Derivative(NamedTuple):
 
 
 def extrapolate(differences: Sequence[Any]) -> Derivative:
-    """The best value from central differences at h, h/2, h/4...: arrays of one shape, each element
-    by itself.
+    """Extrapolate central differences at h, h/2, h/4..., arrays of one shape, element by
+    element.
     """
     row = [np.asarray(d, np.float64) for d in differences]
     best, least = row[0], np.full_like(row[0], np.inf)
@@ -56,8 +53,8 @@ def extrapolate(differences: Sequence[Any]) -> Derivative:
 
 
 def directional(f: Callable[[Any], Any], x: Any, direction: Any) -> Derivative:
-    """Derivative of a scalar ``f`` at the pytree ``x`` along ``direction``, a tree of arrays or,
-    for 0, None.
+    """The derivative of a scalar ``f`` at the pytree ``x`` along ``direction``, a tree like ``x``
+    in which None means zero.
     """
 
     def at(h: float) -> float:
@@ -79,7 +76,7 @@ def _moved(x: Array, direction: Array, h: float) -> Array:
 
 
 def elementwise(f: Callable[..., Any], args: Sequence[Array], dy: Array) -> list[Array]:
-    """Derivative of ``<f(*args), dy>`` with respect to each element of each argument, for small
+    """The derivative of ``<f(*args), dy>`` with respect to each element of each argument; for small
     arguments of one dtype.
     """
     flat, unravel = ravel_pytree(list(args))
@@ -106,23 +103,23 @@ def check_directions(
     seed: int = 0,
     tolerance: float = TOLERANCE,
 ) -> Comparison:
-    """``<gradient, d>`` against the difference of ``f`` along random d: through everything, then
-    along each tensor.
+    """Compare ``<gradient, d>`` with differences of ``f`` along random directions d, first over all
+    tensors, then over each.
 
     Args:
         f: scalar function of a float64 pytree.
-        x: where.
+        x: the point of the derivative.
         gradient: a pytree like ``x``.
-        layers: one direction a leaf instead of one a tensor.
-        seed: of the directions.
-        tolerance: largest relative error; `LAMBDA` times the estimated error of a difference where
-            that is larger.
+        layers: use a direction for each leaf instead of one for each tensor.
+        seed: seed of the directions.
+        tolerance: largest relative error; raised to `LAMBDA` times the estimated error of the
+            difference.
 
     Returns:
-        A row for each direction. ``norm`` is the size of the derivative; ``relative_l2`` the error
-        relative to it, or to the root mean square of derivatives along such directions where that
-        is larger: one may be near zero by chance. A tensor whose gradient is zero but for rounding
-        is judged by the root mean square of derivatives through everything.
+        A row for each direction. ``norm`` is the size of the derivative. ``relative_l2`` is the
+        error relative to it, or to the root mean square of derivatives along such directions if
+        that is larger, since one may be near zero by chance. A tensor whose gradient is zero up to
+        rounding is judged by the root mean square over all tensors.
 
     """
     tree: Any = jax.tree.structure(x)

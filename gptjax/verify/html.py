@@ -1,4 +1,4 @@
-"""The report as one self-contained web page: tables, a heat map of errors by tensor and layer, the
+"""The report as a self-contained web page: tables, a heat map by tensor and layer, the
 environment.
 """
 
@@ -6,10 +6,10 @@ import math
 from html import escape
 
 from gptjax.verify.ops import ops_cells
-from gptjax.verify.proof import WIDENED, Report
+from gptjax.verify.proof import RELAXED, Report
 from gptjax.verify.rows import Comparison, Row, cells
 
-# Viridis, from small errors to large ones; readable without colour vision.
+# Viridis, from small to large errors; readable with colour blindness
 SCALE = [(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)]
 
 STYLE = """
@@ -43,7 +43,7 @@ dd { margin: 0; overflow-wrap: anywhere; }
 
 
 def as_html(report: Report) -> str:
-    """The whole page."""
+    """The page."""
     verdict = "good" if report else "bad"
     sections = [
         "<h1>gptjax: is the hand-written gradient right?</h1><div class='verdict "
@@ -54,8 +54,8 @@ def as_html(report: Report) -> str:
             _rows(report.gradient.tensors),
         ),
     ]
-    if report.widened:
-        sections.append(f"<p>{escape(WIDENED)}.</p>")
+    if report.relaxed:
+        sections.append(f"<p>{escape(RELAXED)}.</p>")
     if any(row.layer is not None for row in report.gradient.rows):
         sections.append(
             _section(
@@ -112,7 +112,9 @@ def _cell(text: str) -> str:
 
 
 def _heat_map(found: Comparison) -> str:
-    """Layers down, tensors across; tensors outside the layers in a line of their own."""
+    """A row for each layer, a column for each tensor; tensors outside the layers in a table of
+    their own.
+    """
     by_place = {(row.tensor, row.layer): row for row in found.rows}
     tensors = list(dict.fromkeys(row.tensor for row in found.rows if row.layer is not None))
     single = [row for row in found.rows if row.layer is None]

@@ -1,4 +1,4 @@
-"""The check of the gradient that training runs, on its live parameters and batch."""
+"""Gradient checks during training, at the run's parameters and batch."""
 
 import dataclasses
 from typing import Any
@@ -18,8 +18,8 @@ class LiveCheck:
         self.trainer = trainer
 
     def __call__(self, batch: Any) -> dict[str, float]:
-        """Return the worst relative L2 error over the tensors of the gradient to come; nothing if
-        it is not finite.
+        """Check the next step's gradient; returns its worst relative L2 error as
+        ``gradient_error``, or nothing if JAX's gradient is not finite.
 
         Raises:
             WrongGradientError: the gradient is wrong; the report is in the run's folder.

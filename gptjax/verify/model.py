@@ -1,8 +1,7 @@
-"""Everything that is differentiated of a model, by hand and by JAX, on given parameters and tokens,
-in a given precision.
+"""A model's derivatives, by the hand-written backward and by JAX.
 
-By hand it is the program that a training step runs: of all its micro-batches, on its mesh. By JAX
-it is the plain forward of one micro-batch after the other, on one device.
+By hand means the program of a training step, over all its micro-batches and on its mesh. By JAX
+means `jax.grad` of the plain forward, one micro-batch after the other on one device.
 """
 
 import dataclasses
@@ -30,22 +29,22 @@ from gptjax.verify import trace
 from gptjax.verify.comparison import compare
 from gptjax.verify.tolerance import LAMBDA, gradient_variances, tolerance, unit_roundoff
 
-NOISE = 0.02  # standard deviation of what is added to initial parameters
+NOISE = 0.02  # standard deviation of the noise added to initial parameters
 
 
 class Subject(NamedTuple):
-    """What the gradient is taken of."""
+    """The model, parameters and batch of a check."""
 
     cfg: ModelConfig
-    """Resolved; its dtype is the one that is checked."""
+    """Resolved; its dtype is the one to check."""
     params: Any
     """float32, so that every precision starts from the same numbers."""
     batch: Batch
     """(A, B, T) arrays: A micro-batches."""
     key: Any
-    """Of dropout, or None; each micro-batch gets its own."""
+    """Dropout's key, split over the micro-batches, or None."""
     mesh: Mesh | None = None
-    """Where the hand-written gradient is computed; None for one device."""
+    """Mesh of the hand-written gradient; None for one device."""
 
     @property
     def num_micro_batches(self) -> int:
@@ -54,30 +53,30 @@ class Subject(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """Values, or what is measured of them."""
+    """Loss and logits, or a quantity for each, such as a tolerance."""
 
     loss: Any
     logits: Any
 
 
 class Derivatives(NamedTuple):
-    """Everything of one pass."""
+    """Everything that one forward and backward pass computes."""
 
     loss: Float[Array, ""]
     logits: Float[Array, "B T V"]
     params: Any
-    """Gradient with respect to the parameters, the layers in a tuple."""
+    """Gradient with respect to the parameters, with a tuple of layers."""
     embeddings: Float[Array, "B T C"]
-    """Gradient with respect to the tokens' embeddings, of the first micro-batch by itself, as are
-    the logits.
+    """Gradient with respect to the token embeddings; like the logits, of the first micro-batch
+    alone.
     """
 
     def gradient(self) -> Any:
-        """The two gradients in one tree, for `compare`."""
+        """Both gradients in one tree, for `compare`."""
         return _gradient_class(self.params._fields)(*self.params, self.embeddings)
 
     def forward(self) -> Forward:
-        """The two values in one tree, for `compare`."""
+        """Loss and logits in one tree, for `compare`."""
         return Forward(self.loss, self.logits)
 
 
@@ -87,7 +86,7 @@ def _gradient_class(fields: tuple[str, ...]) -> Any:
 
 
 def noisy_params(key: Any, cfg: ModelConfig) -> Any:
-    """Initial parameters with noise on all but the vocabulary's pad rows, so that no gradient is
+    """Initial parameters plus noise, except on the vocabulary's pad rows, so that no gradient is
     zero by symmetry.
     """
     params = init_params(key, cfg)
@@ -100,15 +99,13 @@ def noisy_params(key: Any, cfg: ModelConfig) -> Any:
 
 
 def padded_rows(params: Any, cfg: ModelConfig, f: Callable[[Any], Any]) -> Any:
-    """``params`` with ``f`` applied to each tensor that has a row for each id of the padded
-    vocabulary.
-    """
+    """Apply ``f`` to each tensor whose rows are the padded vocabulary."""
     table = per_tensor(lambda weight: weight, params, cfg)
     return jax.tree.map(lambda x, weight: f(x) if weight.axes[0] == "Vp" else x, params, table)
 
 
 def by_hand(subject: Subject) -> Derivatives:
-    """The hand-written backward's."""
+    """The derivatives that the hand-written backward computes."""
     batch, key = micro_batches(subject)[0]
 
     @jax.jit
@@ -128,7 +125,7 @@ def by_hand(subject: Subject) -> Derivatives:
 
 
 def run_program(subject: Subject, backward: Backward = "manual") -> tuple[Array, Any]:
-    """(loss, gradient) as a training step computes them, brought to one device."""
+    """(loss, gradient) as a training step computes them, copied to one device."""
     mesh, params, batch, key = subject.mesh, parameters(subject), subject.batch, subject.key
     layout = None
     if mesh is not None:
@@ -143,7 +140,7 @@ def run_program(subject: Subject, backward: Backward = "manual") -> tuple[Array,
 
 @functools.cache
 def _autodiff_of_one(cfg: ModelConfig) -> Any:
-    """``(params, batch, key) -> Derivatives`` of one micro-batch, compiled once."""
+    """A jitted ``(params, batch, key) -> Derivatives`` for one micro-batch, by JAX."""
     cfg = dataclasses.replace(cfg, loss_chunks=1)
 
     def loss(params: Any, tap: Any, batch: Batch, key: Any) -> tuple[Array, Array]:
@@ -152,7 +149,7 @@ def _autodiff_of_one(cfg: ModelConfig) -> Any:
         def on_call(call: trace.Call) -> list[Any]:
             if call.op == "cross_entropy_fwd":
                 scores.append(call.ins[0])
-            if call.op == "embedding_fwd" and taps:  # the first is the tokens'
+            if call.op == "embedding_fwd" and taps:  # the first one embeds the tokens
                 return [call.outs[0] + taps.pop().astype(call.outs[0].dtype), *call.outs[1:]]
             return call.outs
 
@@ -175,7 +172,7 @@ def _autodiff_of_one(cfg: ModelConfig) -> Any:
 
 
 def by_autodiff(subject: Subject) -> Derivatives:
-    """JAX's, of the plain forward."""
+    """The derivatives of the plain forward by JAX."""
     run = _autodiff_of_one(subject.cfg)
     params, pieces = parameters(subject), micro_batches(subject)
     first = run(params, *pieces[0])
@@ -197,8 +194,8 @@ def micro_batches(subject: Subject) -> list[tuple[Batch, Any]]:
 
 
 def shares(batch: Batch) -> list[float]:
-    """Of the targets that count, the share of each micro-batch: the mean of all is the sum of their
-    means times these.
+    """Each micro-batch's share of the targets that count: the weights with which the micro-batches'
+    mean losses add up to the mean of all.
     """
     mask = (
         np.ones(batch.targets.shape) if batch.mask is None else np.asarray(batch.mask, np.float64)
@@ -212,19 +209,17 @@ def _logits(scores: Array, batch: Batch, cfg: ModelConfig) -> Array:
 
 
 def parameters(subject: Subject) -> Any:
-    """In the dtype that the model takes them in."""
+    """The subject's parameters in `parameter_dtype`."""
     return jax.tree.map(lambda x: x.astype(parameter_dtype(subject)), subject.params)
 
 
 def parameter_dtype(subject: Subject) -> Any:
-    """float64 where everything is, else float32."""
+    """float64 if the computation is in float64, else float32."""
     return jnp.float64 if subject.cfg.dtype == "float64" else jnp.float32
 
 
 def exact(subject: Subject, dtype: Literal["float64", "float32"] = "float64") -> Subject:
-    """The same in a wider dtype, where a kernel for attention gives way to one that computes in
-    it.
-    """
+    """The subject in a wider dtype, with an attention implementation that supports it."""
     cfg = dataclasses.replace(subject.cfg, dtype=dtype)
     if cfg.attention in ("cudnn", "splash"):
         cfg = dataclasses.replace(cfg, attention="auto").resolve(
@@ -234,10 +229,10 @@ def exact(subject: Subject, dtype: Literal["float64", "float32"] = "float64") ->
 
 
 def tolerances(subject: Subject, reference_dtype: Any = jnp.float64) -> Derivatives:
-    """What rounding explains of each leaf, the reference's rounding included.
+    """The tolerance of each leaf, for rounding of the gradient and of the reference.
 
-    Of one micro-batch by itself, and of the sum of all. On a mesh no sum is longer than on one
-    device.
+    It is derived from one micro-batch on one device, plus the sum over all micro-batches; a mesh
+    makes no sum longer.
     """
     batch, key = micro_batches(subject)[0]
     one = subject._replace(batch=jax.tree.map(lambda x: x[None], batch), key=key, mesh=None)
@@ -252,19 +247,21 @@ def tolerances(subject: Subject, reference_dtype: Any = jnp.float64) -> Derivati
     return allowed
 
 
-def widened(allowed: Any, gradient: Callable[[Any], Any], params: Any, dtype: Any) -> Any:
-    """Tolerances that take into account how far rounding moves this very gradient.
+def relaxed_tolerances(
+    allowed: Any, gradient: Callable[[Any], Any], params: Any, dtype: Any
+) -> Any:
+    """Raise tolerances to what rounding does to this very gradient.
 
-    Near a minimum, say, where terms cancel, the roundings on the way are magnified by more than the
-    margin of `gptjax.verify.tolerance`. JAX's own gradient tells: each parameter is moved by one
-    unit in the last place, up or down at random, and of what then moves, `LAMBDA` times counts as
-    rounding, where that is more than ``allowed``.
+    Where terms cancel, such as near a minimum, roundings are magnified beyond the margin of
+    `gptjax.verify.tolerance`. To measure that, each parameter is moved by one unit in the last
+    place, up or down at random. `LAMBDA` times the change of JAX's own gradient counts as rounding,
+    if that is more than ``allowed``.
 
     Args:
-        allowed: a tuple of trees of tolerances, of a value or a gradient each.
-        gradient: JAX's: parameters to a tree of the same structure.
-        params: where.
-        dtype: whose units in the last place.
+        allowed: a tuple of trees of tolerances.
+        gradient: JAX's, from parameters to a tree of the same structure.
+        params: the parameters to evaluate it at.
+        dtype: the dtype that defines the units in the last place.
 
     """
     key = jax.random.key(3)

@@ -1,5 +1,5 @@
-"""The ops one by one, at small shapes: the hand-derived backward against JAX's and against
-differences of the forward.
+"""Check each op at small shapes: its hand-derived backward against JAX's and against differences of
+the forward.
 """
 
 import dataclasses
@@ -21,31 +21,31 @@ from gptjax.verify.tolerance import gradient_variances, tolerance
 
 @dataclasses.dataclass(frozen=True)
 class OpCase:
-    """One op at one shape: its two halves as functions of the differentiable arguments."""
+    """An op at one shape: forward and backward as functions of its differentiable arguments."""
 
     name: str
     forward: Callable[..., Any]
     """``forward(*args) -> y``."""
     backward: Callable[..., Any]
-    """``backward(*args, dy) -> gradients`` of all arguments."""
+    """``backward(*args, dy) -> gradients``, one for each argument."""
     shapes: tuple[tuple[int, ...], ...]
-    """Of the arguments."""
+    """Shapes of the arguments."""
 
 
 class OpError(NamedTuple):
-    """Worst relative L2 error over an op's arguments, with what rounding explains."""
+    """An op's worst relative L2 errors over its arguments, and their tolerances."""
 
     op: str
     autodiff: float
-    """Against JAX's gradient of the forward in float64, element by element."""
+    """Error relative to JAX's gradient of the forward in float64."""
     autodiff_tolerance: float
     difference: float
-    """The float64 backward against differences of the float64 forward, element by element."""
+    """Error of the float64 backward relative to differences of the float64 forward."""
     difference_tolerance: float
 
     @property
     def ok(self) -> bool:
-        """Within both tolerances."""
+        """Whether both errors are within their tolerances."""
         return (
             self.autodiff <= self.autodiff_tolerance
             and self.difference <= self.difference_tolerance
@@ -53,24 +53,22 @@ class OpError(NamedTuple):
 
 
 def op_cases() -> list[OpCase]:
-    """Every op, at a small shape with all axes of different sizes."""
+    """Every op, at a small shape whose axes differ in size."""
     key = jax.random.key(0)
     tokens = jax.random.randint(key, (2, 9), 0, 5, jnp.int32)
-    # Its weight is 0
+    # An ignored target has weight 0
     targets = jax.random.randint(key, (6,), 0, 13, jnp.int32).at[0].set(ops.IGNORE_INDEX)
     weights = jnp.linspace(0.0, 0.3, 6, dtype=jnp.float32)
     weights = weights.astype(jnp.bfloat16).astype(jnp.float32)  # exact in every dtype
 
     def embedding_bwd(table: Any, dy: Any) -> Any:
-        """The backward adds to what it is given, so it is given something, which is then taken
-        away.
-        """
+        """The backward adds to an array, so pass it ones and subtract them again."""
         return (ops.embedding_bwd(tokens, jnp.ones_like(table), dy) - 1,)
 
     def linear(name: str, x: tuple[int, ...], *weights: tuple[int, ...]) -> OpCase:
         def backward(x: Any, w: Any, *b_dy: Any) -> Any:
             gradients = ops.linear_bwd(ops.linear_fwd(x, w, *b_dy[:-1])[1], w, b_dy[-1])
-            return gradients[: 1 + len(weights)]  # no bias, no gradient of it
+            return gradients[: 1 + len(weights)]  # without a bias, leave out its gradient
 
         return OpCase(name, lambda *a: ops.linear_fwd(*a)[0], backward, (x, *weights))
 
@@ -94,7 +92,7 @@ def op_cases() -> list[OpCase]:
         OpCase(
             "embedding", lambda table: ops.embedding_fwd(tokens, table), embedding_bwd, ((5, 8),)
         ),
-        # Few outputs: the other form of the weight's gradient on CPU
+        # Few outputs select the other form of the weight's gradient on CPU
         linear("linear", (3, 9, 8), (8, 2), (2,)),
         linear("linear into heads", (2, 9, 8), (8, 3, 2), (3, 2)),
         linear("linear out of heads", (2, 9, 3, 2), (3, 2, 8), (8,)),
@@ -129,12 +127,12 @@ def op_cases() -> list[OpCase]:
 
 
 def check_ops(dtype: str = "float64") -> list[OpError]:
-    """`check_op` of every op. Needs 64-bit numbers switched on, as ``jax_enable_x64`` does."""
+    """`check_op` of every op. Needs ``jax_enable_x64``."""
     return [check_op(case, dtype) for case in op_cases()]
 
 
 def check_op(case: OpCase, dtype: str = "float64") -> OpError:
-    """Both comparisons of one op, at random arguments."""
+    """Both comparisons of an op, at random arguments."""
     by_jax, by_differences = op_against_autodiff(case, dtype), op_against_differences(case)
     return OpError(
         case.name,
@@ -146,8 +144,8 @@ def check_op(case: OpCase, dtype: str = "float64") -> OpError:
 
 
 def op_against_autodiff(case: OpCase, dtype: str = "float64") -> Row:
-    """The backward in ``dtype`` against JAX's gradient of the forward in float64: its worst
-    argument.
+    """Compare the backward in ``dtype`` with JAX's gradient of the forward in float64; the row of
+    the worst argument.
     """
     exact, dy = _arguments(case)
     rounded = [x.astype(dtype) for x in (*exact, dy)]
@@ -159,8 +157,8 @@ def op_against_autodiff(case: OpCase, dtype: str = "float64") -> Row:
 
 
 def op_against_differences(case: OpCase) -> Row:
-    """The backward against differences of the forward, element by element, both in float64: its
-    worst argument.
+    """Compare the backward with differences of the forward, both in float64; the row of the worst
+    argument.
     """
     exact, dy = _arguments(case)
     differences = finite_difference.elementwise(case.forward, exact, dy)
@@ -171,7 +169,7 @@ def op_against_differences(case: OpCase) -> Row:
 
 def _arguments(case: OpCase) -> tuple[list[Array], Array]:
     keys = jax.random.split(jax.random.key(1), len(case.shapes) + 1)
-    # Numbers that every dtype holds exactly, so that all differentiate at the same place.
+    # Exact in every dtype, so that all dtypes differentiate at the same point
     exact = [
         jax.random.normal(k, shape, jnp.bfloat16).astype(jnp.float64)
         for k, shape in zip(keys[1:], case.shapes, strict=True)
@@ -181,12 +179,12 @@ def _arguments(case: OpCase) -> tuple[list[Array], Array]:
 
 
 def ops_table(errors: Sequence[OpError]) -> str:
-    """Lines of text, a header first."""
+    """The errors as lines of text after a header."""
     return aligned(ops_cells(errors))
 
 
 def ops_cells(errors: Sequence[OpError]) -> list[list[str]]:
-    """The table's cells, a header first."""
+    """The table's cells after a header."""
     head = ["op", "rel L2 to autodiff", "tolerance", "rel L2 to differences", "tolerance", ""]
     lines = [
         [

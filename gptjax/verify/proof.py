@@ -1,4 +1,4 @@
-"""One hand-written gradient, of any function, on trial."""
+"""Check a hand-written gradient of any function."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,40 +12,39 @@ from gptjax.verify.comparison import compare
 from gptjax.verify.ops import OpError, ops_table
 from gptjax.verify.rows import Comparison, table
 from gptjax.verify.tolerance import LAMBDA, gradient_variances, tolerance
-from gptjax.verify.trace import Parting
+from gptjax.verify.trace import Mismatch
 
 Reference = Literal["autodiff", "finite-difference"]
 
 
-WIDENED = (
-    f"{LAMBDA:g} times what JAX's own gradient moves by, when each parameter moves by a unit in "
-    "the last place, is allowed "
-    "where that is more than the derived tolerance"
+RELAXED = (
+    f"tolerances are at least {LAMBDA:g} times the change of JAX's own gradient when each "
+    "parameter moves by one unit in the last place"
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a check found; true if everything holds."""
+    """The result of a check; true if everything agrees."""
 
     gradient: Comparison
-    """A row for each tensor of the gradient."""
+    """Errors of the gradient by tensor."""
     forward: Comparison | None = None
-    """Loss and, of a model, logits."""
+    """Errors of the loss and, for a model, the logits."""
     curvature: Comparison | None = None
-    """Hessian-vector product by tensor."""
+    """Errors of a Hessian-vector product by tensor."""
     ops: tuple[OpError, ...] = ()
-    """The ops one by one."""
-    parting: Parting | None = None
-    """Where the gradient first leaves JAX's, if it does and this was found."""
+    """Errors of each op by itself."""
+    mismatch: Mismatch | None = None
+    """Where the gradient first differs from JAX's, if that was found."""
     reference: str = "autodiff"
     """What the gradient is compared with."""
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
-    """On what this was found."""
+    """Facts about the check and the machine, by name."""
     layers: bool = False
     """Whether the text has a line for each layer."""
-    widened: bool = False
-    """Whether the tolerances are `gptjax.verify.model.widened`."""
+    relaxed: bool = False
+    """Whether the tolerances are `gptjax.verify.model.relaxed_tolerances`."""
 
     def __bool__(self) -> bool:
         """Whether everything is within its tolerance."""
@@ -56,7 +55,7 @@ class Report:
 
     @property
     def closing(self) -> str:
-        """The verdict in a line."""
+        """The verdict, in one line."""
         worst = self.gradient.worst
         place = worst.tensor if worst.layer is None else f"{worst.tensor}[{worst.layer}]"
         if self:
@@ -71,17 +70,17 @@ class Report:
                 f"{' AND '.join(wrong)} IS WRONG, though the gradients agree with {self.reference}"
             )
         wrong_count = sum(not row.ok for row in self.gradient.rows)
-        where = f"; first at {self.parting}" if self.parting else ""
-        if not self.parting and not self.reference.startswith("autodiff"):
+        where = f"; first at {self.mismatch}" if self.mismatch else ""
+        if not self.mismatch and not self.reference.startswith("autodiff"):
             where = (
-                "; but it is JAX's own gradient of this forward, so look at the reference and "
-                "its parameters"
+                "; but JAX's own gradient of this forward agrees with it, so check the reference "
+                "and its parameters"
             )
         verdict = f"{wrong_count} OF {len(self.gradient.rows)} GRADIENTS ARE WRONG"
         return f"{verdict}: the worst, {place}, by {worst.relative_l2:.1e}{where}"
 
     def __str__(self) -> str:
-        """Tables of the parts that were checked, and the closing line."""
+        """Tables of the checked parts, then the verdict."""
         title = f"gradient, hand-written against {self.reference}"
         parts = {title: table(self.gradient.rows if self.layers else self.gradient.tensors)}
         if self.forward is not None:
@@ -93,8 +92,8 @@ class Report:
         if self.ops:
             parts["ops, each by itself"] = ops_table(self.ops)
         texts = [f"{name}\n{text}" for name, text in parts.items()]
-        if self.widened:
-            texts.append(WIDENED)
+        if self.relaxed:
+            texts.append(RELAXED)
         return "\n\n".join([*texts, self.closing])
 
 
@@ -106,31 +105,31 @@ def check(
     reference: Reference = "autodiff",
     largest_error: float | None = None,
 ) -> Report:
-    """Prove a hand-written gradient, of any function of any pytree.
+    """Check the hand-written gradient of any function of any pytree.
 
     Args:
-        loss: ``loss(params, *batch)``, a scalar, of functions that JAX differentiates by itself: no
-            custom derivatives.
+        loss: ``loss(params, *batch)``, a scalar; JAX must differentiate it without custom
+            derivatives.
         loss_and_grad: ``loss_and_grad(params, *batch)``, the same scalar and its gradient, shaped
             like ``params``.
-        params: arrays of floating-point numbers. In float64 (``jax.config.update("jax_enable_x64",
-            True)``) errors show that rounding hides in float32.
+        params: floating-point arrays. In float64 (``jax.config.update("jax_enable_x64", True)``)
+            the check finds errors that rounding hides in float32.
         batch: further arguments.
         reference: ``autodiff``: `jax.grad` of ``loss``; ``finite-difference``: values of ``loss``
             along random directions, for which ``params`` must be float64.
-        largest_error: relative L2 error allowed; by default what rounding explains, see
+        largest_error: largest relative L2 error; by default what rounding explains, see
             `gptjax.verify.tolerance`, or for differences
             `gptjax.verify.finite_difference.TOLERANCE`.
 
     Returns:
-        The report. Where ops are jitted functions named ``OP_fwd`` and ``OP_bwd``, it names the
-        first op that is wrong: those of which ``OP_bwd`` has the gradient of the op's result as its
-        last argument, and returns the gradients of the floating-point arguments of ``OP_fwd`` in
-        their order, where either may end before the other.
+        The report. It names the first wrong op if ops are jitted functions called ``OP_fwd`` and
+        ``OP_bwd``, where ``OP_bwd`` takes the gradient of the op's result as its last argument and
+        returns the gradients of the floating-point arguments of ``OP_fwd``, in their order; either
+        list may be shorter.
 
     Raises:
-        ValueError: there is no such reference, the gradient is not shaped like the parameters, or
-            they are not float64 for differences.
+        ValueError: the reference is unknown, the gradient is not shaped like the parameters, or the
+            parameters are not float64 for differences.
 
     """
     if reference not in get_args(Reference):
@@ -168,15 +167,15 @@ def check(
         found,
         forward,
         reference=reference,
-        parting=None if found else locate(loss, loss_and_grad, params, *batch),
+        mismatch=None if found else locate(loss, loss_and_grad, params, *batch),
     )
 
 
 def locate(
     loss: Callable[..., Any], loss_and_grad: Callable[..., Any], params: Any, *batch: Any
-) -> Parting | None:
-    """`trace.first_parting` with the tolerance that rounding gives the gradient as a whole."""
+) -> Mismatch | None:
+    """`trace.first_mismatch` with the largest tolerance of the gradient's tensors."""
     variance = max(jax.tree.leaves(gradient_variances(loss_and_grad, params, *batch)))
-    return trace.first_parting(
+    return trace.first_mismatch(
         loss, loss_and_grad, params, *batch, largest=tolerance(variance, variance)
     )

@@ -1,4 +1,4 @@
-"""A model's hand-written gradient on trial, against each kind of reference."""
+"""Check a model's hand-written gradient against each kind of reference."""
 
 import dataclasses
 import functools
@@ -28,20 +28,20 @@ from gptjax.verify.model import (
     micro_batches,
     padded_rows,
     parameters,
+    relaxed_tolerances,
     run_program,
     shares,
     tolerances,
-    widened,
 )
 from gptjax.verify.proof import Report, locate
 from gptjax.verify.rows import Comparison
 from gptjax.verify.tolerance import gradient_variances, tolerance, unit_roundoff
-from gptjax.verify.trace import Parting
+from gptjax.verify.trace import Mismatch
 
 
 def against_autodiff(subject: Subject) -> Report:
-    """The gradient and forward against JAX's in float64; in 16 bits also against JAX's own distance
-    from there.
+    """Compare gradient and forward with JAX's in float64; a 16-bit gradient's error is also
+    compared with that of JAX's.
     """
     dtype = subject.cfg.compute_dtype
     narrow = dtype.itemsize < 4
@@ -58,13 +58,13 @@ def against_autodiff(subject: Subject) -> Report:
     report = _judged(judge, tolerances(subject), subject)
     curvature = None if narrow else against_hessian(subject)
     return dataclasses.replace(
-        report, curvature=curvature, parting=_blame(report.gradient, mine, subject)
+        report, curvature=curvature, mismatch=_blame(report.gradient, mine, subject)
     )
 
 
 def jaxs_own(subject: Subject) -> Derivatives:
-    """`by_autodiff`, on a mesh of the program that runs there, whose 16-bit sums are cut as the
-    hand-written ones are.
+    """`by_autodiff` in the subject's dtype; on a mesh, of the sharded program, which splits its
+    16-bit sums like the hand-written one.
     """
     found = by_autodiff(subject)
     if subject.mesh is None:
@@ -74,11 +74,12 @@ def jaxs_own(subject: Subject) -> Derivatives:
 
 
 def against_differences(subject: Subject, layers: bool) -> Report:
-    """The gradient along random directions, against differences of the plain forward in float64.
+    """Compare the gradient along random directions with differences of the plain forward in
+    float64.
 
     Args:
-        subject: float64 or float32: in 16 bits a derivative along one direction says little.
-        layers: one direction a tensor and layer instead of one a tensor.
+        subject: in float64 or float32; 16-bit rounding hides errors along a single direction.
+        layers: use a direction for each tensor and layer instead of one for each tensor.
 
     """
     mine, double = by_hand(subject), exact(subject)
@@ -105,11 +106,11 @@ def against_differences(subject: Subject, layers: bool) -> Report:
         )
 
     report = _judged(judge, tolerances(subject), subject)
-    return dataclasses.replace(report, parting=_blame(report.gradient, mine, subject))
+    return dataclasses.replace(report, mismatch=_blame(report.gradient, mine, subject))
 
 
 def against_file(subject: Subject, state: DebugState) -> Report:
-    """The gradient and forward against another program's, in float32."""
+    """Compare gradient and forward with another program's float32 results."""
     mine, V = by_hand(subject), subject.cfg.vocab_size
     theirs = unstack(jax.tree.map(jnp.asarray, state.grads))
     theirs, grads = (padded_rows(g, subject.cfg, lambda x: x[:V]) for g in (theirs, mine.params))
@@ -125,7 +126,7 @@ def against_file(subject: Subject, state: DebugState) -> Report:
         )
 
     report = _judged(judge, tolerances(subject, jnp.float32), subject, dtype)
-    return dataclasses.replace(report, parting=_blame(report.gradient, mine, subject))
+    return dataclasses.replace(report, mismatch=_blame(report.gradient, mine, subject))
 
 
 def _judged(
@@ -134,7 +135,7 @@ def _judged(
     subject: Subject,
     dtype: Any = None,
 ) -> Report:
-    """The report with the derived tolerances, or, if it is not good, with the `widened` ones."""
+    """The report with the derived tolerances or, if it fails, with the `relaxed_tolerances`."""
     report = judge(allowed)
     if report:
         return report
@@ -143,16 +144,18 @@ def _judged(
         return by_autodiff(subject._replace(params=params))
 
     report = judge(
-        widened(allowed, gradient, parameters(subject), dtype or subject.cfg.compute_dtype)
+        relaxed_tolerances(
+            allowed, gradient, parameters(subject), dtype or subject.cfg.compute_dtype
+        )
     )
-    return dataclasses.replace(report, widened=True)
+    return dataclasses.replace(report, relaxed=True)
 
 
 def against_hessian(subject: Subject) -> Comparison:
-    """The Hessian times a random vector: forward over the hand-written reverse, against forward
+    """Compare the Hessian times a random vector: forward mode over the hand-written backward, and
     over JAX's in float64.
 
-    Of the first micro-batch, on one device.
+    On the first micro-batch and one device.
     """
     double = exact(subject)
     tree: Any = jax.tree.structure(subject.params)
@@ -188,24 +191,23 @@ def against_hessian(subject: Subject) -> Comparison:
 def against_live(
     run: Any, cfg: ModelConfig, params: Any, batch: Batch, key: Any, step: int
 ) -> Report | None:
-    """The gradient of a training step, as that step computes it, against JAX's in the same
+    """Compare the gradient of a training step, as that step computes it, with JAX's in the same
     precision.
 
-    In 16 bits it is judged as elsewhere, by JAX's own distance from a more precise gradient, here
-    in float32. Both sides add micro-batches by the same code.
+    A 16-bit gradient is judged by JAX's own error, here relative to float32. Both sides add
+    micro-batches with the same code.
 
     Args:
-        run: the compiled ``run(params, batch, key, step) -> (loss, gradient)`` on trial; None
+        run: the compiled ``run(params, batch, key, step) -> (loss, gradient)`` to check; None
             compiles the hand-written one.
         cfg: resolved.
-        params: the live parameters.
+        params: the run's current parameters.
         batch: (A, B, T) tokens, A micro-batches.
-        key: of dropout, before the step is folded in.
+        key: dropout's key, before the step is folded in.
         step: number of the step.
 
     Returns:
-        The report; None where JAX's own gradient is not finite, so that there is nothing to compare
-        with.
+        The report; None if JAX's own gradient is not finite.
 
     """
     at = jnp.int32(step)
@@ -230,16 +232,18 @@ def against_live(
     )
     report = judge(allowed)
     if not report:
-        limits = widened(allowed, lambda p: own(p, *args[1:]), params, cfg.compute_dtype)
-        report = dataclasses.replace(judge(limits), widened=True)
+        allowed = relaxed_tolerances(
+            allowed, lambda p: own(p, *args[1:]), params, cfg.compute_dtype
+        )
+        report = dataclasses.replace(judge(allowed), relaxed=True)
     if report.gradient:
         return report
-    return dataclasses.replace(report, parting=_locate(subject) or _in_a_setting(report.gradient))
+    return dataclasses.replace(report, mismatch=_locate(subject) or _in_a_setting(report.gradient))
 
 
 @functools.cache
 def _step_gradient(cfg: ModelConfig, backward: Backward) -> Any:
-    """Compiled once, however often a run checks itself."""
+    """The gradient of a step as a jitted function, cached so that a run compiles it once."""
 
     def gradient(params: Any, batch: Batch, key: Any, step: Any) -> Any:
         loss, gradient = mean_loss_and_grad(params, batch, step_key(key, step, cfg), cfg, backward)
@@ -256,15 +260,15 @@ def _step_tolerances(cfg: ModelConfig, batch_and_key: Any) -> Any:
     return jax.tree.map(lambda v: tolerance(v, v), found)
 
 
-def _blame(found: Comparison, mine: Derivatives, subject: Subject) -> Parting | None:
-    """What makes a gradient wrong; None if it is right, or if it is JAX's own, so that the
-    reference differs.
+def _blame(found: Comparison, mine: Derivatives, subject: Subject) -> Mismatch | None:
+    """The cause of a wrong gradient; None if it is right, or if it agrees with JAX's, so that the
+    reference is at fault.
     """
     if found:
         return None
-    parting = _locate(subject)
-    if parting:
-        return parting
+    mismatch = _locate(subject)
+    if mismatch:
+        return mismatch
     return None if _is_jaxs_own(subject, mine) else _program(found, subject) or _in_a_setting(found)
 
 
@@ -274,31 +278,30 @@ def _is_jaxs_own(subject: Subject, mine: Derivatives | None = None) -> bool:
     return bool(compare(mine.gradient(), by_autodiff(subject).gradient(), allowed.gradient()))
 
 
-def _program(found: Comparison, subject: Subject) -> Parting | None:
-    """The mesh or the accumulation, if the gradient is right without it."""
+def _program(found: Comparison, subject: Subject) -> Mismatch | None:
+    """Blame the mesh or the accumulation if the gradient is right without it."""
     error = found.worst.relative_l2
     if subject.mesh is not None and _is_jaxs_own(subject._replace(mesh=None)):
-        return Parting(
+        return Mismatch(
             "the program on the mesh",
-            "it alone differs, and on one device the gradient is right",
+            "only it differs; on one device the gradient is right",
             error,
         )
     one = subject._replace(batch=jax.tree.map(lambda x: x[:1], subject.batch))
     if subject.num_micro_batches > 1 and _is_jaxs_own(one):
-        return Parting(
+        return Mismatch(
             "the accumulated program",
-            "it alone differs, and of one micro-batch the gradient is right",
+            "only it differs; for one micro-batch the gradient is right",
             error,
         )
     return None
 
 
-def _locate(subject: Subject) -> Parting | None:
-    """Where the gradient leaves JAX's: of the first micro-batch, on one device, with unrolled
-    layers and nothing recomputed.
+def _locate(subject: Subject) -> Mismatch | None:
+    """Where the gradient first differs from JAX's, on the first micro-batch and one device, with
+    unrolled layers and no recomputation, so that every op shows.
 
-    So every op shows by itself. A 16-bit gradient is followed in a wider precision first, where an
-    error stands out from the rounding.
+    A 16-bit gradient is traced in a wider precision first, where an error stands out from rounding.
     """
     cfg = dataclasses.replace(subject.cfg, layers="unroll", recompute="none", loss_chunks=1)
     plain = subject._replace(cfg=cfg, params=unstack(subject.params))
@@ -308,14 +311,14 @@ def _locate(subject: Subject) -> Parting | None:
         loss, loss_and_grad = (
             partial(f, cfg=of.cfg, key=key) for f in (transformer.loss, transformer.loss_and_grad)
         )
-        parting = locate(loss, loss_and_grad, parameters(of), batch)
-        if parting:
-            return parting
+        mismatch = locate(loss, loss_and_grad, parameters(of), batch)
+        if mismatch:
+            return mismatch
     return None
 
 
-def _in_a_setting(found: Comparison) -> Parting:
-    """For a wrong gradient that `_locate` finds right."""
+def _in_a_setting(found: Comparison) -> Mismatch:
+    """Blame the settings that `_locate` changes, for a wrong gradient in which it finds nothing."""
     settings = "model.layers, model.recompute, model.loss_chunks, optim.accumulate or the mesh"
-    what = "with unroll, none, 1, 1 and one device no op is found wrong"
-    return Parting(settings, what, found.worst.relative_l2)
+    what = "with unroll, none, 1, 1 and one device every op is right"
+    return Mismatch(settings, what, found.worst.relative_l2)

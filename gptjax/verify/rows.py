@@ -1,4 +1,4 @@
-"""What a comparison of two gradients found, as rows of numbers and as text."""
+"""The result of comparing two gradients, as rows of numbers and as text."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ import numpy as np
 
 
 class Row(NamedTuple):
-    """How far one tensor of a gradient is from the reference's."""
+    """The distance of one tensor of a gradient from the reference."""
 
     tensor: str
     layer: int | None
@@ -17,18 +17,17 @@ class Row(NamedTuple):
     norm: float
     """The reference's L2 norm."""
     relative_l2: float
-    """|ours - reference| / |reference|, L2 norms; 0 where both are all zero. Where the reference is
-    zero but for rounding, the norm of the whole gradient takes its place: see
-    `gptjax.verify.compare`."""
+    """|ours - reference| / |reference|, L2 norms; 0 if both are all zero. If the reference is zero
+    up to rounding, the norm of the whole gradient replaces its own; see `gptjax.verify.compare`."""
     max_error: float | None
-    """Largest |ours - reference| of an element, None where only the whole tensor was compared, as
-    are the next three.
+    """Largest |ours - reference| of an element. It and the next three are None if only the whole
+    tensor was compared.
     """
     place: tuple[int, ...] | None
-    """Where that element is; in a tensor of all layers, the layer comes first."""
+    """Index of that element, after the layer in a row for all layers."""
     cosine: float | None
-    """Cosine of the angle between the two; None also where the reference is zero but for rounding,
-    as are the ulps.
+    """Cosine of the angle between the two; like the ulps, None if the reference is zero up to
+    rounding.
     """
     ulps: float | None
     """max_error in units in the last place of the reference's largest element, in the checked
@@ -37,19 +36,19 @@ class Row(NamedTuple):
     tolerance: float
     """Largest relative_l2 that rounding explains."""
     ratio: float | None = None
-    """relative_l2 over that of JAX's gradient in the same 16-bit dtype."""
+    """relative_l2 divided by that of JAX's gradient in the same 16-bit dtype."""
     ratio_tolerance: float | None = None
     layers_ok: bool = True
-    """Of a row for all layers together: whether each of them is within its tolerance."""
+    """In a row for all layers: whether each layer is within its tolerance."""
 
     @property
     def ok(self) -> bool:
-        """Within tolerance; a number that is not finite never is."""
+        """Whether the errors are within their tolerances; a non-finite error never is."""
         return self.excess <= 1 and self.layers_ok
 
     @property
     def excess(self) -> float:
-        """The error, or the ratio to JAX's, in units of what is allowed, whichever is larger."""
+        """The error over its tolerance, or the ratio over its own, whichever is larger."""
         worst = quotient(self.relative_l2, self.tolerance)
         return (
             worst
@@ -60,12 +59,12 @@ class Row(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """One gradient against another; true if every row is within its tolerance."""
+    """The comparison of two gradients; true if every row is within its tolerance."""
 
     rows: tuple[Row, ...]
-    """One for each leaf: for each tensor and layer, where layers are entries of a sequence."""
+    """A row for each leaf, that is, for each tensor and layer."""
     tensors: tuple[Row, ...]
-    """One for each tensor, all its layers together."""
+    """A row for each tensor, over all its layers."""
 
     def __bool__(self) -> bool:
         """Whether the gradients agree."""
@@ -73,7 +72,7 @@ class Comparison:
 
     @property
     def worst(self) -> Row:
-        """The row furthest beyond its tolerance, or nearest to it."""
+        """The row whose error is largest relative to its tolerance."""
         return max(self.rows, key=lambda row: math.inf if math.isnan(row.excess) else row.excess)
 
     def __str__(self) -> str:
@@ -82,17 +81,17 @@ class Comparison:
 
 
 def quotient(a: float, b: float) -> float:
-    """A / b, where 0 / 0 is 0: nothing is wrong."""
+    """``a / b``, with 0 / 0 = 0."""
     return a / b if b else 0.0 if a == 0 else math.nan if math.isnan(a) else math.inf
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Lines of text, a header first."""
+    """The rows as lines of text after a header."""
     return aligned(cells(rows))
 
 
 def cells(rows: Sequence[Row]) -> list[list[str]]:
-    """The table's cells, a header first; columns that no row fills are left out."""
+    """The table's cells after a header; columns that no row fills are left out."""
     columns = {
         "tensor": lambda r: r.tensor if r.layer is None else f"{r.tensor}[{r.layer}]",
         "shape": lambda r: "x".join(map(str, r.shape)) or "scalar",
@@ -118,7 +117,7 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Columns padded to their widest cell: the first to the left, the others to the right."""
+    """The lines with padded columns: the first left-justified, the others right-justified."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     justify = [str.ljust, *[str.rjust] * (len(widths) - 1)]
     return "\n".join(

@@ -1,6 +1,4 @@
-"""What is kept of a check: its report as JSON and as a web page, with the environment that it was
-made in.
-"""
+"""Saved reports: JSON and a web page, with the environment of the check."""
 
 import dataclasses
 import hashlib
@@ -24,7 +22,7 @@ from gptjax.verify.rows import Comparison, Row
 
 
 def environment(settings: Any) -> dict[str, str]:
-    """Device, versions, XLA's flags, and a hash of the configuration dataclass ``settings``."""
+    """The device, versions, XLA's flags, and a hash of the configuration ``settings``."""
     versions = {
         "jax": jax.__version__,
         "jaxlib": jaxlib.__version__,
@@ -44,10 +42,10 @@ def environment(settings: Any) -> dict[str, str]:
 def write_report(
     report: Report, json_file: str | Path | None, html_file: str | Path | None
 ) -> None:
-    """Write the report to the files that are named.
+    """Write the report to the given files.
 
     Raises:
-        OSError: a file cannot be written; it has the file's name.
+        OSError: a file cannot be written; the error names it.
 
     """
     for path, text in (
@@ -60,7 +58,7 @@ def write_report(
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """The report as plain data; a number that is not finite becomes its name, as in ``"nan"``."""
+    """The report as plain data; a non-finite number becomes text, such as ``"nan"``."""
 
     def plain(x: Any) -> Any:
         if isinstance(x, Comparison):
@@ -81,8 +79,8 @@ def as_json(report: Report) -> dict[str, Any]:
             "ok": bool(report),
             "closing": report.closing,
             "reference": report.reference,
-            "widened": report.widened,
-            "parting": report.parting._asdict() if report.parting else None,
+            "relaxed": report.relaxed,
+            "mismatch": report.mismatch._asdict() if report.mismatch else None,
             "gradient": plain(report.gradient),
             "forward": plain(report.forward),
             "hessian_vector_product": plain(report.curvature),

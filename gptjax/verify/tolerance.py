@@ -1,17 +1,17 @@
-"""How large an error rounding alone explains, derived from the program itself.
+"""The largest error that rounding alone explains, derived from the program itself.
 
 A product of n factors 1 + delta, the deltas independent with mean zero and at most the unit
 roundoff u, is within LAMBDA sqrt(n) u of 1 with a probability of at least 1 - 2 exp(-LAMBDA^2 / 2),
 to first order in u (Higham and Mary 2019, doi:10.1137/18M1226312, theorem 2.4). Each term of a sum
 of n collects at most n such factors, and a gradient is a chain of sums, so the variances n u^2 of
-all sums on the way add up. `variances` follows every value of a jaxpr from the inputs to the
-outputs and keeps, for each, the largest sum over all ways that lead to it; `tolerance` is LAMBDA
-times its root.
+all sums along the chain add up. `variances` propagates them through a jaxpr, from the inputs to the
+outputs, and takes for each value the largest over all paths to it. `tolerance` is LAMBDA times the
+root of the variance.
 
-That is a model of rounding, not a bound. It leaves out how much a step magnifies the error of its
-input relative to its output, and leaves a margin: n terms of mixed signs, and sums kept in several
-registers at once, stay well below it. Where the margin is not enough, `gptjax.verify.model.widened`
-measures the magnification.
+This models rounding; it is no bound. It ignores how much a step magnifies the relative error of its
+input, but it has a margin: sums of n terms with mixed signs, or in several registers, round much
+less. If the margin is not enough, `gptjax.verify.model.relaxed_tolerances` measures the
+magnification.
 """
 
 import math
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 LAMBDA = 4.0
-# Exact whatever the values: they move, copy, compare or negate.
+# Primitives that never round: they move, copy, compare or negate.
 EXACT = frozenset(
     [
         "abs",
@@ -63,26 +63,24 @@ EXACT = frozenset(
         "transpose",
     ]
 )
-BARRIER = "barrier"  # the name that `gptjax.xla.barrier.barrier` has in a traced program
+BARRIER = "barrier"  # name of `gptjax.xla.barrier.barrier` in a jaxpr
 
 
 def unit_roundoff(dtype: Any) -> float:
-    """U of a floating-point dtype, half the distance from 1 to the next number; 0 for integers,
-    which do not round.
+    """The unit roundoff u of a floating-point dtype, half the distance from 1 to the next number; 0
+    for integers.
     """
     return float(jnp.finfo(dtype).eps) / 2 if jnp.issubdtype(dtype, jnp.floating) else 0.0
 
 
 def tolerance(variance: float, reference_variance: float = 0.0) -> float:
-    """Largest relative L2 distance that rounding explains between two results of these
-    `variances`.
-    """
+    """The largest relative L2 distance between two results that their `variances` explain."""
     return LAMBDA * math.sqrt(variance + reference_variance)
 
 
 def gradient_variances(f: Callable[..., Any], *args: Any) -> Any:
-    """`variances` of ``f(*args)``, in the shape of its result. Arguments may be
-    `jax.ShapeDtypeStruct`s; nothing runs.
+    """`variances` of ``f(*args)`` as a tree like its result. Nothing is computed, so arguments may
+    be `jax.ShapeDtypeStruct`s.
     """
     closed, shape = jax.make_jaxpr(f, return_shape=True)(*args)
     return jax.tree.unflatten(
@@ -110,10 +108,10 @@ def _equation(eqn: Any, ins: list[float]) -> list[float]:
     if name == "cond":
         branches = [_walk(branch.jaxpr, ins[1:]) for branch in params["branches"]]
         return [max(ways) for ways in zip(*branches, strict=True)]
-    if name == "while":  # how often it runs is not known: once
+    if name == "while":  # the number of iterations is unknown: count one
         skip = params["cond_nconsts"]
         return _walk(params["body_jaxpr"].jaxpr, ins[skip:])
-    if params.get("name") == BARRIER and len(eqn.outvars) == 1:  # two in a derivative of it
+    if params.get("name") == BARRIER and len(eqn.outvars) == 1:  # its derivative has two outputs
         return [ins[-1]]  # its last argument, plus zeros
     for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         if key in params:
@@ -127,20 +125,20 @@ def _equation(eqn: Any, ins: list[float]) -> list[float]:
 
 
 def _own_variance(eqn: Any, out: Any) -> float:
-    """N u^2 of one primitive: n products or terms in the dtype they are summed in, and one rounding
+    """The variance n u^2 that one primitive adds: n terms in the dtype of the sum, and one rounding
     to a narrower result.
     """
     u = 0.0 if jax.dtypes.issubdtype(out.dtype, jax.dtypes.extended) else unit_roundoff(out.dtype)
     terms = _terms(eqn)
     if terms is None:
-        return u * u  # element by element: one rounding
+        return u * u  # elementwise: one rounding
     wide = min(u, unit_roundoff(jnp.float32))  # XLA sums 16-bit terms in float32
     return terms * wide * wide + (u * u if u > wide else 0.0)
 
 
 def _terms(eqn: Any) -> int | None:
-    """How many roundings of the summation's dtype an element of the result has seen; None for one
-    of its own dtype.
+    """Number of roundings in the dtype of the sum for each element; None for an elementwise
+    primitive, which rounds once in its own.
     """
     name = eqn.primitive.name
     first: Any = eqn.invars[0].aval if eqn.invars else None
@@ -155,14 +153,14 @@ def _terms(eqn: Any) -> int | None:
         return math.prod(first.shape[axis] for axis in eqn.params["axes"])
     if name in ("cumsum", "cumlogsumexp"):
         return first.shape[eqn.params["axis"]]
-    if name == "scatter-add":  # at worst, all go to the same place
+    if name == "scatter-add":  # at worst, all add to the same element
         return math.prod(eqn.invars[1].aval.shape[:-1])
     return None
 
 
 def _scan(params: Any, ins: list[float]) -> list[float]:
-    """The body, again and again, until the growth of a turn is steady; the remaining turns grow by
-    as much each.
+    """Walk the body three times, then extrapolate: every further iteration adds as much as the last
+    one did.
     """
     consts, carries, length = params["num_consts"], params["num_carry"], params["length"]
     body = params["jaxpr"].jaxpr

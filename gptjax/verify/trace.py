@@ -1,12 +1,11 @@
-"""Where two gradients part: the first op, walking the backward from the loss, whose result is not
-JAX's.
+"""Find the first op, going backward from the loss, whose gradient differs from JAX's.
 
-Functions named ``OP_fwd`` and ``OP_bwd`` and jitted show up in the jaxpr of a hand-written gradient
-as calls under their names. `record` runs the jaxpr and keeps what goes in and out of each call.
-`cotangents` runs the plain forward, of the same ``OP_fwd`` calls, and has JAX differentiate the
-loss with respect to the result of each. Walking the recorded backward calls in turn,
-`first_parting` finds the first one that receives another gradient than JAX's, or makes another of
-it than JAX's own derivative of the forward call does.
+Jitted functions called ``OP_fwd`` and ``OP_bwd`` appear in the jaxpr of a hand-written gradient as
+calls under their names. `record` runs the jaxpr and records the inputs and outputs of each call.
+`cotangents` runs the plain forward, which makes the same ``OP_fwd`` calls, and has JAX
+differentiate the loss with respect to the result of each. `first_mismatch` goes through the
+recorded backward calls and finds the first one that receives a gradient other than JAX's, or whose
+result differs from JAX's derivative of the forward call.
 """
 
 import dataclasses
@@ -23,9 +22,9 @@ from jaxtyping import Array
 from gptjax.verify.comparison import compare, leaf_names
 from gptjax.verify.tolerance import BARRIER
 
-ADDS = ("embedding",)  # ops whose backward adds to the gradients that it is given
-PLAIN = ("attention",)  # ops that the plain forward calls without the suffix
-# What a weight may pass on its way to an op: its values stay, up to rounding.
+ADDS = ("embedding",)  # ops whose backward adds to gradients that it receives
+PLAIN = ("attention",)  # ops that the plain forward calls without a suffix
+# Primitives between a weight and an op that keep the weight's values, up to rounding
 SAME = {
     "broadcast_in_dim",
     "convert_element_type",
@@ -42,7 +41,7 @@ class Call(NamedTuple):
 
     op: str
     place: str
-    """What a reader finds it by: ``layer 3, linear (WEIGHT)``."""
+    """Its place in the model, as in ``layer 3, linear (WEIGHT)``."""
     ins: list[Any]
     outs: list[Any]
     jaxpr: ClosedJaxpr
@@ -57,32 +56,32 @@ class Call(NamedTuple):
         return self.op.removesuffix("_fwd").removesuffix("_bwd")
 
 
-class Parting(NamedTuple):
-    """Where the manual gradient leaves JAX's."""
+class Mismatch(NamedTuple):
+    """Where the hand-written gradient first differs from JAX's."""
 
     place: str
     what: str
     error: float
 
     def __str__(self) -> str:
-        """One line."""
+        """The mismatch in one line."""
         return f"{self.place}: {self.what} (relative L2 error {self.error:.1e})"
 
 
 def record(f: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, list[Call]]:
-    """(``f(*args, **kwargs)``, its op calls in order). May be traced by jit."""
+    """(``f(*args, **kwargs)``, its op calls in order). It can be traced by jit."""
     calls: list[Call] = []
 
-    def keep(call: Call) -> list[Any]:
+    def append(call: Call) -> list[Any]:
         calls.append(call)
         return call.outs
 
-    return run(f, *args, on_call=keep, **kwargs), calls
+    return run(f, *args, on_call=append, **kwargs), calls
 
 
 def cotangents(loss: Callable[..., Any], *args: Any) -> list[Any]:
-    """Gradient of the scalar ``loss(*args)`` with respect to the first result of each of its op
-    calls, by JAX, in order.
+    """JAX's gradient of the scalar ``loss(*args)`` with respect to the first result of each op
+    call, in order.
     """
     shapes = jax.eval_shape(lambda: [call.outs[0] for call in record(loss, *args)[1]])
 
@@ -96,10 +95,10 @@ def cotangents(loss: Callable[..., Any], *args: Any) -> list[Any]:
 def run(
     f: Callable[..., Any], *args: Any, on_call: Callable[[Call], list[Any]], **kwargs: Any
 ) -> Any:
-    """``f(*args, **kwargs)``; ``on_call`` sees every op call and says what its results shall be.
-    May be traced by jit.
+    """Run ``f(*args, **kwargs)`` with every op call passed to ``on_call``, which returns the call's
+    results. It can be traced by jit.
 
-    The first argument holds the weights, by whose names the calls are told apart.
+    The first argument holds the weights, whose names identify the calls.
     """
     closed, shape = jax.make_jaxpr(f, return_shape=True)(*args, **kwargs)
     jaxpr = closed.jaxpr
@@ -108,7 +107,7 @@ def run(
     weights: dict[Any, tuple[str, int | None]] = dict(
         zip(jaxpr.invars, leaf_names(args[0]), strict=False)
     )
-    # The weight used last: an op without weights is found by it
+    # The last weight used, which identifies ops without weights
     latest: tuple[str, int | None] = "", None
     for eqn in jaxpr.eqns:
         ins = [v.val if isinstance(v, Literal) else values[v] for v in eqn.invars]
@@ -135,7 +134,7 @@ def _evaluate(eqn: Any, ins: list[Any]) -> list[Any]:
 
 
 def _passed_on(eqn: Any, name: str, weights: dict[Any, Any]) -> dict[Any, Any]:
-    """The results that are a weight still, cast, reshaped, laid out or held back by a barrier, with
+    """The outputs that are still a weight, after a cast, reshape, layout change or barrier, with
     the weight's name.
     """
     pairs: list[tuple[Any, Any]] = []
@@ -178,41 +177,41 @@ class Reference:
         return jax.jit(jax.grad(self.loss))(*self.args)
 
 
-def first_parting(
+def first_mismatch(
     loss: Callable[..., Any],
     loss_and_grad: Callable[..., Any],
     params: Any,
     *rest: Any,
     largest: float,
-) -> Parting | None:
-    """Where the hand-written gradient first leaves JAX's gradient of ``loss``; None where it does
-    not.
+) -> Mismatch | None:
+    """Where the hand-written gradient first differs from JAX's gradient of ``loss``; None if it
+    does not.
 
     Args:
-        loss: the plain forward ``loss(params, *rest)``, free of custom derivatives.
-        loss_and_grad: ``loss_and_grad(params, *rest) -> (loss, gradient)``, of the same ``OP_fwd``
-            calls as ``loss``.
+        loss: the plain forward ``loss(params, *rest)``, without custom derivatives.
+        loss_and_grad: ``loss_and_grad(params, *rest) -> (loss, gradient)``, with the same
+            ``OP_fwd`` calls as ``loss``.
         params: first argument of both.
         rest: their other arguments.
-        largest: relative L2 error that rounding explains in the gradient as a whole.
+        largest: largest relative L2 error that rounding explains.
 
     """
     (_, gradient), calls = record(loss_and_grad, params, *rest)
-    return parting(gradient, calls, Reference(loss, (params, *rest)), largest)
+    return mismatch(gradient, calls, Reference(loss, (params, *rest)), largest)
 
 
-def parting(
+def mismatch(
     gradient: Any, calls: Sequence[Call], reference: Reference, largest: float
-) -> Parting | None:
-    """`first_parting` of a gradient that is computed already, with its op calls."""
+) -> Mismatch | None:
+    """`first_mismatch` of a computed gradient and its op calls."""
     waiting: list[tuple[Call, Any]] = []
     forward = [call for call in calls if not call.op.endswith("_bwd")]
     if [call.base for call in forward] == [call.base for call in reference.calls]:
         for ours, theirs in zip(forward, reference.calls, strict=True):
             error = _error([ours.outs[0]], [theirs.outs[0]])
             if not error <= largest:
-                return Parting(
-                    ours.place, f"{ours.op} gives another value than in the plain forward", error
+                return Mismatch(
+                    ours.place, f"{ours.op} gives a different value in the plain forward", error
                 )
         received = iter(reference.cotangents)
     else:
@@ -222,9 +221,9 @@ def parting(
             waiting.append((call, next(received)))
             continue
         if not waiting or waiting[-1][0].base != call.base:
-            due = waiting[-1][0].place if waiting else "the end"
-            return Parting(
-                call.place, f"{call.op} is called where the mirror of the forward has {due}", 1.0
+            due = waiting[-1][0].place if waiting else "nothing more"
+            return Mismatch(
+                call.place, f"{call.op} is called where the reversed forward has {due}", 1.0
             )
         found = _wrong_here(*waiting.pop(), call, largest)
         if found:
@@ -235,20 +234,20 @@ def parting(
     name = worst.tensor if worst.layer is None else f"{worst.tensor}[{worst.layer}]"
     named = any(call.op.endswith("_bwd") for call in calls)
     what = (
-        "every op is right, but what they give is put together wrongly"
+        "every op is right, but their results are combined wrongly"
         if named
-        else "no jitted OP_bwd tells where"
+        else "there is no jitted OP_bwd to locate the error"
     )
-    return Parting(f"gradient of {name}", what, worst.relative_l2)
+    return Mismatch(f"gradient of {name}", what, worst.relative_l2)
 
 
-def _wrong_here(forward: Call, received: Any, backward: Call, largest: float) -> Parting | None:
-    """What is wrong with one backward call: what it receives, or what it makes of it."""
+def _wrong_here(forward: Call, received: Any, backward: Call, largest: float) -> Mismatch | None:
+    """The mismatch in one backward call: in the gradient that it receives or in its result."""
     dy = received_gradient(forward, backward)
     if dy is not None and received is not None:
         error = _error([dy], [received])
         if not error <= largest:
-            return Parting(
+            return Mismatch(
                 forward.place,
                 f"{backward.op} receives a wrong gradient, though every op before it is right",
                 error,
@@ -256,13 +255,13 @@ def _wrong_here(forward: Call, received: Any, backward: Call, largest: float) ->
     found, expected = given_and_due(forward, backward)
     shapes = [[x.shape for x in side] for side in (found, expected)]
     if shapes[0] != shapes[1]:
-        return Parting(
+        return Mismatch(
             forward.place, f"{backward.op} returns shapes {shapes[0]}, not {shapes[1]}", 1.0
         )
     error = _error(found, expected)
     if error <= largest:
         return None
-    return Parting(forward.place, f"{backward.op} gives a wrong gradient", error)
+    return Mismatch(forward.place, f"{backward.op} gives a wrong gradient", error)
 
 
 def received_gradient(forward: Call, backward: Call) -> Array | None:
@@ -293,7 +292,7 @@ def _derivative(forward: Call, dy: Array) -> list[Array]:
     return _vjp(forward.jaxpr, forward.ins, dy)
 
 
-@partial(jax.jit, static_argnums=0)  # calls of the same op at the same shapes share their jaxpr
+@partial(jax.jit, static_argnums=0)  # calls of an op at the same shapes share a jaxpr
 def _vjp(jaxpr: ClosedJaxpr, ins: list[Any], dy: Array) -> list[Array]:
     at = [i for i, x in enumerate(ins) if jnp.issubdtype(x.dtype, jnp.floating)]
 

@@ -1,4 +1,4 @@
-"""JAX's backend: its start, and the platform that it computes on."""
+"""Start JAX's backend and name its platform."""
 
 import jax
 import jax.extend.backend
@@ -7,10 +7,10 @@ from gptjax.errors import ConfigError
 
 
 def start_jax(dtype: str) -> None:
-    """Start JAX's backend, with 64-bit numbers where they are computed with.
+    """Start JAX's backend, with 64-bit types enabled for float64.
 
     Raises:
-        ConfigError: the platform that JAX was told to use is not there.
+        ConfigError: the requested platform is not available.
 
     """
     if dtype == "float64":
@@ -19,8 +19,8 @@ def start_jax(dtype: str) -> None:
         jax.devices()
     except Exception as error:  # JAX raises RuntimeError, AssertionError and others
         raise ConfigError(
-            f"JAX cannot start: {str(error) or 'no such device'}; unset JAX_PLATFORMS to use what "
-            "there is"
+            f"JAX cannot start: {str(error) or 'no such device'}; unset JAX_PLATFORMS to use any "
+            "available device"
         ) from error
 
 

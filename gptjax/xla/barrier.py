@@ -1,4 +1,4 @@
-"""Barriers: which values XLA may not compute before others."""
+"""Barriers: force XLA to compute some values before others."""
 
 from typing import Any
 
@@ -12,28 +12,39 @@ from gptjax.parallel.sharding import num_shards
 
 @jax.jit
 def barrier(first: Any, x: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
-    """x, available only once the arrays of ``first`` are.
+    """``x``, available only after the arrays of ``first``.
 
-    XLA merges equal expressions: what a backward means to compute again from x would otherwise be
-    taken from the forward and stored in between. `jax.lax.optimization_barrier` would prevent that
-    too, but XLA's CPU compiler drops it, so x gets zeros added that depend on ``first``. An
+    XLA merges equal expressions, so a value that the backward recomputes from x would otherwise be
+    taken from the forward and kept in memory until then. `jax.lax.optimization_barrier` prevents
+    that, too, but XLA's CPU compiler drops it. So zeros that depend on ``first`` are added to x. An
     infinity or NaN in the first element of an array of ``first`` therefore makes all of x NaN. On a
-    mesh that element lives on one device and sending it takes time, so there it is JAX's barrier.
+    mesh, that element is on one device and would have to be sent, so JAX's barrier is used there.
     """
     if num_shards() > 1:
         return lax.optimization_barrier((first, x))[1]
     nothing = jnp.zeros((), x.dtype)
     for a in jax.tree.leaves(first):
         if a.size:
-            # 0 times a number may be NaN, so XLA keeps it
+            # XLA keeps the product, since 0 times a number may be NaN
             nothing += (0 * a[(0,) * a.ndim]).astype(x.dtype)
     return x + nothing
 
 
 def cpu_barrier(first: Any, x: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
-    """x; on CPU a `barrier` after ``first``.
+    """``x``, on CPU behind a `barrier` after ``first``.
 
-    XLA's CPU scheduler leaves weight gradients for last and keeps their operands in memory until
+    XLA's CPU scheduler computes weight gradients last and keeps their operands in memory until
     then.
     """
     return lax.platform_dependent(first, x, cpu=barrier, default=lambda first, x: x)
+
+
+def chunk_barrier(first: Any, x: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
+    """x, available only once ``first`` is, on every platform: chunks are computed in turn.
+
+    Unlike a `cpu_barrier`, which leaves the order to other platforms' schedulers: those compute
+    all chunks first where a sum over them comes last.
+    """
+    return lax.platform_dependent(
+        first, x, cpu=barrier, default=lambda first, x: lax.optimization_barrier((first, x))[1]
+    )

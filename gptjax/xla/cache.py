@@ -1,8 +1,7 @@
-"""What is compiled for this machine's processor, kept so that the next start need not compile it
-again.
+"""The cache of compiled programs, so that the next start need not compile them again.
 
-Compiled code runs with this user's rights. So it is read only from where nobody else can put it,
-and only whole.
+Compiled code runs with this user's rights, so it is read only from places that nobody else can
+write to, and only if intact.
 """
 
 import contextlib
@@ -21,11 +20,13 @@ LARGEST = 2**26  # bytes of a file that `read_private` reads
 
 
 class NotPrivateError(OSError):
-    """A file or folder that others than this user and root can change."""
+    """A file or folder that users other than this one and root can change."""
 
 
 def processor() -> str:
-    """The kind of processor: 12 hex digits. What was compiled for one kind may crash another."""
+    """A hash of the kind of processor, 12 hex digits: code compiled for one kind may crash on
+    another.
+    """
     cpuinfo = Path("/proc/cpuinfo")
     kind = (
         re.search(r"^(?:flags|Features)\s*:.*", cpuinfo.read_text(), re.MULTILINE)
@@ -38,13 +39,13 @@ def processor() -> str:
 
 
 def compiled_folder() -> Path:
-    """The folder that JAX keeps its programs in, made; if it keeps none, or far away,
+    """Make the cache folder: JAX's own if one is configured on this machine, else
     ``~/.cache/gptjax/compiled-PROCESSOR``.
 
     Raises:
-        NotPrivateError: others can put programs there.
+        NotPrivateError: others can write to it.
         OSError: it cannot be made.
-        RuntimeError: there is no home.
+        RuntimeError: there is no home folder.
 
     """
     config: Any = jax.config
@@ -63,18 +64,17 @@ def compiled_folder() -> Path:
 
 
 def read_private(path: Path) -> bytes:
-    """The content of a regular file that only this user or root can have written, read through one
-    descriptor.
+    """Read a regular file that only this user or root can have written, through one descriptor.
 
     Raises:
-        NotPrivateError: it or its folder is someone else's, or others may write to it.
-        OSError: it cannot be read, or is a link, no regular file, or larger than `LARGEST`.
+        NotPrivateError: the file or its folder belongs to someone else, or others may write to it.
+        OSError: it cannot be read, is not a regular file, or is larger than `LARGEST`.
 
     """
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
         _assert_private(os.fstat(folder), path.parent)
-        # Without O_NONBLOCK, opening a pipe would wait for a writer.
+        # Without O_NONBLOCK, opening a pipe would wait for a writer
         descriptor = os.open(
             path.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder
         )
@@ -84,27 +84,27 @@ def read_private(path: Path) -> bytes:
         status = os.fstat(descriptor)
         _assert_private(status, path)
         if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST:
-            raise OSError(f"{path} is no regular file of at most {LARGEST} bytes")
+            raise OSError(f"{path} is not a regular file of at most {LARGEST} bytes")
         return file.read(LARGEST)
 
 
 def _assert_private(status: os.stat_result, path: Path) -> None:
     if status.st_uid not in (os.geteuid(), 0):
         raise NotPrivateError(
-            f"{path} belongs to another user (uid {status.st_uid}), who could put programs there"
+            f"{path} belongs to another user (uid {status.st_uid}), who could plant programs there"
         )
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise NotPrivateError(f"others may write to {path} and so put programs there")
+        raise NotPrivateError(f"other users may write to {path} and could plant programs there")
 
 
-def keep_compiled_programs() -> None:
-    """Keep what JAX compiles in ``~/.cache/gptjax`` (``XDG_CACHE_HOME``), so that the next start
-    need not compile it again.
+def enable_compilation_cache() -> None:
+    """Cache JAX's compiled programs in ``~/.cache/gptjax`` (``XDG_CACHE_HOME``), so that the next
+    start need not compile them again.
 
-    ``JAX_COMPILATION_CACHE_DIR`` names another folder, ``JAX_ENABLE_COMPILATION_CACHE=false`` keeps
-    nothing. Each kind of processor has a folder. It is not limited in size, and may be deleted at
-    any time. Where there is no place for it, nothing is kept; nor where others could put programs
-    of theirs, which is logged.
+    ``JAX_COMPILATION_CACHE_DIR`` names another folder, ``JAX_ENABLE_COMPILATION_CACHE=false`` turns
+    the cache off. Each kind of processor has its own folder, which may be deleted at any time; its
+    size is not limited. If the folder cannot be made, nothing is cached; likewise if others could
+    write to it, which is logged.
     """
     config: Any = jax.config
     replace_damaged_programs()
@@ -112,7 +112,7 @@ def keep_compiled_programs() -> None:
         folder = compiled_folder()
     except NotPrivateError as error:
         logging.getLogger(__name__).warning(
-            "nothing compiled is kept or used: %s; delete the folder, or name one of your own in "
+            "compiled programs are not cached: %s; delete the folder, or name one of your own in "
             "JAX_COMPILATION_CACHE_DIR",
             error,
         )
@@ -127,20 +127,20 @@ def keep_compiled_programs() -> None:
 
 
 class CheckedPrograms:
-    """JAX's store of compiled programs, each with a checksum: a damaged one is removed, so that JAX
-    stores it anew.
+    """JAX's store of compiled programs with a checksum for each; a damaged program is removed, so
+    that JAX stores it again.
 
-    JAX itself warns of one at every start and never replaces it, because it stores only what is
-    absent, and where its compression has no checksum of its own it runs what it reads. The names
-    differ from JAX's, whose entries have no checksum.
+    JAX itself warns of a damaged program at every start but never replaces it, and without a
+    checksum in its compression format it runs the damaged code. Entries are named differently from
+    JAX's own, which have no checksum.
     """
 
     def __init__(self, store: Any) -> None:
         self._store = store
-        self._path = store._path  # which JAX logs
+        self._path = store._path  # JAX logs it
 
     def get(self, key: str) -> bytes | None:
-        """The program stored as ``key``, or None: there is none, or a damaged one."""
+        """The program stored as ``key``; None if it is missing or damaged."""
         found = self._store.get(_checked(key))
         if found is None:
             return None
@@ -153,7 +153,7 @@ class CheckedPrograms:
         return None
 
     def put(self, key: str, value: bytes) -> None:
-        """Store a program, unless there is one under that key."""
+        """Store a program unless the key exists."""
         self._store.put(_checked(key), hashlib.sha256(value).digest() + value)
 
 
@@ -162,10 +162,10 @@ def _checked(key: str) -> str:
 
 
 def replace_damaged_programs() -> None:
-    """Let JAX store its programs in `CheckedPrograms`. Call before it compiles.
+    """Let JAX store its programs in `CheckedPrograms`. Call before JAX compiles anything.
 
-    JAX has no public way to do so; where a later one lacks what this relies on, it works as it does
-    by itself.
+    JAX has no public interface for that. A later version without the internals used here keeps its
+    own behaviour.
     """
     try:
         from jax._src import compilation_cache as jaxs
@@ -173,7 +173,7 @@ def replace_damaged_programs() -> None:
         make = jaxs.get_file_cache
     except (ImportError, AttributeError):
         logging.getLogger(__name__).info(
-            "this version of JAX warns of damaged programs and does not replace them"
+            "this version of JAX warns of damaged programs but does not replace them"
         )
         return
     if getattr(make, "checked", False):

@@ -1,4 +1,4 @@
-"""How products are summed, rounded and laid out for the compiler."""
+"""Matrix products in the form that the compiler handles best: summation, rounding, layout."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -8,19 +8,17 @@ from gptjax.xla.barrier import barrier
 
 
 def accumulation_dtype(x: Array) -> jnp.dtype:
-    """float32 for 16-bit inputs, the input's own dtype otherwise: a sum never loses more than its
-    terms did.
-    """
+    """float32 for 16-bit inputs, else the input's own dtype."""
     return jnp.dtype(jnp.float32) if x.dtype.itemsize < 4 else x.dtype
 
 
 def contract(subscripts: str, x: Array, y: Array) -> Array:
-    """`jnp.einsum` of two arrays of one dtype, summed in `accumulation_dtype` and rounded once to
-    theirs.
+    """`jnp.einsum` of two arrays of one dtype, accumulated in `accumulation_dtype` and rounded
+    once.
 
-    XLA's CPU compiler has 16-bit kernels (AVX512-BF16) only for products that stay float32, so
-    there the rounding is an operation of its own; elsewhere it is the product's. JAX's derivative
-    of a contraction is made of float32 products.
+    XLA's CPU compiler has 16-bit kernels (AVX512-BF16) only for products with float32 results, so
+    on CPU the rounding is a separate operation; elsewhere the product rounds. JAX differentiates
+    the contraction into float32 products.
     """
 
     def rounded_by_product(x: Array, y: Array) -> Array:
@@ -54,12 +52,12 @@ def _sum_of_outer_products(
 def _sum_of_outer_products_on_cpu(
     x: Float[Array, "B T I"], dy: Float[Array, "B T O"]
 ) -> Float[Array, "I O"]:
-    """The same; XLA's CPU compiler stores the left operand transposed, so that is the narrower one,
-    once dy is there.
+    """The sum for CPU, where XLA stores a transposed copy of the left operand: the narrower operand
+    goes left.
     """
     (B, T, inputs), outputs = x.shape, dy.shape[2]
     if B * T * outputs + inputs * outputs >= x.size:
         return _sum_of_outer_products(barrier(dy, x), dy)
     dwt = _sum_of_outer_products(dy, x)
-    # XLA would merge a bare transpose with the product, and has no 16-bit kernel for that
+    # XLA would merge a bare transpose into the product, for which it has no 16-bit kernel
     return barrier(dy, dwt).T

@@ -1,10 +1,9 @@
-"""Random numbers, bits and normal ones equal to `jax.random`'s, in one pass that the compiler fuses
-with what uses them.
+"""Random bits and normal numbers equal to `jax.random`'s, in one pass that the compiler can fuse.
 
-On CPU, JAX runs the 20 rounds of its generator as a loop over whole arrays: drawing the weights of
-124M takes twice as long so. The generator is Threefry-2x32 (Salmon et al., Parallel random numbers:
-as easy as 1, 2, 3, 2011), with an element's index as its counter, so that each device draws its own
-part and no other.
+On CPU, JAX runs the 20 rounds of its generator as a loop over whole arrays, which makes drawing the
+weights of 124M take twice as long. The generator is Threefry-2x32 (Salmon et al. 2011, Parallel
+random numbers: as easy as 1, 2, 3) with an element's index as its counter, so each device draws
+only its own part.
 """
 
 import math
@@ -21,8 +20,8 @@ PARITY = 0x1BD11BDA
 
 
 def random_bits(key: Key[Array, ""], shape: tuple[int, ...]) -> UInt32[Array, "..."]:
-    """32 random bits an element: `jax.random.bits`, which also draws them where the key is another
-    generator's.
+    """32 random bits for each element, equal to `jax.random.bits`, which is used for keys of other
+    generators.
     """
     if str(jax.random.key_impl(key)) != "threefry2x32" or math.prod(shape) >= 2**32:
         return jax.random.bits(key, shape, jnp.uint32)
@@ -39,10 +38,12 @@ def random_bits(key: Key[Array, ""], shape: tuple[int, ...]) -> UInt32[Array, ".
 
 
 def normal(key: Key[Array, ""], shape: tuple[int, ...], dtype: Any) -> Float[Array, "..."]:
-    """Standard normal numbers: `jax.random.normal`, which also draws those that are not float32."""
+    """Standard normal numbers, equal to `jax.random.normal`, which is used for other dtypes than
+    float32.
+    """
     if dtype != jnp.float32:
         return jax.random.normal(key, shape, dtype)
-    # Where the inverse of the error function is finite
+    # The smallest argument with a finite inverse error function
     above = np.nextafter(np.float32(-1), np.float32(0))
     one_to_two = lax.bitcast_convert_type(
         random_bits(key, shape) >> np.uint32(9) | np.uint32(0x3F800000), jnp.float32
@@ -52,14 +53,14 @@ def normal(key: Key[Array, ""], shape: tuple[int, ...], dtype: Any) -> Float[Arr
 
 
 def bernoulli(key: Key[Array, ""], p: float, shape: tuple[int, ...]) -> Bool[Array, "..."]:
-    """True with probability ``p``, to 32 bits."""
+    """True with probability ``p``, rounded to 32 bits."""
     return random_bits(key, shape) < np.uint32(min(round(p * 2**32), 2**32 - 1))
 
 
 def _threefry(
     key: UInt32[Array, "2"], x: UInt32[Array, "*shape"], y: UInt32[Array, "*shape"]
 ) -> tuple[UInt32[Array, "*shape"], UInt32[Array, "*shape"]]:
-    """20 rounds: a rotation each, and the next part of the key after every fourth."""
+    """The 20 rounds of Threefry-2x32, with a key injection after every fourth."""
     parts = key[0], key[1], key[0] ^ key[1] ^ np.uint32(PARITY)
     x, y = x + parts[0], y + parts[1]
     for n in range(1, 6):

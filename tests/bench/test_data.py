@@ -40,7 +40,7 @@ def test_a_cold_cache_is_cold(tmp_path):
     shard = open_shard(tmp_path / "train.bin")
     assert shard.tokens.sum() > 0
     assert cached_pages(tmp_path / "train.bin") > 0
-    data.forget(shard)
+    data.drop_page_cache(shard)
     left = cached_pages(tmp_path / "train.bin")
     if left and os.stat(tmp_path).st_dev == os.stat("/dev/shm").st_dev:
         pytest.skip("a file system in memory keeps its files there")

@@ -27,7 +27,7 @@ def test_only_the_last_contender_does_all_that_is_configured(data_root, monkeypa
     monkeypatch.setattr(hooks, "sample_text", sample_text)
     monkeypatch.setattr(trainer, "evaluate", counted)
     folders = []
-    monkeypatch.setattr(loop, "fill_folder", lambda run: folders.append(run.folder))
+    monkeypatch.setattr(loop, "write_run_files", lambda run: folders.append(run.folder))
     model = ModelConfig(num_layers=1, num_heads=1, channels=8, vocab_size=4096, max_seq_len=8)
     train = TrainConfig(steps=99, eval_every=3, eval_tokens=64, sample_tokens=4)
     cfg = Config(model, DataConfig(root=str(data_root), batch_size=2, seq_len=8), train=train)

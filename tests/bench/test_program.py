@@ -31,7 +31,7 @@ def test_what_is_called_twice_counts_twice():
     assert found.times["multiply"] == 1
 
 
-def test_a_loop_counts_once_and_what_a_reduction_does_to_two_numbers_not():
+def test_loops_count_once_and_reductions_bodies_do_not_count():
     def looped(x):
         return jax.lax.fori_loop(0, 5, lambda _, x: jnp.cos(x), x).astype(jnp.float32).max()
 

@@ -10,7 +10,7 @@ MODEL = tiny.config(num_layers=1, dtype="float32")
 CFG = Config(MODEL, DataConfig(batch_size=2, seq_len=4))
 
 
-def test_variants_begin_with_what_is_configured_and_none_comes_twice():
+def test_variants_begin_with_the_configured_one_and_are_distinct():
     known = steps.variants(MODEL, "manual")
     assert known[0][1:] == (MODEL, "manual")
     assert len({(model, backward) for _, model, backward in known}) == len(known)

@@ -4,7 +4,7 @@ from gptjax.bench import timing
 from gptjax.bench.timing import Contender, Timing, time_interleaved
 
 
-def test_contenders_take_turns_and_the_first_rounds_do_not_count(monkeypatch):
+def test_contenders_are_interleaved_after_warmup(monkeypatch):
     monkeypatch.setattr(timing, "WARMUP", 2)
     order = []
     contenders = [Contender(name, lambda name=name: order.append(name), {}) for name in "abc"]

@@ -78,7 +78,7 @@ def test_what_is_not_chosen_is_said_to_be_so(name):
         ("zzz", None),
     ],
 )
-def test_what_is_mistyped_is_found_whole_or_by_its_last_component(typed, ours):
+def test_a_misspelling_is_matched_in_full_or_by_its_last_component(typed, ours):
     assert same_meaning(typed, TRAIN) in (None, ours)
     assert nearest(typed, TRAIN) == ours
 

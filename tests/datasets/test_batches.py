@@ -50,7 +50,7 @@ def test_accumulation_splits_the_same_tokens():
     np.testing.assert_array_equal(one.inputs.ravel(), four.inputs.ravel())
 
 
-def test_shuffle_sees_every_window_once_a_round_in_an_order_of_the_seed():
+def test_shuffle_visits_every_window_once_an_epoch():
     rounds = [
         [int(x) for b in itertools.islice(reader, 6) for x in b.inputs[0, :, 0]]
         for reader in [batches([shard(49)], order="shuffle")]
@@ -102,9 +102,7 @@ def test_processes_share_out_the_rows_of_every_batch(order, count):
 
 
 def test_rows_that_processes_cannot_share_out():
-    with pytest.raises(
-        ConfigError, match="batch_size 4 cannot be shared out evenly among 3 processes"
-    ):
+    with pytest.raises(ConfigError, match="batch_size 4 does not divide evenly among 3 processes"):
         TrainingBatches([shard(101)], BatchShape(1, 4, 2), "shuffle", 0, VOCAB, (0, 3))
 
 

@@ -20,7 +20,7 @@ def test_prepares_text_and_says_what_it_made(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["nonesuch"], "nonesuch is no file or folder"),
+        (["nonesuch"], "nonesuch is neither a file or folder"),
         ([], "dataset"),
         (["pydoc", "--tokens", "many"], "tokens"),
         (["pydoc", "--tokenzier", "byte"], "unknown option tokenzier: did you mean tokenizer?"),

@@ -40,7 +40,7 @@ def test_pydoc_trains_on_no_paragraph_that_it_validates_on(pydoc):
     assert len(train) > 5 * len(val)
 
 
-def test_pydoc_is_made_once_and_its_folder_carries_the_texts_hash(pydoc, root):
+def test_pydoc_is_prepared_once_under_its_texts_hash(pydoc, root):
     import hashlib
 
     digest = hashlib.sha256("\0".join(topics[name] for name in sorted(topics)).encode()).hexdigest()
@@ -109,19 +109,20 @@ def test_nanogpts_folder_of_another_vocabulary(tmp_path, monkeypatch):
     assert datasets.find_corpus(str(tmp_path), "unused").tokenizer == tokenizers.Characters("ab")
 
 
-def test_corpora_that_are_not_there(tmp_path):
+def test_missing_corpora(tmp_path):
     with pytest.raises(
-        DataError, match="is no file or folder, nor one of pydoc, .*: did you mean tinystories?"
+        DataError,
+        match="is neither a file or folder nor one of pydoc, .*: did you mean tinystories?",
     ):
         datasets.find_corpus("tinystory", tmp_path)
-    with pytest.raises(DataError, match="holds no text: a file, folder or pattern"):
+    with pytest.raises(DataError, match="has no text: name a file, folder or pattern"):
         datasets.find_corpus(str(tmp_path), tmp_path)
     write_shard(tmp_path / "val.bin", [1])
-    with pytest.raises(DataError, match=r"holds no train\*.bin"):
+    with pytest.raises(DataError, match=r"has no train\*.bin"):
         datasets.find_corpus(str(tmp_path), tmp_path)
     (tmp_path / "val.bin").unlink()
     write_shard(tmp_path / "train.bin", [1])
-    with pytest.raises(DataError, match=r"holds no val\*.bin"):
+    with pytest.raises(DataError, match=r"has no val\*.bin"):
         datasets.find_corpus(str(tmp_path), tmp_path)
     (tmp_path / "val.bin").write_bytes(b"")
     with pytest.raises(FormatError, match="val.bin is not a token shard"):

@@ -120,7 +120,7 @@ def test_fineweb_fetches_as_many_shards_as_are_wanted(site, tmp_path, name, repo
     assert len(site.requests) == asked + 2
     with pytest.raises(DataError, match="status 404"):
         datasets.find_corpus(name, root)  # all of it, where the server has three
-    with pytest.raises(DataError, match="comes tokenized"):
+    with pytest.raises(DataError, match="is already tokenized"):
         datasets.find_corpus(name, root, "byte")
 
 

@@ -9,6 +9,7 @@ from gptjax.datasets import prepare
 from gptjax.datasets.prepare import Scan, count, encode, of_split
 from gptjax.datasets.text import Piece
 from gptjax.errors import DataError
+from tests.tokenizers.test_llama2c import TOKENIZER
 
 STORIES = [f"Story {n}: the cat sat on mat {n * n}." for n in range(100)]
 
@@ -92,7 +93,7 @@ def test_text_that_is_too_short_to_split(tmp_path, text):
     assert not list((tmp_path / "data").glob("*"))
 
 
-def test_the_text_stays_where_it_is_when_the_work_is_interrupted(stories, tmp_path, monkeypatch):
+def test_an_interruption_leaves_the_text_in_place(stories, tmp_path, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
@@ -186,5 +187,12 @@ def test_the_same_bytes_under_another_name_are_another_text(tmp_path):
 
 @pytest.mark.parametrize("tokens", [0, -1])
 def test_tokens_that_cannot_be(tokens, stories, tmp_path):
-    with pytest.raises(DataError, match=f"^{tokens} training tokens are asked for"):
+    with pytest.raises(DataError, match=f"^tokens must be at least 1, not {tokens}"):
         datasets.find_corpus(str(stories), tmp_path, "byte", tokens=tokens)
+
+
+def test_begin_of_text_goes_before_each_document_and_a_space_before_its_first_part():
+    text = [Piece(0, "ab"), Piece(0, " a"), Piece(1, "c")]
+    found = np.concatenate(list(encode(TOKENIZER, text, 2))).tolist()
+    whole = [1, *TOKENIZER.encode("ab a"), 1, *TOKENIZER.encode("c")]
+    assert found == whole

@@ -45,7 +45,7 @@ def test_plain_text_is_one_document_to_the_last_byte(tmp_path):
     assert documents(written(tmp_path / "a.txt", "one\r\n\ntwo\n")) == {0: "one\r\n\ntwo\n"}
 
 
-def test_plain_text_is_cut_at_separators_that_stand_on_lines_of_their_own(tmp_path):
+def test_plain_text_is_split_at_separator_lines(tmp_path):
     """As TinyStories has it; the newlines around a separator are no part of the stories."""
     path = written(
         tmp_path / "a.txt", "\nOne.\n<|endoftext|>\n\nTwo\n\nthree.\n<|endoftext|>\nFour.\n"
@@ -145,7 +145,7 @@ def test_a_pattern(tmp_path):
     for name in ("a1.txt", "a2.txt", "b.txt"):
         written(tmp_path / name, b"")
     assert [p.name for p in find_files(str(tmp_path / "a*.txt"))] == ["a1.txt", "a2.txt"]
-    with pytest.raises(DataError, match="holds no text"):
+    with pytest.raises(DataError, match="has no text"):
         find_files(str(tmp_path / "c*.txt"))
 
 

@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 import yaml
 
-from gptjax import convert, tokenizers
+from gptjax import tokenizers
 from gptjax.cli import progress
 from gptjax.config import OptimConfig
+from gptjax.convert import __main__ as convert
 from gptjax.convert.weights import load_weights
 from gptjax.datasets import find_corpus
 from gptjax.datasets.batches import validation_batches
 from gptjax.evaluate.__main__ import main
 from gptjax.formats import llmc
 from gptjax.formats.token_shards import open_shard, write_shard
+from gptjax.models.batch import Batch
+from gptjax.models.transformer import token_losses
 from gptjax.train.checkpoint import CheckpointWriter
 from gptjax.train.optimizer import make_optimizer
 from gptjax.train.step import evaluate, make_eval_loss, make_state
@@ -110,6 +113,64 @@ def test_text_is_tokenized_with_the_model_s_tokenizer(place, split):
     assert found["bytes"] == len(tokenizer.decode_bytes(ids[1 : 32 * windows + 1]))
 
 
+def text_losses(place, capsys, *args):
+    """The listing of a text, the figures, and the last line."""
+    out = place / "text.json"
+    with jax.enable_x64(False):
+        assert main([str(x) for x in ("--json", out, *args)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split() for line in lines if line[:6].strip().isdecimal()]
+    return rows, json.loads(out.read_text()), lines[-1]
+
+
+def test_each_token_of_a_text_has_its_loss(place, capsys):
+    rows, found, last = text_losses(
+        place, capsys, "--checkpoint", place / "hf", "--text", "The cat"
+    )
+    tokenizer = tokenizers.load(place / "tiny" / "tokenizer.json")
+    ids = tokenizer.encode("The cat")
+    assert [int(row[0]) for row in rows] == found["ids"] == ids
+    cfg, params = load_weights(str(place / "hf"))
+    row = np.array([ids], np.int32)
+    with jax.enable_x64(False):
+        expected = token_losses(params, Batch(row[:, :-1], row[:, 1:]), cfg.resolve("cpu", 4))
+    np.testing.assert_allclose(found["losses"], expected[0], rtol=1e-5)
+    assert [row[1] for row in rows[1:]] == [f"{loss:.4f}" for loss in found["losses"]]
+    assert last == f"loss       {np.mean(found['losses']):.4f} nats a token"
+    assert found["text"] == "The cat"
+
+
+def test_a_text_may_begin_as_a_document_does(place, capsys):
+    """GPT-2's documents begin after end-of-text; by default only a begin-of-text is put there."""
+    both = [
+        text_losses(place, capsys, "--checkpoint", place / "hf", "--text", "The cat", "--bos", bos)[
+            1
+        ]
+        for bos in ("true", "false")
+    ]
+    end = tokenizers.load(place / "tiny" / "tokenizer.json").end_of_text
+    assert both[0]["ids"] == [end, *both[1]["ids"]]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["hf"], "give dataset or text, what to evaluate on, and not both"),
+        (["hf", "--text", "a", "--dataset", "b"], "give dataset or text, what to evaluate on"),
+        (["hf", "--text", "a cat", "--tokens", "3"], "tokens is of a dataset: leave it out"),
+        (["hf", "--text", "a cat", "--split", "train"], "split is of a dataset: leave it out"),
+        (["hf", "--dataset", "b", "--bos", "true"], "bos is of a text: leave it out"),
+        (["hf", "--text", ""], "the text has 0 tokens, but it takes 2 to 33"),
+        (["hf", "--text", "x y " * 40], "tokens, but it takes 2 to 33: give another"),
+        (["m.bin", "--text", "a cat"], "comes without a tokenizer: name it"),
+        (["m.bin", "--text", "a", "--tokenizer", "byte"], "the tokenizer byte has 257 ids, but"),
+    ],
+)
+def test_a_text_that_cannot_be_scored(place, capsys, args, message):
+    with jax.enable_x64(False):
+        expect_error(main, ["--checkpoint", str(place / args[0]), *args[1:]], message, capsys)
+
+
 def test_the_same_figures_whatever_the_batch_size(place):
     one, other = (run(place, "hf", place / "text.txt", "--batch_size", size) for size in (1, 7))
     for name in ("loss", "loss_stderr", "perplexity", "bits_per_byte", "bits_per_byte_stderr"):
@@ -131,12 +192,12 @@ def test_shards_that_name_no_tokenizer(place, tmp_path, capsys):
     """They are the model's, if that has one; GPT-2's are not assumed of a model of fewer ids."""
     found = run(place, "hf", shards(tmp_path / "a"), "--seq_len", 4)
     assert found["bits_per_byte"] > 0
-    assert "taken from the model: the shards do not name theirs" in capsys.readouterr().out
+    assert "taken from the model, as the shards do not name theirs" in capsys.readouterr().out
     found = run(place, "m.bin", tmp_path / "a", "--seq_len", 4)
     assert (found["bytes"], found["bits_per_byte"]) == (None, None)
     out = capsys.readouterr().out
-    assert "tokenizer  not known\n" in out
-    assert "bits/byte  not known: that takes the tokenizer" in out
+    assert "tokenizer  unknown\n" in out
+    assert "bits/byte  unknown without the tokenizer" in out
 
 
 def test_hellaswag_in_both_forms(place, tmp_path, capsys):
@@ -154,7 +215,8 @@ def test_hellaswag_in_both_forms(place, tmp_path, capsys):
     (tmp_path / "e.bin").write_bytes(evaluation_file([EXAMPLE, [[7] * 12, *EXAMPLE[1:]]]))
     assert run(place, "m.bin", tmp_path / "e.bin")["cut"] == 1
     assert (
-        "cut        1 contexts at their start, to fit the 12 positions" in capsys.readouterr().out
+        "cut        1 contexts at the start, to fit the model's 12 positions"
+        in capsys.readouterr().out
     )
 
 
@@ -170,7 +232,7 @@ def test_lines_tell_how_far_it_is_where_there_is_no_terminal(place, capsys, monk
     ("checkpoint", "dataset", "args", "message"),
     [
         ("none", "text.txt", [], "none does not exist: name a run"),
-        ("hf", "nonesuch", [], "nonesuch is no file or folder"),
+        ("hf", "nonesuch", [], "nonesuch is neither a file or folder"),
         ("hf", "helaswag", [], "did you mean hellaswag?"),
         (
             "hf",
@@ -184,12 +246,12 @@ def test_lines_tell_how_far_it_is_where_there_is_no_terminal(place, capsys, monk
         ("hf", "text.txt", ["--split", "test"], "split"),
         ("hf", "text.txt", ["--dytpe", "float32"], "unknown option dytpe: did you mean dtype?"),
         ("hf", "text.txt", ["--json", "none/x.json"], "there is no folder"),
-        ("hf", "text.txt", ["--examples", "5"], "examples is of HellaSwag's questions"),
+        ("hf", "text.txt", ["--examples", "5"], "examples applies to HellaSwag only"),
         (
             "hf",
             "text.txt",
             ["--tokenizer", "byte"],
-            "comes with the tokenizer hf of 300 ids, and byte is another",
+            "has its own tokenizer, hf of 300 ids, and byte is another",
         ),
         ("m.bin", "text.txt", ["--tokenizer", "byte"], "the tokenizer byte has 257 ids, but"),
         ("m.bin", "other", [], "the tokenizer of other has 257 ids, but model.vocab_size is 11"),
@@ -207,9 +269,9 @@ def test_lines_tell_how_far_it_is_where_there_is_no_terminal(place, capsys, monk
             "no val shard of short holds the 33 tokens of one window: lower seq_len",
         ),
         ("hf", "cut.bin", [], "is truncated or malformed"),
-        ("hf", "label.jsonl", [], "line 1 of label.jsonl has the label '7': 0 to 3 is expected"),
-        ("m.bin", "q.jsonl", [], "no tokenizer is known for the model"),
-        ("hf", "q.jsonl", ["--tokens", "5"], "HellaSwag is limited with examples"),
+        ("hf", "label.jsonl", [], "line 1 of label.jsonl has the label '7', not one from 0 to 3"),
+        ("m.bin", "q.jsonl", [], "the model has no tokenizer"),
+        ("hf", "q.jsonl", ["--tokens", "5"], "limit HellaSwag with examples"),
         (
             "hf",
             "long.jsonl",
@@ -303,9 +365,7 @@ def test_text_is_not_tokenized_as_the_model_was_not(place, tmp_path, capsys):
         "--dataset",
     ]
     with jax.enable_x64(False):
-        expect_error(
-            main, [*arguments, str(place / "text.txt")], "comes without a tokenizer", capsys
-        )
+        expect_error(main, [*arguments, str(place / "text.txt")], "has no tokenizer", capsys)
         assert main([*arguments, str(shards(tmp_path / "ids", tokenizer=tokenizers.byte()))]) == 0
 
 
@@ -324,3 +384,18 @@ def test_a_checkpoint_that_diverged(tmp_path, capsys):
     expect_error(
         main, arguments, "that are not finite: it is damaged, or its training diverged", capsys
     )
+
+
+def test_weights_stored_in_few_bits_are_compared_with_float32(place, capsys):
+    exact, rounded = (
+        run(place, "hf", place / "text.txt", "--tokens", 64, "--weights", how)
+        for how in ("float32", "q4_0")
+    )
+    assert "divergence" not in exact
+    assert rounded["float32_loss"] == pytest.approx(exact["loss"], rel=1e-5)
+    assert rounded["loss"] != rounded["float32_loss"]
+    assert rounded["divergence"] > 0
+    assert 0 < rounded["agreement"] <= 1
+    out = capsys.readouterr().out
+    assert f"divergence {rounded['divergence']:.6f} ± " in out
+    assert f"agreement  {rounded['agreement']:.4f} ± " in out

@@ -7,7 +7,6 @@ import pytest
 from gptjax import tokenizers
 from gptjax.errors import CheckpointError, DataError, FormatError
 from gptjax.evaluate import hellaswag
-from gptjax.evaluate.estimate import Estimate
 from gptjax.evaluate.hellaswag import (
     accuracy,
     find_questions,
@@ -16,6 +15,7 @@ from gptjax.evaluate.hellaswag import (
     read_jsonl,
     score_questions,
 )
+from gptjax.evaluate.statistics import Estimate
 from gptjax.formats.llmc_eval import Question
 from tests.formats.test_llmc_eval import EXAMPLE, evaluation_file
 from tests.models import tiny
@@ -72,7 +72,7 @@ def test_a_context_that_does_not_fit_loses_its_start():
 @pytest.mark.parametrize(
     ("questions", "message"),
     [
-        ([], "not one question"),
+        ([], "there are no questions"),
         (
             [Question([1], [[2], [3], [4] * 4, [5]], 0)],
             "an ending has 4 tokens, but the model takes sequences of at most 3",
@@ -133,12 +133,12 @@ def test_json_lines(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (json.dumps(ROW | {"label": 4}), "line 2 of .* has the label '4': 0 to 3 is expected"),
+        (json.dumps(ROW | {"label": 4}), "line 2 of .* has the label '4', not one from 0 to 3"),
         (json.dumps(ROW | {"label": "1"}), "has the label '1'"),
         (json.dumps(ROW | {"label": True}), "has the label 'True'"),
         (
             json.dumps({"ctx": "a", "endings": []}),
-            "no question with ctx, endings and label: there is no 'label'",
+            "not a question with ctx, endings and label: there is no 'label'",
         ),
         (
             json.dumps(ROW | {"endings": ["a", "b", "c"]}),
@@ -147,12 +147,12 @@ def test_json_lines(tmp_path):
         (json.dumps(ROW | {"endings": ["a", "b", "c", ""]}), "4 endings"),
         (json.dumps(ROW | {"endings": "abcd"}), "4 endings"),
         (json.dumps(ROW | {"ctx": 5}), "4 endings"),
-        (json.dumps(ROW)[:-3], "line 2 of .* is no question"),
-        ("[]", "is no question"),
-        ("[" * 100_000, "is no question"),
+        (json.dumps(ROW)[:-3], "line 2 of .* is not a question"),
+        ("[]", "is not a question"),
+        ("[" * 100_000, "is not a question"),
     ],
 )
-def test_a_line_that_is_no_question(tmp_path, line, message):
+def test_a_line_that_is_not_a_question(tmp_path, line, message):
     (tmp_path / "h.jsonl").write_text(json.dumps(ROW) + "\n" + line + "\n")
     with pytest.raises(FormatError, match=message):
         read_jsonl(tmp_path / "h.jsonl", BYTE)
@@ -199,5 +199,5 @@ def test_which_tokenizer_a_file_goes_with(tmp_path, monkeypatch):
         DataError, match="holds GPT-2's ids, but the model's tokenizer is byte of 257 ids"
     ):
         load_questions(tmp_path / "e.bin", BYTE)
-    with pytest.raises(DataError, match="no tokenizer is known for the model: give --tokenizer"):
+    with pytest.raises(DataError, match="the model has no tokenizer: name one"):
         load_questions(tmp_path / "q.jsonl", None)

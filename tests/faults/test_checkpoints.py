@@ -217,7 +217,7 @@ def test_files_damaged_whole(folder, states, tally, change, read):
 @pytest.mark.parametrize(
     "content", [b"[1, 2]", b"[" * 100_000, b'{"commit_timestamp_nsecs": 99999999999999999999999}']
 )
-def test_damaged_metadata_of_an_older_one_keeps_nobody_from_saving(folder, states, content):
+def test_damaged_metadata_of_an_older_checkpoint_does_not_prevent_saving(folder, states, content):
     (folder / OLDER / "_CHECKPOINT_METADATA").write_bytes(content)
     writer = CheckpointWriter(folder, keep=2)
     writer.save(7, states[5], CFG, OPTIMIZER, {"position": 7})

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from gptjax.train.folders import owned
+from gptjax.train.folders import claim
 from tests.conftest import ROOT
 from tests.faults.tally import trials
 from tests.train.test_command import command, data_root, metrics, start  # noqa: F401
@@ -18,11 +18,11 @@ RACER = """
 import contextlib, json, sys
 from pathlib import Path
 from gptjax.errors import CheckpointError
-from gptjax.train.folders import owned
+from gptjax.train.folders import claim
 for line in sys.stdin:
     runs, resume = json.loads(line)
     try:
-        with owned(Path(runs), "a", resume) as folder:
+        with claim(Path(runs), "a", resume) as folder:
             (folder / "config.yaml").touch()
             print(folder.name, flush=True)
             sys.stdin.readline()
@@ -121,5 +121,5 @@ def test_two_starts_and_two_resumes_of_the_command(command, tmp_path, tally):  #
         1,
         refused.returncode == 2 and named and int(named[1]) == trained.pid,
     )
-    with owned(runs, "tiny", "auto") as folder:  # the kill has set it free
+    with claim(runs, "tiny", "auto") as folder:  # the kill has set it free
         assert folder == runs / "tiny-2"

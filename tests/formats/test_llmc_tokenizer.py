@@ -84,7 +84,7 @@ def test_damaged_files_are_named(tmp_path, damage, message):
     assert str(path) in str(caught.value)
 
 
-def test_a_size_that_no_vocabulary_has_is_refused_before_it_is_read(tmp_path):
+def test_an_impossible_vocabulary_size_is_refused_unread(tmp_path):
     write_tokenizer(tmp_path / "t.bin", TOKENS, 3)
     with (tmp_path / "t.bin").open("r+b") as file:
         file.seek(8)

@@ -169,7 +169,7 @@ def test_negative_ids_are_refused(tmp_path, where):
         open_shard(tmp_path / "x.bin")
 
 
-def test_a_negative_id_that_was_not_looked_at_is_too_large_for_every_vocabulary(tmp_path):
+def test_a_negative_id_is_too_large_for_every_vocabulary(tmp_path):
     ids = np.arange(600_000, dtype="<i4") % 50257
     ids[200_000] = -1
     ids.tofile(tmp_path / "x.bin")
@@ -253,7 +253,7 @@ def test_other_dtypes_cannot_be_written(tmp_path, dtype):
         write_shard(tmp_path / "x.bin", [1], dtype)
 
 
-def test_what_goes_wrong_with_the_source_is_not_blamed_on_the_shard(tmp_path):
+def test_an_error_of_the_source_does_not_name_the_shard(tmp_path):
     def arrays():
         yield np.fromfile(tmp_path / "missing.npy", np.uint16)
 

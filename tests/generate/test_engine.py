@@ -54,7 +54,7 @@ def tokens(prompts, rules, new_tokens, key=KEY, chunk=engine.CHUNK, layers="unro
 def test_greedy_is_the_best_of_the_uncached_model_at_every_step(layers, chunk):
     """Prompts of 1, 3, 12 and 17 ids in one batch, in a context of 12, continued far past it."""
     ids, logprobs = tokens(
-        PROMPTS, Rules(tiny.config(layers=layers), GREEDY, 11, None), 30, chunk=chunk, layers=layers
+        PROMPTS, Rules(tiny.config(layers=layers), GREEDY, 11), 30, chunk=chunk, layers=layers
     )
     for prompt, row, row_logprobs in zip(PROMPTS, ids.tolist(), logprobs.tolist(), strict=True):
         before = list(prompt)
@@ -67,7 +67,7 @@ def test_greedy_is_the_best_of_the_uncached_model_at_every_step(layers, chunk):
 
 
 def test_stored_weights_give_the_same_tokens():
-    rules = Rules(CFG, GREEDY, 11, None)
+    rules = Rules(CFG, GREEDY, 11)
     made = list(generate(store_for_decoding(params("unroll"), CFG), PROMPTS, rules, KEY, 20))
     np.testing.assert_array_equal(
         np.concatenate([new.tokens for new in made], 1), tokens(PROMPTS, rules, 20)[0]
@@ -75,7 +75,7 @@ def test_stored_weights_give_the_same_tokens():
 
 
 def test_the_same_key_gives_the_same_text_and_another_another():
-    rules = Rules(CFG, DRAWN, 11, None)
+    rules = Rules(CFG, DRAWN, 11)
     one, same, other = (tokens(PROMPTS, rules, 12, jax.random.key(s))[0] for s in (1, 1, 2))
     assert (one == same).all()
     assert (one != other).any(1).all()
@@ -83,7 +83,7 @@ def test_the_same_key_gives_the_same_text_and_another_another():
 
 def test_a_row_depends_on_its_prompt_and_index_alone():
     """Neither its neighbours, which slide at other times, nor the chunk size matter."""
-    rules = Rules(CFG, DRAWN, 11, None)
+    rules = Rules(CFG, DRAWN, 11)
     together, _ = tokens(PROMPTS, rules, 30)
     np.testing.assert_array_equal(tokens(PROMPTS, rules, 30, chunk=1)[0], together)
     for rows in (1, 3):
@@ -91,29 +91,29 @@ def test_a_row_depends_on_its_prompt_and_index_alone():
 
 
 def test_samples_of_one_prompt_differ():
-    ids, _ = tokens([[1, 2]] * 6, Rules(CFG, DRAWN, 11, None), 8)
+    ids, _ = tokens([[1, 2]] * 6, Rules(CFG, DRAWN, 11), 8)
     assert len({tuple(row) for row in ids.tolist()}) > 3
 
 
 def test_ids_beyond_the_tokenizer_are_not_drawn():
-    ids, logprobs = tokens(PROMPTS, Rules(CFG, DRAWN, 3, None), 30)
+    ids, logprobs = tokens(PROMPTS, Rules(CFG, DRAWN, 3), 30)
     assert set(ids.ravel().tolist()) == {0, 1, 2}
     np.testing.assert_allclose(
         logprobs[1, 0], jax.nn.log_softmax(next_logits([4])[:3])[ids[1, 0]], rtol=1e-5
     )
 
 
-def test_a_row_that_has_ended_repeats_its_end_and_all_stop_when_the_last_has():
-    free, _ = tokens(PROMPTS, Rules(CFG, DRAWN, 11, None), 30)
+def test_an_ended_row_repeats_end_of_text_until_all_have_ended():
+    free, _ = tokens(PROMPTS, Rules(CFG, DRAWN, 11), 30)
     end = int(free[0, 4])
-    ids, logprobs = tokens(PROMPTS, Rules(CFG, DRAWN, 11, end), 30)
+    ids, logprobs = tokens(PROMPTS, Rules(CFG, DRAWN, 11, (end,)), 30)
     firsts = [row.index(end) if end in row else 30 for row in free.tolist()]
     assert len(set(firsts)) > 1
     for row, row_logprobs, known, first in zip(ids, logprobs, free, firsts, strict=True):
         np.testing.assert_array_equal(row[: first + 1], known[: len(row)][: first + 1])
         assert (row[first + 1 :] == end).all()
         assert (row_logprobs[first + 1 :] == 0).all()
-    alone = list(generate(params("unroll"), PROMPTS[:1], Rules(CFG, DRAWN, 11, end), KEY, 30, 2))
+    alone = list(generate(params("unroll"), PROMPTS[:1], Rules(CFG, DRAWN, 11, (end,)), KEY, 30, 2))
     assert sum(new.tokens.shape[1] for new in alone) <= firsts[0] + 2
 
 
@@ -127,7 +127,7 @@ def test_sample_is_all_of_it_at_once():
         sampler=DRAWN,
         allowed=5,
     )
-    np.testing.assert_array_equal(ids, tokens([[1, 2], [3, 4]], Rules(CFG, DRAWN, 5, None), 20)[0])
+    np.testing.assert_array_equal(ids, tokens([[1, 2], [3, 4]], Rules(CFG, DRAWN, 5), 20)[0])
 
 
 @given(st.integers(0, 200), st.integers(1, 30))
@@ -140,34 +140,34 @@ def test_the_window_holds_at_least_half_a_context_and_at_most_one(length, contex
 
 def test_a_cache_is_changed_in_place():
     """A copy of it for each token would cost more than all products in a long context."""
-    rules = Rules(CFG, GREEDY, 11, None)
+    rules = Rules(CFG, GREEDY, 11)
     stored = store_for_decoding(params("unroll"), CFG)
     ids, padding, slots = engine._padded([[1, 2, 3], [4]], rules, 40)
     state, _, _ = engine._start(
         stored, ids, padding, slots, rules, jax.random.split(KEY, 2), 0, np.zeros(2, bool)
     )
-    program = engine._advance.lower(stored, state, rules, 8).compile().as_text()
+    program = engine.advance.lower(stored, state, rules, 8).compile().as_text()
     cache = f"f64[2,{CFG.num_heads},{slots},{CFG.channels // CFG.num_heads}]"
     assert cache in program
     assert not re.findall(re.escape(cache) + r"\S* copy\(", program)
 
 
 def test_prompts_of_similar_length_share_a_program():
-    rules = Rules(CFG, Sampler(0.7, 3), 11, None)
+    rules = Rules(CFG, Sampler(0.7, 3), 11)
     tokens([[1, 2]], rules, 9)
-    known = engine._start._cache_size(), engine._advance._cache_size()
+    known = engine._start._cache_size(), engine.advance._cache_size()
     tokens([[1, 2, 3, 4]], rules, 7)
-    assert (engine._start._cache_size(), engine._advance._cache_size()) == known
+    assert (engine._start._cache_size(), engine.advance._cache_size()) == known
 
 
 @pytest.mark.parametrize("prompts", [[], [[1], []]])
 def test_a_prompt_without_ids(prompts):
     with pytest.raises(ValueError, match="at least one id"):
-        next(generate(params("unroll"), prompts, Rules(CFG, GREEDY, 11, None), KEY, 3))
+        next(generate(params("unroll"), prompts, Rules(CFG, GREEDY, 11), KEY, 3))
 
 
 def test_rows_that_are_made_apart_are_the_same():
-    rules = Rules(CFG, DRAWN, 11, None)
+    rules = Rules(CFG, DRAWN, 11)
     together, _ = tokens(PROMPTS, rules, 9)
     apart = list(generate(params("unroll"), PROMPTS[2:], rules, KEY, 9, first=2))
     np.testing.assert_array_equal(np.concatenate([new.tokens for new in apart], 1), together[2:])
@@ -176,7 +176,7 @@ def test_rows_that_are_made_apart_are_the_same():
 def test_a_model_that_diverged_is_refused():
     broken = params("unroll")._replace(lnfb=jnp.full(CFG.channels, jnp.nan))
     with pytest.raises(CheckpointError, match="probabilities that are not finite"):
-        next(generate(broken, PROMPTS, Rules(CFG, GREEDY, 11, None), KEY, 3))
+        next(generate(broken, PROMPTS, Rules(CFG, GREEDY, 11), KEY, 3))
 
 
 def test_prefill_does_not_look_at_the_padding():

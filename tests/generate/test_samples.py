@@ -8,7 +8,7 @@ END = BYTES.end_of_text
 
 
 def take(sample, text: bytes, last=False):
-    return sample.take(list(text), [-0.5] * len(text), END, last)
+    return sample.take(list(text), [-0.5] * len(text), [END], last)
 
 
 def test_it_grows_until_its_length():
@@ -25,7 +25,7 @@ def test_it_grows_until_its_length():
 
 def test_it_ends_with_end_of_text_which_is_no_text():
     sample = Sample(BYTES, [1])
-    assert sample.take([97, END, END], [-1, -2, 0], END, False) == "a"
+    assert sample.take([97, END, END], [-1, -2, 0], [END], False) == "a"
     assert (sample.finish, sample.ids, sample.stream.text) == ("end", [97, END], "a")
     assert take(sample, b"more", last=True) == ""
     assert sample.finish == "end"
@@ -33,15 +33,19 @@ def test_it_ends_with_end_of_text_which_is_no_text():
 
 def test_what_is_seen_is_without_what_ended_it():
     ended, stopped, whole = Sample(BYTES, [1]), Sample(BYTES, [1], ["b."]), Sample(BYTES, [1])
-    ended.take([97, END], [0, 0], END, False)
+    ended.take([97, END], [0, 0], [END], False)
     take(stopped, b"ab.c", last=True)
     take(whole, b"ab", last=True)
-    assert [ended.seen(), stopped.seen(), whole.seen()] == [[97], [97], [97, 98]]
+    assert [ended.visible_ids(), stopped.visible_ids(), whole.visible_ids()] == [
+        [97],
+        [97],
+        [97, 98],
+    ]
 
 
 def test_it_goes_on_past_an_end_that_is_ignored():
     sample = Sample(BYTES, [1])
-    assert sample.take([97, END, 98], [0, 0, 0], None, True) == "a<|endoftext|>b"
+    assert sample.take([97, END, 98], [0, 0, 0], (), True) == "a<|endoftext|>b"
 
 
 def test_it_ends_with_a_stop_string():
@@ -52,6 +56,6 @@ def test_it_ends_with_a_stop_string():
 
 def test_the_listing_shows_what_cannot_be_printed():
     sample = Sample(BYTES, [1])
-    sample.take([97, 10, 195], np.array([-1.25, -2, -3.5]), END, True)
+    sample.take([97, 10, 195], np.array([-1.25, -2, -3.5]), [END], True)
     assert sample.listing(False).split("\n") == ["    97 a", "    10 Ċ", "   195 Ã"]
     assert sample.listing(True).split("\n")[0] == "    97   -1.2500 a"

@@ -39,7 +39,7 @@ def test_the_text_ends_before_the_first_stop_string(text, stops):
     assert stream.stopped == bool(places)
 
 
-def test_what_may_become_a_stop_string_is_held_back_and_nothing_more():
+def test_only_a_possible_stop_string_is_held_back():
     stream = TextStream(BYTES, ["\n\n"])
     assert [stream.feed([b]) for b in b"a\nb\n\nc"] == ["a", "", "\nb", "", "", ""]
     assert stream.stopped
@@ -61,6 +61,6 @@ def test_a_sample_always_has_an_id_to_start_from():
     assert [prompt_ids(t, "") for t in (byte, lines, words)] == [[256], [0], [0]]
 
 
-def test_a_prompt_that_the_vocabulary_lacks_is_an_error_before_training():
+def test_a_prompt_outside_the_vocabulary_fails_before_training():
     with pytest.raises(DataError, match="'c' .* at position 2"):
         prompt_ids(tokenizers.Characters("!ab"), "abc")

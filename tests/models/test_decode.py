@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gptjax.models import transformer
-from gptjax.models.decode import decode, prefill, store_for_decoding
+from gptjax.models.decode import decode, extend, prefill, store_for_decoding
 from tests.models import tiny
 
 PADDING = jnp.array([0, 2, 3], jnp.int32)  # of prompts of 4, 2 and 1 ids
@@ -31,13 +31,54 @@ def test_cached_logits_equal_uncached_at_every_position(layers, stored):
             logits, cache = step(weights, tokens[:, end], PADDING, cache, jnp.int32(end), cfg=cfg)
 
 
-def test_weights_of_eight_bits_give_nearly_the_same_logits():
-    cfg = tiny.config(dtype="float32")
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"layers": "scan"}, {"family": "llama", "num_heads": 4, "num_kv_heads": 2, "tied": False}],
+)
+def test_tokens_read_later_are_read_as_if_at_once(changes):
+    """Prompts, then five tokens of which the last two fill up, then the three that belong there:
+    logits at every position are those of reading anew.
+    """
+    cfg = tiny.config(**changes)
+    params, tokens = tiny.params(cfg), tiny.batch(cfg, B=3, T=11).inputs
+    read = jax.jit(extend, static_argnames="cfg")
+    _, cache = jax.jit(prefill, static_argnames=("slots", "cfg"))(
+        params, tokens[:, :4], PADDING, slots=13, cfg=cfg
+    )
+    fillers = tokens[:, 4:9].at[:, 3:].set(0)
+    first, cache = read(params, fillers, PADDING, cache, jnp.int32(4), cfg=cfg)
+    second, _ = read(params, tokens[:, 7:11], PADDING, cache, jnp.int32(7), cfg=cfg)
+    found = jnp.concatenate([first[:, :3], second], 1)
+    for row, padding in enumerate(PADDING.tolist()):
+        alone = transformer.logits(params, tokens[row : row + 1, padding:], cfg)
+        np.testing.assert_allclose(found[row], alone[0, -7:], rtol=1e-12, atol=1e-14)
+    only, _ = read(
+        params, tokens[:, 7:11], PADDING, cache, jnp.int32(7), cfg=cfg, only=jnp.int32(1)
+    )
+    np.testing.assert_allclose(only[:, 0], second[:, 1], rtol=1e-12)
+
+
+@pytest.mark.parametrize(("how", "least", "most"), [("q8_0", 1e-4, 2e-2), ("q4_1", 1e-2, 0.4)])
+@pytest.mark.parametrize("layers", ["unroll", "scan"])
+def test_weights_of_few_bits_give_nearly_the_same_logits(how, least, most, layers):
+    cfg = tiny.config(dtype="float32", layers=layers)
     params, tokens = tiny.params(cfg, jnp.float32), tiny.batch(cfg, B=3, T=4).inputs
     exact, _ = prefill(params, tokens, PADDING, 4, cfg)
-    nearly, _ = prefill(store_for_decoding(params, cfg, int8=True), tokens, PADDING, 4, cfg)
+    nearly, _ = prefill(store_for_decoding(params, cfg, how), tokens, PADDING, 4, cfg)
     error = np.linalg.norm(nearly - exact) / np.linalg.norm(exact)
-    assert 1e-4 < error < 2e-2
+    assert least < error < most
+
+
+@pytest.mark.parametrize("how", ["as_stored", "bfloat16", "float32"])
+def test_a_dtype_is_kept_or_chosen(how):
+    cfg = tiny.config(dtype="float32")
+    params = tiny.params(cfg, jnp.float32)
+    params = params._replace(wte=params.wte.astype(jnp.bfloat16))
+    stored = store_for_decoding(params, cfg, how)
+    matrix = "bfloat16" if how == "bfloat16" else "float32"
+    assert stored.blocks[0].qw.w.dtype == matrix
+    assert stored.wte.w.dtype == ("float32" if how == "float32" else "bfloat16")
+    assert (stored.wpe.dtype, stored.lnfw.dtype) == ("float32", "float32")
 
 
 def test_cache_is_kept_in_the_compute_dtype():

@@ -40,7 +40,7 @@ def test_forward_against_numpy(layers):
     T=st.integers(1, 12),
     vocab_size=st.sampled_from([1, 11, 128]),
 )
-def test_queries_keys_and_values_cut_along_heads_are_numpys_joint_product_of_any_shape(
+def test_queries_keys_and_values_equal_numpys_joint_product(
     num_heads, head_dim, hidden, T, vocab_size
 ):
     sizes = {
@@ -98,9 +98,11 @@ def test_the_pairs_alone_are_right():
     assert_same_gradients(found, (dx, dw), (x, w))
 
     dlnfw, dlnfb, dx = jax.vjp(
-        lambda *w: gpt2.norm_fwd(params._replace(lnfw=w[0], lnfb=w[1]), w[2])[0], *params[3:], x
+        lambda *w: gpt2.norm_fwd(params._replace(lnfw=w[0], lnfb=w[1]), w[2], cfg)[0],
+        *params[3:],
+        x,
     )[1](dy)
-    found = gpt2.norm_bwd(params, gpt2.norm_fwd(params, x)[1], dy)
+    found = gpt2.norm_bwd(params, gpt2.norm_fwd(params, x, cfg)[1], dy)
     assert_same_gradients(
         found, (dx, {"lnfw": dlnfw, "lnfb": dlnfb}), (x, {"lnfw": dlnfw, "lnfb": dlnfb})
     )
@@ -142,7 +144,7 @@ def test_what_is_dropped_to_be_computed_again_comes_back():
     )
 
 
-def test_the_table_lists_each_tensor_once_with_the_shape_that_a_layer_has():
+def test_the_table_lists_each_tensor_once_with_its_shape():
     cfg = tiny.config()
     shapes = {name: shape for name, _, _, shape in rows(cfg)}
     assert len(shapes) == 20

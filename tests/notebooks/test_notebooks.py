@@ -95,7 +95,7 @@ def test_the_package_offers_exactly_the_names_that_the_notebooks_use():
     assert set(gptjax.__all__) == used
 
 
-def test_every_name_is_there_and_importing_the_package_loads_nothing():
+def test_every_name_exists_and_importing_the_package_loads_nothing():
     code = "import gptjax, sys; assert not {'jax', 'numpy', 'matplotlib'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
     assert all(getattr(gptjax, name) is not None for name in gptjax.__all__)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptjax.ops import gelu_bwd, gelu_fwd
+from gptjax.ops import gelu_bwd, gelu_fwd, swiglu_bwd, swiglu_fwd
 from tests.compare import assert_same_gradients, normal, vjp_of
 
 
@@ -40,3 +40,24 @@ def test_bfloat16_stays_bfloat16():
     x = normal(0, 1, 2, 3).astype(jnp.bfloat16)
     y, saved = gelu_fwd(x)
     assert y.dtype == gelu_bwd(saved, x).dtype == jnp.bfloat16
+
+
+def test_swiglu_is_the_gates_silu_times_the_other():
+    gate, up = jnp.linspace(-20, 20, 41)[None, None], normal(0, 1, 1, 41)
+    np.testing.assert_allclose(
+        swiglu_fwd(gate, up)[0], np.asarray(gate) / (1 + np.exp(-np.asarray(gate))) * up, rtol=1e-12
+    )
+
+
+@given(T=st.integers(1, 6), F=st.integers(1, 6), scale=st.sampled_from([0.01, 1.0, 30.0]))
+def test_swiglu_backward_equals_vjp(T, F, scale):
+    gate, up, dy = scale * normal(0, 2, T, F), normal(1, 2, T, F), normal(2, 2, T, F)
+    _, saved = swiglu_fwd(gate, up)
+    reference = vjp_of(lambda *x: swiglu_fwd(*x)[0], gate, up, dy=dy)
+    assert_same_gradients(swiglu_bwd(saved, dy), reference, (gate, up))
+
+
+def test_swiglu_of_bfloat16_stays_bfloat16():
+    x = normal(0, 1, 2, 3).astype(jnp.bfloat16)
+    y, saved = swiglu_fwd(x, x)
+    assert {y.dtype, *(d.dtype for d in swiglu_bwd(saved, x))} == {jnp.dtype(jnp.bfloat16)}

@@ -45,7 +45,7 @@ def test_padding_takes_no_part():
     assert (cross_entropy_bwd(saved, 5)[:, 5:] == 0).all()
 
 
-def test_as_many_rows_as_the_vocabulary_is_no_reason_to_count_padding():
+def test_padding_does_not_count_with_as_many_rows_as_ids():
     logits = normal(0, 5, 8).at[:, 5:].set(1e4)
     assert cross_entropy_fwd(logits, targets_in(5, 5), jnp.full(5, 0.2), 5)[0] < 10
 

@@ -64,7 +64,7 @@ def test_one_process_is_alone_wherever_it_runs(launched, env):
     assert launched(env) == []
 
 
-def test_a_shell_in_an_allocation_does_not_wait_for_the_tasks_that_nobody_started(launched):
+def test_a_shell_in_a_slurm_allocation_is_alone(launched):
     shell = TASK | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NODELIST": "n1"}
     assert launched(shell) == []
     assert not is_alone(shell | MPI_5)
@@ -80,7 +80,7 @@ def test_what_jax_detects_is_joined(launched):
     [
         (
             POD | {"JOB_COMPLETION_INDEX": "0"},
-            r"indexed job .* for want of the package kubernetes: pip install 'gptjax\[kubernetes\]'",
+            r"indexed Kubernetes job .* without the package kubernetes: pip install 'gptjax\[kubernetes\]'",
         ),
         (
             MPI_5,

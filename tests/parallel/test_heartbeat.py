@@ -25,7 +25,7 @@ from gptjax.parallel import processes
 from gptjax.parallel import heartbeat
 from gptjax.errors import ConfigError
 address, process, error = sys.argv[1:]
-with heartbeat.ending_together("prog"), cli.reported_errors("prog", speaks=heartbeat.speaks):
+with heartbeat.exit_together("prog"), cli.reported_errors("prog", should_report=heartbeat.should_report):
     processes.start(processes.DistributedConfig(coordinator=address, process=process))
     jax.devices()
     with heartbeat.watched("prog", 6):
@@ -95,23 +95,23 @@ def test_an_error_of_all_is_printed_by_the_first():
 def test_what_failed_in_process_0_is_said_by_process_0(store, monkeypatch):  # noqa: F811
     process = [0]
     monkeypatch.setattr(jax, "process_index", lambda: process[0])
-    assert heartbeat.speaks("no such corpus")
+    assert heartbeat.should_report("no such corpus")
     process[0] = 1
-    assert not heartbeat.speaks(f"{processes.FIRST_FAILED}no such corpus")
+    assert not heartbeat.should_report(f"{processes.FIRST_FAILED}no such corpus")
     process[0] = 2
-    assert not heartbeat.speaks("no such corpus")
-    assert heartbeat.speaks("other options than process 0")  # which only this one was given
+    assert not heartbeat.should_report("no such corpus")
+    assert heartbeat.should_report("other options than process 0")  # which only this one was given
 
 
 def test_alone_every_error_is_told_and_nobody_is_watched():
-    assert heartbeat.speaks("anything")
+    assert heartbeat.should_report("anything")
     with heartbeat.watched("prog", 0.001):
         time.sleep(0.01)
 
 
-def test_a_checkpoint_that_a_lost_process_cuts_short_is_no_fault_of_the_disk(monkeypatch, tmp_path):
+def test_a_lost_process_is_not_reported_as_a_disk_error(monkeypatch, tmp_path):
     for many, kind in ((True, ValueError), (False, CheckpointError)):
-        monkeypatch.setattr(processes, "are_many", lambda many=many: many)
+        monkeypatch.setattr(processes, "is_distributed", lambda many=many: many)
         with (
             pytest.raises(kind, match="waiting for async_write_complete barrier"),
             _write_errors(tmp_path),
@@ -133,7 +133,7 @@ def test_what_ends_a_process_alone_ends_it_at_once(store, monkeypatch, capsys): 
         RuntimeError("UNKNOWN: Gloo all-reduce failed: reset"),
         ValueError("ours"),
     ):
-        with pytest.raises(InterruptedError), heartbeat.ending_together("prog"):
+        with pytest.raises(InterruptedError), heartbeat.exit_together("prog"):
             raise error
     assert ended == [2, 1, 1]
     shown = capsys.readouterr().err

@@ -53,9 +53,7 @@ def store(monkeypatch):
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
-def test_all_stop_at_the_same_step_whoever_gets_the_signal_and_however_far_the_others_are(
-    store, order
-):
+def test_all_processes_stop_at_the_same_step(store, order):
     """Whoever has the results of step n has them because all have started it: one may be a step
     ahead of another.
     """
@@ -68,9 +66,9 @@ def test_all_stop_at_the_same_step_whoever_gets_the_signal_and_however_far_the_o
             stops[2].receive("SIGINT")  # too late to matter
         for process in order:  # all start the step,
             if not last[process]:
-                stops[process].say(step)
+                stops[process].announce(step)
         for process in reversed(order):  # so the step before it is done everywhere
-            if not last[process] and stops[process].now(step):
+            if not last[process] and stops[process].is_last(step):
                 last[process] = step
             # No run has been stopped before its last step
             assert bool(stops[process].name) == bool(last[process])
@@ -80,19 +78,19 @@ def test_all_stop_at_the_same_step_whoever_gets_the_signal_and_however_far_the_o
 
 def test_one_process_stops_at_once():
     stop = Stop(steps=3)
-    stop.say(1)
-    assert not stop.now(1)
+    stop.announce(1)
+    assert not stop.is_last(1)
     assert stop.receive("SIGINT") == 2
-    assert stop.now(2)
+    assert stop.is_last(2)
     assert stop.name == "SIGINT"
 
 
-def test_the_others_get_what_the_first_decides_or_why_it_could_not(store, monkeypatch):
+def test_process_0s_decision_or_error_reaches_the_others(store, monkeypatch):
     process = [0]
     monkeypatch.setattr(jax, "process_index", lambda: process[0])
-    assert processes.agreed("folder", lambda: "runs/a") == "runs/a"
+    assert processes.broadcast("folder", lambda: "runs/a") == "runs/a"
     process[0] = 1
-    assert processes.agreed("folder", lambda: "runs/a-2") == "runs/a"
+    assert processes.broadcast("folder", lambda: "runs/a-2") == "runs/a"
     process[0] = 0
     with pytest.raises(ZeroDivisionError):
         processes.first_then_others("corpus", lambda: 1 / 0)
@@ -179,10 +177,10 @@ def test_what_one_cannot_do_fails_for_all_with_its_reason(store, monkeypatch):
             f"gptjax/{name}/{process}": said for process, said in zip((0, 2), others, strict=True)
         }
         if not kind:
-            assert processes.together(name, do) == "done"
+            assert processes.run_in_all(name, do) == "done"
             continue
         with pytest.raises(kind, match=words) as raised:
-            processes.together(name, do)
+            processes.run_in_all(name, do)
         assert raised.type is kind
 
 
@@ -264,9 +262,7 @@ def ended_because_of_another(process):
     return output
 
 
-def test_processes_train_as_one_and_go_on_in_another_number_when_one_is_lost_and_a_checkpoint_is_damaged(
-    tmp_path, common
-):
+def test_processes_train_as_one_and_resume_in_another_number(tmp_path, common):
     """Two processes, of which 1 is killed; four go on from an older checkpoint, since one of them
     cannot read its part of the newest, and 0 is killed; one goes on; the losses are those of one
     process that did it all.
@@ -277,9 +273,7 @@ def test_processes_train_as_one_and_go_on_in_another_number_when_one_is_lost_and
     with started(2, [*many, "--mesh.fsdp", "2"]) as (first, second):
         wait_for_checkpoint(first, folder, 4)
         second.kill()
-        assert "2 processes; should one be lost, all end within 30 s" in ended_because_of_another(
-            first
-        )
+        assert "2 processes; if one is lost, all end within 30 s" in ended_because_of_another(first)
 
     newest = max(folder.glob("checkpoints/step_????????"))
     part = max(newest.glob("state/ocdbt.process_1/d/*"), key=lambda path: path.stat().st_size)
@@ -313,9 +307,7 @@ def assert_same_losses(folder, other, steps):
         np.testing.assert_allclose(*zip(*pairs, strict=True), rtol=2e-4) if pairs else None
 
 
-def test_processes_with_devices_of_their_own_start_from_given_weights_and_evaluate_and_sample_as_one(
-    tmp_path, common, capsys
-):
+def test_processes_load_evaluate_and_sample_as_one(tmp_path, common, capsys):
     """Two processes of two devices each, from the weights of another run."""
     runs = tmp_path / "runs"
     assert (

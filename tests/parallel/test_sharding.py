@@ -134,7 +134,7 @@ def test_so_it_does_however_the_model_is_computed(name, backward, changes, toler
 
 
 @pytest.mark.parametrize("layers", ["unroll", "scan"])
-def test_a_family_that_the_package_does_not_know_is_cut_by_its_weight_table(layers):
+def test_a_family_is_sharded_by_its_weight_table(layers):
     with mlp_family.registered() as family:
         cfg = dataclasses.replace(CFG, family=family, num_layers=2, layers=layers, dropout=0.0)
         assert_same(gradient(cfg, name="all"), gradient(cfg), 1e-12)
@@ -183,7 +183,7 @@ def assert_gathered(found, name, passes):
 
 
 @pytest.mark.parametrize("name", MESHES)
-def test_no_weight_is_gathered_but_over_fsdp_and_no_activation_at_all(name):
+def test_only_weights_are_gathered_and_only_over_fsdp(name):
     """Matrices are gathered for the forward and for the backward; heads are never exchanged between
     devices.
     """
@@ -203,7 +203,7 @@ def test_evaluation_gathers_each_weight_once():
 
 
 @pytest.mark.parametrize("name", MESHES)
-def test_only_gradients_the_residual_stream_and_the_scores_sums_are_summed_over_devices(name):
+def test_which_tensors_are_all_reduced(name):
     """Scores are summed to three numbers a row; a table's gradient is summed over data once
     scattered over fsdp.
     """

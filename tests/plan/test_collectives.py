@@ -74,7 +74,7 @@ def test_what_a_loop_sends_counts_for_each_turn():
     ]
 
 
-def test_a_ring_sends_all_but_ones_own_part_and_a_sum_twice_that():
+def test_bytes_sent_by_rings():
     assert bytes_sent("all-gather", 80, 8) == bytes_sent("reduce-scatter", 80, 8) == 70
     assert bytes_sent("all-reduce", 80, 8) == 140
     assert bytes_sent("all-reduce", 80, 1) == 0
@@ -173,6 +173,35 @@ def test_the_ways_in_which_groups_are_listed(groups, devices):
     assert _group(line) == devices
 
 
-def test_a_way_that_is_not_known_is_said_and_not_counted_as_nothing():
-    with pytest.raises(FormatError, match="in a way that is not known here"):
+def test_an_unknown_collective_is_reported():
+    with pytest.raises(FormatError, match="in an unknown notation"):
         _group("%g = f32[16]{0} all-gather(%p), replica_groups=torus[2]")
+
+
+OVERLAPPED = """ENTRY %main (a: f32[96,8]) -> f32[8] {
+  %one = (f32[96,8]{0,1}, f32[768,8]{0,1}) all-gather-start(%a), channel_id=1, replica_groups=[1,8]<=[8]
+  %one.done = f32[768,8]{0,1} all-gather-done(%one)
+  %two = ((bf16[96,8]{1,0}, f32[96]{0}), (bf16[768,8]{1,0}, /*index=1*/f32[768]{0})) all-gather-start(%b, %c), channel_id=2, replica_groups=[1,8]<=[8]
+  %x = f32[8]{0} fusion(%a), kind=kLoop, calls=%f
+  %y = f32[8]{0} custom-call(%x), custom_call_target="g"
+  %two.done = (bf16[768,8]{1,0}, f32[768]{0}) all-gather-done(%two)
+  %three = ((f32[768,8]{1,0}, f32[768]{0}), (f32[96,8]{1,0}, f32[96]{0})) reduce-scatter-start(%d, %e), channel_id=3, replica_groups=[1,8]<=[8], to_apply=%add
+  %three.done = (f32[96,8]{1,0}, f32[96]{0}) reduce-scatter-done(%three)
+  %four = ((bf16[8,4,2]{2,1,0}), bf16[8,4,2]{2,1,0}) all-to-all-start(%g), channel_id=4, replica_groups=[1,8]<=[8]
+  %four.done = bf16[8,4,2]{2,1,0} all-to-all-done(%four)
+  %five = f32[100]{0} all-reduce-start(%h), channel_id=5, replica_groups=[1,8]<=[8], to_apply=%add
+  %z = f32[8]{0} fusion(%y), kind=kLoop, calls=%f
+  %five.done = f32[100]{0} all-reduce-done(%five)
+}
+"""
+
+
+def test_what_cuda_starts_and_what_runs_until_it_is_done():
+    """As an H100's programs write them: operands and results in one tuple, or two in a tuple."""
+    found = {c.kind: c for c in collectives(OVERLAPPED, {"x": 1.0, "y": 0.5, "z": 0.25})}
+    gathered = 768 * 8 * 4 + 768 * 8 * 2 + 768 * 4
+    assert found["all-gather"] == Collective("all-gather", 8, 2, gathered * 7 / 8, 1.5)
+    scattered = 768 * 8 * 4 + 768 * 4
+    assert found["reduce-scatter"] == Collective("reduce-scatter", 8, 1, scattered * 7 / 8, 0.0)
+    assert found["all-to-all"] == Collective("all-to-all", 8, 1, 8 * 4 * 2 * 2 * 7 / 8, 0.0)
+    assert found["all-reduce"] == Collective("all-reduce", 8, 1, 2 * 100 * 4 * 7 / 8, 0.25)

@@ -41,16 +41,14 @@ def test_each_part_at_its_rate():
         ((8, 1, 4), 8, 1),
     ],
 )
-def test_what_leaves_a_machine_passes_the_adapters_of_the_devices_that_take_part(
-    mesh, group, adapters
-):
+def test_traffic_between_machines_is_limited_by_their_adapters(mesh, group, adapters):
     """Machines of 4 neighbours."""
     fast = DEVICE._replace(link=1e12)
     assert sending_rate(mesh, fast, group) == (adapters * NETWORK if adapters else fast.link)
     assert sending_rate(mesh, DEVICE, group) == DEVICE.link  # that the network cannot exceed
 
 
-def test_what_overlaps_takes_as_long_as_the_slowest_and_the_update_waits():
+def test_overlapped_time_is_the_slowest_part_plus_the_update():
     floor = Floor(products=3.0, memory=1.0, collectives=2.0, update=1.0)
     assert (floor.overlapped, floor.exposed) == (4, 6)
     assert floor.efficiency(floor.overlapped) == 1

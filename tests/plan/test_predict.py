@@ -107,7 +107,7 @@ def test_memory_and_collectives_are_about_what_is_compiled(name):
         assert compiled.get(key, 0) == pytest.approx(expected[key], rel=0.002, abs=vectors), key
 
 
-def test_a_family_that_the_package_does_not_know_is_planned_from_its_weight_table():
+def test_a_family_is_planned_from_its_weight_table():
     """It has no attention, one projection into the residual stream a layer, and a classifier of its
     own.
     """
@@ -185,7 +185,7 @@ def test_a_tpu_scatters_every_gradient_over_fsdp(mesh, layers, tmp_path):
         assert 0.99 * needed - vectors <= found <= 1.01 * needed + vectors + apart, (kind, group)
 
 
-def test_state_falls_with_the_devices_and_the_batch_is_shared_out():
+def test_state_and_batch_are_divided_among_the_devices():
     one = work()
     for n in (2, 4, 8):
         many = work((1, n, 1))

@@ -10,7 +10,7 @@ plan = importlib.import_module("gptjax.plan.__main__")
 
 
 @pytest.mark.parametrize(("topology", "told"), [("h100:8", False), ("h100:16", True)])
-def test_the_network_is_among_the_assumptions_where_something_goes_over_it(topology, told, capsys):
+def test_a_plan_that_uses_the_network_states_its_rate(topology, told, capsys):
     batch = ["--data.batch_size", "16", "--model.channels", "128", "--largest", "false"]
     assert (
         plan.main(

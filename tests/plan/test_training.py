@@ -65,9 +65,7 @@ def planned(capsys, *arguments):
         ),
     ],
 )
-def test_it_ends_with_the_command_that_trains_so_and_the_options_that_differ(
-    arguments, mesh, batch, options, file, capsys
-):
+def test_the_plan_ends_with_the_training_command(arguments, mesh, batch, options, file, capsys):
     line, cfg = planned(capsys, "--config", file, *arguments)
     assert line == f"{TRAIN} --config {file}{options}"
     assert (cfg.mesh, cfg.data.batch_size) == (MeshConfig(*mesh), batch)
@@ -79,7 +77,7 @@ def test_a_token_budget_is_that_of_the_steps(file, capsys):
     assert 1e9 <= tokens < 1e9 + tokens / cfg.train.steps
 
 
-def test_without_a_config_file_every_option_that_is_not_the_default_is_there(capsys):
+def test_without_a_config_file_the_command_has_every_changed_option(capsys):
     model = ["--model.preset", "124m", "--model.num_layers", "1", "--model.dropout", "0.1"]
     _, cfg = planned(capsys, *model, "--data.seq_len", "256", "--topology", "h100:8")
     assert (cfg.model.preset, cfg.model.num_layers, cfg.model.dropout, cfg.data.seq_len) == (

@@ -80,15 +80,18 @@ def test_several_runs_are_drawn_here_or_where_asked(tmp_path, monkeypatch, capsy
 def test_a_run_without_a_step_is_left_out_of_several(tmp_path, capsys):
     one, empty = write(tmp_path / "a", records(5)), write(tmp_path / "b", [])
     assert plot.main([empty, one, "--output", str(tmp_path / "x.png")]) == 0
-    assert f"note       {empty}/metrics.jsonl has no step yet: left out" in capsys.readouterr().out
-    expect_error(plot.main, [empty], "has no step yet: nothing to draw", capsys)
+    assert (
+        f"note       {empty}/metrics.jsonl has no step yet and is left out"
+        in capsys.readouterr().out
+    )
+    expect_error(plot.main, [empty], "has no step yet, so there is nothing to draw", capsys)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{}/nowhere"], "nowhere is no run: there is no "),
-        (["{}"], "is no run: there is no "),
+        (["{}/nowhere"], "nowhere is not a run: there is no "),
+        (["{}"], "is not a run: there is no "),
         ([], "runs"),
         (
             ["{}/a", "--output", "{}/a/metrics.jsonl"],
@@ -100,9 +103,9 @@ def test_a_run_without_a_step_is_left_out_of_several(tmp_path, capsys):
         (["{}/a", "--smooth", "0"], "--smooth must be at least 1, not 0"),
         (
             ["{}/old", "--x", "time"],
-            "old does not say how long each step took, which --x time needs",
+            "the records of old lack step times, which --x time needs",
         ),
-        (["{}/none"], "none holds nothing to draw"),
+        (["{}/none"], "none has nothing to draw"),
         (["{}/model.bin"], "model.bin is damaged: line 1 is not the record of a step"),
     ],
 )

@@ -35,7 +35,7 @@ def test_a_character_that_the_vocabulary_lacks_is_named(text, found):
 
 
 def test_a_vocabulary_of_nothing():
-    with pytest.raises(DataError, match="no text"):
+    with pytest.raises(DataError, match="the text is empty"):
         tokenizers.train_characters([])
 
 

@@ -140,7 +140,7 @@ def test_gpt2_exported_in_both_versions(shared, tmp_path, monkeypatch):
     [
         ([], "train, encode, decode or export"),
         (["train"], "input"),
-        (["train", "--input", "/nonexistent/*.txt"], "holds no text"),
+        (["train", "--input", "/nonexistent/*.txt"], "has no text"),
         (["encode", "--tokenizer", "gpt3", "text"], "there is no tokenizer gpt3"),
         (
             ["encode", "--tokenizer", "byte"],
@@ -180,7 +180,7 @@ def test_ids_on_standard_input_that_are_none(capsys, monkeypatch):
     feed(monkeypatch, b"1 2 three")
     with pytest.raises(SystemExit):
         main(["decode", "--tokenizer", "byte"])
-    assert "ids are whole numbers" in capsys.readouterr().err
+    assert "ids must be whole numbers" in capsys.readouterr().err
 
 
 def test_characters_have_no_end_of_text_to_export(tmp_path, capsys):
@@ -229,5 +229,5 @@ def test_nothing_is_overwritten(bpe, tmp_path, capsys):
     ):
         with pytest.raises(SystemExit):
             main([*args, "--output", bpe])
-        assert "cats.json exists already" in capsys.readouterr().err
+        assert "cats.json already exists" in capsys.readouterr().err
     assert (tmp_path / "cats.json").read_bytes() == before

@@ -43,7 +43,7 @@ def test_hugging_faces_file_is_found(tmp_path):
     (tmp_path / "other.json").write_text(
         '{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}'
     )
-    with pytest.raises(FormatError, match="no byte-level BPE that is known here"):
+    with pytest.raises(FormatError, match="is not a supported BPE"):
         tokenizers.find(tmp_path / "other.json")
 
 
@@ -87,7 +87,7 @@ def test_which_ids_are_gpt2s(monkeypatch):
 @pytest.mark.parametrize("which", ["gpt3", "nowhere/tokenizer.json"])
 def test_no_such_tokenizer(which):
     with pytest.raises(
-        DataError, match=f"there is no tokenizer {which}: gpt2, byte, or a file or a folder with"
+        DataError, match=f"there is no tokenizer {which}: name gpt2, byte, or a file or folder with"
     ):
         tokenizers.find(which)
 
@@ -113,8 +113,8 @@ def test_files_from_before_the_kind_was_written(tmp_path, monkeypatch):
     ("tokens", "end_of_text", "message"),
     [
         ([*BYTES, b"ab", b"<|endoftext|>"], 0, "end-of-text at 0 of 258 tokens"),
-        ([*BYTES, b"ab", b"<|end|>"], 257, r"last b'<\|end\|>'"),
-        ([*BYTES[1:], b"ab", b"<|endoftext|>"], 256, "no byte-level BPE"),
+        ([*BYTES, b"ab", b"<|end|>"], 257, r"last token is b'<\|end\|>'"),
+        ([*BYTES[1:], b"ab", b"<|endoftext|>"], 256, "is not a byte-level BPE"),
         (
             [*BYTES, b"abc", b"<|endoftext|>"],
             257,

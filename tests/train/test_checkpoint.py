@@ -63,7 +63,7 @@ def test_it_comes_back_in_the_layout_asked_for(saved):
         assert_equal(unstack(found), mine)
 
 
-def test_a_first_moment_in_bfloat16_comes_back_and_is_not_taken_for_another(saved, tmp_path):
+def test_a_bfloat16_first_moment_is_restored(saved, tmp_path):
     """Nor is a checkpoint that has the other kind taken for a damaged one."""
     folder, _ = saved
     rounded = make_optimizer(OptimConfig(mu_dtype="bfloat16"), 10, CFG)
@@ -80,9 +80,7 @@ def test_a_first_moment_in_bfloat16_comes_back_and_is_not_taken_for_another(save
     assert not list(folder.glob("damaged-*"))
 
 
-def test_what_was_saved_is_what_counts_even_if_the_storage_reads_without_complaint(
-    saved, monkeypatch
-):
+def test_arrays_that_differ_from_what_was_saved_are_not_used(saved, monkeypatch):
     """The storage returns other numbers for step 5: the checksums notice."""
     folder, states = saved
     real = checkpoint._checksums
@@ -148,7 +146,7 @@ def test_no_simple_change_of_an_array_keeps_its_checksum():
     assert len({int(checkpoint._checksums(y)) for y in [x, *others]}) == 1 + len(others)
 
 
-# What a checkpoint says of itself
+# The JSON document of a checkpoint
 
 
 def change(folder, edit, *, sign=False):
@@ -178,7 +176,7 @@ def change(folder, edit, *, sign=False):
         (lambda info: info.clear(), False, 3),
     ],
 )
-def test_what_it_says_of_itself_is_believed_only_with_its_checksum(saved, edit, sign, model_of):
+def test_the_json_document_needs_a_matching_checksum(saved, edit, sign, model_of):
     """Of the arrays' checksums, the names and their number count as well."""
     folder, states = saved
     change(folder, edit, sign=sign)
@@ -201,11 +199,12 @@ def test_what_it_says_of_itself_is_believed_only_with_its_checksum(saved, edit, 
 @pytest.mark.parametrize(
     "read", [open_newest, lambda folder: restore_newest(folder, CFG, OPTIMIZER)]
 )
-def test_one_of_another_version_is_whole_so_it_stays_and_is_refused(saved, edit, read):
+def test_a_checkpoint_of_another_version_is_refused_but_stays(saved, edit, read):
     folder, _ = saved
     change(folder, edit, sign=True)
     with pytest.raises(
-        CheckpointError, match="step_00000005 is of another version of gptjax: use that version"
+        CheckpointError,
+        match="step_00000005 was written by another version of gptjax: use that version",
     ):
         read(folder)
     assert sorted(path.name for path in folder.iterdir()) == ["step_00000003", "step_00000005"]
@@ -234,7 +233,8 @@ def test_one_of_a_layout_before_is_refused_in_the_same_words(saved, edit, read):
     folder, _ = saved
     change(folder, edit, sign=edit is of_flat_parameters)
     with pytest.raises(
-        CheckpointError, match="step_00000005 is of another version of gptjax: use that version"
+        CheckpointError,
+        match="step_00000005 was written by another version of gptjax: use that version",
     ):
         read(folder)
     assert not list(folder.glob("damaged-*"))
@@ -261,7 +261,7 @@ def test_one_that_cannot_be_renamed_is_left_out(saved, monkeypatch):
     ):
         with pytest.warns(
             UserWarning,
-            match="is damaged and is left out .it cannot be renamed: Read-only file system",
+            match="is damaged and is skipped .it cannot be renamed: Read-only file system",
         ):
             params = read()
         np.testing.assert_array_equal(params.blocks[1].fcw, states[3].params.blocks[1].fcw)
@@ -479,13 +479,13 @@ def test_a_checkpoint_is_read_onto_any_other_mesh(tmp_path, name, saved, read, o
         assert state.params.wte.sharding.device_set == set(mesh.devices.flat)
 
 
-def test_what_adafactor_keeps_of_single_layers_is_not_that_of_stacked_ones(tmp_path):
+def test_adafactors_state_cannot_change_between_unroll_and_scan(tmp_path):
     optimizer = make_optimizer(OptimConfig(name="adafactor"), 10, CFG)
     writer = CheckpointWriter(tmp_path, keep=1)
     writer.save(1, state_of(CFG, optimizer, 1), CFG, optimizer, {})
     writer.close()
     with pytest.raises(
-        CheckpointError, match=r"was trained with model\.layers unroll: give it that value"
+        CheckpointError, match=r"was trained with model\.layers unroll: set it to that value"
     ):
         restore_newest(tmp_path, dataclasses.replace(CFG, layers="scan"), optimizer)
     assert not list(tmp_path.glob("damaged-*"))

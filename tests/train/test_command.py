@@ -17,14 +17,14 @@ import orbax.checkpoint as ocp
 import pytest
 import yaml
 
-from gptjax import convert
+from gptjax.convert import __main__ as convert
 from gptjax.datasets import find_corpus
 from gptjax.formats.token_shards import write_shard
 from gptjax.models import gpt2
 from gptjax.train import __main__ as train
 from gptjax.train import trainer
 from gptjax.xla import native
-from gptjax.xla.cache import keep_compiled_programs
+from gptjax.xla.cache import enable_compilation_cache
 from tests.conftest import ROOT
 
 TINY = {
@@ -355,7 +355,7 @@ def test_divergence_leaves_the_last_good_checkpoint(command, tmp_path, capsys):
         "0",
     ]
     assert run(*command, *wild, "--resume", "auto", "--train.checkpoint_every", "1") == train.FAILED
-    assert "the checkpoint after step 10 is the last good one" in capsys.readouterr().err
+    assert "the last good checkpoint is after step 10" in capsys.readouterr().err
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step_00000010"]
     for a, b in zip(good, arrays(folder, 10), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -528,12 +528,12 @@ def assert_refused(args: list[str], message: str, capsys) -> None:
             "model.channels 30 does not divide by model.num_heads 4",
         ),
         (["--data.seq_len", "33"], "data.seq_len 33 does not fit model.max_seq_len 32"),
-        (["--data.dataset", "nowhere"], "data.dataset nowhere is no file or folder"),
+        (["--data.dataset", "nowhere"], "data.dataset nowhere is neither a file or folder"),
         (["--data.batch_size", "100000"], "but one step takes 100000: lower data.batch_size"),
         (["--model.vocab_size", "256"], "has 4096 ids, but model.vocab_size is 256"),
         (["--model.attention", "cudnn"], "model.attention cudnn needs an NVIDIA GPU"),
         (["--train.steps", "0"], "train.steps must be at least 1"),
-        (["--name", "a/b"], "name must be that of one folder"),
+        (["--name", "a/b"], "name must be a folder name"),
         (["--resume", ""], "resume is empty"),
         (["--seed", "-1"], "seed must be from 0 to 4294967295"),
         (["--optim.eps", "0"], "optim.eps must be above 0"),
@@ -576,7 +576,7 @@ def test_bad_shards_end_in_one_sentence(command, tmp_path, capsys):
     (folder / "val.bin").write_bytes((folder / "val.bin").read_bytes()[:-3])
     assert_refused(args, "val.bin is truncated", capsys)
     (folder / "val.bin").unlink()
-    assert_refused(args, "holds no val*.bin", capsys)
+    assert_refused(args, "has no val*.bin", capsys)
 
 
 def test_a_disk_that_fills_up_ends_in_one_sentence(command, tmp_path):
@@ -643,7 +643,7 @@ def test_without_a_place_for_compiled_programs_none_is_kept(monkeypatch, place):
     kept = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", None)
     try:
-        keep_compiled_programs()
+        enable_compilation_cache()
         assert jax.config.jax_compilation_cache_dir is None
     finally:
         jax.config.update("jax_compilation_cache_dir", kept)
@@ -693,7 +693,7 @@ def test_init_starts_from_weights_wherever_they_come_from(command, tmp_path, cap
     with pytest.raises(SystemExit) as stop:
         run(*command, "--init", tmp_path / "hf", "--model.num_layers", 2)
     assert stop.value.code == 2
-    assert "has model.num_layers 1, not 2: give it that value" in capsys.readouterr().err
+    assert "has model.num_layers 1, not 2: set it to that value" in capsys.readouterr().err
 
 
 def test_your_own_text_by_characters(command, tmp_path, capsys):

@@ -11,7 +11,7 @@ import pytest
 
 from gptjax.config import check_name
 from gptjax.errors import CheckpointError, ConfigError
-from gptjax.train.folders import LOCK_FILE, RunInUseError, owned
+from gptjax.train.folders import LOCK_FILE, RunInUseError, claim
 
 
 def trained(folder):
@@ -23,10 +23,10 @@ def trained(folder):
 
 def test_a_new_run_never_takes_an_old_ones_folder(tmp_path):
     for expected in ("a", "a-2", "a-3"):
-        with owned(tmp_path, "a", None) as folder:
+        with claim(tmp_path, "a", None) as folder:
             assert folder == trained(tmp_path / expected)
     (tmp_path / "a" / "config.yaml").unlink()
-    with owned(tmp_path, "a", None) as folder:
+    with claim(tmp_path, "a", None) as folder:
         assert folder == tmp_path / "a-4"
 
 
@@ -34,43 +34,43 @@ def test_auto_takes_the_newest_run_of_the_name(tmp_path):
     for number in (2, 10, 9):
         trained(tmp_path / f"a-{number}")
     trained(tmp_path / "ab-11")
-    with owned(tmp_path, "a", "auto") as folder:
+    with claim(tmp_path, "a", "auto") as folder:
         assert folder == tmp_path / "a-10"
-    with owned(tmp_path, "b", "auto") as folder:
+    with claim(tmp_path, "b", "auto") as folder:
         assert folder == tmp_path / "b"
 
 
 def test_a_named_folder_must_be_a_runs(tmp_path):
     with (
         pytest.raises(CheckpointError, match="is not the folder of a run"),
-        owned(tmp_path, "a", str(tmp_path)),
+        claim(tmp_path, "a", str(tmp_path)),
     ):
         pass
     (tmp_path / "checkpoints").mkdir()
-    with owned(tmp_path, "a", str(tmp_path)) as folder:
+    with claim(tmp_path, "a", str(tmp_path)) as folder:
         assert folder == tmp_path
 
 
 @pytest.mark.parametrize("resume", ["auto", "folder"])
-def test_a_run_that_is_being_trained_is_refused_with_the_process_that_trains_it(tmp_path, resume):
+def test_a_run_that_is_being_trained_cannot_be_claimed(tmp_path, resume):
     (tmp_path / "a" / "checkpoints").mkdir(parents=True)
     again = "auto" if resume == "auto" else str(tmp_path / "a")
     owner = f"a is being trained by process {os.getpid()} on {socket.gethostname()}: wait"
-    with owned(tmp_path, "a", again):
-        with pytest.raises(RunInUseError, match=owner), owned(tmp_path, "a", again):
+    with claim(tmp_path, "a", again):
+        with pytest.raises(RunInUseError, match=owner), claim(tmp_path, "a", again):
             pass
-        with owned(tmp_path, "a", None) as other:
+        with claim(tmp_path, "a", None) as other:
             assert other == tmp_path / "a-2"
-    with owned(tmp_path, "a", again) as folder:  # which is free again
+    with claim(tmp_path, "a", again) as folder:  # which is free again
         assert folder == tmp_path / "a"
 
 
 def test_auto_waits_for_no_run_that_is_only_starting(tmp_path):
     trained(tmp_path / "a")
     with (
-        owned(tmp_path, "a", None) as starting,
+        claim(tmp_path, "a", None) as starting,
         pytest.raises(RunInUseError, match="a-2 is being trained"),
-        owned(tmp_path, "a", "auto"),
+        claim(tmp_path, "a", "auto"),
     ):
         pass
     assert starting == tmp_path / "a-2"
@@ -80,26 +80,26 @@ def test_auto_refuses_an_older_run_that_is_being_trained(tmp_path):
     (tmp_path / "a-2").mkdir()  # what a kill left
     (tmp_path / "a" / "checkpoints").mkdir(parents=True)
     with (
-        owned(tmp_path, "a", str(tmp_path / "a")),
+        claim(tmp_path, "a", str(tmp_path / "a")),
         pytest.raises(RunInUseError, match="a is being trained"),
-        owned(tmp_path, "a", "auto"),
+        claim(tmp_path, "a", "auto"),
     ):
         pass
 
 
 def test_a_start_that_fails_leaves_nothing_behind(tmp_path):
-    with pytest.raises(ZeroDivisionError), owned(tmp_path / "runs", "a", None):
+    with pytest.raises(ZeroDivisionError), claim(tmp_path / "runs", "a", None):
         raise ZeroDivisionError
     assert not list((tmp_path / "runs").iterdir())
 
 
-def test_what_a_kill_leaves_of_a_start_is_no_run_and_is_used_again(tmp_path):
+def test_the_folder_of_a_killed_start_is_used_again(tmp_path):
     trained(tmp_path / "a")
     (tmp_path / "a-2").mkdir()
     (tmp_path / "a-2" / LOCK_FILE).write_text("process 1 on earth\n")
-    with owned(tmp_path, "a", "auto") as folder:
+    with claim(tmp_path, "a", "auto") as folder:
         assert folder == tmp_path / "a"
-    with owned(tmp_path, "a", None) as folder:
+    with claim(tmp_path, "a", None) as folder:
         assert folder == tmp_path / "a-2"
         assert (
             folder / LOCK_FILE
@@ -109,7 +109,7 @@ def test_what_a_kill_leaves_of_a_start_is_no_run_and_is_used_again(tmp_path):
 def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
     (tmp_path / "precious").write_text("kept")
     (trained(tmp_path / "a") / LOCK_FILE).symlink_to(tmp_path / "precious")
-    with pytest.raises(OSError, match="lock"), owned(tmp_path, "a", "auto"):
+    with pytest.raises(OSError, match="lock"), claim(tmp_path, "a", "auto"):
         pass
     assert (tmp_path / "precious").read_text() == "kept"
 
@@ -121,7 +121,7 @@ def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", flock)
     with (
         pytest.warns(UserWarning, match="a cannot be locked on this file system"),
-        owned(tmp_path, "a", None) as folder,
+        claim(tmp_path, "a", None) as folder,
     ):
         assert folder == tmp_path / "a"
 

@@ -46,7 +46,7 @@ class Done:
             display=SimpleNamespace(
                 step=lambda record, line: note("line", record["step"]) if line else None,
                 print=lambda text: note("print", text),
-                of=lambda step: f"step {step}",
+                label=lambda step: f"step {step}",
             ),
             check=check,
         )
@@ -71,7 +71,7 @@ def test_every_step_is_recorded_logged_and_the_disk_asked(monkeypatch):
     assert len(done.of("disk is checked")) == 3
 
 
-def test_a_line_is_shown_as_often_as_asked_for_at_the_end_and_where_there_is_news(monkeypatch):
+def test_which_steps_are_printed(monkeypatch):
     done = Done(monkeypatch, steps=11, log_every=4, eval_every=5).fit()
     assert [n for (n,) in done.of("line")] == [4, 5, 8, 10, 11]
 
@@ -83,15 +83,13 @@ def test_validation_is_as_often_as_asked_for_and_at_the_end(monkeypatch, every, 
 
 
 @pytest.mark.parametrize(("every", "expected"), [(2, [2, 4, 5]), (0, [5])])
-def test_a_checkpoint_holds_the_state_of_its_step_and_there_is_one_at_the_end(
-    monkeypatch, every, expected
-):
+def test_checkpoints_hold_the_state_of_their_step(monkeypatch, every, expected):
     done = Done(monkeypatch, steps=5, checkpoint_every=every).fit()
     assert done.of("save") == [(n, n, "optimizer", {"after": n}) for n in expected]
     assert done.loop.saved == 5
 
 
-def test_a_signal_leaves_a_checkpoint_and_neither_validates_nor_samples(monkeypatch):
+def test_a_signal_saves_but_neither_validates_nor_samples(monkeypatch):
     done = Done(monkeypatch, steps=9, eval_every=1, sample_tokens=8)
     stop = Stop(steps=9)
     done.loop.listen(lambda record: stop.receive("SIGTERM") if record["step"] == 2 else None)
@@ -108,7 +106,7 @@ def test_no_checkpoint_is_made_of_parameters_that_are_no_good(monkeypatch):
     done = Done(monkeypatch, steps=6, checkpoint_every=2, finite=lambda step: step < 3).fit()
     assert [what[0] for what in done.of("save")] == [2]
     assert done.loop.saved == 2
-    sentence = "no checkpoint: the parameters give a loss that is not finite"
+    sentence = "no checkpoint: the loss at these parameters is not finite"
     assert done.of("print") == [(f"step {n} | {sentence}",) for n in (4, 6)]
 
 
@@ -131,7 +129,7 @@ def wrong(batch):
 
 
 @pytest.mark.parametrize(("checkpoint_every", "expected"), [(0, [3]), (3, [3]), (2, [2, 3])])
-def test_a_wrong_gradient_ends_the_run_with_the_parameters_in_question_saved_once(
+def test_a_wrong_gradient_saves_its_parameters_once_and_ends_the_run(
     monkeypatch, checkpoint_every, expected
 ):
     done = Done(

@@ -74,7 +74,7 @@ def test_tensorboard_reads_what_was_logged(tmp_path):
 
 
 @pytest.mark.parametrize(("done", "kept"), [(2, [(1, 1.0), (2, 1.0)]), (0, [])])
-def test_tensorboard_drops_the_steps_that_a_resumed_run_does_again(tmp_path, done, kept):
+def test_tensorboard_drops_steps_that_a_resumed_run_repeats(tmp_path, done, kept):
     pytest.importorskip("tensorboard")
     for start, stop, loss in ((0, 5, 1.0), (done, 4, 2.0)):
         with open_loggers(LogConfig(tensorboard=True), tmp_path, start, CONFIG, refuse) as loggers:
@@ -268,7 +268,7 @@ def test_one_that_fails_is_left_out_with_one_warning(tmp_path):
         for step in range(1, 6):
             loggers.write({"step": step, "loss": 1.0})
     message = (
-        "Failing failed and is left out from here on: [Errno 28] No space left; metrics.jsonl "
+        "Failing failed and is not used any more: [Errno 28] No space left; metrics.jsonl "
         "has every step"
     )
     assert (warnings, failing.calls) == ([message], 3)

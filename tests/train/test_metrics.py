@@ -39,7 +39,7 @@ def test_one_object_a_step_and_null_for_what_is_not_finite(tmp_path):
     ]
 
 
-def test_resuming_drops_what_comes_after_the_checkpoint_and_a_line_cut_off(tmp_path):
+def test_resuming_drops_later_records_and_a_truncated_line(tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     file = MetricsFile(path, 2)

@@ -218,7 +218,7 @@ def test_without_decay_sgd_and_adafactor_are_optaxs(name, reference):
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "lion", "adafactor", "sgd"])
-def test_every_optimizer_decays_matrices_and_tables_alone_by_the_learning_rate(name):
+def test_every_optimizer_decays_matrices_and_tables_only(name):
     """With gradients of zero nothing but the decay moves a parameter."""
     params = tiny.params(tiny.CONFIG)
     cfg = OptimConfig(name=name, learning_rate=0.01, schedule="constant", weight_decay=0.5)
@@ -233,7 +233,7 @@ def test_every_optimizer_decays_matrices_and_tables_alone_by_the_learning_rate(n
 
 
 @pytest.mark.parametrize("layers", ["unroll", "scan"])
-def test_muon_orthogonalises_matrices_as_they_multiply_and_leaves_the_rest_to_adamw(layers):
+def test_muon_takes_the_matrices_and_adamw_the_rest(layers):
     """An update of a (C, H, D) matrix, seen as (C, H D), has nearly equal singular values; a bias
     moves as under AdamW.
     """

@@ -58,15 +58,15 @@ def test_a_tokenizer_is_described_by_its_vocabulary():
     assert lines(describe(run(tokenizer=tokenizers.Characters("abc"))))["tokenizer"] == "3 ids"
 
 
-def test_devices_that_stay_idle_are_told_and_how_to_use_them():
-    idle = "7 more like it idle: --mesh.data -1 takes all"
+def test_idle_devices_are_reported():
+    idle = "7 more like it idle: --mesh.data -1 uses all"
     assert lines(describe(run()))["device"].endswith(idle)
     found = lines(describe(run(mesh=make_mesh(MeshConfig(data=8), tiny.CONFIG.axis_sizes, 8))))
     assert "idle" not in found["device"]
     assert found["mesh"] == "8 devices: data 8 x fsdp 1 x tensor 1"
 
 
-def test_memory_is_told_in_parts_and_in_all():
+def test_memory_is_described_in_parts_and_in_total():
     compiled = SimpleNamespace(
         memory={"parameters": 1500, "gradients": 2_000_000}, native_code=False
     )

@@ -8,7 +8,7 @@ import pytest
 
 from gptjax.parallel.processes import Stop
 from gptjax.train.metrics import Display
-from gptjax.train.signals import stopping
+from gptjax.train.signals import stop_on_signals
 
 
 def wait_for(condition):
@@ -20,9 +20,9 @@ def wait_for(condition):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_the_first_signal_asks_to_stop_and_says_after_which_step(number, capsys):
+def test_the_first_signal_stops_and_prints_the_last_step(number, capsys):
     stop, before = Stop(3, 9), signal.getsignal(number)
-    with stopping("train", stop, Display(9)):
+    with stop_on_signals("train", stop, Display(9)):
         os.kill(os.getpid(), number)
         wait_for(lambda: stop.received)
     assert stop.received == [number.name]
@@ -34,7 +34,7 @@ def test_a_signal_that_was_ignored_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         stop = Stop(0, 9)
-        with stopping("train", stop, Display(9, quiet=True)):
+        with stop_on_signals("train", stop, Display(9, quiet=True)):
             os.kill(os.getpid(), signal.SIGHUP)
             os.kill(os.getpid(), signal.SIGTERM)
             wait_for(lambda: stop.received)

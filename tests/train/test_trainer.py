@@ -10,7 +10,7 @@ from tests.train.fakes import Steps, make_trainer
 NAN, INFINITE = float("nan"), float("inf")
 
 
-def test_a_steps_numbers_are_fetched_once_the_next_step_was_dispatched(monkeypatch):
+def test_metrics_are_fetched_after_the_next_step_is_dispatched(monkeypatch):
     """So the device has work while the host waits; the last step's come at the end."""
     steps = Steps(losses={1: 5.0, 2: 4.0, 3: 3.0})
     loop = make_trainer(monkeypatch, steps, steps=3)
@@ -106,7 +106,7 @@ def test_an_interval_of_0_is_never_but_for_the_end(monkeypatch):
     assert not [call for call in log if call[0] == "when stopped"]
 
 
-def test_a_signal_ends_after_the_next_step_with_the_hooks_that_are_for_that_alone(monkeypatch):
+def test_a_signal_stops_after_the_next_step_and_calls_its_hooks(monkeypatch):
     """Though others are due at that step."""
     steps, log, stop = Steps(), [], Stop(steps=9)
     loop = make_trainer(monkeypatch, steps, steps=9)
@@ -128,11 +128,11 @@ def test_it_ends_at_the_step_that_all_processes_agreed_on(monkeypatch):
     class Agreed(Stop):
         asked: list = []  # noqa: RUF012
 
-        def say(self, step):
-            self.asked.append(f"say {step}")
+        def announce(self, step):
+            self.asked.append(f"announce {step}")
 
-        def now(self, step):
-            self.asked.append(f"now {step}")
+        def is_last(self, step):
+            self.asked.append(f"is_last {step}")
             self.name = "SIGINT" if step == 3 else ""
             return step == 3
 
@@ -140,7 +140,14 @@ def test_it_ends_at_the_step_that_all_processes_agreed_on(monkeypatch):
     loop.after_step(lambda: saved.append(loop.done), every=0, when_stopped=True)
     loop.fit(stop)
     assert (loop.done, saved) == (3, [3])
-    assert stop.asked == ["say 1", "now 1", "say 2", "now 2", "say 3", "now 3"]
+    assert stop.asked == [
+        "announce 1",
+        "is_last 1",
+        "announce 2",
+        "is_last 2",
+        "announce 3",
+        "is_last 3",
+    ]
 
 
 def test_it_goes_on_from_the_steps_that_are_done(monkeypatch):
@@ -164,9 +171,8 @@ def test_divergence_ends_the_run_and_says_what_is_left(monkeypatch, bad):
     with pytest.raises(DivergedError) as error:
         loop.fit()
     assert str(error.value) == (
-        "3 losses or gradients in a row were not finite, up to step 7: stopped; there is no "
-        "checkpoint yet; "
-        "lower optim.learning_rate or raise optim.warmup_steps"
+        "stopped after step 7: 3 losses or gradients in a row were not finite; there is no "
+        "checkpoint yet; lower optim.learning_rate or raise optim.warmup_steps"
     )
     assert records == [1, 2, 3, 4, 5, 6, 7]
 
@@ -180,7 +186,7 @@ def test_divergence_names_the_last_good_checkpoint(monkeypatch):
     loop.after_step(save, every=2)
     with pytest.raises(
         DivergedError,
-        match=r"up to step 6: stopped; the checkpoint after step 4 is the last good one; lower",
+        match=r"after step 6: 1 losses.*; the last good checkpoint is after step 4; lower",
     ):
         loop.fit()
 
@@ -214,7 +220,7 @@ def test_what_hooks_take_is_not_the_steps_time(monkeypatch):
     assert max(record["ms"] for record in records) < 2500
 
 
-def test_no_checkpoint_is_taken_of_parameters_whose_loss_is_not_finite(monkeypatch):
+def test_parameters_with_a_nonfinite_loss_are_not_saved(monkeypatch):
     loop = make_trainer(monkeypatch, Steps())
     for value, finite in ((1.0, True), (NAN, False), (INFINITE, False)):
         monkeypatch.setattr(trainer, "evaluate", lambda loss, params, batches, value=value: value)

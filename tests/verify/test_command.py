@@ -73,7 +73,7 @@ def test_a_wrong_backward_ends_with_1_and_is_named(monkeypatch, capsys, tmp_path
         "first at layer 0, gelu (after fcw): gelu_bwd gives a wrong gradient (relative L2 error "
         "1.0e-09)" in closing
     )
-    assert lines[-1] == "nothing was exported: it would not be right"
+    assert lines[-1] == "nothing was exported, as the gradient is wrong"
     assert not list((tmp_path / "out").iterdir())
     assert "outlined where wrong" in (tmp_path / "r.html").read_text()
 
@@ -81,7 +81,7 @@ def test_a_wrong_backward_ends_with_1_and_is_named(monkeypatch, capsys, tmp_path
 ON_A_MESH = ["--mesh.data", "2", "--mesh.tensor", "2", "--optim.accumulate", "2"]
 
 
-def test_the_program_on_the_mesh_with_all_micro_batches_is_what_is_checked(capsys):
+def test_the_sharded_accumulated_program_is_checked(capsys):
     assert command.main([*TINY, *ON_A_MESH]) == 0
     out = capsys.readouterr().out
     assert "4 devices: data 2 x fsdp 1 x tensor 2" in out
@@ -89,7 +89,7 @@ def test_the_program_on_the_mesh_with_all_micro_batches_is_what_is_checked(capsy
     assert "all 21 gradients agree with autodiff in float64" in out
 
 
-def test_an_error_on_the_mesh_alone_ends_with_1_and_the_mesh_is_named(monkeypatch, capsys):
+def test_an_error_only_on_the_mesh_exits_with_1_and_names_the_mesh(monkeypatch, capsys):
     right = gpt2.embedding_bwd
 
     def wrong(ids, dtable, dy):
@@ -98,7 +98,7 @@ def test_an_error_on_the_mesh_alone_ends_with_1_and_the_mesh_is_named(monkeypatc
     monkeypatch.setattr(gpt2, "embedding_bwd", wrong)
     assert command.main([*TINY, *ON_A_MESH]) == 1
     assert (
-        "first at the program on the mesh: it alone differs, and on one device the gradient is "
+        "first at the program on the mesh: only it differs; on one device the gradient is "
         "right" in capsys.readouterr().out
     )
 
@@ -112,9 +112,7 @@ def test_a_mesh_that_does_not_divide_the_batch_is_refused(capsys):
     )
 
 
-def test_a_wrong_gradient_ends_with_1_even_if_the_report_cannot_be_kept(
-    monkeypatch, capsys, tmp_path
-):
+def test_a_wrong_gradient_exits_with_1_even_if_the_report_fails(monkeypatch, capsys, tmp_path):
     def full(*args):
         raise OSError(28, "No space left on device", "r.html")
 
@@ -130,7 +128,7 @@ def test_a_wrong_gradient_ends_with_1_even_if_the_report_cannot_be_kept(
     )
 
 
-def test_a_report_that_may_not_be_written_is_refused_before_the_work(monkeypatch, capsys, tmp_path):
+def test_a_report_path_that_is_not_writable_fails_before_the_check(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(command.os, "access", lambda path, mode: path != tmp_path)
     expect_error(
         command.main, [*TINY, "--json", str(tmp_path / "r.json")], "permission denied", capsys
@@ -144,7 +142,7 @@ def made(*arguments):
     return subject, facts
 
 
-def test_some_random_targets_do_not_count_unless_llmc_shall_read_them():
+def test_some_random_targets_are_ignored_except_in_an_export():
     subject, facts = made("--data.seq_len", "64", "--model.dropout", "0.5")
     assert 0.05 < (subject.batch.targets == IGNORE_INDEX).mean() < 0.25
     assert "dropout 0.5" in facts["model"]
@@ -153,7 +151,7 @@ def test_some_random_targets_do_not_count_unless_llmc_shall_read_them():
     assert "dropout 0.0" in facts["model"]
 
 
-def test_the_hash_is_of_what_is_checked_and_not_of_how_it_is_shown():
+def test_the_config_hash_ignores_how_the_report_is_shown():
     one, other, different = (
         made(*a)[1]["config"] for a in ([], ["--layers", "true", "--json", "x"], ["--seed", "1"])
     )
@@ -256,7 +254,7 @@ def test_a_batch_of_the_corpus(shared, tmp_path):
         ),
         (["--checkpoint", "nowhere"], "nowhere does not exist"),
         (["--checkpoint", ""], "holds no checkpoint"),
-        (["--checkpoint", str(ROOT / "README.md")], "in no format that is known here"),
+        (["--checkpoint", str(ROOT / "README.md")], "in an unknown format"),
         (["--json", "nowhere/r.json"], "there is no folder nowhere"),
         (["--html", str(ROOT)], "it is a folder"),
         (["--html", "r", "--json", "./r"], "json and html are both r: name two files"),

@@ -70,7 +70,7 @@ class Block(NamedTuple):
     b: jax.Array
 
 
-def test_a_layers_tensors_are_named_by_the_way_from_the_layer_on():
+def test_a_layers_tensors_are_named_by_the_path_after_the_layer():
     """Where that tells them from all others: here w is also outside the layers."""
     blocks = tuple(Block(jnp.ones(2), jnp.ones(3)) for _ in range(2))
     names = [
@@ -83,7 +83,7 @@ def test_a_layers_tensors_are_named_by_the_way_from_the_layer_on():
 
 
 @pytest.mark.parametrize("size", [1.0, 1e30])
-def test_a_gradient_that_is_zero_but_for_rounding_is_judged_by_the_whole(size):
+def test_a_gradient_that_is_zero_up_to_rounding_is_judged_by_the_whole(size):
     """As of a bias that moves all scores of a softmax alike: what is left of it is rounding in
     both, and may differ wholly.
     """
@@ -134,7 +134,7 @@ def test_what_is_not_finite_is_wrong(bad):
     assert found.worst.place == (1,)
 
 
-def test_a_gradient_of_zero_is_wrong_where_the_reference_is_not_and_the_other_way_round():
+def test_zero_against_nonzero_is_wrong_either_way():
     assert not compare([jnp.zeros(3)], [jnp.full(3, 1e-30)])
     assert not compare([jnp.full(3, 1e-30)], [jnp.zeros(3)])
 

@@ -63,7 +63,7 @@ def loss(p):
     return sum(jnp.tanh(x @ w + p["b"]).sum() for w in p["w"]) * p["b"].sum()
 
 
-def test_directions_through_everything_then_each_tensor_then_each_layer():
+def test_directions_over_all_tensors_then_each_tensor_and_layer():
     gradient = jax.grad(loss)(PARAMS)
     found = check_directions(loss, PARAMS, gradient)
     assert found
@@ -94,7 +94,7 @@ def test_a_gradient_of_zero_or_nan_is_found():
         assert not check_directions(loss, PARAMS, jax.grad(loss)(PARAMS) | {"b": wrong})
 
 
-def test_a_difference_is_trusted_no_further_than_its_own_estimate():
+def test_a_difference_is_trusted_to_its_estimated_error():
     """A term that is rounded to float32 on the way: what is allowed is more, in that row alone."""
     f = lambda p: jnp.sin(p["rounded"].astype(jnp.float32)).sum() + jnp.sin(p["exact"]).sum()  # noqa: E731
     x = {"rounded": jnp.ones(50), "exact": jnp.ones(50)}

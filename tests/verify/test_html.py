@@ -82,7 +82,7 @@ def test_what_is_wrong_is_marked():
     assert "nan" in read(text).text
 
 
-def test_widened_tolerances_are_told():
+def test_relaxed_tolerances_are_told():
     _, report = page(OURS)
-    pages = [as_html(dataclasses.replace(report, widened=widened)) for widened in (False, True)]
-    assert ["moves by a unit in the last place" in page for page in pages] == [False, True]
+    pages = [as_html(dataclasses.replace(report, relaxed=relaxed)) for relaxed in (False, True)]
+    assert ["moves by one unit in the last place" in page for page in pages] == [False, True]

@@ -60,7 +60,7 @@ def wrong(*args):
 def test_a_right_gradient(reference):
     report = check(loss, loss_and_grad, PARAMS, X, LABELS, reference=reference)
     assert report
-    assert report.parting is None
+    assert report.mismatch is None
     assert report.forward
     assert (
         report.gradient.worst.relative_l2
@@ -85,7 +85,7 @@ def test_the_wrong_op_is_named():
     report = check(
         loss, lambda *a: loss_and_grad(*a, affine_bwd=jax.jit(affine_bwd)), PARAMS, X, LABELS
     )
-    assert report.parting.place == "affine (w)"
+    assert report.mismatch.place == "affine (w)"
     assert "first at affine (w): affine_bwd gives a wrong gradient" in report.closing
     assert str(report).endswith(report.closing)
 
@@ -125,7 +125,7 @@ def test_an_unknown_reference():
 
 def test_without_named_ops_only_the_tensor_is_named():
     report = check(lambda w: jnp.sin(w).sum(), lambda w: (jnp.sin(w).sum(), 2 * jnp.cos(w)), X)
-    assert str(report.parting).startswith("gradient of value: no jitted OP_bwd tells where")
+    assert str(report.mismatch).startswith("gradient of value: there is no jitted OP_bwd")
 
 
 def test_float32_is_held_to_float32():

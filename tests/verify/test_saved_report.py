@@ -8,7 +8,7 @@ from gptjax.config import ModelConfig
 from gptjax.verify import Report, compare
 from gptjax.verify.ops import OpError
 from gptjax.verify.saved_report import as_json, environment, write_report
-from gptjax.verify.trace import Parting
+from gptjax.verify.trace import Mismatch
 
 RIGHT = {"w": (jnp.ones((2, 3)), jnp.ones((2, 3)))}
 
@@ -19,7 +19,7 @@ def report(factor=1.0):
         found,
         found,
         ops=(OpError("gelu", 0.0, 1.0, 0.0, 1.0),),
-        parting=Parting("layer 0, gelu", "what", 0.5),
+        mismatch=Mismatch("layer 0, gelu", "what", 0.5),
     )
 
 
@@ -32,7 +32,7 @@ def test_json_holds_every_row():
         ("w", 1, [2, 3], True),
     ]
     assert data["ops"][0]["op"] == "gelu"
-    assert data["parting"]["place"] == "layer 0, gelu"
+    assert data["mismatch"]["place"] == "layer 0, gelu"
 
 
 def test_json_says_so_where_a_number_is_none():

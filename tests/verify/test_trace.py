@@ -30,7 +30,7 @@ def part(*args):
     loss, loss_and_grad = (
         lambda p, b, f=f: f(p, b, CFG, key) for f in (transformer.loss, transformer.loss_and_grad)
     )
-    found = trace.first_parting(loss, loss_and_grad, params, batch, largest=1e-12)
+    found = trace.first_mismatch(loss, loss_and_grad, params, batch, largest=1e-12)
     return found and str(found)
 
 
@@ -161,7 +161,7 @@ def test_gradients_put_together_wrongly_are_named(monkeypatch):
 
     monkeypatch.setattr(gpt2, "block_bwd", swapped)
     assert part().startswith("gradient of ")
-    assert "put together wrongly" in part()
+    assert "combined wrongly" in part()
 
 
 def test_a_weight_is_followed_through_casts_reshapes_layouts_and_barriers():
@@ -206,9 +206,9 @@ def test_a_backward_may_return_more_than_the_call_has_arguments(monkeypatch):
         return y.sum(), ops.linear_bwd(saved, w, jnp.ones_like(y))[1]
 
     w, x = jnp.ones((4, 3)), jnp.ones((1, 2, 4))
-    assert trace.first_parting(loss, loss_and_grad, w, x, largest=1e-12) is None
+    assert trace.first_mismatch(loss, loss_and_grad, w, x, largest=1e-12) is None
     wrong = lambda w, x: (loss(w, x), 2 * loss_and_grad(w, x)[1])  # noqa: E731
-    assert trace.first_parting(loss, wrong, w, x, largest=1e-12) is not None
+    assert trace.first_mismatch(loss, wrong, w, x, largest=1e-12) is not None
 
 
 def test_a_backward_in_another_order_is_named(monkeypatch):
@@ -217,7 +217,7 @@ def test_a_backward_in_another_order_is_named(monkeypatch):
         gpt2, "gelu_bwd", lambda saved, dy: gpt2.dropout_bwd(None, 0.0, unnamed(saved, dy))
     )
     assert part() == (
-        "layer 1, dropout (after fcprojw): dropout_bwd is called where the mirror of the forward "
+        "layer 1, dropout (after fcprojw): dropout_bwd is called where the reversed forward "
         "has "
         "layer 1, gelu (after fcw) (relative L2 error 1.0e+00)"
     )
@@ -233,5 +233,5 @@ def test_a_forward_that_differs_from_the_plain_one_is_named(monkeypatch):
         lambda name, q, k, v, rate, key: wrong(name, q, k, v, rate=rate),
     )
     assert part().startswith(
-        "layer 0, attention (after vw): attention_fwd gives another value than in the plain forward"
+        "layer 0, attention (after vw): attention_fwd gives a different value in the plain forward"
     )

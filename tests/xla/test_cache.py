@@ -14,7 +14,7 @@ from gptjax.xla.cache import (
     CheckedPrograms,
     NotPrivateError,
     compiled_folder,
-    keep_compiled_programs,
+    enable_compilation_cache,
     processor,
     read_private,
 )
@@ -83,7 +83,7 @@ def test_a_folder_that_others_can_write_to_is_refused(unset, tmp_path, mode):
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "here"))
     (tmp_path / "here").mkdir()
     (tmp_path / "here").chmod(mode)
-    with pytest.raises(NotPrivateError, match=f"others may write to {tmp_path}/here"):
+    with pytest.raises(NotPrivateError, match=f"other users may write to {tmp_path}/here"):
         compiled_folder()
 
 
@@ -98,7 +98,7 @@ def test_a_folder_of_another_user_is_refused(unset, tmp_path):
 
 
 @pytest.mark.parametrize("configured", [True, False])
-def test_nothing_is_kept_where_others_could_put_programs_and_one_sentence_says_so(
+def test_nothing_is_cached_in_a_folder_that_others_can_write_to(
     unset, monkeypatch, tmp_path, caplog, configured
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -106,19 +106,19 @@ def test_nothing_is_kept_where_others_could_put_programs_and_one_sentence_says_s
     folder.chmod(0o777)
     if configured:
         jax.config.update("jax_compilation_cache_dir", str(folder))
-    keep_compiled_programs()
+    enable_compilation_cache()
     assert not jax.config.jax_enable_compilation_cache
     ((_, level, message),) = caplog.record_tuples
     assert level == logging.WARNING
     assert message.startswith(
-        f"nothing compiled is kept or used: others may write to {folder} and so put programs "
-        "there; delete"
+        f"compiled programs are not cached: other users may write to {folder} and could plant "
+        "programs there; delete"
     )
 
 
 def test_programs_are_kept_where_only_this_user_writes(unset, monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    keep_compiled_programs()
+    enable_compilation_cache()
     assert jax.config.jax_enable_compilation_cache
     assert jax.config.jax_compilation_cache_dir == str(compiled_folder())
     assert not caplog.records
@@ -153,7 +153,7 @@ def test_only_a_regular_file_is_read(tmp_path, monkeypatch, what):
 def test_what_others_can_write_is_not_read(tmp_path, writable, mode):
     (tmp_path / "file").write_bytes(b"code")
     (tmp_path / writable).chmod(mode)
-    with pytest.raises(NotPrivateError, match="others may write to"):
+    with pytest.raises(NotPrivateError, match="other users may write to"):
         read_private(tmp_path / "file")
 
 
@@ -205,8 +205,8 @@ def test_what_jax_stores_by_itself_is_left_alone(programs, tmp_path):
 
 COMPILE = """
 import jax, jax.numpy as jnp
-from gptjax.xla.cache import keep_compiled_programs
-keep_compiled_programs()
+from gptjax.xla.cache import enable_compilation_cache
+enable_compilation_cache()
 
 @jax.jit
 def sines(x):
@@ -242,9 +242,7 @@ def test_jax_stores_a_damaged_program_anew(tmp_path):
 
 
 @pytest.mark.parametrize("missing", ["the function", "the module"])
-def test_a_jax_that_stores_its_programs_in_another_way_is_left_as_it_is(
-    monkeypatch, caplog, missing
-):
+def test_a_jax_without_these_internals_is_left_alone(monkeypatch, caplog, missing):
     if missing == "the function":
         monkeypatch.delattr(jaxs, "get_file_cache")
     else:

@@ -3,6 +3,8 @@
 import _ctypes
 import dataclasses
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -83,11 +85,15 @@ def test_what_is_not_donated_is_left_as_it_was():
 
 
 @pytest.fixture
-def kept(monkeypatch, tmp_path):
-    """A folder of its own to keep what is compiled, nothing in it yet."""
+def kept(monkeypatch, tmp_path, tmp_path_factory):
+    """A folder of its own to keep what is compiled, nothing in it yet; and less to compile."""
     monkeypatch.setattr("gptjax.xla.native.compiled_folder", lambda: tmp_path)
-    # Quicker
-    monkeypatch.setattr(native, "FLAGS", [flag for flag in native.FLAGS if flag != "-O3"])
+    source = tmp_path_factory.mktemp("source") / "small.cc"
+    names = (*native.CALLS, "use_instruction_set")
+    functions = [f'extern "C" void {name}() {{}}' for name in names]
+    functions += ['extern "C" const char* instruction_set(int i) { return i ? nullptr : "any"; }']
+    source.write_text("\n".join(functions))
+    monkeypatch.setattr(native, "SOURCES", (source,))
     return tmp_path
 
 
@@ -110,13 +116,13 @@ def test_without_a_compiler_that_works_it_is_not_available(
         compiler = script(tmp_path_factory.mktemp("bin") / "c++", GARBAGE)
     monkeypatch.setenv("CXX", compiler)
     with caplog.at_level("INFO", "gptjax.xla.native"):
-        assert not native.available.__wrapped__()
-    assert "AdamW is XLA's" in caplog.text
+        assert not native.kernels.__wrapped__()
+    assert "AdamW and stored weights are XLA's" in caplog.text
     assert not list(kept.iterdir())
 
 
 @pytest.mark.usefixtures("compiler")
-def test_a_library_that_crashes_who_loads_it_crashes_another_process(
+def test_a_crashing_library_crashes_only_a_child_process(
     kept, monkeypatch, caplog, tmp_path_factory
 ):
     """The first half of a library: the dynamic linker reads behind its end."""
@@ -126,8 +132,8 @@ def test_a_library_that_crashes_who_loads_it_crashes_another_process(
     half.write_bytes(code[: len(code) // 2])
     monkeypatch.setenv("CXX", script(folder / "c++", f'for last; do :; done; cp {half} "$last"'))
     with caplog.at_level("INFO", "gptjax.xla.native"):
-        assert not native.available.__wrapped__()
-    assert "AdamW is XLA's" in caplog.text
+        assert not native.kernels.__wrapped__()
+    assert "AdamW and stored weights are XLA's" in caplog.text
     assert not list(kept.iterdir())
 
 
@@ -147,7 +153,7 @@ def test_all_that_a_compiler_started_ends_with_it(kept, monkeypatch, tmp_path_fa
     monkeypatch.setenv("CXX", script(folder / "c++", *lines))
     monkeypatch.setattr(native, "PATIENCE", 2.0 if leader == "hangs" else 60.0)
     before = time.monotonic()
-    assert not native.available.__wrapped__()
+    assert not native.kernels.__wrapped__()
     assert time.monotonic() - before < 60
     child, end = int((folder / "child").read_text()), time.monotonic() + 30
     while alive(child) and time.monotonic() < end:
@@ -163,20 +169,20 @@ def test_a_compiler_that_hangs_is_not_asked_again_for_a_day(
     monkeypatch.setenv("CXX", slow)
     monkeypatch.setattr(native, "PATIENCE", 0.2)
     calls = compilers_calls(monkeypatch)
-    assert not native.available.__wrapped__()
+    assert not native.kernels.__wrapped__()
     assert len(calls) == 1
     (marker,) = kept.iterdir()
     with caplog.at_level("INFO", "gptjax.xla.native"):
-        assert not native.available.__wrapped__()
+        assert not native.kernels.__wrapped__()
     assert len(calls) == 1
     assert f"delete {marker}, or name another compiler in CXX" in caplog.text
     yesterday = time.time() - native.LEFT_ALONE - 1
     os.utime(marker, (yesterday, yesterday))
-    assert not native.available.__wrapped__()
+    assert not native.kernels.__wrapped__()
     assert len(calls) == 2
     assert time.time() - marker.stat().st_mtime < native.LEFT_ALONE
     monkeypatch.setenv("CXX", f"{slow} -O0")
-    assert not native.available.__wrapped__()
+    assert not native.kernels.__wrapped__()
     assert len(calls) == 3
 
 
@@ -185,7 +191,7 @@ def compilers_calls(monkeypatch):
     calls, run = [], native.run
 
     def counted(command):
-        if str(native.SOURCE) in command:
+        if str(native.SOURCES[0]) in command:
             calls.append(command)
         run(command)
 
@@ -232,10 +238,22 @@ def test_a_damaged_one_is_made_anew(kept, monkeypatch, content):
 
 
 @pytest.mark.usefixtures("compiler")
+def test_the_environment_chooses_an_instruction_set(monkeypatch):
+    """Plain C++ is always there."""
+    script = "from gptjax.xla import native; print(native.kernels().instruction_set(-1).decode())"
+    for name in ("portable", "mmx"):
+        environment = {**os.environ, native.ISA: name}
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if name == "portable":
+            assert done.stdout == "portable\n"
+        else:
+            assert f"{native.ISA} is 'mmx', which this processor does not have" in done.stderr
+
+
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("place", ["not a folder", "not wanted"])
-def test_without_a_place_to_keep_it_it_is_compiled_anew_and_nothing_is_left(
-    kept, monkeypatch, tmp_path, place
-):
+def test_without_a_cache_folder_it_compiles_and_leaves_nothing(kept, monkeypatch, tmp_path, place):
     def folder():
         return Path("/dev/null") if place == "not a folder" else kept
 

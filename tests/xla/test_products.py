@@ -34,7 +34,7 @@ def test_a_product_is_rounded_once(dtype):
     )
 
 
-def test_on_cpu_16_bit_products_stay_float32_for_the_kernels_that_there_are():
+def test_on_cpu_16_bit_products_have_float32_results():
     x = jax.ShapeDtypeStruct((8, 8), jnp.bfloat16)
     product = jax.jit(lambda x, y: contract("nk,km->nm", x, y))
     kinds = {}

@@ -1,5 +1,7 @@
-"""AdamW in C++ for CPUs, compiled when first needed by the C++ compiler that is here; without one
-XLA computes the same.
+"""Kernels in C++ for CPUs: AdamW, and products with stored weights.
+
+The C++ compiler that is here compiles them when they are first needed; without one XLA computes the
+same.
 """
 
 import contextlib
@@ -24,37 +26,79 @@ import jaxlib
 import numpy as np
 from jaxtyping import Array, Float
 
-from gptjax.errors import GptjaxError
+from gptjax.errors import ConfigError, GptjaxError
 from gptjax.files import write_whole
 from gptjax.xla.cache import compiled_folder, processor, read_private
 
-SOURCE = Path(__file__).parent / "adamw.cc"
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fPIC", "-shared")
-TARGET = "gptjax_adamw"
-PATIENCE = 60  # seconds for the compiler
+FOLDER = Path(__file__).parent
+SOURCES = tuple(FOLDER / name for name in ("adamw.cc", "products.cc"))
+HEADERS = tuple(FOLDER / name for name in ("parallel.h", "products_x86.inc"))
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared")
+CALLS = ("adamw", "product")  # each a function of the library; XLA's target is gptjax_NAME
+ISA = "GPTJAX_NATIVE_ISA"  # the environment variable that names an instruction set
+PATIENCE = 120  # seconds for the compiler
 LEFT_ALONE = 24 * 60 * 60  # seconds for which a compiler that took longer is not asked again
-LOADS = "import ctypes, sys; ctypes.CDLL(sys.argv[1]).adamw"
+LOADS = f"import ctypes, sys; found = ctypes.CDLL(sys.argv[1]); [found[n] for n in {CALLS}]"
+
+
+def available() -> bool:
+    """Whether `kernels` can be called; otherwise XLA does the work."""
+    return kernels() is not None
 
 
 @functools.cache
-def available() -> bool:
-    """Whether `adamw` can be called: JAX computes on a CPU, and it could be compiled, now or
-    before.
+def kernels() -> ctypes.CDLL | None:
+    """The library whose functions XLA calls; None if JAX does not compute on a CPU, or the library
+    could not be compiled, now or before.
 
     ``CXX`` names the compiler, ``c++`` by default; ``CXX=false`` leaves the work to XLA. Why it
-    cannot is logged.
+    cannot be compiled is logged. ``GPTJAX_NATIVE_ISA`` names one of `instruction_sets`, by default
+    the first.
+
+    Raises:
+        ConfigError: it names another.
+
     """
     if jax.default_backend() != "cpu":
-        return False
+        return None
     try:
-        jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library().adamw), platform="cpu")
+        found = library()
+        for name in CALLS:
+            jax.ffi.register_ffi_target(
+                f"gptjax_{name}", jax.ffi.pycapsule(found[name]), platform="cpu"
+            )
     except (OSError, AttributeError, ValueError, RuntimeError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or b""
         logging.getLogger(__name__).info(
-            "AdamW is XLA's: %s %s", error, said.decode(errors="replace")
+            "AdamW and stored weights are XLA's: %s %s", error, said.decode(errors="replace")
         )
-        return False
-    return True
+        return None
+    found.instruction_set.restype = ctypes.c_char_p
+    use_instruction_set(found, os.environ.get(ISA) or instruction_sets(found)[0])
+    return found
+
+
+def instruction_sets(found: ctypes.CDLL) -> list[str]:
+    """Those that `kernels` can use on this processor, the best first: avx512vnni, avxvnni, avx2 and
+    portable, which is plain C++.
+    """
+    names = (found.instruction_set(index) for index in itertools.count())
+    return [name.decode() for name in itertools.takewhile(bool, names)]
+
+
+def use_instruction_set(found: ctypes.CDLL, name: str) -> None:
+    """Let products use it from now on.
+
+    Raises:
+        ConfigError: this processor does not have it.
+
+    """
+    known = instruction_sets(found)
+    if name not in known:
+        raise ConfigError(
+            f"{ISA} is {name!r}, which this processor does not have: choose {' or '.join(known)}"
+        )
+    found.use_instruction_set(known.index(name))
 
 
 def library() -> ctypes.CDLL:
@@ -71,7 +115,8 @@ def library() -> ctypes.CDLL:
         cannot compile it, or takes too long, now or less than a day ago.
 
     """
-    made_of = (SOURCE.read_text(), jaxlib.__version__, processor(), *compiler())
+    sources = (path.read_text() for path in (*SOURCES, *HEADERS))
+    made_of = (*sources, jaxlib.__version__, processor(), *compiler())
     name = f"gptjax-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}.so"
     config: Any = jax.config
     kept: Path | None = None
@@ -121,10 +166,11 @@ def load(code: bytes) -> ctypes.CDLL:
     checked or is running.
     """
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "adamw.so"
+        path = Path(folder) / "native.so"
         path.write_bytes(code)
         found = ctypes.CDLL(str(path))  # which stays loaded
-    _ = found.adamw
+    for name in CALLS:
+        _ = found[name]
     return found
 
 
@@ -134,7 +180,7 @@ def compiler() -> list[str]:
 
 
 def compiled(command: Sequence[str], slow: Path | None) -> bytes:
-    """What the compiler makes of the source. That it can be loaded is tried in another process,
+    """What the compiler makes of the sources. That it can be loaded is tried in another process,
     which it may crash.
 
     Args:
@@ -150,9 +196,9 @@ def compiled(command: Sequence[str], slow: Path | None) -> bytes:
                 "compiler in CXX, to try again"
             )
     with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / "adamw.so"
+        made = Path(folder) / "native.so"
         try:
-            run([*command, str(SOURCE), "-o", str(made)])
+            run([*command, *map(str, SOURCES), "-o", str(made)])
         except subprocess.TimeoutExpired:
             if slow:
                 with contextlib.suppress(OSError, GptjaxError), write_whole(slow) as file:
@@ -209,10 +255,29 @@ def adamw(
     *changed, _ = tensors
     n = len(weight_decay)
     call: Any = jax.ffi.ffi_call(
-        TARGET,
+        "gptjax_adamw",
         [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in itertools.chain(*changed)],
         input_output_aliases={1 + i: i for i in range(3 * n)},
     )
     decay = np.asarray(weight_decay, np.float32)
     new = call(scalars, *itertools.chain(*tensors), weight_decay=decay, eps=np.float32(eps))
     return new[:n], new[n : 2 * n], new[2 * n :]
+
+
+def product(x: Float[Array, "M I"], weights: Sequence[Array], outputs: int) -> Float[Array, "M O"]:
+    """``x w^T`` for a few rows of x, with weights in blocks or in bfloat16.
+
+    Args:
+        x: float32.
+        weights: a matrix in bfloat16, (O, I); or, of weights in blocks
+            (`gptjax.ops.quantized.Blocks`), the integers, the scales and the minima, if there are
+            any.
+        outputs: O.
+
+    """
+    integers = len(weights) > 1 and (weights[0].dtype.name, len(weights))
+    kind = [("int8", 2), ("uint8", 2), ("uint8", 3), False].index(integers)
+    call: Any = jax.ffi.ffi_call(
+        "gptjax_product", jax.ShapeDtypeStruct((x.shape[0], outputs), x.dtype)
+    )
+    return call(x, *weights, kind=np.int32(kind))

@@ -1,18 +1,16 @@
-// AdamW on all tensors of a model in one pass over memory: `gptjax.optim.update`, whose docstring has the equations.
+// AdamW on all tensors of a model in one pass over memory. The docstring of
+// gptjax.train.optimizer.fused_update has the equations.
 //
 // Arguments: eight scalars, then every parameter, first moment, second moment and gradient, each list in one order.
 // Results: the parameters, first and second moments, in the memory of their arguments.
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <condition_variable>
 #include <cstdint>
 #include <cstring>
-#include <memory>
-#include <mutex>
 #include <vector>
 
+#include "parallel.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -22,7 +20,7 @@ namespace {
 constexpr int64_t kBlock = 1 << 15;  // elements that a thread takes at a time
 
 struct Scalars {
-  float keep1, take1, keep2, take2, correct1, correct2, learning_rate, finite;
+  float beta1, scale1, beta2, scale2, correction1, correction2, learning_rate, finite;
 };
 
 struct Tensor {
@@ -32,44 +30,41 @@ struct Tensor {
   float weight_decay;
 };
 
-void UpdateBlock(const Scalars& s, float eps, float weight_decay, int64_t n, float* __restrict p, float* __restrict m,
-                 float* __restrict v, const float* __restrict g) {
+// The elements [at, at + n) of a tensor.
+__attribute__((always_inline)) inline void UpdateElements(const Scalars& s, float eps, const Tensor& t, int64_t at,
+                                                          int64_t n) {
+  float *__restrict p = t.p + at, *__restrict m = t.m + at, *__restrict v = t.v + at;
+  const float* __restrict g = t.g + at;
+  const float weight_decay = t.weight_decay;
   for (int64_t i = 0; i < n; ++i) {
-    const float first = s.keep1 * m[i] + s.take1 * g[i];
-    const float taken = s.take2 * g[i];
-    const float second = s.keep2 * v[i] + taken * taken;
-    const float direction = first * s.correct1 / (std::sqrt(second * s.correct2) + eps);
+    const float first = s.beta1 * m[i] + s.scale1 * g[i];
+    const float scaled = s.scale2 * g[i];
+    const float second = s.beta2 * v[i] + scaled * scaled;
+    const float direction = first * s.correction1 / (std::sqrt(second * s.correction2) + eps);
     m[i] = first;
     v[i] = second;
     p[i] -= s.learning_rate * (direction + weight_decay * p[i]);
   }
 }
 
-// The work, shared by the threads that do it; the last of them to let go of it frees it.
-struct Work {
-  Scalars scalars;
-  float eps;
-  std::vector<Tensor> tensors;
-  std::vector<int64_t> first_block;  // of each tensor
-  int64_t blocks = 0;
-  std::atomic<int64_t> next{0};
-  int64_t done = 0;
-  std::mutex mutex;
-  std::condition_variable all_done;
+void UpdateAnywhere(const Scalars& s, float eps, const Tensor& t, int64_t at, int64_t n) {
+  UpdateElements(s, eps, t, at, n);
+}
 
-  void Run() {
-    int64_t mine = 0;
-    for (int64_t block; (block = next.fetch_add(1)) < blocks; ++mine) {
-      const size_t i = std::upper_bound(first_block.begin(), first_block.end(), block) - first_block.begin() - 1;
-      const Tensor& t = tensors[i];
-      const int64_t at = (block - first_block[i]) * kBlock;
-      UpdateBlock(scalars, eps, t.weight_decay, std::min(kBlock, t.size - at), t.p + at, t.m + at, t.v + at, t.g + at);
-    }
-    std::lock_guard<std::mutex> lock(mutex);
-    done += mine;
-    if (done == blocks) all_done.notify_all();
-  }
-};
+#if defined(__x86_64__)
+__attribute__((target("avx2"))) void UpdateWithAvx2(const Scalars& s, float eps, const Tensor& t, int64_t at,
+                                                    int64_t n) {
+  UpdateElements(s, eps, t, at, n);
+}
+
+const bool kAvx2 = [] {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2") != 0;
+}();
+#else
+constexpr bool kAvx2 = false;
+constexpr auto UpdateWithAvx2 = UpdateAnywhere;
+#endif
 
 // The memory that a result and its argument share.
 ffi::ErrorOr<float*> Overwritten(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets, size_t i) {
@@ -89,9 +84,11 @@ ffi::Error Update(ffi::ThreadPool pool, ffi::BufferR1<ffi::F32> scalars, ffi::Re
   if (scalars.element_count() != sizeof(Scalars) / sizeof(float) || args.size() != 4 * n || rets.size() != 3 * n) {
     return ffi::Error::InvalidArgument("adamw: wrong number of arguments or results");
   }
-  auto work = std::make_shared<Work>();
-  std::memcpy(&work->scalars, scalars.typed_data(), sizeof(Scalars));
-  work->eps = eps;
+  Scalars s;
+  std::memcpy(&s, scalars.typed_data(), sizeof(s));
+  std::vector<Tensor> tensors;
+  std::vector<int64_t> first_block;  // of each tensor
+  int64_t blocks = 0;
   for (size_t i = 0; i < n; ++i) {
     auto p = Overwritten(args, rets, i), m = Overwritten(args, rets, n + i), v = Overwritten(args, rets, 2 * n + i);
     auto g = args.get<ffi::Buffer<ffi::F32>>(3 * n + i);
@@ -100,16 +97,16 @@ ffi::Error Update(ffi::ThreadPool pool, ffi::BufferR1<ffi::F32> scalars, ffi::Re
     }
     if (!g.has_value()) return g.error();
     const int64_t size = g->element_count();
-    work->tensors.push_back({*p, *m, *v, g->typed_data(), size, weight_decay[i]});
-    work->first_block.push_back(work->blocks);
-    work->blocks += (size + kBlock - 1) / kBlock;
+    tensors.push_back({*p, *m, *v, g->typed_data(), size, weight_decay[i]});
+    first_block.push_back(blocks);
+    blocks += (size + kBlock - 1) / kBlock;
   }
-  if (work->scalars.finite == 0) return ffi::Error::Success();
-  const int64_t helpers = std::min<int64_t>(pool.num_threads() - 1, work->blocks - 1);
-  for (int64_t i = 0; i < helpers; ++i) pool.Schedule([work] { work->Run(); });
-  work->Run();
-  std::unique_lock<std::mutex> lock(work->mutex);
-  work->all_done.wait(lock, [&] { return work->done == work->blocks; });
+  if (s.finite == 0) return ffi::Error::Success();
+  gptjax::ParallelFor(pool, blocks, [&](int64_t block) {
+    const size_t i = std::upper_bound(first_block.begin(), first_block.end(), block) - first_block.begin() - 1;
+    const int64_t at = (block - first_block[i]) * kBlock, left = tensors[i].size - at;
+    (kAvx2 ? UpdateWithAvx2 : UpdateAnywhere)(s, eps, tensors[i], at, std::min(kBlock, left));
+  });
   return ffi::Error::Success();
 }
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from gptjax.evaluate.estimate import Estimate, ratio
+from gptjax.evaluate.statistics import Estimate, ratio
 
 
 def test_of_shares_it_is_the_standard_error_of_a_mean():

@@ -1,4 +1,4 @@
-"""Training curves: what the records of one or several runs say, as one picture."""
+"""Draw the metrics of one or several runs as one picture."""
 
 import math
 from collections.abc import Sequence
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito, "Color Universal Design" (2008), less yellow, too light on white. After seven runs
-# the dashes change.
+# Okabe and Ito, "Color Universal Design" (2008), without yellow, which is too light on white. From
+# the eighth run on, the colours repeat with other dashes.
 COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"
 DASHES: tuple[Any, ...] = "-", (0, (5, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5))
-FAINT_RUNS = 6  # of more, what lies behind the running means would hide them
+FAINT_RUNS = 6  # at most; the measured values of more runs would hide the running means
 WIDTH, HEIGHT, DPI = 13.0, 7.5, 130  # inches, inches, dots an inch
 NAME_LENGTH = 60
 LOSS = "cross-entropy (nats per token)"
 
 
 class Panel(NamedTuple):
-    """What is drawn of a run's records, and how."""
+    """One quantity of the records and how to draw it."""
 
     key: str
     title: str
@@ -48,14 +48,14 @@ PANELS = (
 
 
 class RunRecords(NamedTuple):
-    """A run to draw: its name in the legend, and its records in the order of their steps."""
+    """A run to draw: its name in the legend, and its records by step."""
 
     name: str
     records: list[dict[str, Any]]
 
     def column(self, key: str) -> np.ndarray:
-        """The values of the records that have ``key``; NaN where one was not finite, or more than
-        float32 holds.
+        """The values of the records that have ``key``; NaN for one that is not finite in
+        float32.
         """
         values = np.array(
             [math.nan if r[key] is None else r[key] for r in self.records if key in r], np.float64
@@ -63,8 +63,8 @@ class RunRecords(NamedTuple):
         return np.where(np.abs(values) > np.finfo(np.float32).max, math.nan, values)
 
     def horizontal(self, x: Horizontal, key: str) -> np.ndarray:
-        """Where those records lie: steps, tokens, or seconds of training, without validations and
-        samples.
+        """The horizontal coordinates of those records: steps, tokens, or seconds of training
+        without validations and samples.
         """
         if x == "steps":
             every = self.column("step")
@@ -78,10 +78,10 @@ class RunRecords(NamedTuple):
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """The mean of the finite values of ``window`` steps around each one, NaN where there are none.
+    """The mean of the finite values in a window of steps around each; NaN if there are none.
 
-    Near the start the window shrinks to stay centred, for a loss falls fastest there; at the end it
-    is cut off.
+    Near the start, where a loss falls fastest, the window shrinks to stay centred; at the end it is
+    cut off.
     """
     here, last = np.arange(values.size), values.size - 1
     half = np.minimum(window // 2, here)
@@ -91,7 +91,7 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
         np.append(np.where(finite, values, 0.0), 0.0),
         np.append(finite, False).astype(np.float64),
     )
-    # Each window by itself: no cancellation
+    # Each window is summed by itself, which avoids cancellation
     total, count = (np.add.reduceat(part, bounds)[::2] for part in padded)
     return np.divide(total, count, out=np.full(values.size, np.nan), where=count > 0)
 
@@ -99,17 +99,16 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
 def draw(
     runs: Sequence[RunRecords], x: Horizontal = "steps", smooth: int | None = None
 ) -> "Figure":
-    """The picture of some runs, one panel for each quantity that any of them has, in the colours of
-    the legend.
+    """Draw runs with one panel for each quantity that any of them has.
 
     Args:
         runs: at least one.
-        x: what lies along the horizontal axes.
+        x: the quantity of the horizontal axes.
         smooth: steps in a running mean; by default a 25th of the longest run.
 
     Raises:
         ConfigError: matplotlib is not installed.
-        DataError: the records hold nothing to draw, or not what ``x`` needs.
+        DataError: the records lack everything to draw, or what ``x`` needs.
 
     """
     try:
@@ -120,7 +119,7 @@ def draw(
         raise ConfigError(f"drawing needs {error.name}: pip install 'gptjax[plot]'") from error
     for run in runs:
         if x != "steps" and not all("ms" in r and "tokens_per_s" in r for r in run.records):
-            raise DataError(f"{run.name} does not say how long each step took, which --x {x} needs")
+            raise DataError(f"the records of {run.name} lack step times, which --x {x} needs")
     rows = [
         [p for p in PANELS if p.row == row and any(p.key in r for run in runs for r in run.records)]
         for row in (0, 1)
@@ -128,9 +127,9 @@ def draw(
     rows = [row for row in rows if row]
     if not rows:
         raise DataError(
-            f"{runs[0].name} holds nothing to draw: no loss, learning rate or gradient norm"
+            f"{runs[0].name} has nothing to draw: no loss, learning rate or gradient norm"
         )
-    # Odd: as many before as after
+    # Odd, to be symmetric
     window = (smooth or min(max(len(run.records) for run in runs) // 25, 1000)) | 1
     styles = [
         (COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)])
@@ -171,7 +170,7 @@ def draw(
             handles, ["run"] * len(runs), loc="outside lower center", ncols=columns, frameon=False
         )
         for text, label in zip(legend.get_texts(), labels, strict=True):
-            text.set(text=label, fontsize=9, parse_math=False)  # as it is, were it _a or $b$
+            text.set(text=label, fontsize=9, parse_math=False)  # even one like _a or $b$
     return figure
 
 
@@ -216,7 +215,7 @@ def _draw_run(
 
 
 def _dress(axes: "Axes", panel: Panel, runs: Sequence[RunRecords], unit: str, window: int) -> None:
-    """Title, labels, scale, ticks and grid."""
+    """Set title, labels, scale, ticks and grid."""
     from matplotlib.ticker import (
         EngFormatter,
         FuncFormatter,
@@ -236,7 +235,7 @@ def _dress(axes: "Axes", panel: Panel, runs: Sequence[RunRecords], unit: str, wi
     if not finite:
         axes.set_yticks([])
     elif panel.key == "tokens_per_s":
-        # A step that was timed too short would press the others down.
+        # An outlier would compress the other steps
         axes.set_ylim(0, 1.2 * max(np.percentile(column, 99) for column in finite))
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     elif panel.scale == "linear":
@@ -244,7 +243,7 @@ def _dress(axes: "Axes", panel: Panel, runs: Sequence[RunRecords], unit: str, wi
         axes.yaxis.set_major_formatter(plain)
     else:
         low, high = min(column.min() for column in finite), max(column.max() for column in finite)
-        # So would a loss that explodes; it starts near that of guessing, which is bad enough.
+        # So would a loss that diverges; guessing, where it starts, bounds the interesting range
         ceiling = 2 * max(column[0] for column in finite)
         if panel.unit == LOSS and high > ceiling:
             high = ceiling
@@ -279,7 +278,7 @@ def _time_unit(runs: Sequence[RunRecords]) -> tuple[str, float]:
 
 
 def _compact(value: float) -> str:
-    """0.25, 1.5e-3: the exponent without its zeros."""
+    """Format a number as 0.25 or 1.5e-3, without leading zeros in the exponent."""
     if value == 0 or 1e-2 <= abs(value) < 1e4:
         return f"{value:g}"
     digits, exponent = f"{value:.2e}".split("e")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptjax.plot.curves import COLOURS, PANELS, RunRecords, draw, running_mean
+from gptjax.plot.runs import COLOURS, PANELS, RunRecords, draw, running_mean
 from tests.plot.test_command import records
 
 

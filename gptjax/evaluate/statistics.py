@@ -7,27 +7,27 @@ import numpy.typing as npt
 
 
 class Estimate(NamedTuple):
-    """A figure and how far chance may have moved it."""
+    """A value with its standard error."""
 
     value: float
     error: float | None
-    """Its standard error; None of a single observation."""
+    """Standard error; None for a single observation."""
 
     def scaled(self, by: float) -> "Estimate":
-        """Both times ``by``."""
+        """Value and error times ``by``."""
         return Estimate(self.value * by, None if self.error is None else self.error * by)
 
 
 def ratio(above: npt.ArrayLike, below: npt.ArrayLike) -> Estimate:
-    """The sum of ``above`` over that of ``below``, observed in n pairs that are independent of each
-    other: (n,) each.
+    """Ratio estimate sum a / sum b over n independent pairs (a, b); ``above`` and ``below`` are
+    (n,).
 
-    With r the ratio, the error is that of the mean of a - r b, over the mean of b (Cochran 1977,
-    Sampling Techniques, 6.4):
+    With r the ratio, its standard error is that of the mean of a - r b, over the mean of b
+    (Cochran 1977, Sampling Techniques, 6.4):
 
         sqrt(sum (a - r b)^2 / (n - 1)) / (sqrt(n) mean b)
 
-    Where every b is 1 it is the sample's standard deviation over sqrt(n). Summed in float64,
+    If every b is 1, it is the sample's standard deviation over sqrt(n). Sums are in float64,
     pairwise.
     """
     a, b = np.broadcast_arrays(np.asarray(above, np.float64), np.asarray(below, np.float64))

@@ -1,0 +1,382 @@
+// Products of a few rows of x with weights in blocks of 8 or 4 bits, or in bfloat16:
+// `gptjax.ops.quantized` has the equations.
+//
+// Kernels for several instruction sets are here, and the best that the processor has is chosen when
+// the library is loaded. All of them give the same bits, however many rows or threads there are:
+// sums within a block are of integers, and an output's sum over blocks is in their order.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "parallel.h"
+#include "xla/ffi/api/ffi.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <immintrin.h>
+#endif
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+constexpr int kRows = 8;          // outputs whose weights lie interleaved: a panel
+constexpr int kBlock = 32;        // inputs that share a scale
+constexpr int kLanes = 16;        // partial sums of a product with a row of bfloat16
+constexpr int kMostTogether = 4;  // rows of x that a kernel takes at a time
+constexpr int64_t kPieceBytes = 1 << 14;   // of weights, that a thread takes at a time
+constexpr int64_t kCachedBytes = 1 << 17;  // of x, that stay in a core's cache
+
+enum Kind { kQ8_0, kQ4_0, kQ4_1, kKinds };
+constexpr int64_t kTileBytes[kKinds] = {256, 128, 128};
+
+// Weights of 8 outputs: for each block a tile of 8 x 32, where the same 4 inputs of all outputs
+// lie side by side, and 8 scales and minima in half precision. In 4 bits, the low halves of a
+// tile's bytes are a block's first 16 inputs.
+struct Panel {
+  const uint8_t* q;
+  const uint16_t *scale, *minimum;
+  int64_t blocks;
+};
+
+// Rows of x in blocks of 8 bits, with each block's scale and the sum of its integers.
+struct Rows {
+  const int8_t* q;
+  const float* scale;
+  const int32_t* sum;
+};
+
+// y[r][0..8) of up to kMostTogether rows r.
+using PanelProduct = void (*)(const Panel&, const Rows&, int64_t together, float* y);
+// Products of one row of weights with up to kMostTogether rows of x.
+using RowProduct = void (*)(const uint16_t* w, const float* x, int64_t inputs, int64_t together,
+                            float* y);
+using Quantizer = void (*)(const float* x, int64_t inputs, int8_t* q, float* scale, int32_t* sum);
+
+struct Kernels {
+  const char* name;
+  PanelProduct panel[kKinds];
+  RowProduct row;
+  Quantizer quantize;
+};
+
+// Keeps the compiler from summing in an order that needs more registers than there are.
+#define IN_ORDER(vector) asm("" : "+x"(vector))
+
+// --- Common to all instruction sets ---
+
+#define ALWAYS_INLINE __attribute__((always_inline)) inline
+
+ALWAYS_INLINE float FromBits(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+ALWAYS_INLINE uint32_t ToBits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+
+constexpr float kTiny = 0x1p-90f;      // whose products would leave float32's normal range
+constexpr float kRounder = 0x1.8p23f;  // added to a number below 2^22, leaves an integer in its bits
+
+// Each block as multiples of its largest magnitude / 127. A block with a number that is not finite
+// gets a scale of NaN, one of tiny numbers the scale 0.
+ALWAYS_INLINE void QuantizeBlocks(const float* x, int64_t inputs, int8_t* q, float* scale,
+                                  int32_t* sum) {
+  for (int64_t b = 0; b * kBlock < inputs; ++b) {
+    float v[kBlock] = {};
+    std::memcpy(v, x + b * kBlock, sizeof(float) * std::min<int64_t>(kBlock, inputs - b * kBlock));
+    int32_t largest_bits = 0;  // as integers, since NaN is the largest of those
+    for (float f : v) {
+      largest_bits = std::max(largest_bits, static_cast<int32_t>(ToBits(f) & 0x7fffffff));
+    }
+    const float largest = FromBits(largest_bits);
+    const bool finite = largest <= std::numeric_limits<float>::max(), tiny = largest < kTiny;
+    const float inverse = finite && !tiny ? 127 / largest : 0;
+    int32_t total = 0;
+    for (int i = 0; i < kBlock; ++i) {
+      const float steps = (finite ? v[i] : 0) * inverse + kRounder;
+      const int32_t whole = static_cast<int32_t>(ToBits(steps) - ToBits(kRounder));
+      q[b * kBlock + i] = static_cast<int8_t>(whole);
+      total += whole;
+    }
+    scale[b] = finite ? (tiny ? 0 : largest / 127) : std::numeric_limits<float>::quiet_NaN();
+    sum[b] = total;
+  }
+}
+
+ALWAYS_INLINE float BFloat16(uint16_t x) { return FromBits(static_cast<uint32_t>(x) << 16); }
+
+// The sum of the lanes, in a fixed order, and of the products that fill no 16 lanes.
+ALWAYS_INLINE float SumOfLanes(const float* lanes, const uint16_t* w, const float* x, int64_t rest) {
+  float part[kLanes];
+  std::memcpy(part, lanes, sizeof(part));
+  for (int64_t i = 0; i < rest; ++i) part[i] += BFloat16(w[i]) * x[i];
+  for (int half = kLanes / 2; half; half /= 2) {
+    for (int i = 0; i < half; ++i) part[i] += part[i + half];
+  }
+  return part[0];
+}
+
+// --- Kernels for any processor ---
+
+namespace portable {
+
+float Half(uint16_t x) {
+  const uint32_t sign = static_cast<uint32_t>(x & 0x8000) << 16, rest = x & 0x7fff;
+  if (rest >= 0x7c00) return FromBits(sign | 0x7f800000 | (rest & 0x3ff) << 13);
+  if (rest < 0x400) return FromBits(sign | ToBits(static_cast<float>(rest) * 0x1p-24f));
+  return FromBits(sign | ((rest << 13) + (112u << 23)));
+}
+
+template <Kind kKind>
+void PanelTimesRows(const Panel& w, const Rows& x, int64_t together, float* y) {
+  std::fill(y, y + together * kRows, 0.0f);
+  for (int64_t b = 0; b < w.blocks; ++b) {
+    const uint8_t* q = w.q + b * kTileBytes[kKind];
+    for (int64_t r = 0; r < together; ++r) {
+      const int64_t at = r * w.blocks + b;
+      const int8_t* xq = x.q + at * kBlock;
+      int32_t sum[kRows] = {};
+      for (int64_t j = 0; j < kTileBytes[kKind] / 32; ++j) {
+        for (int o = 0; o < kRows; ++o) {
+          for (int c = 0; c < 4; ++c) {
+            const uint8_t byte = q[32 * j + 4 * o + c];
+            if constexpr (kKind == kQ8_0) {
+              sum[o] += static_cast<int8_t>(byte) * xq[4 * j + c];
+            } else {
+              sum[o] += (byte & 15) * xq[4 * j + c] + (byte >> 4) * xq[4 * j + c + 16];
+            }
+          }
+        }
+      }
+      for (int o = 0; o < kRows; ++o) {
+        if constexpr (kKind == kQ4_0) sum[o] -= 8 * x.sum[at];
+        float part = static_cast<float>(sum[o]) * (Half(w.scale[kRows * b + o]) * x.scale[at]);
+        if constexpr (kKind == kQ4_1) {
+          const float xsum = x.scale[at] * static_cast<float>(x.sum[at]);
+          part += Half(w.minimum[kRows * b + o]) * xsum;
+        }
+        y[kRows * r + o] += part;
+      }
+    }
+  }
+}
+
+void RowTimesRows(const uint16_t* w, const float* x, int64_t inputs, int64_t together, float* y) {
+  const int64_t whole = inputs / kLanes * kLanes;
+  for (int64_t r = 0; r < together; ++r, x += inputs) {
+    float lanes[kLanes] = {};
+    for (int64_t i = 0; i < whole; i += kLanes) {
+      for (int k = 0; k < kLanes; ++k) lanes[k] += BFloat16(w[i + k]) * x[i + k];
+    }
+    y[r] = SumOfLanes(lanes, w + whole, x + whole, inputs - whole);
+  }
+}
+
+void Quantize(const float* x, int64_t inputs, int8_t* q, float* scale, int32_t* sum) {
+  QuantizeBlocks(x, inputs, q, scale, sum);
+}
+
+}  // namespace portable
+
+// --- Kernels for x86 ---
+
+#define KERNELS(isa)                                                                             \
+  {#isa,                                                                                         \
+   {isa::PanelTimesRows<kQ8_0>, isa::PanelTimesRows<kQ4_0>, isa::PanelTimesRows<kQ4_1>},         \
+   isa::RowTimesRows,                                                                            \
+   isa::Quantize}
+
+#if defined(__x86_64__)
+
+#define ISA avx2
+#define TARGET "avx2,f16c"
+#include "products_x86.inc"
+#undef ISA
+#undef TARGET
+
+#define ISA avx512vnni
+#define TARGET "avx2,f16c,avx512f,avx512bw,avx512vl,avx512vnni"
+#define DPBUSD _mm256_dpbusd_epi32
+#include "products_x86.inc"
+#undef ISA
+#undef TARGET
+#undef DPBUSD
+
+#if (defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11)
+#define HAS_AVXVNNI
+#define ISA avxvnni
+#define TARGET "avx2,f16c,avxvnni"
+#define DPBUSD _mm256_dpbusd_avx_epi32
+#include "products_x86.inc"
+#undef ISA
+#undef TARGET
+#undef DPBUSD
+#endif
+
+struct Processor {
+  bool avx2 = false, avxvnni = false, avx512vnni = false;
+
+  Processor() {
+    unsigned a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d)) return;
+    if (!(c >> 27 & 1) || !(c >> 28 & 1) || !(c >> 29 & 1)) return;  // OSXSAVE, AVX, F16C
+    unsigned low, high;
+    asm("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    if ((low & 6) != 6 || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
+    avx2 = b >> 5 & 1;
+    const bool wide = (low & 0xe6) == 0xe6 && b >> 16 & 1 && b >> 30 & 1 && b >> 31 & 1;
+    avx512vnni = avx2 && wide && c >> 11 & 1;
+    const bool more = a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d);
+    avxvnni = avx2 && more && a >> 4 & 1;
+  }
+};
+
+#endif
+
+// Those that this processor has, the best first.
+const std::vector<Kernels>& AllKernels() {
+  static const std::vector<Kernels> all = [] {
+    std::vector<Kernels> found;
+#if defined(__x86_64__)
+    const Processor has;
+    if (has.avx512vnni) found.push_back(KERNELS(avx512vnni));
+#if defined(HAS_AVXVNNI)
+    if (has.avxvnni) found.push_back(KERNELS(avxvnni));
+#endif
+    if (has.avx2) found.push_back(KERNELS(avx2));
+#endif
+    found.push_back(KERNELS(portable));
+    return found;
+  }();
+  return all;
+}
+
+std::atomic<const Kernels*> chosen{&AllKernels().front()};
+
+// --- The call ---
+
+ffi::Error Misfit() { return ffi::Error::InvalidArgument("product: the shapes do not fit"); }
+
+// y = x w^T with w in blocks.
+ffi::Error BlockProduct(Kind kind, ffi::ThreadPool& pool, const ffi::BufferR2<ffi::F32>& x,
+                        const ffi::RemainingArgs& weights, ffi::BufferR2<ffi::F32>& y) {
+  const auto q = weights.get<ffi::AnyBuffer>(0), scale = weights.get<ffi::AnyBuffer>(1);
+  const auto minimum = weights.get<ffi::AnyBuffer>(kind == kQ4_1 ? 2 : 1);
+  if (!q.has_value() || !scale.has_value() || !minimum.has_value()) return Misfit();
+  const int64_t M = x.dimensions()[0], inputs = x.dimensions()[1], outputs = y.dimensions()[1];
+  const int64_t panels = (outputs + kRows - 1) / kRows, blocks = (inputs + kBlock - 1) / kBlock;
+  const int64_t panel_bytes = blocks * kTileBytes[kind];
+  const size_t scale_bytes = panels * blocks * kRows * sizeof(uint16_t);
+  if (y.dimensions()[0] != M || q->size_bytes() != static_cast<size_t>(panels * panel_bytes) ||
+      scale->size_bytes() != scale_bytes || minimum->size_bytes() != scale_bytes) {
+    return Misfit();
+  }
+  const float* from = x.typed_data();
+  float* to = y.typed_data();
+  const auto* bytes = static_cast<const uint8_t*>(q->untyped_data());
+  const auto* scales = static_cast<const uint16_t*>(scale->untyped_data());
+  const auto* minima = static_cast<const uint16_t*>(minimum->untyped_data());
+  const Kernels& kernels = *chosen.load(std::memory_order_relaxed);
+
+  const std::unique_ptr<int8_t[]> xq(new int8_t[M * blocks * kBlock]);
+  const std::unique_ptr<float[]> xscale(new float[M * blocks]);
+  const std::unique_ptr<int32_t[]> xsum(new int32_t[M * blocks]);
+  const auto quantize = [&](int64_t m) {
+    kernels.quantize(from + m * inputs, inputs, &xq[m * blocks * kBlock], &xscale[m * blocks],
+                     &xsum[m * blocks]);
+  };
+  if (M > 2 * kMostTogether) {
+    gptjax::ParallelFor(pool, M, quantize);
+  } else {
+    for (int64_t m = 0; m < M; ++m) quantize(m);
+  }
+
+  const int64_t together = std::max<int64_t>(1, kPieceBytes / std::max<int64_t>(panel_bytes, 1));
+  const int64_t fit = kCachedBytes / std::max<int64_t>(blocks * kBlock, 1);
+  const int64_t cached = std::max<int64_t>(1, fit / kMostTogether) * kMostTogether;
+  gptjax::ParallelFor(pool, (panels + together - 1) / together, [&](int64_t piece) {
+    const int64_t end = std::min(panels, (piece + 1) * together);
+    for (int64_t first = 0; first < M; first += cached) {
+      for (int64_t p = piece * together; p < end; ++p) {
+        const int64_t at = p * blocks * kRows, count = std::min<int64_t>(kRows, outputs - p * kRows);
+        const Panel w{bytes + p * panel_bytes, scales + at, minima + at, blocks};
+        for (int64_t m = first; m < std::min(M, first + cached); m += kMostTogether) {
+          const int64_t n = std::min<int64_t>(kMostTogether, M - m);
+          const Rows rows{&xq[m * blocks * kBlock], &xscale[m * blocks], &xsum[m * blocks]};
+          float found[kMostTogether * kRows];
+          kernels.panel[kind](w, rows, n, found);
+          for (int64_t r = 0; r < n; ++r) {
+            std::memcpy(to + (m + r) * outputs + p * kRows, found + r * kRows,
+                        sizeof(float) * count);
+          }
+        }
+      }
+    }
+  });
+  return ffi::Error::Success();
+}
+
+// y = x w^T with w in bfloat16.
+ffi::Error BFloat16Product(ffi::ThreadPool& pool, const ffi::BufferR2<ffi::F32>& x,
+                           const ffi::RemainingArgs& weights, ffi::BufferR2<ffi::F32>& y) {
+  const auto w = weights.get<ffi::BufferR2<ffi::BF16>>(0);
+  if (!w.has_value()) return w.error();
+  const int64_t M = x.dimensions()[0], inputs = x.dimensions()[1], outputs = y.dimensions()[1];
+  if (y.dimensions()[0] != M || w->dimensions()[0] != outputs || w->dimensions()[1] != inputs) {
+    return Misfit();
+  }
+  const auto* rows = reinterpret_cast<const uint16_t*>(w->untyped_data());
+  const float* from = x.typed_data();
+  float* to = y.typed_data();
+  const Kernels& kernels = *chosen.load(std::memory_order_relaxed);
+  const int64_t together = std::max<int64_t>(1, kPieceBytes / (2 * std::max<int64_t>(inputs, 1)));
+  gptjax::ParallelFor(pool, (outputs + together - 1) / together, [&](int64_t piece) {
+    for (int64_t o = piece * together; o < std::min(outputs, (piece + 1) * together); ++o) {
+      for (int64_t m = 0; m < M; m += kMostTogether) {
+        const int64_t n = std::min<int64_t>(kMostTogether, M - m);
+        float found[kMostTogether];
+        kernels.row(rows + o * inputs, from + m * inputs, inputs, n, found);
+        for (int64_t r = 0; r < n; ++r) to[(m + r) * outputs + o] = found[r];
+      }
+    }
+  });
+  return ffi::Error::Success();
+}
+
+ffi::Error Product(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::RemainingArgs weights,
+                   ffi::Result<ffi::BufferR2<ffi::F32>> y, int32_t kind) {
+  if (kind == kKinds) return BFloat16Product(pool, x, weights, *y);
+  if (kind < 0 || kind > kKinds) return Misfit();
+  return BlockProduct(static_cast<Kind>(kind), pool, x, weights, *y);
+}
+
+}  // namespace
+
+// The names of the instruction sets, the best first; null after the last. The one in use is -1.
+extern "C" const char* instruction_set(int index) {
+  if (index == -1) return chosen.load()->name;
+  const auto& all = AllKernels();
+  return index >= 0 && index < static_cast<int>(all.size()) ? all[index].name : nullptr;
+}
+
+// Uses that of `instruction_set(index)` from now on.
+extern "C" void use_instruction_set(int index) { chosen = &AllKernels().at(index); }
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(product, Product,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::BufferR2<ffi::F32>>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::BufferR2<ffi::F32>>()
+                                  .Attr<int32_t>("kind"));
