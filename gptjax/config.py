@@ -340,6 +340,13 @@ class ModelConfig(Computation, Architecture):
         return None
 
 
+MODEL_OPTIONS = tuple(f"model.{field.name}" for field in dataclasses.fields(ModelConfig))
+RARE = (  # options that a preset or a checkpoint sets, explained by --help_all alone
+    *("model.num_kv_heads", "model.rope_theta", "model.norm_eps", "model.tied"),
+    "model.dropout_mlp",
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where the tokens come from and how they are cut into batches."""
@@ -701,7 +708,6 @@ class Config:
             "model.num_layers",
             "model.num_heads",
             "model.channels",
-            "model.vocab_size",
             "model.max_seq_len",
         ),
         *(
@@ -709,7 +715,6 @@ class Config:
             "model.dtype",
             "data.dataset",
             "data.tokenizer",
-            "data.tokens",
             "data.batch_size",
             "data.seq_len",
         ),
@@ -795,7 +800,7 @@ class VerifyConfig(Config):
         ),
         *("data", "optim.accumulate", "mesh", "seed"),
     )
-    COMMON: ClassVar = READS
+    COMMON: ClassVar = tuple(name for name in READS if name not in RARE)
 
     dtype: Literal["float64", "float32", "bfloat16"] = "float64"
     """Compute dtype of the gradient to check, instead of model.dtype; bfloat16 is judged by JAX's
@@ -888,7 +893,10 @@ class PlanConfig(Config):
         ),
         *("train.steps", "train.backward", "mesh"),
     )
-    COMMON: ClassVar = READS
+    COMMON: ClassVar = (
+        *(name for name in MODEL_OPTIONS if name not in RARE),
+        *READS[1:],
+    )
 
     topology: str = ""
     """Devices to plan for: cpu:8, h100:8 (or a100, h100-pcie, h200, l4, cuda), v5e:4x4, v6e:4x4,
@@ -923,8 +931,8 @@ class BenchConfig(Config):
 
     READS: ClassVar = ("model", "data", "optim", "train", "log", "mesh", "seed")
     COMMON: ClassVar = (
+        *(name for name in MODEL_OPTIONS if name not in RARE),
         *(
-            "model",
             "data.dataset",
             "data.tokenizer",
             "data.batch_size",

@@ -170,7 +170,7 @@ CONVENTIONS = {
         },
         implied=("hidden",),
         read_rest=lambda path, fields, found: {},
-        write_rest=lambda cfg: {},
+        write_rest=lambda cfg: {"n_inner": None} if cfg.hidden == 4 * cfg.channels else {},
         dropout=("embd_pdrop", "attn_pdrop", "resid_pdrop"),
         tensors={
             "wte.weight": "wte",

@@ -29,7 +29,7 @@ TRAINED_ON = 1 << 28  # characters, at most: the trainer holds them in memory
 LONGEST_LINE = 1 << 10  # characters, in training: the trainer leaves out lines above 4192 bytes
 
 
-class Piece(NamedTuple):
+class _Piece(NamedTuple):
     """A token."""
 
     text: str = ""
@@ -46,10 +46,10 @@ class Piece(NamedTuple):
         return self.text.replace(SPACE, " " if self.kind != CONTROL else SPACE).encode()
 
 
-class Model(NamedTuple):
+class _Model(NamedTuple):
     """The contents of a ``.model``."""
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[_Piece, ...]
     kind: int
     space_first: bool
 
@@ -85,7 +85,7 @@ class SentencePiece(SpaceFirst):
         return SentencePiece, (self.model, self.name)
 
     @functools.cached_property
-    def read(self) -> Model:
+    def read(self) -> _Model:
         """The model's pieces and settings."""
         return read_model(self.model)
 
@@ -157,14 +157,14 @@ def _library() -> Any:
     return sentencepiece
 
 
-def read_model(content: bytes) -> Model:
+def read_model(content: bytes) -> _Model:
     """Parse the content of a ``.model``.
 
     Raises:
         ValueError: it is damaged, or has an unsupported setting.
 
     """
-    pieces: list[Piece] = []
+    pieces: list[_Piece] = []
     trainer: dict[int, Any] = {}
     normalizer: dict[int, Any] = {}
     for number, value in _fields(content):
@@ -190,14 +190,14 @@ def read_model(content: bytes) -> Model:
     return Model(tuple(pieces), kind, bool(normalizer.get(3, 1)))
 
 
-def _piece(message: Any) -> Piece:
+def _piece(message: Any) -> _Piece:
     found = dict(_fields(message))
     text, score, kind = found.get(1, b""), found.get(2, bytes(4)), found.get(3, NORMAL)
     if not isinstance(text, bytes) or not isinstance(score, bytes) or len(score) != 4:
         raise ValueError("a piece has no text or no score")
     if kind == BYTE and not re.fullmatch(rb"<0x[0-9A-F]{2}>", text):
         raise ValueError(f"its piece {text[:20]!r} is no byte")
-    return Piece(text.decode(), struct.unpack("<f", score)[0], kind)
+    return _Piece(text.decode(), struct.unpack("<f", score)[0], kind)
 
 
 def _fields(message: Any) -> Iterator[tuple[int, Any]]:

@@ -230,7 +230,7 @@ def test_a_forward_that_differs_from_the_plain_one_is_named(monkeypatch):
     monkeypatch.setattr(
         transformer,
         "attention_fwd",
-        lambda name, q, k, v, rate, key: wrong(name, q, k, v, rate=rate),
+        lambda name, q, k, v, rate, key, segments: wrong(name, q, k, v, rate=rate),
     )
     assert part().startswith(
         "layer 0, attention (after vw): attention_fwd gives a different value in the plain forward"
