@@ -9,15 +9,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from gptjax.config import ModelConfig, Storage
 from gptjax.models.family import Weight, family_of
 from gptjax.models.params import head_of, is_weight, per_tensor
 from gptjax.models.transformer import over_layers
-from gptjax.ops.attention import materialised_fwd
 from gptjax.ops.kv_cache import LayerCache, cached_attention
 from gptjax.ops.quantized import OutIn, product, quantize
+
+CHUNK = 128  # tokens of a prompt that are read at a time
 
 
 def store_for_decoding(params: Any, cfg: ModelConfig, how: Storage = "as_stored") -> Any:
@@ -73,61 +75,68 @@ def prefill(
 
     Args:
         params: parameters, or the output of `store_for_decoding`.
-        tokens: ids, each row's padding first; the padding's ids are ignored.
+        tokens: ids, each row's padding first; the padding's ids are ignored. P is at most `CHUNK`
+            or a multiple of it, and is read in such parts.
         padding: length of each row's padding, less than P.
         slots: slots of the cache, at least P.
         cfg: resolved.
 
     """
     P = tokens.shape[1]
-    slot = jnp.arange(P, dtype=jnp.int32)
-    visible = (slot[None, :] <= slot[:, None])[None] & (
-        slot[None, None, :] >= padding[:, None, None]
-    )
-    # Padding sees itself: a softmax over nothing would be NaN.
-    visible |= jnp.eye(P, dtype=bool)[None]
+    if P % CHUNK and P > CHUNK:
+        raise ValueError(f"prompts of {P} tokens are no multiple of {CHUNK}")
 
-    def attend(past: None, q: Array, k: Array, v: Array) -> tuple[Array, LayerCache]:
-        o, _ = materialised_fwd(q, k, v, visible=visible)
-        empty = (0, 0), (0, 0), (0, slots - P), (0, 0)
-        return o, LayerCache(*(jnp.pad(x.transpose(0, 2, 1, 3), empty) for x in (k, v)))
+    def read(tokens: Array, cache: Any, slot: Any) -> tuple[Array, Any]:
+        h, cache = _forward(params, tokens, padding, cache, slot, slots, cfg)
+        return h[:, -1], cache
 
-    return _forward(
-        params, tokens, jnp.maximum(slot[None] - padding[:, None], 0), None, attend, cfg
-    )
+    if P <= CHUNK:
+        last, cache = read(tokens, None, jnp.int32(0))
+    else:
+        chunks = tokens.reshape(len(tokens), -1, CHUNK)
+        shapes = jax.eval_shape(read, chunks[:, 0], None, jnp.int32(0))
+        last, cache = lax.fori_loop(
+            0,
+            P // CHUNK,
+            lambda i, x: read(chunks[:, i], x[1], CHUNK * i),
+            jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
+        )
+    return _logits(params, last[:, None], cfg)[:, 0], cache
 
 
 def decode(
     params: Any,
-    token: Int[Array, " B"],
+    tokens: Int[Array, "B T"],
     padding: Int[Array, " B"],
     cache: Any,
     slot: Int[Array, ""],
     cfg: ModelConfig,
-) -> tuple[Float[Array, "B V"], Any]:
-    """Read one more token per row, in ``slot``: (logits of the next, the updated cache)."""
-
-    def attend(past: LayerCache, q: Array, k: Array, v: Array) -> tuple[Array, LayerCache]:
-        places = jnp.arange(past.k.shape[-2], dtype=jnp.int32)[None]
-        return cached_attention(q, k, v, past, slot, (places >= padding[:, None]) & (places < slot))
-
-    return _forward(params, token[:, None], (slot - padding)[:, None], cache, attend, cfg)
+) -> tuple[Float[Array, "B T V"], Any]:
+    """Read T more tokens per row, into the slots from ``slot``: (logits after each, the cache)."""
+    h, cache = _forward(params, tokens, padding, cache, slot, 0, cfg)
+    return _logits(params, h, cfg), cache
 
 
 def _forward(
     params: Any,
     tokens: Int[Array, "B T"],
-    positions: Int[Array, "B T"],
+    padding: Int[Array, " B"],
     cache: Any,
-    attend: Any,
+    slot: Any,
+    slots: int,
     cfg: ModelConfig,
-) -> tuple[Float[Array, "B V"], Any]:
-    """Logits after the last position, and each layer's cache.
-
-    ``attend(past, q, k, v) -> (o, cache)`` updates the cache.
-    """
+) -> tuple[Float[Array, "B T C"], Any]:
+    """(output of the final norm, each layer's cache); without a cache one of ``slots`` is made."""
     family = family_of(cfg)
+    place = slot + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    positions = jnp.maximum(place[None] - padding[:, None], 0)
     x = family.embed_fwd(params, tokens, positions, cfg)
+
+    def attend(past: LayerCache | None, q: Array, k: Array, v: Array) -> tuple[Array, LayerCache]:
+        if past is None:
+            empty = jnp.zeros((k.shape[0], k.shape[2], slots, k.shape[3]), k.dtype)
+            past = LayerCache(empty, empty)
+        return cached_attention(q, k, v, past, slot, padding)
 
     def body(x: Array, w_past: Any) -> tuple[Array, Any]:
         w, past = w_past
@@ -135,7 +144,10 @@ def _forward(
         return x, saved.att
 
     x, cache = over_layers(body, x, (params.blocks, cache), cfg)
-    h, _ = family.norm_fwd(params, x[:, -1:], cfg)
+    return family.norm_fwd(params, x, cfg)[0], cache
+
+
+def _logits(params: Any, h: Float[Array, "B T C"], cfg: ModelConfig) -> Float[Array, "B T V"]:
     # Pad rows are computed too: slicing the table would copy it.
-    logits = product(h[:, 0], head_of(params, cfg))
-    return logits[:, : cfg.vocab_size], cache
+    scores = product(h.reshape(-1, h.shape[2]), head_of(params, cfg))
+    return scores.reshape(*h.shape[:2], -1)[..., : cfg.vocab_size]

@@ -1,11 +1,12 @@
-"""Attention of one new position over a cache of keys and values."""
+"""Attention of new positions over a cache of keys and values."""
 
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from gptjax.ops.attention import Heads, KeyHeads
 from gptjax.xla.barrier import cpu_barrier
@@ -25,35 +26,45 @@ def cached_attention(
     v: KeyHeads,
     cache: LayerCache,
     slot: Int[Array, ""],
-    visible: Bool[Array, "B S"],
+    begin: Int[Array, " B"],
 ) -> tuple[Heads, LayerCache]:
-    """Attention of one position, T = 1, to itself and to the ``visible`` slots.
+    """Causal attention of T new positions to the cache's ``begin <= slot' < slot`` and themselves.
 
-    Computes the position's own score separately and writes the cache only after reading it. XLA
-    then updates the cache in place instead of copying all of it for each token.
+    Computes the new positions' own scores separately and writes the cache only after reading it.
+    XLA then updates the cache in place instead of copying all of it for each token.
+
+    Args:
+        q: queries of the new positions.
+        k: their keys.
+        v: their values.
+        cache: keys and values of the positions before; later slots may hold anything.
+        slot: of the first new position. The cache must have T slots from there.
+        begin: each row's first slot. New positions before it, a row's padding, see themselves alone.
 
     Returns:
-        The output, and the cache with the position's own key and value in ``slot``.
+        The output, and the cache with the new keys and values from ``slot`` on.
 
     """
-    acc, K = accumulation_dtype(q), k.shape[2]
-    B, _, H, D = q.shape
-    q1, k1, v1 = q.reshape(B, K, H // K, D), k[:, 0], v[:, 0]
-    s = jnp.einsum("bksd,bkgd->bkgs", cache.k, q1, preferred_element_type=acc) / math.sqrt(D)
-    s = jnp.where(jnp.broadcast_to(visible[:, None, None], s.shape), s, -jnp.inf)
-    k_own, v_own = (jnp.broadcast_to(x[:, :, None].astype(acc), q1.shape) for x in (k1, v1))
-    own = (q1.astype(acc) * k_own).sum(-1, keepdims=True) / math.sqrt(D)
-    top = jnp.maximum(s.max(-1, keepdims=True), own)
-    e, e_own = jnp.exp(s - top), jnp.exp(own - top)
-    total = e.sum(-1, keepdims=True) + e_own
-    o = jnp.einsum(
-        "bkgs,bksd->bkgd", (e / total).astype(v.dtype), cache.v, preferred_element_type=acc
-    )
-    o = (o + e_own / total * v_own).astype(q.dtype).reshape(q.shape)
-    k1, v1 = cpu_barrier(o, k1), cpu_barrier(o, v1)
+    acc, (B, T, H, D), (S, K) = accumulation_dtype(q), q.shape, (cache.k.shape[2], k.shape[2])
+    place, new = jnp.arange(S, dtype=jnp.int32), jnp.arange(T, dtype=jnp.int32)
+    seen = (place[None] >= begin[:, None]) & (place[None] < slot)
+    seen_new = (new[None] <= new[:, None])[None] & (slot + new[None] >= begin[:, None])[:, None]
+    seen_new |= jnp.eye(T, dtype=bool)[None]
+    seen = jnp.concatenate([jnp.broadcast_to(seen[:, None], (B, T, S)), seen_new], 2)
+
+    qg = q.reshape(B, T, K, H // K, D)
+    s_old = jnp.einsum("bksd,btkgd->bkgts", cache.k, qg, preferred_element_type=acc)
+    s_new = jnp.einsum("bukd,btkgd->bkgtu", k, qg, preferred_element_type=acc)
+    s = jnp.concatenate([s_old, s_new], 4) / math.sqrt(D)
+    s = jnp.where(jnp.broadcast_to(seen[:, None, None], s.shape), s, -jnp.inf)
+    p = jax.nn.softmax(s, axis=-1).astype(v.dtype)
+    o = jnp.einsum("bkgts,bksd->btkgd", p[..., :S], cache.v, preferred_element_type=acc)
+    o = o + jnp.einsum("bkgtu,bukd->btkgd", p[..., S:], v, preferred_element_type=acc)
+    o = o.astype(q.dtype).reshape(q.shape)
+    k, v = cpu_barrier(o, k), cpu_barrier(o, v)
     return o, LayerCache(
         *(
-            lax.dynamic_update_slice_in_dim(c, x[:, :, None], slot, 2)
-            for c, x in zip(cache, (k1, v1), strict=True)
+            lax.dynamic_update_slice_in_dim(c, x.transpose(0, 2, 1, 3), slot, 2)
+            for c, x in zip(cache, (k, v), strict=True)
         )
     )

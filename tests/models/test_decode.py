@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from gptjax.models import transformer
-from gptjax.models.decode import decode, prefill, store_for_decoding
+from gptjax.models.decode import CHUNK, decode, prefill, store_for_decoding
 from tests.models import tiny
 
+CFG = tiny.config()
 PADDING = jnp.array([0, 2, 3], jnp.int32)  # of prompts of 4, 2 and 1 ids
 
 
@@ -28,7 +29,33 @@ def test_cached_logits_equal_uncached_at_every_position(layers, stored):
             alone = transformer.logits(params, tokens[row : row + 1, padding:end], cfg)
             np.testing.assert_allclose(logits[row], alone[0, -1], rtol=1e-12, atol=1e-14)
         if end < 11:
-            logits, cache = step(weights, tokens[:, end], PADDING, cache, jnp.int32(end), cfg=cfg)
+            logits, cache = step(
+                weights, tokens[:, end : end + 1], PADDING, cache, jnp.int32(end), cfg=cfg
+            )
+            logits = logits[:, 0]
+
+
+@pytest.mark.parametrize("layers", ["unroll", "scan"])
+def test_several_tokens_at_once_are_those_of_one_at_a_time(layers):
+    """In prompts read in parts, and when decoding."""
+    cfg = tiny.config(layers=layers, max_seq_len=2 * CHUNK + 8)
+    params, tokens = tiny.params(cfg), tiny.batch(cfg, B=2, T=2 * CHUNK + 3).inputs
+    padding = jnp.array([0, CHUNK + 5], jnp.int32)
+    logits, cache = jax.jit(prefill, static_argnames=("slots", "cfg"))(
+        params, tokens[:, : 2 * CHUNK], padding, slots=2 * CHUNK + 4, cfg=cfg
+    )
+    more, _ = jax.jit(decode, static_argnames="cfg")(
+        params, tokens[:, 2 * CHUNK :], padding, cache, jnp.int32(2 * CHUNK), cfg=cfg
+    )
+    found = jnp.concatenate([logits[:, None], more], 1)
+    for row, begin in enumerate(padding.tolist()):
+        alone = transformer.logits(params, tokens[row : row + 1, begin:], cfg)
+        np.testing.assert_allclose(found[row], alone[0, -4:], rtol=1e-11, atol=1e-13)
+
+
+def test_prompts_that_are_no_whole_parts_are_refused():
+    with pytest.raises(ValueError, match="prompts of 129 tokens are no multiple of 128"):
+        prefill(None, jnp.zeros((1, CHUNK + 1), jnp.int32), jnp.zeros(1, jnp.int32), 200, CFG)
 
 
 @pytest.mark.parametrize(("how", "least", "most"), [("q8_0", 1e-4, 2e-2), ("q4_1", 1e-2, 0.4)])
