@@ -19,12 +19,13 @@ from gptjax.config import ModelConfig, Sampler
 from gptjax.errors import CheckpointError
 from gptjax.generate import run_c
 from gptjax.generate.sampling import choose
+from gptjax.models.decode import CHUNK as PART
 from gptjax.models.decode import decode, prefill
 from gptjax.xla.products import accumulation_dtype
 
 CHUNK = 32  # tokens between looks at what was drawn, unless told otherwise
-# Prompts are padded to this times a power of two, so that few programs are compiled
-LEAST_PREFILL = 16
+# Prompts are padded to one of these, or to a multiple of the last, so that few programs are compiled
+SHORT_PROMPTS = (16, 32, 64, PART)
 DEFAULT = Sampler()
 SLOTS = 64  # the cache's length is a multiple of this, for the same reason
 
@@ -179,9 +180,7 @@ def _padded(
     sizes.
     """
     longest = max(map(len, windows))
-    size = LEAST_PREFILL
-    while size < longest:
-        size *= 2
+    size = next((n for n in SHORT_PROMPTS if n >= longest), -(-longest // PART) * PART)
     padding = np.array([size - len(window) for window in windows], np.int32)
     ids = np.array([[0] * (size - len(window)) + window for window in windows], np.int32)
     reads = min(new_tokens, rules.cfg.max_seq_len + 1 - longest)
@@ -228,9 +227,9 @@ def _advance(
     def step(carry: Any) -> Any:
         i, state, room = carry
         logits, cache = decode(
-            params, state.token, state.padding, state.cache, state.slot, rules.cfg
+            params, state.token[:, None], state.padding, state.cache, state.slot, rules.cfg
         )
-        token, logprob, done = _next(logits, rules, state.keys, state.drawn, state.done)
+        token, logprob, done = _next(logits[:, 0], rules, state.keys, state.drawn, state.done)
         room = tuple(r.at[:, i].set(x) for r, x in zip(room, (token, logprob), strict=True))
         new = Decoding(
             cache, state.padding, state.slot + 1, token, state.drawn + 1, done, state.keys
