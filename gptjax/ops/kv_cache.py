@@ -39,7 +39,8 @@ def cached_attention(
         v: their values.
         cache: keys and values of the positions before; later slots may hold anything.
         slot: of the first new position. The cache must have T slots from there.
-        begin: each row's first slot. New positions before it, a row's padding, see themselves alone.
+        begin: each row's first slot. New positions before it, which are padding, see themselves
+            alone.
 
     Returns:
         The output, and the cache with the new keys and values from ``slot`` on.
