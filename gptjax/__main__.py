@@ -7,6 +7,7 @@ from gptjax import __version__
 COMMANDS = {
     "train": "train a model, or resume a run",
     "generate": "continue text with a model",
+    "chat": "talk with a model",
     "evaluate": "perplexity on a corpus or a text, HellaSwag",
     "verify": "check the hand-written gradient",
     "explore": "write a page that shows a model's backward, op by op",

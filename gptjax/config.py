@@ -281,9 +281,9 @@ class ModelConfig(Computation, Architecture):
         """The dtype of activations, once `resolve` has been called."""
         return jnp.dtype(self.dtype)
 
-    def resolve(self, platform: str, seq_len: int) -> "ModelConfig":
+    def resolve(self, platform: str, seq_len: int, packed: bool = False) -> "ModelConfig":
         """A copy with every ``auto`` resolved for a platform ("cpu", "cuda", "rocm" or "tpu")
-        and a sequence length.
+        and a sequence length; ``packed`` if a sequence holds several documents.
 
         Raises:
             ConfigError: the sequence is too long, or the chosen attention kernel cannot run on the
@@ -299,7 +299,7 @@ class ModelConfig(Computation, Architecture):
             ("float32" if platform == "cpu" else "bfloat16") if self.dtype == "auto" else self.dtype
         )
         obstacles: dict[Any, str | None] = {
-            "cudnn": self._cudnn_obstacle(platform, dtype),
+            "cudnn": self._cudnn_obstacle(platform, dtype, packed),
             "splash": self._splash_obstacle(platform, dtype, seq_len),
         }
         if obstacle := obstacles.get(self.attention):
@@ -315,13 +315,15 @@ class ModelConfig(Computation, Architecture):
             )
         return dataclasses.replace(self, dtype=dtype, attention=attention)
 
-    def _cudnn_obstacle(self, platform: str, dtype: str) -> str | None:
+    def _cudnn_obstacle(self, platform: str, dtype: str, packed: bool) -> str | None:
         if platform != "cuda":
             return f"needs an NVIDIA GPU, not {platform}"
         if dtype != "bfloat16":
             return f"needs model.dtype bfloat16, not {dtype}"
         if self.head_dim % 8 or self.head_dim > 128:
             return f"needs heads of a multiple of 8 and at most 128 channels, not {self.head_dim}"
+        if packed:
+            return "cannot keep the conversations of a sequence apart"
         if self.dropout:
             return "offers no dropout"
         return None
@@ -338,6 +340,13 @@ class ModelConfig(Computation, Architecture):
         return None
 
 
+MODEL_OPTIONS = tuple(f"model.{field.name}" for field in dataclasses.fields(ModelConfig))
+RARE = (  # options that a preset or a checkpoint sets, explained by --help_all alone
+    *("model.num_kv_heads", "model.rope_theta", "model.norm_eps", "model.tied"),
+    "model.dropout_mlp",
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where the tokens come from and how they are cut into batches."""
@@ -345,17 +354,21 @@ class DataConfig:
     dataset: str = "pydoc"
     """A named corpus (pydoc, tinyshakespeare, shakespeare-char, tinystories, openwebtext, fineweb,
     fineweb-edu), a folder of train*.bin and val*.bin token shards, or text: a file, folder or
-    pattern of .txt, .jsonl or .parquet, maybe .gz or .zst."""
+    pattern of .txt, .jsonl or .parquet, maybe .gz or .zst. A .jsonl of {"messages": [...]} holds
+    conversations."""
     root: str = "data"
     """Folder in which prepared corpora are kept."""
     tokenizer: str | None = None
-    """What text is tokenized with: gpt2, byte, char, bpe:SIZE (trained on it), a file; by default a
-    corpus's own, or gpt2.
+    """What text is tokenized with: gpt2, byte, char, bpe:SIZE or sentencepiece:SIZE (trained on
+    it), a file; by default a corpus's own, or gpt2.
     """
     column: str | None = None
     """Column of .jsonl or .parquet that holds the text; by default the one named text, or else the
     first that holds any.
     """
+    chat_template: str | None = None
+    """Renders a dataset of conversations, JSON lines of messages: chatml, llama2 or a file in
+    Jinja; by default the template of init, or chatml."""
     tokens: int | None = None
     """Training tokens to prepare of tinystories, openwebtext, fineweb or fineweb-edu, rounded up to
     whole parts; by default all."""
@@ -695,7 +708,6 @@ class Config:
             "model.num_layers",
             "model.num_heads",
             "model.channels",
-            "model.vocab_size",
             "model.max_seq_len",
         ),
         *(
@@ -703,7 +715,6 @@ class Config:
             "model.dtype",
             "data.dataset",
             "data.tokenizer",
-            "data.tokens",
             "data.batch_size",
             "data.seq_len",
         ),
@@ -789,7 +800,7 @@ class VerifyConfig(Config):
         ),
         *("data", "optim.accumulate", "mesh", "seed"),
     )
-    COMMON: ClassVar = READS
+    COMMON: ClassVar = tuple(name for name in READS if name not in RARE)
 
     dtype: Literal["float64", "float32", "bfloat16"] = "float64"
     """Compute dtype of the gradient to check, instead of model.dtype; bfloat16 is judged by JAX's
@@ -882,7 +893,10 @@ class PlanConfig(Config):
         ),
         *("train.steps", "train.backward", "mesh"),
     )
-    COMMON: ClassVar = READS
+    COMMON: ClassVar = (
+        *(name for name in MODEL_OPTIONS if name not in RARE),
+        *READS[1:],
+    )
 
     topology: str = ""
     """Devices to plan for: cpu:8, h100:8 (or a100, h100-pcie, h200, l4, cuda), v5e:4x4, v6e:4x4,
@@ -917,8 +931,8 @@ class BenchConfig(Config):
 
     READS: ClassVar = ("model", "data", "optim", "train", "log", "mesh", "seed")
     COMMON: ClassVar = (
+        *(name for name in MODEL_OPTIONS if name not in RARE),
         *(
-            "model",
             "data.dataset",
             "data.tokenizer",
             "data.batch_size",
@@ -1136,6 +1150,27 @@ class GenerateConfig(Sampler):
         )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatConfig(GenerateConfig):
+    """A conversation, and how the model answers."""
+
+    READS: ClassVar = (
+        *(field.name for field in dataclasses.fields(Sampler)),
+        *("checkpoint", "seed", "tokenizer", "dtype", "weights", "int8"),
+    )
+
+    prompt: list[str] = dataclasses.field(default_factory=list, metadata=SEVERAL)
+    """Say this, print the answer, and end; several are said one after the other."""
+    system: str | None = None
+    """System message before the conversation; by default that of the model's template."""
+    template: str | None = None
+    """How a conversation is written: chatml, llama2 or a file in Jinja; by default as the model's
+    own chat template says, or chatml where the tokenizer has its control tokens.
+    """
+    max_new_tokens: int = 512
+    """Tokens in an answer, unless it ends before."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ConvertConfig:
     """A model to convert and the format to write."""
@@ -1157,7 +1192,7 @@ class ConvertConfig:
     source's.
     """
     tokenizer: str | None = None
-    """For a source that comes without one: gpt2, byte, a tokenizer file, or a folder with one."""
+    """Tokenizer of a source without its own: gpt2, byte, a tokenizer file, or a folder with one."""
     inspect: bool = False
     """Identify the source and end."""
 
@@ -1172,8 +1207,8 @@ class DatasetConfig:
     root: str = "data"
     """Folder in which prepared corpora are kept."""
     tokenizer: str | None = None
-    """What the text is tokenized with: gpt2, byte, char, bpe:SIZE (trained on it), a file; by
-    default a corpus's own, or gpt2."""
+    """What the text is tokenized with: gpt2, byte, char, bpe:SIZE or sentencepiece:SIZE (trained on
+    it), a file; by default a corpus's own, or gpt2."""
     column: str | None = None
     """Column of .jsonl or .parquet that holds the text; by default the one named text, or else the
     first that holds any.
@@ -1190,10 +1225,12 @@ class TrainTokenizerConfig:
     """Files, folders or patterns of text, as for --data.dataset of training."""
     column: str | None = None
     """The column of .jsonl or .parquet that holds the text."""
-    kind: Literal["bpe", "char"] = "bpe"
-    """What to train: bpe, a byte-level BPE, or char, the text's characters."""
+    kind: Literal["bpe", "sentencepiece", "char"] = "bpe"
+    """What to train: bpe, a byte-level BPE; sentencepiece, with llama2.c's settings; or char, the
+    text's characters."""
     vocab_size: int = 2048
-    """Ids of a BPE: 256 bytes, the merges, and end-of-text."""
+    """Ids of a BPE: 256 bytes, the merges, and end-of-text; of SentencePiece: three controls, 256
+    bytes, the merges, and the text's characters."""
     output: str = "tokenizer.json"
     """File to write."""
 
@@ -1268,6 +1305,7 @@ class PlotConfig:
 COMMANDS: dict[str, Any] = {
     "train": Config,
     "generate": GenerateConfig,
+    "chat": ChatConfig,
     "evaluate": EvaluateConfig,
     "verify": VerifyConfig,
     "explore": ExploreConfig,

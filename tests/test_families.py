@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
-from gptjax import convert
+from gptjax.convert import __main__ as convert
 from gptjax.convert.weights import load_weights
 from gptjax.evaluate import __main__ as evaluate
 from gptjax.generate import __main__ as generate

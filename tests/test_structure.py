@@ -1,12 +1,14 @@
 """The rules that keep the package readable, checked by a machine."""
 
 import ast
+import importlib
 import re
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
+import gptjax
 from gptjax.models import FAMILIES, gpt2, llama
 from gptjax.parallel.sharding import RULES
 from tests.conftest import ROOT
@@ -34,6 +36,7 @@ ORDER = (
     "evaluate",
     "verify",
     "explore",
+    "chat",
     "plan",
     "bench",
     "plot",
@@ -90,13 +93,29 @@ def test_no_cycles():
         visit(module, [])
 
 
+def test_type_checkers_know_the_names_that_the_package_offers():
+    (block,) = (
+        node
+        for node in ast.parse((PACKAGE / "__init__.py").read_text()).body
+        if isinstance(node, ast.If)
+    )
+    declared = {(node.module, alias.name) for node in block.body for alias in node.names}
+    for module, name in declared:
+        assert getattr(gptjax, name) is getattr(
+            importlib.import_module(f"gptjax.{module}" if module else "gptjax"), name
+        )
+    assert {name for _, name in declared} == set(gptjax.__all__)
+
+
 # --- A family is a module ---
 
 # Who may name a family's tensors, and why.
 NAMES_TENSORS = {
     "gptjax.models.gpt2": "the family itself",
     "gptjax.models.llama": "the family itself",
+    "gptjax.formats.gguf": "a format's table",
     "gptjax.formats.hf": "a format's table",
+    "gptjax.formats.llama2c": "a format's table",
     "gptjax.formats.llmc": "a format's table",
     "gptjax.formats.safetensors": "a format's table",
     "gptjax.plot.figures": "draws GPT-2's block for the notebooks",
@@ -123,6 +142,7 @@ def test_only_the_registry_imports_a_family():
 SHARED_NAMES = {
     "__init__": "Python's",
     "__main__": "a room's command",
+    "llama2c": "of llama2.c's files",
     "report": "prints what a command says of its subject",
     "samples": "text that a model wrote",
 }

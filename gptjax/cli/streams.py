@@ -53,3 +53,15 @@ def standard_input(largest: int) -> bytes:
     if sys.stdin is None:
         raise DataError("standard input is closed")
     return read_stream(sys.stdin.buffer, "standard input", largest)
+
+
+def show(text: str) -> None:
+    """Write text now; on a terminal, a placeholder for the control characters that a model may well
+    produce.
+    """
+    if sys.stdout.isatty():
+        text = "".join(
+            c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
+        )
+    sys.stdout.write(text)
+    sys.stdout.flush()

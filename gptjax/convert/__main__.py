@@ -101,7 +101,7 @@ def convert(
             f"version is of a llama2.c model, and {chosen_format} is to be written: leave it out, "
             "or give --to llama2c"
         )
-    if dtype == "bfloat16" and chosen_format == "llama2c":
+    if dtype not in (None, "float32") and chosen_format == "llama2c":
         raise ConfigError(
             "a llama2.c model is in float32, or with --version 2 in int8: leave dtype out"
         )

@@ -16,8 +16,9 @@ from jax.sharding import Mesh
 
 from gptjax import tokenizers
 from gptjax.config import DIMENSIONS, Architecture, ModelConfig, Storage
-from gptjax.datasets import wheels
+from gptjax.datasets import TEMPLATE_FILE, wheels
 from gptjax.errors import CheckpointError, ConfigError, FormatError, GptjaxError
+from gptjax.files import read_text
 from gptjax.formats import gguf, hf, llama2c, llmc, safetensors
 from gptjax.formats.lazy import LazyTensor, pad_vocab, stack_lazily
 from gptjax.formats.recognise import recognise
@@ -31,9 +32,11 @@ from gptjax.tokenizers import Tokenizer, ggml, tokenizer_json
 Format = Literal["hf", "llmc", "llama2c", "gguf", "safetensors"]
 Q8_0 = np.dtype(np.int8)
 """What `write_weights` takes for GGUF's blocks of 8 bits."""
+LARGEST_TEMPLATE = 1 << 20  # bytes
 HUB = "hf:"
 HUB_FILES = ["config.json", "*.safetensors", "model.safetensors.index.json"]
 HUB_FILES += ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"]
+HUB_FILES += ["tokenizer.model", "chat_template.jinja"]
 TENSORFLOW, PICKLED = (".index", ".meta", ".ckpt"), (".pt", ".pth", ".pkl", ".ckpt", ".bin")
 
 
@@ -82,9 +85,12 @@ def open_weights(where: str) -> Source:
         )
     if path.is_dir() and (path / hf.CONFIG_FILE).exists():
         cfg, params = hf.read_model(path)
-        return _with_tokenizer(
-            Source(hf.title(cfg), _by_default(cfg), params), lambda: tokenizer_json.read(path)
-        )
+        source = Source(hf.title(cfg), _by_default(cfg), params)
+        try:
+            source = source._replace(chat_template=tokenizer_json.read_template(path))
+        except FormatError as error:
+            source = source._replace(note=str(error))
+        return _with_tokenizer(source, lambda: tokenizer_json.read(path))
     if path.is_dir():
         return _open_run(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
     if llmc.is_model(path):
@@ -118,6 +124,11 @@ def _why_not(path: Path) -> str:
         return (
             ": it may be a TensorFlow checkpoint, which is not read; hf:gpt2 has the same weights"
         )
+    if size := llama2c.announced_size(path):
+        return (
+            f": it may be a {llama2c.MODEL} of version 0, but its header announces {size} bytes, "
+            f"and it has {path.stat().st_size}"
+        )
     if path.suffix in PICKLED:
         return (
             ": it may be a PyTorch pickle, which can run any code and is not read; save it as "
@@ -144,7 +155,11 @@ def _open_run(folder: Path) -> Source:
             raise FormatError(f"{kept} is not the one that the run was trained with")
         return found
 
-    return _with_tokenizer(Source("gptjax run", cfg, params, None), tokenizer)
+    template = folder.parent / TEMPLATE_FILE
+    source = Source("gptjax run", cfg, params)
+    if template.exists():
+        source = source._replace(chat_template=read_text(template, LARGEST_TEMPLATE))
+    return _with_tokenizer(source, tokenizer)
 
 
 def _with_tokenizer(source: Source, read: Callable[[], Tokenizer]) -> Source:
@@ -156,24 +171,24 @@ def _with_tokenizer(source: Source, read: Callable[[], Tokenizer]) -> Source:
 
 
 def with_named_tokenizer(source: Source, where: str, which: str | None) -> Source:
-    """The model ``where`` with its own tokenizer, or else the one that is named for it.
+    """The model ``where`` with its own tokenizer, or else the one named ``which``.
 
     Raises:
-        ConfigError: both are there and differ, or the tokenizer has more ids than the model.
-        GptjaxError: the named one cannot be had.
+        ConfigError: both exist and differ, or the tokenizer has more ids than the model.
+        GptjaxError: the named one cannot be read.
 
     """
     given = tokenizers.find(which) if which else None
     own = source.tokenizer
     if given and own and not given.same_as(own):
         raise ConfigError(
-            f"{where} comes with the tokenizer {own.name} of {own.vocab_size} ids, and {which} is "
+            f"{where} has its own tokenizer, {own.name} of {own.vocab_size} ids, and {which} is "
             "another: leave --tokenizer out"
         )
     found = own or given
     if found and found.vocab_size > source.cfg.vocab_size:
         raise ConfigError(
-            f"the tokenizer {found.name} has {found.vocab_size} ids, but {where} knows "
+            f"the tokenizer {found.name} has {found.vocab_size} ids, but {where} only "
             f"{source.cfg.vocab_size}: name the tokenizer that belongs to it"
         )
     return source._replace(tokenizer=found)
@@ -253,19 +268,19 @@ def load_params(source: Source, cfg: ModelConfig, mesh: Mesh | None = None) -> A
 
 
 def load_for_decoding(source: Source, cfg: ModelConfig, how: Storage = "as_stored") -> Any:
-    """The parameters of an opened model as decoding reads them fastest, in the unrolled layout.
+    """Load the parameters of an opened model in the form that decodes fastest, in the unrolled
+    layout.
 
-    They are read and stored one after the other, so that there is never a float32 copy of all.
+    Tensors are loaded one by one, so a float32 copy of the whole model never exists.
 
     Args:
         source: the model.
         cfg: resolved, with the model's architecture.
-        how: to store the matrices and the tables of the vocabulary: see
-            `gptjax.models.decode.store`.
+        how: storage of matrices and vocabulary tables, see `gptjax.models.decode.store`.
 
     Raises:
-        CheckpointError: a number is not finite, or too large for half precision's scales; its
-            tensor is named.
+        CheckpointError: a number is not finite, or too large for half-precision scales; the message
+            names its tensor.
 
     """
     weights = per_tensor(lambda weight: weight, source.params, cfg)
@@ -377,13 +392,15 @@ def write_weights(
         safetensors.write_model(path, source.params, source.cfg, dtype)
     else:
         known = source.tokenizer
-        end = known.end_of_text if known else None
+        begin, end = (known.begin_of_text, known.end_of_text) if known else (None, None)
 
         def extra(into: Path) -> None:
             if known and tokenizer_json.can_write(known):
-                tokenizer_json.write(into, known)
+                tokenizer_json.write(into, known, source.chat_template)
 
-        hf.write_model(path, source.params, source.cfg, dtype, end, extra, source.cfg.dropout)
+        hf.write_model(
+            path, source.params, source.cfg, dtype, end, extra, source.cfg.dropout, begin
+        )
 
 
 def keeps_tokenizer(to: Format, tokenizer: Tokenizer) -> bool:

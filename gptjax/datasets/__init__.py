@@ -12,23 +12,34 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gptjax import tokenizers
+from gptjax.datasets.conversations import (
+    LABELS,
+    TEMPLATE_FILE,
+    hold_conversations,
+    prepare_conversations,
+)
 from gptjax.datasets.named import CORPORA, Request
-from gptjax.datasets.prepare import TOKENIZER_FILE, prepare_text
+from gptjax.datasets.prepare import TOKENIZER_FILE, TRAINED, prepare_text
 from gptjax.datasets.text import find_files
 from gptjax.errors import DataError
-from gptjax.files import file_lock
+from gptjax.files import file_lock, read_text
 from gptjax.formats.token_shards import Shard, open_shard
 from gptjax.tokenizers import Tokenizer
+from gptjax.tokenizers.chat_template import ChatTemplate
+from gptjax.tokenizers.chat_template import find as find_template
 
 HASHED_IDS = 1 << 23  # hashed at each end of a shard
 
 __all__ = [
     "CORPORA",
+    "TEMPLATE_FILE",
     "TOKENIZER_FILE",
     "Corpus",
     "find_corpus",
     "fitted",
+    "holds_conversations",
     "holds_shards",
+    "template_of",
     "vocabulary",
     "vocabulary_without_corpus",
 ]
@@ -52,9 +63,10 @@ class Corpus(NamedTuple):
 def find_corpus(
     dataset: str,
     root: str | os.PathLike[str],
-    tokenizer: str | None = None,
+    tokenizer: str | Tokenizer | None = None,
     column: str | None = None,
     tokens: int | None = None,
+    template: ChatTemplate | None = None,
 ) -> Corpus:
     """Open a corpus; a named one or text is prepared first, unless it already is under ``root``.
 
@@ -62,12 +74,14 @@ def find_corpus(
         dataset: a name in `CORPORA`; a folder of token shards, ``train*.bin`` and ``val*.bin``
             (or ``*_train*.bin``, as llm.c names them), with the ``tokenizer.json`` that made them
             if that is not GPT-2's; or text: a file, a folder or a glob pattern, see
-            `gptjax.datasets.text`.
+            `gptjax.datasets.text`; or conversations in JSON lines, see
+            `gptjax.datasets.conversations`.
         root: the folder of prepared corpora.
         tokenizer: tokenizer for text, see `gptjax.datasets.prepare.make_tokenizer`; None for gpt2,
             or a named corpus's own.
         column: the column of JSON lines and Parquet that holds the text.
         tokens: training tokens to prepare of a named corpus that comes in parts; None for all.
+        template: renders conversations; by default ChatML.
 
     Raises:
         DataError: there is no such corpus, or it cannot be downloaded or prepared.
@@ -80,12 +94,12 @@ def find_corpus(
         )
     path, root = Path(dataset), Path(root)
     if dataset in CORPORA:
-        with _locked(root, dataset, tokenizer):
+        with _locked(root, dataset, _name(tokenizer)):
             made = CORPORA[dataset](Request(root, tokenizer, tokens))
         return _open(made, tokens)
     if holds_shards(path):
         found = _open(path, tokens)
-        return found._replace(tokenizer=tokenizers.find(tokenizer)) if tokenizer else found
+        return found._replace(tokenizer=_found(tokenizer)) if tokenizer else found
     if not path.exists() and not set(dataset) & set("*?["):
         near = difflib.get_close_matches(dataset, CORPORA, 1)
         raise DataError(
@@ -94,9 +108,32 @@ def find_corpus(
         )
     name = re.sub(r"\W+", "-", path.name.split(".")[0]).strip("-") or "text"
     files = find_files(dataset)
-    with _locked(root, *map(str, files), tokenizer, column):
-        made = prepare_text(files, root, name, tokenizer or "gpt2", column)
+    with _locked(root, *map(str, files), _name(tokenizer), column):
+        if hold_conversations(files):
+            form = template or find_template("chatml")
+            made = prepare_conversations(files, root, name, _found(tokenizer or "gpt2"), form)
+        else:
+            made = prepare_text(files, root, name, tokenizer or "gpt2", column)
     return _open(made, tokens)
+
+
+def _found(tokenizer: str | Tokenizer) -> Tokenizer:
+    return tokenizer if isinstance(tokenizer, Tokenizer) else tokenizers.find(tokenizer)
+
+
+def _name(tokenizer: str | Tokenizer | None) -> str | None:
+    return tokenizer.sha256 if isinstance(tokenizer, Tokenizer) else tokenizer
+
+
+def holds_conversations(dataset: str) -> bool:
+    """Whether `find_corpus` opens this as conversations, which are packed into sequences."""
+    path = Path(dataset)
+    if dataset in CORPORA or holds_shards(path):
+        return any(path.glob(f"*{LABELS}"))
+    try:
+        return hold_conversations(find_files(dataset))
+    except DataError:
+        return False  # and `find_corpus` says why
 
 
 @contextlib.contextmanager
@@ -115,6 +152,12 @@ def _locked(root: Path, *what: str | None) -> Iterator[None]:
 def holds_shards(path: Path) -> bool:
     """Whether `find_corpus` opens this as a folder of token shards."""
     return path.is_dir() and any(path.glob("*.bin"))
+
+
+def template_of(corpus: Corpus) -> str | None:
+    """The chat template that rendered a corpus of conversations, in Jinja; None for text."""
+    file = corpus.folder / TEMPLATE_FILE
+    return read_text(file, 1 << 20) if file.exists() else None
 
 
 def vocabulary(corpus: Corpus) -> int:
@@ -142,9 +185,9 @@ def vocabulary_without_corpus(tokenizer: str | None) -> tuple[int, str]:
 
     """
     kind, _, size = (tokenizer or "").partition(":")
-    if kind == "bpe" and size.isdecimal():
+    if kind in TRAINED and size.isdecimal():
         return int(size), f"data.tokenizer {tokenizer}"
-    if tokenizer in (None, "char") or kind == "bpe":
+    if tokenizer in (None, "char") or kind in TRAINED:
         return tokenizers.GPT2_IDS, "GPT-2 (no corpus is read; model.vocab_size sets another)"
     if tokenizer == "gpt2":
         return tokenizers.GPT2_IDS, "data.tokenizer gpt2"

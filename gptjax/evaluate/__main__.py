@@ -12,7 +12,6 @@ import json
 import math
 import os
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptjax import cli, datasets, tokenizers
+from gptjax import cli, datasets
 from gptjax.cli.options import parse
 from gptjax.cli.progress import counting
 from gptjax.config import Config, DataConfig, EvaluateConfig, ModelConfig, Storage
@@ -32,7 +31,7 @@ from gptjax.convert.weights import (
     with_named_tokenizer,
 )
 from gptjax.datasets import Corpus
-from gptjax.datasets.batches import Windows, in_order
+from gptjax.datasets.batches import Sequences, in_order
 from gptjax.errors import ConfigError, DataError, naming
 from gptjax.evaluate import hellaswag
 from gptjax.evaluate.corpus import score, score_corpus
@@ -41,6 +40,7 @@ from gptjax.evaluate.storage import compare
 from gptjax.models.batch import Batch
 from gptjax.models.params import num_params
 from gptjax.tokenizers import Tokenizer, is_gpt2, printable
+from gptjax.tokenizers.chat_template import ChatTemplate
 from gptjax.xla.backend import platform_name, start_jax
 from gptjax.xla.cache import enable_compilation_cache
 
@@ -117,10 +117,13 @@ def evaluate_corpus(
     if cfg.examples is not None:
         raise ConfigError("examples applies to HellaSwag only: limit a corpus with tokens")
     seq_len = cfg.seq_len or model.max_seq_len
-    model = model.resolve(platform_name(), seq_len)
-    corpus = open_corpus(cfg, tokenizer, source.note)
+    model = model.resolve(
+        platform_name(), seq_len, packed=datasets.holds_conversations(cfg.dataset)
+    )
+    template = ChatTemplate(source.chat_template) if source.chat_template else None
+    corpus = open_corpus(cfg, tokenizer, source.note, template)
     corpus = datasets.fitted(common_tokenizer(corpus, tokenizer), model.vocab_size)
-    windows = Windows(
+    windows = Sequences(
         corpus.val if cfg.split == "val" else corpus.train, seq_len, 1, model.vocab_size
     )
     if not len(windows):
@@ -177,7 +180,9 @@ def evaluate_corpus(
     }
 
 
-def open_corpus(cfg: EvaluateConfig, tokenizer: Tokenizer | None, note: str) -> Corpus:
+def open_corpus(
+    cfg: EvaluateConfig, tokenizer: Tokenizer | None, note: str, template: ChatTemplate | None
+) -> Corpus:
     """Open the corpus; text is tokenized with the model's tokenizer if it is known.
 
     The corpus that a run was trained on is opened as the run prepared it, so that it is not
@@ -207,11 +212,8 @@ def open_corpus(cfg: EvaluateConfig, tokenizer: Tokenizer | None, note: str) -> 
         )
     if tokenizer is None or are_ids:
         return datasets.find_corpus(cfg.dataset, cfg.root, None, cfg.column, wanted)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / tokenizers.FILE
-        tokenizer.save(path)
-        which = "gpt2" if is_gpt2(tokenizer) else str(path)
-        return datasets.find_corpus(cfg.dataset, cfg.root, which, cfg.column, wanted)
+    which = "gpt2" if is_gpt2(tokenizer) else tokenizer
+    return datasets.find_corpus(cfg.dataset, cfg.root, which, cfg.column, wanted, template)
 
 
 def data_of_run(folder: Path) -> DataConfig | None:
@@ -325,7 +327,7 @@ def evaluate_text(
     if tokenizer is None:
         reason = f" ({source.note})" if source.note else ""
         raise ConfigError(
-            f"{cfg.checkpoint} comes without a tokenizer{reason}: name it, as in --tokenizer gpt2"
+            f"{cfg.checkpoint} has no tokenizer{reason}: name one, as in --tokenizer gpt2"
         )
     begin = tokenizer.begin_of_text
     if begin is None and cfg.bos:

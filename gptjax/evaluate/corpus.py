@@ -13,6 +13,7 @@ from gptjax.errors import CheckpointError
 from gptjax.evaluate.statistics import Estimate, ratio
 from gptjax.models.batch import Batch
 from gptjax.models.transformer import token_losses
+from gptjax.ops import IGNORE_INDEX
 from gptjax.tokenizers import Tokenizer
 
 compiled_losses = jax.jit(token_losses, static_argnames="cfg")
@@ -107,10 +108,11 @@ def score_corpus(
     for batch, losses in score(params, batches, cfg):
         kept = batch.mask[:, 0] > 0
         nats.append(losses[kept].sum(1))
-        tokens.append(np.full(kept.sum(), losses.shape[1]))
+        counts = batch.targets[kept] != IGNORE_INDEX
+        tokens.append(counts.sum(1))
         if lengths is not None and first is not None:
             targets, begins = batch.targets[kept], batch.inputs[kept] == begin
-            found = np.where(begins, first[targets], lengths[targets])
+            found = np.where(begins, first[targets], lengths[targets]) * counts
             unknown |= bool((found < 0).any())
             sizes.append(found.sum(1))
         advance(int(kept.sum()), f"loss {sum(map(np.sum, nats)) / sum(map(np.sum, tokens)):.4f}")

@@ -17,7 +17,7 @@ from gptjax.models.params import head_of
 from gptjax.models.transformer import hidden
 
 
-class Comparison(NamedTuple):
+class StorageComparison(NamedTuple):
     """Predictions of stored weights against those of the same weights in float32."""
 
     loss: Estimate
@@ -35,7 +35,7 @@ def compare(
     batches: Iterable[Batch],
     cfg: ModelConfig,
     advance: Callable[[int, str], None] = lambda sequences, text: None,
-) -> Comparison:
+) -> StorageComparison:
     """Compare predictions at the targets of ``batches`` that their masks leave in.
 
     Args:
@@ -54,7 +54,9 @@ def compare(
         tokens = sum(x.shape[1] for x in sums) * batch.targets.shape[1]
         advance(int(kept.sum()), f"divergence {sum(x[1].sum() for x in sums) / tokens:.2g}")
     of_sequences = np.concatenate(sums, 1)
-    return Comparison(*(ratio(x, np.full(len(x), batch.targets.shape[1])) for x in of_sequences))
+    return StorageComparison(
+        *(ratio(x, np.full(len(x), batch.targets.shape[1])) for x in of_sequences)
+    )
 
 
 def figures(params: Any, stored: Any, batch: Batch, cfg: ModelConfig) -> tuple[Array, Array, Array]:

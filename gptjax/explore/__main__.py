@@ -111,15 +111,16 @@ def open_model(cfg: ExploreConfig) -> tuple[ModelConfig, Any, Tokenizer]:
         params = jax.jit(lambda: noisy_params(key, model))()
     else:
         source = open_weights(cfg.checkpoint)
-        if source.tokenizer is None and cfg.data.tokenizer is None:
+        which = cfg.data.tokenizer
+        found = tokenizers.find(which) if which else source.tokenizer
+        if found is None:
             raise ConfigError(
-                f"{cfg.checkpoint} comes without a tokenizer"
+                f"{cfg.checkpoint} has no tokenizer"
                 + (f" ({source.note})" if source.note else "")
                 + ": give --data.tokenizer gpt2, byte or a tokenizer file"
             )
-        model = shown(source.cfg)
+        model, tokenizer = shown(source.cfg), found
         params = load_params(source, model)
-        tokenizer = tokenizers.find(cfg.data.tokenizer) if cfg.data.tokenizer else source.tokenizer
     return model, jax.tree.map(lambda x: x.astype(jnp.float64), params), tokenizer
 
 

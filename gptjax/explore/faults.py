@@ -26,7 +26,7 @@ class Fault(NamedTuple):
     kind: str
     """What sort of error it is."""
     breaks: str
-    """What goes wrong, in words."""
+    """A description of the error."""
     right: str
     """Piece of the function's source, there once."""
     wrong: str
@@ -249,7 +249,7 @@ def wrong_version(function: Callable[..., Any], right: str, wrong: str) -> Any:
 def _copy(
     function: Callable[..., Any], names: dict[str, Any], right: str = "", wrong: str = ""
 ) -> Any:
-    """A function compiled anew from its source, in which ``names`` mean something else."""
+    """Recompile a function from its source with other meanings for ``names``."""
     names = vars(sys.modules[function.__module__]) | names
     source = _source(function).replace(right, wrong) if right else _source(function)
     exec(compile(source, f"<a copy of {function.__name__}>", "exec"), names)

@@ -1,4 +1,4 @@
-"""The network as a graph of its op calls, read from the traced program, whatever the family."""
+"""The network of any family as a graph of op calls, read from the traced program."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple

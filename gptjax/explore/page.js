@@ -177,6 +177,12 @@ function drawWires() {
     };
     const parts = [];
     const P = upright ? (main, cross) => [cross, main] : (main, cross) => [main, cross];
+    // A wire that passes other ops runs straight along them, and bends where it arrives
+    const wire = (kind, from, to, passes) => {
+      const knee = passes ? [to[0] - 30, from[1]] : from;
+      if (passes) line(kind, [from, knee]);
+      line(kind, [knee, to], true);
+    };
     const line = (kind, points, curve) => {
       const at = points.map(([m, c]) => P(m, c));
       const [a, z] = [at[0], at.at(-1)];
@@ -198,13 +204,14 @@ function drawWires() {
         const [start, end] = upright ? [from.bottom, to.top] : [from.right, to.left];
         const ends = (part, offset) => upright ? [from.x + offset, to.x + offset] : [box(source, part).y, box(node.id, part).y];
         const [f1, f2] = ends(".y", -6), hasGradient = names.get(source).dy !== null;
-        line("f", [[start, f1], [end - 2, f2]], true);
+        const passes = node.column > names.get(source).column + 1;
+        wire("f", [start, f1], [end - 2, f2], passes);
         head("f", [end, f2], 1, 0);
         if (hasGradient) {
           const part = node.dy ? ".dy" : ".y";
           const [b1] = ends(".dy", 6), [, b2] = ends(part, 6);
           const shift = node.dy || upright ? 0 : 8;
-          line("b", [[start + 2, b1], [end, b2 + shift]], true);
+          wire("b", [start + 2, b1], [end, b2 + shift], passes);
           head("b", [start, b1], -1, 0);
         }
       }

@@ -26,7 +26,7 @@ class Picture(NamedTuple):
 def picture(array: Any) -> Picture:
     """A picture of an array: its first axes are the rows, its last ones the columns.
 
-    (T, ...) arrays have a row a token. A matrix of weights with more than two axes is split where
+    An array of more than two axes, such as a weight of all heads, is split where
     the two sides are nearest in size. Where there are more than `MOST_ROWS` or `MOST_COLUMNS`, a
     cell shows the value of largest magnitude of those that it stands for.
     """
@@ -37,8 +37,10 @@ def picture(array: Any) -> Picture:
     largest = float(np.quantile(np.abs(grid), 0.995)) or float(np.abs(grid).max())
     scaled = grid / largest * STEPS if largest else grid
     cells = np.clip(np.round(scaled), -STEPS, STEPS).astype(np.int8)
+    rows, columns = cells.shape
     return Picture(
-        *cells.shape,
+        rows,
+        columns,
         base64.b64encode(cells.tobytes()).decode(),
         largest,
         x.shape,

@@ -172,7 +172,7 @@ def heads(forward: Any) -> list[dict[str, Any]]:
     if forward.base != "attention":
         return []
     _, T, H, _ = forward.outs[0].shape
-    p = next(x for x in forward.outs[1:] if x.ndim == 4 and x.shape[2:] == (T * H // x.shape[1], T))
+    p = forward.outs[-1]  # the last of `MaterialisedSaved` without dropout
     # The heads that share keys are neighbouring rows
     by_head = p[0].reshape(p.shape[1], T, -1, T).swapaxes(1, 2).reshape(H, T, T)
     return [image(f"head {h}", p) for h, p in enumerate(by_head)]
@@ -274,7 +274,7 @@ def damage(
     due: list[Any],
     largest: float,
 ) -> dict[str, Any]:
-    """What a planted error does to every gradient, and what the verifier says of it."""
+    """The effect of a planted error on every gradient, and the verifier's verdict."""
     with planted(fault):
         wrong = traced(cfg, params, batch)
     found = compare(wrong.gradient, reference.gradient, largest)

@@ -410,7 +410,7 @@ class RawBlocks(NamedTuple):
 
 
 def read_blocks(kind: str, data: np.ndarray, part: Part) -> RawBlocks | None:
-    """The blocks of a tensor of `raw_blocks` as they lie; None of types not in `BLOCK_BYTES`."""
+    """The blocks of a tensor of `raw_blocks`; None if its type is not one of `BLOCK_BYTES`."""
     if kind not in BLOCK_BYTES:
         return None
     rows = data[part.place[0]]

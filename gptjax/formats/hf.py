@@ -1,12 +1,14 @@
 """Hugging Face models: a folder with ``config.json`` and one or several safetensors files.
 
 `CONVENTIONS` describes how ``transformers`` stores each family. If ``lm_head.weight`` is tied, it
-must equal the token embedding.
+must equal the token embedding. ``transformers`` rotates halves of a Llama's heads, as we do, so
+nothing is permuted.
 """
 
-import dataclasses
 import json
+import math
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +42,12 @@ CONFIG_FILE, MODEL_FILE, INDEX_FILE = (
 HEAD = "lm_head.weight"
 HEAD_ROWS = 4096  # rows compared at a time
 LARGEST = 2**24  # upper bound of any size in config.json
+ROPE = {
+    "rope_type": ("default",),
+    "type": ("default",),
+    "partial_rotary_factor": (1.0, None),
+}
+"""What may be said of a rotary embedding that is not scaled."""
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -54,7 +62,13 @@ class Convention(NamedTuple):
     sizes: dict[str, tuple[str, ...]]
     """Fields that hold each dimension: all are written, the first one present is read."""
     implied: tuple[str, ...]
-    """Dimensions written as null when they have our default."""
+    """Dimensions whose field may be missing or null, which means our default."""
+    read_rest: Callable[[Path, dict[str, Any], dict[str, Any]], dict[str, Any]]
+    """``read_rest(path, fields, found)``: what is not a dimension, after the dimensions are
+    found.
+    """
+    write_rest: Callable[[Architecture], dict[str, Any]]
+    """The fields that `read_rest` reads."""
     dropout: tuple[str, ...]
     """Fields that hold the dropout rate; written, never read."""
     tensors: Table
@@ -64,6 +78,73 @@ class Convention(NamedTuple):
     """Whether matrices are (out, in), as `torch.nn.Linear` has them."""
     ignored: re.Pattern[str]
     """Tensors that are not parameters."""
+
+
+def _read_llama(path: Path, fields: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """The rotary embedding's base, the norms' eps, and whether the classifier is tied.
+
+    Raises:
+        FormatError: the rotary embedding is scaled, the heads are not C / H wide, or a field has
+            another type.
+
+    """
+    head_dim = fields.get("head_dim")
+    if head_dim not in (None, found["channels"] / found["num_heads"]):
+        raise FormatError(
+            f"{path} has head_dim {head_dim!r}, but only hidden_size / num_attention_heads is "
+            "supported"
+        )
+    tied = fields.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        raise FormatError(f"{path} has no usable tie_word_embeddings: {tied!r}")
+    eps = fields.get("rms_norm_eps", 1e-6)
+    return {
+        "rope_theta": _number(path, "rope_theta", _rope_theta(path, fields)),
+        "norm_eps": _number(path, "rms_norm_eps", eps),
+        "tied": tied,
+    }
+
+
+def _rope_theta(path: Path, fields: dict[str, Any]) -> Any:
+    """The rotary embedding's base: in ``rope_parameters``, or of older models at the top level.
+
+    Raises:
+        FormatError: the rotary embedding is not the default one, or has two bases.
+
+    """
+    bases = [fields["rope_theta"]] if fields.get("rope_theta") is not None else []
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = fields.get(name) or {}
+        if not isinstance(rope, dict):
+            raise FormatError(f"{path} has no usable {name}: {rope!r}")
+        for key, value in rope.items():
+            if key == "rope_theta":
+                bases.append(value)
+            elif value not in ROPE.get(key, ()):
+                raise FormatError(
+                    f"{path} has {name} with {key} {value!r}, but only the default rotary "
+                    "embedding is supported"
+                )
+    if any(base != bases[0] for base in bases):
+        raise FormatError(f"{path} has two values of rope_theta: {bases[0]!r} and {bases[-1]!r}")
+    return bases[0] if bases else 1e4
+
+
+def _number(path: Path, name: str, value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise FormatError(f"{path} has no usable {name}: {value!r}")
+    return float(value) if abs(value) < sys.float_info.max else math.inf
+
+
+def _write_llama(cfg: Architecture) -> dict[str, Any]:
+    """The rotary embedding's base stands where old and new versions of ``transformers`` look."""
+    return {
+        "head_dim": cfg.head_dim,
+        "rope_theta": cfg.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": cfg.rope_theta},
+        "rms_norm_eps": cfg.norm_eps,
+        "tie_word_embeddings": cfg.tied,
+    }
 
 
 CONVENTIONS = {
@@ -88,6 +169,8 @@ CONVENTIONS = {
             "vocab_size": ("vocab_size",),
         },
         implied=("hidden",),
+        read_rest=lambda path, fields, found: {},
+        write_rest=lambda cfg: {"n_inner": None} if cfg.hidden == 4 * cfg.channels else {},
         dropout=("embd_pdrop", "attn_pdrop", "resid_pdrop"),
         tensors={
             "wte.weight": "wte",
@@ -110,7 +193,46 @@ CONVENTIONS = {
         prefix="transformer.",
         transposed=False,
         ignored=re.compile(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias"),
-    )
+    ),
+    "llama": Convention(
+        title="Llama",
+        architecture="LlamaForCausalLM",
+        expected={
+            "model_type": ("llama",),
+            "hidden_act": ("silu", "swish"),
+            "attention_bias": (False,),
+            "mlp_bias": (False,),
+        },
+        sizes={
+            "num_layers": ("num_hidden_layers",),
+            "num_heads": ("num_attention_heads",),
+            "num_kv_heads": ("num_key_value_heads",),
+            "channels": ("hidden_size",),
+            "hidden": ("intermediate_size",),
+            "vocab_size": ("vocab_size",),
+            "max_seq_len": ("max_position_embeddings",),
+        },
+        implied=("num_kv_heads",),
+        read_rest=_read_llama,
+        write_rest=_write_llama,
+        dropout=("attention_dropout",),
+        tensors={
+            "embed_tokens.weight": "tok_emb",
+            "layers.{}.input_layernorm.weight": "att_norm",
+            "layers.{}.self_attn.q_proj.weight": "wq",
+            "layers.{}.self_attn.k_proj.weight": "wk",
+            "layers.{}.self_attn.v_proj.weight": "wv",
+            "layers.{}.self_attn.o_proj.weight": "wo",
+            "layers.{}.post_attention_layernorm.weight": "ffn_norm",
+            "layers.{}.mlp.gate_proj.weight": "w1",
+            "layers.{}.mlp.up_proj.weight": "w3",
+            "layers.{}.mlp.down_proj.weight": "w2",
+            "norm.weight": "final_norm",
+        },
+        prefix="model.",
+        transposed=True,
+        ignored=re.compile(r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq"),
+    ),
 }
 
 
@@ -131,7 +253,8 @@ def read_config(path: Path) -> Architecture:
     family = fields.get("model_type", "gpt2")
     if not isinstance(family, str) or family not in CONVENTIONS:
         raise FormatError(
-            f"{path} has model_type {family!r}, but {KIND} of {', '.join(CONVENTIONS)} is expected"
+            f"{path} has model_type {family!r}, but {KIND} of {' or '.join(CONVENTIONS)} is "
+            "expected"
         )
     theirs = CONVENTIONS[family]
     for name, values in theirs.expected.items():
@@ -148,6 +271,7 @@ def read_config(path: Path) -> Architecture:
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST:
             raise FormatError(f"{path} has no usable {name}: {value!r}")
         found[ours] = value
+    found |= theirs.read_rest(path, fields, found)
     try:
         return Architecture(family=family, **found)
     except ConfigError as error:
@@ -209,14 +333,16 @@ def read_model(folder: Path) -> tuple[Architecture, Any]:
 
 
 def _tensors(cfg: Architecture, prefixed: bool) -> list[FileTensor]:
-    """The tensors of a model's files."""
+    """The tensors of a model's files; a classifier of its own comes last."""
     tables = {family: theirs.tensors for family, theirs in CONVENTIONS.items()}
     table = table_of(tables, cfg, KIND)
     theirs = CONVENTIONS[cfg.family]
     prefix = theirs.prefix if prefixed else ""
-    return file_tensors(
-        {prefix + name: params for name, params in table.items()}, cfg, transposed=theirs.transposed
-    )
+    table = {prefix + name: params for name, params in table.items()}
+    head = family_of(cfg).head_name(cfg)
+    if head not in table.values():
+        table[HEAD] = head
+    return file_tensors(table, cfg, transposed=theirs.transposed)
 
 
 def _equal(files: dict[str, Path], a: str, b: str, rows: int) -> bool:
@@ -262,6 +388,7 @@ def write_model(
     end_of_text: int | None,
     extra: Callable[[Path], None],
     dropout: float = 0.0,
+    begin_of_text: int | None = None,
 ) -> None:
     """Write a folder that ``transformers`` can load; it appears only when complete.
 
@@ -273,6 +400,7 @@ def write_model(
         end_of_text: id of the end-of-text token, if any.
         extra: writes further files, such as a tokenizer, into the folder.
         dropout: the rate used in training.
+        begin_of_text: id of the token that begins a document; None for ``end_of_text``.
 
     Raises:
         ConfigError: the format does not support the family.
@@ -280,19 +408,16 @@ def write_model(
     """
     tensors = _tensors(cfg, prefixed=True)
     theirs = CONVENTIONS[cfg.family]
-    zeros: dict[str, Any] = dict.fromkeys(theirs.implied, 0)
-    default = dataclasses.replace(cfg, **zeros)
-    sizes = {ours: getattr(cfg, ours) for ours in theirs.sizes}
-    sizes |= {ours: None for ours in theirs.implied if sizes[ours] == getattr(default, ours)}
     fields = {
         "architectures": [theirs.architecture],
         **{name: values[0] for name, values in theirs.expected.items()},
-        **{name: sizes[ours] for ours, names in theirs.sizes.items() for name in names},
+        **{name: getattr(cfg, ours) for ours, names in theirs.sizes.items() for name in names},
+        **theirs.write_rest(cfg),
         **dict.fromkeys(theirs.dropout, dropout),
         "initializer_range": INIT_STD,
-        "bos_token_id": end_of_text,
+        "bos_token_id": end_of_text if begin_of_text is None else begin_of_text,
         "eos_token_id": end_of_text,
-        "torch_dtype": {2: "bfloat16", 4: "float32"}[dtype.itemsize],
+        "torch_dtype": dtype.name,
     }
 
     def fill(into: Path) -> None:

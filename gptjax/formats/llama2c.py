@@ -66,17 +66,22 @@ class Header(NamedTuple):
     size: int
     """Bytes of the file."""
 
-    @property
-    def first(self) -> int:
-        """Where the tensors begin."""
-        return HEADER_BYTES if self.version else FIELDS.size
-
 
 def is_model(path: Path) -> bool:
     """Whether it is a llama2.c model: by the magic number, or, in version 0, by a size that is
     exactly what its seven numbers imply.
     """
     return (recognise(path) or "").startswith(LLAMA2C_MODEL)
+
+
+def announced_size(path: Path) -> int | None:
+    """Bytes that a file has to have if the seven numbers that it begins with are those of version
+    0; None if they are not.
+    """
+    try:
+        return _layout(path, _read_header(path))[-1]
+    except FormatError:
+        return None
 
 
 def read_model(path: str | os.PathLike[str]) -> tuple[int, Architecture, Any]:
@@ -90,27 +95,13 @@ def read_model(path: str | os.PathLike[str]) -> tuple[int, Architecture, Any]:
     path = Path(path)
     header = _read_header(path)
     cfg, group = header.cfg, header.group
-    tensors = _tensors(cfg, header.version)
-    counts = {tensor.name: math.prod(tensor.shape) for tensor in tensors}
-    strides = {t.name: _layer_bytes(t, group) for t in tensors}
-    offsets: dict[str, int] = {}
-    end = header.first
-    for tensor in tensors:
-        if _is_quantized(tensor, group) and counts[tensor.name] % group:
-            raise FormatError(
-                f"{path} is not a {MODEL}: its groups of {group} numbers do not divide the "
-                f"{counts[tensor.name]} of {tensor.name}"
-            )
-        offsets[tensor.name] = end
-        end += strides[tensor.name] * (cfg.num_layers if tensor.layered else 1)
-        if header.version == 0 and tensor.name == "final_norm":
-            end += 2 * cfg.max_seq_len * (cfg.head_dim // 2) * FLOAT32.itemsize
+    tensors, offsets, end = _layout(path, header)
     announced = f"{cfg.num_layers} layers of {cfg.channels} channels in version {header.version}"
     check_size(path, MODEL, header.size, end, announced)
     data = np.memmap(path, np.uint8, "r")
 
     def read(tensor: FileTensor, layer: int | None, part: Part) -> np.ndarray:
-        stride, count = strides[tensor.name], counts[tensor.name]
+        stride, count = _layer_bytes(tensor, group), math.prod(tensor.shape)
         begin = offsets[tensor.name] + (layer or 0) * stride
         held = data[begin : begin + stride]
         if _is_quantized(tensor, group):
@@ -242,6 +233,26 @@ def _read_header(path: Path) -> Header:
     except ConfigError as error:
         raise FormatError(f"{path} holds an invalid model: {error}") from error
     return Header(version, cfg, group, size)
+
+
+def _layout(path: Path, header: Header) -> tuple[list[FileTensor], dict[str, int], int]:
+    """The file's tensors, where each begins, and where the file ends."""
+    cfg, group = header.cfg, header.group
+    tensors = _tensors(cfg, header.version)
+    offsets: dict[str, int] = {}
+    end = HEADER_BYTES if header.version else FIELDS.size
+    for tensor in tensors:
+        count = math.prod(tensor.shape)
+        if _is_quantized(tensor, group) and count % group:
+            raise FormatError(
+                f"{path} is not a {MODEL}: its groups of {group} numbers do not divide the "
+                f"{count} of {tensor.name}"
+            )
+        offsets[tensor.name] = end
+        end += _layer_bytes(tensor, group) * (cfg.num_layers if tensor.layered else 1)
+        if header.version == 0 and tensor.name == "final_norm":
+            end += 2 * cfg.max_seq_len * (cfg.head_dim // 2) * FLOAT32.itemsize
+    return tensors, offsets, end
 
 
 def _header(cfg: Architecture, version: int, group: int) -> bytes:

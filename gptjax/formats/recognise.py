@@ -29,6 +29,7 @@ LLMC = {
 LLAMA2C_MAGIC = 0x616B3432
 LLAMA2C_MODEL, LLAMA2C_TOKENIZER = "a llama2.c model", "a llama2.c tokenizer"
 SAFETENSORS = "a safetensors file"
+SENTENCEPIECE = "a SentencePiece model"
 GGUF = "a GGUF model"
 LARGEST_VOCABULARY = 1 << 26  # bytes of a llama2.c tokenizer
 LONGEST_TOKEN = 1 << 12
@@ -140,7 +141,7 @@ def _protobuf(start: bytes) -> str | None:
             break
         at += 2 + found[1][0]
     else:
-        return "a SentencePiece model"
+        return SENTENCEPIECE
     writer = re.match(rb"\x08[\x01-\x1f]\x12([\x01-\x40])", start)
     if writer and len(start) > 4 + writer[1][0]:
         name, after = start[4 : 4 + writer[1][0]], start[4 + writer[1][0]]

@@ -21,7 +21,7 @@ import jax
 
 from gptjax import cli, tokenizers
 from gptjax.cli.options import parse
-from gptjax.cli.streams import standard_input
+from gptjax.cli.streams import show, standard_input
 from gptjax.config import MOST_SAMPLES, GenerateConfig, ModelConfig
 from gptjax.convert.weights import load_for_decoding, open_weights
 from gptjax.errors import ConfigError, DataError
@@ -245,18 +245,6 @@ def converse(model: Model, args: GenerateConfig) -> None:
                 show(texts[0])
         said += sample.visible_ids()
         show("\n")
-
-
-def show(text: str) -> None:
-    """Write text at once; a terminal gets placeholders for control characters, which a model may
-    produce.
-    """
-    if sys.stdout.isatty():
-        text = "".join(
-            c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
-        )
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Prompts in, tokens out, a few at a time: prefill, then a compiled loop over a cache of keys and
-values.
+"""Generate tokens from prompts, a few at a time: prefill, then a compiled loop over a key-value
+cache.
 
-A sequence that outgrows the model's context goes on from its newer part: see `window_start`. What
-is drawn for a row depends on its prompt, its seed and its index alone, not on the rows beside it or
-on how many tokens are asked for at a time.
+A sequence that outgrows the model's context continues from its last part; see `window_start`. A
+row's tokens depend only on its prompt, its seed and its index, not on other rows or on the number
+of tokens drawn at a time.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from gptjax.config import ModelConfig, Sampler
@@ -20,11 +21,10 @@ from gptjax.errors import CheckpointError
 from gptjax.generate import lookup, run_c
 from gptjax.generate.lookup import DRAFT, Lookup
 from gptjax.generate.sampling import choose
-from gptjax.models.decode import CHUNK as PART
-from gptjax.models.decode import decode, prefill
+from gptjax.models.decode import PART, decode, extend, prefill
 from gptjax.xla.products import accumulation_dtype
 
-CHUNK = 32  # tokens between looks at what was drawn, unless told otherwise
+CHUNK = 32  # default number of tokens drawn before they are returned
 # Prompts are padded to one of these, or a multiple of the last, so that few programs are compiled
 SHORT_PROMPTS = (16, 32, 64, PART)
 DEFAULT = Sampler()
@@ -42,8 +42,8 @@ class Rules(NamedTuple):
     ends: tuple[int, ...] = ()
     """The ids after any of which a sequence is done."""
     lookup: bool = True
-    """A single row also tries tokens that followed the same ones before (`gptjax.generate.lookup`);
-    it changes no token."""
+    """A single row also tries tokens that followed the same ones before (`gptjax.generate.lookup`),
+    which changes no token."""
 
 
 class Decoding(NamedTuple):
@@ -61,8 +61,8 @@ class Decoding(NamedTuple):
     done: Bool[Array, " B"]
     keys: Any
     """What each row draws with: keys (B,), or run.c's random numbers (B, n)."""
-    lookup: Lookup | None
-    """Of a single row, unless `Rules.lookup` is off."""
+    lookup: Lookup | None = None
+    """Of a single row, if the rules ask for it."""
 
 
 class Drawn(NamedTuple):
@@ -76,12 +76,11 @@ class Drawn(NamedTuple):
 
 
 def window_start(length: int, context: int) -> int:
-    """Where the part of a sequence begins that the model sees: 0 until it is longer than the
-    context.
+    """The start of the part of a sequence that the model sees: 0 while it fits the context.
 
-    From then on, the last tokens, at least half a context of them: the start moves on by half a
-    context whenever the sequence would not fit, and the part is read anew, since GPT-2's positions
-    are absolute.
+    Beyond that, the model sees at least half a context of the last tokens. The start advances by
+    half a context whenever the sequence would not fit, and the part is read again, since GPT-2's
+    positions are absolute.
     """
     half = max(1, context // 2)
     return max(0, -(-(length - context) // half)) * half
@@ -97,19 +96,19 @@ def generate(
     fetch: Callable[[Any], np.ndarray] = np.asarray,
     first: int = 0,
 ) -> Iterator[Drawn]:
-    """Continue each prompt by ``new_tokens``, a few at a time; a row that is done repeats its end,
-    and when all are, it ends.
+    """Continue each prompt by ``new_tokens``, a few at a time; a finished row repeats its end, and
+    the iterator ends when all rows are finished.
 
     Args:
-        params: parameters, or what `gptjax.models.decode.store_for_decoding` makes of them.
-        prompts: ids, at least one each, of any length.
-        rules: see there.
-        key: the same one gives the same tokens; of run.c's draws the seed, an int, to which a row
-            adds its index.
-        new_tokens: how many, at most.
-        chunk: so many at a time, up to `CHUNK`, and those of a draft that were right.
-        fetch: brings an array from the devices, where several processes have them.
-        first: index of the first row, among more than fit at once.
+        params: parameters, or those stored for decoding, see `gptjax.convert.weights`.
+        prompts: ids of any length, at least one each.
+        rules: see `Rules`.
+        key: the key of all draws; for run.c's sampling the seed, an int, to which each row adds its
+            index.
+        new_tokens: the most tokens to draw.
+        chunk: the most tokens to draw at a time, up to `CHUNK`; correct drafts may add to them.
+        fetch: copies an array to the host, also from several processes.
+        first: index of the first row, if there are more rows than fit at once.
 
     Raises:
         ValueError: there is no prompt, or an empty one.
@@ -119,7 +118,7 @@ def generate(
     if not len(prompts) or not all(len(prompt) for prompt in prompts):
         raise ValueError("each prompt needs at least one id")
     context = rules.cfg.max_seq_len
-    keys = _keys(rules.sampler, key, range(first, first + len(prompts)), new_tokens)
+    keys = row_keys(rules.sampler, key, range(first, first + len(prompts)), new_tokens)
     rows = [np.asarray(prompt).tolist() for prompt in prompts]
     done = np.zeros(len(rows), bool)
     state, starts, drawn = None, [0] * len(rows), 0
@@ -128,28 +127,37 @@ def generate(
         readable = (
             context + 1 - max(len(row) - start for row, start in zip(rows, starts, strict=True))
         )
-        made: Any = 1
         if state and readable > 0:
             most = min(left, readable)
-            state, tokens, logprobs, made = _advance(params, state, rules, min(most, chunk), most)
+            state, tokens, logprobs = advance(params, state, rules, min(most, chunk), most)
         else:
             starts = [window_start(len(row), context) for row in rows]
             windows = [row[start:] for row, start in zip(rows, starts, strict=True)]
             state, tokens, logprobs = _start(
                 params, *_padded(windows, rules, left), rules, keys, drawn, done
             )
-        made = int(fetch(made))
-        new = Drawn(fetch(tokens)[:, :made], fetch(logprobs)[:, :made])
-        if not np.isfinite(new.logprobs).all():
-            raise CheckpointError(
-                "the model gives probabilities that are not finite: it is damaged, or its "
-                "training diverged"
-            )
+        made = int(fetch(state.drawn)) - drawn
+        new = finite(fetch(tokens)[:, :made], fetch(logprobs)[:, :made])
         done = fetch(state.done)
         drawn += made
         for row, ids in zip(rows, new.tokens.tolist(), strict=True):
             row.extend(ids)
         yield new
+
+
+def finite(tokens: np.ndarray, logprobs: np.ndarray) -> Drawn:
+    """What was drawn from sound probabilities.
+
+    Raises:
+        CheckpointError: they are not finite.
+
+    """
+    if not np.isfinite(logprobs).all():
+        raise CheckpointError(
+            "the model gives probabilities that are not finite: it is damaged, or its training "
+            "diverged"
+        )
+    return Drawn(tokens, logprobs)
 
 
 def sample(
@@ -173,7 +181,7 @@ def sample(
     )
 
 
-def _keys(sampler: Sampler, key: Any, rows: range, new_tokens: int) -> Array:
+def row_keys(sampler: Sampler, key: Any, rows: range, new_tokens: int) -> Array:
     """What the rows draw with; see `Decoding`."""
     if sampler.draw == "run.c":
         return jnp.asarray(np.stack([run_c.coins(key + row, new_tokens) for row in rows]))
@@ -207,102 +215,86 @@ def _start(
 ) -> tuple[Decoding, Array, Array]:
     """Read the prompts and draw one token a row."""
     logits, cache = prefill(params, ids, padding, slots, rules.cfg)
-    token, logprob, done = _next(logits, rules, keys, drawn, done)
+    token, logprob, done = draw_next(logits, rules, keys, drawn, done)
+    slot = jnp.int32(ids.shape[1])
+    text = lookup.start(ids[0], slot, padding[0], token[0], slots)
+    state = Decoding(cache, padding, slot, token, jnp.int32(drawn + 1), done, keys)
     single = len(ids) == 1 and rules.lookup
-    text = lookup.start(ids[0], padding[0], token[0], slots) if single else None
-    state = Decoding(
-        cache, padding, jnp.int32(ids.shape[1]), token, jnp.int32(drawn + 1), done, keys, text
-    )
-    return state, token[:, None], logprob[:, None]
+    return state._replace(lookup=text if single else None), token[:, None], logprob[:, None]
 
 
 @partial(jax.jit, static_argnames="rules", donate_argnames="state")
-def _advance(
+def advance(
     params: Any, state: Decoding, rules: Rules, count: Any, most: Any
-) -> tuple[Decoding, Array, Array, Array]:
-    """``count`` times: read the newest token of each row, and draw the next; it stops when all rows
-    are done. A draft may make that up to ``most``.
+) -> tuple[Decoding, Array, Array]:
+    """Read the newest token of each row and draw the next, until ``count`` are drawn, or all rows
+    are done. Correct drafts may make that up to ``most``.
 
     Returns:
-        The state, and tokens and log-probabilities of which the last number says how many are made.
+        The state, whose ``drawn`` says how many of the tokens and log-probabilities are valid.
 
     """
-    B = state.token.shape[0]
-    room = (
+    B, before = state.token.shape[0], state.drawn
+    found = (
         jnp.zeros((B, CHUNK + DRAFT), jnp.int32),
         jnp.zeros((B, CHUNK + DRAFT), jnp.float32),
     )
 
     def more(carry: Any) -> Array:
-        i, state, _ = carry
-        return (i < count) & ~state.done.all()
+        state, _ = carry
+        return (state.drawn - before < count) & ~state.done.all()
 
     def has_draft(carry: Any) -> Array:
-        i, state, _ = carry
-        return (state.lookup.known > 0) & (most - i > 1)
+        state, _ = carry
+        return (state.lookup.known > 0) & (most - (state.drawn - before) > 1)
+
+    def put(found: Any, state: Decoding, new: Any) -> Any:
+        at = jnp.int32(0), state.drawn - before
+        return tuple(lax.dynamic_update_slice(f, x, at) for f, x in zip(found, new, strict=True))
 
     def step(carry: Any) -> Any:
         """A token of each row."""
-        i, state, room = carry
+        state, found = carry
         logits, cache = decode(
-            params, state.token[:, None], state.padding, state.cache, state.slot, rules.cfg
+            params, state.token, state.padding, state.cache, state.slot, rules.cfg
         )
-        token, logprob, done = _next(logits[:, 0], rules, state.keys, state.drawn, state.done)
-        room = tuple(r.at[:, i].set(x) for r, x in zip(room, (token, logprob), strict=True))
-        text = state.lookup and lookup.after(
-            state.lookup, token, jnp.int32(1), state.padding[0], state.slot
-        )
-        new = state._replace(
-            cache=cache,
-            slot=state.slot + 1,
-            token=token,
-            drawn=state.drawn + 1,
-            done=done,
-            lookup=text,
-        )
-        return i + 1, new, room
+        token, logprob, done = draw_next(logits, rules, state.keys, state.drawn, state.done)
+        found = put(found, state, (token[:, None], logprob[:, None]))
+        text, one = state.lookup, jnp.int32(1)
+        if text:
+            text = lookup.after(text, token, one, state.padding[0], state.slot)
+        slot, drawn = state.slot + 1, state.drawn + 1
+        return Decoding(cache, state.padding, slot, token, drawn, done, state.keys, text), found
 
     def try_draft(carry: Any) -> Any:
         """The tokens of a draft up to the first that would not have been drawn, and that one."""
-        i, state, room = carry
-        drafted = state.lookup.draft
-        read = jnp.concatenate([state.token, drafted])
-        logits, cache = decode(
-            params, read[None], state.padding, state.cache, state.slot, rules.cfg
-        )
-        order = jnp.arange(len(read), dtype=jnp.int32)
-        each = jnp.zeros(len(read), bool)
-        token, logprob, ends = _next(
-            logits[0], rules, state.keys[each.astype(jnp.int32)], state.drawn + order, each
-        )
-        hits = (token[:-1] == drafted) & (order[:-1] < state.lookup.known) & ~ends[:-1]
+        state, found = carry
+        draft = state.lookup.draft
+        read = jnp.concatenate([state.token, draft])[None]
+        logits, cache = extend(params, read, state.padding, state.cache, state.slot, rules.cfg)
+        n = jnp.arange(read.shape[1], dtype=jnp.int32)
+        keys, done = state.keys[jnp.zeros_like(n)], jnp.zeros(n.shape, bool)
+        token, logprob, done = draw_next(logits[0], rules, keys, state.drawn + n, done)
+        hits = (token[:-1] == draft) & (n[:-1] < state.lookup.known) & ~done[:-1]
         right = jnp.cumprod(hits.astype(jnp.int32)).sum(dtype=jnp.int32)
-        made = jnp.minimum(right + 1, most - i)
-        room = tuple(
-            jax.lax.dynamic_update_slice(r, x[None], (jnp.int32(0), i))
-            for r, x in zip(room, (token, logprob), strict=True)
-        )
-        new = state._replace(
-            cache=cache,
-            slot=state.slot + made,
-            token=token[made - 1][None],
-            drawn=state.drawn + made,
-            done=ends[made - 1][None],
-            lookup=lookup.after(state.lookup, token, made, state.padding[0], state.slot, right),
-        )
-        return i + made, new, room
+        made = jnp.minimum(right + 1, most - (state.drawn - before))
+        found = put(found, state, (token[None], logprob[None]))
+        text = lookup.after(state.lookup, token, made, state.padding[0], state.slot, right)
+        slot, drawn = state.slot + made, state.drawn + made
+        last = (token[made - 1][None], drawn, done[made - 1][None])
+        return Decoding(cache, state.padding, slot, *last, state.keys, text), found
 
-    def either(carry: Any) -> Any:
+    def steps_and_drafts(carry: Any) -> Any:
         # Two loops, not a condition: XLA updates a loop's cache in place
-        carry = jax.lax.while_loop(lambda c: more(c) & ~has_draft(c), step, carry)
-        return jax.lax.while_loop(lambda c: more(c) & has_draft(c), try_draft, carry)
+        carry = lax.while_loop(lambda c: more(c) & ~has_draft(c), step, carry)
+        return lax.while_loop(lambda c: more(c) & has_draft(c), try_draft, carry)
 
-    body = either if state.lookup else step
-    made, state, (tokens, logprobs) = jax.lax.while_loop(more, body, (jnp.int32(0), state, room))
-    return state, tokens, logprobs, made
+    body = steps_and_drafts if state.lookup else step
+    state, (tokens, logprobs) = lax.while_loop(more, body, (state, found))
+    return state, tokens, logprobs
 
 
-def _next(
+def draw_next(
     logits: Float[Array, "B V"], rules: Rules, keys: Any, drawn: Any, done: Array
 ) -> tuple[Array, Array, Array]:
     """(token, its log-probability, whether the row is done) of each row.

@@ -31,14 +31,18 @@ class Lookup(NamedTuple):
 
 
 def start(
-    ids: Int[Array, " P"], begin: Int[Array, ""], token: Int[Array, ""], slots: int
+    ids: Int[Array, " P"],
+    slot: Int[Array, ""],
+    begin: Int[Array, ""],
+    token: Int[Array, ""],
+    slots: int,
 ) -> Lookup:
-    """The look-up after a prompt, whose first token is in slot ``begin``, and a first token."""
+    """The look-up after a prompt, ``ids[begin:slot]``, and a first token."""
     zero = jnp.int32(0)
     seen = jnp.zeros(slots + DRAFT + 1, jnp.int32)
     seen = lax.dynamic_update_slice(seen, ids.astype(jnp.int32), (zero,))
     empty = Lookup(seen, jnp.zeros(DRAFT, jnp.int32), zero, zero, zero)
-    return after(empty, token[None], jnp.int32(1), begin, jnp.int32(len(ids) - 1))
+    return after(empty, token[None], jnp.int32(1), begin, slot - 1)
 
 
 def after(

@@ -46,7 +46,9 @@ def choose(
     if sampler.top_p >= 1:
         sums = jnp.cumsum(p, -1)
         return _first(sums > coin[:, None], V - 1).astype(jnp.int32)
-    likely = jnp.where(p >= (1 - sampler.top_p) / max(1, V - 1), p, 0)
+    # The likeliest stays even where none reaches the cut-off, from which run.c reads past its array
+    least = jnp.minimum((1 - sampler.top_p) / max(1, V - 1), p.max(-1, keepdims=True))
+    likely = jnp.where(p >= least, p, 0)
     ids = jnp.argsort(-likely, axis=-1, stable=True)
     sums = jnp.cumsum(jnp.take_along_axis(likely, ids, -1), -1)
     last = _first(sums > sampler.top_p, (likely > 0).sum(-1) - 1)

@@ -19,7 +19,7 @@ from gptjax.models.transformer import over_layers
 from gptjax.ops.kv_cache import LayerCache, cached_attention
 from gptjax.ops.quantized import OutIn, product, quantize
 
-CHUNK = 128  # tokens of a prompt that are read at a time
+PART = 128  # tokens of a prompt that are read at a time
 
 
 def store_for_decoding(params: Any, cfg: ModelConfig, how: Storage = "as_stored") -> Any:
@@ -64,7 +64,8 @@ def store(w: Array, weight: Weight, cfg: ModelConfig, how: Storage) -> Any:
         return OutIn(w.astype(jnp.bfloat16))
     if how in ("float32", "as_stored"):
         return OutIn(w.astype(cfg.compute_dtype))
-    round_layer = partial(quantize, kind=how, inputs=weight.inputs)
+    kind: Any = how
+    round_layer = partial(quantize, kind=kind, inputs=weight.inputs)
     return jax.vmap(round_layer)(w) if w.ndim > len(weight.axes) else round_layer(w)
 
 
@@ -75,67 +76,114 @@ def prefill(
 
     Args:
         params: parameters, or the output of `store_for_decoding`.
-        tokens: ids, each row's padding first; the padding's ids are ignored. P is at most `CHUNK`
-            or a multiple of it, and is read in such parts.
+        tokens: ids, each row's padding first; the padding's ids are ignored. They are read in parts
+            of `PART` tokens, of which P is a multiple if it is larger.
         padding: length of each row's padding, less than P.
         slots: slots of the cache, at least P.
         cfg: resolved.
 
     """
-    P = tokens.shape[1]
-    if P % CHUNK and P > CHUNK:
-        raise ValueError(f"prompts of {P} tokens are no multiple of {CHUNK}")
+    B, P = tokens.shape
+    if P > PART and P % PART:
+        raise ValueError(f"prompts of {P} tokens are no multiple of {PART}")
+    parts = tokens.reshape(B, -1, min(P, PART))
 
-    def read(tokens: Array, cache: Any, slot: Any) -> tuple[Array, Any]:
-        h, cache = _forward(params, tokens, padding, cache, slot, slots, cfg)
-        return h[:, -1], cache
+    def read(i: Any, x_cache: Any) -> Any:
+        x, cache = _read(params, parts[:, i], padding, x_cache[1], parts.shape[2] * i, cfg)
+        return x[:, -1:], cache
 
-    if P <= CHUNK:
-        last, cache = read(tokens, None, jnp.int32(0))
+    first = None, empty_cache(cfg, B, slots)
+    if parts.shape[1] == 1:
+        x, cache = read(jnp.int32(0), first)
     else:
-        chunks = tokens.reshape(len(tokens), -1, CHUNK)
-        shapes = jax.eval_shape(read, chunks[:, 0], None, jnp.int32(0))
-        last, cache = lax.fori_loop(
-            0,
-            P // CHUNK,
-            lambda i, x: read(chunks[:, i], x[1], CHUNK * i),
-            jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
+        # A family without attention keeps no cache
+        empty = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(read, jnp.int32(0), first)
         )
-    return _logits(params, last[:, None], cfg)[:, 0], cache
+        x, cache = lax.fori_loop(0, parts.shape[1], read, empty)
+    return _logits(params, x, cfg)[:, 0], cache
 
 
-def decode(
+def empty_cache(cfg: ModelConfig, rows: int, slots: int) -> Any:
+    """A cache of so many slots in which nothing is written yet."""
+    layers = (cfg.num_layers,) if cfg.layers == "scan" else ()
+    shape = (*layers, rows, cfg.num_kv_heads, slots, cfg.head_dim)
+
+    def empty() -> LayerCache:
+        return LayerCache(jnp.zeros(shape, cfg.compute_dtype), jnp.zeros(shape, cfg.compute_dtype))
+
+    return empty() if layers else tuple(empty() for _ in range(cfg.num_layers))
+
+
+def with_slots(cache: Any, slots: int) -> Any:
+    """The cache with at least so many slots; the new ones come last."""
+
+    def longer(x: Array) -> Array:
+        more = max(0, slots - x.shape[-2])
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, more), (0, 0)]) if more else x
+
+    return jax.tree.map(longer, cache)
+
+
+def extend(
     params: Any,
-    tokens: Int[Array, "B T"],
+    tokens: Int[Array, "B P"],
     padding: Int[Array, " B"],
     cache: Any,
     slot: Int[Array, ""],
     cfg: ModelConfig,
-) -> tuple[Float[Array, "B T V"], Any]:
-    """Read T more tokens per row, into the slots from ``slot``: (logits after each, the cache)."""
-    h, cache = _forward(params, tokens, padding, cache, slot, 0, cfg)
-    return _logits(params, h, cfg), cache
+    only: Int[Array, ""] | None = None,
+) -> tuple[Float[Array, "B _ V"], Any]:
+    """Read P more tokens per row: (logits of what follows each, the updated cache).
+
+    Tokens at the end may be there to fill up: what comes before does not see them, and what is
+    read next in their slots replaces them.
+
+    Args:
+        params: parameters, or the output of `store_for_decoding`.
+        tokens: ids.
+        padding: length of each row's padding, before its first token.
+        cache: of at least slot + P slots.
+        slot: where the first of them goes.
+        cfg: resolved.
+        only: the one of the P whose logits are wanted, (B, 1, V); None: all of them.
+
+    """
+    x, cache = _read(params, tokens, padding, cache, slot, cfg)
+    if only is not None:
+        x = lax.dynamic_slice_in_dim(x, only, 1, 1)
+    return _logits(params, x, cfg), cache
 
 
-def _forward(
+def decode(
+    params: Any,
+    token: Int[Array, " B"],
+    padding: Int[Array, " B"],
+    cache: Any,
+    slot: Int[Array, ""],
+    cfg: ModelConfig,
+) -> tuple[Float[Array, "B V"], Any]:
+    """Read one more token per row, in ``slot``: (logits of the next, the updated cache)."""
+    logits, cache = extend(params, token[:, None], padding, cache, slot, cfg)
+    return logits[:, 0], cache
+
+
+def _read(
     params: Any,
     tokens: Int[Array, "B T"],
     padding: Int[Array, " B"],
     cache: Any,
     slot: Any,
-    slots: int,
     cfg: ModelConfig,
 ) -> tuple[Float[Array, "B T C"], Any]:
-    """(output of the final norm, each layer's cache); without a cache one of ``slots`` is made."""
+    """Hidden states, and each layer's updated cache."""
     family = family_of(cfg)
-    place = slot + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    positions = jnp.maximum(place[None] - padding[:, None], 0)
+    new = slot + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    # Those of padding and of fillers do not matter
+    positions = jnp.clip(new[None] - padding[:, None], 0, cfg.max_seq_len - 1)
     x = family.embed_fwd(params, tokens, positions, cfg)
 
-    def attend(past: LayerCache | None, q: Array, k: Array, v: Array) -> tuple[Array, LayerCache]:
-        if past is None:
-            empty = jnp.zeros((k.shape[0], k.shape[2], slots, k.shape[3]), k.dtype)
-            past = LayerCache(empty, empty)
+    def attend(past: LayerCache, q: Array, k: Array, v: Array) -> tuple[Array, LayerCache]:
         return cached_attention(q, k, v, past, slot, padding)
 
     def body(x: Array, w_past: Any) -> tuple[Array, Any]:
@@ -143,11 +191,12 @@ def _forward(
         x, saved = family.block_fwd(w, x, positions, cfg, partial(attend, past))
         return x, saved.att
 
-    x, cache = over_layers(body, x, (params.blocks, cache), cfg)
-    return family.norm_fwd(params, x, cfg)[0], cache
+    return over_layers(body, x, (params.blocks, cache), cfg)
 
 
-def _logits(params: Any, h: Float[Array, "B T C"], cfg: ModelConfig) -> Float[Array, "B T V"]:
+def _logits(params: Any, x: Float[Array, "B T C"], cfg: ModelConfig) -> Float[Array, "B T V"]:
+    """Logits of what follows each position."""
+    h, _ = family_of(cfg).norm_fwd(params, x, cfg)
     # Pad rows are computed too: slicing the table would copy it.
-    scores = product(h.reshape(-1, h.shape[2]), head_of(params, cfg))
-    return scores.reshape(*h.shape[:2], -1)[..., : cfg.vocab_size]
+    logits = product(h.reshape(-1, h.shape[-1]), head_of(params, cfg))
+    return logits[:, : cfg.vocab_size].reshape(*h.shape[:2], -1)

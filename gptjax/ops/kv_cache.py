@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from gptjax.ops.attention import Heads, KeyHeads
+from gptjax.ops.attention import Heads
 from gptjax.xla.barrier import cpu_barrier
 from gptjax.xla.products import accumulation_dtype
 
@@ -22,50 +22,52 @@ class LayerCache(NamedTuple):
 
 def cached_attention(
     q: Heads,
-    k: KeyHeads,
-    v: KeyHeads,
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K D"],
     cache: LayerCache,
     slot: Int[Array, ""],
     begin: Int[Array, " B"],
 ) -> tuple[Heads, LayerCache]:
-    """Causal attention of T new positions to the cache's ``begin <= slot' < slot`` and themselves.
+    """Causal attention of T new positions to themselves and to the slots from ``begin`` up to
+    ``slot``.
 
-    Computes the new positions' own scores separately and writes the cache only after reading it.
-    XLA then updates the cache in place instead of copying all of it for each token.
+    Scores their own keys apart and writes the cache only after reading it. XLA then updates the
+    cache in place instead of copying all of it for each token.
 
     Args:
-        q: queries of the new positions.
-        k: their keys.
-        v: their values.
-        cache: keys and values of the positions before; later slots may hold anything.
-        slot: of the first new position. The cache must have T slots from there.
-        begin: each row's first slot. New positions before it, which are padding, see themselves
-            alone.
+        q: queries (B, T, H, D) of the new positions.
+        k: their keys (B, T, K, D).
+        v: their values (B, T, K, D).
+        cache: what came before.
+        slot: where the first new position goes; there are at least T slots from there.
+        begin: each row's first slot. New positions before it, which are padding, see only
+            themselves.
 
     Returns:
-        The output, and the cache with the new keys and values from ``slot`` on.
+        The output, and the cache with the new keys and values in ``slot`` and the T - 1 after it.
 
     """
-    acc, (B, T, H, D), (S, K) = accumulation_dtype(q), q.shape, (cache.k.shape[2], k.shape[2])
-    place, new = jnp.arange(S, dtype=jnp.int32), jnp.arange(T, dtype=jnp.int32)
-    seen = (place[None] >= begin[:, None]) & (place[None] < slot)
-    seen_new = (new[None] <= new[:, None])[None] & (slot + new[None] >= begin[:, None])[:, None]
-    seen_new |= jnp.eye(T, dtype=bool)[None]
-    seen = jnp.concatenate([jnp.broadcast_to(seen[:, None], (B, T, S)), seen_new], 2)
-
-    qg = q.reshape(B, T, K, H // K, D)
-    s_old = jnp.einsum("bksd,btkgd->bkgts", cache.k, qg, preferred_element_type=acc)
-    s_new = jnp.einsum("bukd,btkgd->bkgtu", k, qg, preferred_element_type=acc)
-    s = jnp.concatenate([s_old, s_new], 4) / math.sqrt(D)
-    s = jnp.where(jnp.broadcast_to(seen[:, None, None], s.shape), s, -jnp.inf)
-    p = jax.nn.softmax(s, axis=-1).astype(v.dtype)
-    o = jnp.einsum("bkgts,bksd->btkgd", p[..., :S], cache.v, preferred_element_type=acc)
-    o = o + jnp.einsum("bkgtu,bukd->btkgd", p[..., S:], v, preferred_element_type=acc)
-    o = o.astype(q.dtype).reshape(q.shape)
+    acc, K = accumulation_dtype(q), k.shape[2]
+    B, T, H, D = q.shape
+    q, k, v = q.reshape(B, T, K, H // K, D), k.swapaxes(1, 2), v.swapaxes(1, 2)
+    rows = q.transpose(0, 2, 1, 3, 4).reshape(B, K, -1, D)
+    past = jnp.einsum("bksd,bkrd->bkrs", cache.k, rows, preferred_element_type=acc)
+    new = jnp.einsum("bktd,bkrd->bkrt", k, rows, preferred_element_type=acc)
+    S = cache.k.shape[2]
+    place, t = jnp.arange(S, dtype=jnp.int32), jnp.arange(T, dtype=jnp.int32)
+    visible = (place[None] >= begin[:, None]) & (place[None] < slot)
+    causal = (t[None] <= t[:, None])[None] & (slot + t[None] >= begin[:, None])[:, None]
+    causal = jnp.repeat(causal | jnp.eye(T, dtype=bool)[None], H // K, axis=1)
+    past = jnp.where(jnp.broadcast_to(visible[:, None, None], past.shape), past, -jnp.inf)
+    new = jnp.where(jnp.broadcast_to(causal[:, None], new.shape), new, -jnp.inf)
+    p = jax.nn.softmax(jnp.concatenate([past, new], -1) / math.sqrt(D), -1).astype(v.dtype)
+    o = jnp.einsum("bkrs,bksd->bkrd", p[..., :S], cache.v, preferred_element_type=acc)
+    o += jnp.einsum("bkrt,bktd->bkrd", p[..., S:], v, preferred_element_type=acc)
+    o = o.astype(rows.dtype).reshape(B, K, T, -1, D).transpose(0, 2, 1, 3, 4).reshape(B, T, H, D)
     k, v = cpu_barrier(o, k), cpu_barrier(o, v)
     return o, LayerCache(
         *(
-            lax.dynamic_update_slice_in_dim(c, x.transpose(0, 2, 1, 3), slot, 2)
+            lax.dynamic_update_slice_in_dim(c, x, slot, 2)
             for c, x in zip(cache, (k, v), strict=True)
         )
     )

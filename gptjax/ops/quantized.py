@@ -67,7 +67,7 @@ class Blocks:
         return self.shape[: -self.inputs]
 
     @property
-    def arrays(self) -> list[Array]:
+    def arrays(self) -> list[Any]:
         """The arrays that hold it."""
         return [self.q, self.scale, *([] if self.minimum is None else [self.minimum])]
 
@@ -92,8 +92,8 @@ def quantize(w: Float[Array, "..."], kind: Kind, inputs: int = 1) -> Blocks:
     blocks = blocks.reshape(P, PANEL, N, BLOCK)
     high, low = blocks.max(-1), blocks.min(-1)
     signed = jnp.where(high > -low, high, low)
-    scale = {"q8_0": jnp.abs(signed) / LARGEST, "q4_0": signed / -8, "q4_1": (high - low) / 15}
-    scale, minimum = scale[kind].astype(jnp.float16), low.astype(jnp.float16)
+    scales = {"q8_0": jnp.abs(signed) / LARGEST, "q4_0": signed / -8, "q4_1": (high - low) / 15}
+    scale, minimum = scales[kind].astype(jnp.float16), low.astype(jnp.float16)
     # What rounding leaves of the smallest scales may be zero
     divisor = jnp.where(scale == 0, 1, scale).astype(jnp.float32)[..., None]
     if kind == "q8_0":
@@ -138,12 +138,12 @@ def dequantize(w: Blocks) -> Float[Array, "..."]:
     return rows[:outputs, :inputs].reshape(w.shape)
 
 
-def _integers(q: Shaped[Array, "... J O 4"], centred: bool) -> Float[Array, "... 8 O 4"]:
+def _integers(q: Shaped[AnyArray, "... J O 4"], centred: bool) -> Float[Array, "... 8 O 4"]:
     """The numbers that a scale multiplies, J = 8 along the third axis from the end."""
     if q.dtype == jnp.int8:
-        return q.astype(jnp.float32)
-    q = jnp.concatenate([q & 15, q >> 4], -3).astype(jnp.float32)
-    return q - 8 if centred else q
+        return jnp.asarray(q, jnp.float32)
+    numbers = jnp.concatenate([q & 15, q >> 4], -3).astype(jnp.float32)
+    return numbers - 8 if centred else numbers
 
 
 def table_rows(table: Any, ids: Int[Array, "*B"]) -> Float[Array, "*B C"]:

@@ -1,19 +1,18 @@
 """Plan a run before paying for it: ``python -m gptjax.plan --config configs/1558m.yaml --topology
 v5e:16x16``.
 
-The topology names devices that need not be here: ``v5e:4x4``, ``v6e:4x4``, ``v4:2x2x4`` and
-``v5p:2x2x4`` are TPU slices by the shape of their torus, ``h100:8``, ``h200:8`` or ``a100:8`` GPUs
-by their number (``cuda:8`` is ``h100:8``), ``cpu:8`` simulated CPUs. The configuration is that of
-training. Where the mesh is left at one device, the plan shares the model out by fsdp over as many
-devices as leave 16 channels each, and copies it over the rest; the batch is rounded up to whole
-rows on every device.
+The topology names devices that need not be here: TPU slices by the shape of their torus
+(``v5e:4x4``, ``v6e:4x4``, ``v4:2x2x4``, ``v5p:2x2x4``), GPUs by their number (``h100:8``,
+``h200:8``, ``a100:8``; ``cuda:8`` is ``h100:8``), or simulated CPUs (``cpu:8``). The configuration
+is that of training. If it has no mesh, the plan chooses one: fsdp over as many devices as leave 16
+channels to each, data over the rest. The batch is rounded up to whole rows on every device.
 
-For TPU the step is compiled ahead of time by libtpu (``pip install 'gptjax[tpu]'``), for NVIDIA's
+The step is compiled ahead of time, for TPUs by libtpu (``pip install 'gptjax[tpu]'``), for NVIDIA's
 GPUs by JAX's CUDA plugin (``pip install 'gptjax[cuda-aot]'``, 0.5 GB, without NVIDIA's libraries),
-for CPU by XLA: memory and collectives are then the compiler's. Without the plugin, and with
-``--predict``, they are predicted from shapes; a compiler adds to that. Times are floors at the
-rates of makers' data sheets, which no program can beat and few reach; ``in turn`` adds up the
-kernels of the compiled program, as a GPU runs one after the other. The last line is the command
+for CPUs by XLA, which gives the program's memory and collectives. Without the CUDA plugin, or with
+``--predict``, they are predicted from shapes, and a real program needs more. Times are floors at
+the rates of makers' data sheets, which no program can beat and few reach; ``in turn`` adds up the
+kernels of the compiled program, since a GPU runs one after the other. The last line is the command
 that trains as planned, on as many tokens as ``--tokens`` says.
 """
 
@@ -40,7 +39,7 @@ from gptjax.train.optimizer import make_optimizer
 from gptjax.xla.backend import start_jax
 
 PROG = "python -m gptjax.plan"
-CHANNELS = 16  # that each device keeps of a weight at least, where the plan chooses the mesh
+CHANNELS = 16  # least number of a weight's channels on a device, in a mesh that the plan chooses
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,14 +65,15 @@ def main(argv: list[str] | None = None) -> int:
         train = (
             f"in one process {machines}:\n  {record['train']}"
             if record["train"]
-            else "not so: it does not fit"
+            else "not possible: it does not fit"
         )
         print(f"{'train':<12} {train}")
     return 0
 
 
 def plan(cfg: PlanConfig, file: Path | None, topology: Topology) -> dict[str, Any]:
-    """Print the plan; returns all figures, and the command that trains so, None if it does not fit.
+    """Print the plan; returns all figures and the training command, which is None if it does not
+    fit.
 
     Raises:
         GptjaxError: the topology, the mesh or the model is invalid.
@@ -90,7 +90,7 @@ def plan(cfg: PlanConfig, file: Path | None, topology: Topology) -> dict[str, An
         BatchShape(cfg.optim.accumulate, cfg.data.batch_size, cfg.data.seq_len),
         cfg.mesh.shape,
     )
-    devices = None if cfg.predict else opened(topology)
+    devices = None if cfg.predict else compile_devices(topology)
     optimizer = make_optimizer(cfg.optim, cfg.train.steps, model)
     tokens = cfg.tokens or work.shape.tokens * cfg.train.steps
 
@@ -109,8 +109,8 @@ def plan(cfg: PlanConfig, file: Path | None, topology: Topology) -> dict[str, An
     return {"topology": topology.name, "tokens": tokens, "train": command, "plans": records}
 
 
-def opened(topology: Topology) -> list[Any] | None:
-    """The devices to compile for; None, with a note, for GPUs where the compiler is not installed.
+def compile_devices(topology: Topology) -> list[Any] | None:
+    """The devices to compile for; None, with a printed note, for GPUs without their compiler.
 
     Raises:
         ConfigError: the compiler for another platform is not installed.
@@ -128,11 +128,11 @@ def opened(topology: Topology) -> list[Any] | None:
 def fit_to_topology(
     cfg: PlanConfig, model: ModelConfig, topology: Topology
 ) -> tuple[PlanConfig, list[str]]:
-    """The configuration with a mesh in numbers, whole rows on every device and the steps of a token
-    budget.
+    """Fit a configuration to a topology: resolve the mesh, round the batch up to whole rows on
+    every device, and set the steps for a token budget.
 
     Returns:
-        The configuration, and each choice that differs from what was configured, in words.
+        The configuration, and a line about each change.
 
     Raises:
         ConfigError: the configured mesh does not fit the devices or the model.
@@ -148,14 +148,16 @@ def fit_to_topology(
         ]
         mesh = MeshConfig(fsdp=fits[-1] if fits else 1, data=-1)
         chosen.append("chosen, as none is configured")
-    # So many rows divide anyhow
+    # n times the batch divides by any mesh; it is rounded below
     shape = mesh_shape(mesh, model.axis_sizes, n * batch, n, topology.hosts)
     if math.prod(shape) < n:
         chosen.append(f"so {n - math.prod(shape)} devices stay idle: --mesh.data -1 uses all")
     shares = shape[0] * shape[1]
     rounded = -(-batch // shares) * shares
     if rounded != batch:
-        chosen.append(f"data.batch_size {rounded} for {batch}, so that each device has whole rows")
+        chosen.append(
+            f"data.batch_size {rounded} instead of {batch}, so that each device has whole rows"
+        )
     steps = cfg.train.steps
     if cfg.tokens:
         steps = math.ceil(cfg.tokens / (cfg.optim.accumulate * rounded * cfg.data.seq_len))
@@ -169,7 +171,7 @@ def fit_to_topology(
 def others(
     model: ModelConfig, topology: Topology, seq_len: int, chosen: ModelConfig
 ) -> list[ModelConfig]:
-    """The model with every other attention that runs there."""
+    """The model with every other attention implementation that the topology supports."""
     found = []
     for attention in ("splash", "cudnn", "blockwise", "materialised"):
         if attention != chosen.attention:

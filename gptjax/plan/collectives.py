@@ -1,4 +1,4 @@
-"""The collectives of a compiled program, read off its HLO text."""
+"""The collectives of a compiled program, parsed from its HLO text."""
 
 import math
 import re
@@ -28,28 +28,27 @@ _CALLED = re.compile(rf"({'|'.join(_CALLERS)})=\{{?([^,}}]*(?:, ?%[^,}}]*)*)")
 
 
 class Collective(NamedTuple):
-    """Collectives of one kind among as many devices, summed over a step."""
+    """Collectives of one kind and group size, summed over a step."""
 
     kind: str
     group: int
-    """Devices that take part in one."""
+    """Devices that take part in each."""
     times: float
     sent: float
-    """Bytes that each device sends, by a ring: of what is gathered or scattered all but its own
-    part, of a sum twice that.
+    """Bytes that each device sends in a ring: all but its own part to gather or scatter, twice that
+    to all-reduce.
     """
     compute: float = 0.0
-    """Seconds of kernels between start and done, where they are known: what hides the sending."""
+    """Seconds of kernels between start and done, if known, which overlap the transfer."""
 
 
 def collectives(text: str, seconds: Mapping[str, float] | None = None) -> list[Collective]:
-    """Those that a program runs, as often as its loops run them; ``seconds`` are those of its
-    kernels by name.
+    """The collectives that a program runs, including repetitions in loops; ``seconds`` are those of
+    its kernels by name.
 
-    A loop's turns are the number that XLA says, or else follow from what its condition compares
-    with. An asynchronous collective of a TPU appears in each of the fusions that it is spread over,
-    on one channel, some of them in loops; it counts as often as the one of them that runs least,
-    which starts or ends it.
+    A loop's trip count is the one that XLA gives, or else follows from its condition. An
+    asynchronous collective of a TPU appears in several fusions on one channel, some of them in
+    loops. It counts as often as the fusion that runs least, which starts or ends it.
     """
     computations, entry = _parse(text)
     runs: dict[str, float] = defaultdict(float)
@@ -70,7 +69,7 @@ def collectives(text: str, seconds: Mapping[str, float] | None = None) -> list[C
 
 
 def summed(collectives: Iterable[Collective]) -> list[Collective]:
-    """One for each kind and group, those that send most first; what sends nothing is left out."""
+    """The sum for each kind and group size, largest first, without those that send nothing."""
     totals: dict[tuple[str, int], list[float]] = defaultdict(lambda: [0, 0, 0])
     for c in collectives:
         for i, number in enumerate(c[2:]):
@@ -80,8 +79,8 @@ def summed(collectives: Iterable[Collective]) -> list[Collective]:
 
 
 def bytes_sent(kind: str, nbytes: float, group: int) -> float:
-    """Bytes that each of ``group`` devices sends to gather, scatter, sum or exchange ``nbytes`` by
-    a ring.
+    """Bytes that each of ``group`` devices sends in a ring to gather, scatter, all-reduce or
+    exchange ``nbytes``.
     """
     if kind == "collective-permute":
         return nbytes
@@ -89,7 +88,7 @@ def bytes_sent(kind: str, nbytes: float, group: int) -> float:
 
 
 def _parse(text: str) -> tuple[dict[str, list[str]], str]:
-    """Each computation's lines, and the name of the first to run."""
+    """The lines of each computation, and the name of the entry computation."""
     computations: dict[str, list[str]] = {}
     entry = name = ""
     for line in text.splitlines():
@@ -105,7 +104,7 @@ def _parse(text: str) -> tuple[dict[str, list[str]], str]:
 def _visit(
     computations: dict[str, list[str]], name: str, times: float, runs: dict[str, float]
 ) -> None:
-    """Add ``times`` to the runs of a computation, and of what it calls as often as it does."""
+    """Add ``times`` to the runs of a computation, and accordingly to those that it calls."""
     runs[name] += times
     for line in computations.get(name, []):
         if "=%" not in line and "={" not in line:
@@ -122,9 +121,7 @@ def _visit(
 
 
 def _turns(line: str, computations: dict[str, list[str]], condition: str, body: str) -> int:
-    """Of a loop: XLA's number; or, from 0 to the constant that the condition compares with, by the
-    constant that is added.
-    """
+    """A loop's trip count: XLA's, or the constant in the condition divided by the increment."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', line):
         return int(known[1])
     constants = [
@@ -136,9 +133,7 @@ def _turns(line: str, computations: dict[str, list[str]], condition: str, body: 
 
 
 def _step(computations: dict[str, list[str]], condition: str, body: str) -> int:
-    """What a turn adds to the number that the condition compares: more than 1 where XLA has put
-    several turns into one.
-    """
+    """The increment of the loop counter; more than 1 if XLA has unrolled the loop."""
     compared = [
         re.search(r"[su]32\[\]\S* get-tuple-element\(.*index=(\d+)", line)
         for line in computations.get(condition, [])
@@ -173,21 +168,21 @@ def _collective(line: str, computation: str) -> Collective | None:
         for shape in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shapes)
         if shape != ("u32", "")
     ]
-    # The operands, then the results: ((a, b), (A, B)), or (a, A) with one of each. But an
-    # all-reduce has results alone.
+    # A start returns operands, then results: ((a, b), (A, B)), or (a, A) for one of each. An
+    # all-reduce returns results only.
     if start and (kind in ("all-gather", "reduce-scatter", "collective-permute") or "((" in shapes):
         half = len(sizes) // 2
-        sizes = [max(sum(sizes[:half]), sum(sizes[half:]))]  # the larger are whole
+        sizes = [max(sum(sizes[:half]), sum(sizes[half:]))]  # the larger side is the whole array
     group = 2 if kind == "collective-permute" else _group(line)
     nbytes = sum(sizes) * (group if kind == "reduce-scatter" and not start else 1)
-    # What XLA calls it on TPU
+    # XLA's name for it on TPU
     if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"
     return Collective(kind, group, 1, bytes_sent(kind, nbytes, group))
 
 
 def _compute(lines: list[str], number: int, seconds: Mapping[str, float]) -> float:
-    """Seconds of the kernels between the start of a collective in this line and its done."""
+    """Seconds of the kernels between the start of the collective in this line and its done."""
     call = re.match(r"(?:ROOT )?%?([\w.\-]+) = .*-start\(", lines[number])
     total = 0.0
     for line in lines[number + 1 :] if call and seconds else []:
@@ -204,7 +199,7 @@ def _nbytes(dtype: str, dimensions: str) -> float:
 
 
 def _group(line: str) -> int:
-    """Devices in a group, in any of the three ways that HLO lists them."""
+    """The number of devices in a group, in any of HLO's three notations."""
     if mesh := re.search(
         r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\S+)? ?\{([^}]*)\}", line
     ):
@@ -216,7 +211,7 @@ def _group(line: str) -> int:
         return len(listed[1].split(","))
     if "replica_groups=" in line:
         raise FormatError(
-            "this XLA lists the devices of a collective in a way that is not known here: "
+            "this XLA lists the devices of a collective in an unknown notation: "
             f"{line.strip()[:200]}"
         )
     return 1

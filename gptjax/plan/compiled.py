@@ -26,28 +26,28 @@ class Compiled(NamedTuple):
     """One compilation of a step."""
 
     memory: dict[str, int]
-    """Bytes on each device: what training reports, and the program's code."""
+    """Bytes on each device: those that training reports, and the program's code."""
     collectives: list[Collective]
     flops: float
-    """XLA's count on one device: loop bodies once, and nothing in kernels that are not its own."""
+    """XLA's count for one device, with loop bodies once and without library kernels."""
     seconds: float
-    """That it took to compile."""
+    """Compile time."""
     kernels: list[Kernel]
-    """Of a GPU's program; empty for others."""
+    """The kernels of a GPU program; empty for others."""
 
 
 class TooLarge(NamedTuple):
-    """A step that the compiler refuses."""
+    """A step that the compiler refuses as too large."""
 
     message: str
     used: int | None
-    """Bytes on each device that the step needs, where the compiler says so."""
+    """Bytes that the step needs on each device, if the compiler reports them."""
 
 
 def compile_work(
     work: Work, optimizer: Optimizer, backward: Backward, devices: list[Any]
 ) -> Compiled | TooLarge:
-    """Compile a step for arguments of which only the shapes exist."""
+    """Compile a step from the shapes of its arguments."""
     mesh = mesh_of(work, devices)
     began = time.perf_counter()
     try:
@@ -77,8 +77,8 @@ def compile_work(
 
 
 def mesh_of(work: Work, devices: list[Any]) -> Mesh:
-    """The mesh of the devices to compile for, even where it is a single one: its program is then
-    that of no mesh.
+    """The mesh to compile for. A single device gets a mesh, too, with the same program as without
+    one.
     """
     mesh = make_mesh(MeshConfig(*work.mesh), work.model.axis_sizes, work.shape.batch_size, devices)
     grid = np.array(devices[:1], dtype=object).reshape(1, 1, 1)

@@ -1,4 +1,4 @@
-"""The least time of a step: its FLOPs, bytes and collectives at the rates of data sheets."""
+"""Lower bounds of a step's time: its FLOPs, bytes and collectives at the rates of data sheets."""
 
 import math
 from collections.abc import Iterable
@@ -20,33 +20,33 @@ class Floor(NamedTuple):
     """Forward and backward."""
     collectives: float
     update: float
-    """AdamW's pass over memory, which can begin once all gradients are there."""
+    """AdamW's pass over memory, which starts after the gradient's norm is known."""
 
     @property
     def overlapped(self) -> float:
-        """With all else hidden behind the slowest part."""
+        """The time if the slowest part hides all others."""
         return max(self.products, self.memory, self.collectives) + self.update
 
     @property
     def exposed(self) -> float:
-        """With no collective hidden."""
+        """The time if no collective is hidden."""
         return max(self.products, self.memory) + self.collectives + self.update
 
     @property
     def serial(self) -> float:
-        """With nothing hidden, and products at the rate that they reach: kernels run in turn."""
+        """The time if kernels run one after the other, with products at their attainable rate."""
         return self.products / REACHED + self.memory + self.collectives + self.update
 
     def efficiency(self, seconds: float) -> float:
-        """Of ``seconds`` a step, the part that it would take without collectives: the throughput of
-        a device beside others.
+        """The scaling efficiency at ``seconds`` a step: the fraction that the step would take
+        without collectives.
         """
         return (max(self.products, self.memory) + self.update) / seconds
 
 
 def step_floor(work: Work, device: Device, collectives: list[Collective]) -> Floor:
-    """From the products, the traffic of `step_traffic`, and the bytes of the collectives over links
-    or network.
+    """The floor from the products, the traffic of `step_traffic`, and the collectives' bytes over
+    links or network.
     """
     traffic, update = step_traffic(work)
     return Floor(
@@ -60,16 +60,15 @@ def step_floor(work: Work, device: Device, collectives: list[Collective]) -> Flo
 def sending_seconds(
     mesh: tuple[int, ...], device: Device, collectives: Iterable[Collective]
 ) -> float:
-    """Seconds to send the bytes of collectives one after the other."""
+    """Seconds to run collectives one after the other."""
     return sum(c.sent / sending_rate(mesh, device, c.group) for c in collectives)
 
 
 def sending_rate(mesh: tuple[int, ...], device: Device, group: int) -> float:
     """Bytes a second that a device can send in a collective among ``group`` of a mesh's devices.
 
-    A machine's devices are neighbours in the mesh. What a collective sends from one machine to
-    another passes through the adapters of all its devices in that machine: as rings do that take
-    one each.
+    A machine's devices are neighbours in the mesh. Traffic between machines uses the network
+    adapters of all participating devices in a machine, one ring for each adapter.
     """
     strides = [math.prod(mesh[i + 1 :]) for i, size in enumerate(mesh) if size == group] or [1]
     members = max(device.neighbours // min(strides), 1)

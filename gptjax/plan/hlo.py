@@ -1,4 +1,4 @@
-"""The text of a compiled program, read into instructions."""
+"""Parse the HLO text of a compiled program."""
 
 import math
 import re
@@ -43,7 +43,7 @@ class Instruction(NamedTuple):
     operands: list[str]
     """Names."""
     attributes: str
-    """All that follows the operands."""
+    """The text after the operands."""
     is_root: bool
 
     @property
@@ -64,10 +64,10 @@ class Module(NamedTuple):
     """Operands come before their users."""
     entry: str
     frames: dict[int, tuple[str, int]]
-    """Stack frames: (FILE:LINE, the frame that called it), 0 for none."""
+    """Stack frames by number: (FILE:LINE, number of the caller's frame, 0 for none)."""
 
     def source(self, instruction: Instruction, package: str = "gptjax") -> str:
-        """The innermost line of a package that made an instruction, as FILE:LINE; or elsewhere."""
+        """The innermost FILE:LINE of a package that traced an instruction, or ``elsewhere``."""
         frame = int(instruction.attribute(r"stack_frame_id=(\d+)") or 0)
         while frame in self.frames:
             place, frame = self.frames[frame]
@@ -95,7 +95,7 @@ def parse(text: str) -> Module:
 
 
 def arrays(text: str) -> list[Array]:
-    """The arrays that a type names."""
+    """The arrays of a type."""
     return [
         Array(dtype, tuple(int(n) for n in shape.split(",") if n))
         for dtype, shape in re.findall(r"\b([a-z]+\d*\w*)\[([\d,]*)\]", text)
@@ -123,6 +123,6 @@ def _frames(tables: dict[str, dict[int, str]]) -> dict[int, tuple[str, int]]:
     for number, frame in tables["StackFrames"].items():
         location = tables["FileLocations"].get(field(frame, "file_location_id"), "")
         file = tables["FileNames"].get(field(location, "file_name_id"), "")
-        # XLA counts the callers from 1, which is none
+        # Parent ids are offset by 1; 1 means no parent
         frames[number] = f"{file}:{field(location, 'line')}", field(frame, "parent_frame_id") - 1
     return frames

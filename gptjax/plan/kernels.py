@@ -1,9 +1,8 @@
-"""The kernels of a program compiled for a GPU: what each reads, writes and computes at least.
+"""The kernels of a program compiled for a GPU: the least that each reads, writes and computes.
 
-A GPU runs a program's kernels one after the other, so each takes at least as long as the larger of
-its bytes at the memory's rate and its products at the rate that products reach. What a kernel
-slices, gathers or updates in place counts by the part that it touches. Launches, cache hits and
-the workspace of libraries are not known here.
+A GPU runs a program's kernels one after the other. Each takes at least the time of its bytes at the
+memory's rate, or of its products at their attainable rate. Slices, gathers and in-place updates
+count only the part that they touch. Launches, cache hits and library workspaces are not modelled.
 """
 
 import math
@@ -15,9 +14,10 @@ from gptjax.parallel.devices import Device
 from gptjax.plan.collectives import KINDS
 from gptjax.plan.hlo import Instruction, Module, parse
 
-# Of a data sheet's FLOP/s: cuBLAS's large bfloat16 products on an H100, which its power limits
+# Fraction of the data sheet's FLOP/s that cuBLAS reaches in large bfloat16 products on an H100,
+# limited by power
 REACHED = 0.81
-# What moves no bytes by itself
+# Opcodes that move no bytes by themselves
 FREE = {
     "bitcast",
     "call",
@@ -30,7 +30,7 @@ FREE = {
     "tuple",
     "while",
 }
-# Operations that read all of their operands however little of their result is used
+# Opcodes that read their whole operands even if only part of the result is used
 WHOLE = {
     "concatenate",
     "dot",
@@ -41,31 +41,31 @@ WHOLE = {
     "scatter",
     "tuple",
 }
-# Operations that read of their first operand no more than is used of their result
+# Opcodes that read only as much of their first operand as is used of the result
 PART = {"dynamic-slice", "gather", "slice"}
 
 
 class Kernel(NamedTuple):
-    """Runs of one kernel, or of several together."""
+    """One kernel, or the sum of several, over all its runs."""
 
     kind: str
-    """What it does, or the library that does it."""
+    """Its kind of operation, or its library."""
     source: str
     """FILE:LINE in the package."""
     times: float
     read: float
-    """Bytes, of all runs."""
+    """Bytes."""
     written: float
     flops: float
-    """Of matrix products and attention."""
+    """FLOPs of matrix products and attention."""
     seconds: float = 0.0
-    """At least."""
+    """Minimum time."""
     name: str = ""
-    """Of the instruction."""
+    """Name of the instruction."""
 
 
 def kernels(text: str, device: Device) -> list[Kernel]:
-    """The kernels that a program runs, those of a loop as often as its turns; no collectives."""
+    """The kernels that a program runs, including repetitions in loops, without collectives."""
     module = parse(text)
     return [
         kernel._replace(seconds=least_seconds(kernel, device))
@@ -74,19 +74,28 @@ def kernels(text: str, device: Device) -> list[Kernel]:
 
 
 def least_seconds(kernel: Kernel, device: Device) -> float:
-    """The time of all runs of a kernel at the least."""
+    """The minimum time of all runs of a kernel."""
     moving = (kernel.read + kernel.written) / device.bandwidth
     return max(moving, kernel.flops / (REACHED * device.flops))
 
 
 def summed(kernels: Iterable[Kernel], key: Callable[[Kernel], str]) -> dict[str, Kernel]:
-    """The sum of the kernels of each key, the slowest first."""
-    sums: dict[str, list[float]] = defaultdict(lambda: [0.0] * 5)
+    """The sum of the kernels for each key, slowest first."""
+    groups: dict[str, list[Kernel]] = defaultdict(list)
     for kernel in kernels:
-        total = sums[key(kernel)]
-        for i, number in enumerate(kernel[2:7]):
-            total[i] += number
-    totals = {name: Kernel(name, name, *numbers) for name, numbers in sums.items()}
+        groups[key(kernel)].append(kernel)
+    totals = {
+        name: Kernel(
+            kind=name,
+            source=name,
+            times=sum(k.times for k in group),
+            read=sum(k.read for k in group),
+            written=sum(k.written for k in group),
+            flops=sum(k.flops for k in group),
+            seconds=sum(k.seconds for k in group),
+        )
+        for name, group in groups.items()
+    }
     return dict(sorted(totals.items(), key=lambda item: -item[1].seconds))
 
 
@@ -101,9 +110,15 @@ def _of_computation(module: Module, name: str, times: float) -> Iterator[Kernel]
             continue
         else:
             kind, read, written, flops = _cost(module, i, types)
-            source = module.source(i)
-            costs = (times * number for number in (read, written, flops))
-            yield Kernel(kind, source, times, *costs, name=i.name)
+            yield Kernel(
+                kind,
+                module.source(i),
+                times,
+                times * read,
+                times * written,
+                times * flops,
+                name=i.name,
+            )
 
 
 def _is_collective(instruction: Instruction) -> bool:
@@ -120,7 +135,7 @@ def _cost(
     target = i.attribute(r'custom_call_target="([^"]*)"')
     if target is None:
         return i.opcode, read, i.nbytes, 0.0
-    # A library's workspace is a result of bytes
+    # A byte array among the results is a library's workspace
     written = sum(array.nbytes for array in i.results if array.dtype not in ("s8", "u8"))
     flops = 0.0
     if "matmul" in target or target == "__cublas$gemm":
@@ -144,8 +159,8 @@ def _library(target: str) -> str:
 def _fusion_cost(body: list[Instruction]) -> tuple[str, float, float, float]:
     """(kind, bytes read, bytes written, FLOPs) of a fused computation.
 
-    From the results back to the parameters, ``used[name]`` is how many elements of a value the
-    operations after it need.
+    Going from the results back to the parameters, ``used[name]`` counts the elements of a value
+    that later operations need.
     """
     types = {i.name: i for i in body}
     size = {i.name: sum(array.size for array in i.results) for i in body}
@@ -158,7 +173,7 @@ def _fusion_cost(body: list[Instruction]) -> tuple[str, float, float, float]:
             if position == 0 and i.opcode in PART:
                 used[operand] += here
             elif position == 0 and i.opcode == "dynamic-update-slice":
-                pass  # what is not updated stays where it is
+                pass  # the rest stays in place
             elif position == 0 and i.opcode == "scatter":
                 used[operand] += size[i.operands[2]]
             elif i.opcode in WHOLE:

@@ -1,8 +1,8 @@
-"""Memory, FLOPs and collectives of a step on each device, from shapes and the sharding rules alone:
-nothing is compiled.
+"""Predict memory, FLOPs and collectives of a step on each device, from shapes and sharding rules,
+without compiling.
 
-The forward says what the hand-written backward saves, and `RULES` say what has to be sent. What a
-compiler adds or saves is not known here.
+Tracing the forward shows what the hand-written backward saves, and `RULES` determine the
+collectives. What a compiler adds or saves is not modelled.
 """
 
 import dataclasses
@@ -31,12 +31,12 @@ HEAD = ("Vp", "C")  # the classifier's axes
 
 
 class Work(NamedTuple):
-    """A step to plan: everything that decides what it needs."""
+    """A step to plan."""
 
     model: ModelConfig
     """Resolved."""
     shape: BatchShape
-    """On all devices together."""
+    """The shape of the batch over all devices."""
     mesh: tuple[int, ...]
     """(data, fsdp, tensor)."""
 
@@ -46,11 +46,11 @@ class Work(NamedTuple):
         return self.shape.batch_size // self.num_shards("B")
 
     def with_rows(self, rows: int) -> "Work":
-        """The same work with so many sequences of a micro-batch on each device."""
+        """The same work with ``rows`` sequences of a micro-batch on each device."""
         return self._replace(shape=self.shape._replace(batch_size=rows * self.num_shards("B")))
 
     def num_shards(self, axis: str, place: str = "compute") -> int:
-        """How many parts the mesh cuts a logical axis into; ``place`` is a field of `Rule`."""
+        """The number of shards of a logical axis; ``place`` is a field of `Rule`."""
         sizes = dict(zip(MESH_AXES, self.mesh, strict=True))
         return math.prod(sizes[cut] for cut in getattr(RULES[axis], place))
 
@@ -84,7 +84,7 @@ class Work(NamedTuple):
 
 
 def state_bytes(work: Work, optimizer: Optimizer) -> dict[str, int]:
-    """Bytes on each device of parameters, optimizer state and gradients: exact."""
+    """The exact bytes on each device of parameters, optimizer state and gradients."""
     mesh: Any = (
         AbstractMesh(work.mesh, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
         if math.prod(work.mesh) > 1
@@ -100,8 +100,8 @@ def state_bytes(work: Work, optimizer: Optimizer) -> dict[str, int]:
 
 
 def saved_bytes(work: Work) -> int:
-    """Bytes on each device that the hand-written backward saves of a micro-batch's forward: all
-    layers and the final norm.
+    """Bytes on each device that a micro-batch's forward saves for the hand-written backward, over
+    all layers and the final norm.
     """
     model = work.model
     dropout = work.stream if model.dropout else 0  # a byte for each element of the embedding
@@ -114,8 +114,8 @@ def saved_bytes(work: Work) -> int:
 
 
 def _block_bytes(work: Work, discard: bool) -> int:
-    """Bytes that one block saves. cuDNN's and splash attention save what the blockwise one does: q,
-    k, v, o, a row's lse.
+    """Bytes that one block saves. cuDNN's and splash attention save the same as blockwise
+    attention: q, k, v, o, and each row's log-sum-exp.
     """
     attention: Any = "materialised" if work.model.attention == "materialised" else "blockwise"
     cfg: Any = dataclasses.replace(work.model, attention=attention)
@@ -137,9 +137,7 @@ def _norm_bytes(work: Work) -> int:
 
 
 def _weights(work: Work) -> Any:
-    """Shapes of the weights on one device where they are computed with; ``blocks`` is one
-    layer's.
-    """
+    """Shapes of the weights on one device in computations; ``blocks`` is a single layer."""
     table: Any = weight_table(work.model, layered=False)
     return jax.tree.map(
         lambda w: jax.ShapeDtypeStruct(work.local_shape(w.axes), jnp.float32),
@@ -155,7 +153,7 @@ def _stream(work: Work) -> jax.ShapeDtypeStruct:
 
 
 def _distinct_bytes(f: Callable[..., Any], *args: Any) -> int:
-    """Bytes of the arrays that f returns, one that it returns twice counted once."""
+    """Bytes of the distinct arrays that ``f`` returns."""
     jaxpr = jax.make_jaxpr(f)(*args).jaxpr
     distinct = {_origin(jaxpr, var): var.aval for var in jaxpr.outvars}
     return sum(
@@ -164,8 +162,8 @@ def _distinct_bytes(f: Callable[..., Any], *args: Any) -> int:
 
 
 def _origin(jaxpr: Any, var: Any) -> tuple[int, ...]:
-    """Where ``var`` is computed: the calls of jitted functions that lead there, and the innermost
-    one's variable.
+    """The origin of ``var``: the calls of jitted functions that compute it, and the innermost
+    variable.
     """
     for eqn in jaxpr.eqns:
         if "jaxpr" in eqn.params and var in eqn.outvars:
@@ -182,13 +180,13 @@ def _nbytes(x: Any) -> int:
 
 
 def working_bytes(work: Work) -> int:
-    """Bytes on each device beside what is saved, at the largest of two moments: the classifier, and
-    one block's backward.
+    """Bytes of the remaining temporaries on each device, at the peak: in the classifier or in a
+    block's backward.
     """
     model, (_, fsdp, tensor) = work.model, work.mesh
     item, tokens = model.compute_dtype.itemsize, work.rows * work.shape.seq_len
     head = work.local_elements(HEAD)
-    # And their gradient
+    # With their gradient
     scores = 2 * tokens * model.padded_vocab_size // tensor // num_chunks(model, tokens)
     # Bytes of a weight, and of its gradient before it is scattered
     gathered = item + 4 if fsdp > 1 else 0
@@ -196,7 +194,7 @@ def working_bytes(work: Work) -> int:
     outputs = sum(
         work.local_elements(weight.axes[weight.inputs :]) for weight in work.block_matrices
     )
-    # At a time
+    # Gathered at the same time
     two_largest = sum(
         sorted(work.local_elements(weight.axes) for weight in work.block_matrices)[-2:]
     )
@@ -216,9 +214,9 @@ def working_bytes(work: Work) -> int:
 def _stays_gathered(work: Work) -> int:
     """Bytes of the weights that stay gathered over fsdp.
 
-    XLA gathers them for the forwards of all micro-batches at once, before the loop over them; and a
-    block's recomputation reuses those of its forward. Only for the backward are they gathered
-    again. Scanned layers are gathered one at a time.
+    XLA gathers them once before the loop over micro-batches, for all forwards, and a block's
+    recomputation reuses those of its forward. They are gathered again for the backward. Scanned
+    layers are gathered one at a time.
     """
     model = work.model
     stays = model.layers == "unroll" and (work.shape.accumulate > 1 or model.recompute == "block")
@@ -238,10 +236,10 @@ def state_elements(work: Work) -> int:
 
 
 def step_flops(work: Work) -> float:
-    """FLOPs of the products of a step on one device: 6 a weight and token, 12 L C T of attention,
-    and what is recomputed.
+    """FLOPs of a step's products on one device: 6 for each weight and token, 12 L C T for
+    attention, and the recomputation.
 
-    Attention is counted as if no block above the diagonal were skipped, as `flops_per_token` does.
+    Attention counts the blocks above the diagonal, too, as in `flops_per_token`.
     """
     model, T = work.model, work.shape.seq_len
     recomputed = (
@@ -254,11 +252,11 @@ def step_flops(work: Work) -> float:
 
 
 def step_traffic(work: Work) -> tuple[float, float]:
-    """Bytes that a device's memory must move at least in a step: (forward and backward, update).
+    """The least memory traffic of a step on one device, in bytes: (forward and backward, update).
 
-    Activations that are saved are written and read once, weights are read for each pass over them
-    and scores moved three times. The update reads and writes parameters and float32 moments once.
-    Gradients are written once and read twice, first for their norm.
+    Saved activations are written and read once, weights are read in each pass, and logits are moved
+    three times. The update reads and writes parameters and float32 moments once. Gradients are
+    written once and read twice, first for their norm.
     """
     model, A, item = work.model, work.shape.accumulate, work.model.compute_dtype.itemsize
     passes = 3 if model.recompute == "block" else 2
@@ -271,13 +269,12 @@ def step_traffic(work: Work) -> tuple[float, float]:
 
 
 def step_collectives(work: Work) -> list[Collective]:
-    """The collectives that `RULES` make necessary in a step, those of vectors and single numbers
-    aside.
+    """The collectives that `RULES` imply for a step, except those of vectors and scalars.
 
     Over fsdp each matrix is gathered for the forward and for each backward (see `_stays_gathered`),
-    its gradient is scattered, and the embedding is exchanged; over data the gradient is summed.
-    Over tensor the residual stream is summed after each matrix whose inputs are cut, and its
-    gradient as often. Scanned layers gather their weights in each forward.
+    its gradient is reduce-scattered, and the embedding is exchanged. Over data the gradient is
+    all-reduced. Over tensor the residual stream is all-reduced after each matrix whose inputs are
+    sharded, and its gradient as often. Scanned layers gather their weights in each forward.
     """
     model, A, (data, fsdp, tensor) = work.model, work.shape.accumulate, work.mesh
     L, item = model.num_layers, model.compute_dtype.itemsize

@@ -1,4 +1,4 @@
-"""A plan as lines to read."""
+"""Format a plan as text."""
 
 from gptjax.models.params import num_params
 from gptjax.parallel.devices import NETWORK, Device
@@ -12,7 +12,7 @@ from gptjax.train.metrics import human_bytes
 
 
 def describe(plan: Plan, topology: Topology, chosen: list[str], backward: str) -> str:
-    """The plan of one step, for a person."""
+    """The plan of a step as text."""
     model, shape, mesh = plan.work.model, plan.work.shape, plan.work.mesh
     each = (
         f" of {human_bytes(topology.device.memory)} each"
@@ -45,7 +45,7 @@ def describe(plan: Plan, topology: Topology, chosen: list[str], backward: str) -
 
 def _memory(plan: Plan) -> list[str]:
     verdict = "fits" if plan.total <= plan.capacity else "DOES NOT FIT"
-    usable = f"{human_bytes(plan.capacity)} ({USABLE:.0%}) that can be used"
+    usable = f"{human_bytes(plan.capacity)} ({USABLE:.0%}) usable"
     lines = [f"{'memory':<12} {human_bytes(plan.total)} a device of {usable}: {verdict}"]
     lines += [f"  {name:<10} {human_bytes(size):>9}" for name, size in plan.memory.items()]
     at = next(i for i, name in enumerate(plan.memory, 1) if name == "temporaries")
@@ -83,7 +83,7 @@ def _collectives(plan: Plan, device: Device | None) -> list[str]:
 
 def _time(plan: Plan, device: Device | None) -> list[str]:
     counted = (
-        f"; XLA counts {plan.compiler_flops / 1e9:,.4g}, loops once and kernels not"
+        f"; XLA counts {plan.compiler_flops / 1e9:,.4g}, with loops once and without kernels"
         if plan.compiler_flops
         else ""
     )
@@ -91,7 +91,7 @@ def _time(plan: Plan, device: Device | None) -> list[str]:
     if not plan.floor or not device:
         return [
             *lines,
-            f"{'floor':<12} not known: no data sheet gives this device's rate in "
+            f"{'floor':<12} unknown: no data sheet gives this device's rate in "
             f"{plan.work.model.dtype}",
         ]
     floor, tokens = plan.floor, plan.work.shape.tokens
@@ -144,7 +144,7 @@ def _in_turn(plan: Plan) -> str:
 
 
 def comparison(plans: dict[str, Plan]) -> str:
-    """A line for each implementation of attention."""
+    """A table with a line for each attention implementation."""
     head = (
         f"{'attention':<14} {'memory':>9} {'temporaries':>11} {'TFLOP':>8} {'by XLA':>8} "
         f"{'sent':>9} {'floor ms':>9}"

@@ -1,4 +1,4 @@
-"""The plan of one step: its memory, its least time, and the largest batch that fits."""
+"""Plan a step: its memory, its minimum time, and the largest batch that fits."""
 
 import os
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from gptjax.plan.predict import (
 from gptjax.plan.topology import Topology
 from gptjax.train.optimizer import Optimizer
 
-USABLE = 0.95  # of a device's memory: the runtime, libraries' workspaces and gaps take the rest
+USABLE = 0.95  # of a device's memory; runtime, library workspaces and fragmentation take the rest
 PREDICTED = "predicted from shapes, not compiled"
 
 
@@ -28,39 +28,41 @@ class Plan(NamedTuple):
 
     work: Work
     source: str
-    """Where the figures of memory and collectives come from, in words."""
+    """The source of the memory and collectives, as text."""
     compiled: bool
     memory: dict[str, int]
     saved: int
-    """Bytes of the temporaries that the hand-written backward saves of the forward, by shapes."""
+    """Bytes that the forward saves for the hand-written backward, predicted from shapes."""
     predicted: int
-    """The temporaries, by shapes."""
+    """Bytes of temporaries, predicted from shapes."""
     capacity: float
-    """Bytes that can be used."""
+    """Usable bytes of a device."""
     collectives: list[Collective]
     flops: float
     compiler_flops: float | None
     floor: Floor | None
     serial: float | None
-    """Seconds at the least where kernels run one after the other: those of the compiled program,
-    and the collectives that it does not overlap with them, or by shapes.
+    """Minimum seconds if kernels run one after the other: those of the compiled program plus the
+    collectives that they do not overlap, or predicted from shapes.
     """
     kernels: int
-    """Runs of kernels in the compiled program of a GPU, 0 for others."""
+    """Kernel launches of a compiled GPU program; 0 for others."""
     largest: int | None
-    """Rows of a micro-batch on each device that fit; 0 if not one, None if not asked for."""
+    """The most rows of a micro-batch that fit on each device; 0 if none does, None if not
+    searched.
+    """
     searched: str
-    """How the largest batch was found, in words."""
+    """How the largest batch was found, as text."""
     tokens: float
-    """Of the whole run."""
+    """Tokens of the whole run."""
 
     @property
     def total(self) -> int:
-        """Bytes."""
+        """Bytes on each device."""
         return sum(self.memory.values())
 
     def record(self) -> dict[str, Any]:
-        """All of it, for JSON."""
+        """The plan as JSON data."""
         plain = self._asdict() | {
             "work": {
                 "mesh": self.work.mesh,
@@ -88,12 +90,12 @@ def make_plan(
 
     Args:
         work: the step.
-        topology: where.
-        optimizer: whose state is held.
-        backward: which gradient.
-        devices: to compile for, or None to predict.
-        tokens: of the whole run.
-        search: also the largest batch that fits.
+        topology: the devices to plan for.
+        optimizer: the optimizer, for its state.
+        backward: which backward to run.
+        devices: devices to compile for, or None to predict.
+        tokens: tokens of the whole run.
+        search: also find the largest batch that fits.
 
     """
     state, predicted = state_bytes(work, optimizer), temporary_bytes(work)
@@ -112,13 +114,13 @@ def make_plan(
     )
     largest, searched = None, ""
     if search and isinstance(found, Compiled):
-        largest, searched = _by_two(
+        largest, searched = _extrapolate_batch(
             work, sum(memory.values()), capacity, optimizer, backward, devices or []
         )
     elif search:
         free = capacity - sum(state.values())
         largest, searched = (
-            largest_that(lambda rows: temporary_bytes(work.with_rows(rows)) <= free),
+            bisect_largest(lambda rows: temporary_bytes(work.with_rows(rows)) <= free),
             "by shapes",
         )
     rated = topology.device and work.model.dtype == "bfloat16"
@@ -149,13 +151,13 @@ def make_plan(
 
 
 def temporary_bytes(work: Work) -> int:
-    """Bytes on each device beside the state, by shapes."""
+    """Bytes of temporaries on each device, predicted from shapes."""
     return saved_bytes(work) + working_bytes(work)
 
 
-def largest_that(fits: Callable[[int], bool]) -> int:
-    """The largest n for which ``fits`` holds, which it does up to some n and not after; 0 if not
-    for 1.
+def bisect_largest(fits: Callable[[int], bool]) -> int:
+    """The largest n with ``fits(n)``, by bisection; 0 if there is none. ``fits`` must be
+    monotonic.
     """
     most = 1
     while fits(most):
@@ -167,7 +169,7 @@ def largest_that(fits: Callable[[int], bool]) -> int:
     return low
 
 
-def _by_two(
+def _extrapolate_batch(
     work: Work,
     total: int,
     capacity: float,
@@ -175,13 +177,15 @@ def _by_two(
     backward: Backward,
     devices: list[Any],
 ) -> tuple[int | None, str]:
-    """Through the totals of two compilations, of the configured rows and of twice as many."""
+    """Extrapolate the largest batch from two compilations, with the configured rows and twice as
+    many.
+    """
     twice = compile_work(work.with_rows(2 * work.rows), optimizer, backward, devices)
     other = sum(twice.memory.values()) if isinstance(twice, Compiled) else twice.used
     if other is None or other <= total:
-        return None, "not found: memory does not grow with the batch as compiled"
+        return None, "not found: the compiled memory does not grow with the batch"
     rows = int(work.rows + (capacity - total) * work.rows / (other - total))
-    return max(rows, 0), f"on the line through {work.rows} and {2 * work.rows} compiled"
+    return max(rows, 0), f"extrapolated from {work.rows} and {2 * work.rows} rows, compiled"
 
 
 def _host_memory() -> float:

@@ -1,4 +1,4 @@
-"""Topologies by name: the devices that a plan is for, whether they are here or not."""
+"""Topologies by name: the devices of a plan, which need not be here."""
 
 import math
 import os
@@ -26,14 +26,14 @@ GPUS = {
     "cuda": "NVIDIA H100 80GB HBM3",
 }
 CPU = "cpu"
-# Devices of one machine, as libtpu describes slices and as GPUs are sold
+# Devices in a machine, as libtpu describes slices and as GPUs are sold
 PER_HOST = {"tpu": 4, "cuda": 8}
 NAMES = (
     "cpu:8; h100:8 or another GPU's name ("
     + ", ".join(GPUS)
     + "); v5e:4x4, v6e:4x4, v4:2x2x4 or v5p:2x2x4"
 )
-# libtpu asks the machine that it runs on what slice it is part of: of none.
+# Keep libtpu from querying this machine for the slice that it is part of
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
@@ -43,7 +43,7 @@ ENVIRONMENT = {
 
 
 class Topology(NamedTuple):
-    """So many devices of a kind."""
+    """A number of devices of one kind."""
 
     name: str
     platform: str
@@ -51,18 +51,18 @@ class Topology(NamedTuple):
     kind: str
     """JAX's ``device_kind``."""
     shape: tuple[int, ...]
-    """How they are wired: the sides of a torus, or their number."""
+    """The sides of the torus, or the number of devices."""
     device: Device | None
-    """What one can do; None for CPU, whose rates no data sheet gives."""
+    """Rates and memory of each; None for CPU, which has no data sheet."""
 
     @property
     def size(self) -> int:
-        """How many there are."""
+        """The number of devices."""
         return math.prod(self.shape)
 
     @property
     def hosts(self) -> int:
-        """In how many machines, each of which runs a process."""
+        """The number of machines, each of which runs a process."""
         return -(-self.size // PER_HOST.get(self.platform, self.size))
 
 
@@ -86,9 +86,8 @@ def parse_topology(name: str) -> Topology:
                 {2: ("2x2", "2x4", "4x4", "16x16"), 3: ("1x1x1", "2x2x1", "2x2x4", "4x4x8")}[axes]
             )
             raise ConfigError(
-                f"topology {name} is none: {family} is wired as {axes} numbers, each 1, 2 or a "
-                "multiple of 4, "
-                f"at most {DEVICES[kind].neighbours} together, such as {example}"
+                f"topology {name} is invalid: {family} takes {axes} numbers, each 1, 2 or a "
+                f"multiple of 4, for at most {DEVICES[kind].neighbours} devices, such as {example}"
             )
         return Topology(name, "tpu", kind, shape, DEVICES[kind])
     if len(shape) == 1 and shape[0] > 0:
@@ -97,7 +96,7 @@ def parse_topology(name: str) -> Topology:
         if family == CPU:
             return Topology(name, "cpu", "cpu", shape, None)
     raise ConfigError(
-        f"topology {name} is not known: it must be {NAMES}"
+        f"topology {name} is unknown: it must be {NAMES}"
         if name
         else f"topology is missing: it must be {NAMES}"
     )
@@ -108,11 +107,10 @@ def _is_side(n: int) -> bool:
 
 
 def start(topology: Topology) -> None:
-    """Let JAX compute on CPU alone, with as many devices as a topology of CPUs has; nothing else is
-    taken.
+    """Restrict JAX to the CPU, with the number of devices of a CPU topology.
 
     Raises:
-        ConfigError: JAX has started already, with fewer devices.
+        ConfigError: JAX has already started with fewer devices.
 
     """
     os.environ.update(
@@ -132,12 +130,11 @@ def start(topology: Topology) -> None:
 
 
 def open_devices(topology: Topology, otherwise: str = "") -> list[Any]:
-    """The devices to compile for: simulated CPUs, GPUs, or the TPUs of a slice as libtpu describes
-    it.
+    """The devices to compile for: simulated CPUs, GPUs, or the TPUs of a slice.
 
     Args:
-        topology: its devices.
-        otherwise: what else the user can do without the compiler; it ends the error's sentence.
+        topology: the topology.
+        otherwise: an alternative to installing the compiler, at the end of the error.
 
     Raises:
         ConfigError: the compiler is not installed, or cannot compile for this topology.
@@ -148,24 +145,24 @@ def open_devices(topology: Topology, otherwise: str = "") -> list[Any]:
     if topology.platform == "cuda":
         try:
             return open_gpus(topology.kind, topology.size)
-        except NotImplementedError as error:  # JAX knows no platform of this name
+        except NotImplementedError as error:  # JAX has no such platform
             message = (
-                f"to compile for {topology.name} needs jax-cuda12-plugin: pip install "
+                f"compiling for {topology.name} needs jax-cuda12-plugin: pip install "
                 f"'gptjax[cuda-aot]'{otherwise}"
             )
             raise ConfigError(message) from error
     from jax.experimental import topologies
 
     single = {"chips_per_host_bounds": (1, 1, 1)} if topology.size == 1 else {}
-    # As one device, as on a TPU VM
+    # Both cores as one device, as on a TPU VM
     both_cores = {"chip_config_name": "megacore"} if topology.kind == "TPU v4" else {}
     try:
         described = topologies.get_topology_desc(topology.name, "tpu", **single, **both_cores)
-    # JAX raises RuntimeError where there is no libtpu, or one that refuses
+    # JAX raises RuntimeError if there is no libtpu, or if it refuses
     except (ImportError, RuntimeError) as error:
         if "not installed" in str(error):
             message = (
-                f"to compile for {topology.name} needs libtpu: pip install 'gptjax[tpu]'{otherwise}"
+                f"compiling for {topology.name} needs libtpu: pip install 'gptjax[tpu]'{otherwise}"
             )
             raise ConfigError(message) from error
         raise ConfigError(

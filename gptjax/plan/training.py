@@ -16,13 +16,13 @@ TRAIN = "python -m gptjax.train"
 
 
 def train_command(cfg: Config, file: Path | None, topology: Topology) -> str:
-    """To copy into a shell: the config file, and exactly the options that differ from what it says.
+    """The shell command: the config file, and the options that differ from it.
 
     Args:
-        cfg: the configuration as planned.
-        file: the config file; without one, or with one that is not for training alone, options that
-            differ from the defaults.
-        topology: simulated CPUs have to be asked for.
+        cfg: the planned configuration.
+        file: the config file; without one, or with one that has other options than training's, the
+            command has every option that differs from its default.
+        topology: simulated CPUs need an environment variable.
 
     """
     options: list[str] = []
@@ -46,7 +46,7 @@ def train_command(cfg: Config, file: Path | None, topology: Topology) -> str:
 
 
 def _options(cfg: Config) -> dict[str, Any]:
-    """Every option of training by its name on the command line."""
+    """Every training option by its command-line name."""
     options: dict[str, Any] = {}
     for field in dataclasses.fields(Config):
         value = getattr(cfg, field.name)
@@ -61,5 +61,5 @@ def _options(cfg: Config) -> dict[str, Any]:
 
 
 def _as_text(value: Any) -> str:
-    """A value as YAML spells it."""
+    """A value in YAML."""
     return json.dumps(value) if value is None or isinstance(value, bool) else str(value)

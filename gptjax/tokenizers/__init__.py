@@ -1,9 +1,10 @@
 """Tokenizers: text <-> token ids, behind one small interface.
 
 `gpt2`, `byte`, `train_bpe` and llm.c's files give a `BytePairEncoding`, run by tiktoken.
-`train_characters` gives `Characters`, llama2.c's ``tokenizer.bin`` a `Llama2c`. Any other
-``tokenizer.json`` of Hugging Face gives a `HuggingFace`, run by Hugging Face's own library. Each is
-saved as a JSON file next to the data made with it, so that ids can always be decoded.
+`train_characters` gives `Characters`, llama2.c's ``tokenizer.bin`` a `Llama2c`, a ``.model``
+or `train_sentencepiece` a `SentencePiece`. Any other ``tokenizer.json`` of Hugging Face gives a
+`HuggingFace`, run by Hugging Face's own library. Each is saved as a JSON file next to the data made
+with it, so that ids can always be decoded.
 """
 
 import base64
@@ -14,7 +15,7 @@ from pathlib import Path
 from gptjax.errors import DataError, FormatError
 from gptjax.files import read_small
 from gptjax.formats import gguf, llama2c_tokenizer, llmc_tokenizer
-from gptjax.formats.recognise import LLAMA2C_TOKENIZER, recognise
+from gptjax.formats.recognise import LLAMA2C_TOKENIZER, SENTENCEPIECE, recognise
 from gptjax.tokenizers import ggml, tokenizer_json
 from gptjax.tokenizers.bpe import (
     GPT2_IDS,
@@ -29,9 +30,12 @@ from gptjax.tokenizers.characters import Characters, train_characters
 from gptjax.tokenizers.hugging_face import HuggingFace
 from gptjax.tokenizers.interface import END_OF_TEXT, Tokenizer
 from gptjax.tokenizers.llama2c import Llama2c
+from gptjax.tokenizers.sentencepiece import SentencePiece, train_sentencepiece
+from gptjax.tokenizers.tokenizer_json import from_sentencepiece
 
 FILE = "tokenizer.json"  # a tokenizer's name in the folder of a run or a corpus
 LARGEST_FILE = 1 << 28  # bytes
+KINDS = ("bpe", "char", "hf", "llama2c", "sentencepiece")
 
 __all__ = [
     "END_OF_TEXT",
@@ -42,17 +46,20 @@ __all__ = [
     "Characters",
     "HuggingFace",
     "Llama2c",
+    "SentencePiece",
     "Tokenizer",
     "byte",
     "find",
     "from_llama2c",
     "from_llmc",
+    "from_sentencepiece",
     "gpt2",
     "is_gpt2",
     "load",
     "printable",
     "train_bpe",
     "train_characters",
+    "train_sentencepiece",
 ]
 
 
@@ -61,11 +68,13 @@ def find(which: str | os.PathLike[str]) -> Tokenizer:
 
     Args:
         which: ``gpt2``; ``byte``; a file that `Tokenizer.save` wrote; a ``tokenizer.json`` of
-            Hugging Face; llm.c's ``gpt2_tokenizer.bin``; llama2.c's ``tokenizer.bin``; a GGUF file;
-            or the folder of a run, a corpus or a model with a ``tokenizer.json``.
+            Hugging Face; a SentencePiece ``.model``; llm.c's ``gpt2_tokenizer.bin``; llama2.c's
+            ``tokenizer.bin``; a GGUF file; or the folder of a run, a corpus or a model with a
+            ``tokenizer.json``.
 
     Raises:
-        DataError: there is no such tokenizer, or GPT-2's is not available (see `gpt2`).
+        DataError: there is no such tokenizer, or GPT-2's is not available (see `gpt2`), or a
+            package is missing.
         FormatError: the file is damaged, or in another format.
 
     """
@@ -80,7 +89,8 @@ def find(which: str | os.PathLike[str]) -> Tokenizer:
         return from_llmc(path)
     if gguf.is_file(path):
         return ggml.from_fields(path, gguf.read_file(path).fields)
-    return from_llama2c(path) if recognise(path) == LLAMA2C_TOKENIZER else load(path)
+    readers = {LLAMA2C_TOKENIZER: from_llama2c, SENTENCEPIECE: from_sentencepiece}
+    return readers.get(recognise(path) or "", load)(path)
 
 
 def is_gpt2(tokenizer: Tokenizer) -> bool:
@@ -108,7 +118,7 @@ def load(path: str | os.PathLike[str]) -> Tokenizer:
             return tokenizer_json.read(Path(path))
         kind = content.get("kind") or ("char" if "characters" in content else "bpe")
         name = content["name"]
-        if not isinstance(name, str) or kind not in ("bpe", "char", "hf", "llama2c"):
+        if not isinstance(name, str) or kind not in KINDS:
             raise ValueError(f"its kind is {str(kind)[:20]!r}, its name {str(name)[:20]!r}")
         if kind == "char":
             return Characters(content["characters"], name)
@@ -119,6 +129,8 @@ def load(path: str | os.PathLike[str]) -> Tokenizer:
                 content["end_of_text"],
                 content.get("begin_of_text"),
             )
+        if kind == "sentencepiece":
+            return SentencePiece(base64.b64decode(content["model"], validate=True), name)
         if name == "gpt2" and "tokens" not in content:
             return gpt2()
         tokens = tuple(base64.b64decode(token, validate=True) for token in content["tokens"])

@@ -2,7 +2,8 @@
 train|encode|decode|export``.
 
 ``train --input stories.txt --vocab_size 2048 --output tokenizer.json`` trains a byte-level BPE;
-``--kind char`` takes the text's characters instead. ``encode --tokenizer gpt2 some text`` prints
+``--kind sentencepiece`` trains SentencePiece's as llama2.c does, ``--kind char`` takes the text's
+characters. ``encode --tokenizer gpt2 some text`` prints
 ids, ``decode --tokenizer gpt2 15496 11`` prints text. Without text or ids, both read standard
 input. ``encode --output`` writes a token shard, which ``decode --input`` reads. ``export
 --tokenizer gpt2`` writes llm.c's ``gpt2_tokenizer.bin``, or llama2.c's ``tokenizer.bin`` for a
@@ -26,7 +27,7 @@ from gptjax.datasets.text import Piece, find_files, pieces
 from gptjax.errors import ConfigError, DataError
 from gptjax.formats import llama2c_tokenizer, llmc_tokenizer
 from gptjax.formats.token_shards import open_shard, write_shard
-from gptjax.tokenizers.llama2c import scored
+from gptjax.tokenizers.llama2c import SCORED, scored
 
 PROG = "python -m gptjax.tokenizers"
 CHUNK = 1 << 16  # ids decoded at a time
@@ -70,7 +71,7 @@ def train(args: TrainTokenizerConfig) -> None:
     """Train a tokenizer and write it to a file."""
     refuse_existing(args.output)
     files = [file for given in args.input for file in find_files(given)]
-    which = "char" if args.kind == "char" else f"bpe:{args.vocab_size}"
+    which = "char" if args.kind == "char" else f"{args.kind}:{args.vocab_size}"
 
     def everything() -> Iterator[Piece]:
         return pieces(files, args.column)
@@ -121,7 +122,7 @@ def _ids(text: str) -> list[int]:
 def export(args: ExportTokenizerConfig) -> None:
     """Write a tokenizer as llm.c's or llama2.c's file."""
     tokenizer = tokenizers.find(args.tokenizer)
-    to = args.to or ("llama2c" if isinstance(tokenizer, tokenizers.Llama2c) else "llmc")
+    to = args.to or ("llama2c" if isinstance(tokenizer, SCORED) else "llmc")
     output = args.output or {"llmc": "gpt2_tokenizer.bin", "llama2c": "tokenizer.bin"}[to]
     refuse_existing(output)
     if to == "llama2c":

@@ -179,7 +179,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, name: str) -> BytePairEncod
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False
     )
-    _interruptible(lambda texts: bpe.train_from_iterator(texts, trainer), texts)
+    interruptible(lambda texts: bpe.train_from_iterator(texts, trainer), texts)
     by_id = sorted(bpe.get_vocab().items(), key=lambda item: item[1])
     if len(by_id) != vocab_size - 1:
         raise ValueError(
@@ -189,7 +189,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, name: str) -> BytePairEncod
     return BytePairEncoding(name, tuple(bytes(to_byte[c] for c in token) for token, _ in by_id))
 
 
-def _interruptible(work: Callable[[Iterable[str]], None], texts: Iterable[str]) -> None:
+def interruptible(work: Callable[[Iterable[str]], None], texts: Iterable[str]) -> None:
     """Call ``work(texts)`` in a thread, so that native code does not delay signals; its errors are
     raised here.
     """

@@ -12,16 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.errors import FormatError
+from gptjax.errors import ConfigError, FormatError
 from gptjax.formats.llama2c_tokenizer import BEGIN, END, FIRST_BYTE, FIRST_TEXT, UNKNOWN
 from gptjax.tokenizers.bpe import LARGEST, BytePairEncoding, printable
 from gptjax.tokenizers.hugging_face import HuggingFace, canonical
 from gptjax.tokenizers.interface import END_OF_TEXT, Tokenizer
-from gptjax.tokenizers.llama2c import CONTROLS, Llama2c
+from gptjax.tokenizers.llama2c import CONTROLS, Llama2c, scored
+from gptjax.tokenizers.sentencepiece import SentencePiece
+from gptjax.tokenizers.space_first import SPACE
 
 PREFIX, TEMPLATE = "tokenizer.ggml.", "tokenizer.chat_template"
 NONE = {"none", "no_vocab"}
-SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 NORMAL, UNKNOWN_KIND, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of tokens
 
 BYTE_LEVEL = {
@@ -120,7 +121,8 @@ def _by_scores(path: Path, fields: Mapping[str, Any]) -> Llama2c:
             f"{path} has the special token {tokens[FIRST_TEXT + odd[0]]!r}, but a tokenizer of "
             f"kind 'llama' is read with {', '.join(CONTROLS)} alone"
         )
-    texts = (token.replace(SPACE, " ").encode() for token in tokens)
+    texts = [token.replace(SPACE, " ").encode() for token in tokens]
+    texts[BEGIN : END + 1] = b"\n<s>\n", b"\n</s>\n"  # as llama2.c has them
     try:
         return Llama2c(tuple(texts), tuple(scores.tolist()), path.stem)
     except (ValueError, TypeError) as error:
@@ -152,13 +154,22 @@ def _id(path: Path, fields: Mapping[str, Any], name: str, number: int) -> int | 
 
 def can_write(tokenizer: Tokenizer | None) -> bool:
     """Whether `fields_of` describes this tokenizer."""
+    return _describable(tokenizer) is not None
+
+
+def _describable(tokenizer: Tokenizer | None) -> BytePairEncoding | HuggingFace | Llama2c | None:
+    """The tokenizer as one of a kind that GGUF has, or None."""
+    if isinstance(tokenizer, SentencePiece):
+        try:
+            return _describable(scored(tokenizer))
+        except ConfigError:
+            return None
     if isinstance(tokenizer, HuggingFace):
-        return _pre_tokenizer(tokenizer) is not None
+        return tokenizer if _pre_tokenizer(tokenizer) else None
     if isinstance(tokenizer, Llama2c):
-        return b"".join(tokenizer.tokens).decode(errors="ignore").encode() == b"".join(
-            tokenizer.tokens
-        )
-    return isinstance(tokenizer, BytePairEncoding)
+        joined = b"".join(tokenizer.tokens)
+        return tokenizer if joined.decode(errors="ignore").encode() == joined else None
+    return tokenizer if isinstance(tokenizer, BytePairEncoding) else None
 
 
 def _pre_tokenizer(tokenizer: HuggingFace) -> str | None:
@@ -168,7 +179,7 @@ def _pre_tokenizer(tokenizer: HuggingFace) -> str | None:
         parts = cutter.get("pretokenizers", [cutter])
         return [{k: v for k, v in part.items() if k != "trim_offsets"} for part in parts]
 
-    found = json.loads(tokenizer.source)["pre_tokenizer"]
+    found = json.loads(tokenizer.source)["pre_tokenizer"] or {}
     names = (name for name, cutter in PRE_TOKENIZERS.items() if essence(cutter) == essence(found))
     return next(names, None)
 
@@ -185,7 +196,8 @@ def fields_of(
 
     """
     templates = {TEMPLATE: template} if template else {}
-    if not can_write(tokenizer):
+    tokenizer = _describable(tokenizer)
+    if not tokenizer:
         return {f"{PREFIX}model": "none", **templates}
     if isinstance(tokenizer, Llama2c):
         return _fields_by_scores(tokenizer, vocab_size) | templates
@@ -195,7 +207,6 @@ def fields_of(
         pairs = [(printable(left), printable(right)) for left, right in tokenizer.merges()]
         own: dict[str, int] = {}
     else:
-        assert isinstance(tokenizer, HuggingFace)
         pre = _pre_tokenizer(tokenizer) or ""
         content = json.loads(tokenizer.source)
         added = {token["content"]: token for token in content["added_tokens"]}

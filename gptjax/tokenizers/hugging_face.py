@@ -6,11 +6,12 @@ import dataclasses
 import functools
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 from gptjax.errors import DataError
 from gptjax.tokenizers.bpe import LARGEST, PRINTABLE
-from gptjax.tokenizers.interface import Tokenizer
+from gptjax.tokenizers.space_first import OVER_BLANKS, SPACE, SpaceFirst
 
 BYTES = {character: byte for byte, character in PRINTABLE.items()}
 FILE_SETTINGS = {
@@ -33,13 +34,24 @@ MODEL_SETTINGS = {
     "ignore_merges",
     "dropout",
 }
+PREPEND = {"type": "Prepend", "prepend": SPACE}
+REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+DECODERS = [
+    {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+    {"type": "ByteFallback"},
+    {"type": "Fuse"},
+]
+DECODER_STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+METASPACE = ("first", "always")
 MODEL_SETTINGS |= {"continuing_subword_prefix", "end_of_word_suffix"}
 
 
 @dataclasses.dataclass(frozen=True)
-class HuggingFace(Tokenizer):
-    """A byte-level BPE in a ``tokenizer.json``: merges and ids in any order, added tokens,
-    ``ignore_merges``.
+class HuggingFace(SpaceFirst):
+    """A BPE in a ``tokenizer.json``: merges and ids in any order, added tokens, ``ignore_merges``.
+
+    It is byte-level, as GPT-2's, or as Llama 2's: words begin with U+2581, and characters that the
+    vocabulary lacks become bytes (``byte_fallback``).
 
     As in the library, text may contain added tokens, but never special ones. Settings under which
     encoding text in parts, or decoding ids one by one, would give another result are rejected.
@@ -59,33 +71,48 @@ class HuggingFace(Tokenizer):
     def __post_init__(self) -> None:
         content = json.loads(self.source)
         check(content)
+        bytes_of = _bytes_of(content["model"])
         for token in content["added_tokens"]:
             text = token["content"]
-            if _bytes_of(text) != text.encode():
+            if bytes_of(text) != text.encode():
                 raise ValueError(f"its added token {text!r} would be decoded as different text")
+            if not token["special"] and self.space_first:
+                raise ValueError(f"its added token {text!r} would have a space put after it")
             if not token["special"] and (token["rstrip"] or re.search(r"\S\s", text)):
                 raise ValueError(
                     f"its added token {text!r} spans blanks, where long texts may be cut"
                 )
-        if self.end_of_text is not None:
-            if not 0 <= self.end_of_text < self.vocab_size:
+        merged = set(map("".join, content["model"]["merges"]))
+        for what, number in (
+            ("end-of-text", self.end_of_text),
+            ("begin-of-text", self.begin_of_text),
+        ):
+            if number is None:
+                continue
+            if not 0 <= number < self.vocab_size:
+                raise ValueError(f"its {what} is {number}, but it has {self.vocab_size} ids")
+            text = self.library.id_to_token(number)
+            if text in merged or number in self._ids(text):
                 raise ValueError(
-                    f"its end-of-text is {self.end_of_text}, but it has {self.vocab_size} ids"
-                )
-            end = self.library.id_to_token(self.end_of_text)
-            if end in map("".join, content["model"]["merges"]) or self.end_of_text in self._ids(
-                end
-            ):
-                raise ValueError(
-                    f"its end-of-text {end!r} is not a special token, so text could contain it"
+                    f"its {what} {text!r} is not a special token, so text could contain it"
                 )
 
     @functools.cached_property
     def library(self) -> Any:
-        """The tokenizer object of ``tokenizers``."""
-        found = read_library(self.source)
+        """The tokenizer object of ``tokenizers``; it puts no space before a text."""
+        found = read_library(json.dumps(without_space(json.loads(self.source))))
         found.encode_special_tokens = True  # as the text that they are
         return found
+
+    @functools.cached_property
+    def _space(self) -> str:
+        content = json.loads(self.source)
+        return space_of(content) if content["model"].get("byte_fallback") else "never"
+
+    @property
+    def space_first(self) -> bool:
+        """See `SpaceFirst`."""
+        return self._space != "never"
 
     def __reduce__(self) -> tuple[object, ...]:
         return HuggingFace, (self.name, self.source, self.end_of_text, self.begin_of_text)
@@ -100,18 +127,27 @@ class HuggingFace(Tokenizer):
     def pieces(self) -> tuple[bytes, ...]:
         """See `Tokenizer`."""
         vocabulary = self.library.get_vocab()
-        return tuple(map(_bytes_of, sorted(vocabulary, key=vocabulary.__getitem__)))
+        bytes_of = _bytes_of(json.loads(self.source)["model"])
+        return tuple(map(bytes_of, sorted(vocabulary, key=vocabulary.__getitem__)))
 
     @functools.cached_property
     def _missing(self) -> frozenset[int]:
         """Bytes without a token of their own, which the library drops or replaces by its
-        ``unk_token``.
+        ``unk_token``; none with ``byte_fallback``, see `check`.
         """
+        if json.loads(self.source)["model"].get("byte_fallback"):
+            return frozenset()
         known = set(self.library.get_vocab(with_added_tokens=False))
         return frozenset(byte for byte, character in PRINTABLE.items() if character not in known)
 
     def encode(self, text: str) -> list[int]:
-        """See `Tokenizer`. Half a surrogate pair is encoded as U+FFFD.
+        """See `SpaceFirst`; some put no space before a text that begins with one."""
+        if self._space in METASPACE and text.startswith((" ", SPACE)):
+            return self.encode_more(text)
+        return super().encode(text)
+
+    def encode_more(self, text: str) -> list[int]:
+        """See `SpaceFirst`. Half a surrogate pair is encoded as U+FFFD.
 
         Raises:
             DataError: the text has a byte that the vocabulary lacks.
@@ -188,40 +224,22 @@ def check(content: dict[str, Any]) -> None:
     """Raise ValueError for a setting of a ``tokenizer.json`` that is not supported or that would
     crash the library.
     """
-    model, before, after = (
-        content["model"],
-        content.get("pre_tokenizer") or {},
-        content.get("post_processor") or {},
-    )
+    model = content["model"]
     if model.get("type", "BPE") != "BPE":
         raise ValueError(f"its model is {model['type']}, not BPE")
-    for setting in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+    for setting in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(setting):
             raise ValueError(
                 f"its {setting} is {model[setting]!r}, which is not supported: it must be false or "
                 "absent"
             )
-    for setting in ("normalizer", "truncation", "padding"):
+    for setting in ("truncation", "padding"):
         if content.get(setting):
             raise ValueError(
                 f"it changes the text or its ids (its {setting}), which is not supported"
             )
-    if before.get("type") == "Sequence" and before["pretokenizers"][:-1] == [
-        {"type": "Digits", "individual_digits": True}  # which cut nothing between blanks
-    ]:
-        before = before["pretokenizers"][-1]
-    if (
-        before.get("type") != "ByteLevel"
-        or before["add_prefix_space"]
-        or not before.get("use_regex", True)
-    ):
-        raise ValueError("it splits text differently from GPT-2 (its pre_tokenizer)")
-    if after.get("type", "ByteLevel") != "ByteLevel":
-        raise ValueError(
-            "it may add tokens to every text (its post_processor), which is not supported"
-        )
-    if (content.get("decoder") or {}).get("type") != "ByteLevel":
-        raise ValueError("it does not decode bytes (its decoder): it must be ByteLevel")
+    (_check_spaces if model.get("byte_fallback") else _check_byte_level)(content)
+    begin_of(content)
     unknown = sorted({*(content.keys() - FILE_SETTINGS), *(model.keys() - MODEL_SETTINGS)})
     if unknown:
         raise ValueError(f"it has the unknown setting {unknown[0]!r}")
@@ -234,8 +252,121 @@ def check(content: dict[str, Any]) -> None:
         )
 
 
-def _bytes_of(token: str) -> bytes:
-    """The bytes of a token as the library's byte-level decoder gives them: a token that is not all
-    printable stand-ins is text.
+def _check_byte_level(content: dict[str, Any]) -> None:
+    if content.get("normalizer"):
+        raise ValueError("it changes the text or its ids (its normalizer), which is not supported")
+    before = content.get("pre_tokenizer") or {}
+    if before.get("type") == "Sequence" and before["pretokenizers"][:-1] == [
+        {"type": "Digits", "individual_digits": True}  # which cut nothing between blanks
+    ]:
+        before = before["pretokenizers"][-1]
+    if (
+        before.get("type") != "ByteLevel"
+        or before["add_prefix_space"]
+        or not before.get("use_regex", True)
+    ):
+        raise ValueError("it splits text differently from GPT-2 (its pre_tokenizer)")
+    if (content.get("decoder") or {}).get("type") != "ByteLevel":
+        raise ValueError("it does not decode bytes (its decoder): it must be ByteLevel")
+
+
+def _check_spaces(content: dict[str, Any]) -> None:
+    """`check` where bytes are ``<0x41>`` and words begin with U+2581."""
+    model = content["model"]
+    if model.get("ignore_merges"):
+        raise ValueError("its ignore_merges joins words, where a long text may be cut")
+    if not all(f"<0x{byte:02X}>" in model["vocab"] for byte in range(256)):
+        raise ValueError("its vocabulary lacks a byte, though byte_fallback is on")
+    strip = [DECODER_STRIP] if space_of(content) != "never" else []
+    if content.get("decoder") != {"type": "Sequence", "decoders": [*DECODERS, *strip]}:
+        raise ValueError("it does not decode as Llama 2's does (its decoder)")
+    for token in model["vocab"]:
+        if OVER_BLANKS.search(token):
+            raise ValueError(f"its token {token!r} reaches over blanks, where text may be cut")
+
+
+def space_of(content: dict[str, Any]) -> str:
+    """How a tokenizer with ``byte_fallback`` puts a space before a text.
+
+    Returns:
+        ``prepend``: always; ``first`` or ``always``: unless there is one; ``never``.
+
+    Raises:
+        ValueError: it cuts or changes the text otherwise.
+
     """
-    return bytes(map(BYTES.__getitem__, token)) if BYTES.keys() >= set(token) else token.encode()
+    normalizer, before = content.get("normalizer") or {}, content.get("pre_tokenizer") or {}
+    parts = normalizer.get("normalizers", [normalizer])
+    if not before and parts in ([PREPEND, REPLACE], [REPLACE]):
+        return "prepend" if parts[0] == PREPEND else "never"
+    if not normalizer and before.get("type") == "Metaspace" and before["replacement"] == SPACE:
+        always = "always" if before.get("add_prefix_space", True) else "never"
+        return str(before.get("prepend_scheme", always))
+    raise ValueError("it splits text differently from Llama 2 (its normalizer or pre_tokenizer)")
+
+
+def without_space(content: dict[str, Any]) -> dict[str, Any]:
+    """The content of a ``tokenizer.json`` that puts no space before a text."""
+    if not content["model"].get("byte_fallback"):
+        return content
+    if before := content["pre_tokenizer"]:
+        return content | {"pre_tokenizer": before | {"prepend_scheme": "never"}}
+    return content | {"normalizer": REPLACE}
+
+
+def begin_of(content: dict[str, Any]) -> int | None:
+    """The id that a ``tokenizer.json`` puts before each text, begin-of-text; None for none.
+
+    Raises:
+        ValueError: it puts other ids around a text.
+
+    """
+    after = content.get("post_processor") or {"type": "ByteLevel"}
+    parts = after["processors"] if after["type"] == "Sequence" else [after]
+    templates = [part for part in parts if part["type"] != "ByteLevel"]
+    if not templates:
+        return None
+    template = templates[0]
+    if len(templates) == 1 and template["type"] == "TemplateProcessing":
+        *first, last = template["single"]
+        if last.get("Sequence", {}).get("id") == "A" and not first:
+            return None
+        if "Sequence" in last and len(first) == 1 and "SpecialToken" in first[0]:
+            ids = template["special_tokens"][first[0]["SpecialToken"]["id"]]["ids"]
+            if len(ids) == 1 and isinstance(ids[0], int):
+                return ids[0]
+    raise ValueError(
+        "it may add more than one token to every text (its post_processor), which is not supported"
+    )
+
+
+def with_begin(content: dict[str, Any], begin: int | None, text: str) -> dict[str, Any]:
+    """The content of a ``tokenizer.json`` that puts ``begin``, whose text it is, before each
+    text.
+    """
+    if begin is None or begin_of(content) == begin:
+        return content
+    special = {"SpecialToken": {"id": text, "type_id": 0}}
+    a, b = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
+    template = {
+        "type": "TemplateProcessing",
+        "single": [special, a],
+        "pair": [special, a, {"SpecialToken": {"id": text, "type_id": 1}}, b],
+        "special_tokens": {text: {"id": text, "ids": [begin], "tokens": [text]}},
+    }
+    return content | {"post_processor": template}
+
+
+def _bytes_of(model: dict[str, Any]) -> Callable[[str], bytes]:
+    """What gives the bytes of a token as the library's decoder has it."""
+
+    def of_stand_ins(token: str) -> bytes:
+        """What is not all stand-ins of bytes is text."""
+        known = BYTES.keys() >= set(token)
+        return bytes(map(BYTES.__getitem__, token)) if known else token.encode()
+
+    def of_spaces(token: str) -> bytes:
+        byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
+        return bytes.fromhex(byte[1]) if byte else token.replace(SPACE, " ").encode()
+
+    return of_spaces if model.get("byte_fallback") else of_stand_ins

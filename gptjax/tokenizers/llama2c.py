@@ -8,13 +8,15 @@ import functools
 import heapq
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from gptjax.errors import ConfigError
 from gptjax.formats.llama2c_tokenizer import BEGIN, BYTES, END, FIRST_BYTE, FIRST_TEXT, UNKNOWN
-from gptjax.tokenizers.interface import REPLACEMENT, Tokenizer
+from gptjax.tokenizers.interface import Tokenizer
+from gptjax.tokenizers.sentencepiece import BPE, NORMAL, SentencePiece
+from gptjax.tokenizers.space_first import SPACE, SpaceFirst
 
 CONTROLS = {"<unk>": UNKNOWN, "<s>": BEGIN, "</s>": END}
 LARGEST = 1 << 20  # ids
@@ -22,7 +24,7 @@ KEPT_WORDS = 1 << 16  # whose ids are remembered
 
 
 @dataclasses.dataclass(frozen=True)
-class Llama2c(Tokenizer):
+class Llama2c(SpaceFirst):
     """Any text encodes, after a space, which decoding drops.
 
     The characters of a text, or the bytes of those that are no token, are merged pair by pair: each
@@ -90,14 +92,8 @@ class Llama2c(Tokenizer):
     def _merged(self) -> Callable[[str], tuple[int, ...]]:
         return functools.lru_cache(KEPT_WORDS)(self._merge)
 
-    def encode(self, text: str) -> list[int]:
-        """See `Tokenizer`: a space comes first, unless the text is empty. Half a surrogate pair is
-        encoded as U+FFFD.
-        """
-        return self.encode_more(" " + text) if text else []
-
     def encode_more(self, text: str) -> list[int]:
-        """See `Tokenizer`: no space comes first."""
+        """See `SpaceFirst`. Half a surrogate pair is encoded as U+FFFD."""
         if not text:
             return []
         text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
@@ -140,23 +136,6 @@ class Llama2c(Tokenizer):
             found += [ids[part]] if part in ids else [FIRST_BYTE + b for b in part.encode()]
         return tuple(found)
 
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """See `Tokenizer`: one space after the beginning of a text is none of its."""
-        pieces = self.pieces
-        found, before = [], None
-        for i in ids:
-            piece = pieces[i] if 0 <= i < len(pieces) else REPLACEMENT
-            found.append(piece.removeprefix(b" ") if before == BEGIN else piece)
-            before = i
-        return b"".join(found)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """See `Tokenizer`: without the beginning of the text, nor the space that `encode` puts
-        there.
-        """
-        ids = ids if len(ids) and ids[0] == BEGIN else [BEGIN, *ids]
-        return self.decode_bytes(ids).decode("utf-8", errors="replace").removeprefix("<s>")
-
     def content(self) -> dict[str, object]:
         """See `Tokenizer`."""
         return {
@@ -165,19 +144,46 @@ class Llama2c(Tokenizer):
         }
 
 
+SCORED = (Llama2c, SentencePiece)
+"""Kinds of tokenizers that have a score for each token."""
+
+
 def scored(tokenizer: Tokenizer) -> Llama2c:
     """The tokenizer as one that llama2.c's file can hold.
 
     Raises:
-        ConfigError: its tokens have no scores.
+        ConfigError: its tokens have no scores, or are not in llama2.c's order.
 
     """
+    if isinstance(tokenizer, SentencePiece):
+        return _from_sentencepiece(tokenizer)
     if not isinstance(tokenizer, Llama2c):
         raise ConfigError(
             f"the tokenizer {tokenizer.name} merges by rank, where llama2.c's file has a score for "
             "each token: export it as llm.c's file instead"
         )
     return tokenizer
+
+
+def _from_sentencepiece(tokenizer: SentencePiece) -> Llama2c:
+    """As llama2.c's ``tokenizer.py`` exports it: line ends around the two controls."""
+    model = tokenizer.read
+    texts = [piece.text.replace(SPACE, " ") for piece in model.pieces]
+    texts[BEGIN : END + 1] = (f"\n{text}\n" for text in texts[BEGIN : END + 1])
+    kinds = {piece.kind for piece in model.pieces[FIRST_TEXT:]}
+    ids = (tokenizer.special_tokens, tokenizer.begin_of_text, tokenizer.end_of_text)
+    if ids != (CONTROLS, BEGIN, END) or kinds - {NORMAL} or model.kind != BPE:
+        raise ConfigError(
+            f"the tokenizer {tokenizer.name} has other controls than llama2.c, or is no BPE: its "
+            "file cannot hold it"
+        )
+    tokens = tuple(text.encode() for text in texts)
+    try:
+        return Llama2c(tokens, tuple(piece.score for piece in model.pieces), tokenizer.name)
+    except ValueError as error:
+        raise ConfigError(
+            f"the tokenizer {tokenizer.name} does not fit llama2.c's file: {error}"
+        ) from error
 
 
 def _pairs(text: str) -> np.ndarray:

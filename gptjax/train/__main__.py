@@ -21,6 +21,8 @@ from gptjax.config import Config
 from gptjax.convert.weights import load_weights, open_weights
 from gptjax.generate.stream import prompt_ids
 from gptjax.parallel import heartbeat, processes
+from gptjax.tokenizers import Tokenizer, is_gpt2
+from gptjax.tokenizers.chat_template import ChatTemplate
 from gptjax.train import step as steps
 from gptjax.train.checkpoint import CheckpointWriter, Restored
 from gptjax.train.hooks import add_hooks
@@ -72,7 +74,7 @@ def train(cfg: Config) -> None:
 
     """
     display = Display(cfg.train.steps, quiet=not processes.is_first())
-    new = set_up(with_vocabulary(cfg))
+    new = set_up(*with_init(cfg))
     # Fail now rather than at the first sample
     prompt_ids(new.corpus.tokenizer, cfg.train.sample_prompt)
     with claim_folder(new) as run:
@@ -97,7 +99,7 @@ def _train(run: Run, restored: Restored | None, display: Display) -> str:
     # Opened before compiling, so that they fail early
     loggers = open_loggers(cfg.log, run.folder, done, resolved_config(run), display.print)
     began = time.perf_counter()
-    shapes = steps.step_arguments(run.model, run.optimizer, run.shape, run.mesh)
+    shapes = steps.step_arguments(run.model, run.optimizer, run.shape, run.mesh, run.packed)
     compiled = steps.compile_step(run.model, run.optimizer, cfg.train.backward, *shapes, run.mesh)
     display.print(describe_memory(compiled, time.perf_counter() - began))
     state = state or steps.make_state(run.key, run.model, run.optimizer, run.mesh)
@@ -133,19 +135,22 @@ def _train(run: Run, restored: Restored | None, display: Display) -> str:
     return f"saved in {run.folder}"
 
 
-def with_vocabulary(cfg: Config) -> Config:
-    """Take the vocabulary size from the weights of ``init`` if the configuration leaves it out.
+def with_init(cfg: Config) -> tuple[Config, Tokenizer | None, ChatTemplate | None]:
+    """The configuration with the vocabulary of ``init`` if it gives none, and the tokenizer and
+    chat template of ``init``, if it has them.
 
     Raises:
         GptjaxError: the weights cannot be read.
 
     """
-    if not cfg.init or cfg.model.vocab_size:
-        return cfg
-    size = processes.first_then_others(
-        "vocabulary", lambda: open_weights(str(cfg.init)).cfg.vocab_size
-    )
-    return dataclasses.replace(cfg, model=cfg.model.with_vocabulary(size))
+    if not cfg.init:
+        return cfg, None, None
+    source = processes.first_then_others("init", lambda: open_weights(str(cfg.init)))
+    model = cfg.model.with_vocabulary(source.cfg.vocab_size)
+    template = ChatTemplate(source.chat_template) if source.chat_template else None
+    # GPT-2's is every corpus's default
+    tokenizer = None if source.tokenizer and is_gpt2(source.tokenizer) else source.tokenizer
+    return dataclasses.replace(cfg, model=model), tokenizer, template
 
 
 def initial_state(run: Run) -> steps.TrainState | None:

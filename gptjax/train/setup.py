@@ -13,13 +13,16 @@ from jax.sharding import Mesh
 
 from gptjax import datasets
 from gptjax.config import Config, DistributedConfig, ModelConfig
-from gptjax.datasets import TOKENIZER_FILE, Corpus
+from gptjax.datasets import TEMPLATE_FILE, TOKENIZER_FILE, Corpus
 from gptjax.datasets.batches import BatchShape, TrainingBatches, validation_batches
 from gptjax.errors import CheckpointError
 from gptjax.files import write_whole
 from gptjax.models.batch import Batch
 from gptjax.parallel import processes
 from gptjax.parallel.mesh import make_mesh, place_rows, row_share, whole
+from gptjax.tokenizers import Tokenizer
+from gptjax.tokenizers.chat_template import ChatTemplate
+from gptjax.tokenizers.chat_template import find as find_template
 from gptjax.train import folders
 from gptjax.train.checkpoint import Restored, restore_newest
 from gptjax.train.loggers import check_installed
@@ -43,16 +46,30 @@ class Run(NamedTuple):
     key: Any
     mesh: Mesh | None
     share: tuple[int, int]
+    template: str | None = None
+    """The chat template, in Jinja, that the model was or is trained with."""
     folder: Path = Path()
     """The run's folder, once `claim_folder` has claimed it."""
+
+    @property
+    def packed(self) -> bool:
+        """Whether batches have segments."""
+        return self.val[0].segments is not None
 
     def next_batch(self) -> Batch:
         """The next step's batch, laid out over the mesh; each process reads its own rows."""
         return place_rows(self.mesh, next(self.batches), self.share[1])
 
 
-def set_up(cfg: Config) -> Run:
+def set_up(
+    cfg: Config, tokenizer: Tokenizer | None = None, template: ChatTemplate | None = None
+) -> Run:
     """Open the corpus and resolve every ``auto``; nothing is computed or written yet.
+
+    Args:
+        cfg: the configuration.
+        tokenizer: replaces ``data.tokenizer`` if that is None.
+        template: replaces ``data.chat_template`` if that is None.
 
     Raises:
         GptjaxError: the configuration or the corpus cannot be used.
@@ -61,12 +78,21 @@ def set_up(cfg: Config) -> Run:
     check_installed(cfg.log)
     start_jax(cfg.model.dtype)
     processes.require_same(dataclasses.replace(cfg, distributed=DistributedConfig()))
-    model = cfg.model.resolve(platform_name(), cfg.data.seq_len)
+    packed = datasets.holds_conversations(cfg.data.dataset)
+    model = cfg.model.resolve(platform_name(), cfg.data.seq_len, packed)
     # Fail before a download rather than after it
     make_mesh(cfg.mesh, model.axis_sizes, cfg.data.batch_size)
     data = cfg.data
+    if data.chat_template:
+        template = find_template(data.chat_template)
     find = partial(
-        datasets.find_corpus, data.dataset, data.root, data.tokenizer, data.column, data.tokens
+        datasets.find_corpus,
+        data.dataset,
+        data.root,
+        data.tokenizer or (None if datasets.holds_shards(Path(data.dataset)) else tokenizer),
+        data.column,
+        data.tokens,
+        template,
     )
     corpus = processes.first_then_others("corpus", find)
     model = model if model.vocab_size else model.with_vocabulary(datasets.vocabulary(corpus))
@@ -87,6 +113,7 @@ def set_up(cfg: Config) -> Run:
         key=whole(mesh, jax.random.key(cfg.seed)),
         mesh=mesh,
         share=share,
+        template=template.source if template else datasets.template_of(corpus),
     )
 
 
@@ -168,5 +195,7 @@ def write_run_files(run: Run) -> None:
         return
     if run.corpus.tokenizer:
         run.corpus.tokenizer.save(run.folder / TOKENIZER_FILE)
+    if run.template:
+        (run.folder / TEMPLATE_FILE).write_text(run.template)
     with write_whole(run.folder / "config.yaml") as file:  # last: it makes the folder a run's
         file.write(yaml.safe_dump(resolved_config(run), sort_keys=False).encode())

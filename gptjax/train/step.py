@@ -23,8 +23,8 @@ from gptjax.train.optimizer import Optimizer, StepMetrics, fused_update, update
 from gptjax.xla import native
 from gptjax.xla.compile_options import compile_tuned
 
-# Of the parameters: an update that needs more room beside them copies what it is to overwrite
-COPIED = 1 / 8
+# An update whose temporaries exceed this fraction of the parameters copies what it overwrites
+COPYING_FRACTION = 1 / 8
 
 
 class TrainState(NamedTuple):
@@ -32,12 +32,12 @@ class TrainState(NamedTuple):
 
     params: Any
     opt_state: Any
-    """Of ``optimizer.transform``."""
+    """The state of ``optimizer.transform``."""
 
 
 def init_state(key: Key[Array, ""], cfg: ModelConfig, optimizer: Optimizer) -> TrainState:
-    """Fresh parameters and optimizer state; pure, to be traced for its shapes: `make_state` makes
-    them.
+    """Fresh parameters and optimizer state as a pure function, to trace for shapes; `make_state`
+    allocates them.
     """
     params = init_params(key, cfg)
     return TrainState(params, optimizer.transform.init(params))
@@ -46,10 +46,10 @@ def init_state(key: Key[Array, ""], cfg: ModelConfig, optimizer: Optimizer) -> T
 def make_state(
     key: Key[Array, ""], cfg: ModelConfig, optimizer: Optimizer, mesh: Mesh | None = None
 ) -> TrainState:
-    """What `init_state` says, in no more memory than a step: the room for drawing the parameters is
-    free before the rest.
+    """Compute `init_state` in no more memory than a step: the temporaries for drawing the
+    parameters are freed before the optimizer state is allocated.
 
-    On a mesh each device draws its own part; the values are the same.
+    On a mesh each device draws its own part, with the same values.
     """
     draw = jax.jit(
         lambda key: init_params(key, cfg),
@@ -61,7 +61,7 @@ def make_state(
 def add_optimizer(
     params: Any, cfg: ModelConfig, optimizer: Optimizer, mesh: Mesh | None = None
 ) -> TrainState:
-    """The parameters and a fresh optimizer's state, laid out as they are."""
+    """Add a fresh optimizer state to the parameters, in their layout."""
     params = jax.block_until_ready(params)
     init = lambda params: optimizer.transform.init(params)  # noqa: E731
     layout = meshes.shardings(mesh, param_axes(cfg), jax.eval_shape(init, params)) if mesh else None
@@ -69,16 +69,21 @@ def add_optimizer(
 
 
 def step_arguments(
-    cfg: ModelConfig, optimizer: Optimizer, shape: tuple[int, int, int], mesh: Mesh | None = None
+    cfg: ModelConfig,
+    optimizer: Optimizer,
+    shape: tuple[int, int, int],
+    mesh: Mesh | None = None,
+    packed: bool = False,
 ) -> tuple[TrainState, Batch, Any]:
-    """Shapes of a step's (state, batch, key), on a mesh with their layout: what `compile_step`
-    needs; nothing is allocated.
+    """Shapes of a step's (state, batch, key), with their layout on a mesh, for `compile_step`;
+    nothing is allocated.
 
     Args:
         cfg: resolved.
-        optimizer: whose state it is.
-        shape: (A, B, T) of the batch, on all devices together.
-        mesh: of devices that are there, or of a topology that is compiled for ahead of time.
+        optimizer: the optimizer of the state.
+        shape: (A, B, T) of the batch over all devices.
+        mesh: a mesh of this machine's devices, or of a topology to compile for ahead of time.
+        packed: whether batches have segments.
 
     """
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -88,18 +93,19 @@ def step_arguments(
     ids = jax.ShapeDtypeStruct(
         shape, jnp.int32, sharding=meshes.row_sharding(mesh, 3) if mesh else None
     )
-    return state, Batch(ids, ids), meshes.abstract(mesh, param_axes(cfg), key)
+    batch = Batch(ids, ids, segments=ids if packed else None)
+    return state, batch, meshes.abstract(mesh, param_axes(cfg), key)
 
 
 def mean_loss_and_grad(
     params: Any, batch: Batch, key: Key[Array, ""] | None, cfg: ModelConfig, backward: Backward
 ) -> tuple[Float[Array, ""], Any]:
-    """Loss and gradient of A micro-batches, equal to those of the one batch of A B sequences.
+    """Loss and gradient of A micro-batches, equal to those of one batch of A B sequences.
 
     Args:
         params: the parameters.
         batch: (A, B, T) arrays.
-        key: dropout's; each micro-batch gets its own.
+        key: dropout's key, split over the micro-batches.
         cfg: resolved.
         backward: ``manual`` runs the hand-written backward, ``autodiff`` JAX's.
 
@@ -127,52 +133,52 @@ def mean_loss_and_grad(
 
 
 def step_key(key: Key[Array, ""], step: Int[Array, ""], cfg: ModelConfig) -> Key[Array, ""] | None:
-    """The key of one step's dropout; None without dropout."""
+    """Dropout's key for a step; None without dropout."""
     return jax.random.fold_in(key, step) if cfg.dropout or cfg.dropout_mlp else None
 
 
 def target_count(batch: Batch) -> Float[Array, ""]:
-    """Targets that count, each weighed by its mask."""
+    """The number of targets that count, weighted by their mask."""
     mask = jnp.ones(batch.targets.shape, jnp.float32) if batch.mask is None else batch.mask
     return jnp.where(batch.targets == IGNORE_INDEX, 0.0, mask).sum()
 
 
 def loss_dtype(cfg: ModelConfig) -> Any:
-    """The loss is a float32 scalar, float64 when everything is."""
+    """The loss's dtype: float32, or float64 if the model computes in float64."""
     return jnp.float64 if cfg.dtype == "float64" else jnp.float32
 
 
 class CompiledStep(NamedTuple):
-    """The executables of a training step, and what they hold at most."""
+    """The executables of a training step and their memory."""
 
     gradient: jax.stages.Compiled
-    """See `StepFunctions`, as of the next."""
+    """See `StepFunctions`."""
     updates: tuple[jax.stages.Compiled, ...]
-    """``(update,)``, or ``(update_params, update_rest)``."""
+    """``(update,)``, or ``(update_params, update_rest)``; see `StepFunctions`."""
     native_code: bool
-    """Whether the update is `gptjax.xla.native`'s."""
+    """Whether the update runs in `gptjax.xla.native`."""
     memory: dict[str, int]
     """Bytes on each device: parameters, optimizer, gradients, temporaries."""
 
 
 class StepFunctions(NamedTuple):
-    """The training step as jitted functions, to be lowered; their buffers are donated.
+    """The training step as jitted functions to lower; their buffers are donated.
 
-    Gradient and update are separate, because in one program XLA copies what is donated. So it does
-    in ``update`` where it does not merge the outputs, as on CPU. The two parts then need no copy,
-    but read more.
+    Gradient and update are separate, because in a single program XLA copies donated buffers. It
+    also copies them in ``update`` if it does not fuse the outputs, as on CPU. The update's two
+    parts need no copy but read more.
     """
 
     gradient: Any
-    """(params, batch, key, step, buffer) -> (loss, gradient, its norm). The gradient is written
-    over ``buffer``.
+    """(params, batch, key, step, buffer) -> (loss, gradient, its norm). The gradient overwrites
+    ``buffer``.
     """
     update: Any
     """(params, opt_state, gradient, loss, norm, step) -> (params, opt_state, metrics)."""
     update_params: Any
-    """The same to params alone."""
+    """The part of the update that returns params."""
     update_rest: Any
-    """The same to (opt_state, metrics) alone, whatever its params are."""
+    """The part that returns (opt_state, metrics); it does not depend on its params."""
 
 
 def step_functions(
@@ -182,9 +188,7 @@ def step_functions(
     mesh: Mesh | None = None,
     native_code: bool = False,
 ) -> StepFunctions:
-    """The training step: a gradient, then an update, whole or in two parts; ``native_code`` is
-    `fused_update`'s.
-    """
+    """The jitted functions of the training step; ``native_code`` is passed to `fused_update`."""
 
     def gradient(
         params: Any, batch: Batch, key: Any, step: Array, buffer: Any
@@ -230,7 +234,7 @@ def compile_step(
     key: Any,
     mesh: Mesh | None = None,
 ) -> CompiledStep:
-    """Compile the training step for arguments of these shapes: arrays or `jax.ShapeDtypeStruct`s,
+    """Compile the training step for arguments with these shapes: arrays or `jax.ShapeDtypeStruct`s,
     laid out over the mesh.
     """
     all_float32 = all(x.dtype in (jnp.float32, jnp.int32) for x in jax.tree.leaves(state))
@@ -253,7 +257,7 @@ def compile_step(
     if native_code or platform_of(mesh) != "cpu":
         updates = (functions.update.lower(*arguments).compile(),)
     if not native_code and (
-        not updates or temporary_bytes(*updates) > bytes_per_device(g) * COPIED
+        not updates or temporary_bytes(*updates) > bytes_per_device(g) * COPYING_FRACTION
     ):
         updates = tuple(
             f.lower(*arguments).compile() for f in (functions.update_params, functions.update_rest)
@@ -268,10 +272,10 @@ def compile_step(
 
 
 def gradient_buffer(params: Any) -> Any:
-    """Zeros like the parameters, for the first step's gradient to be written over.
+    """Zeros like the parameters, which the first step's gradient overwrites.
 
-    Were each gradient to be allocated anew, the arrays of glibc's allocator would lie as close as
-    they must only for some steps: it took 1.6 times the predicted memory for gradients of 774M.
+    If every gradient were allocated anew, glibc's heap would fragment after some steps: training
+    774M took 1.6 times the predicted memory.
     """
     zeros = lambda params: jax.tree.map(jnp.zeros_like, params)  # noqa: E731
     return jax.jit(zeros, out_shardings=jax.tree.map(lambda x: x.sharding, params))(params)
@@ -280,16 +284,16 @@ def gradient_buffer(params: Any) -> Any:
 def run_step(
     compiled: CompiledStep, state: TrainState, buffer: Any, batch: Batch, key: Any, step: int
 ) -> tuple[TrainState, Any, StepMetrics]:
-    """Dispatch one step; returns at once, with arrays still being computed. ``state`` and
-    ``buffer`` are consumed.
+    """Dispatch one step; returns at once, while the arrays are computed. ``state`` and ``buffer``
+    are donated.
 
     Args:
-        compiled: of `compile_step`.
-        state: what the step changes.
-        buffer: of `gradient_buffer`, or of the step before.
+        compiled: from `compile_step`.
+        state: the state to update.
+        buffer: from `gradient_buffer` or the step before.
         batch: (A, B, T) arrays.
-        key: the run's.
-        step: its number, from 1.
+        key: the run's key.
+        step: number of the step, from 1.
 
     Returns:
         The state, the buffer for the next step, and the metrics.
@@ -306,12 +310,12 @@ def run_step(
 
 
 def platform_of(mesh: Mesh | None) -> str:
-    """What is compiled for: cpu, gpu or tpu."""
+    """The platform to compile for: cpu, gpu or tpu."""
     return mesh.devices.flat[0].platform if mesh else jax.default_backend()
 
 
 def temporary_bytes(*programs: Any) -> int:
-    """What programs that run one after the other need beside their arguments and results."""
+    """Bytes of temporaries of programs that run one after the other."""
     return max(program.memory_analysis().temp_size_in_bytes for program in programs)
 
 
@@ -322,10 +326,10 @@ def compile_for_memory(lowered: jax.stages.Lowered, mesh: Mesh | None = None) ->
 
 @functools.cache
 def make_eval_loss(cfg: ModelConfig, mesh: Mesh | None = None) -> Any:
-    """A jitted ``(params, batch) -> (summed loss, targets counted)``, without dropout; every
+    """A jitted ``(params, batch) -> (summed loss, number of targets)`` without dropout; every
     process has the whole batch.
 
-    The same function for the same arguments, so that it is compiled once.
+    It is cached, so that it is compiled once for the same arguments.
     """
 
     def eval_loss(params: Any, batch: Batch) -> tuple[Array, Array]:
@@ -339,7 +343,7 @@ def make_eval_loss(cfg: ModelConfig, mesh: Mesh | None = None) -> Any:
 
 
 def evaluate(eval_loss: Any, params: Any, batches: list[Batch]) -> float:
-    """Mean loss in nats over all targets that count in ``batches``."""
+    """Mean loss in nats over all targets of ``batches`` that count."""
     sums = [eval_loss(params, batch) for batch in batches]
     return sum(float(total) for total, _ in sums) / max(sum(float(count) for _, count in sums), 1.0)
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from gptjax import ops
-from gptjax.ops.attention import materialised_bwd, materialised_fwd
+from gptjax.ops.attention import causal, materialised_bwd, materialised_fwd
 from gptjax.ops.blockwise import blockwise_bwd, blockwise_fwd
 from gptjax.verify import finite_difference
 from gptjax.verify.comparison import compare
@@ -72,21 +72,39 @@ def op_cases() -> list[OpCase]:
 
         return OpCase(name, lambda *a: ops.linear_fwd(*a)[0], backward, (x, *weights))
 
+    segments = jnp.array([[0] * 4 + [1] * 5, [0] * 7 + [1] * 2], jnp.int32)
+    restarting = jnp.array([[*range(4), *range(5)], [*range(7), *range(2)]], jnp.int32)
+
     def cross_entropy(x: Any) -> Any:
         return ops.cross_entropy_fwd(x, targets, weights, 13)
 
-    def dropped(name: str, fwd: Any, bwd: Any) -> OpCase:
+    def attention(name: str, fwd: Any, bwd: Any, *heads: int) -> OpCase:
+        """With H heads of queries, and K of keys and values."""
+        H, K = heads
         forward = lambda q, k, v: fwd(q, k, v, 0.2, key)  # noqa: E731
-        heads = ((2, 9, 3, 4),) * 3
         return OpCase(
             name,
             lambda *a: forward(*a)[0],
             lambda q, k, v, do: bwd(forward(q, k, v)[1], do, 0.2),
-            heads,
+            ((2, 9, H, 4), (2, 9, K, 4), (2, 9, K, 4)),
         )
+
+    def packed(q: Any, k: Any, v: Any, rate: float, key: Any) -> Any:
+        return materialised_fwd(q, k, v, rate, key, causal(9, segments))
 
     def in_blocks(q: Any, k: Any, v: Any, rate: float, key: Any) -> Any:
         return blockwise_fwd(q, k, v, rate, key, block_size=4)
+
+    def packed_in_blocks(q: Any, k: Any, v: Any, rate: float, key: Any) -> Any:
+        return blockwise_fwd(q, k, v, rate, key, segments, block_size=4)
+
+    def rotary(name: str, positions: Array) -> OpCase:
+        return OpCase(
+            name,
+            lambda x: ops.rotary_fwd(x, positions, 100.0),
+            lambda x, dy: (ops.rotary_bwd(positions, 100.0, dy),),
+            ((2, 9, 3, 4),),
+        )
 
     return [
         OpCase(
@@ -110,13 +128,29 @@ def op_cases() -> list[OpCase]:
             ((2, 9, 8),),
         ),
         OpCase(
+            "rmsnorm",
+            lambda *a: ops.rmsnorm_fwd(*a)[0],
+            lambda x, w, dy: ops.rmsnorm_bwd(ops.rmsnorm_fwd(x, w)[1], w, dy),
+            ((2, 9, 8), (8,)),
+        ),
+        OpCase(
+            "swiglu",
+            lambda *a: ops.swiglu_fwd(*a)[0],
+            lambda gate, up, dy: ops.swiglu_bwd(ops.swiglu_fwd(gate, up)[1], dy),
+            ((2, 9, 8), (2, 9, 8)),
+        ),
+        rotary("rotary", jnp.arange(9, dtype=jnp.int32)),
+        rotary("rotary by row", restarting),
+        OpCase(
             "dropout",
             lambda x: ops.dropout_fwd(x, 0.2, key)[0],
             lambda x, dy: (ops.dropout_bwd(ops.dropout_fwd(x, 0.2, key)[1], 0.2, dy),),
             ((2, 9, 8),),
         ),
-        dropped("attention materialised", materialised_fwd, materialised_bwd),
-        dropped("attention blockwise", in_blocks, blockwise_bwd),
+        attention("attention materialised", materialised_fwd, materialised_bwd, 3, 3),
+        attention("attention materialised, grouped and packed", packed, materialised_bwd, 6, 2),
+        attention("attention blockwise", in_blocks, blockwise_bwd, 3, 3),
+        attention("attention blockwise, grouped and packed", packed_in_blocks, blockwise_bwd, 6, 2),
         OpCase(
             "cross-entropy",
             lambda x: cross_entropy(x)[0],

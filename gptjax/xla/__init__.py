@@ -1,5 +1,5 @@
-"""What XLA has to be told: barriers, forms of a product that depend on the platform, random bits,
-native kernels.
+"""Everything specific to XLA: barriers, platform-dependent forms of products, random bits, native
+kernels.
 
-The rest of the package says what is computed; only this room knows the compiler.
+Only this room knows the compiler; the rest of the package defines what is computed.
 """

@@ -39,7 +39,7 @@ def _gpu(name: str, major_minor: tuple[int, int], cores: int, fpus: int, **field
     }
 
 
-# NVIDIA's data sheets, and what its driver reports of memory
+# NVIDIA's data sheets; memory as its driver reports it
 _HOPPER: Any = {"threads": 2048, "shared": 228, "l2": 50 << 10}
 _H100: Any = {"clock": 1.98, "memory": 84_942_979_072, "bandwidth": 3352.32}
 _A100: Any = {"clock": 1.41, "memory": 84_987_740_160, "bandwidth": 2039}
@@ -84,7 +84,7 @@ def proto_text(fields: dict[str, Any]) -> str:
 
 
 def open_gpus(kind: str, count: int) -> list[Any]:
-    """Compile-only devices: so many of one process, of a kind in `TARGETS`.
+    """Compile-only devices: ``count`` GPUs of one process, of a kind in `TARGETS`.
 
     Raises:
         NotImplementedError: JAX's CUDA plugin is not installed.

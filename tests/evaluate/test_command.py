@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 import yaml
 
-from gptjax import convert, tokenizers
+from gptjax import tokenizers
 from gptjax.cli import progress
 from gptjax.config import OptimConfig
+from gptjax.convert import __main__ as convert
 from gptjax.convert.weights import load_weights
 from gptjax.datasets import find_corpus
 from gptjax.datasets.batches import validation_batches
 from gptjax.evaluate.__main__ import main
 from gptjax.formats import llmc
 from gptjax.formats.token_shards import open_shard, write_shard
+from gptjax.models.batch import Batch
+from gptjax.models.transformer import token_losses
 from gptjax.train.checkpoint import CheckpointWriter
 from gptjax.train.optimizer import make_optimizer
 from gptjax.train.step import evaluate, make_eval_loss, make_state
@@ -108,6 +111,64 @@ def test_text_is_tokenized_with_the_model_s_tokenizer(place, split):
     windows = (len(ids) - 1) // 32
     assert (found["tokens"], found["windows"]) == (32 * windows, windows)
     assert found["bytes"] == len(tokenizer.decode_bytes(ids[1 : 32 * windows + 1]))
+
+
+def text_losses(place, capsys, *args):
+    """The listing of a text, the figures, and the last line."""
+    out = place / "text.json"
+    with jax.enable_x64(False):
+        assert main([str(x) for x in ("--json", out, *args)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split() for line in lines if line[:6].strip().isdecimal()]
+    return rows, json.loads(out.read_text()), lines[-1]
+
+
+def test_each_token_of_a_text_has_its_loss(place, capsys):
+    rows, found, last = text_losses(
+        place, capsys, "--checkpoint", place / "hf", "--text", "The cat"
+    )
+    tokenizer = tokenizers.load(place / "tiny" / "tokenizer.json")
+    ids = tokenizer.encode("The cat")
+    assert [int(row[0]) for row in rows] == found["ids"] == ids
+    cfg, params = load_weights(str(place / "hf"))
+    row = np.array([ids], np.int32)
+    with jax.enable_x64(False):
+        expected = token_losses(params, Batch(row[:, :-1], row[:, 1:]), cfg.resolve("cpu", 4))
+    np.testing.assert_allclose(found["losses"], expected[0], rtol=1e-5)
+    assert [row[1] for row in rows[1:]] == [f"{loss:.4f}" for loss in found["losses"]]
+    assert last == f"loss       {np.mean(found['losses']):.4f} nats a token"
+    assert found["text"] == "The cat"
+
+
+def test_a_text_may_begin_as_a_document_does(place, capsys):
+    """GPT-2's documents begin after end-of-text; by default only a begin-of-text is put there."""
+    both = [
+        text_losses(place, capsys, "--checkpoint", place / "hf", "--text", "The cat", "--bos", bos)[
+            1
+        ]
+        for bos in ("true", "false")
+    ]
+    end = tokenizers.load(place / "tiny" / "tokenizer.json").end_of_text
+    assert both[0]["ids"] == [end, *both[1]["ids"]]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["hf"], "give dataset or text, what to evaluate on, and not both"),
+        (["hf", "--text", "a", "--dataset", "b"], "give dataset or text, what to evaluate on"),
+        (["hf", "--text", "a cat", "--tokens", "3"], "tokens is of a dataset: leave it out"),
+        (["hf", "--text", "a cat", "--split", "train"], "split is of a dataset: leave it out"),
+        (["hf", "--dataset", "b", "--bos", "true"], "bos is of a text: leave it out"),
+        (["hf", "--text", ""], "the text has 0 tokens, but it takes 2 to 33"),
+        (["hf", "--text", "x y " * 40], "tokens, but it takes 2 to 33: give another"),
+        (["m.bin", "--text", "a cat"], "comes without a tokenizer: name it"),
+        (["m.bin", "--text", "a", "--tokenizer", "byte"], "the tokenizer byte has 257 ids, but"),
+    ],
+)
+def test_a_text_that_cannot_be_scored(place, capsys, args, message):
+    with jax.enable_x64(False):
+        expect_error(main, ["--checkpoint", str(place / args[0]), *args[1:]], message, capsys)
 
 
 def test_the_same_figures_whatever_the_batch_size(place):

@@ -1,4 +1,5 @@
 import math
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -95,3 +96,27 @@ def test_the_next_batch_is_dispatched_before_one_is_fetched():
     batches = (asked.append(n) or batch for n, batch in enumerate(in_order(windows, 4, 1)))
     for n, _ in enumerate(corpus.score(PARAMS, batches, CFG)):
         assert len(asked) == min(n + 2, 4)
+
+
+class Begun(Ended):
+    """Id 3 begins a text, and a space after it, id 2, is none of it."""
+
+    begin_of_text = 3
+    special_tokens: ClassVar = {"<s>": 3}
+    pieces = (b"a", b"b", b" ", b"<s>", b"</s>")
+
+    def decode_bytes(self, ids):
+        """Without the space after id 3."""
+        found = [self.pieces[i] for i in ids]
+        before = [None, *ids]
+        return b"".join(
+            piece.removeprefix(b" ") if i == 3 else piece
+            for piece, i in zip(found, before, strict=False)
+        )
+
+
+def test_neither_begin_of_text_nor_its_space_has_bytes():
+    tokenizer = Begun("abcé")
+    assert token_bytes(tokenizer, 5).tolist() == [1, 1, 1, 0, 0]
+    assert token_bytes(tokenizer, 5, [3]).tolist() == [1, 1, 0, 0, 0]
+    assert found(tokenizer=tokenizer, ids=[3, 2, 0, 2, 4, 3, 2]).bytes == 2

@@ -87,7 +87,7 @@ def test_a_checkpoint_without_a_tokenizer_asks_for_one(quick, checkpoint, capsys
     expect_error(
         command.main,
         ["--checkpoint", str(checkpoint)],
-        "comes without a tokenizer: give --data.tokenizer gpt2, byte or a tokenizer file",
+        "has no tokenizer: give --data.tokenizer gpt2, byte or a tokenizer file",
         capsys,
     )
 

@@ -4,6 +4,7 @@ import re
 import pytest
 
 from gptjax.explore.page import page
+from tests.conftest import ROOT
 from tests.verify.test_html import read
 
 
@@ -48,3 +49,17 @@ def test_it_is_light_and_dark(text):
 
 def test_it_is_small(text):
     assert len(text.encode()) < 1_000_000
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_pages_beside_the_notebooks_are_whole(family):
+    text = (ROOT / "notebooks" / f"backward-{family}.html").read_text("utf-8")
+    read(text)
+    assert not re.search(r"https?:|url\(|@import|src=", text)
+    assert len(text.encode()) < 1_000_000
+    (content,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
+    data = json.loads(content)
+    ops = {"gpt2": {"layernorm", "gelu"}, "llama": {"rmsnorm", "rotary", "swiglu"}}[family]
+    assert ops <= set(data["lessons"])
+    assert max(tensor["error"] for tensor in data["tensors"]) < -14
+    assert all(fault["wrong"] for fault in data["faults"])

@@ -132,7 +132,9 @@ def test_damage_is_what_the_broken_code_computes(shown):
         _, wrong = transformer.loss_and_grad(*args, shown.cfg)
     data = fault_of(shown, name)
     rows = compare(wrong, reference, shown.scene["tolerance"]).rows
-    assert data["errors"] == pytest.approx([scene.logarithm(r.relative_l2) for r in rows], abs=0.3)
+    # Compiled as a whole it rounds otherwise
+    errors = [max(scene.logarithm(row.relative_l2), -13) for row in rows]
+    assert [max(error, -13) for error in data["errors"]] == pytest.approx(errors, abs=0.3)
     assert data["wrong"] == sum(not row.ok for row in rows)
 
 

@@ -4,7 +4,7 @@ sentence.
 
 import pytest
 
-from gptjax import convert
+from gptjax.convert import __main__ as convert
 from gptjax.datasets import __main__ as datasets
 from gptjax.tokenizers import __main__ as tokenizers
 from tests.formats.test_recognise import FILES
@@ -15,8 +15,17 @@ OURS = {
     "an llm.c tokenizer",
     "an llm.c debug state",
     "an llm.c evaluation file",
+    "a GGUF model",
+    "a llama2.c model (version 0)",
+    "a llama2.c model (version 1)",
+    "a llama2.c model (version 2)",
+    "a llama2.c tokenizer",
 }
+MODELS = {kind for kind in FILES if kind.startswith("a llama2.c model")} | {"a GGUF model"}
+TOKENIZERS = {"a llama2.c tokenizer", "a GGUF model"}
 FOREIGN = sorted(FILES.keys() - OURS - {"a safetensors file"})
+READ = {"a model's weights": MODELS, "a tokenizer": TOKENIZERS}
+"""What is read at a place, though damaged as here: an error of its own."""
 PLACES = {
     "a token shard": lambda path: tokenizers.main(
         ["decode", "--tokenizer", "byte", "--input", path]
@@ -30,7 +39,7 @@ PLACES = {
 @pytest.mark.parametrize("expected", PLACES)
 def test_a_foreign_file_is_named(expected, tally, tmp_path, capsys):
     tried = held = 0
-    for kind in FOREIGN:
+    for kind in sorted({*FOREIGN} - READ.get(expected, set())):
         for content in FILES[kind]:
             path = tmp_path / f"{tried}.bin"
             path.write_bytes(content)
@@ -44,7 +53,7 @@ def test_a_foreign_file_is_named(expected, tally, tmp_path, capsys):
     tally("foreign files, named where another is expected", tried, held)
 
 
-@pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.parametrize("kind", sorted({*FOREIGN} - MODELS - TOKENIZERS))
 def test_inspect_says_what_it_is(kind, tmp_path, capsys):
     for content in FILES[kind]:
         (tmp_path / "x.bin").write_bytes(content)

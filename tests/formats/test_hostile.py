@@ -5,6 +5,7 @@ bounded memory.
 default it is a few.
 """
 
+import dataclasses
 import gzip
 import json
 import os
@@ -27,10 +28,12 @@ from gptjax.convert.__main__ import inspect
 from gptjax.convert.weights import open_weights
 from gptjax.datasets.text import pieces
 from gptjax.errors import GptjaxError
-from gptjax.formats import hf, llmc, llmc_eval, llmc_tokenizer, safetensors
+from gptjax.formats import gguf, hf, llama2c, llmc, llmc_eval, llmc_tokenizer, safetensors
+from gptjax.formats.llama2c_tokenizer import BYTES
 from gptjax.formats.token_shards import open_shard, write_shard
-from gptjax.tokenizers import tokenizer_json
+from gptjax.tokenizers import ggml, tokenizer_json
 from tests.formats.test_llmc_eval import EXAMPLE, evaluation_file
+from tests.formats.test_recognise import llama2c_tokenizer
 from tests.models import tiny
 from tests.models.fused import fuse
 
@@ -43,6 +46,10 @@ CFG = tiny.config(
 PARAMS = tiny.params(CFG, jnp.float32)
 BPE = tokenizers.train_bpe(["the cat sat on the mat"] * 9, 262, "cats")
 FLOAT32 = np.dtype("<f4")
+LLAMA = dataclasses.replace(CFG, family="llama", num_kv_heads=1, hidden=8)
+LLAMA_PARAMS = tiny.params(LLAMA, jnp.float32)
+CONTROLS = [b"<unk>", b"\n<s>\n", b"\n</s>\n"]
+WORDS = tokenizers.Llama2c((*CONTROLS, *BYTES, b"th", b" t", b"t", b"h", b" "), (0.0,) * 264)
 
 
 def shard(path):
@@ -100,6 +107,15 @@ def write_table(path):
     parquet.write_table(pyarrow.table({"text": ["some text", "and more"], "n": [1, 2]}), path)
 
 
+def write_gguf(path, kind="F32"):
+    """A Llama with a tokenizer."""
+    pytest.importorskip("gguf")
+    sizes = {"family": "llama", "channels": 32, "num_kv_heads": 1, "vocab_size": 262}
+    cfg = tiny.config(dtype="float32", **sizes)
+    fields = ggml.fields_of(BPE, 262, "a template")
+    gguf.write_model(path, tiny.params(cfg, jnp.float32), cfg, kind, fields)
+
+
 ZSTD = pyarrow.Codec("zstd")
 
 # Of each format: the file's name, what writes it, what reads all of it.
@@ -122,6 +138,19 @@ FORMATS = {
         "t.bin",
         lambda p: llmc_tokenizer.write_tokenizer(p, BPE.pieces, 261),
         lambda p: tokenizers.find(str(p)).encode("the mat"),
+    ),
+    **{
+        f"llama2.c model, version {version}": (
+            "m.bin",
+            lambda p, version=version: llama2c.write_model(p, LLAMA_PARAMS, LLAMA, version),
+            weights,
+        )
+        for version in llama2c.VERSIONS
+    },
+    "llama2.c tokenizer": (
+        "t.bin",
+        lambda p: p.write_bytes(llama2c_tokenizer([*CONTROLS, *BYTES, b"a", b" a"])),
+        lambda p: tokenizers.find(str(p)).encode("a cat"),
     ),
     "uint16 shard": ("train.bin", lambda p: write_shard(p, np.arange(99)), shard),
     "uint32 shard": ("train.bin", lambda p: write_shard(p, np.arange(99), np.uint32), shard),
@@ -151,6 +180,16 @@ FORMATS = {
         lambda p: hf.write_model(p.parent, PARAMS, CFG, FLOAT32, None, lambda into: None),
         lambda p: weights(p.parent),
     ),
+    "Hugging Face config of a Llama": (
+        "hf/config.json",
+        lambda p: hf.write_model(p.parent, LLAMA_PARAMS, LLAMA, FLOAT32, None, lambda into: None),
+        lambda p: weights(p.parent),
+    ),
+    "Hugging Face tokenizer of a Llama": (
+        "tokenizer.json",
+        lambda p: tokenizer_json.write(p.parent, WORDS),
+        lambda p: tokenizer_json.read(p.parent).encode("the mat"),
+    ),
     "Hugging Face tokenizer": (
         "tokenizer.json",
         lambda p: tokenizer_json.write(p.parent, BPE),
@@ -166,6 +205,13 @@ FORMATS = {
         "e.bin",
         lambda p: p.write_bytes(evaluation_file([EXAMPLE, EXAMPLE])),
         lambda p: [question.endings[question.label] for question in llmc_eval.read_questions(p)],
+    ),
+    "GGUF": ("m.gguf", write_gguf, weights),
+    "GGUF in 8 bits": ("m.gguf", lambda p: write_gguf(p, "Q8_0"), weights),
+    "GGUF tokenizer": (
+        "m.gguf",
+        write_gguf,
+        lambda p: tokenizers.find(str(p)).encode("the mat"),
     ),
     "Parquet": ("a.parquet", write_table, lambda p: list(pieces([p]))),
     "gzip": (

@@ -42,7 +42,7 @@ def test_it_is_read(path):
         (lambda b: b[:4], "0 tokens"),
         (lambda b: b[:-1], "token 262 has the score -1 and 2 bytes"),
         (lambda b: b + b"\0", "truncated: token 263 is cut"),
-        (lambda b: b[:4000], "0x[0-9A-F]{2}|truncated"),
+        (lambda b: b[:3000], "truncated"),
         (lambda b: bytes(4) + b[4:], "announces tokens of up to 0 bytes"),
         (lambda b: b"\xff" * 4 + b[4:], "announces tokens of up to 4294967295 bytes"),
         (lambda b: b"\x05" + b[1:], "token 2 has the score 0 and 6 bytes"),

@@ -60,7 +60,11 @@ def cfg(monkeypatch):
         FAMILIES,
         "gated",
         SimpleNamespace(
-            Params=Params, Block=Block, OPTIONS=(), head_name=lambda cfg: "head", weights=weights
+            OPTIONS=(),
+            Params=Params,
+            Block=Block,
+            head_name=lambda cfg: "head",
+            weights=weights,
         ),
     )
     return tiny.config(family="gated", hidden=24, dtype="float32")
@@ -101,6 +105,7 @@ def test_a_format_without_a_table_for_the_family_refuses_it(cfg, tmp_path):
         llmc.write_model(tmp_path / "m.bin", params, cfg)
     with pytest.raises(ConfigError, match=f"an llm.c model {sentence}"):
         llmc.write_debug_state(tmp_path / "s.bin", state, cfg)
+    sentence = sentence.replace("gpt2", "gpt2 or llama")
     with pytest.raises(ConfigError, match=f"a Hugging Face folder {sentence}"):
         hf.write_model(tmp_path / "hf", params, cfg, FLOAT32, None, lambda into: None)
     assert not list(tmp_path.iterdir())

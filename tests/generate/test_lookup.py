@@ -37,9 +37,8 @@ def test_a_draft_is_what_followed_the_same_tokens(seen, begin):
 
 def test_drafts_of_which_no_token_is_right_become_rare():
     """After 64 of a kind in a row, one is tried each 64 tokens: a loss of under 1%."""
-    text = lookup.start(
-        jnp.array([1, 2, 1, 2, 1], jnp.int32), jnp.int32(0), jnp.int32(2), slots=600
-    )
+    ids = jnp.array([1, 2, 1, 2, 1], jnp.int32)
+    text = lookup.start(ids, jnp.int32(5), jnp.int32(0), jnp.int32(2), slots=600)
     one, slot, tried = jnp.int32(1), 5, []
     step = jax.jit(lookup.after)
     for n in range(400):

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 
 from gptjax.models import transformer
-from gptjax.models.decode import CHUNK, decode, prefill, store_for_decoding
+from gptjax.models.decode import PART, decode, extend, prefill, store_for_decoding
 from tests.models import tiny
 
-CFG = tiny.config()
 PADDING = jnp.array([0, 2, 3], jnp.int32)  # of prompts of 4, 2 and 1 ids
 
 
@@ -29,23 +28,47 @@ def test_cached_logits_equal_uncached_at_every_position(layers, stored):
             alone = transformer.logits(params, tokens[row : row + 1, padding:end], cfg)
             np.testing.assert_allclose(logits[row], alone[0, -1], rtol=1e-12, atol=1e-14)
         if end < 11:
-            logits, cache = step(
-                weights, tokens[:, end : end + 1], PADDING, cache, jnp.int32(end), cfg=cfg
-            )
-            logits = logits[:, 0]
+            logits, cache = step(weights, tokens[:, end], PADDING, cache, jnp.int32(end), cfg=cfg)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"layers": "scan"}, {"family": "llama", "num_heads": 4, "num_kv_heads": 2, "tied": False}],
+)
+def test_tokens_read_later_are_read_as_if_at_once(changes):
+    """Prompts, then five tokens of which the last two fill up, then the three that belong there:
+    logits at every position are those of reading anew.
+    """
+    cfg = tiny.config(**changes)
+    params, tokens = tiny.params(cfg), tiny.batch(cfg, B=3, T=11).inputs
+    read = jax.jit(extend, static_argnames="cfg")
+    _, cache = jax.jit(prefill, static_argnames=("slots", "cfg"))(
+        params, tokens[:, :4], PADDING, slots=13, cfg=cfg
+    )
+    fillers = tokens[:, 4:9].at[:, 3:].set(0)
+    first, cache = read(params, fillers, PADDING, cache, jnp.int32(4), cfg=cfg)
+    second, _ = read(params, tokens[:, 7:11], PADDING, cache, jnp.int32(7), cfg=cfg)
+    found = jnp.concatenate([first[:, :3], second], 1)
+    for row, padding in enumerate(PADDING.tolist()):
+        alone = transformer.logits(params, tokens[row : row + 1, padding:], cfg)
+        np.testing.assert_allclose(found[row], alone[0, -7:], rtol=1e-12, atol=1e-14)
+    only, _ = read(
+        params, tokens[:, 7:11], PADDING, cache, jnp.int32(7), cfg=cfg, only=jnp.int32(1)
+    )
+    np.testing.assert_allclose(only[:, 0], second[:, 1], rtol=1e-12)
 
 
 @pytest.mark.parametrize("layers", ["unroll", "scan"])
-def test_several_tokens_at_once_are_those_of_one_at_a_time(layers):
-    """In prompts read in parts, and when decoding."""
-    cfg = tiny.config(layers=layers, max_seq_len=2 * CHUNK + 8)
-    params, tokens = tiny.params(cfg), tiny.batch(cfg, B=2, T=2 * CHUNK + 3).inputs
-    padding = jnp.array([0, CHUNK + 5], jnp.int32)
+def test_a_prompt_read_in_parts_is_read_as_if_at_once(layers):
+    """Also where one of the rows is only padding in a part."""
+    cfg = tiny.config(layers=layers, max_seq_len=2 * PART + 8)
+    params, tokens = tiny.params(cfg), tiny.batch(cfg, B=2, T=2 * PART + 3).inputs
+    padding = jnp.array([0, PART + 5], jnp.int32)
     logits, cache = jax.jit(prefill, static_argnames=("slots", "cfg"))(
-        params, tokens[:, : 2 * CHUNK], padding, slots=2 * CHUNK + 4, cfg=cfg
+        params, tokens[:, : 2 * PART], padding, slots=2 * PART + 4, cfg=cfg
     )
-    more, _ = jax.jit(decode, static_argnames="cfg")(
-        params, tokens[:, 2 * CHUNK :], padding, cache, jnp.int32(2 * CHUNK), cfg=cfg
+    more, _ = jax.jit(extend, static_argnames="cfg")(
+        params, tokens[:, 2 * PART :], padding, cache, jnp.int32(2 * PART), cfg=cfg
     )
     found = jnp.concatenate([logits[:, None], more], 1)
     for row, begin in enumerate(padding.tolist()):
@@ -54,8 +77,9 @@ def test_several_tokens_at_once_are_those_of_one_at_a_time(layers):
 
 
 def test_prompts_that_are_no_whole_parts_are_refused():
+    cfg = tiny.config()
     with pytest.raises(ValueError, match="prompts of 129 tokens are no multiple of 128"):
-        prefill(None, jnp.zeros((1, CHUNK + 1), jnp.int32), jnp.zeros(1, jnp.int32), 200, CFG)
+        prefill(None, jnp.zeros((1, PART + 1), jnp.int32), jnp.zeros(1, jnp.int32), 200, cfg)
 
 
 @pytest.mark.parametrize(("how", "least", "most"), [("q8_0", 1e-4, 2e-2), ("q4_1", 1e-2, 0.4)])

@@ -6,32 +6,30 @@ import pytest
 from gptjax.ops.attention import materialised_fwd
 from gptjax.ops.kv_cache import LayerCache, cached_attention
 
-B, H, S, D = 2, 3, 8, 4
+B, H, S, D = 2, 4, 8, 4
 
 
-@pytest.mark.parametrize(("T", "K"), [(1, 3), (1, 1), (3, 3), (3, 1)])
-def test_it_is_attention_of_the_new_positions_to_those_before(T, K):
-    """Rows of 5 and 3 old positions and T new ones from slot 5; what lies in the slots that are not
-    seen does not matter.
+@pytest.mark.parametrize(("T", "K"), [(1, 4), (3, 4), (3, 2), (2, 1)])
+def test_it_is_attention_of_the_last_positions_over_what_was_seen(T, K):
+    """Rows of 5 + T and 3 + T positions; what lies in the slots that are not seen does not
+    matter.
     """
-    q, k, v = (
-        jax.random.normal(jax.random.key(i), (B, S, heads, D)) for i, heads in enumerate((H, K, K))
-    )
+    q, k, v = (jax.random.normal(jax.random.key(i), (B, S, n, D)) for i, n in enumerate((H, K, K)))
     begin, slot = np.array([0, 2], np.int32), 5
     cache = LayerCache(*(x.transpose(0, 2, 1, 3) for x in (k, v)))  # unseen slots are not empty
     now = slice(slot, slot + T)
     o, new = cached_attention(
-        q[:, now], 2 * k[:, now], 3 * v[:, now], cache, jnp.int32(slot), jnp.asarray(begin)
+        q[:, now], 2 * k[:, now], 3 * v[:, now], cache, jnp.int32(slot), jnp.array(begin)
     )
     for row, first in enumerate(begin):
         ks = k[row : row + 1, first : slot + T].at[:, -T:].multiply(2)
         vs = v[row : row + 1, first : slot + T].at[:, -T:].multiply(3)
         whole, _ = materialised_fwd(q[row : row + 1, first : slot + T], ks, vs)
         np.testing.assert_allclose(o[row], whole[0, -T:], rtol=1e-12)
-    np.testing.assert_array_equal(new.k[:, :, now], 2 * cache.k[:, :, now])
-    np.testing.assert_array_equal(new.v[:, :, now], 3 * cache.v[:, :, now])
-    others = (jnp.arange(S) < slot) | (jnp.arange(S) >= slot + T)
-    np.testing.assert_array_equal(new.k[:, :, others], cache.k[:, :, others])
+    for mine, old, given in zip(new, cache, (2 * k, 3 * v), strict=True):
+        np.testing.assert_array_equal(mine[:, :, now], given[:, now].swapaxes(1, 2))
+        others = (jnp.arange(S) < slot) | (jnp.arange(S) >= slot + T)
+        np.testing.assert_array_equal(mine[:, :, others], old[:, :, others])
 
 
 def test_padding_sees_itself_alone():

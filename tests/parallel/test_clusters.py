@@ -80,7 +80,7 @@ def test_what_jax_detects_is_joined(launched):
     [
         (
             POD | {"JOB_COMPLETION_INDEX": "0"},
-            r"indexed job .* without the package kubernetes: pip install 'gptjax\[kubernetes\]'",
+            r"indexed Kubernetes job .* without the package kubernetes: pip install 'gptjax\[kubernetes\]'",
         ),
         (
             MPI_5,

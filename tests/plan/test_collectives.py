@@ -174,7 +174,7 @@ def test_the_ways_in_which_groups_are_listed(groups, devices):
 
 
 def test_an_unknown_collective_is_reported():
-    with pytest.raises(FormatError, match="in a way that is not known here"):
+    with pytest.raises(FormatError, match="in an unknown notation"):
         _group("%g = f32[16]{0} all-gather(%p), replica_groups=torus[2]")
 
 

@@ -37,11 +37,11 @@ def test_a_pod_is_planned_without_a_tpu(capsys, tmp_path):
     found = lines(out)
     assert found["topology"] == "v5e:16x16: 256 x TPU v5 lite of 17.18 GB each"
     assert found["mesh"].startswith(
-        "data 4 x fsdp 64 x tensor 1, chosen, as none is configured, data.batch_size 256 for 4"
+        "data 4 x fsdp 64 x tensor 1, chosen, as none is configured, data.batch_size 256 instead of 4"
     )
     assert "attention splash" in found["model"]
     assert found["source"] == "memory and collectives predicted from shapes, not compiled"
-    assert found["memory"].endswith("can be used: fits")
+    assert found["memory"].endswith("usable: fits")
     record = json.loads((tmp_path / "plan.json").read_text())["plans"]["splash"]
     assert record["total"] == sum(record["memory"].values())
     biases = 48 * 7 * 1600  # of q, k, v and the hidden units, which fsdp does not cut
@@ -66,7 +66,7 @@ def test_simulated_devices_are_compiled_for(capsys):
     assert found["mesh"] == "data 1 x fsdp 2 x tensor 1"
     assert found["source"].startswith("memory and collectives compiled for cpu in")
     assert "largest" not in found
-    assert found["floor"] == "not known: no data sheet gives this device's rate in float32"
+    assert found["floor"] == "unknown: no data sheet gives this device's rate in float32"
 
 
 def test_every_attention_that_runs_there(capsys):
@@ -86,10 +86,10 @@ def test_every_attention_that_runs_there(capsys):
 def test_a_model_that_does_not_fit(capsys):
     assert command.main([*LARGE, "--topology", "v5e:1x1", "--predict"]) == 0
     found = lines(capsys.readouterr().out)
-    assert found["memory"].endswith("can be used: DOES NOT FIT")
+    assert found["memory"].endswith("usable: DOES NOT FIT")
     assert found["largest"].startswith("not even one row a device fits")
     assert "sent" in found
-    assert found["train"] == "not so: it does not fit"
+    assert found["train"] == "not possible: it does not fit"
 
 
 @pytest.mark.parametrize(

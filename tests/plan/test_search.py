@@ -15,7 +15,7 @@ WORK = Work(MODEL, BatchShape(1, 8, 1024), (1, 4, 1))
 
 @pytest.mark.parametrize("most", [0, 1, 2, 3, 7, 8, 1000])
 def test_the_largest_that_fits(most):
-    assert search.largest_that(lambda n: n <= most) == most
+    assert search.bisect_largest(lambda n: n <= most) == most
 
 
 def test_the_largest_batch_by_shapes_fits_and_one_more_row_does_not():

@@ -39,17 +39,17 @@ def test_every_name_is_of_a_device_whose_rates_are_known(name):
     ("name", "message"),
     [
         ("", "topology is missing: it must be cpu:8; h100:8 or another"),
-        ("v9:8", "topology v9:8 is not known: it must be cpu:8"),
-        ("h100", "is not known"),
-        ("h100:0", "is not known"),
-        ("h100:2x4", "is not known"),
+        ("v9:8", "topology v9:8 is unknown: it must be cpu:8"),
+        ("h100", "is unknown"),
+        ("h100:0", "is unknown"),
+        ("h100:2x4", "is unknown"),
         (
             "v5e:3x5",
-            "v5e is wired as 2 numbers, each 1, 2 or a multiple of 4, at most 256 together, such "
+            "v5e takes 2 numbers, each 1, 2 or a multiple of 4, for at most 256 devices, such "
             "as 2x2 or 2x4",
         ),
-        ("v5e:16x32", "at most 256 together"),
-        ("v5p:16x16", "v5p is wired as 3 numbers"),
+        ("v5e:16x32", "at most 256 devices"),
+        ("v5p:16x16", "v5p takes 3 numbers"),
     ],
 )
 def test_what_means_nothing_says_what_would(name, message):

@@ -93,3 +93,149 @@ def test_other_threads_run_while_it_encodes():
         turns += 1
     thread.join()
     assert turns > 10
+
+
+# As Llama 2's: words begin with U+2581, bytes are <0x41>
+
+SPACE = "\u2581"
+ANY = st.text(
+    st.sampled_from("the cat  \n12") | st.characters(codec="utf-8", exclude_characters=SPACE)
+)
+WORDS = ["t", "h", "e", SPACE, "th", "he", "the", f"{SPACE}the", SPACE * 2]
+PAIRS = [("t", "h"), ("th", "e"), (SPACE, "the"), ("h", "e"), (SPACE, SPACE)]
+
+
+def spaces(scheme="prepend", **changes):
+    """The library's tokenizer of `WORDS`, with begin-of-text."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers.processors import TemplateProcessing
+
+    controls = ["<unk>", "<s>", "</s>"]
+    tokens = [*controls, *(f"<0x{b:02X}>" for b in range(256)), *WORDS]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    settings = {"byte_fallback": True, "unk_token": "<unk>", "fuse_unk": True} | changes
+    made = Tokenizer(models.BPE(vocabulary, PAIRS, **settings))
+    made.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in controls])
+    replace = normalizers.Replace(" ", SPACE)
+    if scheme == "prepend":
+        made.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), replace])
+    elif scheme == "replace":
+        made.normalizer = replace
+    else:
+        made.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme=scheme, split=False)
+    strip = [] if scheme in ("replace", "never") else [decoders.Strip(" ", 1, 0)]
+    made.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    made.encode_special_tokens = True
+    made.post_processor = TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", 1)])
+    return made
+
+
+SCHEMES = {scheme: spaces(scheme) for scheme in ("prepend", "replace", "first", "always", "never")}
+SPACED = {
+    scheme: HuggingFace("spaces", *canonical(json.loads(made.to_str()), "</s>"), begin_of_text=1)
+    for scheme, made in SCHEMES.items()
+}
+every_scheme = pytest.mark.parametrize("scheme", SCHEMES)
+
+
+@every_scheme
+@given(text=ANY)
+def test_words_after_spaces_are_encoded_as_the_library_does(scheme, text):
+    ours, theirs = SPACED[scheme], SCHEMES[scheme]
+    ids = ours.encode(text)
+    assert [1, *ids] == theirs.encode(text).ids
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=False)
+    if scheme in ("prepend", "replace", "never"):  # the others drop a space that is there
+        assert ours.decode(ids) == text
+        assert ours.decode_bytes([1, *ids]) == b"<s>" + text.encode()
+
+
+@every_scheme
+@given(first=ANY, rest=ANY)
+def test_what_goes_on_gives_the_ids_of_the_whole(scheme, first, rest):
+    first, ours = first.rstrip() or "a", SPACED[scheme]
+    for blank in " \n":
+        more = blank + rest
+        assert ours.encode(first) + ours.encode_more(more) == ours.encode(first + more)
+        assert ours.decode_more([1, *ours.encode(first)], ours.encode_more(more)) == more.encode()
+
+
+def test_words_after_spaces_have_controls():
+    ours = SPACED["prepend"]
+    assert (ours.begin_of_text, ours.end_of_text) == (1, 2)
+    assert ours.special_tokens == {"<unk>": 0, "<s>": 1, "</s>": 2}
+    assert not {0, 1, 2} & set(ours.encode("<s> <unk></s>"))
+    assert ours.encode("the<") == [266, 3 + ord("<")]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["model"]["vocab"].update({"e\n": 268}), "reaches over blanks"),
+        (lambda c: c["model"]["vocab"].update({f"e{SPACE}": 268}), "reaches over blanks"),
+        (lambda c: c["model"].update(ignore_merges=True), "ignore_merges joins words"),
+        (lambda c: c["model"]["vocab"].pop("<0x41>"), "lacks a byte"),
+        (lambda c: c.update(normalizer={"type": "NFC"}), "splits text differently from Llama 2"),
+        (lambda c: c.update(normalizer=None), "splits text differently from Llama 2"),
+        (lambda c: c["decoder"]["decoders"].pop(), "does not decode as Llama 2"),
+        (lambda c: c.update(decoder=None), "does not decode as Llama 2"),
+        (lambda c: c["post_processor"]["single"].reverse(), "more than one token to every text"),
+        (
+            lambda c: c["post_processor"]["single"].append(c["post_processor"]["single"][0]),
+            "more than one token to every text",
+        ),
+        (
+            lambda c: c["added_tokens"].append(
+                c["added_tokens"][0] | {"content": "<tool>", "id": 268, "special": False}
+            ),
+            "'<tool>' would have a space put after it",
+        ),
+    ],
+)
+def test_what_cuts_words_otherwise_is_refused(change, message):
+    content = json.loads(SCHEMES["prepend"].to_str())
+    change(content)
+    with pytest.raises(ValueError, match=message):
+        HuggingFace("spaces", *canonical(content, "</s>"), begin_of_text=1)
+
+
+@pytest.mark.parametrize(("begin", "message"), [(999, "begin-of-text is 999"), (266, "'.the' is not a special")])  # fmt: skip
+def test_a_begin_of_text_that_cannot_be_one(begin, message):
+    with pytest.raises(ValueError, match=message):
+        HuggingFace("spaces", SPACED["prepend"].source, 2, begin)
+
+
+# As SmolLM2's: byte-level, each digit a word, and not every byte is a token
+
+DIGITS = [bytes([b]) for b in range(256) if b not in range(1, 9)]
+
+
+def smol():
+    from tokenizers import pre_tokenizers
+
+    made = library([b"<|im_start|>", *DIGITS, b"12", b" 1"], [("1", "2"), ("\u0120", "1")])
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    made.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
+    return made
+
+
+SMOL = HuggingFace("smol", *canonical(json.loads(smol().to_str()), "<|endoftext|>"))
+
+
+@given(st.text(st.sampled_from("ab 12\n") | st.characters(exclude_categories=["Cc", "Cs"])))
+def test_digits_apart(text):
+    ids = SMOL.encode(text)
+    assert ids == smol().encode(text).ids
+    assert SMOL.decode(ids) == text
+    assert SMOL.begin_of_text is None
+    with pytest.raises(DataError, match="the byte 0x01"):
+        SMOL.encode(text + "\x01")
+
+
+@given(st.text(st.sampled_from("ab 12\n")), st.text(st.sampled_from("ab 12\n")))
+def test_digits_apart_in_parts(first, rest):
+    first = first.rstrip() or "1"
+    assert SMOL.encode(f"{first} {rest}") == SMOL.encode(first) + SMOL.encode_more(f" {rest}")

@@ -18,7 +18,25 @@ from tests.formats.test_llama2c_tokenizer import CONTROLS, WHOLE
 BYTES = [f"<0x{b:02X}>".encode() for b in range(256)]
 # Merges that compete and chain, equal scores, a character that only a longer token has (z), one of
 # several bytes, and texts of controls
-TEXTS = " a b c aa ab bc abc aab bz é éa <s> < <s s> <0x41>".split(" ")
+TEXTS = [
+    "",
+    "a",
+    "b",
+    "c",
+    "aa",
+    "ab",
+    "bc",
+    "abc",
+    "aab",
+    "bz",
+    "é",
+    "éa",
+    "<s>",
+    "<",
+    "<s",
+    "s>",
+    "<0x41>",
+]
 TEXTS = [" ", *filter(None, TEXTS), " a", " ab", "  ", "a b"]
 RANKED = [-float(i % 7) for i in range(len(TEXTS))]
 TOKENIZER = Llama2c(

@@ -1,6 +1,8 @@
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gptjax import tokenizers
 from gptjax.errors import FormatError
@@ -167,7 +169,7 @@ def change_file(path, change):
 def test_other_files_are_refused(tmp_path, change):
     tokenizer_json.write(tmp_path, BPE)
     change_file(tmp_path / "tokenizer.json", change)
-    with pytest.raises(FormatError, match="is not a supported byte-level BPE"):
+    with pytest.raises(FormatError, match="is not a supported BPE"):
         tokenizer_json.read(tmp_path)
 
 
@@ -184,3 +186,97 @@ def test_the_older_two_files(tmp_path):
     lines = [" ".join(pair) if isinstance(pair, list) else pair for pair in content["merges"]]
     (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *lines, ""]))
     assert tokenizer_json.read(tmp_path).tokens == BPE.tokens
+
+
+# Llama's
+
+
+def by_scores(*words):
+    """llama2.c's tokenizer of these words after the bytes, the first the best."""
+    tokens = [b"<unk>", b"\n<s>\n", b"\n</s>\n", *(f"<0x{b:02X}>".encode() for b in range(256))]
+    tokens += map(str.encode, words)
+    return tokenizers.Llama2c(tuple(tokens), tuple(-float(i) for i in range(len(tokens))), "words")
+
+
+WORDS = by_scores("t", "h", "e", " ", "th", "the", " the", "he", "  ", "    ", "theth", "ee")
+
+
+@given(
+    st.text(st.sampled_from("the  ") | st.characters(codec="utf-8", exclude_characters="\u2581"))
+)
+def test_a_bpe_by_scores_is_a_list_of_merges(text):
+    found = tokenizer_json.from_scores(WORDS)
+    assert found.encode(text) == WORDS.encode(text)
+    assert found.encode_more(text) == WORDS.encode_more(text)
+    assert found.decode(found.encode(text)) == text
+
+
+def test_a_bpe_by_scores_is_written_for_transformers(tmp_path):
+    from tokenizers import Tokenizer
+
+    tokenizer_json.write(tmp_path, WORDS)
+    theirs = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert theirs.encode("the  the☃").ids == [1, *WORDS.encode("the  the☃")]
+    found = tokenizer_json.read(tmp_path)
+    assert (found.begin_of_text, found.end_of_text, found.vocab_size) == (1, 2, WORDS.vocab_size)
+    assert found.encode("the  the☃") == WORDS.encode("the  the☃")
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert (config["bos_token"], config["eos_token"]) == ("<s>", "</s>")
+
+
+@pytest.mark.parametrize("words", [("t", "t"), ("\u2581", " "), ("a b", "x")])
+def test_scores_that_no_list_of_merges_replaces(words):
+    """Two tokens of one text; or one that reaches over blanks."""
+    assert not tokenizer_json.can_write(by_scores(*words))
+
+
+def test_sentencepiece_in_a_folder(tmp_path):
+    pytest.importorskip("sentencepiece")
+    cats = tokenizers.train_sentencepiece(TEXT, 300, "cats")
+    tokenizer_json.write(tmp_path, cats)
+    assert (tmp_path / "tokenizer.model").read_bytes() == cats.model
+    found = tokenizer_json.read(tmp_path)
+    assert found.kind == "hf"
+    assert found.encode("the cat ☃") == cats.encode("the cat ☃")
+    (tmp_path / "tokenizer.json").unlink()
+    assert tokenizer_json.read(tmp_path).same_as(cats)
+    (tmp_path / "tokenizer.model").write_bytes(b"x")
+    with pytest.raises(FormatError, match="is not a supported SentencePiece model"):
+        tokenizer_json.read(tmp_path)
+
+
+def test_begin_of_text_is_what_the_file_or_the_config_puts_before(tmp_path):
+    tokenizer_json.write(tmp_path, WORDS)
+
+    def begin():
+        return tokenizer_json.read(tmp_path).begin_of_text
+
+    assert begin() == 1
+    change_file(tmp_path / "tokenizer.json", lambda c: c.update(post_processor=None))
+    assert begin() is None
+    change_file(tmp_path / "tokenizer_config.json", lambda c: c.update(add_bos_token=True))
+    assert begin() == 1
+    change_file(tmp_path / "tokenizer_config.json", lambda c: c.update(bos_token="<begin>"))
+    with pytest.raises(FormatError, match="begin-of-text '<begin>' is not in its vocabulary"):
+        begin()
+
+
+def test_the_chat_template_stands_where_old_and_new_versions_look(tmp_path):
+    template = "{{ messages }}\r\nü"
+    tokenizer_json.write(tmp_path, WORDS, template)
+    assert tokenizer_json.read_template(tmp_path) == template
+    (tmp_path / "chat_template.jinja").unlink()
+    assert tokenizer_json.read_template(tmp_path) == template
+    several = [{"name": "tools", "template": "x"}, {"name": "default", "template": "y"}]
+    for value, found in ((several, "y"), (several[:1], None), (None, None)):
+        change_file(
+            tmp_path / "tokenizer_config.json", lambda c, v=value: c.update(chat_template=v)
+        )
+        assert tokenizer_json.read_template(tmp_path) == found
+    change_file(tmp_path / "tokenizer_config.json", lambda c: c.update(chat_template=3))
+    with pytest.raises(FormatError, match="has a chat_template that is not text"):
+        tokenizer_json.read_template(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(FormatError, match=r"chat_template\.jinja cannot be read"):
+        tokenizer_json.read_template(tmp_path)
+    assert tokenizer_json.read_template(tmp_path / "none") is None

@@ -43,7 +43,7 @@ def test_hugging_faces_file_is_found(tmp_path):
     (tmp_path / "other.json").write_text(
         '{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}'
     )
-    with pytest.raises(FormatError, match="is not a supported byte-level BPE"):
+    with pytest.raises(FormatError, match="is not a supported BPE"):
         tokenizers.find(tmp_path / "other.json")
 
 

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 import yaml
 
-from gptjax import convert
+from gptjax.convert import __main__ as convert
 from gptjax.datasets import find_corpus
 from gptjax.formats.token_shards import write_shard
 from gptjax.models import gpt2

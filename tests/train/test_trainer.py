@@ -128,11 +128,11 @@ def test_it_ends_at_the_step_that_all_processes_agreed_on(monkeypatch):
     class Agreed(Stop):
         asked: list = []  # noqa: RUF012
 
-        def say(self, step):
-            self.asked.append(f"say {step}")
+        def announce(self, step):
+            self.asked.append(f"announce {step}")
 
-        def now(self, step):
-            self.asked.append(f"now {step}")
+        def is_last(self, step):
+            self.asked.append(f"is_last {step}")
             self.name = "SIGINT" if step == 3 else ""
             return step == 3
 
@@ -140,7 +140,14 @@ def test_it_ends_at_the_step_that_all_processes_agreed_on(monkeypatch):
     loop.after_step(lambda: saved.append(loop.done), every=0, when_stopped=True)
     loop.fit(stop)
     assert (loop.done, saved) == (3, [3])
-    assert stop.asked == ["say 1", "now 1", "say 2", "now 2", "say 3", "now 3"]
+    assert stop.asked == [
+        "announce 1",
+        "is_last 1",
+        "announce 2",
+        "is_last 2",
+        "announce 3",
+        "is_last 3",
+    ]
 
 
 def test_it_goes_on_from_the_steps_that_are_done(monkeypatch):

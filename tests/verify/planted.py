@@ -2,12 +2,11 @@
 what takes its place.
 """
 
-import inspect
 import sys
-import textwrap
 from typing import Any, NamedTuple
 
-from gptjax.models import chunks, gpt2, layers, transformer
+from gptjax.explore import faults
+from gptjax.models import chunks, gpt2, layers, llama, transformer
 from gptjax.ops import (
     cross_entropy_bwd,
     dropout_bwd,
@@ -15,6 +14,9 @@ from gptjax.ops import (
     gelu_bwd,
     layernorm_bwd,
     linear_bwd,
+    rmsnorm_bwd,
+    rotary_bwd,
+    swiglu_bwd,
 )
 from gptjax.ops.attention import materialised_bwd
 from gptjax.ops.blockwise import blockwise_bwd
@@ -31,13 +33,12 @@ class Planted(NamedTuple):
     """Piece of the source, there once."""
     wrong: str
     setting: str = ""
-    """Of the model, where the line is reached in no other: mesh, or gelu or block to be computed
-    again.
-    """
+    """Of tests/verify/test_mutations.py, if the line is not reached in the plain one."""
 
     def __str__(self) -> str:
-        """The function without its suffix, and what is broken."""
-        return f"{self.function.__name__.removesuffix('_bwd')}: {self.breaks}"
+        """The module, the function without its suffix, and what is broken."""
+        module = self.function.__module__.rpartition(".")[2]
+        return f"{module}.{self.function.__name__.removesuffix('_bwd')}: {self.breaks}"
 
 
 def in_function(function: Any, *errors: tuple[str, ...]) -> list[Planted]:
@@ -102,6 +103,38 @@ IN_OPS = {  # the cases of `gptjax.verify.ops` that run them, by the beginning o
         ("1 - t for 1 + t", "0.5 * (1 + t) +", "0.5 * (1 - t) +"),
         ("t for x", "0.5 * xf * (1 - t * t)", "0.5 * t * (1 - t * t)"),
     ),
+    "rmsnorm": in_function(
+        rmsnorm_bwd,
+        ("no part through the mean square", " - n * (dn * n).mean(-1, keepdims=True)", ""),
+        ("sign of the part through the mean square", "(dn - n *", "(dn + n *"),
+        ("not divided by the root", "dx = rstd * (", "dx = ("),
+        ("mean over time", ".mean(-1, keepdims=True)", ".mean(1, keepdims=True)"),
+        (
+            "no gain in dx",
+            "dn = dyf * jnp.broadcast_to(w.astype(rstd.dtype), dy.shape)",
+            "dn = dyf",
+        ),
+        ("the first row's root", "astype(rstd.dtype) * rstd", "astype(rstd.dtype) * rstd[:, :1]"),
+        ("dw of x instead of its normal form", "(dyf * n).sum", "(dyf * n / rstd).sum"),
+        ("dw of the first sequence alone", ".sum((0, 1))", "[0].sum(0)"),
+    ),
+    "swiglu": in_function(
+        swiglu_bwd,
+        ("no derivative of the sigmoid", " + g * s * (1 - s)", ""),
+        ("the derivative of the sigmoid alone", "(s + g * s", "(g * s"),
+        ("1 + s for 1 - s", "(1 - s)", "(1 + s)"),
+        ("dgate without up", "dgate = d * u *", "dgate = d *"),
+        ("dup without the gate", "(d * g * s)", "(d * s)"),
+        ("dup without the sigmoid", "(d * g * s)", "(d * g)"),
+        ("gate and up are exchanged", "g, u, d =", "u, g, d ="),
+    ),
+    "rotary": in_function(
+        rotary_bwd,
+        ("it turns the same way", "theta, -1)", "theta, 1)"),
+        ("it does not turn", "return _rotate(dy, positions, theta, -1)", "return dy * 1"),
+        ("positions in reverse", "positions, theta", "positions[..., ::-1], theta"),
+        ("another wavelength", "theta, -1", "2 * theta, -1"),
+    ),
     "dropout": in_function(
         dropout_bwd,
         ("what is kept is not scaled", "dy * (1 / (1 - rate))", "dy"),
@@ -155,10 +188,10 @@ IN_OPS = {  # the cases of `gptjax.verify.ops` that run them, by the beginning o
             "math.sqrt(q.shape[3])",
             "math.sqrt(q.shape[2])",
         ),
-        ("dv of transposed probabilities", '"bhts,bthd->bshd", r, do', '"bhst,bthd->bshd", r, do'),
-        ("dq of queries", '"bhts,bshd->bthd", ds, k', '"bhts,bshd->bthd", ds, q'),
-        ("dk of keys", '"bhts,bthd->bshd", ds, q', '"bhts,bthd->bshd", ds, k'),
-        ("dv of what dropout dropped, too", '"bhts,bthd->bshd", r, do', '"bhts,bthd->bshd", p, do'),
+        ("dv of transposed probabilities", '"bkrs,brkd->bskd", r, do', '"bksr,brkd->bskd", r, do'),
+        ("dq of queries", '"bkrs,bskd->brkd", ds, k', '"bkrs,bskd->brkd", ds, q'),
+        ("dk of keys", '"bkrs,brkd->bskd", ds, q', '"bkrs,brkd->bskd", ds, k'),
+        ("dv of what dropout dropped, too", '"bkrs,brkd->bskd", r, do', '"bkrs,brkd->bskd", p, do'),
         ("dp of what dropout dropped, too", "dp = dropout_bwd(keep, rate, dr)", "dp = dr"),
         (
             "a position does not see itself",
@@ -180,13 +213,125 @@ IN_OPS = {  # the cases of `gptjax.verify.ops` that run them, by the beginning o
         ("dk of the last block of queries alone", "dkj += jnp", "dkj = jnp"),
         ("dv of the last block of queries alone", "dvj += jnp", "dvj = jnp"),
         ("dq of the last block of keys alone", "dq.at[i].add(", "dq.at[i].set("),
-        ("dk of the output's gradient", '"bhrs,bhrd->bhsd", ds, qi', '"bhrs,bhrd->bhsd", ds, doi'),
+        ("dk of the output's gradient", '"bkrs,bkrd->bksd", ds, qi', '"bkrs,bkrd->bksd", ds, doi'),
         ("dp of what dropout dropped, too", "dp = dropout_bwd(keep, rate, dr)", "dp = dr"),
         ("dv of what dropout dropped, too", "r.astype(doi.dtype), doi", "p.astype(doi.dtype), doi"),
         ("sign in the Jacobian", "(dp - deltai", "(dp + deltai"),
     ),
 }
 
+
+IN_LLAMA = [
+    *in_function(
+        llama.block_bwd,
+        (
+            "the MLP's output keeps what dropout dropped",
+            "dm = dropout_bwd(saved.drop2, cfg.dropout, dx)",
+            "dm = dx",
+        ),
+        ("the MLP's last matrix gets the stream's gradient", "w.w2, dm)", "w.w2, dx)"),
+        (
+            "dropout in the MLP drops nothing",
+            "dg = dropout_bwd(saved.drop_mlp, cfg.dropout_mlp, dg)",
+            "dg = dg * 1",
+        ),
+        ("gate and up are exchanged", "dgate, dup = swiglu", "dup, dgate = swiglu"),
+        ("up goes back through the gate's weight", "w.w3, dup)", "w.w1, dup)"),
+        ("the gate gets up's gradient", "w.w1, dgate)", "w.w1, dup)"),
+        ("up does not reach the MLP's input", "dh2 + dh3", "dh2"),
+        ("the other norm's root", "rmsnorm_bwd(saved.ffn_norm", "rmsnorm_bwd(saved.att_norm"),
+        ("the stream's gradient is not added to the MLP's", "dx = dx + dx2", "dx = dx2"),
+        ("attention's branch by the MLP's mask", "(saved.drop1", "(saved.drop2"),
+        ("attention's projection gets the stream's gradient", "w.wo, da)", "w.wo, dx)"),
+        ("keys and values are exchanged", "dq, dk, dv = attend", "dq, dv, dk = attend"),
+        ("keys are not rotated back", "cfg.rope_theta, dk)", "1.0, dk)"),
+        ("queries are rotated with the keys", "cfg.rope_theta, dq)", "1.0, dq)"),
+        ("values go back through the keys' weight", "w.wv, dv)", "w.wk, dv)"),
+        (
+            "keys come from the MLP's input",
+            "linear_bwd(saved.qkv, w.wk",
+            "linear_bwd(saved.ffn, w.wk",
+        ),
+        ("queries do not reach attention's input", "dhq + dhk + dhv", "dhk + dhv"),
+        ("queries' sign", "w.wq, dq)", "w.wq, -dq)"),
+        ("the stream's gradient is not added to attention's", "dx = dx + dx1", "dx = dx1"),
+        ("the key weight's gradient for the value's", "wv=dwv", "wv=dwk"),
+        ("the gate's weight gets up's gradient", "w1=dw1", "w1=dw3"),
+    ),
+    *in_function(
+        llama.embed_bwd,
+        ("time runs backwards", "dx.astype(dhead.dtype)", "dx.astype(dhead.dtype)[:, ::-1]"),
+        (
+            "the classifier's part of the tied table is lost",
+            '{"tok_emb": embedding_bwd(tokens, dhead, dx)}',
+            '{"tok_emb": embedding_bwd(tokens, 0 * dhead, dx)}',
+            "tied llama",
+        ),
+        ("an untied table gets the classifier's part", "jnp.zeros_like(dhead)", "dhead"),
+        ("an untied classifier is halved", '"wcls": dhead', '"wcls": dhead / 2'),
+    ),
+    *in_function(
+        llama.norm_bwd,
+        ("sign", "saved, params.final_norm, dh)", "saved, params.final_norm, -dh)"),
+        (
+            "the gain's gradient is doubled",
+            '"final_norm": dfinal_norm',
+            '"final_norm": 2 * dfinal_norm',
+        ),
+    ),
+    *in_function(
+        llama.recompute,
+        (
+            "what dropout dropped is back",
+            "dropout_bwd(saved.drop_mlp, cfg.dropout_mlp, g)",
+            "g",
+            "gelu in llama",
+        ),
+        (
+            "sign",
+            "swiglu_again(dx, saved.swiglu)",
+            "-swiglu_again(dx, saved.swiglu)",
+            "gelu in llama",
+        ),
+    ),
+    *in_function(
+        layers.rmsnorm_bwd,
+        ("the root is doubled", "barrier(dy, saved.rstd)", "2 * barrier(dy, saved.rstd)"),
+        ("sign", "ops.rmsnorm_bwd(saved, w, dy)", "ops.rmsnorm_bwd(saved, w, -dy)"),
+        ("dx waits and is doubled", "cpu_barrier(dw, dx)", "cpu_barrier(dw, 2 * dx)"),
+    ),
+    *in_function(
+        layers.swiglu_bwd,
+        ("gate and up are exchanged", "gate=barrier(dy, saved.gate)", "gate=barrier(dy, saved.up)"),
+    ),
+    *in_function(
+        layers.swiglu_again,
+        (
+            "gate and up are exchanged",
+            "saved.gate), saved.up)",
+            "saved.up), saved.gate)",
+            "gelu in llama",
+        ),
+    ),
+    *in_function(
+        transformer.positions_of,
+        (
+            "they do not restart at a document",
+            "place - lax.cummax(jnp.where(starts, place, 0), axis=1)",
+            "place",
+            "packed llama",
+        ),
+    ),
+    *in_function(
+        transformer.blocks_bwd,
+        (
+            "documents see each other where a block is computed again",
+            "cfg, key, segments",
+            "cfg, key, None",
+            "packed block",
+        ),
+    ),
+]
 
 IN_MODEL = [
     *in_function(
@@ -241,7 +386,13 @@ IN_MODEL = [
             "dx = dx.astype(dhead.dtype)",
             "dx = dx.astype(dhead.dtype)[:, ::-1]",
         ),
-        ("positions of the first sequence alone", "dx.sum(0)", "dx[0]"),
+        ("positions of the first sequence alone", "dx.sum(0) if", "dx[0] if"),
+        (
+            "positions of packed sequences are doubled",
+            "== 1 else dx",
+            "== 1 else 2 * dx",
+            "gpt2 packed",
+        ),
         ("positions in reverse", "embedding_bwd(positions", "embedding_bwd(positions[::-1]"),
         (
             "the classifier's part of the tied table is lost",
@@ -274,6 +425,7 @@ IN_MODEL = [
             "gelu",
         ),
     ),
+    *(error._replace(setting=error.setting or "llama") for error in IN_LLAMA),
     *in_function(
         layers.linear_bwd,
         ("sign", "ops.linear_bwd(x, w, dy)", "ops.linear_bwd(x, w, -dy)"),
@@ -313,8 +465,8 @@ IN_MODEL = [
         ),
         (
             "positions run backwards",
-            "positions_of(batch.inputs)",
-            "positions_of(batch.inputs)[::-1]",
+            "positions_of(batch.inputs, batch.segments)",
+            "positions_of(batch.inputs, batch.segments)[::-1]",
         ),
         (
             "dropout by another key",
@@ -333,13 +485,13 @@ IN_MODEL = [
         ),
         (
             "the layers' keys are exchanged",
-            "positions, cfg, keys)\n    h",
-            "positions, cfg, keys[::-1])\n    h",
+            "positions, cfg, keys, batch.segments)\n    h",
+            "positions, cfg, keys[::-1], batch.segments)\n    h",
         ),
         (
             "time runs backwards before the final norm",
-            "norm_fwd(params, x)",
-            "norm_fwd(params, x[:, ::-1])",
+            "norm_fwd(params, x, cfg)",
+            "norm_fwd(params, x[:, ::-1], cfg)",
         ),
         ("inputs are the targets", "h, batch, cfg", "h, batch._replace(targets=batch.inputs), cfg"),
         ("sign before the final norm", "norm, dh)", "norm, -dh)"),
@@ -488,13 +640,7 @@ def planted(name: str) -> Any:
 
 def wrong_version(error: Planted) -> Any:
     """The function with the error in it, in a namespace of its own."""
-    source = textwrap.dedent(inspect.getsource(error.function))
-    assert source.count(error.right) == 1, (
-        f"{error.right!r} is {source.count(error.right)} times in {error}"
-    )
-    names = dict(vars(sys.modules[error.function.__module__]))
-    exec(compile(source.replace(error.right, error.wrong), f"<{error}>", "exec"), names)
-    return names[error.function.__name__]
+    return faults.wrong_version(error.function, error.right, error.wrong)
 
 
 def plant(monkeypatch: Any, error: Planted) -> None:

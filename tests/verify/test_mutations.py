@@ -10,12 +10,13 @@ import functools
 import inspect
 import textwrap
 from collections import Counter
+from typing import Any
 
 import pytest
 
 from gptjax import ops as package
 from gptjax.config import MeshConfig
-from gptjax.models import gpt2, layers, transformer
+from gptjax.models import gpt2, layers, llama, transformer
 from gptjax.verify import compare, ops
 from gptjax.verify.model import by_autodiff, run_program
 from tests.verify.planted import IN_MODEL, IN_OPS, plant
@@ -43,30 +44,45 @@ def test_an_error_in_an_op_is_found(cases, error, monkeypatch):
     )
 
 
-SETTINGS = {
-    "": {},
-    "gelu": {"recompute": "gelu"},
-    "block": {"recompute": "block"},
-    "mesh": {"mesh": MeshConfig(2, 2, 2)},
+GPT2: dict[str, Any] = {}
+LLAMA = {"family": "llama", "num_heads": 4, "num_kv_heads": 2, "channels": 16, "tied": False}
+SETTINGS = {  # a model, and how it is computed
+    "": (GPT2, {}),
+    "gelu": (GPT2, {"recompute": "gelu"}),
+    "block": (GPT2, {"recompute": "block"}),
+    "mesh": (GPT2, {"mesh": MeshConfig(2, 2, 2)}),
+    "gpt2 packed": (GPT2 | {"packed": True}, {}),
+    "llama": (LLAMA, {}),
+    "gelu in llama": (LLAMA, {"recompute": "gelu"}),
+    "tied llama": (LLAMA | {"tied": True}, {}),
+    "packed llama": (LLAMA | {"packed": True}, {}),
+    "packed block": (LLAMA | {"packed": True}, {"recompute": "block"}),
+    "mesh of llama": (LLAMA, {"mesh": MeshConfig(2, 2, 2)}),
 }
+DROPOUT = {"B": 4, "dropout": 0.2, "dropout_mlp": 0.3}
 
 
 def check(setting):
     """The gradient that training computes in this setting, against JAX's on one device."""
-    of = subject(**SETTINGS[setting], B=4, dropout=0.2, dropout_mlp=0.3, loss_chunks=2)
+    model, computation = SETTINGS[setting]
+    of = subject(**model, **computation, **DROPOUT, loss_chunks=2)
     value, gradient = run_program(of)
-    return compare((value, gradient), reference())
+    return compare((value, gradient), reference(setting))
+
+
+def reference(setting):
+    return _reference(tuple(SETTINGS[setting][0].items()))
 
 
 @functools.cache
-def reference():
-    found = by_autodiff(subject(B=4, dropout=0.2, dropout_mlp=0.3))
+def _reference(model):
+    found = by_autodiff(subject(**dict(model), **DROPOUT))
     return found.loss, found.params
 
 
 @pytest.mark.parametrize("error", IN_MODEL, ids=str)
 def test_an_error_in_the_models_backward_is_found(error, monkeypatch):
-    reference()
+    reference(error.setting)
     plant(monkeypatch, error)
     assert not check(error.setting)
 
@@ -97,6 +113,10 @@ EVERY_LINE = [
     gpt2.embed_bwd,
     gpt2.norm_bwd,
     gpt2.recompute,
+    llama.block_bwd,
+    llama.embed_bwd,
+    llama.norm_bwd,
+    llama.recompute,
     transformer.loss_and_grad,
     transformer.classifier_and_grad,
     transformer.blocks_bwd,
@@ -104,6 +124,9 @@ EVERY_LINE = [
     layers.layernorm_bwd,
     layers.gelu_bwd,
     layers.gelu_again,
+    layers.rmsnorm_bwd,
+    layers.swiglu_bwd,
+    layers.swiglu_again,
     transformer.embed_bwd,
 ]
 

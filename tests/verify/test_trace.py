@@ -136,7 +136,7 @@ def test_an_error_in_a_weights_gradient_alone_is_named(monkeypatch):
 
 def test_an_error_between_the_ops_is_named_by_who_receives_it(monkeypatch):
     monkeypatch.setattr(
-        gpt2, "block_bwd", planted("block: the stream's gradient is not added to the MLP's")
+        gpt2, "block_bwd", planted("gpt2.block: the stream's gradient is not added to the MLP's")
     )
     received = "dropout_bwd receives a wrong gradient, though every op before it is right"
     assert part().startswith(f"layer 1, dropout (after attprojw): {received}")
@@ -230,7 +230,7 @@ def test_a_forward_that_differs_from_the_plain_one_is_named(monkeypatch):
     monkeypatch.setattr(
         transformer,
         "attention_fwd",
-        lambda name, q, k, v, rate, key: wrong(name, q, k, v, rate=rate),
+        lambda name, q, k, v, rate, key, segments: wrong(name, q, k, v, rate=rate),
     )
     assert part().startswith(
         "layer 0, attention (after vw): attention_fwd gives a different value in the plain forward"

@@ -153,7 +153,7 @@ def test_only_a_regular_file_is_read(tmp_path, monkeypatch, what):
 def test_what_others_can_write_is_not_read(tmp_path, writable, mode):
     (tmp_path / "file").write_bytes(b"code")
     (tmp_path / writable).chmod(mode)
-    with pytest.raises(NotPrivateError, match="others may write to"):
+    with pytest.raises(NotPrivateError, match="other users may write to"):
         read_private(tmp_path / "file")
 
 

@@ -1,0 +1,5 @@
+"""Conversations with a model."""
+
+from gptjax.chat.conversation import Conversation
+
+__all__ = ["Conversation"]

