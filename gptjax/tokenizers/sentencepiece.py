@@ -187,7 +187,7 @@ def read_model(content: bytes) -> _Model:
     for piece in pieces:
         if piece.kind == NORMAL and OVER_BLANKS.search(piece.text):
             raise ValueError(f"its piece {piece.text!r} spans blanks, where long texts may be cut")
-    return Model(tuple(pieces), kind, bool(normalizer.get(3, 1)))
+    return _Model(tuple(pieces), kind, bool(normalizer.get(3, 1)))
 
 
 def _piece(message: Any) -> _Piece:
