@@ -123,14 +123,14 @@ def test_a_run_goes_to_every_format_and_starts_another(run, tmp_path, capsys):
     assert theirs.encode("the mat").ids == BPE.encode("the mat")
 
 
-LLAMA = {"family": "llama", "num_heads": 4, "num_kv_heads": 2, "channels": 32, "hidden": 64}
+GROUPED = {"family": "llama", "num_heads": 4, "num_kv_heads": 2, "channels": 32, "hidden": 64}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "q8_0"])
 def test_gguf_keeps_model_tokenizer_and_template(tmp_path, capsys, dtype):
     """A tokenizer that is named for a source goes into the file."""
     pytest.importorskip("gguf")
-    cfg = tiny.config(vocab_size=270, dtype="float32", **LLAMA)
+    cfg = tiny.config(vocab_size=270, dtype="float32", **GROUPED)
     safetensors.write_model(
         tmp_path / "m.safetensors", tiny.params(cfg, jnp.float32), cfg, np.dtype("<f4")
     )
