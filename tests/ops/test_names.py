@@ -20,4 +20,4 @@ def test_every_forward_has_a_backward():
         {n.removesuffix(s) for n in NAMES if n.endswith(s)} for s in ("_fwd", "_bwd")
     )
     assert forwards == backwards
-    assert len(forwards) == 7
+    assert len(forwards) == 10

@@ -79,10 +79,10 @@ def sent_on_cpu(planned):
     )
     one_by_one = 2 * A * model.num_layers * planned.stream * model.compute_dtype.itemsize
     found["all-reduce", tensor] += bytes_sent("all-reduce", one_by_one, tensor)
-    for kind, group, _, size in step_collectives(planned):
-        scattered = A * bytes_sent(kind, tokens, group) if kind == "reduce-scatter" else size
-        found[kind, group] += scattered
-        found["all-reduce", group] += 2 * (size - scattered)
+    for c in step_collectives(planned):
+        scattered = A * bytes_sent(c.kind, tokens, c.group) if c.kind == "reduce-scatter" else c.sent
+        found[c.kind, c.group] += scattered
+        found["all-reduce", c.group] += 2 * (c.sent - scattered)
     return found
 
 
