@@ -80,7 +80,9 @@ def sent_on_cpu(planned):
     one_by_one = 2 * A * model.num_layers * planned.stream * model.compute_dtype.itemsize
     found["all-reduce", tensor] += bytes_sent("all-reduce", one_by_one, tensor)
     for c in step_collectives(planned):
-        scattered = A * bytes_sent(c.kind, tokens, c.group) if c.kind == "reduce-scatter" else c.sent
+        scattered = (
+            A * bytes_sent(c.kind, tokens, c.group) if c.kind == "reduce-scatter" else c.sent
+        )
         found[c.kind, c.group] += scattered
         found["all-reduce", c.group] += 2 * (c.sent - scattered)
     return found
