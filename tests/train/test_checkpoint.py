@@ -417,7 +417,7 @@ def test_another_optimizer_is_refused_and_nothing_is_set_aside(saved, name):
     optimizer = make_optimizer(OptimConfig(name=name), 10, CFG)
     with pytest.raises(
         CheckpointError,
-        match=rf"step_00000005 was trained with optim\.name adamw, not {name}: give it",
+        match=rf"step_00000005 was trained with optim\.name adamw, not {name}: set it",
     ) as error:
         restore_newest(folder, CFG, optimizer)
     assert "\n" not in str(error.value)
