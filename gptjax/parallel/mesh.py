@@ -107,7 +107,7 @@ def _miscounted(
 
 
 def _uneven(shape: tuple[int, ...], sizes: dict[str, int], batch_size: int) -> str | None:
-    """The axis that does not divide by its mesh axes, as text; None if all do."""
+    """The axis that is not divisible by its mesh axes, as text; None if all do."""
     mesh = dict(zip(MESH_AXES, shape, strict=True))
     for axis, rule in RULES.items():
         for cut in rule:
@@ -116,7 +116,7 @@ def _uneven(shape: tuple[int, ...], sizes: dict[str, int], batch_size: int) -> s
             if size % parts:
                 what = OPTIONS[str(axis)]
                 names = " x ".join(f"mesh.{name}" for name in cut)
-                return f"{what} {size} does not divide by {names} = {parts}"
+                return f"{what} {size} is not divisible by {names} = {parts}"
     return None
 
 

@@ -75,12 +75,12 @@ def test_training_starts_and_goes_on_as_on_one_device(name):
             "the mesh data 16 x fsdp 1 x tensor 1 takes 16 devices, but there are 8 devices",
         ),
         ({"data": -1, "fsdp": 3}, {}, "leaves no whole rest, as there are 8 devices"),
-        ({"tensor": 4}, {"num_heads": 2}, "model.num_heads 2 does not divide by mesh.tensor = 4"),
-        ({"data": 3}, {}, "data.batch_size 8 does not divide by mesh.data x mesh.fsdp = 3"),
+        ({"tensor": 4}, {"num_heads": 2}, "model.num_heads 2 is not divisible by mesh.tensor = 4"),
+        ({"data": 3}, {}, "data.batch_size 8 is not divisible by mesh.data x mesh.fsdp = 3"),
         (
             {"fsdp": 4},
             {"channels": 18, "num_heads": 2},
-            "model.channels 18 does not divide by mesh.fsdp = 4",
+            "model.channels 18 is not divisible by mesh.fsdp = 4",
         ),
     ],
 )

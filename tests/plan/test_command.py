@@ -101,7 +101,7 @@ def test_a_model_that_does_not_fit(capsys):
         (["--topology", "h100:8", "--json", "nowhere/p.json"], "there is no folder"),
         (
             ["--topology", "h100:8", "--mesh.tensor", "8"],
-            "model.num_heads 25 does not divide by mesh.tensor = 8: of 8",
+            "model.num_heads 25 is not divisible by mesh.tensor = 8: of 8",
         ),
         (
             ["--topology", "h100:16", "--mesh.fsdp", "4"],

@@ -525,7 +525,7 @@ def assert_refused(args: list[str], message: str, capsys) -> None:
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (
             ["--model.channels", "30", "--model.num_heads", "4"],
-            "model.channels 30 does not divide by model.num_heads 4",
+            "model.channels 30 is not divisible by model.num_heads 4",
         ),
         (["--data.seq_len", "33"], "data.seq_len 33 does not fit model.max_seq_len 32"),
         (["--data.dataset", "nowhere"], "data.dataset nowhere is neither a file or folder"),
