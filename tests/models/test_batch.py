@@ -34,7 +34,7 @@ def test_a_sequence_longer_than_the_position_table_is_refused(f, of):
     batch = jax.tree.map({"numpy": np.asarray}.get(of, jnp.asarray), numpys(T=13))
     with pytest.raises(
         ValueError,
-        match=r"^inputs are 13 tokens long and the model reads at most max_seq_len 12: cut them shorter",
+        match=r"^inputs are 13 tokens long, but the model reads at most max_seq_len 12: shorten them",
     ):
         (jax.jit(f) if of == "jit" else f)(batch)
 
