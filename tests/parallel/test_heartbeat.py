@@ -100,7 +100,7 @@ def test_what_failed_in_process_0_is_said_by_process_0(store, monkeypatch):  # n
     assert not heartbeat.should_report(f"{processes.FIRST_FAILED}no such corpus")
     process[0] = 2
     assert not heartbeat.should_report("no such corpus")
-    assert heartbeat.should_report("other options than process 0")  # which only this one was given
+    assert heartbeat.should_report("differ from process 0")  # which only this one was given
 
 
 def test_alone_every_error_is_told_and_nobody_is_watched():

@@ -74,7 +74,11 @@ def test_training_starts_and_goes_on_as_on_one_device(name):
             {},
             "the mesh data 16 x fsdp 1 x tensor 1 takes 16 devices, but there are 8 devices",
         ),
-        ({"data": -1, "fsdp": 3}, {}, "leaves no whole rest, as there are 8 devices"),
+        (
+            {"data": -1, "fsdp": 3},
+            {},
+            "leaves no whole number of devices for -1, as there are 8 devices",
+        ),
         ({"tensor": 4}, {"num_heads": 2}, "model.num_heads 2 is not divisible by mesh.tensor = 4"),
         ({"data": 3}, {}, "data.batch_size 8 is not divisible by mesh.data x mesh.fsdp = 3"),
         (
@@ -109,7 +113,7 @@ class Elsewhere:
             (16, 1, 1),
             8,
             8,
-            "of 8 devices, (data, fsdp, tensor) can be (8, 1, 1), (4, 2, 1), (4, 1, 2) or (2, 4, "
+            "for 8 devices, (data, fsdp, tensor) can be (8, 1, 1), (4, 2, 1), (4, 1, 2) or (2, 4, "
             "1), or others",
         ),
         ((-1, 3, 1), 8, 8, "(2, 4, 1), (4, 2, 1), (1, 8, 1) or (1, 4, 2), or others"),
@@ -126,7 +130,7 @@ class Elsewhere:
             "no mesh takes all 8 devices with data.batch_size 1, but with 8, (data, fsdp, tensor) "
             "can be (1, 4, 2)",
         ),
-        ((2, 1, 1), 8, 1, "of 1 device, (data, fsdp, tensor) can only be (1, 1, 1)"),
+        ((2, 1, 1), 8, 1, "for 1 device, (data, fsdp, tensor) can only be (1, 1, 1)"),
     ],
 )
 def test_each_mesh_that_is_said_to_be_one_that_can_be_is(asked, batch, count, first):

@@ -105,7 +105,7 @@ def test_all_have_to_be_given_the_same_options(store, monkeypatch):
     processes.require_same({"seed": 0})
     process[0] = 1
     processes.require_same({"seed": 0})
-    with pytest.raises(ConfigError, match="other options than process 0"):
+    with pytest.raises(ConfigError, match="differ from process 0"):
         processes.require_same({"seed": 1})
 
 
