@@ -69,7 +69,7 @@ def test_simulated_devices_are_compiled_for(capsys):
     assert found["floor"] == "unknown: no data sheet gives this device's rate in float32"
 
 
-def test_every_attention_that_runs_there(capsys):
+def test_compare_lists_every_attention_that_the_topology_supports(capsys):
     assert command.main([*LARGE, "--topology", "h100:8", "--compare", "--largest", "false"]) == 0
     out = capsys.readouterr().out
     assert "largest" not in out
