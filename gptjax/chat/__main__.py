@@ -36,18 +36,19 @@ from gptjax.xla.cache import enable_compilation_cache
 
 PROG = "python -m gptjax.chat"
 HELP = """\
-/reset        forget the conversation
-/save FILE    add it to FILE, as a line of JSON
-/help         this list
+/reset        start a new conversation
+/save FILE    append the conversation to FILE, as a line of JSON
+/help         show this list
 Ctrl-C        stop an answer
-Ctrl-D        end"""
+Ctrl-D        exit"""
 HINT = (
-    "/reset forgets all, /save FILE keeps it, /help lists more; Ctrl-C stops an answer, Ctrl-D ends"
+    "/reset starts a new conversation, /save FILE saves this one, /help lists more; Ctrl-C stops "
+    "an answer, Ctrl-D exits"
 )
 
 
 class Interrupt(KeyboardInterrupt):
-    """Ctrl-C where nothing is being answered."""
+    """Ctrl-C while no answer is being generated."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -71,10 +72,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def opened(args: ChatConfig) -> Conversation:
-    """A conversation with the checkpoint in which nothing is said yet.
+    """An empty conversation with the checkpoint's model.
 
     Raises:
-        GptjaxError: there is none, it is damaged, or its tokenizer or template is not known.
+        GptjaxError: there is no such checkpoint, it is damaged, or its tokenizer or template is
+            unknown.
 
     """
     source = with_named_tokenizer(open_weights(args.checkpoint), args.checkpoint, args.tokenizer)
@@ -97,10 +99,11 @@ def opened(args: ChatConfig) -> Conversation:
 
 
 def template_of(source: Source, args: ChatConfig) -> ChatTemplate:
-    """The template that is named, else the model's own, else ChatML where the tokenizer has it.
+    """The template of the options, else the model's own, else ChatML if the tokenizer has its
+    control tokens.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none of these.
 
     """
     if args.template:
@@ -110,13 +113,13 @@ def template_of(source: Source, args: ChatConfig) -> ChatTemplate:
     if source.tokenizer and "<|im_start|>" in source.tokenizer.special_tokens:
         return find("chatml")
     raise ConfigError(
-        f"{args.checkpoint} has no chat template, as a model that only continues text has "
-        "none: use python -m gptjax.generate, or name a template, as in --template chatml"
+        f"{args.checkpoint} has no chat template; if it is a model that only continues text, "
+        "use python -m gptjax.generate; else name a template, as in --template chatml"
     )
 
 
 def talk(conversation: Conversation, args: ChatConfig) -> None:
-    """Answer what is typed, line by line, until there is no more."""
+    """Answer standard input line by line, until it ends."""
     if sys.stdin is None:
         raise DataError("standard input is closed")
     with contextlib.suppress(ImportError):  # not on Windows
@@ -132,11 +135,11 @@ def talk(conversation: Conversation, args: ChatConfig) -> None:
             show("\n" if typed else "")
             return
         except Interrupt:
-            print("\nCtrl-D ends", file=sys.stderr)
+            print("\nCtrl-D exits", file=sys.stderr)
             continue
         except UnicodeDecodeError as error:
             raise DataError(f"standard input is not UTF-8 text: {error.reason}") from error
-        # Of a locale that knows no UTF-8
+        # In a locale without UTF-8, other bytes arrive as surrogates.
         line = line.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         if not typed:
             show(f"> {line}\n")
@@ -151,16 +154,16 @@ def talk(conversation: Conversation, args: ChatConfig) -> None:
 
 
 def obey(conversation: Conversation, command: str, argument: str) -> None:
-    """Do what a line that begins with / says.
+    """Run a command, which is a line that begins with /.
 
     Raises:
-        DataError: there is no such command, or it cannot be done.
+        DataError: the command is unknown or fails.
 
     """
     match command:
         case "reset":
             conversation.reset()
-            print("all is forgotten", file=sys.stderr)
+            print("new conversation", file=sys.stderr)
         case "save" if argument:
             line = json.dumps({"messages": conversation.messages}, ensure_ascii=False)
             try:
@@ -175,7 +178,7 @@ def obey(conversation: Conversation, command: str, argument: str) -> None:
             print(HELP, file=sys.stderr)
         case _:
             asked = "/save needs a file" if command == "save" else f"there is no /{command}"
-            raise DataError(f"{asked}; /help lists what there is")
+            raise DataError(f"{asked}; /help lists the commands")
 
 
 def say(conversation: Conversation, text: str, args: ChatConfig, turn: int) -> None:
@@ -213,7 +216,7 @@ def say(conversation: Conversation, text: str, args: ChatConfig, turn: int) -> N
 
 @contextlib.contextmanager
 def on_interrupt(act: Callable[[], Any]) -> Iterator[None]:
-    """Do this on Ctrl-C; SIGTERM still ends the command."""
+    """Within the block, call ``act`` on Ctrl-C; SIGTERM still ends the command."""
     previous = signal.signal(signal.SIGINT, lambda *_: act())
     try:
         yield

@@ -14,8 +14,8 @@ from gptjax.tokenizers.chat_template import ChatTemplate, Endings, encode
 class Conversation:
     """Alternating messages of a user and a model.
 
-    If they outgrow the model's context, the model no longer sees the oldest turns. They are hidden
-    until the rest takes half a context, so that it is seldom read again.
+    If they outgrow the model's context, the oldest turns are hidden from the model, until the rest
+    fills at most half the context: the model must read the rest anew, and so seldom has to.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class Conversation:
             tokenizer: the model's tokenizer.
             template: the model's chat template.
             endings: see `gptjax.tokenizers.chat_template.endings`.
-            system: a first message, which the model always sees.
+            system: the system message, which comes first and which the model always sees.
 
         """
         self.session, self.tokenizer = session, tokenizer
@@ -56,7 +56,7 @@ class Conversation:
     def answer(self, text: str, key: Any, new_tokens: int, chunk: int = CHUNK) -> Iterator[str]:
         """Add the user's message and yield the answer in parts, as they become final.
 
-        An iteration that is abandoned leaves the answer as far as it came.
+        If the iteration is abandoned, the answer remains as far as it was generated.
 
         Args:
             text: the user's message.
@@ -92,7 +92,7 @@ class Conversation:
         yield rest
 
     def _in_view(self, said: list[dict[str, str]], new_tokens: int) -> tuple[list[int], int]:
-        """The ids of what the model is to see, and how many messages it is not to."""
+        """(ids of the messages that the model sees, number of oldest messages that it does not)."""
         context = self.session.rules.cfg.max_seq_len
         most = context - min(new_tokens, context // 4)
         hidden = self.hidden
@@ -103,8 +103,8 @@ class Conversation:
                 ids = self._ids(said[hidden:])
         if len(ids) > most:
             raise DataError(
-                f"that takes {len(ids)} tokens with all that belongs to it, and {most} of the "
-                f"model's context of {context} are there for it: shorten it"
+                f"the message takes {len(ids)} tokens with its template, but only {most} of the "
+                f"model's context of {context} are free for it: shorten it"
             )
         return ids, hidden
 

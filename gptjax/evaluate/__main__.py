@@ -4,7 +4,7 @@ On a corpus: loss, perplexity and bits per byte over the first ``--tokens`` of a
 consecutive windows of ``--seq_len``; each token is predicted from its window alone. On HellaSwag
 (``--dataset hellaswag``, llm.c's ``hellaswag_val.bin`` or a ``.jsonl`` like the original's): acc
 and acc_norm as llm.c computes them. Standard errors are over windows or questions. With ``--text
-TEXT`` in place of a dataset: id, loss and text of each token, and the mean of the losses last.
+TEXT`` instead of a dataset: id, loss and text of each token, and last the mean of the losses.
 """
 
 import dataclasses
@@ -110,8 +110,8 @@ def evaluate_corpus(
     """Score a corpus, print the figures and return them.
 
     Raises:
-        GptjaxError: the corpus cannot be read, is too short, or was tokenized with another
-            tokenizer than the model's.
+        GptjaxError: the corpus cannot be read, is too short, or was tokenized with a tokenizer
+            other than the model's.
 
     """
     if cfg.examples is not None:
@@ -203,7 +203,7 @@ def open_corpus(
         return datasets.find_corpus(
             cfg.dataset, cfg.root, trained.tokenizer, trained.column, trained.tokens
         )
-    # Of a corpus that comes in parts, prepare no more than is scored
+    # If the corpus comes in parts, prepare no more than is scored.
     wanted = cfg.wanted if cfg.split == "train" else 1
     are_ids = datasets.holds_shards(Path(cfg.dataset))
     if note and not tokenizer and not are_ids:
@@ -236,8 +236,8 @@ def data_of_run(folder: Path) -> DataConfig | None:
 
 
 def common_tokenizer(corpus: Corpus, tokenizer: Tokenizer | None) -> Corpus:
-    """The corpus with the model's tokenizer, if it is known; shards without a tokenizer of their
-    own are assumed to be made with it.
+    """The corpus with the model's tokenizer, if that is known; shards that do not name their
+    tokenizer are assumed to be made with it.
 
     Raises:
         DataError: the shards were made with another tokenizer.
@@ -277,7 +277,7 @@ def evaluate_questions(
     """Answer the questions, print the accuracies and return them.
 
     Raises:
-        GptjaxError: the questions are damaged, or made with another tokenizer than the model's.
+        GptjaxError: the questions are damaged, or made with a tokenizer other than the model's.
 
     """
     if (cfg.tokens, cfg.seq_len, cfg.split, cfg.column) != (None, None, "val", None):

@@ -55,9 +55,9 @@ class CorpusScore(NamedTuple):
     bytes: int | None
     """Bytes of text that the scored tokens stand for; None without a tokenizer."""
     loss: Estimate
-    """Nats a token, end-of-text included: a model has to predict where a text ends."""
+    """Nats per token, end-of-text included: a model has to predict where a text ends."""
     bits_per_byte: Estimate | None
-    """Total loss in bits over the bytes of text. End-of-text adds to the loss but has no bytes."""
+    """Total loss in bits per byte of text. End-of-text adds to the loss but has no bytes."""
 
     @property
     def perplexity(self) -> Estimate:
@@ -67,8 +67,8 @@ class CorpusScore(NamedTuple):
 
 
 def token_bytes(tokenizer: Tokenizer, vocab_size: int, before: Sequence[int] = ()) -> np.ndarray:
-    """(V,) int64: the bytes of text that each id stands for where it follows ``before``; 0 for
-    control tokens such as end-of-text, -1 for an id that the tokenizer lacks.
+    """(V,) int64: the number of bytes of text that each id stands for after the ids ``before``; 0
+    for control tokens such as end-of-text, -1 for an id that the tokenizer lacks.
     """
     lengths = np.full(max(vocab_size, tokenizer.vocab_size), -1)
     lengths[: tokenizer.vocab_size] = [

@@ -70,7 +70,7 @@ def read_jsonl(path: Path, tokenizer: Tokenizer) -> list[Question]:
     """The questions of JSON lines like the original's: ``ctx``, four ``endings``, and ``label``,
     the index of the right one.
 
-    As in llm.c, each ending gets a leading blank, and context and ending are tokenized separately.
+    As in llm.c, each ending gets a leading space, and context and ending are tokenized separately.
 
     Raises:
         FormatError: a line is not such an object.
@@ -115,7 +115,7 @@ def load_questions(path: Path, tokenizer: Tokenizer | None) -> list[Question]:
     Raises:
         FormatError: it is damaged.
         DataError: there is no tokenizer for its text, or it holds GPT-2's ids and the tokenizer is
-            another.
+            not GPT-2's.
 
     """
     if is_questions(path):
@@ -193,8 +193,8 @@ class Accuracy(NamedTuple):
 
 
 def accuracy(sums: np.ndarray, lengths: np.ndarray, labels: np.ndarray) -> Accuracy:
-    """Accuracy from the endings' summed losses and lengths, (4 n,) each, and the labels, (n,). The
-    first of equal losses is the answer.
+    """Accuracy from the endings' summed losses and lengths, (4 n,) each, and the labels, (n,). If
+    losses are equal, the first ending is the answer.
     """
     right = [
         (x.reshape(-1, ENDINGS).argmin(1) == labels).astype(np.float64)
@@ -216,7 +216,7 @@ def score_questions(
         params: in the layout of ``cfg.layers``.
         rows: see `make_rows`.
         cfg: resolved.
-        batch_size: rows at a time; the losses depend on it by rounding at most.
+        batch_size: rows at a time; it changes the losses by rounding at most.
         advance: called with the number of rows just done and the accuracy so far as text.
 
     Raises:

@@ -14,7 +14,7 @@ class Estimate(NamedTuple):
     """Standard error; None for a single observation."""
 
     def scaled(self, by: float) -> "Estimate":
-        """Value and error times ``by``."""
+        """The value and its error, multiplied by ``by``."""
         return Estimate(self.value * by, None if self.error is None else self.error * by)
 
 

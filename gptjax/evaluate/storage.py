@@ -1,4 +1,4 @@
-"""What storing weights in fewer bits does to a model's predictions."""
+"""The effect of storing weights in fewer bits on a model's predictions."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -21,12 +21,12 @@ class StorageComparison(NamedTuple):
     """Predictions of stored weights against those of the same weights in float32."""
 
     loss: Estimate
-    """Of the weights in float32, in nats a token."""
+    """Loss of the weights in float32, in nats per token."""
     divergence: Estimate
     """Mean of ``sum over v of p[v] log(p[v] / q[v])`` in nats, p in float32, q as stored
     (Kullback and Leibler 1951)."""
     agreement: Estimate
-    """Share of tokens after which both have the same likeliest token."""
+    """Fraction of positions at which both have the same likeliest next token."""
 
 
 def compare(
@@ -36,14 +36,14 @@ def compare(
     cfg: ModelConfig,
     advance: Callable[[int, str], None] = lambda sequences, text: None,
 ) -> StorageComparison:
-    """Compare predictions at the targets of ``batches`` that their masks leave in.
+    """Compare the predictions at the targets of ``batches`` whose mask is not 0.
 
     Args:
         params: in float32.
         stored: the same, as `gptjax.models.decode.store` stores them.
-        batches: arrays of NumPy, of one shape, their masks of whole sequences.
+        batches: NumPy arrays of one shape; masks cover whole sequences.
         cfg: resolved.
-        advance: called with the sequences just done, and what was found up to there.
+        advance: called with the number of sequences just done and the divergence so far as text.
 
     """
     sums: list[np.ndarray] = []
@@ -60,7 +60,7 @@ def compare(
 
 
 def figures(params: Any, stored: Any, batch: Batch, cfg: ModelConfig) -> tuple[Array, Array, Array]:
-    """(loss in float32, divergence, whether the likeliest are the same) of each target, (B, T)."""
+    """(float32's loss, divergence, whether the likeliest tokens agree) at each target, (B, T)."""
     outputs = tuple(hidden(p, batch.inputs, cfg, segments=batch.segments) for p in (params, stored))
 
     def one_sequence(

@@ -7,8 +7,8 @@ code, its activations and gradients on the text, and its error against jax.grad.
 planted, to see how far the damage spreads and what the verifier says. Everything is computed by the
 package's own code, in float64, when the page is written.
 
-Without --config and --checkpoint the model is of the size of configs/debug.yaml. Meant for small
-models: the page grows with the number of layers.
+Without --config and --checkpoint the model has the size of configs/debug.yaml. Use small models:
+the page grows with the number of layers.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ from gptjax.verify.model import noisy_params
 from gptjax.xla.backend import platform_name, start_jax
 
 PROG = "python -m gptjax.explore"
-MOST_TOKENS = 48  # a row of a picture each
+MOST_TOKENS = 48  # each is a row in the pictures
 SMALL = ["--model.num_layers=2", "--model.num_heads=4", "--model.channels=64"]
 SMALL += ["--model.max_seq_len=128"]
 
@@ -83,7 +83,7 @@ def version() -> str:
 
 
 def check_writable(path: Path) -> None:
-    """Find out before the work whether the page can be written.
+    """Check, before anything is computed, that the page can be written.
 
     Raises:
         ConfigError: it is a folder, or lies in one that does not exist or may not be written to.
@@ -98,7 +98,7 @@ def check_writable(path: Path) -> None:
 
 
 def open_model(cfg: ExploreConfig) -> tuple[ModelConfig, Any, Tokenizer]:
-    """The model as the page shows it, its parameters in float64, and what reads the text.
+    """(the model as the page shows it, its parameters in float64, the tokenizer of the text).
 
     Raises:
         GptjaxError: the checkpoint, the corpus or the tokenizer cannot be read.
@@ -125,7 +125,7 @@ def open_model(cfg: ExploreConfig) -> tuple[ModelConfig, Any, Tokenizer]:
 
 
 def shown(model: ModelConfig) -> ModelConfig:
-    """The model computed so that every op is a call of its own, without dropout, in float64."""
+    """The model in float64, without dropout, with settings that make every op a call of its own."""
     return dataclasses.replace(
         model,
         dropout=0.0,
@@ -139,10 +139,10 @@ def shown(model: ModelConfig) -> ModelConfig:
 
 
 def read(text: str, tokenizer: Tokenizer, model: ModelConfig) -> tuple[list[int], Batch]:
-    """The ids of a text, and the batch of one sequence in which each predicts the next.
+    """(ids of a text, the batch of one sequence in which each predicts the next).
 
     Raises:
-        DataError: the text has fewer than two tokens, or one that the model does not know.
+        DataError: the text has fewer than two tokens, or one outside the model's vocabulary.
 
     """
     ids = tokenizer.encode(text)[: min(MOST_TOKENS, model.max_seq_len) + 1]
@@ -158,7 +158,7 @@ def read(text: str, tokenizer: Tokenizer, model: ModelConfig) -> tuple[list[int]
 
 
 def facts(cfg: ExploreConfig, model: ModelConfig, found: dict[str, Any]) -> dict[str, str]:
-    """What the page says at its head."""
+    """The facts at the top of the page, by name."""
     tensors = found["tensors"]
     worst = 10 ** max(tensor["error"] for tensor in tensors)
     sizes = f"{model.num_layers} layers, {model.num_heads} heads, {model.channels} channels"

@@ -1,7 +1,7 @@
 """Known errors of a hand-written backward, to plant one at a time.
 
-A `Fault` is a piece of a function's source and what takes its place, so the page can show the very
-line that is wrong. `planted` runs the package with it.
+A `Fault` replaces a piece of a function's source, so that the page can show the very line that is
+wrong. `planted` runs the package with it.
 """
 
 import contextlib
@@ -22,14 +22,15 @@ class Fault(NamedTuple):
     """One error."""
 
     function: Callable[..., Any]
-    """Where it is."""
+    """The function to break."""
     kind: str
-    """What sort of error it is."""
+    """The kind of error, such as ``sign``."""
     breaks: str
     """A description of the error."""
     right: str
-    """Piece of the function's source, there once."""
+    """A piece of the function's source that occurs exactly once."""
     wrong: str
+    """What replaces it."""
 
     @property
     def place(self) -> str:
@@ -39,7 +40,7 @@ class Fault(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What it is called in an address."""
+        """The fault's name in the page's address."""
         return f"{self.place}-{self.breaks}".replace(" ", "-")
 
 
@@ -57,7 +58,7 @@ IN_OPS = [
             "jnp.exp(x - lse[:, None])",
         ),
         ("off by one", "-1 at the token after the target", "(x, targets)", "(x, targets + 1)"),
-        ("missing scale", "the sum for the mean", "dloss * weights * q", "dloss * q"),
+        ("missing scale", "the sum instead of the mean", "dloss * weights * q", "dloss * q"),
         ("wrong operand", "another row's normaliser", "lse[:, None]", "jnp.roll(lse, 1)[:, None]"),
     ),
     *_in(
@@ -74,7 +75,7 @@ IN_OPS = [
             " - n * (dn * n).mean(-1, keepdims=True)",
             "",
         ),
-        ("sign", "plus for minus before the variance's part", "True) - n *", "True) + n *"),
+        ("sign", "plus instead of minus before the variance", "True) - n *", "True) + n *"),
         ("missing scale", "not divided by the deviation", "dx = rstd * (", "dx = ("),
         (
             "wrong axis",
@@ -88,28 +89,33 @@ IN_OPS = [
         ops.rmsnorm_bwd,
         ("dropped term", "no part through rstd", " - n * (dn * n).mean(-1, keepdims=True)", ""),
         ("added term", "LayerNorm's mean, too", "(dn - n", "(dn - dn.mean(-1, keepdims=True) - n"),
-        ("sign", "plus for minus before rstd's part", "(dn - n", "(dn + n"),
+        ("sign", "plus instead of minus before rstd", "(dn - n", "(dn + n"),
         ("missing scale", "not multiplied by rstd", "dx = rstd * (", "dx = ("),
-        ("wrong reduction", "the sum for the mean over channels", ".mean(-1,", ".sum(-1,"),
+        ("wrong reduction", "sum instead of mean over channels", ".mean(-1,", ".sum(-1,"),
     ),
     *_in(
         ops.rotary_bwd,
-        ("sign", "rotated on, not back", "theta, -1)", "theta, 1)"),
+        ("sign", "rotated forward, not back", "theta, -1)", "theta, 1)"),
         ("off by one", "by the next position's angle", "positions, theta", "positions + 1, theta"),
         ("dropped term", "not rotated at all", "_rotate(dy, positions, theta, -1)", "dy"),
     ),
     *_in(
         ops.swiglu_bwd,
         ("dropped term", "no derivative of the sigmoid", " + g * s * (1 - s)", ""),
-        ("sign", "1 + s for 1 - s", "(1 - s)", "(1 + s)"),
-        ("wrong operand", "dup with up for the gate", "(d * g * s)", "(d * u * s)"),
+        ("sign", "1 + s instead of 1 - s", "(1 - s)", "(1 + s)"),
+        ("wrong operand", "dup from up instead of the gate", "(d * g * s)", "(d * u * s)"),
     ),
     *_in(
         ops.gelu_bwd,
         ("dropped term", "no derivative of tanh", " + 0.5 * xf * (1 - t * t) * du", ""),
-        ("wrong constant", "2 for 3 in the cubic's derivative", "1 + 3 * CUBIC", "1 + 2 * CUBIC"),
+        (
+            "wrong constant",
+            "2 instead of 3 in the cubic's derivative",
+            "1 + 3 * CUBIC",
+            "1 + 2 * CUBIC",
+        ),
         ("missing scale", "no sqrt(2 / pi) in the inner derivative", "du = SLOPE * (", "du = ("),
-        ("sign", "1 + tanh^2 for 1 - tanh^2", "(1 - t * t)", "(1 + t * t)"),
+        ("sign", "1 + tanh^2 instead of 1 - tanh^2", "(1 - t * t)", "(1 + t * t)"),
     ),
     *_in(
         ops.linear_bwd,
@@ -120,7 +126,7 @@ IN_OPS = [
             "products(_flat(x), do)",
             "products(jnp.roll(_flat(x), 1, 1), do)",
         ),
-        ("wrong reduction", "the mean for the sum in db", ".sum((0, 1))", ".mean((0, 1))"),
+        ("wrong reduction", "mean instead of sum in db", ".sum((0, 1))", ".mean((0, 1))"),
     ),
     *_in(
         materialised_bwd,
@@ -136,7 +142,7 @@ IN_OPS = [
             "(dp * pf).sum(-1, keepdims=True)",
             "(dp * pf).sum(-2, keepdims=True)",
         ),
-        ("sign", "plus for minus in the Jacobian", "pf * (dp - (", "pf * (dp + ("),
+        ("sign", "plus instead of minus in the Jacobian", "pf * (dp - (", "pf * (dp + ("),
         ("missing scale", "no 1 / sqrt(D)", " / math.sqrt(q.shape[3])", ""),
         (
             "off by one",
@@ -154,7 +160,7 @@ IN_OPS = [
     ),
     *_in(
         ops.embedding_bwd,
-        ("not accumulated", "of a token that comes twice, the last counts", ".add(dy", ".set(dy"),
+        ("not accumulated", "of a repeated token, only the last counts", ".add(dy", ".set(dy"),
         ("dropped term", "the classifier's part of a tied table", "dtable.at", "(0 * dtable).at"),
     ),
 ]
@@ -187,8 +193,8 @@ IN_BLOCK = [
 
 
 def faults_of(cfg: ModelConfig, traced: Iterable[str]) -> list[Fault]:
-    """The errors that can be planted in a model, op by op. Some change nothing, such as one in the
-    sum over a group's heads where each head has keys of its own.
+    """The errors that can be planted in a model, op by op. Some have no effect, such as one in the
+    sum over a group's heads if each head has its own keys.
 
     Args:
         cfg: the model.
@@ -207,11 +213,11 @@ def faults_of(cfg: ModelConfig, traced: Iterable[str]) -> list[Fault]:
 
 @contextlib.contextmanager
 def planted(fault: Fault) -> Iterator[None]:
-    """Let every module of the package that has the fault's function have a wrong version of it."""
+    """Within the block, replace the fault's function by the wrong version in all our modules."""
     wrong = wrong_version(fault.function, fault.right, fault.wrong)
     changes = [(fault.function, wrong)]
     if fault.function is materialised_bwd:
-        # Its caller is compiled with the right version in it
+        # Its caller was compiled with the right version: copy it, too.
         changes.append((ops.attention_bwd, _copy(ops.attention_bwd, {"materialised_bwd": wrong})))
     with contextlib.ExitStack() as until_the_end:
         for right, other in changes:
@@ -249,7 +255,7 @@ def wrong_version(function: Callable[..., Any], right: str, wrong: str) -> Any:
 def _copy(
     function: Callable[..., Any], names: dict[str, Any], right: str = "", wrong: str = ""
 ) -> Any:
-    """Recompile a function from its source with other meanings for ``names``."""
+    """Recompile a function from its source, with ``names`` in place of its module's globals."""
     names = vars(sys.modules[function.__module__]) | names
     source = _source(function).replace(right, wrong) if right else _source(function)
     exec(compile(source, f"<a copy of {function.__name__}>", "exec"), names)

@@ -22,13 +22,13 @@ class Place(NamedTuple):
     """Where an op call stands in the diagram."""
 
     row: int
-    """0 is what precedes the layers, i + 1 is layer i, and what follows them comes last."""
+    """0 before the layers, i + 1 in layer i, and one more after the last layer."""
     column: int
-    """How many calls of its row lie before it, one after the other."""
+    """The length of the longest chain of calls before it in its row."""
     sources: tuple[int, ...]
-    """The calls that it gets its arguments from; none where that is the residual stream."""
+    """The calls whose results are its arguments, except arguments that are the residual stream."""
     reads_stream: bool
-    """Whether an argument is the residual stream, the sum of all that was written to it so far."""
+    """Whether an argument is the residual stream, the sum of all results added to it so far."""
     writes_stream: bool
     """Whether its result is added to the residual stream."""
 
@@ -52,10 +52,10 @@ def pairs_of(calls: Iterable[Call]) -> list[Pair]:
 
 
 def arguments(f: Callable[..., Any], *args: Any) -> list[tuple[Sources, ...]]:
-    """For each forward call of ``f(*args)``, in order: which calls' results add up to each of its
-    arguments. Arguments that depend on no other call, such as weights, are left out.
+    """For each forward call of ``f(*args)``, in order: the calls on whose results each of its
+    arguments depends. Arguments that depend on no call, such as weights, are left out.
 
-    Calls that compute nothing are passed through, as is everything between the calls.
+    Calls that compute nothing pass their arguments' sources on, as do all operations between calls.
     """
     sources: dict[Any, Sources] = {}
     found: list[tuple[Sources, ...]] = []
@@ -73,8 +73,9 @@ def arguments(f: Callable[..., Any], *args: Any) -> list[tuple[Sources, ...]]:
 def places_of(pairs: Sequence[Pair], arguments: Sequence[tuple[Sources, ...]]) -> list[Place]:
     """The place of each pair in the diagram.
 
-    What several calls' results add up to is the residual stream, and so is whatever consists of
-    these calls' results alone: the first layer reads the embedding before anything is added to it.
+    An argument that is a sum of several calls' results is the residual stream, and these calls
+    write to it. An argument that depends only on such writers is the stream, too: the first layer
+    reads the embedding before anything is added to it.
     """
     writers = frozenset().union(*(one for many in arguments for one in many if len(one) > 1))
     found: list[Place] = []
@@ -85,7 +86,7 @@ def places_of(pairs: Sequence[Pair], arguments: Sequence[tuple[Sources, ...]]) -
             row = layer + 1
         elif row and pairs[i - 1].forward.layer is not None:
             row += 1
-        # The embeddings depend on nothing and stand side by side
+        # The embeddings depend on no call; they stand side by side.
         before = [found[s].column for one in many for s in one if found[s].row == row]
         before += [] if many else [one.column for one in found if one.row == row]
         direct = [s for one in many if not one <= writers for s in one]

@@ -1,4 +1,4 @@
-"""What there is to read about an op: its equation, derivation and code, from its own source."""
+"""Lessons of the page: an op's equation, derivation and code, taken from its own source."""
 
 import ast
 import inspect
@@ -20,7 +20,7 @@ SECTIONS = ("Args:", "Returns:", "Raises:")
 
 
 class Lesson(NamedTuple):
-    """An op to read about."""
+    """The text and code that the page shows of an op."""
 
     title: str
     text: str
@@ -32,14 +32,14 @@ class Lesson(NamedTuple):
 
 
 def functions_of(op: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The forward and the backward of an op; of attention, the materialised ones."""
+    """The forward and the backward of an op; for attention, the materialised ones."""
     if op == "attention":
         return materialised_fwd, materialised_bwd
     return getattr(ops, f"{op}_fwd"), getattr(ops, f"{op}_bwd")
 
 
 def lesson_of(op: str) -> Lesson:
-    """Everything there is to read about an op."""
+    """The lesson of an op, from its docstring and source."""
     forward, backward = functions_of(op)
     return Lesson(
         op.replace("_", " "),
@@ -58,9 +58,9 @@ Derivation of the backward. It is a linear layer without a bias, so
     dh = dscores W
     dW = dscores^T h
 
-Where the classifier is tied to the token embeddings, dW and the embeddings' gradient are added.
-The forward and the backward of the loss stand in one function, so that the scores of only one chunk
-of rows are in memory at a time.
+If the classifier is tied to the token embeddings, dW is added to the embeddings' gradient. One
+function computes the forward and the backward of the loss, so that the scores of only one chunk of
+rows are in memory at a time.
 """
 
 STREAM = """``x = x + branch(x)``: a block adds what its branches compute to the residual stream.
@@ -76,13 +76,13 @@ The backward is the forward read from its last line to its first.
 
 
 def classifier_lesson() -> Lesson:
-    """The classifier, whose product is no call of an op."""
+    """The lesson of the classifier, which is not an op of its own."""
     code = highlighted(source_of(transformer.classifier_and_grad))
     return Lesson("classifier", as_html(CLASSIFIER), "", code)
 
 
 def block_lesson(cfg: Any) -> Lesson:
-    """A block of the model's family: its ops, and the residual stream between them."""
+    """The lesson of the block of the model's family: its ops and the residual stream."""
     family = family_of(cfg)
     return Lesson(
         "block",

@@ -14,14 +14,14 @@ def page(title: str, heading: str, data: dict[str, Any]) -> str:
     """The whole page as HTML.
 
     Args:
-        title: of the window.
-        heading: the first line.
+        title: the window's title.
+        heading: the first line of the page.
         data: what `gptjax.explore.scene.scene` computed, with ``tokens``, ``facts`` and ``made``.
 
     """
     folder = Path(__file__).parent
     text = {kind: read_text(folder / f"page.{kind}", LARGEST) for kind in ("html", "css", "js")}
-    # So that no text can end the script element
+    # Escaped so that no text in the data can end the script element.
     content = json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
     return Template(text["html"]).substitute(
         title=title, heading=heading, css=text["css"], script=text["js"], data=content

@@ -16,24 +16,24 @@ class Picture(NamedTuple):
     rows: int
     columns: int
     cells: str
-    """Base64 of ``rows`` x ``columns`` signed bytes: STEPS is ``largest``, 0 is zero."""
+    """Base64 of ``rows`` x ``columns`` signed bytes, where `STEPS` stands for ``largest``."""
     largest: float
     shape: tuple[int, ...]
-    """Of the array."""
+    """Shape of the array."""
     norm: float
 
 
 def picture(array: Any) -> Picture:
     """A picture of an array: its first axes are the rows, its last ones the columns.
 
-    An array of more than two axes, such as a weight of all heads, is split where
-    the two sides are nearest in size. Where there are more than `MOST_ROWS` or `MOST_COLUMNS`, a
-    cell shows the value of largest magnitude of those that it stands for.
+    An array of more than two axes, such as a weight of all heads, is split where the two sides are
+    nearest in size. If there are more than `MOST_ROWS` rows or `MOST_COLUMNS` columns, each cell
+    stands for a group of values and shows the one of largest magnitude.
     """
     x = np.asarray(array, np.float64)
     grid = _shrunk(_shrunk(x.reshape(_rows(x.shape), -1), MOST_ROWS, 0), MOST_COLUMNS, 1)
     grid = np.where(np.isfinite(grid), grid, 0)
-    # One outlier would leave the rest blank.
+    # A quantile, because with the maximum one outlier would leave the rest blank.
     largest = float(np.quantile(np.abs(grid), 0.995)) or float(np.abs(grid).max())
     scaled = grid / largest * STEPS if largest else grid
     cells = np.clip(np.round(scaled), -STEPS, STEPS).astype(np.int8)

@@ -1,5 +1,5 @@
-"""Everything the page shows, computed by the package's own code: the activations and gradients of
-each op on a text, how far they are from JAX's, and what each planted error does to them.
+"""Everything that the page shows, computed by the package's own code: the activations and gradients
+of each op on a text, their errors against JAX's, and the effect of each planted error.
 """
 
 import difflib
@@ -38,7 +38,7 @@ from gptjax.verify.trace import (
 
 CLASSIFIER = "classifier"
 CONTEXT = 2  # lines around a change
-LEAST, MOST = -20.0, 4.0  # of the logarithms of errors: JSON knows neither infinity nor NaN
+LEAST, MOST = -20.0, 4.0  # bounds of errors' logarithms: JSON has neither infinity nor NaN
 
 
 class Traced(NamedTuple):
@@ -102,7 +102,7 @@ def scene(cfg: ModelConfig, params: Any, batch: Batch) -> dict[str, Any]:
 def traced(cfg: ModelConfig, params: Any, batch: Batch) -> Traced:
     """Run the hand-written gradient as the package has it now."""
     (loss, gradient), calls = record(
-        # A function of its own each time: JAX would take the trace of the one before it
+        # A new function each time, since JAX would reuse the trace of the previous one
         lambda params, batch: transformer.loss_and_grad(params, batch, cfg),
         params,
         batch,
@@ -120,7 +120,7 @@ def cotangents_of(reference: Reference) -> list[Any]:
 
 
 def node(i: int, pair: Pair, place: Place, due: Any, largest: float) -> dict[str, Any]:
-    """One op call: where it stands, what goes in and out of it, and how wrong its gradients are."""
+    """One op call: its place, its inputs and outputs, and the errors of its gradients."""
     forward, backward = pair
     names = argument_names(forward.base)
     dy = received_gradient(forward, backward)
@@ -168,12 +168,14 @@ def image(name: str, array: Any) -> dict[str, Any]:
 
 
 def heads(forward: Any) -> list[dict[str, Any]]:
-    """Of attention, the probabilities: for each head a row a query and a column a key."""
+    """Pictures of attention's probabilities, one per head, with queries as rows and keys as
+    columns; none for other ops.
+    """
     if forward.base != "attention":
         return []
     _, T, H, _ = forward.outs[0].shape
     p = forward.outs[-1]  # the last of `MaterialisedSaved` without dropout
-    # The heads that share keys are neighbouring rows
+    # Heads that share keys are adjacent rows: see `rows_of_groups`
     by_head = p[0].reshape(p.shape[1], T, -1, T).swapaxes(1, 2).reshape(H, T, T)
     return [image(f"head {h}", p) for h, p in enumerate(by_head)]
 
@@ -181,8 +183,8 @@ def heads(forward: Any) -> list[dict[str, Any]]:
 def with_classifier(
     nodes: list[dict[str, Any]], pairs: list[Pair], due: list[Any]
 ) -> list[dict[str, Any]]:
-    """The nodes with the classifier between the last norm and the loss: its product is no call of
-    an op, so what surrounds it tells what goes in and out.
+    """The nodes with the classifier inserted between the last norm and the loss. Its product is not
+    a call of an op, so its inputs and outputs are those of the calls around it.
     """
     norm, loss = pairs[-2], pairs[-1]
     h, scores, dscores, dh = (
@@ -215,14 +217,14 @@ def with_classifier(
 
 
 def blocks(pairs: list[Pair], places: list[Place], due: list[Any]) -> list[dict[str, Any]]:
-    """The residual stream as it leaves each block, and the gradients that come and go there."""
+    """The residual stream after each block, and its gradients after and before the block."""
     found = []
     for row in range(1, places[-1].row):
         writers = [i for i, place in enumerate(places) if place.writes_stream]
         reader = next(i for i, p in enumerate(places) if p.reads_stream and p.row > row)
         last = max(i for i in writers if places[i].row <= row)
         first = max(i for i in writers if places[i].row < row)
-        # A sum hands its gradient on to each of its terms
+        # The gradient of a sum is that of each of its terms
         leaving, arriving = pairs[last].backward.ins[-1], pairs[first].backward.ins[-1]
         found.append(
             {
@@ -307,13 +309,14 @@ def damage(
 
 
 def said(told: Mismatch | None) -> str:
-    """What the verifier says."""
-    return str(told) if told else "no op gives another gradient than JAX's"
+    """The verifier's verdict as text."""
+    return str(told) if told else "no op's gradient differs from JAX's"
 
 
 def blamed(told: Mismatch | None, of: Traced) -> str | None:
-    """The node of the op that the verifier names: of several calls of one name, the last, whose
-    backward comes first; of one that computes nothing, as dropout at rate 0, the op before it.
+    """The node of the op that the verifier names. Of several calls with that name it is the last,
+    whose backward runs first. A call that computes nothing, such as dropout at rate 0, has no node:
+    the one before it is blamed.
     """
     forward = [call for call in of.calls if not call.op.endswith("_bwd")]
     number, found = -1, None
@@ -341,7 +344,7 @@ def relative_error(ours: Any, reference: Any) -> float:
 
 
 def logarithm(error: float) -> float:
-    """log10 of an error, with a bound for what has none."""
+    """log10 of an error, clipped to `LEAST` and `MOST`, which also stand for 0 and infinity."""
     if error == 0:
         return LEAST
     return round(min(max(math.log10(error), LEAST), MOST), 2) if error < math.inf else MOST

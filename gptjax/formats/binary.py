@@ -1,5 +1,5 @@
 """llm.c's common file layout: a header of 256 little-endian int32, then arrays without gaps up to
-the end of the file. llama2.c's differ in the header.
+the end of the file. llama2.c's files have another header.
 """
 
 import os

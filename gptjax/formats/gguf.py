@@ -2,8 +2,8 @@
 
 A file is ``GGUF``, a version, the numbers of tensors and of metadata fields, the fields (name, type
 and value), each tensor's name, sizes, type and offset, and the tensors' data, each aligned. All of
-that is checked here before anything is read or allocated; the package ``gguf`` quantizes and
-dequantizes. Matrices are (out, in), and queries and keys rotate neighbours.
+that is checked here before tensors are read or allocated; the package ``gguf`` quantizes and
+dequantizes. Matrices are (out, in), and rotary embeddings rotate neighbours (2i, 2i + 1).
 """
 
 import dataclasses
@@ -67,11 +67,11 @@ PLAIN: dict[str, np.dtype] = {
     "BF16": np.dtype(jnp.bfloat16),
     "F64": np.dtype("<f8"),
 }
-"""Types that are no blocks."""
+"""Types without blocks: one number after the other."""
 BLOCK_BYTES = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20}
-"""Bytes of a block of the types that decoding computes with."""
+"""Bytes of a block, for the quantized types that decoding computes with directly."""
 FILE_TYPES = {"F32": 0, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}
-"""The types that are written, with llama.cpp's number of a file of them."""
+"""Types that can be written, with the `FILE_TYPE` that llama.cpp gives a file of them."""
 
 TABLES: dict[str, Table] = {
     "llama": {
@@ -92,7 +92,7 @@ TABLES: dict[str, Table] = {
 NEIGHBOURS = {"wq", "wk"}
 EMBEDDING, CLASSIFIER, ROPE_FACTORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
 
-# Of an architecture's fields, without its name in front
+# Fields without the prefix that names the architecture
 SIZES = {
     "num_layers": "block_count",
     "num_heads": "attention.head_count",
@@ -105,7 +105,7 @@ OPTIONAL = {"num_kv_heads"}
 NUMBERS = {"rope_theta": "rope.freq_base", "norm_eps": "attention.layer_norm_rms_epsilon"}
 HEAD_SIZES = ("rope.dimension_count", "attention.key_length", "attention.value_length")
 VOCABULARY = "vocab_size"
-# Settings under which the model is the one computed here
+# Settings that are supported only with these values, which change nothing
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rope.scaling.type": ("none", ""),
     "rope.scaling.factor": (0.0, 1.0),
@@ -121,7 +121,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "expert_used_count": (0,),
     "use_parallel_residual": (False,),
 }
-# Settings without an effect on what is computed
+# Settings that do not affect the computation
 IGNORED = {"tensor_data_layout", "rope.scaling.finetuned", "rope.scaling.original_context_length"}
 
 
@@ -138,7 +138,7 @@ class Tensor(NamedTuple):
 
 
 class File(NamedTuple):
-    """A file that was checked."""
+    """A validated file."""
 
     path: Path
     fields: dict[str, Any]
@@ -147,7 +147,7 @@ class File(NamedTuple):
 
     @property
     def title(self) -> str:
-        """What it is, in words, with the number of tensors of each type."""
+        """A description, with the number of tensors of each type."""
         counts = Counter(tensor.type for tensor in self.tensors.values()).most_common()
         return f"{MODEL} ({', '.join(f'{n} {kind}' for kind, n in counts)})"
 
@@ -168,13 +168,13 @@ def library() -> Any:
 
 
 def is_file(path: Path) -> bool:
-    """Whether the file begins as GGUF does."""
+    """Whether the file begins with GGUF's magic number."""
     with open_file(path) as file:
         return file.read(4) == MAGIC
 
 
 class _Reader:
-    """Values one after the other, never past the end."""
+    """Reads one value after the other; raises `FormatError` at the end of the data."""
 
     def __init__(self, path: Path, data: memoryview) -> None:
         self.path, self.data, self.at = path, data, 0
@@ -184,21 +184,27 @@ class _Reader:
         begin, self.at = self.at, self.at + size
         if self.at > len(self.data):
             raise FormatError(
-                f"{self.path} is truncated: its header goes on at byte {begin} for {size} bytes, "
-                f"but the file has {len(self.data)}"
+                f"{self.path} is truncated: its header needs {size} bytes at byte {begin}, but the "
+                f"file has {len(self.data)}"
             )
         return self.data[begin : self.at]
 
     def uint32(self) -> int:
-        """The next number of 4 bytes."""
+        """The next unsigned integer of 4 bytes."""
         return int.from_bytes(self.bytes(4), "little")
 
     def uint64(self) -> int:
-        """The next number of 8 bytes."""
+        """The next unsigned integer of 8 bytes."""
         return int.from_bytes(self.bytes(8), "little")
 
     def count(self, what: str, least: int = 1) -> int:
-        """A number of things that take at least ``least`` bytes each."""
+        """The next integer as a number of items, which must fit the rest of the file.
+
+        Args:
+            what: the items, for the error.
+            least: the fewest bytes that each takes.
+
+        """
         found = self.uint64()
         if found > LARGEST or found * least > len(self.data) - self.at:
             raise FormatError(
@@ -237,7 +243,7 @@ class _Reader:
     @staticmethod
     def _scalar(kind: int, found: Any) -> Any:
         if kind == FLOAT32:
-            return float(str(found))  # 1e-05, where its float64 is 9.99999974e-06
+            return float(str(found))  # float32's 1e-05, which would become 9.99999974e-06
         return bool(found) if kind == BOOL else found.item()
 
 
@@ -246,7 +252,7 @@ def read_file(path: str | os.PathLike[str]) -> File:
 
     Raises:
         ConfigError: the package ``gguf`` is not installed.
-        FormatError: it is no GGUF file, is damaged, or its sizes are not those of the file.
+        FormatError: it is not a GGUF file, is damaged, or has another size than its header implies.
         OSError: it cannot be read.
 
     """
@@ -298,7 +304,7 @@ def _tensors(reader: _Reader, number: int, fields: Mapping[str, Any]) -> dict[st
             raise FormatError(f"{path} has the tensor {name} twice")
         if shape[-1] % block or not math.prod(shape):
             raise FormatError(
-                f"{path}: the tensor {name} has the shape {list(shape)}, which are no whole "
+                f"{path}: the tensor {name} has the shape {list(shape)}, whose rows are not whole "
                 f"blocks of {theirs.name}"
             )
         if offset != end:
@@ -355,8 +361,8 @@ def read_model(path: str | os.PathLike[str]) -> tuple[Architecture, Any, File]:
 
     Raises:
         ConfigError: the package ``gguf`` is not installed.
-        FormatError: see `read_file`; or the model is none that is computed here, or a tensor is
-            missing, unknown, or of another shape or type; the message names it.
+        FormatError: see `read_file`; or the model is not supported, or a tensor is missing,
+            unknown, or of another shape or type; the message names it.
 
     """
     file = read_file(path)
@@ -372,7 +378,7 @@ def read_model(path: str | os.PathLike[str]) -> tuple[Architecture, Any, File]:
             )
     for kind in {tensor.type for tensor in file.tensors.values()} - PLAIN.keys():
         if not _can_dequantize(kind):
-            raise FormatError(f"{path} has tensors of type {kind}, which is not read here")
+            raise FormatError(f"{path} has tensors of type {kind}, which is not supported")
     blocks = _blocks(file)
 
     def read(tensor: FileTensor, layer: int | None, part: Part) -> np.ndarray:
@@ -396,12 +402,13 @@ def read_model(path: str | os.PathLike[str]) -> tuple[Architecture, Any, File]:
 
 
 class RawBlocks(NamedTuple):
-    """A tensor's blocks of 32 inputs, outputs first."""
+    """A matrix in N blocks of 32 inputs for each of its O outputs."""
 
     kind: str
     """GGML's name of the type, as in ``Q4_1``."""
     integers: np.ndarray
-    """(O, N, bytes) uint8: signed integers of 8 bits; or of 4, the lower halves of the bytes first.
+    """(O, N, bytes) uint8: signed integers of 8 bits; or of 4 bits, two in a byte: those of the
+    lower halves come first.
     """
     scale: np.ndarray
     """(O, N) float16."""
@@ -451,8 +458,8 @@ def _file_tensors(cfg: Architecture) -> list[FileTensor]:
 
 
 def _architecture(file: File) -> Architecture:
-    """The architecture that the metadata describe; a setting that is not computed here is
-    refused.
+    """The architecture that the metadata describe; raises `FormatError` for an unsupported
+    setting.
     """
     path, fields = file.path, file.fields
     family = fields.get(ARCHITECTURE)
@@ -469,7 +476,7 @@ def _architecture(file: File) -> Architecture:
         )
     if ROPE_FACTORS in file.tensors:
         raise FormatError(
-            f"{path} scales its rotary embedding ({ROPE_FACTORS}), which is not computed here"
+            f"{path} scales its rotary embedding ({ROPE_FACTORS}), which is not supported"
         )
     if EMBEDDING not in file.tensors:
         raise FormatError(f"{path} lacks the tensor {EMBEDDING}")
@@ -487,7 +494,7 @@ def _architecture(file: File) -> Architecture:
             raise FormatError(f"{path} has no usable {family}.{name}: {found[ours]!r}")
     for ours, name in NUMBERS.items():
         if name == NUMBERS["rope_theta"] and name not in settings:
-            continue  # our default is theirs
+            continue  # llama.cpp's default is the same as ours
         found[ours] = settings.pop(name, None)
         if not isinstance(found[ours], float):
             raise FormatError(f"{path} has no usable {family}.{name}: {found[ours]!r}")
@@ -510,11 +517,11 @@ def _architecture(file: File) -> Architecture:
         if name in IGNORED:
             continue
         if name not in expected:
-            raise FormatError(f"{path} has the setting {family}.{name}, which is not known here")
+            raise FormatError(f"{path} has the setting {family}.{name}, which is not supported")
         if not isinstance(value, str | bool | int | float) or value not in expected[name]:
             raise FormatError(
                 f"{path} has {family}.{name} {value!r}, but only {expected[name][-1]!r} is "
-                "computed here"
+                "supported"
             )
     return cfg
 
@@ -528,7 +535,7 @@ def write_model(
 ) -> None:
     """Write a model for llama.cpp, tensor by tensor.
 
-    Vectors are float32; so are, in Q8_0, matrices whose rows are no whole blocks.
+    Vectors are float32, and so, in a file of blocks, are matrices whose rows are not whole blocks.
 
     Args:
         path: the file, written atomically.

@@ -47,7 +47,7 @@ ROPE = {
     "type": ("default",),
     "partial_rotary_factor": (1.0, None),
 }
-"""What may be said of a rotary embedding that is not scaled."""
+"""Settings of an unscaled rotary embedding, the only one supported, with their values."""
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -62,10 +62,10 @@ class Convention(NamedTuple):
     sizes: dict[str, tuple[str, ...]]
     """Fields that hold each dimension: all are written, the first one present is read."""
     implied: tuple[str, ...]
-    """Dimensions whose field may be missing or null, which means our default."""
+    """Dimensions whose field may be missing or null, and is then our default."""
     read_rest: Callable[[Path, dict[str, Any], dict[str, Any]], dict[str, Any]]
-    """``read_rest(path, fields, found)``: what is not a dimension, after the dimensions are
-    found.
+    """``read_rest(path, fields, found)``: the settings that are not dimensions, given the
+    dimensions ``found``.
     """
     write_rest: Callable[[Architecture], dict[str, Any]]
     """The fields that `read_rest` reads."""
@@ -106,7 +106,7 @@ def _read_llama(path: Path, fields: dict[str, Any], found: dict[str, Any]) -> di
 
 
 def _rope_theta(path: Path, fields: dict[str, Any]) -> Any:
-    """The rotary embedding's base: in ``rope_parameters``, or of older models at the top level.
+    """The rotary embedding's base: in ``rope_parameters``, or in older models at the top level.
 
     Raises:
         FormatError: the rotary embedding is not the default one, or has two bases.
@@ -137,7 +137,10 @@ def _number(path: Path, name: str, value: Any) -> float:
 
 
 def _write_llama(cfg: Architecture) -> dict[str, Any]:
-    """The rotary embedding's base stands where old and new versions of ``transformers`` look."""
+    """The fields of a Llama that are not dimensions.
+
+    The rotary embedding's base is where old and where new versions of ``transformers`` look for it.
+    """
     return {
         "head_dim": cfg.head_dim,
         "rope_theta": cfg.rope_theta,

@@ -14,8 +14,8 @@ def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a JSON object from a file.
 
     Raises:
-        FormatError: it cannot be read, is no regular file, is larger than `LARGEST`, or holds
-            something else.
+        FormatError: it cannot be read, is not a regular file, is larger than `LARGEST`, or does not
+            hold a JSON object.
 
     """
     try:

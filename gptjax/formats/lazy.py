@@ -23,7 +23,7 @@ class LazyTensor:
     load: Callable[[], np.ndarray]
     """Reads the tensor, with shape `shape`."""
     blocks: Callable[[], Any] | None = None
-    """Reads the blocks that the file stores it in; None if it stores none that decoding takes."""
+    """Reads the quantized blocks in the file; None if there are none that decoding can use."""
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """NumPy's protocol."""

@@ -11,9 +11,9 @@ classifier has a matrix of its own. The others begin with the magic number, the 
 seven; byte 36 is 1 if the classifier is tied to the embeddings, and bytes 37 to 40 of version 2 are
 the size of a group. Tensors follow in the order of `ORDERS`, stacked over the layers, matrices as
 (out, in). Version 0 has a table of cosines and one of sines (T, D/2) before the classifier, which
-nothing reads. Queries and keys rotate neighbours.
+nothing reads. Rotary embeddings rotate neighbours (2i, 2i + 1).
 
-No version holds the rotary embedding's theta or the norm's eps: run.c takes 10000 and 1e-5.
+No version holds the rotary embedding's theta or the norm's eps: run.c uses 10000 and 1e-5.
 """
 
 import math
@@ -44,10 +44,10 @@ VERSIONS = (0, 1, 2)
 FIELDS = struct.Struct("<7i")
 HEADER_BYTES = 256  # of versions 1 and 2
 FLOAT32 = np.dtype("<f4")
-GROUP = 64  # numbers to a scale, where the widths allow it
+GROUP = 64  # numbers that share a scale, if the widths allow it
 LARGEST = 2**24  # upper bound of any header field
 ASSUMED: dict[str, Any] = {"rope_theta": 1e4, "norm_eps": 1e-5}
-"""What the file does not hold, and run.c takes for granted."""
+"""Settings that the file does not hold, with the values in run.c."""
 NEWER = "att_norm ffn_norm final_norm tok_emb wq wk wv wo w1 w2 w3 wcls"
 ORDERS = {
     0: "tok_emb att_norm wq wk wv wo ffn_norm w1 w2 w3 final_norm wcls",
@@ -57,12 +57,12 @@ ORDERS = {
 
 
 class Header(NamedTuple):
-    """What a file says before its tensors."""
+    """The contents of a file's header."""
 
     version: int
     cfg: Architecture
     group: int
-    """Numbers to a scale; 0 in float32."""
+    """Numbers that share a scale; 0 if the file is in float32."""
     size: int
     """Bytes of the file."""
 
@@ -75,8 +75,8 @@ def is_model(path: Path) -> bool:
 
 
 def announced_size(path: Path) -> int | None:
-    """Bytes that a file has to have if the seven numbers that it begins with are those of version
-    0; None if they are not.
+    """Bytes that a file of version 0 must have, given the seven numbers that it begins with; None
+    if these cannot be a version 0 header.
     """
     try:
         return _layout(path, _read_header(path))[-1]
@@ -118,8 +118,9 @@ def write_model(
 ) -> None:
     """Write a model, tensor by tensor.
 
-    Version 2 has groups of `GROUP` numbers, or of the largest of its halves that divides both
-    widths: runq.c multiplies a row group by group, so that none may reach into the next row.
+    In version 2 groups of `GROUP` numbers share a scale. The size of a group is halved until it
+    divides both widths, because runq.c multiplies each row group by group, so that a group must not
+    reach into the next row.
 
     Args:
         path: the file, written atomically.
@@ -175,14 +176,14 @@ def quantize(array: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
     groups = np.asarray(array, FLOAT32).reshape(-1, group)
     scales = np.abs(groups).max(1) / FLOAT32.type(127)
     divisors = np.where(scales == 0, 1, scales)
-    # A scale that is subnormal may be rounded so far down that a quotient exceeds 127
+    # A subnormal scale may be rounded down so far that a quotient exceeds 127.
     integers = np.rint(groups / divisors[:, None]).clip(-127, 127).astype(np.int8)
     return integers, scales
 
 
 def dequantize(integers: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """The float32 numbers that `quantize` made something of: flat, scale after scale."""
-    with np.errstate(over="ignore", invalid="ignore"):  # told of where finite numbers are needed
+    """The inverse of `quantize`, up to rounding: flat float32 numbers, group after group."""
+    with np.errstate(over="ignore", invalid="ignore"):  # checked where finite numbers are needed
         return (integers.reshape(len(scales), -1) * scales[:, None]).reshape(-1)
 
 

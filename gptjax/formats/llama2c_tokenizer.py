@@ -1,8 +1,9 @@
 """llama2.c's ``tokenizer.bin``: the text and the score of each token.
 
-The longest token's length as uint32, then for each token a float32 score, a uint32 length, from 1
-on, and as many bytes, up to the end of the file: nothing says how many there are. Ids 0, 1 and 2
-are the unknown token, the beginning and the end of a text; then come the 256 bytes as ``<0x41>``.
+The longest token's length as uint32, then for each token a float32 score, a uint32 length of at
+least 1, and that many bytes. The tokens go on to the end of the file, which does not hold their
+number. Ids 0, 1 and 2 are the unknown token, the beginning and the end of a text; then come the 256
+bytes, written as in ``<0x41>``.
 """
 
 import os
@@ -28,8 +29,8 @@ def read_tokenizer(path: str | os.PathLike[str]) -> tuple[list[bytes], list[floa
     """Read the bytes of each token as they are in the file, and its score.
 
     Raises:
-        FormatError: a token is cut, empty or longer than the header says, a score is not finite, or
-            the bytes are not tokens 3 to 258.
+        FormatError: a token is truncated, empty or longer than the header says, a score is not
+            finite, or tokens 3 to 258 are not the 256 bytes.
 
     """
     path = Path(path)

@@ -206,7 +206,7 @@ def read_debug_state(path: str | os.PathLike[str], cfg: Architecture) -> DebugSt
     """Read a debug state of the model ``cfg``; the file does not describe its model.
 
     Raises:
-        ConfigError: the format holds no model of that family.
+        ConfigError: the format does not support the family.
         FormatError: wrong magic, version or size, or a token id outside the vocabulary.
 
     """
@@ -251,7 +251,7 @@ def write_debug_state(
     """Write a debug state; version 2 is what llm.c's C test reads.
 
     Raises:
-        ConfigError: the format holds no model of that family.
+        ConfigError: the format does not support the family.
         ValueError: a version other than 1 and 2.
         OSError: it cannot be written.
 

@@ -1,9 +1,9 @@
 """llm.c's evaluation files: multiple-choice questions as token ids, such as ``hellaswag_val.bin``.
 
 A header of 256 little-endian int32, ``[20240522, 1, number of examples, bytes of the longest,
-0...]``, then uint16 alone: for each example 65535, its bytes (these five numbers included), its
-index, the right ending's, the number of endings, 4; then the context and each ending, as the number
-of its tokens and their ids. The ids are GPT-2's.
+0...]``, then only uint16. Each example begins with five numbers: 65535, its size in bytes (with
+these five), its index, the index of the right ending, and the number of endings, 4. The context and
+each ending follow, each as the number of its tokens and their ids. The ids are GPT-2's.
 """
 
 import os
@@ -20,7 +20,7 @@ MAGIC, VERSION, KIND = 20240522, 1, "llm.c evaluation file"
 START = 65535
 ENDINGS = 4
 FIXED = 5  # numbers before the context's length
-SHORTEST = FIXED + 2 * (1 + ENDINGS)  # numbers of an example of one token in each place
+SHORTEST = FIXED + 2 * (1 + ENDINGS)  # numbers of an example whose texts have one token each
 LARGEST = 1 << 16  # examples, as their index is a uint16
 
 

@@ -1,8 +1,8 @@
 """llm.c's ``gpt2_tokenizer.bin``: the bytes of each token.
 
 A header of 256 little-endian uint32, ``[20240328, version, number of tokens, end-of-text id,
-0...]`` (version 1 has no end-of-text id; it is 50256 there), then for each token one byte of
-length, from 1 on, and as many bytes.
+0...]`` (version 1 does not hold the end-of-text id, which is 50256), then for each token its
+length, at least 1, in one byte, and that many bytes.
 """
 
 import os

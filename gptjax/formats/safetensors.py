@@ -55,9 +55,9 @@ TABLES: dict[str, Table] = {
         "lnfb": "lnfb",
     }
 }
-# In the metadata of every model
+# Fields in the metadata of every model
 REQUIRED = ("num_layers", "num_heads", "channels", "vocab_size", "max_seq_len")
-# Of a field in the metadata, by its type
+# What a field of each type looks like in the metadata
 PATTERNS: dict[type, str] = {
     int: "[0-9]{1,9}",
     float: "[0-9]{1,9}([.][0-9]{1,20})?(e[+-]?[0-9]{1,2})?",
@@ -184,9 +184,8 @@ def _architecture(path: Path, metadata: dict[str, str]) -> Architecture:
             found[field.name] = text == "True" if kind is bool else kind(text)
         else:
             raise FormatError(
-                f"{path} does not say the model's {', '.join(REQUIRED)} in its metadata: it is "
-                "not one of gptjax's; "
-                "of a Hugging Face model name the folder, with its config.json"
+                f"{path} has no valid {', '.join(REQUIRED)} in its metadata, so gptjax did not "
+                "write it; for a Hugging Face model, give the folder with its config.json"
             )
     try:
         cfg = Architecture(**found)

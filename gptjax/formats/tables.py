@@ -2,7 +2,7 @@
 
 A format has one `Table` for each family: the file's names, and the parameters that each holds.
 Matrices in a file are (in, out) or (out, in), with the axes of heads merged. A tensor that holds
-several parameters, as GPT-2's ``c_attn`` holds queries, keys and values, has them side by side
+several parameters, such as GPT-2's ``c_attn`` with queries, keys and values, concatenates them
 along their outputs. Everything else follows from the family's weight table.
 """
 
@@ -104,7 +104,7 @@ def file_tensors(
         neighbours: parameters whose heads the file rotates by neighbours (`Part.neighbours`).
 
     """
-    found_as = {row[:2]: row for row in rows(cfg)}  # a name can be in both
+    found_as = {row[:2]: row for row in rows(cfg)}  # a name may occur in and outside the blocks
     found = []
     for name, params in table.items():
         held = [

@@ -44,8 +44,8 @@ FLAVOURS = {
 }
 # Magic numbers of llm.c are dates
 DATES = range(20240101, 20300101)
-LOOKED_AT = 1 << 16  # numbers
-MOST = np.iinfo(np.int32).max  # ids, as the header's count is an int32
+LOOKED_AT = 1 << 16  # numbers to sample at each of three places
+MOST = np.iinfo(np.int32).max  # ids in a shard, because the header's count is an int32
 
 
 class Shard(NamedTuple):
@@ -167,7 +167,7 @@ def write_shard(
             file.write(np.ascontiguousarray(ids, flavour.dtype).data)
             count += ids.size
         if not count:
-            raise DataError(f"there is not one token id to write to {path}: bring more text")
+            raise DataError(f"there are no token ids to write to {path}: give more text")
         if count > MOST:
             raise ValueError(f"a shard holds up to {MOST} token ids, not {count}: {path}")
         file.seek(0)

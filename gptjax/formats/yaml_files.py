@@ -39,7 +39,7 @@ def read_mapping(path: str | os.PathLike[str]) -> dict[Any, Any]:
     """Read a mapping from a file.
 
     Raises:
-        FormatError: it is no regular file of at most `LARGEST` bytes, or holds something else.
+        FormatError: it is not a regular file of at most `LARGEST` bytes, or not a YAML mapping.
         OSError: it cannot be read.
 
     """
@@ -48,7 +48,7 @@ def read_mapping(path: str | os.PathLike[str]) -> dict[Any, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise FormatError(f"{path} is not YAML: {error}") from error
     if not isinstance(found, dict):
-        raise FormatError(f"{path} holds no KEY: VALUE")
+        raise FormatError(f"{path} does not hold KEY: VALUE lines")
     return found
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Int
 from gptjax.config import ModelConfig
 from gptjax.ops import IGNORE_INDEX
 
-NAMED = 3  # invalid ids that an error lists
+NAMED = 3  # most invalid ids that an error lists
 Ids = Int[Array, "B T"] | Int[np.ndarray, "B T"]
 
 
@@ -21,8 +21,8 @@ class Batch(NamedTuple):
 
     A target of `IGNORE_INDEX` does not count. The optional ``mask``, (B, T) float, weights each
     target; 0 excludes it. The optional ``segments``, (B, T) int32, numbers the documents that are
-    packed into a sequence, one after the other: positions restart at each, and a token attends to
-    its own alone.
+    packed one after the other into a sequence: positions restart at 0 in each, and a token attends
+    only to its own document.
     """
 
     inputs: Any
@@ -34,8 +34,8 @@ class Batch(NamedTuple):
 def checked_ids(name: str, ids: Any, cfg: ModelConfig, ignored: bool = False) -> Int[Array, "B T"]:
     """Validate ids and return them as a JAX array, (B, T).
 
-    The shape is always checked, under `jax.jit` too; the ids only in a NumPy array, where reading
-    them needs no device transfer.
+    The shape is always checked, even under `jax.jit`. The ids are checked only in a NumPy array,
+    where reading them needs no transfer from the device.
 
     Args:
         name: the ids' name in errors.
@@ -54,8 +54,8 @@ def checked_ids(name: str, ids: Any, cfg: ModelConfig, ignored: bool = False) ->
         )
     if ids.shape[1] > cfg.max_seq_len:
         raise ValueError(
-            f"{name} are {ids.shape[1]} tokens long and the model reads at most "
-            f"max_seq_len {cfg.max_seq_len}: cut them shorter"
+            f"{name} are {ids.shape[1]} tokens long, but the model reads at most "
+            f"max_seq_len {cfg.max_seq_len}: shorten them"
         )
     if isinstance(ids, np.ndarray):
         outside = (ids < 0) | (ids >= cfg.vocab_size)

@@ -1,4 +1,4 @@
-"""The classifier's rows cut into chunks; on a mesh, each device's share is cut."""
+"""Cut the classifier's rows into chunks; on a mesh, cut each device's share of the rows."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,8 +11,9 @@ from gptjax.config import ModelConfig
 from gptjax.ops import target_weights
 from gptjax.parallel.sharding import num_shards, sum_to_param_layout
 
-# Rows of a chunk at least: with fewer, adding to the head's gradient takes longer than its product
-# (4 bytes read and written an element, 2 FLOPs a row, 240 FLOPs a byte on an H100).
+# Least rows in a chunk. With fewer, adding to the head's gradient (4 bytes read and written per
+# element) takes longer than its product (2 FLOPs per element and row) at the 240 FLOPs per byte of
+# an H100.
 LEAST_ROWS = 2048
 
 
@@ -52,9 +53,9 @@ def join_chunks(chunks: Sequence[Array], like: Float[Array, "B T C"]) -> Float[A
 
 
 def sum_of_shares(f: Callable[..., Array], *rows: Array) -> Array:
-    """``f(*rows)``, a sum over rows, with one term per share, (n, ...).
+    """``f(*rows)``, a sum over rows, kept as one term for each device's share: (n, ...).
 
-    Keeping the terms apart lets `total` communicate once for all chunks.
+    Keeping the terms separate lets `total` communicate once for all chunks.
     """
     if _shares() == 1:
         return f(*rows)

@@ -20,7 +20,7 @@ class Weight(NamedTuple):
     kind: Literal["matrix", "table", "vector"]
     """A matrix multiplies activations; a table is looked up; a vector acts elementwise."""
     init: Literal["normal", "residual", "zeros", "ones"]
-    """N(0, 0.02^2), divided by sqrt(2 L) for projections into the residual stream; or constant."""
+    """N(0, 0.02^2), for projections into the residual stream divided by sqrt(2 L); or constant."""
     inputs: int = 1
     """The number of a matrix's leading input axes."""
 
@@ -43,7 +43,7 @@ class Family(Protocol):
     def weights(self, cfg: Architecture) -> Any:
         """A ``Params`` of `Weight`, whose ``blocks`` is a single layer's ``Block``.
 
-        A field that the configuration does without is None.
+        A field that this configuration does not use is None.
         """
 
     def head_name(self, cfg: Architecture) -> str:

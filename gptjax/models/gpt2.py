@@ -110,7 +110,7 @@ def embed_bwd(
     dhead: Array,
     dx: Float[Array, "B T C"],
 ) -> dict[str, Array]:
-    """Gradients of wpe and of wte, which is also the classifier."""
+    """Gradients of wpe and of wte; the latter includes ``dhead``, since wte is the classifier."""
     dx = dx.astype(dhead.dtype)
     dp = dx.sum(0) if positions.ndim == 1 else dx
     dwpe = embedding_bwd(positions, jnp.zeros_like(params.wpe), dp)

@@ -1,4 +1,4 @@
-"""The ops for the models' blocks: with the barriers that XLA needs, on weights in any storage.
+"""The ops as the models' blocks call them: with barriers for XLA, and on weights in any storage.
 
 Each computes the same numbers as the op of the same name in `gptjax.ops`. Barriers decide what the
 backward stores and what it recomputes. This module ignores the mesh: `gptjax.models.transformer`
@@ -53,7 +53,7 @@ __all__ = [
 
 
 def linear_fwd(x: Array, w: Any, b: Array | None = None) -> tuple[Array, Any]:
-    """`ops.linear_fwd`, also on weights stored for decoding."""
+    """`ops.linear_fwd`; the weights may be stored for decoding."""
     return quantized_linear(x, w, b) if isinstance(w, OutIn | Blocks) else ops.linear_fwd(x, w, b)
 
 
@@ -80,12 +80,12 @@ def rmsnorm_bwd(saved: Any, w: Array, dy: Array) -> tuple[Array, Array]:
     return cpu_barrier(dw, dx), dw
 
 
-@jax.jit  # under one name, by which the verifier finds it whatever the form
+@jax.jit  # so that the verifier finds both forms under one name
 def gelu_fwd(x: Array) -> tuple[Array, Array]:
     """`ops.gelu_fwd`; on CUDA in the form that XLA fuses into the product that made x.
 
-    cuBLASLt then computes it from the product's float32 sums. XLA recognises the equation only in
-    x's own dtype.
+    cuBLASLt then computes it from the product's float32 sums. XLA recognises the equation only if
+    it is computed in x's own dtype.
     """
     return lax.platform_dependent(x, cuda=_gelu_of_product, default=_gelu), x
 
@@ -122,14 +122,14 @@ def swiglu_again(dx: Array, saved: Any) -> Array:
 
 
 def classifier_fwd(h: Float[Array, "N C"], head: Any) -> Float[Array, "N Vp"]:
-    """``h head^T``, also with a classifier stored for decoding."""
+    """``h head^T``; the classifier may be stored for decoding."""
     if isinstance(head, OutIn | Blocks):
         return product(h, head)
     return contract("nc,vc->nv", h, head.astype(h.dtype))
 
 
 def embedding_fwd(ids: Int[Array, "..."], table: Any) -> Float[Array, "..."]:
-    """`ops.embedding_fwd`, also of a table stored for decoding."""
+    """`ops.embedding_fwd`; the table may be stored for decoding."""
     return (
         table_rows(table, ids)
         if isinstance(table, OutIn | Blocks)
@@ -140,8 +140,8 @@ def embedding_fwd(ids: Int[Array, "..."], table: Any) -> Float[Array, "..."]:
 def residual_fwd(x: Float[Array, "B T C"], y: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
     """``x + y``, a branch's output added to the residual stream.
 
-    cuBLASLt adds x to a product as it writes it. XLA's GPU compiler copies x first, unless x is
-    the matrix of that product's own shape that it can see to be used again.
+    cuBLASLt can add x while it writes the product that made y. XLA's GPU compiler copies x first,
+    unless x itself has the product's shape, (N, C), and XLA sees that x is used again.
     """
     return (_rows(x) + _rows(y)).reshape(x.shape)
 

@@ -1,8 +1,8 @@
 """Llama (Touvron et al. 2023): its weights, its block, and the block's backward derived by hand.
 
-Against GPT-2: RMSNorm for LayerNorm, rotary positions in each layer for a table of positions,
-SwiGLU for GELU, groups of query heads that share keys and values, no biases, and a classifier that
-may be a matrix of its own.
+It differs from GPT-2 in these: RMSNorm instead of LayerNorm, rotary positions in each layer instead
+of a table of positions, SwiGLU instead of GELU, groups of query heads that share keys and values,
+no biases, and a classifier that may have its own matrix.
 """
 
 from typing import Any, NamedTuple
@@ -112,7 +112,7 @@ def embed_bwd(
     dhead: Array,
     dx: Float[Array, "B T C"],
 ) -> dict[str, Any]:
-    """Gradients of tok_emb, to which a tied classifier adds its own, and of an untied one."""
+    """Gradients of tok_emb and of wcls; if tied, tok_emb's includes the classifier's, ``dhead``."""
     dx = dx.astype(dhead.dtype)
     if params.wcls is None:
         return {"tok_emb": embedding_bwd(tokens, dhead, dx)}

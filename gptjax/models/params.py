@@ -66,7 +66,7 @@ def param_shapes(cfg: Architecture, layered: bool = True) -> Any:
 
 
 def rows(cfg: Architecture) -> list[tuple[str, bool, Weight, tuple[int, ...]]]:
-    """(name, is per layer, `Weight`, shape of one layer) of each tensor, in order."""
+    """(name, whether each layer has one, `Weight`, shape in one layer) of each tensor, in order."""
     table, shapes = weight_table(cfg, layered=False), param_shapes(cfg, layered=False)
     found = []
     for name, weight, shape in zip(table._fields, table, shapes, strict=True):

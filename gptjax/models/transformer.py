@@ -87,7 +87,7 @@ def blocks_bwd(
 
     def body(dx: Array, w_key_saved: tuple[Any, Any, Any]) -> tuple[Array, Any]:
         w, key, saved = w_key_saved
-        # Without this, a scan over layers may carry dx sharded along channels.
+        # Without this layout, a scan over layers may carry dx sharded along channels.
         dx = compute_layout(dx, "B", None, None)
         if cfg.recompute == "block":
             _, saved = training_block(
@@ -146,7 +146,7 @@ def to_params(dw: Any, w: Any, cfg: ModelConfig) -> Any:
     def scatter(weight: Any, x: Array) -> Array:
         if weight.kind != "matrix":
             return param_layout(x, *weight.axes)
-        # Flat, because XLA's TPU compiler makes no reduce-scatter of a sum with more axes.
+        # Flat, because XLA's TPU compiler does not make a reduce-scatter of a sum with more axes.
         inputs, outputs = weight.axes[0], weight.axes[weight.inputs]
         flat = x.reshape(math.prod(x.shape[: weight.inputs]), -1)
         return param_layout(flat, inputs, outputs).reshape(x.shape)
@@ -172,7 +172,7 @@ def embed_fwd(
 
     On a mesh, each device looks up its share of the channels for the rows of all fsdp devices, in
     the compute dtype; an all-to-all then exchanges rows and channels. By default XLA keeps the
-    activations sharded along channels, which sends up to 3.5 times as much.
+    activations sharded along channels, which sends up to 3.5 times as many bytes.
     """
     x = family_of(cfg).embed_fwd(params, param_layout(inputs, "B", None), positions, cfg)
     return compute_layout(param_layout(x, "B", None, "C"), "B", None, None)
@@ -194,7 +194,7 @@ def embed_bwd(
 def positions_of(
     inputs: Int[Array, "B T"], segments: Int[Array, "B T"] | None = None
 ) -> Int[Array, "*B T"]:
-    """Positions 0, 1, 2... of the tokens; (B, T), from 0 in each segment, if there are any."""
+    """Positions 0, 1, 2... of the tokens, (T); with segments (B, T), from 0 in each segment."""
     place = jnp.arange(inputs.shape[1], dtype=jnp.int32)
     if segments is None:
         return place

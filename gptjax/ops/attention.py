@@ -43,10 +43,11 @@ def attention_fwd(
         q: queries (B, T, H, D).
         k: keys (B, T, K, D), each for a group of H / K query heads.
         v: values (B, T, K, D).
-        rate: dropout on the attention probabilities; ``cudnn`` and ``splash`` do not support it.
+        rate: dropout rate of the attention probabilities; 0 for ``cudnn`` and ``splash``, which do
+            not support dropout.
         key: dropout's random key; None disables dropout.
-        segments: the number of each token's document (B, T), where several are packed into a
-            sequence: a token attends to its own alone. ``cudnn`` does not support it.
+        segments: (B, T), the number of each token's document, if several are packed into a
+            sequence: a token attends only to its own document. ``cudnn`` does not support them.
 
     Raises:
         ValueError: the implementation is unknown or does not support the dropout or the segments.
@@ -60,14 +61,15 @@ def attention_fwd(
         case "cudnn" | "splash":
             if rate and key is not None:
                 raise ValueError(
-                    f"{implementation} attention has no dropout: "
+                    f"{implementation} attention does not support dropout: "
                     "use attention materialised or blockwise, or dropout 0"
                 )
             if implementation == "splash":
                 return splash_fwd(q, k, v, segments)
             if segments is not None:
                 raise ValueError(
-                    "cudnn attention has no segments: use attention materialised or blockwise"
+                    "cudnn attention does not support segments: "
+                    "use attention materialised or blockwise"
                 )
             return cudnn_fwd(q, k, v)
     raise ValueError(
@@ -86,7 +88,7 @@ def attention(
     segments: Segments | None = None,
 ) -> tuple[Heads, None]:
     """`attention_fwd` for JAX to differentiate: it saves nothing, and kernels use their own
-    rules.
+    derivative rules.
     """
     if not (rate and key is not None):
         if implementation == "splash":
@@ -121,7 +123,7 @@ class MaterialisedSaved(NamedTuple):
 
 
 def causal(T: int, segments: Segments | None = None) -> Bool[Array, "*B T T"]:
-    """Which keys each query sees: itself and those before it, of its own segment."""
+    """Mask of the keys that each query attends to: its own and earlier ones in its segment."""
     triangle = jnp.tri(T, dtype=bool)
     if segments is None:
         return triangle
@@ -139,10 +141,10 @@ def materialised_fwd(
 ) -> tuple[Heads, MaterialisedSaved]:
     """``o = dropout(p) v``, ``p = softmax(s)`` over the keys, ``s = q k^T / sqrt(D)``.
 
-    Each of the K heads of keys and values serves G = H / K query heads, which are rows of queries
-    like any others (`rows_of_groups`). Scores that are not ``visible`` are -inf. ``visible``
-    defaults to the causal triangle; packed documents and decoding, whose keys come from a cache,
-    have their own.
+    Each of the K heads of keys and values serves G = H / K query heads, which are treated as
+    further rows of queries (`rows_of_groups`). Scores that are not ``visible`` are -inf.
+    ``visible`` defaults to the causal triangle; packed documents and decoding, whose keys come from
+    a cache, pass their own mask.
 
     Derivation of the backward, with r = dropout(p):
 
@@ -152,7 +154,7 @@ def materialised_fwd(
         dq = ds k / sqrt(D),   dk = ds^T q / sqrt(D)
 
     dk and dv are sums over rows, and so over a group's heads. A masked score has p = 0 and
-    therefore ds = 0: the mask adds nothing to the backward.
+    therefore ds = 0, so the backward needs no mask.
 
     Saved: q, k, v, the probabilities and the dropout mask: O(T^2) memory, no recomputation.
     """
@@ -194,7 +196,7 @@ def cudnn_fwd(q: Heads, k: KeyHeads, v: KeyHeads) -> tuple[Heads, Any]:
     Needs a CUDA GPU of compute capability 8.0 or later, a 16-bit dtype, and D a multiple of 8 and
     at most 128.
 
-    Saved: JAX's handle on the kernel's own backward.
+    Saved: the function of `jax.vjp` that runs the kernel's own backward.
     """
     return jax.vjp(_cudnn, q, k, v)
 

@@ -16,11 +16,11 @@ from gptjax.ops.dropout import dropout_bwd, dropout_fwd
 from gptjax.ops.heads import heads_of_rows, rows_of_groups
 from gptjax.xla.products import accumulation_dtype
 
-BLOCK = 128  # at most so many rows of queries, and of keys, in a block
+BLOCK = 128  # most positions of queries, and of keys, in a block
 
 Heads = Float[Array, "B T H D"]
 KeyHeads = Float[Array, "B T K D"]
-Blocks = Float[Array, "N B K R D"]  # N blocks of R rows, of G heads at each position
+Blocks = Float[Array, "N B K R D"]  # N blocks of R rows, G for each position
 KeyBlocks = Float[Array, "N B K S D"]
 
 
@@ -65,7 +65,7 @@ def blockwise_fwd(
         dv = r^T do,   dp = (do v^T) through dropout,   ds = p (dp - delta)
         dq = ds k / sqrt(D),   dk = ds^T q / sqrt(D)
 
-    where delta = sum_s dp p = sum_s dr r = do . o: one number a row replaces a sum over all keys.
+    where delta = sum_s dp p = sum_s dr r = do . o: one number per row replaces a sum over all keys.
     The G query heads that share a head of keys and values are rows, as in the materialised form.
     """
     (_, T, H, _), K, acc = q.shape, k.shape[2], accumulation_dtype(q)
@@ -103,7 +103,8 @@ def blockwise_fwd(
             return lax.cond(j <= i, visit, lambda carry: carry, carry), None
 
         empty = (
-            # Finite, because a row may see nothing in the first blocks, and inf - inf is NaN.
+            # Finite, because all scores of a row may be -inf in the first blocks, and inf - inf is
+            # NaN.
             jnp.full(shape[:-1], jnp.finfo(acc).min, acc),
             jnp.zeros(shape[:-1], acc),
             jnp.zeros(shape, acc),
@@ -167,8 +168,8 @@ def blockwise_bwd(
 def _scores(
     qi: Array, kj: Array, i: Array, j: Array, si: Array | None, sj: Array | None
 ) -> Float[Array, "B K R S"]:
-    """Scaled scores of query block i against key block j, -inf for keys after the query or of
-    another segment.
+    """Scaled scores of query block i against key block j; -inf for keys that come after the query
+    or belong to another segment.
     """
     s = jnp.einsum(
         "bkrd,bksd->bkrs", qi, kj, preferred_element_type=accumulation_dtype(qi)
@@ -189,9 +190,9 @@ def _block_key(key: Key[Array, ""] | None, i: Array, j: Array, N: int) -> Key[Ar
 
 
 def _to_blocks(x: Shaped[Array, "B T K D"], R: int) -> Shaped[Array, "N B K R D"]:
-    """Cut the rows into N blocks of R, zeros filling the last one.
+    """Cut the rows into N blocks of R, padding the last one with zeros.
 
-    Causality hides these rows from the real ones.
+    The causal mask hides the padding from all real rows.
     """
     B, T, K, D = x.shape
     N = -(-T // R)

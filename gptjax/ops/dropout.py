@@ -20,7 +20,7 @@ def dropout_fwd(
     Derivation of the backward: the map is linear and diagonal in x, so ``dx = dy keep / (1 -
     rate)``.
 
-    Saved: keep, one byte an element, to draw the random bits only once.
+    Saved: keep, one byte per element, so that the random bits are drawn only once.
 
     Raises:
         ValueError: the rate is outside [0, 1).

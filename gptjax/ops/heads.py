@@ -9,8 +9,8 @@ Rows = Shaped[Array, "B R K D"]
 
 
 def rows_of_groups(x: Heads, K: int) -> Rows:
-    """The H query heads as T G rows of K heads: the G heads that share keys and values are further
-    rows of queries, a position's next to each other.
+    """Reshape H query heads to K heads with R = T G rows, so that the G heads that share keys and
+    values become rows of one head. The G rows of a position are adjacent.
     """
     B, T, H, D = x.shape
     return x.reshape(B, T, K, H // K, D).swapaxes(2, 3).reshape(B, -1, K, D)

@@ -1,4 +1,4 @@
-"""Linear layer, weights stored (in, out) as GPT-2's Conv1D does."""
+"""Linear layer, with weights stored as (in, out), like GPT-2's Conv1D."""
 
 import math
 

@@ -22,8 +22,8 @@ def target_weights(
     """The weight of each target in the mean loss: its mask divided by ``count``.
 
     The mask defaults to 1 and is 0 at `IGNORE_INDEX`. ``count`` defaults to the sum of the masks;
-    a caller that splits a batch passes the full batch's count, so that the losses add up to the
-    batch's. If no target counts, all weights and the loss are 0.
+    a caller that splits a batch passes the full batch's count, so that the losses of the parts add
+    up to the batch's. If no target counts, all weights and the loss are 0.
     """
     weights = jnp.ones(targets.shape) if mask is None else mask
     weights = jnp.where(targets == IGNORE_INDEX, jnp.zeros((), weights.dtype), weights)
@@ -59,7 +59,7 @@ def cross_entropy_fwd(
         dlogits[n, t] = -dloss weights_n q_n
         dlogits[n, v] = dloss weights_n q_n exp(logits[n, v] - lse_n),   0 in padding
 
-    Saved: the logits, one exponential away from each element, and two numbers a row.
+    Saved: the logits, from which one exponential gives each element, and two numbers per row.
     """
     x = _exclude_padding(logits.astype(accumulation_dtype(logits)), vocab_size)
     others = jnp.where(_is_target(x, targets), -jnp.inf, x)

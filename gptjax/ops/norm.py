@@ -39,7 +39,8 @@ def layernorm_fwd(
         dx = rstd (dn - mean(dn) - n mean(dn n))
         dw = sum over rows of dy n,   db = sum over rows of dy
 
-    Saved: x, mean and rstd. They give n in two flops, and a residual network keeps x alive anyway.
+    Saved: x, mean and rstd, which give n in two operations per element. A residual network keeps x
+    anyway.
     """
     xf = x.astype(accumulation_dtype(x))
     mean = xf.mean(-1, keepdims=True)

@@ -19,8 +19,8 @@ def rotary_fwd(
         y_i       = x_i cos a - x_{i + D/2} sin a
         y_{i+D/2} = x_i sin a + x_{i + D/2} cos a
 
-    The product of a query and a key then depends on their distance alone: rotations by a and b
-    compose to one by a - b. Pairs are halves apart, as in Hugging Face's Llama; llama2.c and GGUF
+    The product of a query, rotated by a, and a key, rotated by b, depends on a - b alone, and so on
+    their distance. The two of a pair are D/2 apart, as in Hugging Face's Llama; llama2.c and GGUF
     rotate neighbours instead, which is the same function after a permutation of the weights.
 
     Derivation of the backward: y = R x with an orthogonal R, so dx = R^T dy, the rotation by the
@@ -30,7 +30,7 @@ def rotary_fwd(
 
     Args:
         x: queries or keys; D is even.
-        positions: (T) or, one row a sequence, (B, T).
+        positions: (T), or (B, T) with a row for each sequence.
         theta: base of the wavelengths, which grow from 2 pi to almost 2 pi theta.
 
     """

@@ -11,7 +11,7 @@ from gptjax.config import SPLASH_MULTIPLE
 from gptjax.parallel.sharding import RULES, num_shards
 
 LANES = SPLASH_MULTIPLE
-LARGEST_BLOCK = 512  # rows of queries, and of keys, in a block
+LARGEST_BLOCK = 512  # most queries, and most keys, in a block
 
 Heads = Float[Array, "B T H D"]
 KeyHeads = Float[Array, "B T K D"]
@@ -26,7 +26,7 @@ def splash_fwd(
     Needs a TPU (or `jax.experimental.pallas.tpu.force_tpu_interpret_mode`), a dtype of at most 32
     bits, and T a multiple of `LANES`.
 
-    Saved: JAX's handle on the kernel's own backward, which holds q, k, v, o and lse.
+    Saved: the function of `jax.vjp` that runs the kernel's own backward and holds q, k, v, o, lse.
     """
     return jax.vjp(lambda q, k, v: splash(q, k, v, segments), q, k, v)
 

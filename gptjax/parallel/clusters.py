@@ -28,26 +28,26 @@ def is_alone(env: Mapping[str, str]) -> bool:
 
 
 def require_none(env: Mapping[str, str]) -> None:
-    """Check that this process is alone, where JAX has detected no cluster.
+    """Check that this is the only process; call if JAX has detected no cluster.
 
     Raises:
-        ConfigError: it is one of several.
+        ConfigError: a launcher has started several.
 
     """
     unseen = "but JAX does not detect the others"
     if "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env:
         install = "without the package kubernetes: pip install 'gptjax[kubernetes]'"
         raise ConfigError(
-            f"this is a pod of an indexed Kubernetes job, {unseen} {install}, or train in each "
-            "pod alone with --distributed.detect false"
+            f"this is a pod of an indexed Kubernetes job, {unseen} {install}, or let each pod "
+            "train alone with --distributed.detect false"
         )
     for launcher, (count, index) in LAUNCHERS.items():
         if env.get(count, "1") not in ("0", "1"):
             raise ConfigError(
                 f"{launcher} has started {env[count]} processes, {unseen}: give each "
                 "--distributed.coordinator HOST:PORT and "
-                f"--distributed.process ${index}/{env[count]}, which a shell in each expands, or "
-                "train in each alone with --distributed.detect false"
+                f"--distributed.process ${index}/{env[count]}, expanded by a shell in each, or "
+                "let each train alone with --distributed.detect false"
             )
 
 

@@ -1,9 +1,9 @@
-"""Heartbeats: if one process fails, dies or hangs, all end within bounded time and with one
-sentence.
+"""Heartbeats: if one process fails, dies or hangs, all end within a bounded time and with a
+one-line error.
 
 JAX's coordination service detects a lost process, too, but its thread then aborts the others with a
 stack trace. So each process writes heartbeats to the service's store and exits when another's stop.
-JAX's own detection, with twice the timeout, remains for a process whose Python code hangs.
+JAX's own detection, with twice the timeout, remains as a fallback for a process whose Python hangs.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ def is_lost_process_error(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def watched(prog: str, timeout: float) -> Iterator[None]:
-    """For the block, exit with a sentence once another process has sent no heartbeat for
+    """Within the block, exit with an error once another process has sent no heartbeat for
     ``timeout`` seconds; a no-op in a single process.
     """
     if not processes.is_distributed():
@@ -60,7 +60,7 @@ def watched(prog: str, timeout: float) -> Iterator[None]:
     try:
         yield
         ended.set()
-        beat.join()  # so that "done" is the last word
+        beat.join()  # so that no heartbeat overwrites "done"
         processes.store().key_value_set(
             f"{ALIVE}{jax.process_index()}", "done", allow_overwrite=True
         )
@@ -69,8 +69,8 @@ def watched(prog: str, timeout: float) -> Iterator[None]:
 
 
 class _LastBeats:
-    """The last heartbeat of each process and the time at which it was seen; infinite once the
-    process is done.
+    """The last heartbeat of each process and the time at which it was seen, which is infinite once
+    the process is done.
     """
 
     def __init__(self, count: int) -> None:
@@ -86,7 +86,7 @@ class _LastBeats:
 
 
 def _beat(prog: str, interval: float, seen: _LastBeats, ended: threading.Event) -> None:
-    """Send heartbeats and read those of the others, until the end."""
+    """Send heartbeats and read those of the others, until ``ended`` is set."""
     store, beats = processes.store(), 0
     while not ended.wait(min(interval, 1.0)):
         beats, seen.asked = beats + 1, time.monotonic()
@@ -101,15 +101,15 @@ def _beat(prog: str, interval: float, seen: _LastBeats, ended: threading.Event) 
 
 
 def _watch(prog: str, timeout: float, seen: _LastBeats, ended: threading.Event) -> None:
-    """Look for a silent process, until the end. If process 0 is silent, the store does not answer
-    at all.
+    """Look for a silent process, until ``ended`` is set. If it is process 0, the store does not
+    answer at all.
     """
     interval, me = timeout / BEATS, jax.process_index()
     patience = timeout - 2 * interval
     awake = looked = time.monotonic()
     while not ended.wait(min(interval, 1.0)):
         now = time.monotonic()
-        # This process itself was suspended and has read no heartbeats
+        # This process itself was suspended and has read no heartbeats meanwhile.
         if now - looked > interval + 1:
             awake = now
         looked = now
@@ -172,8 +172,8 @@ def should_report(message: str) -> bool:
 
 @contextlib.contextmanager
 def exit_together(prog: str) -> Iterator[None]:
-    """If the block fails in one of several processes, exit at once, with a sentence if another
-    process is lost.
+    """If the block fails in one of several processes, exit at once, with a one-line error if
+    another process is lost.
 
     A normal exit would wait for the others, and they for this one.
     """
@@ -191,8 +191,8 @@ def exit_together(prog: str) -> Iterator[None]:
 
 
 def _wait_for_readers() -> None:
-    """Keep process 0, and with it the store, until the others have read its error, for `LINGER`
-    seconds at most.
+    """Keep process 0, and so the store, alive until the others have read its error, for at most
+    `LINGER` seconds.
     """
     deadline = time.monotonic() + LINGER
     with contextlib.suppress(Exception):

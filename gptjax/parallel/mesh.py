@@ -95,7 +95,7 @@ def _miscounted(
     there_are = f"there {'is 1 device' if devices == 1 else f'are {devices} devices'}"
     count = math.prod(shape)
     if -1 in asked and count != devices:
-        return f"{named} leaves no whole rest, as {there_are}"
+        return f"{named} leaves no whole number of devices for -1, as {there_are}"
     if count > devices:
         return f"{named} takes {count} devices, but {there_are}"
     if count < devices and processes > 1:
@@ -107,7 +107,7 @@ def _miscounted(
 
 
 def _uneven(shape: tuple[int, ...], sizes: dict[str, int], batch_size: int) -> str | None:
-    """The axis that does not divide by its mesh axes, as text; None if all do."""
+    """The axis that is not divisible by its mesh axes, as text; None if all are."""
     mesh = dict(zip(MESH_AXES, shape, strict=True))
     for axis, rule in RULES.items():
         for cut in rule:
@@ -116,7 +116,7 @@ def _uneven(shape: tuple[int, ...], sizes: dict[str, int], batch_size: int) -> s
             if size % parts:
                 what = OPTIONS[str(axis)]
                 names = " x ".join(f"mesh.{name}" for name in cut)
-                return f"{what} {size} does not divide by {names} = {parts}"
+                return f"{what} {size} is not divisible by {names} = {parts}"
     return None
 
 
@@ -124,7 +124,7 @@ def _alternatives(
     asked: tuple[int, ...], sizes: dict[str, int], batch_size: int, devices: int, processes: int
 ) -> str:
     """The valid meshes of all devices as text, those most similar to the requested one first."""
-    each = devices // processes  # must hold whole rows or parts of the same ones, see `row_share`
+    each = devices // processes  # must hold whole rows, or parts of the same rows: `row_share`
 
     def of(rows: int) -> list[tuple[int, ...]]:
         return [
@@ -143,9 +143,9 @@ def _alternatives(
     shapes = of(batch_size)
     axes = f"({', '.join(MESH_AXES)})"
     head = (
-        f"of {devices} devices, {axes} can be"
+        f"for {devices} devices, {axes} can be"
         if devices > 1
-        else f"of 1 device, {axes} can only be"
+        else f"for 1 device, {axes} can only be"
     )
     if not shapes:
         shapes = of(whole)

@@ -1,8 +1,8 @@
 """Training in several processes: how they start, agree and stop.
 
-Each process runs the same command on its own devices, which JAX joins into one mesh. Decisions on
-the host must be the same in all of them, or they would wait for each other forever: `broadcast`
-broadcasts those of process 0. They communicate through the key-value store of JAX's coordination
+Each process runs the same command on its own devices, which JAX joins into one mesh. All processes
+must take the same decisions on the host, or they would wait for each other forever; `broadcast`
+gives them those of process 0. They communicate through the key-value store of JAX's coordination
 service, which runs in process 0 and which Orbax exposes.
 """
 
@@ -52,12 +52,12 @@ def start(cfg: DistributedConfig) -> None:
                 # Later than `gptjax.parallel.heartbeat`, which has the better message
                 heartbeat_timeout_seconds=2 * cfg.timeout,
                 initialization_timeout=max(cfg.timeout, 60),
-                # JAX's default at least: process 0 may be closing its loggers
+                # At least JAX's default: process 0 may still be closing its loggers
                 shutdown_timeout_seconds=max(cfg.timeout, 300),
             )
     except Exception as error:
         if not cfg.process and "must be called before" in str(error):
-            return  # JAX already runs in this process, alone
+            return  # JAX has already started in this process, without others
         if not cfg.process and "should be defined" in str(error):
             clusters.require_none(os.environ)
             return
@@ -86,7 +86,7 @@ def broadcast(name: str, decide: Callable[[], str]) -> str:
         decide: called in process 0 only.
 
     Raises:
-        ConfigError: in the other processes, if ``decide`` fails in process 0; it has the reason.
+        ConfigError: in the other processes, if ``decide`` fails in process 0, with its reason.
 
     """
     if not is_distributed():
@@ -110,17 +110,17 @@ def require_same(options: Any) -> None:
     """Check that this process has the same options as process 0.
 
     Raises:
-        ConfigError: it has others.
+        ConfigError: they differ.
 
     """
     if broadcast("options", lambda: repr(options)) != repr(options):
         raise ConfigError(
-            "this process has other options than process 0: give all processes the same options"
+            "the options of this process differ from process 0's: give all processes the same ones"
         )
 
 
 def first_then_others(name: str, f: Callable[[], Any]) -> Any:
-    """Call ``f()`` in process 0 and then in the others, which find on disk what the first made."""
+    """Call ``f()`` in process 0 first, then in the others, which reuse the files it has written."""
     results: list[Any] = []
 
     def run() -> str:
@@ -166,7 +166,7 @@ def run_in_all(name: str, f: Callable[[], T]) -> T:
 
 
 class Stop:
-    """The step to stop after: at once in a single process, else a step that all agree on.
+    """The step to stop after: the current one in a single process, else one that all agree on.
 
     A process that received a signal announces before step n that n + 1 is the last step. Step n
     needs all processes, so none has its loss before that announcement, and each checks for one when

@@ -82,8 +82,8 @@ def sum_to_param_layout(terms: Array, *axes: str | None) -> Array:
 
 
 def num_shards(*axes: str) -> int:
-    """The number of shards along these axes, or all, of the mesh being traced for; 1 without a
-    mesh.
+    """The number of shards along these axes, by default all, of the mesh that the function is
+    traced for; 1 without a mesh.
     """
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape[axis] for axis in axes or MESH_AXES) if not mesh.empty else 1

@@ -1,3 +1,3 @@
-"""Plans: memory, traffic and time of a configuration on devices that need not be here: ``python -m
-gptjax.plan``.
+"""Plan the memory, traffic and time of a configuration on devices that need not be present:
+``python -m gptjax.plan``.
 """

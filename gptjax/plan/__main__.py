@@ -1,7 +1,7 @@
 """Plan a run before paying for it: ``python -m gptjax.plan --config configs/1558m.yaml --topology
 v5e:16x16``.
 
-The topology names devices that need not be here: TPU slices by the shape of their torus
+The topology names devices that need not be present: TPU slices by the shape of their torus
 (``v5e:4x4``, ``v6e:4x4``, ``v4:2x2x4``, ``v5p:2x2x4``), GPUs by their number (``h100:8``,
 ``h200:8``, ``a100:8``; ``cuda:8`` is ``h100:8``), or simulated CPUs (``cpu:8``). The configuration
 is that of training. If it has no mesh, the plan chooses one: fsdp over as many devices as leave 16
@@ -10,10 +10,10 @@ channels to each, data over the rest. The batch is rounded up to whole rows on e
 The step is compiled ahead of time, for TPUs by libtpu (``pip install 'gptjax[tpu]'``), for NVIDIA's
 GPUs by JAX's CUDA plugin (``pip install 'gptjax[cuda-aot]'``, 0.5 GB, without NVIDIA's libraries),
 for CPUs by XLA, which gives the program's memory and collectives. Without the CUDA plugin, or with
-``--predict``, they are predicted from shapes, and a real program needs more. Times are floors at
-the rates of makers' data sheets, which no program can beat and few reach; ``in turn`` adds up the
-kernels of the compiled program, since a GPU runs one after the other. The last line is the command
-that trains as planned, on as many tokens as ``--tokens`` says.
+``--predict``, they are predicted from shapes, and a real program needs more. Times are lower bounds
+at the rates of the makers' data sheets, which few programs reach; ``in turn`` adds up the kernels
+of the compiled program, since a GPU runs one after the other. The last line is the command that
+trains as planned, on as many tokens as ``--tokens`` says.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ from gptjax.train.optimizer import make_optimizer
 from gptjax.xla.backend import start_jax
 
 PROG = "python -m gptjax.plan"
-CHANNELS = 16  # least number of a weight's channels on a device, in a mesh that the plan chooses
+CHANNELS = 16  # fewest channels of a weight on one device, in a mesh that the plan chooses
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -110,7 +110,8 @@ def plan(cfg: PlanConfig, file: Path | None, topology: Topology) -> dict[str, An
 
 
 def compile_devices(topology: Topology) -> list[Any] | None:
-    """The devices to compile for; None, with a printed note, for GPUs without their compiler.
+    """The devices to compile for; None, with a printed note, for GPUs if JAX's CUDA plugin is not
+    installed.
 
     Raises:
         ConfigError: the compiler for another platform is not installed.
@@ -147,8 +148,8 @@ def fit_to_topology(
             if n % f == 0 and model.channels % f == 0 and model.channels // f >= CHANNELS
         ]
         mesh = MeshConfig(fsdp=fits[-1] if fits else 1, data=-1)
-        chosen.append("chosen, as none is configured")
-    # n times the batch divides by any mesh; it is rounded below
+        chosen.append("chosen because none is configured")
+    # A mesh of n devices divides n times the batch evenly; the batch itself is rounded below.
     shape = mesh_shape(mesh, model.axis_sizes, n * batch, n, topology.hosts)
     if math.prod(shape) < n:
         chosen.append(f"so {n - math.prod(shape)} devices stay idle: --mesh.data -1 uses all")

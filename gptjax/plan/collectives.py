@@ -35,20 +35,20 @@ class Collective(NamedTuple):
     """Devices that take part in each."""
     times: float
     sent: float
-    """Bytes that each device sends in a ring: all but its own part to gather or scatter, twice that
-    to all-reduce.
+    """Bytes that each device sends in a ring: all but its own part in a gather or scatter, twice
+    that in an all-reduce.
     """
     compute: float = 0.0
-    """Seconds of kernels between start and done, if known, which overlap the transfer."""
+    """Seconds of the kernels between start and done, which overlap the transfer; 0 if unknown."""
 
 
 def collectives(text: str, seconds: Mapping[str, float] | None = None) -> list[Collective]:
-    """The collectives that a program runs, including repetitions in loops; ``seconds`` are those of
-    its kernels by name.
+    """The collectives that a program runs, including repetitions in loops; ``seconds`` maps the
+    name of each kernel to its seconds.
 
-    A loop's trip count is the one that XLA gives, or else follows from its condition. An
-    asynchronous collective of a TPU appears in several fusions on one channel, some of them in
-    loops. It counts as often as the fusion that runs least, which starts or ends it.
+    A loop's trip count is the one that XLA states, or else follows from its condition. On a TPU an
+    asynchronous collective appears in several fusions on one channel, some of them in loops. It
+    counts as often as the fusion that runs least often, which starts or ends it.
     """
     computations, entry = _parse(text)
     runs: dict[str, float] = defaultdict(float)
@@ -104,7 +104,7 @@ def _parse(text: str) -> tuple[dict[str, list[str]], str]:
 def _visit(
     computations: dict[str, list[str]], name: str, times: float, runs: dict[str, float]
 ) -> None:
-    """Add ``times`` to the runs of a computation, and accordingly to those that it calls."""
+    """Add ``times`` to the runs of a computation and, with their trip counts, of those it calls."""
     runs[name] += times
     for line in computations.get(name, []):
         if "=%" not in line and "={" not in line:

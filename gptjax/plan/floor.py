@@ -45,8 +45,8 @@ class Floor(NamedTuple):
 
 
 def step_floor(work: Work, device: Device, collectives: list[Collective]) -> Floor:
-    """The floor from the products, the traffic of `step_traffic`, and the collectives' bytes over
-    links or network.
+    """The floor of a step: its products, the traffic of `step_traffic`, and the collectives' bytes
+    over links or network, each at the device's rate.
     """
     traffic, update = step_traffic(work)
     return Floor(

@@ -1,8 +1,8 @@
 """The kernels of a program compiled for a GPU: the least that each reads, writes and computes.
 
-A GPU runs a program's kernels one after the other. Each takes at least the time of its bytes at the
-memory's rate, or of its products at their attainable rate. Slices, gathers and in-place updates
-count only the part that they touch. Launches, cache hits and library workspaces are not modelled.
+A GPU runs a program's kernels one after the other. Each takes at least as long as its bytes at the
+memory's rate and its products at their attainable rate. Slices, gathers and in-place updates count
+only the part that they touch. Launches, cache hits and library workspaces are not modelled.
 """
 
 import math
@@ -41,7 +41,7 @@ WHOLE = {
     "scatter",
     "tuple",
 }
-# Opcodes that read only as much of their first operand as is used of the result
+# Opcodes that read only the part of their first operand that ends up in the result
 PART = {"dynamic-slice", "gather", "slice"}
 
 

@@ -59,7 +59,7 @@ def _memory(plan: Plan) -> list[str]:
             "tokens)"
         )
         lines.append(
-            f"{'largest':<12} {size if plan.largest else 'not even one row a device fits'}, "
+            f"{'largest':<12} {size if plan.largest else 'not even one row per device fits'}, "
             f"{plan.searched}"
         )
     elif plan.searched:
@@ -71,7 +71,7 @@ def _collectives(plan: Plan, device: Device | None) -> list[str]:
     def at(c: Collective) -> str:
         return (
             f" at {sending_rate(plan.work.mesh, device, c.group) / 1e9:,.0f} GB/s" if device else ""
-        ) + (f", beside {c.compute * 1e3:,.1f} ms of kernels" if plan.kernels else "")
+        ) + (f", overlapping {c.compute * 1e3:,.1f} ms of kernels" if plan.kernels else "")
 
     found = plan.collectives
     lines = [f"{'sent':<12} {human_bytes(sum(c.sent for c in found))} by each device and step"]
@@ -83,7 +83,7 @@ def _collectives(plan: Plan, device: Device | None) -> list[str]:
 
 def _time(plan: Plan, device: Device | None) -> list[str]:
     counted = (
-        f"; XLA counts {plan.compiler_flops / 1e9:,.4g}, with loops once and without kernels"
+        f"; XLA counts {plan.compiler_flops / 1e9:,.4g}, each loop once and no library kernels"
         if plan.compiler_flops
         else ""
     )
@@ -105,7 +105,7 @@ def _time(plan: Plan, device: Device | None) -> list[str]:
         f"{'floor':<12} "
         + ", ".join(f"{name} {seconds * 1e3:,.1f} ms" for name, seconds in parts.items())
     )
-    ways = {"all overlaps": floor.overlapped, "nothing sent does": floor.exposed}
+    ways = {"full overlap": floor.overlapped, "no overlap": floor.exposed}
     if plan.serial:
         ways["in turn"] = plan.serial
     for name, seconds in ways.items():
@@ -123,13 +123,13 @@ def _time(plan: Plan, device: Device | None) -> list[str]:
         rates += f", {NETWORK / 1e9:,.0f} GB/s for each device between machines"
     return [
         *lines,
-        f"{'assuming':<12} {rates}, and links that all send at once, at their maker's rates",
-        "  all overlaps      the slowest of products, memory and collectives hides the other two; "
+        f"{'assuming':<12} {rates}, and all links sending at once at their maker's rates",
+        "  full overlap      the slowest of products, memory and collectives hides the other two; "
         "the update follows",
-        "  nothing sent does the slower of products and memory hides the other; the collectives "
+        "  no overlap        the slower of products and memory hides the other; the collectives "
         "follow, then the update",
         "  in turn           " + _in_turn(plan),
-        "  efficiency        the time without collectives over the time",
+        "  efficiency        the time without collectives divided by the time with them",
     ]
 
 
@@ -139,7 +139,7 @@ def _in_turn(plan: Plan) -> str:
         return f"products, memory, collectives and update one after the other, {reached}"
     return (
         f"the compiled program's {plan.kernels:,} kernels one after the other, {reached}, and "
-        "what of the collectives takes longer than the kernels beside them"
+        "what the kernels that overlap them do not hide of the collectives"
     )
 
 

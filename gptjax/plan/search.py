@@ -36,7 +36,7 @@ class Plan(NamedTuple):
     predicted: int
     """Bytes of temporaries, predicted from shapes."""
     capacity: float
-    """Usable bytes of a device."""
+    """Bytes of a device's memory that a step may use."""
     collectives: list[Collective]
     flops: float
     compiler_flops: float | None

@@ -1,4 +1,4 @@
-"""Topologies by name: the devices of a plan, which need not be here."""
+"""Topologies by name: the devices of a plan, which need not be present."""
 
 import math
 import os
@@ -26,7 +26,7 @@ GPUS = {
     "cuda": "NVIDIA H100 80GB HBM3",
 }
 CPU = "cpu"
-# Devices in a machine, as libtpu describes slices and as GPUs are sold
+# Devices per machine: TPUs as in libtpu's slices, GPUs as in the usual servers
 PER_HOST = {"tpu": 4, "cuda": 8}
 NAMES = (
     "cpu:8; h100:8 or another GPU's name ("
@@ -134,7 +134,8 @@ def open_devices(topology: Topology, otherwise: str = "") -> list[Any]:
 
     Args:
         topology: the topology.
-        otherwise: an alternative to installing the compiler, at the end of the error.
+        otherwise: text that ends the error about a missing compiler: an alternative to installing
+            it.
 
     Raises:
         ConfigError: the compiler is not installed, or cannot compile for this topology.

@@ -20,7 +20,7 @@ def train_command(cfg: Config, file: Path | None, topology: Topology) -> str:
 
     Args:
         cfg: the planned configuration.
-        file: the config file; without one, or with one that has other options than training's, the
+        file: the config file; without one, or if it has options that training does not have, the
             command has every option that differs from its default.
         topology: simulated CPUs need an environment variable.
 

@@ -41,8 +41,8 @@ FAILED = 1  # exit status
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command. Returns the exit status: 0 done or stopped by a signal, 1 failed; bad input
-    raises SystemExit(2).
+    """Run the command. Returns the exit status: 0 if done or stopped by a signal, 1 if training
+    failed; bad input raises SystemExit(2).
     """
     less = "lower data.batch_size, set model.recompute block"
     with heartbeat.exit_together(PROG), cli.reported_errors(PROG, less, heartbeat.should_report):
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         with heartbeat.watched(PROG, cfg.distributed.timeout):
             try:
                 train(dataclasses.replace(cfg, name=cfg.name or (file.stem if file else "run")))
-            # Raised in every process, so that none waits for another
+            # Every process raises it, so none waits for another
             except (DivergedError, WrongGradientError) as error:
                 if processes.is_first():
                     print(f"{PROG}: error: {error}", file=sys.stderr)
@@ -96,7 +96,7 @@ def _train(run: Run, restored: Restored | None, display: Display) -> str:
     """Train a run from its first step or from a checkpoint. Returns the last line to print."""
     cfg, done = run.cfg, restored.step if restored else 0
     state = restored.state if restored else initial_state(run)
-    # Opened before compiling, so that they fail early
+    # Opened before the step is compiled, so that they fail early
     loggers = open_loggers(cfg.log, run.folder, done, resolved_config(run), display.print)
     began = time.perf_counter()
     shapes = steps.step_arguments(run.model, run.optimizer, run.shape, run.mesh, run.packed)
@@ -127,11 +127,11 @@ def _train(run: Run, restored: Restored | None, display: Display) -> str:
             if trainer.saved
             else "there is no checkpoint"
         )
-        return (
-            f"ended after step {trainer.done} without a checkpoint of it; in {run.folder} {newest}"
-        )
+        return f"ended after step {trainer.done} without saving it; in {run.folder} {newest}"
     if stop.name and trainer.done < cfg.train.steps:
-        display.print(f"stopped by {stop.name} after step {trainer.done}; go on with --resume auto")
+        display.print(
+            f"stopped by {stop.name} after step {trainer.done}; continue with --resume auto"
+        )
     return f"saved in {run.folder}"
 
 
@@ -148,7 +148,7 @@ def with_init(cfg: Config) -> tuple[Config, Tokenizer | None, ChatTemplate | Non
     source = processes.first_then_others("init", lambda: open_weights(str(cfg.init)))
     model = cfg.model.with_vocabulary(source.cfg.vocab_size)
     template = ChatTemplate(source.chat_template) if source.chat_template else None
-    # GPT-2's is every corpus's default
+    # Every corpus defaults to GPT-2's
     tokenizer = None if source.tokenizer and is_gpt2(source.tokenizer) else source.tokenizer
     return dataclasses.replace(cfg, model=model), tokenizer, template
 

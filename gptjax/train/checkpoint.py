@@ -1,9 +1,10 @@
 """Checkpoints of a run: atomic, asynchronous, verified when read.
 
-Orbax writes each to a temporary folder and renames it, so one that a crash interrupts never counts.
-Each holds a JSON document with a checksum of every array, taken on the device before saving, and
-the document's own SHA-256. A checkpoint whose arrays do not match is not used. Damage to any other
-file in it changes the arrays or raises an error, so the checksums cover it.
+Orbax writes each to a temporary folder and then renames it, so a crash never leaves half a
+checkpoint under a final name. Each holds a JSON document with a checksum of every array, taken on
+the device before saving, and the document's own SHA-256. A checkpoint whose arrays do not match is
+not used. Damage to any other file in it changes the arrays or raises an error, so the checksums
+cover it.
 """
 
 import contextlib
@@ -62,7 +63,7 @@ class CheckpointWriter:
     """Saves into one folder in the background and keeps the newest few."""
 
     def __init__(self, folder: Path, keep: int) -> None:
-        """Make the folder, and remove what a crash left in it."""
+        """Make the folder, and remove unfinished checkpoints that a crash left in it."""
         self.folder = folder
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
@@ -93,7 +94,8 @@ class CheckpointWriter:
             meta: JSON data that resuming needs.
 
         Raises:
-            CheckpointError: Orbax declined this save, or this or an earlier one cannot be written.
+            CheckpointError: the folder holds a later checkpoint, or this one or an earlier one
+                cannot be written.
 
         """
         content = {
@@ -154,11 +156,11 @@ def restore_newest(
 
 
 def open_newest(folder: Path) -> tuple[ModelConfig, Any, dict[str, Any]]:
-    """The newest intact checkpoint in ``folder``: its model, its parameters, verified now and read
-    lazily, and its ``meta``.
+    """The newest intact checkpoint in ``folder``: its model, its parameters, which are verified now
+    and read lazily, and its ``meta``.
 
     A damaged one is renamed to ``damaged-...`` with a warning, and the one before it is tried. The
-    run may be training meanwhile; a checkpoint that it is writing is left alone.
+    run may be training meanwhile; a checkpoint that it is still writing is left alone.
 
     Raises:
         CheckpointError: there is no checkpoint, or all are damaged.
@@ -176,13 +178,13 @@ def _newest_intact(
     """``read(path, step)`` of the newest checkpoint that it can read; None if there is no
     checkpoint.
 
-    Any exception of ``read`` but `GptjaxError` means damage. ``broadcast`` is
-    `processes.broadcast` if all processes read the same checkpoint.
+    Any exception of ``read`` except `GptjaxError` means that the checkpoint is damaged.
+    ``broadcast`` is `processes.broadcast` if all processes read the same checkpoint.
     """
     names = ocp.path.step.standard_name_format(step_prefix=PREFIX, step_format_fixed_length=8)
     tried: set[int] = set()
 
-    def steps() -> set[int]:  # finished ones only; one being written has another name
+    def steps() -> set[int]:  # finished checkpoints only; one being written has another name
         return (
             {found.step for found in names.find_all(folder.absolute())} - tried
             if folder.is_dir()
@@ -194,7 +196,7 @@ def _newest_intact(
 
     def put_aside() -> str:
         if not path.exists() or max(steps(), default=-1) > step:
-            return ""  # a training run has written a newer one and removed this one
+            return ""  # a training run has meanwhile written a newer one and removed this one
         try:
             set_aside(path)
             return "was set aside"
@@ -359,8 +361,8 @@ def _open_array(path: Path, key: str) -> Any:
 
 
 def _read(array: Any, start: int, stop: int, into: np.ndarray | None = None) -> int:
-    """Read rows of an array, about `CHUNK_BYTES` at a time, into ``into`` if given; returns their
-    part of the array's checksum.
+    """Read rows of an array, about `CHUNK_BYTES` at a time, into ``into`` if given; returns the
+    rows' contribution to the array's checksum.
     """
     width, total = math.prod(array.shape[1:]), 0
     rows = max(1, CHUNK_BYTES // (4 * width))
@@ -382,8 +384,8 @@ def _on_device(tree: Any) -> Any:
 def _restore(
     path: Path, step: int, cfg: ModelConfig, optimizer: Optimizer, mesh: Mesh | None
 ) -> Restored:
-    """Restore one checkpoint in the layout it was saved in; it fails in every process if it fails
-    in one.
+    """Restore one checkpoint in the layout in which it was saved. If one process fails, all fail
+    with the same error.
     """
 
     def read() -> tuple[TrainState, _Info]:
@@ -483,8 +485,8 @@ def _checksums(tree: Any) -> Any:
 def _mixed(words: Any, place: Any) -> Any:
     """Words hashed with their positions (Wellons' lowbias32), to be summed.
 
-    The hash is one-to-one, so the sum reveals every change of a single word, and all but 1 in 2^32
-    of other changes, such as swapped words.
+    The hash is one-to-one, so the sum reveals every change of a single word. Of other changes, such
+    as swapped words, it misses about 1 in 2^32.
     """
     x = words ^ (place * np.uint32(0x9E3779B9))
     x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
@@ -494,8 +496,8 @@ def _mixed(words: Any, place: Any) -> Any:
 
 @contextlib.contextmanager
 def _write_errors(folder: Path) -> Iterator[None]:
-    """Turn Orbax's errors while writing into `CheckpointError` with the system's reason, which is
-    deep in their messages.
+    """Turn Orbax's errors while writing into `CheckpointError` with the system's reason, extracted
+    from their messages.
 
     The loss of another process is passed on to `gptjax.parallel.heartbeat.exit_together`.
     """

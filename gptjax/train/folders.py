@@ -28,9 +28,9 @@ class RunInUseError(CheckpointError):
 def claim(runs: Path, name: str, resume: str | None) -> Iterator[Path]:
     """Lock the folder of a run for the block; it is unlocked however the block ends.
 
-    A new run gets a new folder, ``NAME``, ``NAME-2``, ``NAME-3``... A folder without the run's
-    configuration is unused: the block removes it, and one that a killed process left is taken by
-    the next run.
+    A new run gets a new folder, ``NAME``, ``NAME-2``, ``NAME-3``... A folder without a
+    configuration is unused: it is removed at the end of the block, and the next run takes one that
+    a killed process left.
 
     Args:
         runs: the folder that holds all runs.
@@ -72,7 +72,7 @@ def _newest(runs: Path, name: str) -> tuple[Path, TextIO]:
                     lock = _lock(folder)
                     if is_run(folder):
                         return folder, lock
-                    # Keep the lock, or two processes that search at once each find it locked
+                    # Keep the lock: two processes that search at once would each find it locked
                     unused = folder, kept.enter_context(lock)
         kept.pop_all()
     return unused or _new(runs, name, numbers, resume=True)
@@ -96,7 +96,7 @@ def _new(runs: Path, name: str, numbers: list[int], resume: bool = False) -> tup
             if resume:
                 raise
             continue
-        # Resuming takes over a run that another process has just started and left
+        # When resuming, take over a run that another process has just started and left
         if resume or not is_run(folder):
             break
         lock.close()

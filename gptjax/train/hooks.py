@@ -10,7 +10,7 @@ from gptjax.train.samples import sample_text
 from gptjax.train.setup import checkpoint_meta
 from gptjax.train.trainer import Record, Trainer, WrongGradientError
 
-# A step whose record has one of these is printed whatever log_every is
+# A step whose record has one of these is printed regardless of log_every
 NOTABLE = {"val_loss", "skipped", "gradient_error"}
 
 
@@ -57,7 +57,7 @@ def add_hooks(
         try:
             return check(batch)
         except WrongGradientError:
-            # Keep the parameters at fault for `gptjax.verify --checkpoint`
+            # Save the parameters at which the gradient is wrong, for `gptjax.verify --checkpoint`
             if trainer.saved < trainer.done:
                 save()
             raise

@@ -103,10 +103,10 @@ class TensorBoard:
 class WeightsAndBiases:
     """A Weights & Biases run, named after the run's folder, with its files under ``FOLDER/wandb``.
 
-    The folder keeps the run's id, under which a resumed run continues. W&B cannot take steps back:
-    steps that an interrupted run logged after its last checkpoint stay as they were. Environment
-    variables configure the rest: ``WANDB_MODE=offline`` keeps everything on disk, for ``wandb
-    sync``; ``WANDB_API_KEY``, ``WANDB_TAGS``...
+    The folder keeps the run's id, under which a resumed run continues. W&B cannot replace logged
+    steps: those that an interrupted run logged after its last checkpoint stay as they were.
+    Environment variables configure the rest: ``WANDB_MODE=offline`` keeps everything on disk, for
+    ``wandb sync``; ``WANDB_API_KEY``, ``WANDB_TAGS``...
     """
 
     title = "Weights & Biases"
@@ -203,12 +203,12 @@ class Loggers:
         for logger in list(self._loggers):
             try:
                 action(logger)
-            except Exception as error:  # no failure of a logger may stop training
+            except Exception as error:  # a logger's failure must not stop training
                 self._loggers.remove(logger)
                 reason = " ".join(str(error).split()) or type(error).__name__
                 self._warn(
-                    f"{logger.title} failed and is not used any more: {reason}; metrics.jsonl "
-                    "has every step"
+                    f"{logger.title} failed and is no longer used: {reason}; metrics.jsonl has "
+                    "every step"
                 )
 
 
@@ -232,8 +232,8 @@ def check_installed(cfg: LogConfig) -> None:
 def open_loggers(
     cfg: LogConfig, folder: Path, done: int, config: dict[str, Any], warn: Callable[[str], None]
 ) -> Loggers:
-    """Open the loggers of ``cfg`` for the run in ``folder`` after ``done`` steps; only the first
-    process has any.
+    """Open the loggers of ``cfg`` for the run in ``folder`` after ``done`` steps; processes other
+    than the first have none.
 
     Raises:
         ConfigError: Weights & Biases is not logged in or the network is down.

@@ -1,4 +1,4 @@
-"""A run's metrics: one JSON object a step in a file, and lines or a progress bar on the screen."""
+"""A run's metrics: one JSON object per step in a file, and lines or a progress bar on screen."""
 
 import contextlib
 import json
@@ -32,7 +32,7 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
 
 
 class MetricsFile:
-    """``metrics.jsonl``: one JSON object a step, each flushed at once."""
+    """``metrics.jsonl``: one JSON object per step, each flushed at once."""
 
     def __init__(self, path: Path, last_step: int) -> None:
         """Open for appending, and drop records of steps after ``last_step``, which an interrupted
@@ -93,7 +93,7 @@ def _step_of(line: bytes) -> float:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a ``metrics.jsonl`` by step; of several for one step, the last.
+    """The records of a ``metrics.jsonl``, ordered by step; of several for one step, the last.
 
     A truncated last line is skipped: a run may be writing it.
 
@@ -130,7 +130,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 class Meter:
-    """Turns a step's scalars on the device into its record, which waits until the step is done."""
+    """Turns the scalars of a step, still on the device, into its record, once the step is done."""
 
     def __init__(self, tokens: int, flops: float, peak: float | None) -> None:
         """Take the tokens and FLOPs of one step, and the device's peak FLOP/s if known."""
@@ -143,8 +143,8 @@ class Meter:
         self._clock = time.perf_counter()
 
     def record(self, step: int, metrics: StepMetrics) -> dict[str, Any]:
-        """The record of a step. `nonfinite` then counts the consecutive skipped updates up to this
-        step.
+        """The record of a step; waits until the step is done. Afterwards `nonfinite` is the number
+        of consecutive skipped updates, up to this step.
         """
         loss, norm, learning_rate, finite = (x.item() for x in jax.device_get(metrics))
         now = time.perf_counter()
@@ -160,8 +160,8 @@ class Meter:
 
 
 class ResilientOutput:
-    """Standard output that may fail, such as a closed pipe: from then on output is discarded and
-    training goes on.
+    """Standard output that may fail, for example a pipe that is closed: output is then discarded,
+    and training goes on.
     """
 
     def __init__(self) -> None:
@@ -201,7 +201,7 @@ class Display:
     """A progress bar at the foot of a terminal, or plain lines when the output is piped."""
 
     def __init__(self, steps: int, quiet: bool = False) -> None:
-        """Draw nothing before `running`, and nothing at all if ``quiet``."""
+        """Prepare a display, which draws nothing before `running`, and never if ``quiet``."""
         self.steps = steps
         self.console = Console(
             file=cast(IO[str], ResilientOutput()),

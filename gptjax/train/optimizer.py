@@ -1,4 +1,4 @@
-"""The optimizer: optax's, by name, and a fast path for AdamW in one pass over memory."""
+"""The optimizer: optax's, by name, and a fast AdamW that takes one pass over memory."""
 
 import math
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from gptjax.models.family import Weight
 from gptjax.models.params import decay_mask, per_tensor
 from gptjax.xla import native
 
-# Root mean square of an AdamW update, which Muon's is scaled to (Liu et al. 2025, arXiv:2502.16982)
+# Typical RMS of an AdamW update, to which Muon's is scaled (Liu et al. 2025, arXiv:2502.16982)
 MUON_RMS = 0.2
 
 
@@ -42,7 +42,7 @@ def make_schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:
 
 
 class Optimizer(NamedTuple):
-    """An optax optimizer behind gradient clipping, with what the fast path needs to know."""
+    """An optax optimizer after gradient clipping, with the settings that the fast path needs."""
 
     transform: optax.GradientTransformation
     """``optax.chain(clipping, optimizer)``. The run keeps its state, whichever path computes the
@@ -88,9 +88,7 @@ def make_optimizer(cfg: OptimConfig, steps: int, model: Architecture) -> Optimiz
     )
 
     def muon() -> optax.GradientTransformation:
-        """Muon for the blocks' matrices and AdamW for the rest, each with the other's tensors
-        masked.
-        """
+        """Muon for the blocks' matrices, AdamW for the rest; each masks the other's tensors."""
         absent = optax.MaskedNode()
         matrices = optax.contrib.muon(
             schedule,
@@ -115,10 +113,10 @@ def make_optimizer(cfg: OptimConfig, steps: int, model: Architecture) -> Optimiz
         return optax.partition({"muon": matrices, "adamw": others}, kinds)
 
     def adafactor() -> optax.GradientTransformation:
-        """Adafactor with weight decay scaled by the learning rate, as in the other optimizers;
-        optax's own is not.
+        """Adafactor whose weight decay is scaled by the learning rate, as in the other optimizers.
+        That of optax's Adafactor is not.
         """
-        # The direction is already negative
+        # Adafactor's updates are already negative
         decay = optax.add_decayed_weights(-cfg.weight_decay, decays)
         return optax.chain(
             optax.adafactor(None), decay, optax.scale_by_learning_rate(schedule, flip_sign=False)
@@ -190,10 +188,10 @@ class Scalars(NamedTuple):
 
     beta1: Any
     scale1: Any
-    """``(1 - beta1) * clip``, of the gradient in the first moment."""
+    """``(1 - beta1) * clip``, the gradient's factor in the first moment."""
     beta2: Any
     scale2: Any
-    """``sqrt(1 - beta2) * clip``, of the gradient before it is squared for the second moment."""
+    """``sqrt(1 - beta2) * clip``, the gradient's factor before it is squared for the second."""
     correction1: Any
     """Bias correction of the first moment, ``1 / (1 - beta1^n)``."""
     correction2: Any

@@ -29,7 +29,7 @@ def describe(run: Run) -> str:
         "device": [
             f"{platform_name()} ({jax.devices()[0].device_kind})",
             f"jax {jax.__version__}",
-            *([f"{idle} more like it idle: --mesh.data -1 uses all"] if idle else []),
+            *([f"{idle} more devices idle: --mesh.data -1 uses all"] if idle else []),
         ],
         **({"mesh": [describe_mesh(run.mesh)]} if run.mesh else {}),
         **({"processes": [processes]} if jax.process_count() > 1 else {}),

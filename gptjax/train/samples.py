@@ -13,7 +13,9 @@ from gptjax.train.setup import Run
 
 
 def sample_text(run: Run, params: Any, step: int) -> str:
-    """The configured prompt with its continuation, as text, or as ids if no tokenizer is known."""
+    """The configured prompt with its continuation: text, or ids if there is no tokenizer. The
+    draws depend on the run's key and ``step``.
+    """
     cfg, tokenizer = run.cfg.train, run.corpus.tokenizer
     prompt = prompt_ids(tokenizer, cfg.sample_prompt)
     ids = sample(

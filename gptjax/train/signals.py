@@ -1,4 +1,4 @@
-"""Signals that stop a run: the first saves a checkpoint, a second Ctrl-C ends at once."""
+"""Signals that stop a run: the first saves a checkpoint, a second Ctrl-C exits at once."""
 
 import contextlib
 import os
@@ -18,11 +18,12 @@ PATIENCE = 1.0  # seconds to wait for the display to release the terminal
 
 @contextlib.contextmanager
 def stop_on_signals(prog: str, stop: Stop, display: Display) -> Iterator[None]:
-    """For the block, pass Ctrl-C, SIGTERM and SIGHUP to ``stop`` and print when training will stop.
+    """Within the block, pass Ctrl-C, SIGTERM and SIGHUP to ``stop`` and print at which step
+    training will stop.
 
-    A second Ctrl-C ends the process at once, without Python's finalization, which would surprise
-    the threads of JAX and Orbax. A checkpoint being saved then keeps its temporary name and does
-    not count.
+    A second Ctrl-C ends the process at once, without Python's finalization, during which threads of
+    JAX and Orbax could crash. A checkpoint that is being saved then keeps its temporary name and is
+    ignored.
 
     Python runs signal handlers only between bytecodes, so none runs while a step is computed. A
     thread therefore reads the signals from a wakeup pipe. A signal that is ignored from the start,
@@ -73,8 +74,8 @@ def _watch(prog: str, arriving: int, stop: Stop, display: Display) -> None:
 
 
 def _with_timeout(seconds: float, f: Callable[..., None], *args: Any) -> None:
-    """Call ``f(*args)``, but wait no longer than this: the reader of the output may have
-    stopped.
+    """Call ``f(*args)`` and wait for it at most ``seconds``: it may block if nothing reads the
+    output.
     """
     thread = threading.Thread(target=f, args=args, daemon=True)
     thread.start()

@@ -115,7 +115,7 @@ def mean_loss_and_grad(
     def one(batch: Batch, key: Any) -> tuple[Array, Any]:
         if backward == "manual":
             return transformer.loss_and_grad(params, batch, cfg, key, count)
-        # JAX's backward would compute a chunk's scores again, so that chunks do not come free there
+        # Under autodiff each chunk's scores are computed twice: no chunks unless asked for
         chunks: Any = 1 if cfg.loss_chunks == "auto" else cfg.loss_chunks
         plain = dataclasses.replace(cfg, loss_chunks=chunks)
         return jax.value_and_grad(transformer.loss)(params, batch, plain, key, count)
@@ -149,7 +149,7 @@ def loss_dtype(cfg: ModelConfig) -> Any:
 
 
 class CompiledStep(NamedTuple):
-    """The executables of a training step and their memory."""
+    """A compiled training step: its executables and their memory."""
 
     gradient: jax.stages.Compiled
     """See `StepFunctions`."""
@@ -162,11 +162,11 @@ class CompiledStep(NamedTuple):
 
 
 class StepFunctions(NamedTuple):
-    """The training step as jitted functions to lower; their buffers are donated.
+    """The training step as jitted functions to lower, whose buffers are donated.
 
-    Gradient and update are separate, because in a single program XLA copies donated buffers. It
-    also copies them in ``update`` if it does not fuse the outputs, as on CPU. The update's two
-    parts need no copy but read more.
+    Gradient and update are separate, because in a single program XLA copies donated buffers. In
+    ``update`` it copies them, too, if it does not fuse the outputs, as on CPU. The update in two
+    parts needs no copy, but reads more memory.
     """
 
     gradient: Any
@@ -274,8 +274,8 @@ def compile_step(
 def gradient_buffer(params: Any) -> Any:
     """Zeros like the parameters, which the first step's gradient overwrites.
 
-    If every gradient were allocated anew, glibc's heap would fragment after some steps: training
-    774M took 1.6 times the predicted memory.
+    With a new allocation for every gradient, glibc's heap fragments after some steps: training 774M
+    took 1.6 times the predicted memory.
     """
     zeros = lambda params: jax.tree.map(jnp.zeros_like, params)  # noqa: E731
     return jax.jit(zeros, out_shardings=jax.tree.map(lambda x: x.sharding, params))(params)

@@ -71,8 +71,8 @@ class Trainer:
         self._pending: tuple[int, StepMetrics] | None = None
 
     def before_step(self, call: Callable[[Batch], Record], every: int) -> None:
-        """Add a hook that is called with the next step's batch before that step; what it returns is
-        added to that step's record.
+        """Add a hook that is called with the next step's batch before that step; the numbers it
+        returns are added to that step's record.
         """
         self._before.append(Hook(every, False, False, call))
 
@@ -161,8 +161,8 @@ class Trainer:
         )
 
     def is_finite(self) -> bool:
-        """Whether the loss at the current parameters is finite; a finite step can still leave
-        parameters where it is not.
+        """Whether the loss at the current parameters is finite. It may not be, even after a step
+        whose loss and gradient were.
         """
         eval_loss = make_eval_loss(self.run.model, self.run.mesh)
         return math.isfinite(evaluate(eval_loss, self.state.params, self.run.val[:1]))

@@ -90,7 +90,7 @@ def test_a_reset_forgets(chat):
 def test_the_list_of_commands_and_one_that_is_unknown(chat):
     out, err = chat("/help", "/nothing", "/save", "", "  ")
     assert command.HELP in err
-    assert "there is no /nothing; /help lists what there is" in err
+    assert "there is no /nothing; /help lists the commands" in err
     assert "/save needs a file" in err
     assert out == "> /help\n> /nothing\n> /save\n> \n>   \n"
 
@@ -105,7 +105,7 @@ def test_a_path_is_no_command(chat, monkeypatch):
 def test_a_file_that_cannot_be_written_and_a_message_that_is_too_long(chat, tmp_path):
     out, err = chat(f"/save {tmp_path}/none/talk", "x" * 160, "a")
     assert "none/talk cannot be written: No such file" in err
-    assert "of the model's context of 160 are there for it: shorten it" in err
+    assert "of the model's context of 160 are free for it: shorten it" in err
     assert out.endswith("\n")
 
 
@@ -138,7 +138,7 @@ def test_ctrl_c_while_typing_and_sigterm(arguments, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         command.main(arguments)
     assert stop.value.code == 130
-    assert "Ctrl-D ends" in capsys.readouterr().err
+    assert "Ctrl-D exits" in capsys.readouterr().err
 
 
 def test_on_a_terminal(arguments, monkeypatch, capsys):

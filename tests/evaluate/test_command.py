@@ -155,11 +155,17 @@ def test_a_text_may_begin_as_a_document_does(place, capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["hf"], "give dataset or text, what to evaluate on, and not both"),
-        (["hf", "--text", "a", "--dataset", "b"], "give dataset or text, what to evaluate on"),
-        (["hf", "--text", "a cat", "--tokens", "3"], "tokens is of a dataset: leave it out"),
-        (["hf", "--text", "a cat", "--split", "train"], "split is of a dataset: leave it out"),
-        (["hf", "--dataset", "b", "--bos", "true"], "bos is of a text: leave it out"),
+        (["hf"], "give either a dataset or a text to evaluate on"),
+        (["hf", "--text", "a", "--dataset", "b"], "give either a dataset or a text to evaluate on"),
+        (
+            ["hf", "--text", "a cat", "--tokens", "3"],
+            "tokens applies to a dataset only: leave it out",
+        ),
+        (
+            ["hf", "--text", "a cat", "--split", "train"],
+            "split applies to a dataset only: leave it out",
+        ),
+        (["hf", "--dataset", "b", "--bos", "true"], "bos applies to text only: leave it out"),
         (["hf", "--text", ""], "the text has 0 tokens, but it takes 2 to 33"),
         (["hf", "--text", "x y " * 40], "tokens, but it takes 2 to 33: give another"),
         (["m.bin", "--text", "a cat"], "comes without a tokenizer: name it"),

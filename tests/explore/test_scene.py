@@ -50,7 +50,7 @@ def test_the_gradient_is_jaxs(shown):
     for row, leaf in zip(rows, jax.tree.leaves(reference), strict=True):
         assert row["norm"] == pytest.approx(float(jnp.linalg.norm(leaf)), rel=1e-10)
         assert row["error"] < math.log10(shown.scene["tolerance"]) < -11
-    assert shown.scene["verdict"] == "no op gives another gradient than JAX's"
+    assert shown.scene["verdict"] == "no op's gradient differs from JAX's"
 
 
 def test_every_op_agrees_with_jax(either):
@@ -148,7 +148,7 @@ def test_damage_spreads_towards_the_first_layer_alone(shown):
 
 
 def test_the_change_is_shown(shown):
-    lines = fault_of(shown, "gelu-2-for-3-in-the-cubic's-derivative")["code"]
+    lines = fault_of(shown, "gelu-2-instead-of-3-in-the-cubic's-derivative")["code"]
     assert [line.strip() for mark, line in lines if mark == "-"] == [
         "du = SLOPE * (1 + 3 * CUBIC * xf * xf)"
     ]

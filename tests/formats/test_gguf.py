@@ -199,7 +199,7 @@ def changed(path, **changes):
         ({"llama__rope__scaling__factor": 4.0}, "llama.rope.scaling.factor 4.0, but only 1.0"),
         ({"llama__expert_count": 8}, "llama.expert_count 8, but only 0"),
         ({"llama__vocab_size": 41}, "llama.vocab_size 41, but only 40"),
-        ({"llama__swish": 1.0}, "has the setting llama.swish, which is not known here"),
+        ({"llama__swish": 1.0}, "has the setting llama.swish, which is not supported"),
         ({"general__alignment": 4096}, "is at 5120 of the data, where 8192 is expected"),
         ({"general__alignment": 3}, "general.alignment 3: a power of two"),
     ],

@@ -153,7 +153,7 @@ def header_of(path, **fields):
         ({"_4": -1}, "its header holds the sizes 12, 11, -1"),
         ({"_4": 2**30}, "its header holds the sizes"),
         ({"_7": 5}, "its header holds the sizes"),
-        ({"_5": 3}, "model.channels 8 does not divide by model.num_heads 3"),
+        ({"_5": 3}, "model.channels 8 is not divisible by model.num_heads 3"),
         ({"_4": 3}, "truncated: its header announces 3 layers"),
         ({"_3": 12, "_7": 127}, "malformed"),
     ],

@@ -92,15 +92,15 @@ def changed(path, change):
             lambda t, m: t.update(lnfw=np.zeros(8, np.int32)),
             "the tensor lnfw holds I32, but one of F64, F32, F16, BF16",
         ),
-        (lambda t, m: m.pop("channels"), "does not say the model's"),
-        (lambda t, m: m.update(channels="-8"), "does not say the model's"),
+        (lambda t, m: m.pop("channels"), "has no valid num_layers, num_heads"),
+        (lambda t, m: m.update(channels="-8"), "has no valid num_layers, num_heads"),
         (lambda t, m: m.update(num_heads="3"), "holds an invalid model"),
         (lambda t, m: m.update(num_layers="999999999"), "lacks the tensor ln1w.2"),
         (
             lambda t, m: m.update(hidden="31"),
             r"the tensor fcw.0 has the shape \[8, 32\], but \[8, 31\] is expected",
         ),
-        (lambda t, m: m.update(hidden="wide"), "does not say the model's"),
+        (lambda t, m: m.update(hidden="wide"), "has no valid num_layers, num_heads"),
         (
             lambda t, m: m.update(family="none"),
             "model.family 'none' is not known: choose one of gpt2",

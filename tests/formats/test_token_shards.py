@@ -242,7 +242,7 @@ def test_many_arrays_are_never_held_together(tmp_path):
 @pytest.mark.parametrize("tokens", [[], (), np.array([], int), iter([]), iter([np.array([], int)])])
 def test_nothing_is_no_shard(tmp_path, tokens):
     """It could not be read back."""
-    with pytest.raises(DataError, match="not one token id to write to .*x.bin"):
+    with pytest.raises(DataError, match="no token ids to write to .*x.bin"):
         write_shard(tmp_path / "x.bin", tokens)
     assert not list(tmp_path.iterdir())
 

@@ -125,7 +125,7 @@ def test_the_command(model, capsys):
     first, several = capsys.readouterr().out.split("--- 1 of 2 ---\n")
     assert first.startswith("ab")
     assert several.startswith(first)
-    expect_error(command.main, given, "seed must not be 0 where draw is run.c", capsys)
+    expect_error(command.main, given, "seed must not be 0 with draw run.c", capsys)
 
 
 def test_prompts_begin_with_begin_of_text_and_it_ends_a_text(model, capsys, monkeypatch):

@@ -34,14 +34,14 @@ def test_a_sequence_longer_than_the_position_table_is_refused(f, of):
     batch = jax.tree.map({"numpy": np.asarray}.get(of, jnp.asarray), numpys(T=13))
     with pytest.raises(
         ValueError,
-        match=r"^inputs are 13 tokens long and the model reads at most max_seq_len 12: cut them shorter",
+        match=r"^inputs are 13 tokens long, but the model reads at most max_seq_len 12: shorten them",
     ):
         (jax.jit(f) if of == "jit" else f)(batch)
 
 
 @of_each
 @pytest.mark.parametrize("bad", [-1, 11, 2**40])
-def test_an_id_outside_the_vocabulary_is_named_with_its_place(f, bad):
+def test_an_id_outside_the_vocabulary_is_reported_with_its_position(f, bad):
     """-1 is `IGNORE_INDEX`, but of targets alone."""
     inputs = numpys().inputs.astype(np.int64)
     inputs[1, 3] = bad
@@ -51,7 +51,7 @@ def test_an_id_outside_the_vocabulary_is_named_with_its_place(f, bad):
         f(numpys()._replace(inputs=inputs))
 
 
-def test_of_many_ids_the_first_are_named():
+def test_an_error_lists_only_the_first_of_many_invalid_ids():
     batch = numpys()
     batch.targets[0, :3] = 11, -2, IGNORE_INDEX
     batch.targets[1, 2:6] = 50
@@ -63,7 +63,7 @@ def test_of_many_ids_the_first_are_named():
 
 
 @of_each
-def test_a_batch_of_numpys_is_one_of_jaxs(f):
+def test_numpy_and_jax_batches_give_the_same_result(f):
     batch = numpys(T=12)
     batch.inputs[0, 0], batch.targets[0, 0] = 10, IGNORE_INDEX
     jax.tree.map(np.testing.assert_array_equal, f(batch), f(jax.tree.map(jnp.asarray, batch)))
@@ -87,7 +87,7 @@ def test_a_batch_of_numpys_is_one_of_jaxs(f):
         ({"mask": np.ones((1, 7))}, r"mask must have the inputs' shape \(2, 7\), not \(1, 7\)"),
     ],
 )
-def test_arrays_that_are_no_batch_are_refused(changes, message):
+def test_arrays_that_do_not_form_a_batch_are_rejected(changes, message):
     for f in (transformer.loss, functools.partial(jax.jit(transformer.loss, static_argnums=2))):
         with pytest.raises(ValueError, match=message):
             f(PARAMS, numpys()._replace(**changes), CFG)

@@ -51,7 +51,7 @@ def test_a_sum_over_rows_is_the_sum_of_its_shares(mesh):
     ("tokens", "chunks"),
     [(1, 1), (256, 1), (LEAST_ROWS, 1), (LEAST_ROWS + 1, 2), (16 * 1024, 8), (2**20, 66)],
 )
-def test_auto_balances_the_scores_against_the_hidden_state(tokens, chunks):
+def test_auto_makes_a_chunks_scores_as_large_as_the_hidden_state(tokens, chunks):
     """By Liger's rule 124M has 50304 / 768 = 65.5 chunks of a batch that is large enough."""
     cfg = ModelConfig(preset="124m", vocab_size=50257)
     assert num_chunks(cfg, tokens) == chunks
@@ -59,5 +59,5 @@ def test_auto_balances_the_scores_against_the_hidden_state(tokens, chunks):
     assert rows == tokens or chunks == -(-tokens // LEAST_ROWS) or rows * 50304 <= tokens * 768
 
 
-def test_the_number_that_is_given_is_taken():
+def test_a_configured_number_of_chunks_is_used():
     assert num_chunks(tiny.config(loss_chunks=3), 10**6) == 3

@@ -35,7 +35,7 @@ def test_cached_logits_equal_uncached_at_every_position(layers, stored):
     "changes",
     [{}, {"layers": "scan"}, {"family": "llama", "num_heads": 4, "num_kv_heads": 2, "tied": False}],
 )
-def test_tokens_read_later_are_read_as_if_at_once(changes):
+def test_extending_the_cache_equals_reading_everything_at_once(changes):
     """Prompts, then five tokens of which the last two fill up, then the three that belong there:
     logits at every position are those of reading anew.
     """
@@ -70,7 +70,7 @@ def test_weights_of_few_bits_give_nearly_the_same_logits(how, least, most, layer
 
 
 @pytest.mark.parametrize("how", ["as_stored", "bfloat16", "float32"])
-def test_a_dtype_is_kept_or_chosen(how):
+def test_stored_weights_keep_their_dtype_or_take_the_chosen_one(how):
     cfg = tiny.config(dtype="float32")
     params = tiny.params(cfg, jnp.float32)
     params = params._replace(wte=params.wte.astype(jnp.bfloat16))

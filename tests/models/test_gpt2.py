@@ -71,7 +71,7 @@ def test_no_position_learns_from_the_future():
         assert (size[: t + 1] > 0).all()
 
 
-def test_the_pairs_alone_are_right():
+def test_the_pairs_of_forward_and_backward_agree_with_autodiff():
     """Embedding, block and norm, each against JAX's gradient of its own forward, with every dropout
     on.
     """
@@ -131,7 +131,7 @@ def test_dropout_in_the_mlp_drops_its_activations_and_nothing_else():
     assert abs(kept.mean() - 1) < 5 * (0.25 / 0.75 / 1000) ** 0.5
 
 
-def test_what_is_dropped_to_be_computed_again_comes_back():
+def test_recompute_restores_what_discard_drops():
     cfg = tiny.config(dropout_mlp=0.3)
     params, tokens = tiny.params(cfg), tiny.batch(cfg).inputs
     positions = transformer.positions_of(tokens)

@@ -40,7 +40,7 @@ CALLS = {
 
 @pytest.mark.parametrize("mesh", [None, MESH], ids=["one device", "mesh"])
 @pytest.mark.parametrize("name", CALLS)
-def test_numbers_are_the_ops(name, mesh):
+def test_numbers_equal_those_of_the_ops(name, mesh):
     ours = jax.jit(on_mesh(mesh, lambda: getattr(layers, name)(*CALLS[name])))()
     expected = getattr(ops, name)(*CALLS[name])
     jax.tree.map(
@@ -55,11 +55,11 @@ def test_positions_of_a_mesh_are_those_of_one_device():
     np.testing.assert_allclose(ours, ops.embedding_bwd(IDS[0], table, dy), rtol=1e-14)
 
 
-def test_gelu_computed_again_is_gelu():
+def test_recomputed_gelu_equals_gelu():
     np.testing.assert_array_equal(layers.gelu_again(X, 2 * X), ops.gelu_fwd(2 * X)[0])
 
 
-def test_weights_that_are_kept_in_another_way_are_decoded():
+def test_weights_may_be_in_any_storage():
     np.testing.assert_allclose(
         layers.linear_fwd(X, OutIn(W.T), B)[0], ops.linear_fwd(X, W, B)[0], rtol=1e-12
     )
@@ -96,14 +96,14 @@ def test_a_relative_error_of_1e_8_in_any_op_shows_in_the_gradient(monkeypatch, o
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_gelu_in_the_product_is_gelu(dtype):
+def test_the_fusible_form_of_gelu_equals_gelu(dtype):
     x = 3 * X.astype(dtype)
     found = layers._gelu_of_product(x)
     assert found.dtype == x.dtype
     np.testing.assert_allclose(found, ops.gelu_fwd(x)[0], rtol=4 * jnp.finfo(dtype).eps)
 
 
-def test_jax_differentiates_gelu_in_the_product_as_gelu_in_float32():
+def test_jax_differentiates_the_fusible_form_of_gelu_in_float32():
     """Not the roundings of 16-bit steps."""
     x = X.astype(jnp.bfloat16)
     found, expected = (
@@ -113,5 +113,5 @@ def test_jax_differentiates_gelu_in_the_product_as_gelu_in_float32():
     np.testing.assert_array_equal(found, expected)
 
 
-def test_the_residual_stream_is_a_sum():
+def test_residual_fwd_adds():
     np.testing.assert_array_equal(layers.residual_fwd(X, 2 * X), X + 2 * X)

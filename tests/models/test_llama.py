@@ -80,7 +80,7 @@ def packed(T):
 
 
 @pytest.mark.parametrize("attention", ["materialised", "blockwise"])
-def test_packed_documents_are_as_if_each_were_alone(attention):
+def test_packed_documents_are_computed_independently(attention):
     """Their losses, and the gradient: the mean over both is that of a batch of the two."""
     cfg = config(num_kv_heads=2, attention=attention)
     params, ids = tiny.params(cfg), np.asarray(tiny.batch(cfg, B=1, T=9).inputs)[0]
@@ -104,7 +104,7 @@ def test_packed_documents_are_as_if_each_were_alone(attention):
     assert_same_gradients(joint, total, params)
 
 
-def test_the_pairs_alone_are_right():
+def test_the_pairs_of_forward_and_backward_agree_with_autodiff():
     """Embedding, block and norm, each against JAX's gradient of its own forward, with every dropout
     on.
     """
@@ -153,7 +153,7 @@ def test_recomputation_and_layout_do_not_change_the_gradient(recompute, layers):
     assert_same_gradients(unstack(grads), expected[1], unstack(params))
 
 
-def test_positions_enter_by_their_differences_alone():
+def test_only_differences_of_positions_matter():
     """Shifting all positions changes nothing, which no table of positions would give."""
     cfg = config()
     params, tokens = tiny.params(cfg), tiny.batch(cfg).inputs

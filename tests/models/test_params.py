@@ -73,7 +73,7 @@ def test_initial_distribution():
     assert params.wte.shape == (1024, 128)
 
 
-def test_no_two_tensors_are_drawn_alike():
+def test_no_two_tensors_have_the_same_initial_values():
     block = init_params(jax.random.key(0), tiny.config(layers="scan")).blocks
     assert len({np.asarray(x).tobytes() for x in (block.qw, block.kw, block.vw)}) == 3
     assert len({np.asarray(x).tobytes() for x in block.qw}) == 2
@@ -92,7 +92,7 @@ def test_layout_changes_nothing_but_the_layout():
 
 
 @pytest.mark.parametrize("layers", ["unroll", "scan"])
-def test_axes_are_as_many_as_a_tensor_has_and_as_long(layers):
+def test_axes_give_the_shape_of_each_tensor(layers):
     cfg = tiny.config(layers=layers)
     params = init_params(jax.random.key(0), cfg)
 
@@ -125,7 +125,7 @@ def test_the_classifier_is_the_familys_head():
     assert head_of(params, tiny.CONFIG) is params.wte
 
 
-def test_rows_are_the_tables_in_its_order():
+def test_rows_list_the_weight_table_in_order():
     names = [name for name, *_ in rows(tiny.CONFIG)]
     assert names[:4] == ["wte", "wpe", "ln1w", "ln1b"]
     assert names[-2:] == ["lnfw", "lnfb"]

@@ -84,7 +84,7 @@ def test_backward_equals_autodiff_with_mask_and_given_count():
 
 
 @pytest.mark.parametrize("recompute", ["none", "gelu", "block"])
-def test_nothing_counts(recompute):
+def test_if_no_target_counts_loss_and_gradient_are_zero(recompute):
     """All targets ignored: loss and gradient are zero, not NaN."""
     cfg = tiny.config(recompute=recompute)
     batch = tiny.batch(cfg)
@@ -97,7 +97,7 @@ def test_nothing_counts(recompute):
 @pytest.mark.parametrize(
     ("rates", "drops"), [((0.0, 0.0), False), ((0.2, 0.0), True), ((0.0, 0.2), True)]
 )
-def test_a_key_drops_where_there_is_a_rate(rates, drops):
+def test_a_key_turns_dropout_on_if_a_rate_is_positive(rates, drops):
     cfg = tiny.config(dropout=rates[0], dropout_mlp=rates[1])
     params, batch = tiny.params(cfg), tiny.batch(cfg)
     with_key, without = (transformer.loss(params, batch, cfg, key) for key in (KEY, None))
@@ -186,7 +186,7 @@ def test_jax_grad_of_the_binding_runs_the_hand_written_backward(monkeypatch):
 LOSSES = jax.jit(transformer.token_losses, static_argnums=2)
 
 
-def test_each_token_has_the_logits_cross_entropy():
+def test_token_losses_are_the_cross_entropy_of_the_logits():
     """Without dropout, and their mean is the training loss."""
     cfg = tiny.config(dropout=0.5, dropout_mlp=0.5)
     params, batch = tiny.params(cfg), tiny.batch(cfg, B=3)
@@ -203,7 +203,7 @@ def test_each_token_has_the_logits_cross_entropy():
     assert losses.sum() / (batch.targets.size - 1) == pytest.approx(trained.item(), rel=1e-13)
 
 
-def test_sixteen_bits_give_losses_in_thirty_two():
+def test_a_bfloat16_model_gives_float32_losses():
     cfg = tiny.config(dtype="bfloat16")
     params = tiny.params(tiny.CONFIG)
     losses = LOSSES(jax.tree.map(lambda x: x.astype(jnp.float32), params), tiny.batch(cfg), cfg)

@@ -17,7 +17,7 @@ for module in "$@"; do
     gpt2 | transformer | layers)
       path=gptjax/models/$module.py
       tests="tests/models/test_gpt2.py tests/models/test_transformer.py tests/models/test_layers.py"
-      tests+=" -k 'numpy or pairs or every_setting or mask or counts or chunks or binding or numbers or computed_again'"
+      tests+=" -k 'numpy or pairs or every_setting or mask or counts or chunks or binding or numbers or recompute'"
       ;;
   esac
   cat > "$module.toml" <<EOF

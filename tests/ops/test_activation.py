@@ -42,7 +42,7 @@ def test_bfloat16_stays_bfloat16():
     assert y.dtype == gelu_bwd(saved, x).dtype == jnp.bfloat16
 
 
-def test_swiglu_is_the_gates_silu_times_the_other():
+def test_swiglu_is_silu_of_the_gate_times_up():
     gate, up = jnp.linspace(-20, 20, 41)[None, None], normal(0, 1, 1, 41)
     np.testing.assert_allclose(
         swiglu_fwd(gate, up)[0], np.asarray(gate) / (1 + np.exp(-np.asarray(gate))) * up, rtol=1e-12

@@ -57,10 +57,8 @@ def test_no_query_sees_a_later_key(name):
         assert (dv[0, : t + 1] != 0).all()
 
 
-def test_cudnn_glue_is_right_around_the_kernel(monkeypatch):
-    """With XLA's implementation in the kernel's place, layout, scale and the handle on the backward
-    are checked here.
-    """
+def test_the_wrapper_around_cudnns_kernel_is_right(monkeypatch):
+    """XLA's implementation stands in for the kernel, to check layout, scale and the saved backward."""
     monkeypatch.setattr(
         "jax.nn.dot_product_attention",
         lambda *args, implementation, **kwargs: ORIGINAL(*args, implementation="xla", **kwargs),
@@ -103,20 +101,20 @@ def test_cudnn_forward_and_backward_lower_to_the_kernel(monkeypatch):
         assert text.count(f"@{name}(") == 1 or text.count(f'"{name}"') == 1, name
 
 
-def test_requests_that_cannot_be_served():
+def test_unsupported_requests_are_rejected():
     args = qkv(1, 2, 1, 8)
     with pytest.raises(ValueError, match="materialised, blockwise, cudnn, splash, not flash"):
         attention_fwd("flash", *args)
     for function in (attention, attention_fwd):
-        with pytest.raises(ValueError, match="no dropout"):
+        with pytest.raises(ValueError, match="does not support dropout"):
             function("cudnn", *args, 0.1, KEY)
-        with pytest.raises(ValueError, match="splash attention has no dropout"):
+        with pytest.raises(ValueError, match="splash attention does not support dropout"):
             function("splash", *args, 0.1, KEY)
 
 
 @pytest.mark.parametrize("name", ["materialised", "blockwise"])
 @pytest.mark.parametrize(("rate", "key"), [(0.0, None), (0.0, KEY), (0.3, None), (0.3, KEY)])
-def test_the_plain_forward_is_the_forward_with_nothing_saved(name, rate, key):
+def test_attention_equals_attention_fwd_and_saves_nothing(name, rate, key):
     args = qkv(2, 5, 3, 4)
     o, saved = attention(name, *args, rate, key)
     assert saved is None
@@ -127,7 +125,7 @@ def test_the_plain_forward_is_the_forward_with_nothing_saved(name, rate, key):
         np.testing.assert_array_equal(o, attention_fwd(name, *args, key=key)[0])
 
 
-def test_the_plain_forward_of_cudnn_is_differentiated_by_jax(monkeypatch):
+def test_attention_by_cudnn_is_differentiated_by_jax(monkeypatch):
     monkeypatch.setattr(
         "jax.nn.dot_product_attention",
         lambda *args, implementation, **kwargs: ORIGINAL(*args, implementation="xla", **kwargs),

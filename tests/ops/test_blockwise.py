@@ -44,7 +44,7 @@ def test_blockwise_equals_materialised(shape, block_size):
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_scores_of_any_size_neither_overflow_nor_vanish(sign):
+def test_large_scores_neither_overflow_nor_vanish(sign):
     """Scores of about +-10,000, and in one key's column far above the rest: softmax is
     shift-invariant, row by row.
     """
@@ -62,12 +62,12 @@ def test_scores_of_any_size_neither_overflow_nor_vanish(sign):
 
 
 @pytest.mark.parametrize(("T", "blocks"), [(1, 1), (7, 3), (8, 3), (9, 3), (10, 4)])
-def test_blocks_are_as_few_as_hold_the_sequence(T, blocks):
+def test_the_number_of_blocks_is_the_least_that_holds_the_sequence(T, blocks):
     _, saved = blockwise_fwd(*qkv(1, T, 1, 2), block_size=3)
     assert saved.q.shape[0] == blocks
 
 
-def test_every_pair_of_blocks_drops_by_a_mask_of_its_own():
+def test_every_pair_of_blocks_has_its_own_dropout_mask():
     """Uniform probabilities and values that tell the keys apart show what was dropped: no two
     blocks of it are alike.
     """

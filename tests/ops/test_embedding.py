@@ -23,7 +23,7 @@ def test_backward_equals_vjp(ids):
     assert_same_gradients(embedding_bwd(ids, jnp.zeros_like(table), dy), reference, table)
 
 
-def test_forward_is_the_rows():
+def test_forward_looks_up_rows():
     table = normal(0, N, C)
     np.testing.assert_array_equal(
         embedding_fwd(jnp.array([[3, 0], [0, 4]], jnp.int32), table)[1, 1], table[4]

@@ -10,7 +10,7 @@ B, H, S, D = 2, 4, 8, 4
 
 
 @pytest.mark.parametrize(("T", "K"), [(1, 4), (3, 4), (3, 2), (2, 1)])
-def test_it_is_attention_of_the_last_positions_over_what_was_seen(T, K):
+def test_cached_attention_is_attention_of_the_new_queries_over_the_visible_keys(T, K):
     """Rows of 5 + T and 3 + T positions; what lies in the slots that are not seen does not
     matter.
     """

@@ -34,7 +34,7 @@ def test_backward_equals_vjp(n, vocab_size, padding, ignored):
     assert_same_gradients(cross_entropy_bwd(saved, vocab_size, 0.7), reference, logits)
 
 
-def test_padding_takes_no_part():
+def test_padding_is_excluded():
     """Whatever the pad logits are, the loss is that of the unpadded ones, and their gradient is
     exactly zero.
     """
@@ -45,7 +45,7 @@ def test_padding_takes_no_part():
     assert (cross_entropy_bwd(saved, 5)[:, 5:] == 0).all()
 
 
-def test_padding_does_not_count_with_as_many_rows_as_ids():
+def test_padding_is_excluded_if_there_are_as_many_rows_as_ids():
     logits = normal(0, 5, 8).at[:, 5:].set(1e4)
     assert cross_entropy_fwd(logits, targets_in(5, 5), jnp.full(5, 0.2), 5)[0] < 10
 
@@ -55,7 +55,7 @@ def test_an_ignored_target_beside_padding_costs_nothing():
     assert loss == 0
 
 
-def test_weights_below_one_in_sum_are_still_a_mean():
+def test_weights_sum_to_one_even_if_the_masks_sum_to_less():
     mask = jnp.array([[0.25, 0.0, 0.5]])
     np.testing.assert_allclose(
         target_weights(jnp.zeros((1, 3), jnp.int32), mask)[0], [1 / 3, 0, 2 / 3]
@@ -86,7 +86,7 @@ def test_large_logits_do_not_overflow():
 
 
 @pytest.mark.parametrize("margin", [5.0, 30.0, 200.0])
-def test_a_target_that_is_all_but_certain_keeps_its_digits(margin):
+def test_the_loss_of_an_almost_certain_target_is_accurate(margin):
     """Loss and gradient are e^-margin, to float32's last digits, where log p and p - 1 would have
     lost them.
     """

@@ -80,20 +80,20 @@ def most(w, kind) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(size=st.floats(1e-7, 1e4), seed=st.integers(0, 99))
-def test_no_weight_moves_further_than_its_scale_allows(kind, size, seed):
+def test_the_error_of_each_weight_is_bounded_by_its_scale(kind, size, seed):
     w = (size * np.random.default_rng(seed).normal(size=(13, 77))).astype(np.float32)
     assert (np.abs(exact(QUANTIZE(w, kind)) - w) <= 1.0001 * most(w, kind)).all()
 
 
-def test_the_error_is_the_usual_one():
-    """Of normal weights: a uniform error of a step has a deviation of its 12th's root."""
+def test_the_error_of_normal_weights_is_as_expected():
+    """A uniform error in one step of the grid has the standard deviation step / sqrt(12)."""
     w = normal(2, 64, 4096).astype(jnp.float32)
     errors = {kind: relative(exact(QUANTIZE(w, kind)), w) for kind in KINDS}
     assert errors == pytest.approx({"q8_0": 0.0049, "q4_0": 0.088, "q4_1": 0.078}, rel=0.1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_stored_is_stored_again_unchanged(kind):
+def test_quantizing_again_changes_nothing(kind):
     once = QUANTIZE(W, kind)
     twice = QUANTIZE(dequantize(once), kind)
     tolerance = {"atol": 0.3 * float(once.scale.max())} if kind == "q4_0" else {"rtol": 2e-3}
@@ -132,7 +132,7 @@ def test_rows_of_a_table(kind):
     np.testing.assert_array_equal(jax.jit(table_rows)(table, ids), dequantize(table)[ids])
 
 
-def test_stacked_layers_are_those_of_one():
+def test_stacked_layers_equal_single_ones():
     layers = normal(3, 2, 9, 40).astype(jnp.float32)
     for kind in KINDS:
         stacked = jax.vmap(partial(quantize, kind=kind))(layers)
@@ -261,7 +261,7 @@ def test_weights_of_any_size(kernels, kind, size):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
-def test_what_is_not_finite_stays_so(kernels, kind, bad):
+def test_an_activation_that_is_not_finite_spoils_only_its_row(kernels, kind, bad):
     """The whole row becomes NaN, and no other."""
     x, w = make(12, 9, 40, 3, kind)
     x[1, 35] = bad
@@ -281,7 +281,7 @@ def test_products_with_bfloat16_are_exact(kernels, size):
         assert_same_sums(y, terms.sum(-1), terms)
 
 
-def test_shapes_that_do_not_fit_are_refused():
+def test_mismatched_shapes_are_rejected():
     if not native.available():
         pytest.skip("there is no C++ compiler that works, or JAX computes elsewhere")
     w = QUANTIZE(W, "q8_0")
@@ -295,14 +295,14 @@ def test_shapes_that_do_not_fit_are_refused():
             native.product(x, arrays, outputs).block_until_ready()
 
 
-def test_an_instruction_set_that_is_not_here_is_refused():
+def test_an_unavailable_instruction_set_is_rejected():
     if not native.available():
         pytest.skip("there is no C++ compiler that works, or JAX computes elsewhere")
     with pytest.raises(ConfigError, match="'mmx'.*choose .*portable"):
         native.use_instruction_set(native.kernels(), "mmx")
 
 
-def test_elsewhere_than_on_a_cpu_activations_are_not_rounded():
+def test_activations_are_rounded_on_cpu_only():
     w = QUANTIZE(W, "q8_0")
     expected = np.asarray(X, np.float64) @ exact(w).T
     np.testing.assert_allclose(_dequantized_product(X, w), expected, rtol=1e-5, atol=1e-5)
@@ -313,19 +313,19 @@ def test_elsewhere_than_on_a_cpu_activations_are_not_rounded():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("how", ["dtype", *KINDS])
-def test_dtypes_stay(dtype, how):
+def test_products_have_the_dtype_of_the_activations(dtype, how):
     x, w = X.astype(dtype), W.astype(dtype)
     y = product(x, OutIn(w) if how == "dtype" else QUANTIZE(w, how))
     assert y.dtype == x.dtype
     assert relative(y.astype(jnp.float64), X @ W.T) < (0.15 if "4" in how else 2e-2)
 
 
-def test_products_of_whole_weights_are_exact():
+def test_products_of_unquantized_weights_are_exact():
     assert_same_sums(product(X, OutIn(W)), X @ W.T, TERMS)
     assert_same_sums(product(X, W), X @ W.T, TERMS)
 
 
-def test_a_linear_layer_is_the_same_however_its_weight_is_kept():
+def test_a_linear_layer_takes_weights_in_any_storage():
     x, b = X.reshape(3, 1, 77), jnp.arange(13, dtype=jnp.float32)
     y, _ = linear_fwd(x, W.T, b)
     terms = jnp.concatenate([TERMS, jnp.broadcast_to(b[None, :, None], (3, 13, 1))], -1)[:, None]

@@ -24,7 +24,7 @@ def rotated(x, positions, theta=THETA):
 @pytest.mark.parametrize(
     "positions", [[0, 1, 2, 3, 4], [[0, 1, 2, 0, 1], [0, 0, 1, 7, 100]]], ids=["shared", "by row"]
 )
-def test_forward_is_a_turn_of_complex_numbers(positions, theta):
+def test_forward_rotates_complex_numbers(positions, theta):
     x = normal(0, 2, 5, 3, 8)
     y = rotary_fwd(x, jnp.asarray(positions, jnp.int32), theta)
     np.testing.assert_allclose(y, rotated(np.asarray(x), positions, theta), rtol=1e-12, atol=1e-13)

@@ -51,7 +51,7 @@ def test_forward_and_backward_equal_the_materialised_ones():
     )
 
 
-def test_it_is_chosen_by_name_and_differentiated_by_jax():
+def test_splash_is_selected_by_name_and_differentiated_by_jax():
     *args, do = qkv(splash.LANES)
     o, saved = attention_fwd("splash", *args)
     np.testing.assert_array_equal(o, attention("splash", *args)[0])
@@ -59,7 +59,7 @@ def test_it_is_chosen_by_name_and_differentiated_by_jax():
     assert_same_gradients(attention_bwd("splash", saved, do), by_jax, tuple(args), tolerance=1e-6)
 
 
-def test_on_a_mesh_each_device_runs_it_on_its_own_rows_and_heads():
+def test_on_a_mesh_each_device_runs_splash_on_its_own_rows_and_heads():
     *args, do = qkv(splash.LANES)
     mesh = make_mesh(MeshConfig(data=2, tensor=2), tiny.config(num_heads=2).axis_sizes, 2)
 
@@ -82,6 +82,6 @@ def test_on_a_mesh_each_device_runs_it_on_its_own_rows_and_heads():
 @pytest.mark.parametrize(
     ("T", "block"), [(128, 128), (384, 384), (640, 128), (1024, 512), (1536, 512), (1280, 256)]
 )
-def test_blocks_are_as_large_as_divide_the_sequence(T, block):
+def test_the_block_size_is_the_largest_that_divides_the_sequence(T, block):
     sizes = splash._kernel(T, 1).kwargs["block_sizes"]
     assert (sizes.block_q, sizes.block_kv, sizes.block_kv_dkv) == (block, block, block)

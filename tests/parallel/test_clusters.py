@@ -60,7 +60,7 @@ def launched(monkeypatch):
 @pytest.mark.parametrize(
     "env", [{}, POD, BATCH_SCRIPT, MPI_5 | {"OMPI_COMM_WORLD_SIZE": "1"}, {"PMI_SIZE": "1"}]
 )
-def test_one_process_is_alone_wherever_it_runs(launched, env):
+def test_a_single_process_is_alone_under_every_launcher(launched, env):
     assert launched(env) == []
 
 
@@ -71,7 +71,7 @@ def test_a_shell_in_a_slurm_allocation_is_alone(launched):
     assert not is_alone(shell | {"PMI_SIZE": "4"})
 
 
-def test_what_jax_detects_is_joined(launched):
+def test_a_cluster_that_jax_detects_is_joined(launched):
     assert launched(TASK) == [("n1", 8, 0)]
 
 
@@ -93,7 +93,7 @@ def test_what_jax_detects_is_joined(launched):
         ),
     ],
 )
-def test_one_of_many_that_jax_does_not_see_is_not_trained_alone(launched, env, message):
+def test_processes_that_jax_does_not_detect_are_an_error(launched, env, message):
     with pytest.raises(ConfigError, match=message):
         launched(env)
     assert launched(env, detect=False) == []  # as asked

@@ -4,7 +4,7 @@ from gptjax.parallel.devices import DEVICES, device_of
 
 
 @pytest.mark.parametrize("kind", DEVICES)
-def test_rates_are_of_the_size_that_their_units_make_them(kind):
+def test_rates_have_plausible_ratios(kind):
     """Some hundreds of FLOPs a byte of memory, a slower link than memory, and memory that is read
     in a tenth of a second.
     """
@@ -14,7 +14,7 @@ def test_rates_are_of_the_size_that_their_units_make_them(kind):
     assert 0.01 < device.memory / device.bandwidth < 0.1
 
 
-def test_a_name_is_that_of_one_device():
+def test_a_name_must_match_exactly():
     assert device_of("TPU v5 lite") == device_of("TPU v5e")
     assert device_of("TPU v5") == device_of("TPU v5p")
     assert device_of("NVIDIA L40S") is None

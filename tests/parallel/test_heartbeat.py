@@ -85,14 +85,14 @@ def test_a_process_that_hangs_or_dies_is_named_by_the_others():
             assert other.returncode == 1
 
 
-def test_an_error_of_all_is_printed_by_the_first():
+def test_an_error_in_all_processes_is_printed_once():
     with pair("a bad mesh", "a bad mesh") as both:
         outputs = [process.communicate(timeout=60)[0] for process in both]
     assert [process.returncode for process in both] == [2, 2], outputs
     assert outputs == ["ready\nprog: error: a bad mesh\n", "ready\n"]
 
 
-def test_what_failed_in_process_0_is_said_by_process_0(store, monkeypatch):  # noqa: F811
+def test_a_failure_of_process_0_is_reported_by_process_0_alone(store, monkeypatch):  # noqa: F811
     process = [0]
     monkeypatch.setattr(jax, "process_index", lambda: process[0])
     assert heartbeat.should_report("no such corpus")
@@ -100,10 +100,10 @@ def test_what_failed_in_process_0_is_said_by_process_0(store, monkeypatch):  # n
     assert not heartbeat.should_report(f"{processes.FIRST_FAILED}no such corpus")
     process[0] = 2
     assert not heartbeat.should_report("no such corpus")
-    assert heartbeat.should_report("other options than process 0")  # which only this one was given
+    assert heartbeat.should_report("differ from process 0")  # which only this one was given
 
 
-def test_alone_every_error_is_told_and_nobody_is_watched():
+def test_a_single_process_reports_every_error_and_watches_nobody():
     assert heartbeat.should_report("anything")
     with heartbeat.watched("prog", 0.001):
         time.sleep(0.01)
@@ -119,7 +119,7 @@ def test_a_lost_process_is_not_reported_as_a_disk_error(monkeypatch, tmp_path):
             raise ValueError("Timed out while waiting for async_write_complete barrier.")
 
 
-def test_what_ends_a_process_alone_ends_it_at_once(store, monkeypatch, capsys):  # noqa: F811
+def test_a_failing_process_exits_at_once(store, monkeypatch, capsys):  # noqa: F811
     ended = []
 
     def end(status):

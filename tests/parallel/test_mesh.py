@@ -26,7 +26,7 @@ ALL = MeshConfig(2, 2, 2)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
-def test_training_starts_and_goes_on_as_on_one_device(name):
+def test_initial_state_and_steps_equal_those_of_one_device(name):
     """Parameters are drawn in their shards, and a step changes shards; what is fetched are
     scalars.
     """
@@ -74,17 +74,21 @@ def test_training_starts_and_goes_on_as_on_one_device(name):
             {},
             "the mesh data 16 x fsdp 1 x tensor 1 takes 16 devices, but there are 8 devices",
         ),
-        ({"data": -1, "fsdp": 3}, {}, "leaves no whole rest, as there are 8 devices"),
-        ({"tensor": 4}, {"num_heads": 2}, "model.num_heads 2 does not divide by mesh.tensor = 4"),
-        ({"data": 3}, {}, "data.batch_size 8 does not divide by mesh.data x mesh.fsdp = 3"),
+        (
+            {"data": -1, "fsdp": 3},
+            {},
+            "leaves no whole number of devices for -1, as there are 8 devices",
+        ),
+        ({"tensor": 4}, {"num_heads": 2}, "model.num_heads 2 is not divisible by mesh.tensor = 4"),
+        ({"data": 3}, {}, "data.batch_size 8 is not divisible by mesh.data x mesh.fsdp = 3"),
         (
             {"fsdp": 4},
             {"channels": 18, "num_heads": 2},
-            "model.channels 18 does not divide by mesh.fsdp = 4",
+            "model.channels 18 is not divisible by mesh.fsdp = 4",
         ),
     ],
 )
-def test_a_mesh_that_cannot_be_says_what_could(mesh, changes, message):
+def test_an_invalid_mesh_is_rejected_with_the_reason(mesh, changes, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         make_mesh(
             MeshConfig(**mesh),
@@ -109,7 +113,7 @@ class Elsewhere:
             (16, 1, 1),
             8,
             8,
-            "of 8 devices, (data, fsdp, tensor) can be (8, 1, 1), (4, 2, 1), (4, 1, 2) or (2, 4, "
+            "for 8 devices, (data, fsdp, tensor) can be (8, 1, 1), (4, 2, 1), (4, 1, 2) or (2, 4, "
             "1), or others",
         ),
         ((-1, 3, 1), 8, 8, "(2, 4, 1), (4, 2, 1), (1, 8, 1) or (1, 4, 2), or others"),
@@ -126,11 +130,11 @@ class Elsewhere:
             "no mesh takes all 8 devices with data.batch_size 1, but with 8, (data, fsdp, tensor) "
             "can be (1, 4, 2)",
         ),
-        ((2, 1, 1), 8, 1, "of 1 device, (data, fsdp, tensor) can only be (1, 1, 1)"),
+        ((2, 1, 1), 8, 1, "for 1 device, (data, fsdp, tensor) can only be (1, 1, 1)"),
     ],
 )
-def test_each_mesh_that_is_said_to_be_one_that_can_be_is(asked, batch, count, first):
-    """Of 4 devices a process, and for the rows that are named."""
+def test_every_suggested_mesh_is_valid(asked, batch, count, first):
+    """With 4 devices in a process, and for the batch size that the message names."""
     devices = [Elsewhere(n, n // 4) for n in range(count)]
     sizes_of_model = tiny.config(num_heads=12, channels=48, vocab_size=384).axis_sizes
     with pytest.raises(ConfigError, match=re.escape(first)) as error:
@@ -155,7 +159,7 @@ def test_sizes_are_checked(mesh, message):
         MeshConfig(*mesh)
 
 
-def test_one_device_is_no_mesh_and_the_rest_is_what_is_left():
+def test_one_device_needs_no_mesh_and_minus_one_takes_the_remaining_devices():
     assert make_mesh(MeshConfig(), SIZES, B) is None
     assert make_mesh(MeshConfig(-1, 1, 1), SIZES, B, jax.devices()[:1]) is None
     mesh = make_mesh(MeshConfig(2, -1, 2), SIZES, B)
@@ -163,7 +167,7 @@ def test_one_device_is_no_mesh_and_the_rest_is_what_is_left():
     assert meshes.describe_mesh(mesh) == "8 devices: data 2 x fsdp 2 x tensor 2"
 
 
-def test_all_devices_of_several_processes_take_part():
+def test_several_processes_must_use_all_devices():
     devices = [Elsewhere(n, n // 2) for n in range(4)]
     with pytest.raises(
         ConfigError,

@@ -99,13 +99,13 @@ def test_process_0s_decision_or_error_reaches_the_others(store, monkeypatch):
         processes.first_then_others("corpus", lambda: 1)
 
 
-def test_all_have_to_be_given_the_same_options(store, monkeypatch):
+def test_different_options_are_rejected(store, monkeypatch):
     process = [0]
     monkeypatch.setattr(jax, "process_index", lambda: process[0])
     processes.require_same({"seed": 0})
     process[0] = 1
     processes.require_same({"seed": 0})
-    with pytest.raises(ConfigError, match="other options than process 0"):
+    with pytest.raises(ConfigError, match="differ from process 0"):
         processes.require_same({"seed": 1})
 
 
@@ -124,14 +124,14 @@ def test_options_are_checked(options, message):
         DistributedConfig(**options)
 
 
-def test_alone_nothing_is_joined():
+def test_a_single_process_joins_no_cluster():
     """JAX has started here long ago, and there is no cluster."""
     processes.start(DistributedConfig())
     assert not jax.distributed.is_initialized()
     assert processes.is_first()
 
 
-def test_what_one_cannot_do_fails_for_all_with_its_reason(store, monkeypatch):
+def test_a_failure_in_one_process_fails_all_with_its_reason(store, monkeypatch):
     """The others have told what became of it, before this one does: process 1, then 2, where 0 has
     had no trouble.
     """
@@ -262,7 +262,7 @@ def ended_because_of_another(process):
     return output
 
 
-def test_processes_train_as_one_and_resume_in_another_number(tmp_path, common):
+def test_processes_train_as_one_and_resume_with_another_count(tmp_path, common):
     """Two processes, of which 1 is killed; four go on from an older checkpoint, since one of them
     cannot read its part of the newest, and 0 is killed; one goes on; the losses are those of one
     process that did it all.

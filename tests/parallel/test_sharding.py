@@ -124,7 +124,9 @@ def test_every_mesh_gives_the_loss_and_gradient_of_one_device(name):
         ("tensor", "manual", {"recompute": "gelu", "dropout_mlp": 0.1}, 1e-12),
     ],
 )
-def test_so_it_does_however_the_model_is_computed(name, backward, changes, tolerance):
+def test_sharded_gradient_equals_that_of_one_device_in_every_setting(
+    name, backward, changes, tolerance
+):
     cfg = dataclasses.replace(CFG, **changes)
     found, expected = gradient(cfg, backward, name), gradient(cfg, backward)
     if cfg.dtype == "float32":

@@ -63,7 +63,7 @@ def test_kind_group_and_bytes(body, expected):
     assert counted(body) == [expected]
 
 
-def test_what_a_loop_sends_counts_for_each_turn():
+def test_collectives_in_a_loop_count_once_per_iteration():
     def body(x):
         inner = lambda _, y: lax.psum(y, "inner") * 0.5  # noqa: E731
         outer = lambda _, y: lax.fori_loop(0, 2, inner, y)  # noqa: E731
@@ -128,7 +128,7 @@ ENTRY %main (p: f32[2]) -> f32[2] {
 """
 
 
-def test_a_tpus_program_is_read_as_it_writes_it():
+def test_collectives_of_a_tpu_program_are_counted():
     """One gather spread over fusions, sums that are scattered, loops that do not say how often they
     turn, dead code.
     """
@@ -148,7 +148,7 @@ replica_groups=[4,2]<=[8], dimensions={1}
 """
 
 
-def test_gathers_that_a_gpus_program_starts_together_all_count():
+def test_gathers_that_a_gpu_program_starts_together_all_count():
     """Operands come first, then as many results."""
     assert collectives(CUDA) == [
         Collective("reduce-scatter", 2, 1, 64 * 32 * 4 / 2),
@@ -166,7 +166,7 @@ def test_gathers_that_a_gpus_program_starts_together_all_count():
         ("{{0,1},{2,3}}", 2),
     ],
 )
-def test_the_ways_in_which_groups_are_listed(groups, devices):
+def test_group_sizes_are_read_from_every_notation(groups, devices):
     line = (
         f"%g = f32[16]{{0}} all-gather(%p), channel_id=1, replica_groups={groups}, dimensions={{0}}"
     )
@@ -196,7 +196,7 @@ OVERLAPPED = """ENTRY %main (a: f32[96,8]) -> f32[8] {
 """
 
 
-def test_what_cuda_starts_and_what_runs_until_it_is_done():
+def test_asynchronous_cuda_collectives_and_the_kernels_they_overlap():
     """As an H100's programs write them: operands and results in one tuple, or two in a tuple."""
     found = {c.kind: c for c in collectives(OVERLAPPED, {"x": 1.0, "y": 0.5, "z": 0.25})}
     gathered = 768 * 8 * 4 + 768 * 8 * 2 + 768 * 4

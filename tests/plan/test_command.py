@@ -37,7 +37,7 @@ def test_a_pod_is_planned_without_a_tpu(capsys, tmp_path):
     found = lines(out)
     assert found["topology"] == "v5e:16x16: 256 x TPU v5 lite of 17.18 GB each"
     assert found["mesh"].startswith(
-        "data 4 x fsdp 64 x tensor 1, chosen, as none is configured, data.batch_size 256 instead of 4"
+        "data 4 x fsdp 64 x tensor 1, chosen because none is configured, data.batch_size 256 instead of 4"
     )
     assert "attention splash" in found["model"]
     assert found["source"] == "memory and collectives predicted from shapes, not compiled"
@@ -53,7 +53,7 @@ def test_a_pod_is_planned_without_a_tpu(capsys, tmp_path):
     assert f"{days:,.2f} days for 3e+10 tokens" in out
     assert found["reduce-scatter"[:10]].endswith("at 200 GB/s")
     assert found["assuming"].startswith(
-        "197 TFLOP/s in bfloat16, 819 GB/s of memory, and links that all send at once"
+        "197 TFLOP/s in bfloat16, 819 GB/s of memory, and all links sending at once"
     )
     assert found["train"] == "in one process on each of 64 machines:"
 
@@ -69,7 +69,7 @@ def test_simulated_devices_are_compiled_for(capsys):
     assert found["floor"] == "unknown: no data sheet gives this device's rate in float32"
 
 
-def test_every_attention_that_runs_there(capsys):
+def test_compare_lists_every_attention_that_the_topology_supports(capsys):
     assert command.main([*LARGE, "--topology", "h100:8", "--compare", "--largest", "false"]) == 0
     out = capsys.readouterr().out
     assert "largest" not in out
@@ -87,7 +87,7 @@ def test_a_model_that_does_not_fit(capsys):
     assert command.main([*LARGE, "--topology", "v5e:1x1", "--predict"]) == 0
     found = lines(capsys.readouterr().out)
     assert found["memory"].endswith("usable: DOES NOT FIT")
-    assert found["largest"].startswith("not even one row a device fits")
+    assert found["largest"].startswith("not even one row per device fits")
     assert "sent" in found
     assert found["train"] == "not possible: it does not fit"
 
@@ -101,7 +101,7 @@ def test_a_model_that_does_not_fit(capsys):
         (["--topology", "h100:8", "--json", "nowhere/p.json"], "there is no folder"),
         (
             ["--topology", "h100:8", "--mesh.tensor", "8"],
-            "model.num_heads 25 does not divide by mesh.tensor = 8: of 8",
+            "model.num_heads 25 is not divisible by mesh.tensor = 8: for 8",
         ),
         (
             ["--topology", "h100:16", "--mesh.fsdp", "4"],

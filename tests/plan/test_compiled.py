@@ -37,7 +37,7 @@ def test_one_device_sends_nothing_and_two_do():
         ("RESOURCE_EXHAUSTED:  no room\n at all", ("RESOURCE_EXHAUSTED: no room at all", None)),
     ],
 )
-def test_a_step_that_the_compiler_refuses_is_a_result(monkeypatch, message, expected):
+def test_a_lack_of_memory_is_returned_as_a_result(monkeypatch, message, expected):
     def refuse(*_):
         raise jax.errors.JaxRuntimeError(message)
 
@@ -45,7 +45,7 @@ def test_a_step_that_the_compiler_refuses_is_a_result(monkeypatch, message, expe
     assert compiled.compile_work(WORK, OPTIMIZER, "manual", jax.devices()[:1]) == expected
 
 
-def test_an_error_that_is_not_of_memory_is_no_result(monkeypatch):
+def test_other_compiler_errors_are_raised(monkeypatch):
     def fail(*_):
         raise jax.errors.JaxRuntimeError("INTERNAL: other")
 

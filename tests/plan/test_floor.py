@@ -21,7 +21,7 @@ def work(mesh):
     )
 
 
-def test_each_part_at_its_rate():
+def test_each_part_is_an_amount_divided_by_a_rate():
     planned = work((1, 4, 1))
     floor = step_floor(planned, DEVICE, SENT)
     traffic, update = step_traffic(planned)

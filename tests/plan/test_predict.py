@@ -89,7 +89,7 @@ def sent_on_cpu(planned):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_memory_and_collectives_are_about_what_is_compiled(name):
+def test_predicted_memory_and_collectives_are_close_to_the_compiled_ones(name):
     """Nothing is sent but what `RULES` make necessary, of vectors some: so no layout that the model
     names can be left out.
     """
@@ -200,7 +200,7 @@ def test_state_and_batch_are_divided_among_the_devices():
     assert state_bytes(work((8, 1, 1)), OPTIMIZER) == state_bytes(one, OPTIMIZER)
 
 
-def test_what_a_block_saves_by_hand():
+def test_saved_bytes_equal_a_count_by_hand():
     """Two LayerNorms' inputs and outputs and their statistics, q, k, v, the probabilities, o, and
     the MLP's two.
     """
@@ -224,7 +224,7 @@ def test_a_kernel_saves_what_blockwise_attention_does():
     assert saved_bytes(kernel) == saved_bytes(loops)
 
 
-def test_flops_are_the_usual_convention_and_what_is_recomputed():
+def test_flops_follow_the_usual_convention_plus_recomputation():
     assert (
         num_matrix_params(ModelConfig(preset="124m", vocab_size=50257))
         == 12 * 12 * 768**2 + 50304 * 768
@@ -258,5 +258,5 @@ def test_micro_batches_repeat_the_passes_and_not_the_update():
         ("RESOURCE_EXHAUSTED: too much", TooLarge("RESOURCE_EXHAUSTED: too much", None)),
     ],
 )
-def test_a_step_that_the_compiler_refuses(message, expected):
+def test_compiler_messages_about_memory_are_parsed(message, expected):
     assert _too_large(message) == expected

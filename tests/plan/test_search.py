@@ -14,7 +14,7 @@ WORK = Work(MODEL, BatchShape(1, 8, 1024), (1, 4, 1))
 
 
 @pytest.mark.parametrize("most", [0, 1, 2, 3, 7, 8, 1000])
-def test_the_largest_that_fits(most):
+def test_bisection_finds_the_largest_that_fits(most):
     assert search.bisect_largest(lambda n: n <= most) == most
 
 
@@ -50,7 +50,7 @@ def compiler(total_of):
         (lambda rows: 1e9, None),
     ],
 )
-def test_the_largest_batch_on_the_line_through_two_compilations(total_of, largest, monkeypatch):
+def test_the_largest_batch_is_extrapolated_from_two_compilations(total_of, largest, monkeypatch):
     monkeypatch.setattr(search, "compile_work", compiler(total_of))
     plan = search.make_plan(
         WORK, parse_topology("h100:4"), OPTIMIZER, "manual", [object()], 1e9, True

@@ -23,14 +23,14 @@ from tests.plan.conftest import needs_libtpu
         ("cpu:16", "cpu", 16, "cpu", 1),
     ],
 )
-def test_a_name_says_what_and_how_many_in_how_many_machines(name, platform, size, kind, hosts):
+def test_a_name_gives_platform_size_kind_and_hosts(name, platform, size, kind, hosts):
     found = parse_topology(name)
     assert (found.platform, found.size, found.kind, found.hosts) == (platform, size, kind, hosts)
     assert platform == "cpu" or found.device.memory >= 16e9
 
 
 @pytest.mark.parametrize("name", [*TPUS, *GPUS])
-def test_every_name_is_of_a_device_whose_rates_are_known(name):
+def test_the_rates_of_every_named_device_are_known(name):
     shape = "x".join("1" * TPUS[name][1]) if name in TPUS else "1"
     assert parse_topology(f"{name}:{shape}").device
 
@@ -52,7 +52,7 @@ def test_every_name_is_of_a_device_whose_rates_are_known(name):
         ("v5p:16x16", "v5p takes 3 numbers"),
     ],
 )
-def test_what_means_nothing_says_what_would(name, message):
+def test_an_invalid_name_is_rejected_with_valid_ones(name, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         parse_topology(name)
 
@@ -74,7 +74,7 @@ def test_simulated_devices():
         ),
     ],
 )
-def test_without_libtpu_or_with_one_that_refuses(said, message, monkeypatch):
+def test_a_missing_or_refusing_libtpu_is_a_config_error(said, message, monkeypatch):
     def refuse(*args, **kwargs):
         raise RuntimeError(said)
 

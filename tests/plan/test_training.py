@@ -71,7 +71,7 @@ def test_the_plan_ends_with_the_training_command(arguments, mesh, batch, options
     assert (cfg.mesh, cfg.data.batch_size) == (MeshConfig(*mesh), batch)
 
 
-def test_a_token_budget_is_that_of_the_steps(file, capsys):
+def test_a_token_budget_sets_the_number_of_steps(file, capsys):
     _, cfg = planned(capsys, "--config", file, "--topology", "h100:8", "--tokens", "1e9")
     tokens = cfg.train.steps * cfg.optim.accumulate * cfg.data.batch_size * cfg.data.seq_len
     assert 1e9 <= tokens < 1e9 + tokens / cfg.train.steps
@@ -89,7 +89,7 @@ def test_without_a_config_file_the_command_has_every_changed_option(capsys):
     assert (cfg.mesh, cfg.data.batch_size) == (MeshConfig(fsdp=8), 8)
 
 
-def test_a_file_may_hold_options_of_the_plan_too(tmp_path, capsys):
+def test_a_config_file_may_hold_options_of_the_plan(tmp_path, capsys):
     """Training leaves out of a config file what it does not read."""
     file = tmp_path / "plan.yaml"
     file.write_text(
@@ -101,7 +101,7 @@ def test_a_file_may_hold_options_of_the_plan_too(tmp_path, capsys):
     assert (cfg.model.preset, cfg.log.wandb) == ("124m", "project")
 
 
-def test_what_an_option_takes_back_and_simulated_devices(tmp_path):
+def test_the_command_undoes_options_of_the_file_and_simulates_devices(tmp_path):
     file = tmp_path / "train.yaml"
     file.write_text("model: {preset: 124m}\ndata: {tokenizer: byte}\nlog: {tensorboard: true}\n")
     cfg = parse(

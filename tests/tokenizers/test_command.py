@@ -152,7 +152,7 @@ def test_gpt2_exported_in_both_versions(shared, tmp_path, monkeypatch):
         ),
         (
             ["encode", "--tokenizer", "byte", "--output", "x.bin", ""],
-            "there is not one token id to write to x.bin",
+            "there are no token ids to write to x.bin",
         ),
         (["decode", "--tokenizer", "byte", "x"], "x"),
         (["decode", "--tokenizer", "byte", "--input", "x.bin", "1"], "leave one of them out"),

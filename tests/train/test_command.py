@@ -187,7 +187,7 @@ def test_a_signal_saves_and_ends_cleanly(command, tmp_path, number):
     assert err == ""
     done = metrics(folder)[-1]["step"]
     assert done < 20
-    assert f"stopped by {number.name} after step {done}; go on with --resume auto" in out
+    assert f"stopped by {number.name} after step {done}; continue with --resume auto" in out
     assert run(*args, "--resume", "auto") == 0
     assert_same_run(tmp_path / "runs" / "straight", folder)
 
@@ -370,7 +370,7 @@ def test_what_has_no_checkpoint_is_not_called_saved(command, capsys, monkeypatch
     assert run(*command, "--train.steps", "3") == 0
     *_, last = capsys.readouterr().out.splitlines()
     assert re.fullmatch(
-        r"ended after step 3 without a checkpoint of it; in \S+/tiny there is no checkpoint", last
+        r"ended after step 3 without saving it; in \S+/tiny there is no checkpoint", last
     )
     monkeypatch.setattr(trainer, "evaluate", evaluate)
     assert run(*command, "--train.steps", "3", "--resume", "auto") == 0
@@ -525,7 +525,7 @@ def assert_refused(args: list[str], message: str, capsys) -> None:
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (
             ["--model.channels", "30", "--model.num_heads", "4"],
-            "model.channels 30 does not divide by model.num_heads 4",
+            "model.channels 30 is not divisible by model.num_heads 4",
         ),
         (["--data.seq_len", "33"], "data.seq_len 33 does not fit model.max_seq_len 32"),
         (["--data.dataset", "nowhere"], "data.dataset nowhere is neither a file or folder"),

@@ -268,7 +268,7 @@ def test_one_that_fails_is_left_out_with_one_warning(tmp_path):
         for step in range(1, 6):
             loggers.write({"step": step, "loss": 1.0})
     message = (
-        "Failing failed and is not used any more: [Errno 28] No space left; metrics.jsonl "
+        "Failing failed and is no longer used: [Errno 28] No space left; metrics.jsonl "
         "has every step"
     )
     assert (warnings, failing.calls) == ([message], 3)

@@ -59,7 +59,7 @@ def test_a_tokenizer_is_described_by_its_vocabulary():
 
 
 def test_idle_devices_are_reported():
-    idle = "7 more like it idle: --mesh.data -1 uses all"
+    idle = "7 more devices idle: --mesh.data -1 uses all"
     assert lines(describe(run()))["device"].endswith(idle)
     found = lines(describe(run(mesh=make_mesh(MeshConfig(data=8), tiny.CONFIG.axis_sizes, 8))))
     assert "idle" not in found["device"]

@@ -107,7 +107,7 @@ def test_a_mesh_that_does_not_divide_the_batch_is_refused(capsys):
     expect_error(
         command.main,
         [*TINY, "--mesh.data", "8"],
-        "data.batch_size 2 does not divide by mesh.data",
+        "data.batch_size 2 is not divisible by mesh.data",
         capsys,
     )
 
