@@ -1,13 +1,14 @@
-"""Figures of the notebooks: source code, tokens, heat maps, the diagram of a block. Needs
-matplotlib.
+"""What the notebooks show: source code, tokens, and pictures that come with a description in words.
+Needs matplotlib.
 """
 
+import base64
 import inspect
-from collections.abc import Callable, Sequence
+import io
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
@@ -32,41 +33,72 @@ GREY, PALE = "#6B7280", "#EEF0F3"
 WHITESPACE = str.maketrans(" \n\t", "␣↵→")
 
 
-def use_style() -> None:
-    """Set matplotlib's style: `COLOURS`, thin frames, small type, a white background."""
-    mpl.rcParams.update(
-        {
-            "axes.prop_cycle": cycler(color=COLOURS),
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.titlelocation": "left",
-            "axes.titlesize": 10,
-            "axes.labelsize": 9,
-            "xtick.labelsize": 8,
-            "ytick.labelsize": 8,
-            "legend.fontsize": 8,
-            "legend.frameon": False,
-            "lines.linewidth": 1.6,
-            "figure.constrained_layout.use": True,
-            "figure.facecolor": "white",
-            "figure.dpi": 100,
-            "image.cmap": "viridis",
-        }
-    )
+# Small type, thin frames, a white background
+STYLE: Any = {
+    "axes.prop_cycle": cycler(color=COLOURS),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "figure.facecolor": "white",
+    "figure.dpi": 100,
+    "image.cmap": "viridis",
+}
+COLUMNS = 88  # of source code, so that a notebook need not be scrolled sideways
+
+
+class Picture:
+    """A figure and its description, which stands in for it where it cannot be seen."""
+
+    def __init__(self, figure: Figure, alt: str) -> None:
+        """Render the figure."""
+        self.figure, self.alt = figure, alt
+        with io.BytesIO() as file, mpl.rc_context(STYLE):
+            figure.savefig(file, format="png")
+            self.png = base64.b64encode(file.getvalue()).decode()
+
+    def __repr__(self) -> str:
+        return self.alt
+
+    def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, str], dict[str, Any]]:
+        data = {"image/png": self.png, "text/plain": self.alt}
+        return data, {"image/png": {"alt": self.alt}}
 
 
 class SourceCode:
-    """Source code, highlighted in a notebook and plain in a terminal."""
+    """Source code without its docstrings, highlighted in a notebook and plain in a terminal."""
 
     def __init__(self, *functions: Callable[..., Any]) -> None:
         """Get the functions' source from `inspect.getsource`."""
-        self.text = "\n\n".join(inspect.getsource(function).rstrip() for function in functions)
+        self.text = "\n\n".join(map(_source, functions))
 
     def __repr__(self) -> str:
         return self.text
 
     def _repr_markdown_(self) -> str:
         return f"```python\n{self.text}\n```"
+
+
+def _source(function: Callable[..., Any]) -> str:
+    text = inspect.getsource(function).rstrip()
+    if doc := inspect.unwrap(function).__doc__:
+        text = text.replace(f'    """{doc}"""\n', "")
+    return "\n".join(map(_folded, text.splitlines()))
+
+
+def _folded(line: str) -> str:
+    """A line of code, in two after a comma if it is longer than `COLUMNS`."""
+    at = line.rfind(", ", 0, COLUMNS) + 1
+    if len(line) <= COLUMNS or not at:
+        return line
+    indent = len(line) - len(line.lstrip()) + 4
+    return line[:at] + "\n" + _folded(" " * indent + line[at + 1 :])
 
 
 def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
@@ -168,6 +200,175 @@ def by_layer(
     return values, names, ["embed", *map(str, range(layers)), "final"]
 
 
+def lines(
+    series: Mapping[str, Any],
+    alt: str,
+    *,
+    log: str = "",
+    size: tuple[float, float] = (7, 3.2),
+    styles: Mapping[str, Mapping[str, Any]] | None = None,
+    marks: Mapping[str, float] | None = None,
+    **axes: Any,
+) -> Picture:
+    """Draw curves.
+
+    Args:
+        series: (x, y) of each curve by its name.
+        alt: description of the picture.
+        log: the axes with a logarithmic scale: "", "x", "y" or "xy".
+        size: width and height in inches.
+        styles: matplotlib's properties of a curve by its name.
+        marks: heights of dotted horizontal lines by their names.
+        axes: what `Axes.set` takes: title, xlabel, ylabel, xlim, ylim.
+
+    """
+    with mpl.rc_context(STYLE):
+        fig = Figure(size, layout="constrained")
+        ax = fig.subplots()
+        for name, height in (marks or {}).items():
+            ax.axhline(height, color=GREY, lw=0.8, ls=":")
+            ax.annotate(
+                name,
+                (1, height),
+                xycoords=("axes fraction", "data"),
+                color=GREY,
+                ha="right",
+                va="bottom",
+                fontsize=8,
+            )
+        for name, (x, y) in series.items():
+            style = (styles or {}).get(name, {})
+            ax.plot(np.asarray(x), np.asarray(y), label=name, **style)
+        ax.set(**axes)
+        for axis in log:
+            ax.set(**{f"{axis}scale": "log"})
+        if len(series) > 1:
+            ax.legend()
+        return Picture(fig, alt)
+
+
+def bars(
+    layers: Mapping[str, Any],
+    alt: str,
+    *,
+    names: Sequence[str] = (),
+    level: float | None = None,
+    size: tuple[float, float] = (8, 2.4),
+    colours: Any = None,
+    **axes: Any,
+) -> Picture:
+    """Draw bars, stacked where there are several layers.
+
+    Args:
+        layers: the heights of the bars of each layer by its name.
+        alt: description of the picture.
+        names: names of the bars; by default they are numbered.
+        level: height of a dotted horizontal line.
+        size: width and height in inches.
+        colours: one colour for each bar.
+        axes: what `Axes.set` takes.
+
+    """
+    with mpl.rc_context(STYLE):
+        fig = Figure(size, layout="constrained")
+        ax = fig.subplots()
+        bottom: Any = 0
+        for name, heights in layers.items():
+            heights, at = np.asarray(heights), np.arange(len(heights))
+            ax.bar(at, heights, bottom=bottom, label=name, color=colours, width=0.8)
+            bottom = bottom + heights
+        if level is not None:
+            ax.axhline(level, color="black", lw=0.8, ls=":")
+        if len(names):
+            ax.set_xticks(range(len(names)), names)
+        ax.margins(x=0.01)
+        ax.set(**axes)
+        if len(layers) > 1:
+            ax.legend()
+        return Picture(fig, alt)
+
+
+def maps(
+    panels: Mapping[str, Any],
+    alt: str,
+    label: str,
+    *,
+    across: int = 4,
+    size: tuple[float, float] | None = None,
+    xlabel: str = "",
+    ylabel: str = "",
+    rows: Sequence[str] = (),
+    columns: Sequence[str] = (),
+    limits: tuple[float, float] | None = None,
+    **options: Any,
+) -> Picture:
+    """Draw heat maps with one scale, side by side.
+
+    Args:
+        panels: (R, C) values of each heat map by its title.
+        alt: description of the picture.
+        label: the quantity with its unit, for the colour bar.
+        across: how many fit side by side.
+        size: width and height in inches.
+        xlabel: what the columns are.
+        ylabel: what the rows are.
+        rows: names of the rows.
+        columns: names of the columns.
+        limits: limits of the colour scale; by default those of all the values.
+        options: log, diverging and texts of `heat_map`.
+
+    """
+    values = {title: np.asarray(panel, np.float64) for title, panel in panels.items()}
+    if limits is None and not options.get("log"):
+        finite = np.concatenate([v[np.isfinite(v)] for v in values.values()])
+        extent = float(abs(finite).max())
+        limits = (
+            (-extent, extent)
+            if options.get("diverging")
+            else (float(finite.min()), float(finite.max()))
+        )
+    down, across = -(-len(values) // across), min(across, len(values))
+    with mpl.rc_context(STYLE):
+        fig = Figure(size or (min(9.0, 1.0 + 2.8 * across), 2.9 * down), layout="constrained")
+        grid = fig.subplots(down, across, sharex=True, sharey=True, squeeze=False)
+        for ax, (title, panel) in zip(grid.flat, values.items(), strict=False):
+            heat_map(
+                ax, panel, label, rows=rows, columns=columns, limits=limits, bar=False, **options
+            )
+            ax.set(title=title)
+        for ax in grid.flat[len(values) :]:
+            ax.set_visible(False)
+        fig.colorbar(grid.flat[0].images[0], ax=grid, label=label, pad=0.02)
+        fig.supxlabel(xlabel, fontsize=9)
+        fig.supylabel(ylabel, fontsize=9)
+        return Picture(fig, alt)
+
+
+def links(weights: Any, tokens: Sequence[str], alt: str, *, title: str, least: float) -> Picture:
+    """Draw a line from each token that looks, above, to each that it looks at, below.
+
+    Args:
+        weights: (T, T) attention probabilities; the higher, the darker the line.
+        tokens: text of the T tokens.
+        alt: description of the picture.
+        title: title of the picture.
+        least: probabilities up to this are left out.
+
+    """
+    weights = np.asarray(weights)
+    with mpl.rc_context(STYLE):
+        fig = Figure((9, 1.8), layout="constrained")
+        ax = fig.subplots()
+        for t, s in np.argwhere(weights > least):
+            ax.plot([s, t], [0, 1], color=BLUE, alpha=float(weights[t, s]), lw=2)
+        for position, token in enumerate(tokens):
+            for y, side in ((1.08, "bottom"), (-0.08, "top")):
+                ax.text(position, y, token, ha="center", va=side, fontsize=9)
+        ax.set(title=title, ylim=(-0.3, 1.3))
+        ax.axis("off")
+        return Picture(fig, alt)
+
+
 # GPT-2's block: each op of the two branches with its weights, its result and the result's shape
 BRANCHES = (
     (
@@ -189,14 +390,15 @@ FIRST, STEP, WIDTH, HEIGHT = 1.75, 2.15, 1.2, 0.62
 ROW, DOWN, ASIDE = 2.3, 0.95, 0.17
 
 
-def block_diagram(backward: bool = False) -> Figure:
+def block_diagram(backward: bool = False) -> Picture:
     """Draw a block of GPT-2: the residual stream on the left, and the two branches with the result
     and shape of each op.
 
     ``backward`` adds the gradients, which run against the forward's arrows and add up where it
     branches.
     """
-    fig, ax = plt.subplots(figsize=(9.2, 4.1))
+    fig = Figure((9.2, 4.1), layout="constrained")
+    ax = fig.subplots()
     ax.set(xlim=(-0.9, 10.0), ylim=(-4.0, 0.85))
     ax.axis("off")
 
@@ -304,4 +506,13 @@ def block_diagram(backward: bool = False) -> Figure:
                 arrow((left, y - ASIDE), (end, y - ASIDE), colour=VERMILLION)
             arrow((lefts[0], y - ASIDE), (aside + 0.12, y - ASIDE), colour=VERMILLION)
             plus(aside, y - ASIDE, VERMILLION)
-    return fig
+    branches = "; ".join(
+        ", then ".join(
+            f"{op} ({weights}) gives {name}" if weights else f"{op} gives {name}"
+            for op, weights, name, _ in branch
+        )
+        for branch in BRANCHES
+    )
+    alt = f"A block of GPT-2. Two branches read the stream x and add to it. {branches}."
+    against = " Gradients run against each arrow, and add up where the forward branched."
+    return Picture(fig, alt + against if backward else alt)

@@ -5,6 +5,7 @@ cells give in it.
 import copy
 import hashlib
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -14,8 +15,14 @@ import nbformat
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
-ROOT = Path(__file__).parents[2]
+from tests.conftest import ROOT
+
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+# They compute more than they compile, unlike what tests/conftest.py sets XLA for
+TRAINING = ("03_train", "04_inside")
+ANSWER = re.compile(
+    r"<details><summary>Answer</summary>\n\n.*?```python\n(.*?)\n```\n\n</details>", re.S
+)
 # In the kernel, before the first cell. What Jupyter's own modules warn of is theirs; the cache is
 # tests/conftest.py's.
 STRICT = [
@@ -39,9 +46,41 @@ def source_hash(notebook: NotebookNode) -> str:
     return hashlib.sha256(code.encode()).hexdigest()
 
 
-def execute(
-    notebook: NotebookNode, root: Path, environment: Mapping[str, str] = os.environ
-) -> NotebookNode:
+def environment_of(path: Path) -> dict[str, str]:
+    """The environment of a notebook's kernel."""
+    unset = {"XLA_FLAGS"} if path.stem in TRAINING else set()
+    return {name: value for name, value in os.environ.items() if name not in unset}
+
+
+def has_tag(cell: NotebookNode, tag: str) -> bool:
+    """Whether a cell has a tag."""
+    return tag in cell.metadata.get("tags", ())
+
+
+def exercises(notebook: NotebookNode) -> list[tuple[NotebookNode, NotebookNode]]:
+    """Each exercise, and the cell below it, which has the answer."""
+    cells = notebook.cells
+    return [
+        (a, b) for a, b in zip(cells, [*cells[1:], None], strict=True) if has_tag(a, "exercise")
+    ]
+
+
+def with_answers(notebook: NotebookNode) -> NotebookNode:
+    """A copy with a cell after each answer that fails unless it is right, and leaves no names. An
+    answer stands for the exercise up to its last paragraph, which checks it.
+    """
+    notebook = copy.deepcopy(notebook)
+    for exercise, answer in exercises(notebook):
+        check = exercise.source.rpartition("\n\n")[2].replace("matches(", "verdict = matches(")
+        code = f"{ANSWER.fullmatch(answer.source)[1]}\n{check}\nassert verdict, verdict"
+        cell = nbformat.v4.new_code_cell(
+            f"exec({code!r}, dict(globals()))", metadata={"tags": ["added"]}
+        )
+        notebook.cells.insert(notebook.cells.index(answer) + 1, cell)
+    return notebook
+
+
+def execute(notebook: NotebookNode, root: Path, environment: Mapping[str, str]) -> NotebookNode:
     """A copy with the outputs of a fresh kernel, which runs in ``root/notebooks``; a warning is an
     error.
 
@@ -64,12 +103,24 @@ def execute(
     return notebook
 
 
+def run(path: Path, root: Path) -> NotebookNode:
+    """Execute a notebook and the answers to its exercises, and return it without the latter."""
+    notebook = execute(with_answers(read(path)), root, environment_of(path))
+    notebook.cells = [cell for cell in notebook.cells if not has_tag(cell, "added")]
+    code = (cell for cell in notebook.cells if cell.cell_type == "code")
+    for number, cell in enumerate(code, 1):
+        for numbered in (cell, *cell.outputs):
+            if "execution_count" in numbered:
+                numbered.execution_count = number
+    return notebook
+
+
 def main(names: list[str]) -> None:
     """Store the outputs of the notebooks whose names start with these, or of all."""
     for path in NOTEBOOKS:
         if not names or path.name.startswith(tuple(names)):
             with tempfile.TemporaryDirectory() as root:
-                notebook = execute(read(path), Path(root))
+                notebook = run(path, Path(root))
             notebook.metadata = {
                 "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
                 "language_info": {"name": "python"},

@@ -1,7 +1,8 @@
-"""The notebooks run as they are, and what is stored in them is what they give."""
+"""The notebooks run as they are, what is stored in them is what they give, and their answers are
+right.
+"""
 
 import ast
-import os
 import re
 import subprocess
 import sys
@@ -9,11 +10,19 @@ import sys
 import pytest
 
 import gptjax
-from tests.notebooks.execution import NOTEBOOKS, ROOT, execute, read, source_hash
+from tests.notebooks.execution import (
+    ANSWER,
+    NOTEBOOKS,
+    ROOT,
+    exercises,
+    has_tag,
+    read,
+    run,
+    source_hash,
+)
 
 NUMBER = re.compile(r"[-+]?\d[\d,]*\.?\d*(e[-+]?\d+)?")
-# They compute more than they compile, unlike what tests/conftest.py sets XLA for
-TRAINING = ("03_train", "04_inside")
+LINES, COLUMNS = 15, 88  # of a cell
 AGAIN = "run python -m tests.notebooks.execution"
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -22,49 +31,92 @@ def code_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
+def text_of(output):
+    """What an output shows; nothing for a picture."""
+    data = {"stdout": output.text} if output.output_type == "stream" else output.data
+    kinds = () if "image/png" in data else ("stdout", "text/markdown", "text/plain")
+    return next((data[kind] for kind in kinds if kind in data), "")
+
+
 def outputs_of(cell):
     """Of each output, its kinds (stream or MIME types), and its text but for the numbers, which
     rounding may change.
     """
     found = []
     for output in cell.outputs:
-        data = {"stdout": output.text} if output.output_type == "stream" else dict(output.data)
-        text = next(
-            (data[kind] for kind in ("stdout", "text/markdown", "text/plain") if kind in data), ""
-        )
-        varies = "varies" in cell.metadata.get("tags", ()) or "image/png" in data
-        found.append((sorted(data), "" if varies else " ".join(NUMBER.sub("0", text).split())))
+        kinds = sorted(output.get("data", ["stdout"]))
+        text = "" if has_tag(cell, "varies") else NUMBER.sub("0", text_of(output))
+        found.append((kinds, " ".join(text.split())))
     return found
 
 
-def test_there_are_five():
+def test_there_are_seven():
     assert [path.stem for path in NOTEBOOKS] == [
+        "00_chain_rule",
         "01_forward",
         "02_backward_by_hand",
         "03_train",
         "04_inside",
         "05_your_own_backward",
+        "06_llama",
     ]
 
 
 @each
-def test_a_notebook_is_short_and_begins_with_its_title(path):
+def test_a_notebook_begins_with_its_title_and_fits_a_page(path):
     notebook = read(path)
-    assert len(notebook.cells) <= 20
     assert notebook.cells[0].source.startswith("# ")
-    assert path.stat().st_size < 300_000
+    assert path.stat().st_size < 400_000
+    for cell in code_cells(notebook):
+        assert cell.source.count("\n") < LINES, cell.source
+        shown = [] if has_tag(cell, "varies") else map(text_of, cell.outputs)
+        for text in (cell.source, *shown):
+            assert max(map(len, text.splitlines()), default=0) <= COLUMNS, text
+    for cell in notebook.cells:
+        for code in re.findall(r"```\w*\n(.*?)```", cell.source, re.S):
+            assert max(map(len, code.splitlines())) <= COLUMNS, code
 
 
 @each
-def test_a_notebook_runs_without_a_warning_and_gives_what_is_stored(path, tmp_path):
+def test_pictures_are_drawn_out_of_sight_and_described(path):
+    notebook = read(path)
+    for cell in notebook.cells:
+        assert not re.search(r"!\[\s*\]|<img", cell.source), "an image without alt text"
+    for cell in code_cells(notebook):
+        assert not re.search(r"matplotlib|\bplt\b", cell.source)
+    pictures = [
+        output
+        for cell in code_cells(notebook)
+        for output in cell.outputs
+        if "image/png" in output.get("data", ())
+    ]
+    assert pictures
+    for output in pictures:
+        assert len(output.metadata["image/png"]["alt"]) > 30
+        assert output.data["text/plain"] == output.metadata["image/png"]["alt"]
+
+
+@each
+def test_exercises_are_not_done_and_have_a_folded_answer(path):
+    found = exercises(read(path))
+    assert len(found) >= 2
+    for exercise, answer in found:
+        check = exercise.source.rpartition("\n\n")[2]
+        assert re.search(r"^matches\(.*\)$", check, re.M | re.S)
+        assert re.search("not done yet|wrong", exercise.outputs[-1].data["text/plain"])
+        assert has_tag(answer, "answer")
+        assert ANSWER.fullmatch(answer.source)
+
+
+@each
+def test_a_notebook_gives_what_is_stored_without_a_warning_and_its_answers_are_right(
+    path, tmp_path
+):
     stored = read(path)
     assert stored.metadata["source_sha256"] == source_hash(stored), (
         f"the code has changed since it was run: {AGAIN}"
     )
-    unset = {"XLA_FLAGS"} if path.stem in TRAINING else set()
-    fresh = execute(
-        stored, tmp_path, {name: value for name, value in os.environ.items() if name not in unset}
-    )
+    fresh = run(path, tmp_path)
     for before, after in zip(code_cells(stored), code_cells(fresh), strict=True):
         assert not [output for output in after.outputs if output.get("name") == "stderr"]
         assert outputs_of(before) == outputs_of(after), f"what is stored is out of date: {AGAIN}"

@@ -1,3 +1,4 @@
+import base64
 import io
 
 import matplotlib as mpl
@@ -15,17 +16,77 @@ from tests.models import tiny
 @pytest.fixture
 def ax():
     """Axes on a canvas that needs no screen, in the notebooks' style."""
-    mpl.use("agg")
-    with mpl.rc_context():
-        figures.use_style()
-        yield figures.plt.subplots()[1]
-        figures.plt.close("all")
+    with mpl.rc_context(figures.STYLE):
+        yield figures.Figure().subplots()
 
 
-def test_source_is_the_function_as_it_stands():
+def test_source_is_the_function_without_its_docstring_in_narrow_lines():
     shown = figures.SourceCode(gelu_bwd)
     assert repr(shown).startswith("@jax.jit\ndef gelu_bwd(")
+    assert "of `gelu_fwd`" not in repr(shown)
     assert shown._repr_markdown_() == f"```python\n{shown}\n```"
+    long = "    y = f(" + ", ".join(["argument"] * 12) + ")"
+    lines = figures._folded(long).splitlines()
+    assert max(map(len, lines)) <= figures.COLUMNS
+    assert [line[:8] for line in lines] == ["    y = ", "        "]
+    assert " ".join(line.strip() for line in lines) == long.strip()
+    assert figures._folded("x" * 99) == "x" * 99
+
+
+def test_a_picture_stands_for_itself_in_words():
+    picture = figures.lines({"loss": ([1, 2], [3.0, 1.0])}, "The loss falls.", title="Learning")
+    assert repr(picture) == "The loss falls."
+    data, metadata = picture._repr_mimebundle_()
+    assert base64.b64decode(data["image/png"]).startswith(b"\x89PNG")
+    assert metadata == {"image/png": {"alt": "The loss falls."}}
+    assert mpl.rcParams["axes.spines.top"], "the style is the picture's alone"
+
+
+def test_lines_have_names_marks_and_scales():
+    picture = figures.lines(
+        {"a": (range(3), [1, 2, 4]), "b": ([0, 1], [3, 3])},
+        "",
+        log="y",
+        styles={"b": {"color": figures.GREY}},
+        marks={"best": 0.5},
+        xlabel="step",
+    )
+    (ax,) = picture.figure.axes
+    assert (ax.get_xlabel(), ax.get_xscale(), ax.get_yscale()) == ("step", "linear", "log")
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]
+    assert [text.get_text() for text in ax.texts] == ["best"]
+    mark, a, b = ax.lines
+    assert list(mark.get_ydata()) == [0.5, 0.5]
+    assert a.get_ydata().tolist() == [1, 2, 4]
+    assert b.get_color() == figures.GREY
+
+
+def test_bars_are_stacked_and_named():
+    picture = figures.bars({"a": [1, 2], "b": [3, 4]}, "", names=["x", "y"], level=2.0)
+    (ax,) = picture.figure.axes
+    tops = [bar.get_y() + bar.get_height() for bar in ax.patches]
+    assert tops == [1, 2, 4, 6]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["x", "y"]
+    assert list(ax.lines[0].get_ydata()) == [2.0, 2.0]
+
+
+def test_maps_share_one_scale_and_one_bar():
+    panels = {"a": [[1.0, -2.0]], "b": [[4.0, np.nan]], "c": [[0.0, 0.0]]}
+    picture = figures.maps(panels, "", "nats", across=2, diverging=True, columns=["x", "y"])
+    a, b, c, empty, bar = picture.figure.axes
+    assert {ax.images[0].get_clim() for ax in (a, b, c)} == {(-4, 4)}
+    assert [ax.get_title(loc="left") for ax in (a, b, c)] == ["a", "b", "c"]
+    assert not empty.get_visible()
+    assert bar.get_ylabel() == "nats"
+    assert figures.maps(panels, "", "nats").figure.axes[0].images[0].get_clim() == (-2, 4)
+
+
+def test_links_join_the_tokens_that_attend_to_each_other():
+    picture = figures.links([[1.0, 0.0], [0.3, 0.7]], ["a", "b"], "", title="", least=0.3)
+    (ax,) = picture.figure.axes
+    assert [list(line.get_xdata()) for line in ax.lines] == [[0, 0], [1, 1]]
+    assert [line.get_alpha() for line in ax.lines] == [1.0, 0.7]
+    assert [text.get_text() for text in ax.texts] == ["a", "a", "b", "b"]
 
 
 def test_pieces_are_printable():
@@ -81,9 +142,9 @@ def test_by_layer_has_a_place_for_each_gradient_of_the_model():
     np.testing.assert_allclose(values[rows.index("lnfb"), 3], np.linalg.norm(params.lnfb))
 
 
-def test_the_diagram_shows_every_weight_of_a_block_and_each_gradient(ax):
+def test_the_diagram_shows_every_weight_of_a_block_and_each_gradient():
     forward, backward = (
-        {t.get_text() for t in figures.block_diagram(b).axes[0].texts} for b in (False, True)
+        {t.get_text() for t in figures.block_diagram(b).figure.axes[0].texts} for b in (False, True)
     )
     weights = {name for names in forward for name in names.split()}
     assert weights >= set(gpt2.Block._fields)
