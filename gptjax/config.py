@@ -1189,9 +1189,9 @@ class ConvertConfig:
     """Version of a llama2.c model: 0, float32, which run.c reads; 1, float32 with a header; or 2,
     int8, which runq.c reads. By default 0.
     """
-    dtype: Literal["float32", "bfloat16", "q8_0"] | None = None
-    """Dtype to write: float32, bfloat16 or, in GGUF, q8_0 (blocks of 8 bits); by default the
-    source's.
+    dtype: Literal["float32", "bfloat16", "float16", "q8_0"] | None = None
+    """Dtype to write: float32, bfloat16, float16 (not in .bin) or, in GGUF, q8_0 (blocks of 8
+    bits); by default float32, or bfloat16 if all of the source is.
     """
     tokenizer: str | None = None
     """Tokenizer of a source without its own: gpt2, byte, a tokenizer file, or a folder with one."""

@@ -49,7 +49,12 @@ from gptjax.models.params import num_params
 from gptjax.tokenizers import GPT2_IDS
 
 PROG = "python -m gptjax.convert"
-WRITTEN = {"float32": DTYPES["F32"], "bfloat16": DTYPES["BF16"], "q8_0": Q8_0}
+WRITTEN = {
+    "float32": DTYPES["F32"],
+    "bfloat16": DTYPES["BF16"],
+    "float16": DTYPES["F16"],
+    "q8_0": Q8_0,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

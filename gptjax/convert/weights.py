@@ -36,7 +36,7 @@ LARGEST_TEMPLATE = 1 << 20  # bytes
 HUB = "hf:"
 HUB_FILES = ["config.json", "*.safetensors", "model.safetensors.index.json"]
 HUB_FILES += ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"]
-HUB_FILES += ["tokenizer.model", "chat_template.jinja"]
+HUB_FILES += ["tokenizer.model", "added_tokens.json", "chat_template.jinja"]
 TENSORFLOW, PICKLED = (".index", ".meta", ".ckpt"), (".pt", ".pth", ".pkl", ".ckpt", ".bin")
 
 
@@ -370,23 +370,26 @@ def write_weights(
         to: ``hf``: a folder for ``transformers``; ``llmc``: version 3 in float32, 5 in bfloat16;
             ``llama2c``: the ``version``, in float32 or int8; ``gguf``: for llama.cpp;
             ``safetensors``: our names.
-        dtype: float32, bfloat16, or `Q8_0`, which GGUF alone has; llama2.c's versions have their
-            own.
+        dtype: float32; bfloat16; float16, which ``llmc`` lacks; or `Q8_0`, which GGUF alone has.
+            llama2.c's versions have their own.
         version: of a llama2.c model; by default 0.
 
     Raises:
-        ConfigError: the format cannot hold this model.
+        ConfigError: the format cannot hold this model, or the dtype its numbers.
 
     """
     if dtype == Q8_0 and to != "gguf":
         raise ConfigError(f"{to} has no blocks of 8 bits: q8_0 is of GGUF")
     if to == "gguf":
-        kind = {np.dtype(np.float32): "F32", Q8_0: "Q8_0"}.get(dtype, "BF16")
+        kinds = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16", Q8_0: "Q8_0"}
+        kind = kinds.get(dtype, "BF16")
         fields = ggml.fields_of(source.tokenizer, source.cfg.vocab_size, source.chat_template)
         gguf.write_model(path, source.params, source.cfg, kind, fields)
     elif to == "llama2c":
         llama2c.write_model(path, source.params, source.cfg, version or 0)
     elif to == "llmc":
+        if dtype == np.float16:
+            raise ConfigError("an llm.c model is in float32 or bfloat16, not in float16")
         llmc.write_model(path, source.params, source.cfg, 3 if dtype == np.float32 else 5)
     elif to == "safetensors":
         safetensors.write_model(path, source.params, source.cfg, dtype)

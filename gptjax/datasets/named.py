@@ -1,6 +1,7 @@
 """Named corpora: the source, split and default tokenizer of each."""
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -159,8 +160,9 @@ def shakespeare_char(request: Request) -> Path:
 
 
 def tinystories(request: Request) -> Path:
-    """Prepare TinyStories, GPT-4's version (Eldan & Li 2023; 2.2 GB), with its own validation
-    file.
+    """Prepare TinyStories, GPT-4's version (Eldan & Li 2023; 2.2 GB), with its own validation file.
+
+    As llama2.c and llm.c do, blanks around a story are dropped.
     """
     which = request.tokenizer or "gpt2"
     folder = (
@@ -179,10 +181,14 @@ def tinystories(request: Request) -> Path:
     }
 
     def read(split: Split) -> Iterator[Piece]:
-        return pieces([files[split]])
+        for number, text in pieces([files[split]]):
+            if story := text.strip():  # a story is short, and so a single piece
+                yield Piece(number, story)
 
     tokenizer = make_tokenizer(
-        which, lambda: (p.text for p in read("train")), lambda: pieces(list(files.values()))
+        which,
+        lambda: (p.text for p in read("train")),
+        lambda: itertools.chain(read("train"), read("val")),
     )
     total = sum(path.stat().st_size for path in files.values())
     source: dict[str, object] = {"files": list(names.values())}

@@ -147,8 +147,9 @@ def _plain(path: Path, column: str | None) -> Iterator[tuple[int, str]]:
 
 
 def _safe_cut(text: str) -> int:
-    """A position at which cutting a long text does not change its ids: before a space or newline
-    that does not follow another. GPT-2's pattern always starts a new word there.
+    """A position at which cutting a long text does not change its ids: before a space, or a newline
+    after a letter or digit, that does not follow another blank. GPT-2's and Llama 3's patterns
+    always start a new word there.
 
     Only the last `PIECE` characters are searched, since the rest was searched before. Returns 0 if
     the text is short or there is no such place; a text of `LONGEST` characters is then cut at its
@@ -159,7 +160,8 @@ def _safe_cut(text: str) -> int:
     while end > last:
         end = max(text.rfind(" ", last, end), text.rfind("\n", last, end))
         begins = len(text[last : end + 1].rstrip()) + last  # start of this run of blanks
-        if end > last and begins > last and text[begins] in " \n":
+        after_word = begins > last and text[begins - 1].isalnum()
+        if end > last and begins > last and text[begins] in (" \n" if after_word else " "):
             return begins
         end = min(begins, end)
     return len(text) if len(text) >= LONGEST else 0

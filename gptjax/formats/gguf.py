@@ -30,6 +30,7 @@ from gptjax.formats.tables import (
     FileTensor,
     Part,
     Table,
+    cast,
     each_layer,
     file_tensors,
     join,
@@ -70,7 +71,7 @@ PLAIN: dict[str, np.dtype] = {
 """Types without blocks: one number after the other."""
 BLOCK_BYTES = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20}
 """Bytes of a block, for the quantized types that decoding computes with directly."""
-FILE_TYPES = {"F32": 0, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}
 """Types that can be written, with the `FILE_TYPE` that llama.cpp gives a file of them."""
 
 TABLES: dict[str, Table] = {
@@ -545,7 +546,8 @@ def write_model(
         fields: more metadata: the tokenizer's, by default none.
 
     Raises:
-        ConfigError: the format cannot describe the model, or the package ``gguf`` is missing.
+        ConfigError: the format cannot describe the model, a number is not finite or beyond the
+            range of float16, or the package ``gguf`` is missing.
         OSError: it cannot be written.
 
     """
@@ -582,14 +584,15 @@ def write_model(
         file.write(_padded(b"".join(header)))
         for stored, (_, tensor, layer) in zip(kinds, each_layer(tensors, cfg), strict=True):
             array = join(tensor, layer, params, cfg, PLAIN["F32"])
+            name = tensor.name.format(layer)
             if not np.isfinite(array).all():
-                raise ConfigError(f"{tensor.name.format(layer)} has numbers that are not finite")
-            file.write(_padded(_encoded(np.ascontiguousarray(array), stored).tobytes()))
+                raise ConfigError(f"{name} has numbers that are not finite")
+            file.write(_padded(_encoded(np.ascontiguousarray(array), stored, name).tobytes()))
 
 
-def _encoded(array: np.ndarray, stored: Any) -> np.ndarray:
+def _encoded(array: np.ndarray, stored: Any, name: str) -> np.ndarray:
     if stored.name in PLAIN:
-        return array.astype(PLAIN[stored.name])
+        return cast(array, PLAIN[stored.name], name)
     found: np.ndarray = library().quants.quantize(array, stored)
     return found
 

@@ -194,11 +194,36 @@ def file_contents(
 def join(
     tensor: FileTensor, layer: int | None, params: Any, cfg: Architecture, dtype: np.dtype
 ) -> np.ndarray:
-    """Build one tensor of a file from its parameters, in ``dtype``, without pad rows."""
-    arrays = (part.to_file(tensor_of(params, part.param, layer, cfg)) for part in tensor.parts)
+    """Build one tensor of a file from its parameters, in ``dtype``, without pad rows.
+
+    Raises:
+        ConfigError: see `cast`.
+
+    """
+    name = tensor.name.format(layer)
+    arrays = (
+        cast(part.to_file(tensor_of(params, part.param, layer, cfg)), dtype, name)
+        for part in tensor.parts
+    )
     if len(tensor.parts) == 1:
-        return next(arrays).astype(dtype, copy=False)
+        return next(arrays)
     joined = np.empty(tensor.shape, dtype)
     for part, array in zip(tensor.parts, arrays, strict=True):
         joined[part.place] = array
     return joined
+
+
+def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """An array in another dtype.
+
+    Raises:
+        ConfigError: a number is beyond the range of float16.
+
+    """
+    with np.errstate(over="ignore"):
+        found = array.astype(dtype, copy=False)
+    if dtype == np.float16 and np.isinf(found).any():
+        raise ConfigError(
+            f"{name} has numbers beyond 65504, float16's largest: write bfloat16 or float32"
+        )
+    return found

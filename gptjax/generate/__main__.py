@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 
 import jax
 
-from gptjax import cli, tokenizers
+from gptjax import cli
 from gptjax.cli.options import parse
 from gptjax.cli.streams import show, standard_input
 from gptjax.config import MOST_SAMPLES, GenerateConfig, ModelConfig
-from gptjax.convert.weights import load_for_decoding, open_weights
+from gptjax.convert.weights import load_for_decoding, open_weights, with_named_tokenizer
 from gptjax.errors import ConfigError, DataError
 from gptjax.files import read_stream
 from gptjax.generate.engine import CHUNK, Rules
@@ -116,21 +116,16 @@ def load(args: GenerateConfig) -> Model:
     """Load a checkpoint in the layout of `load_for_decoding`, with its tokenizer.
 
     Raises:
-        GptjaxError: the checkpoint is missing or damaged, or has no tokenizer that fits it.
+        GptjaxError: the checkpoint is missing or damaged; it has no tokenizer and none is named, or
+            the named one is another or has more ids.
 
     """
-    source = open_weights(args.checkpoint)
-    tokenizer = tokenizers.find(args.tokenizer) if args.tokenizer else source.tokenizer
+    source = with_named_tokenizer(open_weights(args.checkpoint), args.checkpoint, args.tokenizer)
+    tokenizer = source.tokenizer
     if not tokenizer:
         reason = f" ({source.note})" if source.note else ""
         raise ConfigError(
             f"{args.checkpoint} has no tokenizer{reason}: name one, as in --tokenizer gpt2"
-        )
-    if tokenizer.vocab_size > source.cfg.vocab_size:
-        raise ConfigError(
-            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, more than the "
-            f"{source.cfg.vocab_size} of "
-            f"{args.checkpoint}, which was trained with another"
         )
     wanted = dataclasses.replace(
         source.cfg, dtype=args.dtype, layers="unroll", attention="auto", dropout=0.0

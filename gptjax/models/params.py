@@ -152,12 +152,26 @@ def num_matrix_params(cfg: Architecture) -> int:
     return num_block_params(cfg) + cfg.padded_vocab_size * cfg.channels
 
 
+def num_untied_params(cfg: Architecture) -> int:
+    """The number of parameters in a padded embedding that is not the classifier, too.
+
+    A lookup reads a row of it for each token, and multiplies none.
+    """
+    head = family_of(cfg).head_name(cfg)
+    return sum(
+        math.prod(shape)
+        for name, _, weight, shape in rows(cfg)
+        if weight.axes[0] == "Vp" and name != head
+    )
+
+
 def flops_per_token(cfg: Architecture, seq_len: int) -> int:
     """FLOPs of forward and backward per token: 6 N + 12 L C T.
 
-    This is llm.c's and PaLM's convention; N includes padding.
+    This is llm.c's and PaLM's convention; N includes padding, and leaves an untied embedding out.
     """
-    return 6 * num_padded_params(cfg) + 12 * cfg.num_layers * cfg.channels * seq_len
+    multiplied = num_padded_params(cfg) - num_untied_params(cfg)
+    return 6 * multiplied + 12 * cfg.num_layers * cfg.channels * seq_len
 
 
 def head_of(params: Any, cfg: Architecture) -> Any:

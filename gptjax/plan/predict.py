@@ -19,7 +19,14 @@ from gptjax.config import ModelConfig
 from gptjax.datasets.batches import BatchShape
 from gptjax.models.chunks import num_chunks
 from gptjax.models.family import Weight, family_of
-from gptjax.models.params import is_weight, num_block_params, num_matrix_params, rows, weight_table
+from gptjax.models.params import (
+    is_weight,
+    num_block_params,
+    num_matrix_params,
+    num_untied_params,
+    rows,
+    weight_table,
+)
 from gptjax.models.transformer import training_block
 from gptjax.ops import attention_fwd
 from gptjax.parallel.sharding import MESH_AXES, RULES
@@ -273,8 +280,9 @@ def step_collectives(work: Work) -> list[Collective]:
 
     Over fsdp each matrix is gathered for the forward and for each backward (see `_stays_gathered`),
     its gradient is reduce-scattered, and the embedding is exchanged. Over data the gradient is
-    all-reduced. Over tensor the residual stream is all-reduced after each matrix whose inputs are
-    sharded, and its gradient as often. Scanned layers gather their weights in each forward.
+    all-reduced, and an untied embedding's, too. Over tensor the residual stream is all-reduced
+    after each matrix whose inputs are sharded, and its gradient as often. Scanned layers gather
+    their weights in each forward.
     """
     model, A, (data, fsdp, tensor) = work.model, work.shape.accumulate, work.mesh
     L, item = model.num_layers, model.compute_dtype.itemsize
@@ -283,6 +291,7 @@ def step_collectives(work: Work) -> list[Collective]:
         work.local_elements(HEAD),
         L * len(work.block_matrices),
     )
+    untied = num_untied_params(model) // tensor
     gathers = A + (A if model.layers == "scan" else 1)  # of each matrix
     cut = sum(
         any("tensor" in RULES[axis].compute for axis in w.axes[: w.inputs])
@@ -299,7 +308,12 @@ def step_collectives(work: Work) -> list[Collective]:
             collective("all-gather", fsdp, gathers * count + 1, (gathers * matrices + head) * item),
             collective("reduce-scatter", fsdp, A * (count + 1), A * (matrices + head) * 4),
             collective("all-to-all", fsdp, 2 * A, 2 * A * stream),
-            collective("all-reduce", data, A * (count + 1), A * (matrices + head) * 4 / fsdp),
+            collective(
+                "all-reduce",
+                data,
+                A * (count + 1 + (untied > 0)),
+                A * (matrices + head + untied) * 4 / fsdp,
+            ),
             collective("all-reduce", tensor, A * streams, A * streams * stream),
         ]
     )

@@ -6,7 +6,7 @@ by scores, as llama2.c's, with U+2581 for a space.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +15,23 @@ import numpy as np
 from gptjax.errors import ConfigError, FormatError
 from gptjax.formats.llama2c_tokenizer import BEGIN, END, FIRST_BYTE, FIRST_TEXT, UNKNOWN
 from gptjax.tokenizers.bpe import LARGEST, BytePairEncoding, printable
-from gptjax.tokenizers.hugging_face import HuggingFace, canonical
+from gptjax.tokenizers.hugging_face import (
+    BYTE_LEVEL,
+    IGNORES_MERGES,
+    PRE_TOKENIZERS,
+    HuggingFace,
+    canonical,
+    pre_tokenizer_of,
+)
 from gptjax.tokenizers.interface import END_OF_TEXT, Tokenizer
-from gptjax.tokenizers.llama2c import CONTROLS, Llama2c, scored
+from gptjax.tokenizers.llama2c import CONTROL_TEXTS, CONTROLS, Llama2c, scored
 from gptjax.tokenizers.sentencepiece import SentencePiece
 from gptjax.tokenizers.space_first import SPACE
+from gptjax.tokenizers.tokenizer_json import from_scores, to_scores
 
 PREFIX, TEMPLATE = "tokenizer.ggml.", "tokenizer.chat_template"
 NONE = {"none", "no_vocab"}
 NORMAL, UNKNOWN_KIND, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of tokens
-
-BYTE_LEVEL = {
-    "type": "ByteLevel",
-    "add_prefix_space": False,
-    "trim_offsets": True,
-    "use_regex": True,
-}
-DIGITS = {"type": "Digits", "individual_digits": True}
-PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
-    "gpt-2": BYTE_LEVEL,
-    "smollm": {"type": "Sequence", "pretokenizers": [DIGITS, BYTE_LEVEL]},
-}
-"""How ``tokenizers`` cuts text into words, by llama.cpp's name."""
 
 
 def chat_template(fields: Mapping[str, Any]) -> str | None:
@@ -84,9 +79,11 @@ def from_fields(path: Path, fields: Mapping[str, Any]) -> Tokenizer:
             "type": "BPE",
             "vocab": {token: i for i, token in enumerate(tokens)},
             "merges": [merge.split(" ") for merge in merges],
+            "ignore_merges": pre in IGNORES_MERGES,
         },
     }
-    begins = begin if fields.get(f"{PREFIX}add_bos_token") is True else None
+    # llama.cpp's default depends on the pre-tokenizer
+    begins = begin if fields.get(f"{PREFIX}add_bos_token", pre == "llama-bpe") is True else None
     try:
         return HuggingFace(
             path.stem, *canonical(content, None if end is None else tokens[end]), begins
@@ -95,14 +92,17 @@ def from_fields(path: Path, fields: Mapping[str, Any]) -> Tokenizer:
         raise FormatError(f"{path} holds no byte-level BPE that is known here: {error}") from error
 
 
-def _by_scores(path: Path, fields: Mapping[str, Any]) -> Llama2c:
-    """The tokenizer of kind ``llama``, if llama2.c's file could hold it."""
+def _by_scores(path: Path, fields: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer of kind ``llama``: llama2.c's, maybe with more special tokens after its own.
+
+    Those are special even if the file calls them the user's: a template gives them, a text does
+    not.
+    """
     tokens = _texts(path, fields, "tokens")
     scores = _numbers(path, fields, "scores", len(tokens))
     kinds = _numbers(path, fields, "token_type", len(tokens))
     expected = {
         "bos_token_id": (BEGIN, None),
-        "eos_token_id": (END, None),
         "add_bos_token": (True, None),
         "add_eos_token": (False, None),
         "add_space_prefix": (True, None),
@@ -114,19 +114,29 @@ def _by_scores(path: Path, fields: Mapping[str, Any]) -> Llama2c:
                 "expected"
             )
     number = int(np.flatnonzero(kinds != UNUSED).max(initial=-1)) + 1
-    tokens, scores, kinds = tokens[:number], scores[:number], kinds[:number]  # without padding
-    odd = np.flatnonzero(kinds[FIRST_TEXT:] != NORMAL)
-    if odd.size:
+    odd = np.flatnonzero(kinds[FIRST_TEXT:number] != NORMAL)
+    own = FIRST_TEXT + int(odd[0]) if odd.size else number
+    added = tokens[own:number]  # without padding
+    if not np.isin(kinds[own:number], (CONTROL, USER_DEFINED)).all():
         raise FormatError(
-            f"{path} has the special token {tokens[FIRST_TEXT + odd[0]]!r}, but a tokenizer of "
-            f"kind 'llama' is read with {', '.join(CONTROLS)} alone"
+            f"{path} has the special token {added[0]!r} among others, but a tokenizer of kind "
+            "'llama' is read with special tokens at its begin and end alone"
         )
-    texts = [token.replace(SPACE, " ").encode() for token in tokens]
-    texts[BEGIN : END + 1] = b"\n<s>\n", b"\n</s>\n"  # as llama2.c has them
+    texts = [token.replace(SPACE, " ").encode() for token in tokens[FIRST_BYTE:own]]
+    end = _id(path, fields, "eos", number)
     try:
-        return Llama2c(tuple(texts), tuple(scores.tolist()), path.stem)
+        found = Llama2c((*CONTROL_TEXTS, *texts), tuple(scores[:own].tolist()), path.stem)
     except (ValueError, TypeError) as error:
         raise FormatError(f"{path} holds no tokenizer that is known here: {error}") from error
+    if not added and end in (END, None):
+        return found
+    more = from_scores(found, added, "</s>" if end in (END, None) else tokens[end])
+    if not more:
+        raise FormatError(
+            f"{path} adds special tokens, as {added[0]!r}, to tokens that are no list of merges: "
+            "name the tokenizer.json that belongs to it"
+        )
+    return more
 
 
 def _numbers(path: Path, fields: Mapping[str, Any], name: str, number: int) -> np.ndarray:
@@ -165,7 +175,7 @@ def _describable(tokenizer: Tokenizer | None) -> BytePairEncoding | HuggingFace 
         except ConfigError:
             return None
     if isinstance(tokenizer, HuggingFace):
-        return tokenizer if _pre_tokenizer(tokenizer) else None
+        return tokenizer if _pre_tokenizer(tokenizer) or to_scores(tokenizer) else None
     if isinstance(tokenizer, Llama2c):
         joined = b"".join(tokenizer.tokens)
         return tokenizer if joined.decode(errors="ignore").encode() == joined else None
@@ -173,15 +183,11 @@ def _describable(tokenizer: Tokenizer | None) -> BytePairEncoding | HuggingFace 
 
 
 def _pre_tokenizer(tokenizer: HuggingFace) -> str | None:
-    """llama.cpp's name of how it cuts text into words."""
-
-    def essence(cutter: dict[str, Any]) -> Any:
-        parts = cutter.get("pretokenizers", [cutter])
-        return [{k: v for k, v in part.items() if k != "trim_offsets"} for part in parts]
-
-    found = json.loads(tokenizer.source)["pre_tokenizer"] or {}
-    names = (name for name, cutter in PRE_TOKENIZERS.items() if essence(cutter) == essence(found))
-    return next(names, None)
+    """llama.cpp's name of how it cuts text into words; None if it merges otherwise than that."""
+    content = json.loads(tokenizer.source)
+    name = pre_tokenizer_of(content)
+    whole_words = bool(content["model"].get("ignore_merges"))
+    return name if whole_words == (name in IGNORES_MERGES) else None
 
 
 def fields_of(
@@ -201,11 +207,16 @@ def fields_of(
         return {f"{PREFIX}model": "none", **templates}
     if isinstance(tokenizer, Llama2c):
         return _fields_by_scores(tokenizer, vocab_size) | templates
+    if isinstance(tokenizer, HuggingFace) and (by_scores := to_scores(tokenizer)):
+        ends = {"eos_token_id": tokenizer.end_of_text}
+        return (
+            _fields_by_scores(by_scores[0], vocab_size, by_scores[1]) | _prefixed(ends) | templates
+        )
     if isinstance(tokenizer, BytePairEncoding):
         pre, special = "gpt-2", {END_OF_TEXT: tokenizer.end_of_text}
         tokens = [*map(printable, tokenizer.tokens), END_OF_TEXT]
         pairs = [(printable(left), printable(right)) for left, right in tokenizer.merges()]
-        own: dict[str, int] = {}
+        users: dict[str, int] = {}
     else:
         pre = _pre_tokenizer(tokenizer) or ""
         content = json.loads(tokenizer.source)
@@ -213,11 +224,11 @@ def fields_of(
         vocabulary = content["model"]["vocab"] | {t: token["id"] for t, token in added.items()}
         tokens = sorted(vocabulary, key=vocabulary.__getitem__)
         special = {text: token["id"] for text, token in added.items() if token["special"]}
-        own = {text: token["id"] for text, token in added.items() if not token["special"]}
+        users = {text: token["id"] for text, token in added.items() if not token["special"]}
         pairs = content["model"]["merges"]
     tokens, kinds = _padded(tokens, vocab_size)
     kinds[list(special.values())] = CONTROL
-    kinds[list(own.values())] = USER_DEFINED
+    kinds[list(users.values())] = USER_DEFINED
     begin, end = tokenizer.begin_of_text, tokenizer.end_of_text
     ids = {"bos_token_id": end if begin is None else begin, "eos_token_id": end}
     fields = {
@@ -228,9 +239,13 @@ def fields_of(
         "merges": [f"{left} {right}" for left, right in pairs],
         "add_bos_token": begin is not None,
         "add_space_prefix": False,
-        **{name: i for name, i in ids.items() if i is not None},
+        **ids,
     }
-    return {f"{PREFIX}{name}": value for name, value in fields.items()} | templates
+    return _prefixed(fields) | templates
+
+
+def _prefixed(fields: dict[str, Any]) -> dict[str, Any]:
+    return {f"{PREFIX}{name}": value for name, value in fields.items() if value is not None}
 
 
 def _padded(tokens: list[str], vocab_size: int) -> tuple[list[str], np.ndarray]:
@@ -240,11 +255,13 @@ def _padded(tokens: list[str], vocab_size: int) -> tuple[list[str], np.ndarray]:
     return tokens + [f"[PAD{i}]" for i in range(len(tokens), vocab_size)], kinds
 
 
-def _fields_by_scores(tokenizer: Llama2c, vocab_size: int) -> dict[str, Any]:
+def _fields_by_scores(
+    tokenizer: Llama2c, vocab_size: int, added: Sequence[str] = ()
+) -> dict[str, Any]:
     texts = [token.decode().replace(" ", SPACE) for token in tokenizer.tokens[FIRST_BYTE:]]
-    tokens, kinds = _padded([*CONTROLS, *texts], vocab_size)
+    tokens, kinds = _padded([*CONTROLS, *texts, *added], vocab_size)
     kinds[UNKNOWN] = UNKNOWN_KIND
-    kinds[[BEGIN, END]] = CONTROL
+    kinds[[BEGIN, END, *range(tokenizer.vocab_size, tokenizer.vocab_size + len(added))]] = CONTROL
     kinds[FIRST_BYTE:FIRST_TEXT] = BYTE
     scores = np.zeros(vocab_size, "<f4")
     scores[: len(tokenizer.scores)] = tokenizer.scores
@@ -261,4 +278,4 @@ def _fields_by_scores(tokenizer: Llama2c, vocab_size: int) -> dict[str, Any]:
         "add_eos_token": False,
         "add_space_prefix": True,
     }
-    return {f"{PREFIX}{name}": value for name, value in fields.items()}
+    return _prefixed(fields)

@@ -34,6 +34,29 @@ MODEL_SETTINGS = {
     "ignore_merges",
     "dropout",
 }
+BYTE_LEVEL = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": True,
+    "use_regex": True,
+}
+DIGITS = {"type": "Digits", "individual_digits": True}
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPLIT = {"type": "Split", "pattern": {"Regex": LLAMA3}, "behavior": "Isolated", "invert": False}
+PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
+    "gpt-2": BYTE_LEVEL,
+    "smollm": {"type": "Sequence", "pretokenizers": [DIGITS, BYTE_LEVEL]},
+    "llama-bpe": {"type": "Sequence", "pretokenizers": [SPLIT, BYTE_LEVEL | {"use_regex": False}]},
+}
+"""How a byte-level BPE may cut text into words, by llama.cpp's name.
+
+Each begins a word where `gptjax.datasets.text` cuts long texts.
+"""
+IGNORES_MERGES = {"llama-bpe"}
+"""Those with which llama.cpp takes a word that is a token whole, as ``ignore_merges`` says."""
 PREPEND = {"type": "Prepend", "prepend": SPACE}
 REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 DECODERS = [
@@ -255,19 +278,29 @@ def check(content: dict[str, Any]) -> None:
 def _check_byte_level(content: dict[str, Any]) -> None:
     if content.get("normalizer"):
         raise ValueError("it changes the text or its ids (its normalizer), which is not supported")
-    before = content.get("pre_tokenizer") or {}
-    if before.get("type") == "Sequence" and before["pretokenizers"][:-1] == [
-        {"type": "Digits", "individual_digits": True}  # which cut nothing between blanks
-    ]:
-        before = before["pretokenizers"][-1]
-    if (
-        before.get("type") != "ByteLevel"
-        or before["add_prefix_space"]
-        or not before.get("use_regex", True)
-    ):
-        raise ValueError("it splits text differently from GPT-2 (its pre_tokenizer)")
+    if pre_tokenizer_of(content) is None:
+        raise ValueError(
+            "it splits text differently from GPT-2, SmolLM and Llama 3 (its pre_tokenizer)"
+        )
     if (content.get("decoder") or {}).get("type") != "ByteLevel":
         raise ValueError("it does not decode bytes (its decoder): it must be ByteLevel")
+
+
+def pre_tokenizer_of(content: dict[str, Any]) -> str | None:
+    """The name in `PRE_TOKENIZERS` of how a ``tokenizer.json`` cuts text into words; None for
+    another way.
+    """
+
+    def essence(cutter: dict[str, Any]) -> Any:
+        return [
+            {"use_regex": True} | part | {"trim_offsets": True}
+            if part.get("type") == "ByteLevel"
+            else part
+            for part in cutter.get("pretokenizers", [cutter])
+        ]
+
+    found = essence(content.get("pre_tokenizer") or {})
+    return next((name for name, own in PRE_TOKENIZERS.items() if essence(own) == found), None)
 
 
 def _check_spaces(content: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from gptjax.tokenizers.sentencepiece import BPE, NORMAL, SentencePiece
 from gptjax.tokenizers.space_first import SPACE, SpaceFirst
 
 CONTROLS = {"<unk>": UNKNOWN, "<s>": BEGIN, "</s>": END}
+CONTROL_TEXTS = (b"<unk>", b"\n<s>\n", b"\n</s>\n")  # as tokenizer.bin has them
 LARGEST = 1 << 20  # ids
 KEPT_WORDS = 1 << 16  # whose ids are remembered
 

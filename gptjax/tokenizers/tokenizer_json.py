@@ -7,13 +7,14 @@ by the library itself; see `HuggingFace`.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from gptjax.errors import ConfigError, DataError, FormatError
 from gptjax.files import read_small, read_text
 from gptjax.formats.json_files import LARGEST, read_object
-from gptjax.formats.llama2c_tokenizer import FIRST_BYTE, FIRST_TEXT
+from gptjax.formats.llama2c_tokenizer import BEGIN, FIRST_BYTE, FIRST_TEXT
 from gptjax.tokenizers.bpe import BytePairEncoding, printable
 from gptjax.tokenizers.hugging_face import (
     DECODER_STRIP,
@@ -24,15 +25,18 @@ from gptjax.tokenizers.hugging_face import (
     begin_of,
     canonical,
     read_library,
+    space_of,
     with_begin,
 )
 from gptjax.tokenizers.interface import END_OF_TEXT, Tokenizer
-from gptjax.tokenizers.llama2c import CONTROLS, SCORED, Llama2c, scored
+from gptjax.tokenizers.llama2c import CONTROL_TEXTS, CONTROLS, SCORED, Llama2c, scored
 from gptjax.tokenizers.sentencepiece import SentencePiece
 from gptjax.tokenizers.space_first import SPACE
 
 FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 MODEL_FILE, TEMPLATE_FILE = "tokenizer.model", "chat_template.jinja"
+ADDED_FILE = "added_tokens.json"
+SPACED = ("prepend", BEGIN)  # of Llama 2: how a space is put before a text, and begin-of-text
 LARGEST_TEMPLATE = 1 << 20  # bytes
 BAD = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError)
 
@@ -102,12 +106,20 @@ def read_template(folder: Path) -> str | None:
     return found
 
 
-def from_scores(tokenizer: SentencePiece | Llama2c) -> HuggingFace | None:
+def from_scores(
+    tokenizer: SentencePiece | Llama2c, added: Sequence[str] = (), end: str = "</s>"
+) -> HuggingFace | None:
     """A BPE by scores as a list of merges, which the library ``tokenizers`` runs.
 
     Each way to join two tokens to a third is a merge, the best score first; of equals the shorter
     left part, as ``transformers`` has it. None where the tokens do not allow it: no BPE, or two of
     one text.
+
+    Args:
+        tokenizer: the BPE.
+        added: special tokens after its own, as those of a chat template.
+        end: the text of end-of-text.
+
     """
     try:
         scored_one = scored(tokenizer)
@@ -116,8 +128,9 @@ def from_scores(tokenizer: SentencePiece | Llama2c) -> HuggingFace | None:
         return None
     texts[:FIRST_BYTE] = CONTROLS
     vocabulary = {text: i for i, text in enumerate(texts)}
-    if len(vocabulary) < len(texts):
+    if len(vocabulary) < len(texts) or vocabulary.keys() & set(added):
         return None
+    special = CONTROLS | {text: i for i, text in enumerate(added, len(texts))}
     merges = [
         (-scored_one.scores[i], cut, text[:cut], text[cut:])
         for text, i in vocabulary.items()
@@ -128,7 +141,7 @@ def from_scores(tokenizer: SentencePiece | Llama2c) -> HuggingFace | None:
     content = {
         "version": "1.0",
         "added_tokens": [
-            {"id": i, "content": text, "special": True, **flags} for text, i in CONTROLS.items()
+            {"id": i, "content": text, "special": True, **flags} for text, i in special.items()
         ],
         "normalizer": {"type": "Sequence", "normalizers": [PREPEND, REPLACE]},
         "decoder": {"type": "Sequence", "decoders": [*DECODERS, DECODER_STRIP]},
@@ -141,12 +154,43 @@ def from_scores(tokenizer: SentencePiece | Llama2c) -> HuggingFace | None:
             "byte_fallback": True,
         },
     }
-    begin, end = scored_one.begin_of_text, scored_one.end_of_text
+    begin = scored_one.begin_of_text
     try:
-        source, _ = canonical(with_begin(content, begin, "<s>"), "</s>")
-        return HuggingFace(scored_one.name, source, end, begin)
+        source, end_id = canonical(with_begin(content, begin, "<s>"), end)
+        return HuggingFace(scored_one.name, source, end_id, begin)
     except ValueError:
         return None
+
+
+def to_scores(tokenizer: HuggingFace) -> tuple[Llama2c, list[str]] | None:
+    """Undo `from_scores`: a BPE by scores, and the special tokens after its own.
+
+    A token's score is the rank of the first merge to it. None where that gives other merges.
+    """
+    content = json.loads(tokenizer.source)
+    model = content["model"]
+    if not model.get("byte_fallback") or (space_of(content), tokenizer.begin_of_text) != SPACED:
+        return None
+    ids: dict[str, int] = model["vocab"]
+    texts = sorted(ids, key=ids.__getitem__)
+    special = tokenizer.special_tokens
+    added = sorted(special.keys() - ids.keys(), key=special.__getitem__)
+    if texts[:FIRST_BYTE] != [*CONTROLS] or len(texts) + len(added) != tokenizer.vocab_size:
+        return None
+    ranks: dict[str, int] = {}
+    for rank, merge in enumerate(model["merges"]):
+        ranks.setdefault("".join(merge), rank)
+    try:
+        found = Llama2c(
+            (*CONTROL_TEXTS, *(text.replace(SPACE, " ").encode() for text in texts[FIRST_BYTE:])),
+            tuple(float(-ranks.get(text, 0)) for text in texts),
+            tokenizer.name,
+        )
+    except ValueError:
+        return None
+    again = from_scores(found)
+    same = again and json.loads(again.source)["model"]["merges"] == model["merges"]
+    return (found, added) if same else None
 
 
 def _library_of(tokenizer: BytePairEncoding) -> Any:
@@ -184,7 +228,7 @@ def read(path: Path) -> Tokenizer:
     if path.exists():
         content = read_object(path)
     elif (folder / MODEL_FILE).exists():
-        return from_sentencepiece(folder / MODEL_FILE)
+        return _with_added(folder, from_sentencepiece(folder / MODEL_FILE))
     else:
         content, path = _of_two_files(folder), folder / "vocab.json"
     try:
@@ -193,6 +237,36 @@ def read(path: Path) -> Tokenizer:
         return _checked(folder.name, content, _named(config, "eos_token"), begin)
     except BAD as error:
         raise FormatError(f"{path} is not a supported BPE: {error}") from error
+
+
+def _with_added(folder: Path, found: SentencePiece) -> Tokenizer:
+    """The tokenizer with the special tokens that ``added_tokens.json`` puts after its own.
+
+    Raises:
+        FormatError: their ids do not follow, or the tokenizer is no BPE of llama2.c's kind.
+
+    """
+    path = folder / ADDED_FILE
+    texts = read_object(path) if path.exists() else {}
+    new = {text: i for text, i in texts.items() if i not in range(found.vocab_size)}
+    added = sorted(new, key=str)
+    if all(isinstance(i, int) for i in new.values()):
+        added.sort(key=new.__getitem__)
+    if [new[text] for text in added] != [found.vocab_size + i for i in range(len(added))]:
+        raise FormatError(f"{path} has ids that do not follow the {found.vocab_size} of its model")
+    if not added:
+        return found
+    config = read_object(folder / CONFIG_FILE) if (folder / CONFIG_FILE).exists() else {}
+    try:
+        made = from_scores(found, added, _named(config, "eos_token") or "</s>")
+    except BAD as error:
+        raise FormatError(f"{folder / CONFIG_FILE} is damaged: {error}") from error
+    if not made:
+        raise FormatError(
+            f"{path} adds {added[0]!r} to a {MODEL_FILE} that is no BPE of Llama 2's kind: save "
+            f"{FILE} with transformers"
+        )
+    return made
 
 
 def from_sentencepiece(path: Path) -> SentencePiece:

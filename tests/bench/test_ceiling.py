@@ -25,6 +25,10 @@ def test_decoding_reads_each_weight_once():
     assert ceiling.decode_floor(narrow, Ceiling(1.0, 70e9, 50e9)) == pytest.approx(
         2 * 124_439_808 / 50e9
     )
+    untied = ModelConfig(preset="tinyllama-1.1b", dtype="bfloat16").resolve("cpu", 64)
+    assert ceiling.decode_floor(untied, Ceiling(1.0, 70e9, 50e9)) == pytest.approx(
+        2 * (1_100_048_384 - 32000 * 2048) / 50e9
+    )
 
 
 def test_measured_rates_are_plausible(monkeypatch):

@@ -1,6 +1,7 @@
 import dataclasses
 
 import jax
+import pytest
 
 from gptjax.bench import steps
 from gptjax.config import Config, DataConfig
@@ -17,9 +18,13 @@ def test_variants_begin_with_the_configured_one_and_are_distinct():
     assert {backward for _, _, backward in known} == {"manual", "autodiff"}
 
 
-def test_a_contender_trains_and_says_what_it_takes():
+LLAMA = dataclasses.replace(MODEL, family="llama", num_kv_heads=1, tied=False)
+
+
+@pytest.mark.parametrize("model", [MODEL, LLAMA])
+def test_a_contender_trains_and_says_what_it_takes(model):
     with jax.enable_x64(False):
-        (contender,) = steps.step_contenders(CFG, compare=False)
+        (contender,) = steps.step_contenders(dataclasses.replace(CFG, model=model), compare=False)
         contender.run()
     assert contender.facts["temporary_bytes"] > 0
     assert contender.facts["total_bytes"] > contender.facts["temporary_bytes"]

@@ -126,7 +126,7 @@ def test_a_run_goes_to_every_format_and_starts_another(run, tmp_path, capsys):
 GROUPED = {"family": "llama", "num_heads": 4, "num_kv_heads": 2, "channels": 32, "hidden": 64}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "q8_0"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "q8_0"])
 def test_gguf_keeps_model_tokenizer_and_template(tmp_path, capsys, dtype):
     """A tokenizer that is named for a source goes into the file."""
     pytest.importorskip("gguf")
@@ -144,13 +144,31 @@ def test_gguf_keeps_model_tokenizer_and_template(tmp_path, capsys, dtype):
     assert found.tokenizer.vocab_size == 270
     assert tokenizers.find(tmp_path / "m.gguf").same_as(found.tokenizer)
     convert(tmp_path / "m.gguf", "--inspect")
-    kinds = {"float32": "F32", "bfloat16": "BF16", "q8_0": "Q8_0"}
+    kinds = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0"}
     assert kinds[dtype] in capsys.readouterr().out.splitlines()[0]
     convert(tmp_path / "m.gguf", tmp_path / "back.safetensors")
     if dtype == "float32":
         assert (tmp_path / "back.safetensors").read_bytes() == source.read_bytes()
     write_weights(found._replace(chat_template="{{ messages }}"), tmp_path / "t.gguf", "gguf", Q8_0)
     assert open_weights(str(tmp_path / "t.gguf")).chat_template == "{{ messages }}"
+
+
+@pytest.mark.parametrize("name", ["hf", "m.safetensors", "m.gguf"])
+def test_float16_rounds_each_number_and_refuses_those_beyond_it(tmp_path, name, capsys):
+    if name == "m.gguf":
+        pytest.importorskip("gguf")
+    cfg = tiny.config(dtype="float32", **GROUPED)
+    params = tiny.params(cfg, jnp.float32)
+    source = tmp_path / "source.safetensors"
+    safetensors.write_model(source, params, cfg, np.dtype("<f4"))
+    convert(source, tmp_path / name, "--dtype", "float16")
+    found = load_weights(str(tmp_path / name))[1]
+    for ours, theirs in zip(found.blocks, params.blocks, strict=True):
+        np.testing.assert_array_equal(ours.wo, theirs.wo.astype("float16"))
+    large = params._replace(tok_emb=params.tok_emb.at[3, 1].set(1e5))
+    safetensors.write_model(source, large, cfg, np.dtype("<f4"))
+    arguments = [str(source), str(tmp_path / f"large-{name}"), "--dtype", "float16"]
+    expect_error(main, arguments, "numbers beyond 65504, float16's largest: write", capsys)
 
 
 def test_what_is_printed(model, tmp_path, capsys):
@@ -194,6 +212,7 @@ def test_inspect_knows_every_file(model, tmp_path, capsys):
         (["text.txt", "x.bin", "--inspect"], "in an unknown format"),
         (["model.bin", "x.bin", "--to", "onnx"], "onnx"),
         (["model.bin", "x.gguf"], "a GGUF model holds a model of llama, not of gpt2"),
+        (["model.bin", "x.bin", "--dtype", "float16"], "in float32 or bfloat16, not in float16"),
         (["model.bin", "x", "--dtype", "q8_0"], "hf has no blocks of 8 bits: q8_0 is of GGUF"),
         (["model.bin", "x", "--tokenizer", "byte"], "the tokenizer byte has 257 ids, but"),
         (["model.bin", "x.bin", "--dtpye", "float32"], "dtpye"),

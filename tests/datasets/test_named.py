@@ -80,13 +80,19 @@ def test_a_changed_source_is_refused(site, tmp_path):
         datasets.find_corpus("shakespeare-char", tmp_path)
 
 
-def test_tinystories_keeps_its_own_split(site, tmp_path):
+@pytest.fixture
+def stories(site):
+    """TinyStories' two files, with blanks around the stories."""
     stories = {"train": [f"Tom has {n} cats." for n in range(500)], "valid": ["Ann has a dog."]}
     for split, texts in stories.items():
-        content = "".join(f"{text}\n<|endoftext|>\n\n" for text in texts)
+        content = "".join(f"\n  {text} \n<|endoftext|>\n" for text in texts) + " \n"
         site.files[
             f"datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-{split}.txt"
         ] = content.encode()
+    return stories
+
+
+def test_tinystories_keeps_its_own_split(stories, tmp_path):
     corpus = datasets.find_corpus("tinystories", tmp_path, "bpe:300")
     assert corpus.tokenizer.vocab_size == 300
     found = [
@@ -99,6 +105,16 @@ def test_tinystories_keeps_its_own_split(site, tmp_path):
         ids(some.train).tolist()
         == ids(datasets.find_corpus("tinystories", tmp_path, "byte").train)[:1000].tolist()
     )
+
+
+def test_stories_are_cut_as_llama2_c_cuts_them(stories, tmp_path, shared):
+    """Each story stripped, BOS (1) before it, and no EOS (2)."""
+    tok512 = tokenizers.find(shared / "llama2c" / "tok512.bin")
+    corpus = datasets.find_corpus("tinystories", tmp_path, tok512)
+    for split, texts in zip((corpus.train, corpus.val), stories.values(), strict=True):
+        expected = [i for text in texts for i in (1, *tok512.encode(text))]
+        assert ids(split).tolist() == expected
+        assert 2 not in expected
 
 
 @pytest.mark.parametrize(

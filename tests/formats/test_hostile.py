@@ -50,6 +50,7 @@ LLAMA = dataclasses.replace(CFG, family="llama", num_kv_heads=1, hidden=8)
 LLAMA_PARAMS = tiny.params(LLAMA, jnp.float32)
 CONTROLS = [b"<unk>", b"\n<s>\n", b"\n</s>\n"]
 WORDS = tokenizers.Llama2c((*CONTROLS, *BYTES, b"th", b" t", b"t", b"h", b" "), (0.0,) * 264)
+MORE_WORDS = tokenizer_json.from_scores(WORDS, ["<|im_start|>", "<|im_end|>"], "<|im_end|>")
 
 
 def shard(path):
@@ -107,12 +108,12 @@ def write_table(path):
     parquet.write_table(pyarrow.table({"text": ["some text", "and more"], "n": [1, 2]}), path)
 
 
-def write_gguf(path, kind="F32"):
+def write_gguf(path, kind="F32", fields=None):
     """A Llama with a tokenizer."""
     pytest.importorskip("gguf")
-    sizes = {"family": "llama", "channels": 32, "num_kv_heads": 1, "vocab_size": 262}
+    sizes = {"family": "llama", "channels": 32, "num_kv_heads": 1, "vocab_size": 266}
     cfg = tiny.config(dtype="float32", **sizes)
-    fields = ggml.fields_of(BPE, 262, "a template")
+    fields = fields or ggml.fields_of(BPE, 266, "a template")
     gguf.write_model(path, tiny.params(cfg, jnp.float32), cfg, kind, fields)
 
 
@@ -211,6 +212,11 @@ FORMATS = {
     "GGUF tokenizer": (
         "m.gguf",
         write_gguf,
+        lambda p: tokenizers.find(str(p)).encode("the mat"),
+    ),
+    "GGUF tokenizer by scores": (
+        "m.gguf",
+        lambda p: write_gguf(p, fields=ggml.fields_of(MORE_WORDS, 266)),
         lambda p: tokenizers.find(str(p)).encode("the mat"),
     ),
     "Parquet": ("a.parquet", write_table, lambda p: list(pieces([p]))),

@@ -6,6 +6,7 @@ import pytest
 
 from gptjax import tokenizers
 from gptjax.config import GenerateConfig, Sampler
+from gptjax.convert.weights import open_weights
 from gptjax.errors import ConfigError
 from gptjax.formats import llmc
 from gptjax.generate import __main__ as command
@@ -221,9 +222,16 @@ def test_a_tokenizer_that_is_too_large(tmp_path, capsys):
     small = tiny.config(dtype="float32")
     llmc.write_model(tmp_path / "small.bin", tiny.params(small, jnp.float32), small)
     arguments = ["--checkpoint", str(tmp_path / "small.bin"), "--tokenizer", "byte"]
-    expect_error(
-        command.main, arguments, "the tokenizer byte has 257 ids, more than the 11 of", capsys
-    )
+    message = f"the tokenizer byte has 257 ids, but {tmp_path / 'small.bin'} only 11: name the"
+    expect_error(command.main, arguments, message, capsys)
+
+
+def test_another_tokenizer_than_the_models_own(model, monkeypatch):
+    own = tokenizers.train_bpe(["the cat sat on the mat"] * 9, 262, "cats")
+    source = open_weights(model)._replace(tokenizer=own)
+    monkeypatch.setattr(command, "open_weights", lambda where: source)
+    with pytest.raises(ConfigError, match="has its own tokenizer, cats of 262 ids, and byte is an"):
+        loaded(model)
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,19 @@ def test_flops_of_124m():
     )
 
 
+def test_flops_of_llamas_leave_an_untied_embedding_out():
+    """TinyLlama's 22 layers have 4 of 32 heads of keys and values; SmolLM2 is tied."""
+    C, F = 2048, 5632
+    block = 2 * C * C + 2 * C * (4 * 64) + 3 * C * F + 2 * C
+    multiplied = 22 * block + C + 32000 * C
+    untied = ModelConfig(preset="tinyllama-1.1b")
+    assert num_params(untied) == multiplied + 32000 * C == 1_100_048_384
+    assert flops_per_token(untied, 2048) == 6 * multiplied + 12 * 22 * C * 2048
+    assert num_matrix_params(untied) == multiplied - (2 * 22 + 1) * C
+    tied = ModelConfig(preset="smollm2-135m")
+    assert flops_per_token(tied, 512) == 6 * 134_515_008 + 12 * 30 * 576 * 512
+
+
 def test_counts_add_up():
     """124M's own, and those that a token is multiplied with: 12 layers of 12 C^2, and the
     classifier.

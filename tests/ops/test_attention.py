@@ -57,13 +57,15 @@ def test_no_query_sees_a_later_key(name):
         assert (dv[0, : t + 1] != 0).all()
 
 
-def test_the_wrapper_around_cudnns_kernel_is_right(monkeypatch):
+@pytest.mark.parametrize("num_kv_heads", [3, 1])
+def test_the_wrapper_around_cudnns_kernel_is_right(monkeypatch, num_kv_heads):
     """XLA's implementation stands in for the kernel, to check layout, scale and the saved backward."""
     monkeypatch.setattr(
         "jax.nn.dot_product_attention",
         lambda *args, implementation, **kwargs: ORIGINAL(*args, implementation="xla", **kwargs),
     )
-    args = [x.astype(jnp.float32) for x in qkv(2, 5, 3, 8)]
+    q, *kv = (x.astype(jnp.float32) for x in qkv(2, 5, 3, 8))
+    args = [q, *(x[:, :, :num_kv_heads] for x in kv)]
     do = normal(9, 2, 5, 3, 8).astype(jnp.float32)
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         o, saved = attention_fwd("cudnn", *args)
@@ -78,14 +80,15 @@ def test_the_wrapper_around_cudnns_kernel_is_right(monkeypatch):
 ORIGINAL = jax.nn.dot_product_attention
 
 
-def test_cudnn_forward_and_backward_lower_to_the_kernel(monkeypatch):
+@pytest.mark.parametrize("num_kv_heads", [3, 1])
+def test_cudnn_forward_and_backward_lower_to_the_kernel(monkeypatch, num_kv_heads):
     """What is sent to a CUDA GPU holds cuDNN's own forward and backward calls: seen without owning
     one.
     """
     monkeypatch.setattr(
         "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000
     )
-    x = jax.ShapeDtypeStruct((2, 128, 3, 64), jnp.bfloat16)
+    x, kv = (jax.ShapeDtypeStruct((2, 128, n, 64), jnp.bfloat16) for n in (3, num_kv_heads))
 
     def both(q, k, v, do):
         o, saved = attention_fwd("cudnn", q, k, v)
@@ -95,7 +98,7 @@ def test_cudnn_forward_and_backward_lower_to_the_kernel(monkeypatch):
     allowed = [jax.export.DisabledSafetyCheck.custom_call(name) for name in calls]
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         text = jax.export.export(jax.jit(both), platforms=["cuda"], disabled_checks=allowed)(
-            x, x, x, x
+            x, kv, kv, x
         ).mlir_module()
     for name in calls:
         assert text.count(f"@{name}(") == 1 or text.count(f'"{name}"') == 1, name

@@ -51,6 +51,17 @@ def test_forward_and_backward_equal_the_materialised_ones():
     )
 
 
+def test_groups_of_heads_and_packed_documents():
+    q, _, _, do = (normal(seed, 2, splash.LANES, 4, 8, dtype=jnp.float32) for seed in range(4))
+    _, k, v, _ = qkv(splash.LANES)
+    segments = jnp.asarray([[0] * 50 + [1] * 78, [3] * splash.LANES], jnp.int32)
+    o, saved = attention_fwd("splash", q, k, v, segments=segments)
+    o2, saved2 = attention_fwd("materialised", q, k, v, segments=segments)
+    assert relative_l2(o, o2) < 1e-6
+    ours, theirs = attention_bwd("splash", saved, do), attention_bwd("materialised", saved2, do)
+    assert_same_gradients(ours, theirs, (q, k, v), tolerance=1e-5)
+
+
 def test_splash_is_selected_by_name_and_differentiated_by_jax():
     *args, do = qkv(splash.LANES)
     o, saved = attention_fwd("splash", *args)

@@ -142,6 +142,27 @@ def test_a_family_is_sharded_by_its_weight_table(layers):
         assert_same(gradient(cfg, name="all"), gradient(cfg), 1e-12)
 
 
+@functools.cache
+def llama(tied, name=None):
+    """Two heads of queries for each of keys and values."""
+    cfg = dataclasses.replace(
+        PLAIN, family="llama", num_heads=16, num_kv_heads=8, channels=32, hidden=24, tied=tied
+    )
+    return gradient(cfg, name=name, shape=(1, B, LONG))
+
+
+@pytest.mark.parametrize(
+    ("name", "tied"), [("data", True), ("fsdp", False), ("tensor", False), ("all", True)]
+)
+def test_llamas_groups_of_heads_stay_on_their_device(name, tied):
+    found = llama(tied, name)
+    assert_same(found, llama(tied), 1e-12)
+    sent = {kind for kind, _ in collectives(found[2].as_text())}
+    if name == "tensor":
+        assert sent == {"all-reduce"}
+    assert "collective-permute" not in sent
+
+
 def collectives(text):
     """(kind, elements of the result): how many of them; of numbers, not of ids."""
     found = collections.Counter()

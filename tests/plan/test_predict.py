@@ -53,6 +53,10 @@ CASES = {  # those whose memory is compared, and how closely
     "fsdp, recompute gelu": (work((1, 8, 1), recompute="gelu"), 0.15),
     "all, chunks": (work((2, 2, 2), loss_chunks=2), 0.15),
     "tensor, recompute block": (work((1, 2, 4), recompute="block"), 0.15),
+    "llama, untied": (
+        work((2, 2, 2), family="llama", num_kv_heads=4, hidden=640, tied=False),
+        0.15,
+    ),
     "data and fsdp": (work((2, 4, 1), num_layers=1), None),
     "data and tensor, chunks, dropout": (
         work((4, 1, 2), num_layers=1, loss_chunks=2, dropout=0.1),
@@ -67,17 +71,20 @@ def sent_on_cpu(planned):
     """{(kind, group): bytes} of `step_collectives` as XLA's CPU compiler sends them.
 
     It sums a matrix's gradient whole, where others scatter it. It sums the gradients of the two
-    tables one by one: the classifier's, which the program itself scatters, and the embeddings'. And
-    it sums the gradient of a norm's output three times over tensor, for q, k and v, where others
-    add first.
+    tables one by one: the classifier's, which the program itself scatters, and the embeddings', of
+    positions, too, in GPT-2. And it sums the gradient of a norm's output for q, k and v, and for
+    both of SwiGLU's inputs, one by one over tensor, where others add first.
     """
     model, (data, fsdp, tensor) = planned.model, planned.mesh
     A, tokens = planned.shape.accumulate, model.padded_vocab_size * model.channels // tensor * 4
-    positions = planned.shape.seq_len * model.channels * 4
+    gpt2 = model.family == "gpt2"
+    apart = tokens * model.tied + planned.shape.seq_len * model.channels * 4 * gpt2
     found = collections.Counter(
-        {("all-reduce", data): A * bytes_sent("all-reduce", (tokens + positions) / fsdp, data)}
+        {("all-reduce", data): A * bytes_sent("all-reduce", apart / fsdp, data)}
     )
-    one_by_one = 2 * A * model.num_layers * planned.stream * model.compute_dtype.itemsize
+    one_by_one = (
+        (2 if gpt2 else 3) * A * model.num_layers * planned.stream * model.compute_dtype.itemsize
+    )
     found["all-reduce", tensor] += bytes_sent("all-reduce", one_by_one, tensor)
     for c in step_collectives(planned):
         scattered = (

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptjax import tokenizers
+from gptjax.datasets import text as text_files
 from gptjax.errors import DataError, FormatError
-from gptjax.tokenizers import ggml
+from gptjax.tokenizers import ggml, hugging_face, tokenizer_json
 from gptjax.tokenizers.bpe import PRINTABLE
 
 TEXTS = ["the cat sat on the mat 1999", "a catalogue of the 12 cats, and 3 mats"] * 9
@@ -116,6 +117,30 @@ def test_scores_survive(text, padding):
     assert found.encode(text) == own.encode(text)
 
 
+def with_two_more(own):
+    """Metadata as of a model that was taught ChatML, its new tokens after the vocabulary's."""
+    fields = ggml.fields_of(own, own.vocab_size)
+    tokens = [*fields["tokenizer.ggml.tokens"], "<|im_start|>", "<|im_end|>"]
+    more = {
+        "tokens": tokens,
+        "scores": np.append(fields["tokenizer.ggml.scores"], np.float32([0, 0])),
+        "token_type": np.append(fields["tokenizer.ggml.token_type"], [3, 4]).astype("<i4"),
+        "eos_token_id": own.vocab_size + 1,
+    }
+    return fields | {f"tokenizer.ggml.{name}": value for name, value in more.items()}
+
+
+@given(st.text() | st.text("the cat", max_size=40))
+def test_special_tokens_may_follow_the_scores(text):
+    own = by_scores()
+    found = ggml.from_fields(PATH, with_two_more(own))
+    assert found.encode(text) == own.encode(text)
+    n = own.vocab_size
+    assert found.special_tokens == own.special_tokens | {"<|im_start|>": n, "<|im_end|>": n + 1}
+    assert (found.begin_of_text, found.end_of_text, found.vocab_size) == (1, n + 1, n + 2)
+    assert ggml.from_fields(PATH, ggml.fields_of(found, n + 5)).same_as(found)
+
+
 def test_the_real_vocabulary_survives(shared):
     own = tokenizers.find(shared / "llama2c" / "tok512.bin")
     assert ggml.from_fields(PATH, ggml.fields_of(own, 512)).same_as(own)
@@ -143,7 +168,7 @@ def test_other_kinds_are_left_out():
     ("changes", "message"),
     [
         ({"model": "t5"}, "has a tokenizer of kind 't5'"),
-        ({"pre": "llama-bpe"}, "with the pre-tokenizer 'llama-bpe', but"),
+        ({"pre": "falcon"}, "with the pre-tokenizer 'falcon', but"),
         ({"pre": 3}, "with the pre-tokenizer 3, but"),
         ({"tokens": None}, "has no usable tokenizer.ggml.tokens"),
         ({"tokens": []}, "has no usable tokenizer.ggml.tokens"),
@@ -171,7 +196,7 @@ def test_damaged_metadata_are_refused(changes, message):
         ({"scores": None}, "has no tokenizer.ggml.scores"),
         ({"scores": np.full(271, np.nan, "<f4")}, "holds no tokenizer that is known here"),
         ({"tokens": ["a"] * 271}, "holds no tokenizer that is known here"),
-        ({"token_type": np.full(271, 3, "<i4")}, "special token"),
+        ({"token_type": np.array([1] * 265 + [3] + [1] * 5)}, "special token 'th' among others"),
     ],
 )
 def test_damaged_scores_are_refused(changes, message):
@@ -179,6 +204,70 @@ def test_damaged_scores_are_refused(changes, message):
     fields |= {f"tokenizer.ggml.{name}": value for name, value in changes.items()}
     with pytest.raises(FormatError, match=message):
         ggml.from_fields(PATH, {k: v for k, v in fields.items() if v is not None})
+
+
+def llama_bpe():
+    """Metadata as of Llama 3, and the library's own tokenizer."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    theirs = Tokenizer(models.BPE(ignore_merges=True))
+    theirs.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(hugging_face.LLAMA3), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    theirs.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    texts = [*TEXTS, "in 1999.\n\nThe 'CAT'S' mats...\n"] * 3
+    theirs.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=290, initial_alphabet=alphabet, show_progress=False)
+    )
+    theirs.add_special_tokens([AddedToken("<|begin|>"), AddedToken("<|end|>")])
+    vocabulary = theirs.get_vocab()
+    tokens = sorted(vocabulary, key=vocabulary.__getitem__)
+    fields = {
+        "model": "gpt2",
+        "pre": "llama-bpe",
+        "tokens": tokens,
+        "token_type": np.array([1] * (len(tokens) - 2) + [3, 3], "<i4"),
+        "merges": [" ".join(m) for m in json.loads(theirs.to_str())["model"]["merges"]],
+        "bos_token_id": len(tokens) - 2,
+        "eos_token_id": len(tokens) - 1,
+    }
+    return {f"tokenizer.ggml.{name}": value for name, value in fields.items()}, theirs
+
+
+LLAMA3, THEIRS3 = llama_bpe()
+OURS3 = ggml.from_fields(PATH, LLAMA3)
+
+
+@given(st.text() | st.text("the CATS 0123456789é\n \t'll.,", max_size=60))
+def test_llama_3s_words_are_the_librarys(text):
+    expected = THEIRS3.encode(text, add_special_tokens=False).ids
+    assert OURS3.encode(text) == expected
+    assert OURS3.decode(expected) == text
+
+
+def test_llama_3_begins_with_its_begin_and_survives_other_formats(tmp_path):
+    n = OURS3.vocab_size
+    assert (OURS3.begin_of_text, OURS3.end_of_text) == (n - 2, n - 1)
+    assert ggml.from_fields(PATH, ggml.fields_of(OURS3, n)).same_as(OURS3)
+    tokenizer_json.write(tmp_path, OURS3)
+    found = tokenizer_json.read(tmp_path)
+    assert (found.begin_of_text, found.end_of_text) == (n - 2, n - 1)
+    assert found.encode(TEXTS[1]) == OURS3.encode(TEXTS[1])
+
+
+@pytest.mark.parametrize("own", [OURS3, OURS])
+def test_cuts_of_a_long_text_change_no_ids(own, tmp_path, monkeypatch):
+    """Of Llama 3, a word may be a full stop and the line ends after it."""
+    monkeypatch.setattr(text_files, "PIECE", 24)
+    text = "The cat...\n\nsat, 12345 mats.\n \n It's  a\ncatalogue;\n\tand 3 " * 9
+    (tmp_path / "long.txt").write_text(text)
+    parts = [piece.text for piece in text_files.pieces([tmp_path / "long.txt"])]
+    assert len(parts) > 9
+    assert [i for part in parts for i in own.encode(part)] == own.encode(text)
 
 
 def test_a_long_text_is_cut_where_digits_change_nothing():

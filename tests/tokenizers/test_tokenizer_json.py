@@ -240,6 +240,17 @@ def test_sentencepiece_in_a_folder(tmp_path):
     assert found.encode("the cat ☃") == cats.encode("the cat ☃")
     (tmp_path / "tokenizer.json").unlink()
     assert tokenizer_json.read(tmp_path).same_as(cats)
+    (tmp_path / "added_tokens.json").write_text(
+        '{"<|im_end|>": 301, "<|im_start|>": 300, "</s>": 2}'
+    )
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    found = tokenizer_json.read(tmp_path)
+    assert found.encode("the cat ☃") == cats.encode("the cat ☃")
+    assert (found.begin_of_text, found.end_of_text, found.vocab_size) == (1, 301, 302)
+    assert found.special_tokens["<|im_start|>"] == 300
+    (tmp_path / "added_tokens.json").write_text('{"<|im_end|>": 301}')
+    with pytest.raises(FormatError, match="has ids that do not follow the 300 of its model"):
+        tokenizer_json.read(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"x")
     with pytest.raises(FormatError, match="is not a supported SentencePiece model"):
         tokenizer_json.read(tmp_path)
