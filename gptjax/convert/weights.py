@@ -5,6 +5,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,7 +25,7 @@ from gptjax.formats.lazy import LazyTensor, pad_vocab, stack_lazily
 from gptjax.formats.recognise import recognise
 from gptjax.models.decode import is_storable, store
 from gptjax.models.family import Weight
-from gptjax.models.params import param_axes, per_tensor, tensor_at
+from gptjax.models.params import num_params, param_axes, per_tensor, tensor_at
 from gptjax.ops.quantized import PANEL, Blocks, interleaved
 from gptjax.parallel.mesh import param_shardings, place
 from gptjax.tokenizers import Tokenizer, ggml, tokenizer_json
@@ -54,6 +55,11 @@ class Source(NamedTuple):
     """The reason that an expected tokenizer is missing."""
     chat_template: str | None = None
     """The model's own chat template, in Jinja."""
+
+    def __repr__(self) -> str:
+        ids = f"{self.tokenizer.vocab_size} ids" if self.tokenizer else "no tokenizer"
+        sizes = f"{num_params(self.cfg):,} parameters, {self.cfg.num_layers} layers"
+        return f"<{self.format}: {self.cfg.family}, {sizes}, {ids}>"
 
 
 def open_weights(where: str) -> Source:
@@ -90,24 +96,27 @@ def open_weights(where: str) -> Source:
             source = source._replace(chat_template=tokenizer_json.read_template(path))
         except FormatError as error:
             source = source._replace(note=str(error))
-        return _with_tokenizer(source, lambda: tokenizer_json.read(path))
+        return _with_tokenizer(source, lambda: tokenizer_json.read(path), path)
     if path.is_dir():
         return _open_run(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
     if llmc.is_model(path):
         cfg, params = llmc.read_model(path)
-        return Source(llmc.MODEL, _by_default(cfg), params)
+        return _with_tokenizer(Source(llmc.MODEL, _by_default(cfg), params), None, path)
     if llama2c.is_model(path):
         version, cfg, params = llama2c.read_model(path)
-        return Source(f"{llama2c.MODEL} (version {version})", _by_default(cfg), params)
+        source = Source(f"{llama2c.MODEL} (version {version})", _by_default(cfg), params)
+        return _with_tokenizer(source, None, path)
     if safetensors.is_model(path):
         cfg, params = safetensors.read_model(path)
-        return Source("gptjax safetensors", _by_default(cfg), params)
+        source = Source("gptjax safetensors", _by_default(cfg), params)
+        return _with_tokenizer(source, None, path)
     if gguf.is_file(path):
         cfg, params, file = gguf.read_model(path)
         source = Source(file.title, _by_default(cfg), params)
         return _with_tokenizer(
             source._replace(chat_template=ggml.chat_template(file.fields)),
             lambda: ggml.from_fields(path, file.fields),
+            path,
         )
     if found := recognise(path):
         raise FormatError(f"{path} is {found}, not a model's weights")
@@ -162,8 +171,23 @@ def _open_run(folder: Path) -> Source:
     return _with_tokenizer(source, tokenizer)
 
 
-def _with_tokenizer(source: Source, read: Callable[[], Tokenizer]) -> Source:
-    """Add the tokenizer, or a note why it cannot be read: weights are useful without it."""
+def tokenizer_beside(path: Path) -> Path:
+    """Where `write_weights` keeps a tokenizer that a model's file or folder cannot hold."""
+    if path.is_dir():
+        return path / "gptjax_tokenizer.json"
+    return path.with_name(f"{path.name}.{tokenizers.FILE}")
+
+
+def _with_tokenizer(
+    source: Source, read: Callable[[], Tokenizer] | None, path: Path | None = None
+) -> Source:
+    """Add the tokenizer, the one beside the model at ``path`` first; or a note why it cannot be
+    read: weights are useful without it.
+    """
+    if path and (beside := tokenizer_beside(path)).exists():
+        read = partial(tokenizers.load, beside)
+    if not read:
+        return source
     try:
         return source._replace(tokenizer=read())
     except GptjaxError as error:
@@ -362,7 +386,8 @@ def _name(path: Any) -> str:
 def write_weights(
     source: Source, path: Path, to: Format, dtype: np.dtype, version: int | None = None
 ) -> None:
-    """Write a model tensor by tensor; it gets its name once it is complete.
+    """Write a model tensor by tensor; it gets its name once it is complete. A tokenizer that the
+    format cannot hold is written to `tokenizer_beside`.
 
     Args:
         source: the model.
@@ -404,6 +429,8 @@ def write_weights(
         hf.write_model(
             path, source.params, source.cfg, dtype, end, extra, source.cfg.dropout, begin
         )
+    if source.tokenizer and not keeps_tokenizer(to, source.tokenizer):
+        source.tokenizer.save(tokenizer_beside(path))
 
 
 def keeps_tokenizer(to: Format, tokenizer: Tokenizer) -> bool:

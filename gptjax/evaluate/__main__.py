@@ -39,7 +39,7 @@ from gptjax.evaluate.statistics import Estimate
 from gptjax.evaluate.storage import compare
 from gptjax.models.batch import Batch
 from gptjax.models.params import num_params
-from gptjax.tokenizers import Tokenizer, is_gpt2, printable
+from gptjax.tokenizers import Tokenizer, as_text, is_gpt2
 from gptjax.tokenizers.chat_template import ChatTemplate
 from gptjax.xla.backend import platform_name, start_jax
 from gptjax.xla.cache import enable_compilation_cache
@@ -350,8 +350,7 @@ def evaluate_text(
     scored = losses[0].tolist()
     shown = ["", *(f"{loss:.4f}" for loss in scored)]
     for token, loss in zip(ids, shown, strict=True):
-        piece = printable(tokenizer.decode_bytes([token]))
-        print(f"{token:>6} {loss:>9} {piece}", flush=True)
+        print(f"{token:>6}, {loss:>9}, {as_text(tokenizer.decode_bytes([token]))}", flush=True)
     return {"ids": ids, "losses": scored, "tokens": len(scored), "loss": float(np.mean(scored))}
 
 

@@ -36,6 +36,7 @@ from gptjax.xla.cache import enable_compilation_cache
 PROG = "python -m gptjax.generate"
 MOST_BYTES = 1 << 24  # in a file of prompts
 RESET, END = "/reset", "/end"  # commands of an interactive session
+HINT = f"type text to continue; {RESET} starts over; Ctrl-C stops a continuation; {END} ends"
 
 
 class Model(NamedTuple):
@@ -208,6 +209,7 @@ def converse(model: Model, args: GenerateConfig) -> None:
     said: list[int] = []
     if sys.stdin is None:
         raise DataError("standard input is closed")
+    print(HINT, file=sys.stderr)
     for turn in range(2**31):
         try:
             line = input("> ")

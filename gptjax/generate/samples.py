@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from gptjax.generate.engine import CHUNK, Rules, generate
 from gptjax.generate.stream import TextStream
-from gptjax.tokenizers import Tokenizer, printable
+from gptjax.tokenizers import Tokenizer, as_text
 
 
 class Sample:
@@ -57,11 +57,11 @@ class Sample:
         return found | {"logprobs": self.logprobs} if logprobs else found
 
     def listing(self, logprobs: bool) -> str:
-        """A line ``id token`` for each token, or ``id logprob token``."""
+        """A line ``id, text`` for each token, or ``id, logprob, text``."""
         lines = []
         for token, logprob in zip(self.ids, self.logprobs, strict=True):
-            middle = f"{logprob:9.4f} " if logprobs else ""
-            lines.append(f"{token:>6} {middle}{printable(self.tokenizer.decode_bytes([token]))}")
+            middle = f"{logprob:9.4f}, " if logprobs else ""
+            lines.append(f"{token:>6}, {middle}{as_text(self.tokenizer.decode_bytes([token]))}")
         return "\n".join(lines)
 
 

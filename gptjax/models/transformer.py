@@ -29,6 +29,7 @@ from gptjax.ops import (
     cross_entropy_fwd,
 )
 from gptjax.parallel.sharding import compute_layout, num_shards, param_layout
+from gptjax.xla.backend import platform_name
 from gptjax.xla.barrier import barrier, chunk_barrier
 from gptjax.xla.products import contract
 
@@ -157,6 +158,13 @@ def to_params(dw: Any, w: Any, cfg: ModelConfig) -> Any:
 # --- The network ---
 
 
+def resolved(cfg: ModelConfig, batch: Batch) -> ModelConfig:
+    """The configuration with every ``auto`` resolved, here and for this batch's length."""
+    if "auto" not in (cfg.dtype, cfg.attention):
+        return cfg
+    return cfg.resolve(platform_name(), batch.inputs.shape[1], batch.segments is not None)
+
+
 def split_key(key: Key[Array, ""] | None, cfg: ModelConfig) -> tuple[Any, Any]:
     """Dropout keys of the embedding and of each layer, or None without dropout."""
     if key is None or not (cfg.dropout or cfg.dropout_mlp):
@@ -233,6 +241,7 @@ def hidden(
 
 def logits(params: Any, inputs: Ids, cfg: ModelConfig) -> Float[Array, "B T V"]:
     """(B, T) ids -> (B, T, V) scores of the next token, without dropout."""
+    cfg = resolved(cfg, Batch(inputs, None))
     head = head_of(params, cfg)
     return hidden(params, inputs, cfg) @ head[: cfg.vocab_size].T.astype(cfg.compute_dtype)
 
@@ -249,7 +258,7 @@ def loss(
     Args:
         params: in the layout of ``cfg.layers``.
         batch: ids below ``cfg.vocab_size``, at most ``cfg.max_seq_len`` long.
-        cfg: resolved (`ModelConfig.resolve`); static under jit.
+        cfg: static under jit; what is ``auto`` in it is resolved here.
         key: turns dropout on.
         count: divides the summed loss instead of this batch's number of targets; see
             `gptjax.ops.target_weights`.
@@ -259,6 +268,7 @@ def loss(
 
     """
     batch = checked_batch(batch, cfg)
+    cfg = resolved(cfg, batch)
     x = hidden(params, batch.inputs, cfg, key, batch.segments)
     w = compute_layout(head_of(params, cfg).astype(x.dtype), "Vp", "C")
 
@@ -281,6 +291,7 @@ def loss_and_grad(
 ) -> tuple[Float[Array, ""], Any]:
     """`loss` and its gradient by the hand-derived backward; arguments as in `loss`."""
     batch = checked_batch(batch, cfg)
+    cfg = resolved(cfg, batch)
     family, positions = family_of(cfg), positions_of(batch.inputs, batch.segments)
     key, keys = split_key(key, cfg)
 
@@ -335,6 +346,7 @@ def token_losses(params: Any, batch: Batch, cfg: ModelConfig) -> Float[Array, "B
     `loss`; parameters may be stored for decoding.
     """
     batch = checked_batch(batch, cfg)
+    cfg = resolved(cfg, batch)
     x = hidden(params, batch.inputs, cfg, segments=batch.segments)
 
     def one_token(scores: Array, target: Array) -> Array:

@@ -1,11 +1,11 @@
 """Draw runs: ``python -m gptjax.plot runs/124m`` or ``python -m gptjax.plot runs/*``, also while
 they train.
 
-A RUN is a run's folder or its ``metrics.jsonl``. One picture shows the loss, validation loss,
-learning rate, gradient norm and throughput of all runs, as far as they were measured. It is
-``metrics.png`` in the folder of a single run, or in the current folder for several runs, and
-replaces an earlier one. Noisy quantities are drawn as a running mean, with the measured values as a
-faint line behind it; a cross marks values that were not finite.
+A RUN is a run's folder, its name in ``runs``, or its ``metrics.jsonl``. One picture shows the loss,
+validation loss, learning rate, gradient norm and throughput of all runs, as far as they were
+measured. It is ``metrics.png`` in the folder of a single run, or in the current folder for several
+runs, and replaces an earlier one. Noisy quantities are drawn as a running mean, with the measured
+values as a faint line behind it; a cross marks values that were not finite.
 """
 
 import sys
@@ -28,8 +28,9 @@ def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status 0; bad input raises SystemExit(2)."""
     with cli.reported_errors(PROG):
         args, _ = parse(PlotConfig, PROG, __doc__ or "", argv)
-        output = output_path(args.output, args.runs)
-        runs = read_runs(args.runs, note=lambda text: print(f"{'note':<10} {text}"))
+        paths = [named_run(name) for name in args.runs]
+        output = output_path(args.output, paths)
+        runs = read_runs(paths, note=lambda text: print(f"{'note':<10} {text}"))
         with warnings.catch_warnings():
             # About characters that the font lacks, and axes of zero extent
             warnings.simplefilter("ignore")
@@ -41,6 +42,12 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{'run':<10} {run.name}: {summary(run)}")
         print(f"{'wrote':<10} {output}, {output.stat().st_size:,} bytes")
     return 0
+
+
+def named_run(name: str) -> str:
+    """The path of a run that is given by its name alone; another path as it is."""
+    in_runs = Path("runs") / name
+    return str(in_runs) if not Path(name).exists() and in_runs.is_dir() else name
 
 
 def output_path(given: str | None, runs: Sequence[str]) -> Path:

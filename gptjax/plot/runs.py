@@ -20,6 +20,7 @@ DASHES: tuple[Any, ...] = "-", (0, (5, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5))
 FAINT_RUNS = 6  # at most; the measured values of more runs would hide the running means
 WIDTH, HEIGHT, DPI = 13.0, 7.5, 130  # inches, inches, dots an inch
 NAME_LENGTH = 60
+LONG_RUN = 10 * 3600  # seconds, from which on time is in hours
 LOSS = "cross-entropy (nats per token)"
 
 
@@ -269,11 +270,7 @@ def _dress(axes: "Axes", panel: Panel, runs: Sequence[RunRecords], unit: str, wi
 
 def _time_unit(runs: Sequence[RunRecords]) -> tuple[str, float]:
     longest = max(run.horizontal("time", "step")[-1] for run in runs)
-    name, size = next(
-        (n, s)
-        for n, s in (("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
-        if longest >= 2 * s or s == 1
-    )
+    name, size = ("hours", 3600.0) if longest >= LONG_RUN else ("minutes", 60.0)
     return f"training time ({name})", size
 
 

@@ -28,7 +28,7 @@ from gptjax.tokenizers.bpe import (
 )
 from gptjax.tokenizers.characters import Characters, train_characters
 from gptjax.tokenizers.hugging_face import HuggingFace
-from gptjax.tokenizers.interface import END_OF_TEXT, Tokenizer
+from gptjax.tokenizers.interface import END_OF_TEXT, Tokenizer, as_text
 from gptjax.tokenizers.llama2c import Llama2c
 from gptjax.tokenizers.sentencepiece import SentencePiece, train_sentencepiece
 from gptjax.tokenizers.tokenizer_json import from_sentencepiece
@@ -48,6 +48,7 @@ __all__ = [
     "Llama2c",
     "SentencePiece",
     "Tokenizer",
+    "as_text",
     "byte",
     "find",
     "from_llama2c",

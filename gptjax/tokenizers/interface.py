@@ -14,6 +14,12 @@ END_OF_TEXT = "<|endoftext|>"
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
 
 
+def as_text(piece: bytes) -> str:
+    r"""A token's text on one line: line ends and what is not printable as ``\n`` or ``\xe2``."""
+    text = piece.decode("utf-8", errors="backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class Tokenizer(abc.ABC):
     """Text <-> token ids. Immutable, compared by value, thread-safe and picklable."""
 

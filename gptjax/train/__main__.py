@@ -4,14 +4,17 @@ Every option of the config file is also an option here, as in ``--optim.learning
 command line wins. A run is kept in ``runs/NAME``: the resolved ``config.yaml``, ``metrics.jsonl``,
 ``tokenizer.json``, ``checkpoints/``, and a ``lock`` that the training process holds. ``python -m
 gptjax.plot runs/NAME`` draws it; ``--log.tensorboard`` and ``--log.wandb PROJECT`` also log it
-elsewhere. Ctrl-C, SIGTERM and SIGHUP save a checkpoint and end the run; ``--resume auto`` continues
-from the newest checkpoint as if never interrupted.
+elsewhere. Ctrl-C, SIGTERM and SIGHUP save a checkpoint and end the run; ``--resume runs/NAME``
+continues from the newest checkpoint as if never interrupted.
 """
 
 import contextlib
 import dataclasses
+import itertools
+import shlex
 import sys
 import time
+from pathlib import Path
 
 import jax
 
@@ -46,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     less = "lower data.batch_size, set model.recompute block"
     with heartbeat.exit_together(PROG), cli.reported_errors(PROG, less, heartbeat.should_report):
-        cfg, file = parse(Config, PROG, __doc__ or "", argv)
+        cfg, file = parse(Config, PROG, __doc__ or "", with_own_config(argv))
         cli.reuse_freed_memory()
         enable_compilation_cache()
         cli.quiet_libraries()
@@ -87,8 +90,8 @@ def train(cfg: Config) -> None:
             display.print(_train(run, restored, display))
         else:
             display.print(
-                f"nothing to do: {done} of {cfg.train.steps} steps are done; raise train.steps to "
-                "go on"
+                f"nothing to do: {done} of {cfg.train.steps} steps are done; to go on, raise "
+                "train.steps and, unless the learning rate is constant, add --reschedule"
             )
 
 
@@ -130,9 +133,30 @@ def _train(run: Run, restored: Restored | None, display: Display) -> str:
         return f"ended after step {trainer.done} without saving it; in {run.folder} {newest}"
     if stop.name and trainer.done < cfg.train.steps:
         display.print(
-            f"stopped by {stop.name} after step {trainer.done}; continue with --resume auto"
+            f"stopped by {stop.name} after step {trainer.done}, saved in {run.folder}; continue with"
         )
+        return resuming_command(run)
     return f"saved in {run.folder}"
+
+
+def resuming_command(run: Run) -> str:
+    """The whole command that continues a run."""
+    command = f"{PROG} --resume {shlex.quote(str(run.folder))}"
+    if run.cfg.distributed.coordinator is None:
+        return command
+    coordinator, count = run.cfg.distributed.coordinator, run.cfg.distributed.count_of
+    return f"{command} --distributed.coordinator {coordinator} --distributed.process N/{count}"
+
+
+def with_own_config(argv: list[str] | None) -> list[str]:
+    """The arguments, after the config of the run whose folder ``--resume`` names, if it has one."""
+    argv = sys.argv[1:] if argv is None else argv
+    for argument, following in itertools.pairwise([*argv, ""]):
+        name, _, value = argument.partition("=")
+        config = Path(value or following) / "config.yaml"
+        if name == "--resume" and config.is_file():
+            return ["--config", str(config), *argv]
+    return argv
 
 
 def with_init(cfg: Config) -> tuple[Config, Tokenizer | None, ChatTemplate | None]:

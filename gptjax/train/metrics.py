@@ -13,7 +13,7 @@ from typing import IO, Any, cast
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 from gptjax.errors import FormatError, naming
 from gptjax.files import open_file
@@ -210,14 +210,19 @@ class Display:
             emoji=False,
             quiet=quiet,
         )
-        columns = (
-            TextColumn("step {task.completed}/{task.total}"),
-            BarColumn(),
-            TextColumn("{task.description}"),
-        )
-        times = TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
-        bar = Progress(*columns, *times, console=self.console, transient=True)
+        bar = Progress(*self.bar_columns(), console=self.console, transient=True)
         self.bar = bar if self.console.is_terminal else None
+
+    @staticmethod
+    def bar_columns() -> tuple[ProgressColumn, ...]:
+        """The steps, the bar, tokens a second and the time left, in 80 columns."""
+        return (
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(bar_width=28),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+        )
 
     @contextlib.contextmanager
     def running(self, done: int) -> Iterator[None]:
@@ -246,11 +251,11 @@ class Display:
 
     def step(self, record: dict[str, Any], line: bool) -> None:
         """Report one step: advance the bar, and print a line if ``line``."""
-        text = format_step(record)
         if self.bar:
-            self.bar.update(self.task, completed=record["step"], description=text)
+            rate = f"{record['tokens_per_s']:,.0f} tok/s"
+            self.bar.update(self.task, completed=record["step"], description=rate)
         if line:
-            self.print(f"{self.label(record['step'])} | {text}")
+            self.print(f"{self.label(record['step'])} | {format_step(record)}")
 
     def label(self, step: int) -> str:
         """``step   7/100``."""

@@ -141,8 +141,9 @@ def restore(run: Run) -> Restored | None:
     there is none.
 
     Raises:
-        CheckpointError: the model or the order of the batches differs from the checkpoint's, all
-            checkpoints are damaged, or the folder given to --resume has none.
+        CheckpointError: the model, the order of the batches or, without ``reschedule``, the
+            schedule differs from the checkpoint's; all checkpoints are damaged; or the folder
+            given to --resume has none.
 
     """
     folder = run.folder / "checkpoints"
@@ -159,16 +160,34 @@ def restore(run: Run) -> Restored | None:
                     f"{run.folder} was trained with {key} {value}, not {now[key]}: set it to that "
                     "value to resume"
                 )
+        schedule = _schedule(run)
+        for key, value in restored.meta.get("schedule", {}).items():
+            if schedule.get(key, value) != value and not run.cfg.reschedule:
+                raise CheckpointError(
+                    f"{run.folder} was trained with {key} {value}, not {schedule[key]}: set it to "
+                    "that value, or change the schedule with --reschedule"
+                )
         run.batches.seek(restored.meta["position"])
     return restored
 
 
 def checkpoint_meta(run: Run) -> dict[str, Any]:
-    """Metadata saved with a checkpoint: the sequence of batches, the position in it, and the
-    tokenizer.
+    """Metadata saved with a checkpoint: the sequence of batches, the position in it, the schedule,
+    and the tokenizer.
     """
-    tokenizer = run.corpus.tokenizer.sha256 if run.corpus.tokenizer else None
-    return {"identity": _identity(run), "position": run.batches.position(), "tokenizer": tokenizer}
+    return {
+        "identity": _identity(run),
+        "position": run.batches.position(),
+        "schedule": _schedule(run),
+        "tokenizer": run.corpus.tokenizer.sha256 if run.corpus.tokenizer else None,
+    }
+
+
+def _schedule(run: Run) -> dict[str, Any]:
+    """What decides each step's update; the number of steps does unless the rate is constant."""
+    options = {f"optim.{key}": value for key, value in vars(run.cfg.optim).items()}
+    steps = {} if run.cfg.optim.schedule == "constant" else {"train.steps": run.cfg.train.steps}
+    return options | steps
 
 
 def _identity(run: Run) -> dict[str, Any]:
@@ -183,7 +202,13 @@ def _identity(run: Run) -> dict[str, Any]:
 def resolved_config(run: Run) -> dict[str, Any]:
     """The configuration with every ``auto`` resolved, as nested dicts; it reproduces the run."""
     return dataclasses.asdict(
-        dataclasses.replace(run.cfg, model=run.model, resume=None, distributed=DistributedConfig())
+        dataclasses.replace(
+            run.cfg,
+            model=run.model,
+            resume=None,
+            reschedule=False,
+            distributed=DistributedConfig(),
+        )
     )
 
 

@@ -11,6 +11,7 @@ The exit status is 0 if everything agrees, 1 if something is wrong, 2 for bad in
 """
 
 import dataclasses
+import logging
 import os
 import resource
 import sys
@@ -66,6 +67,7 @@ def main(argv: list[str] | None = None) -> int:
             end="\n\n",
             flush=True,
         )
+        name_stages()
         # By default, GPUs and TPUs round the inputs of float32 products
         with jax.default_matmul_precision("highest"):
             report = make_report(cfg, subject, state)
@@ -77,6 +79,15 @@ def main(argv: list[str] | None = None) -> int:
         print(f"took {report.environment['took']}")
         write_outputs(cfg, report, subject)
     return 0 if report else WRONG
+
+
+def name_stages() -> None:
+    """Print each stage of a check on stderr as it begins."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("checking   %(message)s"))
+    references.LOG.handlers[:] = [handler]
+    references.LOG.setLevel(logging.INFO)
+    references.LOG.propagate = False
 
 
 def write_outputs(cfg: VerifyConfig, report: Report, subject: Subject) -> None:
@@ -253,6 +264,7 @@ def make_report(cfg: VerifyConfig, subject: Subject, state: llmc.DebugState | No
         report = references.against_autodiff(subject)
     else:
         report = references.against_differences(subject, cfg.layers)
+    references.LOG.info("each op by itself")
     return dataclasses.replace(report, ops=tuple(check_ops(cfg.dtype)), layers=cfg.layers)
 
 

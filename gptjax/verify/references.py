@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -38,6 +39,9 @@ from gptjax.verify.rows import Comparison
 from gptjax.verify.tolerance import gradient_variances, tolerance, unit_roundoff
 from gptjax.verify.trace import Mismatch
 
+LOG = logging.getLogger(__name__)
+"""Gets a line as each stage begins."""
+
 
 def against_autodiff(subject: Subject) -> Report:
     """Compare gradient and forward with JAX's in float64; a 16-bit gradient's error is also
@@ -45,7 +49,9 @@ def against_autodiff(subject: Subject) -> Report:
     """
     dtype = subject.cfg.compute_dtype
     narrow = dtype.itemsize < 4
-    mine, truth = by_hand(subject), by_autodiff(exact(subject))
+    mine = _by_hand(subject)
+    LOG.info("JAX's gradient in float64")
+    truth = by_autodiff(exact(subject))
     rival = jaxs_own(subject).gradient() if narrow else None
 
     def judge(allowed: Derivatives) -> Report:
@@ -55,7 +61,7 @@ def against_autodiff(subject: Subject) -> Report:
             reference="autodiff in float64",
         )
 
-    report = _judged(judge, tolerances(subject), subject)
+    report = _judged(judge, _tolerances(subject), subject)
     curvature = None if narrow else against_hessian(subject)
     return dataclasses.replace(
         report, curvature=curvature, mismatch=_blame(report.gradient, mine, subject)
@@ -82,7 +88,7 @@ def against_differences(subject: Subject, layers: bool) -> Report:
         layers: use a direction for each tensor and layer instead of one for each tensor.
 
     """
-    mine, double = by_hand(subject), exact(subject)
+    mine, double = _by_hand(subject), exact(subject)
     params = parameters(double)
     params = params if double.cfg.layers == "unroll" else unstack(params)
 
@@ -93,6 +99,7 @@ def against_differences(subject: Subject, layers: bool) -> Report:
         losses = [one(params, *piece) for piece in micro_batches(double)]
         return sum(share * value for share, value in zip(shares(double.batch), losses, strict=True))
 
+    LOG.info("differences of the loss")
     found = finite_difference.check_directions(loss, params, mine.params, layers)
     plain = loss(params)
 
@@ -105,13 +112,13 @@ def against_differences(subject: Subject, layers: bool) -> Report:
             reference="finite differences in float64",
         )
 
-    report = _judged(judge, tolerances(subject), subject)
+    report = _judged(judge, _tolerances(subject), subject)
     return dataclasses.replace(report, mismatch=_blame(report.gradient, mine, subject))
 
 
 def against_file(subject: Subject, state: DebugState) -> Report:
     """Compare gradient and forward with another program's float32 results."""
-    mine, V = by_hand(subject), subject.cfg.vocab_size
+    mine, V = _by_hand(subject), subject.cfg.vocab_size
     theirs = unstack(jax.tree.map(jnp.asarray, state.grads))
     theirs, grads = (padded_rows(g, subject.cfg, lambda x: x[:V]) for g in (theirs, mine.params))
     values = Forward(jnp.float32(state.loss), jnp.asarray(state.logits))
@@ -125,8 +132,18 @@ def against_file(subject: Subject, state: DebugState) -> Report:
             reference="the file",
         )
 
-    report = _judged(judge, tolerances(subject, jnp.float32), subject, dtype)
+    report = _judged(judge, _tolerances(subject, jnp.float32), subject, dtype)
     return dataclasses.replace(report, mismatch=_blame(report.gradient, mine, subject))
+
+
+def _by_hand(subject: Subject) -> Derivatives:
+    LOG.info("the gradient by hand")
+    return by_hand(subject)
+
+
+def _tolerances(subject: Subject, dtype: Any = None) -> Derivatives:
+    LOG.info("the tolerances")
+    return tolerances(subject, dtype) if dtype else tolerances(subject)
 
 
 def _judged(
@@ -157,6 +174,7 @@ def against_hessian(subject: Subject) -> Comparison:
 
     On the first micro-batch and one device.
     """
+    LOG.info("Hessian-vector products")
     double = exact(subject)
     tree: Any = jax.tree.structure(subject.params)
     leaves = jax.tree.leaves(subject.params)
@@ -266,6 +284,7 @@ def _blame(found: Comparison, mine: Derivatives, subject: Subject) -> Mismatch |
     """
     if found:
         return None
+    LOG.info("wrong: looking for the op")
     mismatch = _locate(subject)
     if mismatch:
         return mismatch

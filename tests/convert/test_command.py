@@ -207,6 +207,7 @@ def test_inspect_knows_every_file(model, tmp_path, capsys):
         (["model.bin"], "the destination is missing"),
         (["model.bin", "model.bin"], "model.bin already exists"),
         (["model.bin", "none/x.bin"], "there is no folder"),
+        (["model.bin", "x.pt"], "x.pt would be a PyTorch pickle, which is not written"),
         (["text.pt", "x.bin"], "it may be a PyTorch pickle"),
         (["text.index", "x.bin"], "it may be a TensorFlow checkpoint"),
         (["text.txt", "x.bin", "--inspect"], "in an unknown format"),
@@ -326,9 +327,39 @@ def test_only_an_all_bfloat16_model_is_written_in_bfloat16(model, tmp_path, caps
     assert (load_file(tmp_path / "back.safetensors")["fcb.0"] == exact).all()
 
 
-def test_what_is_no_longer_there_afterwards_is_said(run, model, tmp_path, capsys):
-    convert(run, tmp_path / "m.bin")
-    assert "llmc cannot hold a bpe tokenizer: it was left out" in capsys.readouterr().out
+@pytest.mark.parametrize("kind", [BPE, tokenizers.train_characters(["the cat"])])
+@pytest.mark.parametrize("name", ["m.bin", "m.safetensors", "hf"])
+def test_every_export_keeps_the_tokenizer(model, tmp_path, capsys, name, kind):
+    """Beside the file, where the format cannot hold it."""
+    cfg = dataclasses.replace(CFG, vocab_size=262)
+    llmc.write_model(tmp_path / "262.bin", tiny.params(cfg, jnp.float32), cfg)
+    kind.save(tmp_path / "t.json")
+    convert(tmp_path / "262.bin", tmp_path / name, "--tokenizer", tmp_path / "t.json")
+    assert open_weights(str(tmp_path / name)).tokenizer.same_as(kind)
+    beside = "gptjax_tokenizer.json" if name == "hf" else f"{name}.tokenizer.json"
+    told = f"cannot hold a {kind.kind} tokenizer: it is in {beside}" in capsys.readouterr().out
+    assert told == (name != "hf" or kind is not BPE)
+
+
+def test_inspect_lists_the_tensors(model, capsys):
+    convert(model, "--inspect")
+    lines = capsys.readouterr().out.splitlines()[4:]
+    assert len(lines) == len(list(tensor_names(CFG)))
+    name, shape, dtype, size, *first = lines[0].split()
+    assert (name, shape, dtype, size) == ("wte", "11x8", "float32", "88")
+    _, params = load_weights(str(model))
+    np.testing.assert_allclose(np.float64(first), params.wte[0, :3], rtol=1e-3)
+    assert lines[-1].startswith("lnfb")
+
+
+def test_an_opened_model_prints_in_a_line(model):
+    assert (
+        repr(open_weights(str(model)))
+        == "<llm.c model: gpt2, 1,944 parameters, 2 layers, no tokenizer>"
+    )
+
+
+def test_what_is_no_longer_there_afterwards_is_said(run, tmp_path, capsys):
     (run / "tokenizer.json").write_text("{}")
     convert(run, tmp_path / "hf")
     assert "tokenizer  none (" in capsys.readouterr().out

@@ -119,7 +119,7 @@ def text_losses(place, capsys, *args):
     with jax.enable_x64(False):
         assert main([str(x) for x in ("--json", out, *args)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    rows = [line.split() for line in lines if line[:6].strip().isdecimal()]
+    rows = [line.replace(",", " ").split() for line in lines if line[:6].strip().isdecimal()]
     return rows, json.loads(out.read_text()), lines[-1]
 
 

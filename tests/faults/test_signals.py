@@ -128,9 +128,9 @@ def test_ctrl_c_says_at_once_what_will_happen_and_saves(endless, tmp_path, termi
     )
     step = int(said[1])
     after = window.shown[said.end() :]
-    assert f"stopped by SIGINT after step {step}; continue with --resume auto\r\n" in after
-    assert window.shown.endswith(f"saved in {tmp_path / 'runs' / 'endless'}\r\n")
     folder = tmp_path / "runs" / "endless"
+    assert f"stopped by SIGINT after step {step}, saved in {folder}; continue with\r\n" in after
+    assert window.shown.endswith(f"python -m gptjax.train --resume {folder}\r\n")
     assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step_{step:08d}"]
     assert metrics(folder)[-1]["step"] == step
     tally("Ctrl-C", 1, 1)

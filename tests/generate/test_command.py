@@ -81,8 +81,11 @@ def test_without_a_prompt_it_begins_after_end_of_text(generate):
 def test_a_listing_of_ids_and_tokens(generate):
     (record,) = records(generate("--prompt", "ab", "--json", "--logprobs"))
     lines = generate("--prompt", "ab", "--show_tokens", "--logprobs").splitlines()
-    assert [int(line.split()[0]) for line in lines] == record["ids"]
-    assert [float(line.split()[1]) for line in lines] == pytest.approx(record["logprobs"], abs=1e-4)
+    parts = [line.split(", ", 2) for line in lines]
+    assert [int(token) for token, _, _ in parts] == record["ids"]
+    assert [float(logprob) for _, logprob, _ in parts] == pytest.approx(
+        record["logprobs"], abs=1e-4
+    )
 
 
 def test_a_stop_string_and_the_options_that_change_what_is_drawn(generate):
@@ -186,7 +189,9 @@ def test_a_session_ends_with_its_input(model, capsys, monkeypatch):
         )
         == 0
     )
-    assert capsys.readouterr().out.startswith("> ")
+    out, err = capsys.readouterr()
+    assert out.startswith("> ")
+    assert err.startswith("type text to continue; /reset starts over; ")
 
 
 @pytest.mark.parametrize(

@@ -57,5 +57,5 @@ def test_it_ends_with_a_stop_string():
 def test_the_listing_shows_what_cannot_be_printed():
     sample = Sample(BYTES, [1])
     sample.take([97, 10, 195], np.array([-1.25, -2, -3.5]), [END], True)
-    assert sample.listing(False).split("\n") == ["    97 a", "    10 Ċ", "   195 Ã"]
-    assert sample.listing(True).split("\n")[0] == "    97   -1.2500 a"
+    assert sample.listing(False).split("\n") == ["    97, a", "    10, \\n", "   195, \\xc3"]
+    assert sample.listing(True).split("\n")[0] == "    97,   -1.2500, a"

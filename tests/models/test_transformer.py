@@ -250,3 +250,19 @@ def test_hand_written_backward_and_recomputation_save_memory(layers):
     )
     assert block < none / 2
     assert gelu < none
+
+
+def test_a_config_resolves_itself_and_is_static_under_jit():
+    cfg = tiny.config(dtype="auto", attention="auto")
+    ready = cfg.resolve("cpu", 7)
+    params, batch = tiny.params(ready, jnp.float32), tiny.batch(ready)
+    expected = transformer.loss(params, batch, ready)
+    assert jax.jit(transformer.loss)(params, batch, cfg) == pytest.approx(expected)
+    value, grads = jax.jit(transformer.loss_and_grad)(params, batch, cfg)
+    assert value == pytest.approx(expected)
+    assert grads.wte.shape == params.wte.shape
+    for of_text in (
+        transformer.logits(params, batch.inputs, cfg),
+        transformer.token_losses(params, batch, cfg),
+    ):
+        assert of_text.dtype == jnp.float32

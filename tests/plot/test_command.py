@@ -54,6 +54,17 @@ def test_one_run_is_drawn_in_its_folder_as_often_as_asked(tmp_path, capsys):
     assert f"wrote      {folder}/metrics.png, " in out
 
 
+def test_a_bare_name_is_a_run_s(tmp_path, capsys, monkeypatch):
+    write(tmp_path / "runs" / "a", records(20))
+    write(tmp_path / "b", records(20))
+    monkeypatch.chdir(tmp_path)
+    assert plot.main(["a", "b"]) == 0
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()[:2]] == [
+        "run        a",
+        "run        b",
+    ]
+
+
 @pytest.mark.parametrize("x", ["steps", "tokens", "time"])
 def test_numbers_that_cannot_be_drawn_are_left_out(tmp_path, capsys, x):
     """Records without a time, a loss beyond float32, a run whose only step is 0."""

@@ -187,8 +187,10 @@ def test_a_signal_saves_and_ends_cleanly(command, tmp_path, number):
     assert err == ""
     done = metrics(folder)[-1]["step"]
     assert done < 20
-    assert f"stopped by {number.name} after step {done}; continue with --resume auto" in out
-    assert run(*args, "--resume", "auto") == 0
+    assert f"stopped by {number.name} after step {done}, saved in {folder}; continue with\n" in out
+    python, *resume = out.splitlines()[-1].split()
+    assert [python, *resume[:2]] == ["python", "-m", "gptjax.train"]
+    assert run(*resume[2:]) == 0  # with its own config
     assert_same_run(tmp_path / "runs" / "straight", folder)
 
 
@@ -261,14 +263,13 @@ def test_resume_under_another_layout_and_with_more_steps(command, tmp_path, caps
     assert (
         run(
             *command,
+            *options,
             "--name",
             "again",
             "--train.steps",
             "14",
             "--resume",
             "auto",
-            "--model.dropout",
-            "0",
         )
         == 0
     )
@@ -306,6 +307,11 @@ def test_muon_trains_on_a_mesh_and_resumes(command, tmp_path, capsys):
         (["--data.seq_len", "8"], "was trained with data.seq_len 16, not 8"),
         (["--seed", "1"], "was trained with seed 0, not 1"),
         (["--optim.name", "muon"], "was trained with optim.name adamw, not muon"),
+        (
+            [],
+            "was trained with train.steps 2, not 20: set it to that value, or change the schedule",
+        ),
+        (["--optim.beta2", "0.5"], "was trained with optim.beta2 0.95, not 0.5"),
     ],
 )
 def test_resume_refuses_another_model_or_order(command, capsys, changes, message):
@@ -353,13 +359,14 @@ def test_divergence_leaves_the_last_good_checkpoint(command, tmp_path, capsys):
         "constant",
         "--optim.warmup_steps",
         "0",
+        "--reschedule",
     ]
     assert run(*command, *wild, "--resume", "auto", "--train.checkpoint_every", "1") == train.FAILED
     assert "the last good checkpoint is after step 10" in capsys.readouterr().err
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step_00000010"]
     for a, b in zip(good, arrays(folder, 10), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert run(*command, "--resume", "auto") == 0
+    assert run(*command, "--resume", "auto", "--reschedule") == 0
     assert all(r["loss"] is not None for r in metrics(folder))
 
 
@@ -376,7 +383,7 @@ def test_what_has_no_checkpoint_is_not_called_saved(command, capsys, monkeypatch
     assert run(*command, "--train.steps", "3", "--resume", "auto") == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("saved in ")
     monkeypatch.setattr(trainer, "evaluate", lambda loss, params, batches: float("nan"))
-    assert run(*command, "--train.steps", "5", "--resume", "auto") == 0
+    assert run(*command, "--train.steps", "5", "--resume", "auto", "--reschedule") == 0
     assert (
         capsys.readouterr()
         .out.splitlines()[-1]

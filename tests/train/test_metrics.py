@@ -1,9 +1,12 @@
 import contextlib
+import io
 import json
 from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
+from rich.console import Console
+from rich.progress import Progress
 
 from gptjax.errors import FormatError
 from gptjax.train.metrics import (
@@ -128,6 +131,20 @@ def test_plain_lines_when_piped(capsys):
         display.step(RECORD, line=True)
         display.step(RECORD, line=False)
     assert capsys.readouterr().out == f"step   7/100 | {format_step(RECORD)}\n"
+
+
+def test_the_bar_fits_80_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    screen = io.StringIO()
+    display = Display(1_000_000)
+    display.bar = Progress(*display.bar_columns(), console=Console(file=screen, width=500))
+    with display.running(999_999):
+        display.step(RECORD | {"step": 999_999, "tokens_per_s": 1_234_567.8}, line=False)
+    (line,) = screen.getvalue().splitlines()
+    assert line.startswith("step 999999/1000000 ")
+    assert " 1,234,568 tok/s " in line
+    assert line.rstrip().endswith(" left")
+    assert len(line.rstrip()) <= 80
 
 
 def test_peaks_by_device():

@@ -67,7 +67,16 @@ def test_a_wrong_backward_ends_with_1_and_is_named(monkeypatch, capsys, tmp_path
         command.main([*TINY, "--export", str(tmp_path / "out"), "--html", str(tmp_path / "r.html")])
         == 1
     )
-    lines = capsys.readouterr().out.splitlines()
+    out, stages = capsys.readouterr()
+    assert stages.splitlines() == [
+        "checking   the gradient by hand",
+        "checking   JAX's gradient in float64",
+        "checking   the tolerances",
+        "checking   Hessian-vector products",
+        "checking   wrong: looking for the op",
+        "checking   each op by itself",
+    ]
+    lines = out.splitlines()
     closing = next(line for line in lines if "GRADIENTS ARE WRONG" in line)
     assert (
         "first at layer 0, gelu (after fcw): gelu_bwd gives a wrong gradient (relative L2 error "
