@@ -138,7 +138,7 @@ def load(args: GenerateConfig) -> Model:
     return Model(
         params,
         tokenizer,
-        Rules(cfg, args.sampler, tokenizer.vocab_size, ends),
+        Rules(cfg, args.sampler, tokenizer.vocab_size, ends, args.lookup),
     )
 
 

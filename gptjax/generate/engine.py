@@ -13,18 +13,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from gptjax.config import ModelConfig, Sampler
 from gptjax.errors import CheckpointError
-from gptjax.generate import run_c
+from gptjax.generate import lookup, run_c
+from gptjax.generate.lookup import DRAFT, Lookup
 from gptjax.generate.sampling import choose
-from gptjax.models.decode import decode, prefill
+from gptjax.models.decode import PART, decode, extend, prefill
 from gptjax.xla.products import accumulation_dtype
 
 CHUNK = 32  # default number of tokens drawn before they are returned
-# Prompts are padded to this times a power of two, so that few programs are compiled
-LEAST_PREFILL = 16
+# Prompts are padded to one of these, or a multiple of the last, so that few programs are compiled
+SHORT_PROMPTS = (16, 32, 64, PART)
 DEFAULT = Sampler()
 SLOTS = 64  # the cache's length is a multiple of this, for the same reason
 
@@ -39,6 +41,9 @@ class Rules(NamedTuple):
     """Ids below this are drawn: of a tokenizer smaller than the model's vocabulary."""
     ends: tuple[int, ...] = ()
     """The ids after any of which a sequence is done."""
+    lookup: bool = True
+    """A single row also tries tokens that followed the same ones before (`gptjax.generate.lookup`),
+    which changes no token."""
 
 
 class Decoding(NamedTuple):
@@ -56,6 +61,8 @@ class Decoding(NamedTuple):
     done: Bool[Array, " B"]
     keys: Any
     """What each row draws with: keys (B,), or run.c's random numbers (B, n)."""
+    lookup: Lookup | None = None
+    """Of a single row, if the rules ask for it."""
 
 
 class Drawn(NamedTuple):
@@ -99,7 +106,7 @@ def generate(
         key: the key of all draws; for run.c's sampling the seed, an int, to which each row adds its
             index.
         new_tokens: the most tokens to draw.
-        chunk: the most tokens to draw at a time, up to `CHUNK`.
+        chunk: the most tokens to draw at a time, up to `CHUNK`; correct drafts may add to them.
         fetch: copies an array to the host, also from several processes.
         first: index of the first row, if there are more rows than fit at once.
 
@@ -121,18 +128,18 @@ def generate(
             context + 1 - max(len(row) - start for row, start in zip(rows, starts, strict=True))
         )
         if state and readable > 0:
-            count = min(left, chunk, readable)
-            state, tokens, logprobs = advance(params, state, rules, count)
+            most = min(left, readable)
+            state, tokens, logprobs = advance(params, state, rules, min(most, chunk), most)
         else:
-            count = 1
             starts = [window_start(len(row), context) for row in rows]
             windows = [row[start:] for row, start in zip(rows, starts, strict=True)]
             state, tokens, logprobs = _start(
                 params, *_padded(windows, rules, left), rules, keys, drawn, done
             )
-        new = finite(fetch(tokens)[:, :count], fetch(logprobs)[:, :count])
+        made = int(fetch(state.drawn)) - drawn
+        new = finite(fetch(tokens)[:, :made], fetch(logprobs)[:, :made])
         done = fetch(state.done)
-        drawn += count
+        drawn += made
         for row, ids in zip(rows, new.tokens.tolist(), strict=True):
             row.extend(ids)
         yield new
@@ -188,12 +195,10 @@ def _padded(
     sizes.
     """
     longest = max(map(len, windows))
-    size = LEAST_PREFILL
-    while size < longest:
-        size *= 2
+    size = next((n for n in SHORT_PROMPTS if n >= longest), -(-longest // PART) * PART)
     padding = np.array([size - len(window) for window in windows], np.int32)
     ids = np.array([[0] * (size - len(window)) + window for window in windows], np.int32)
-    reads = min(new_tokens, rules.cfg.max_seq_len + 1 - longest)
+    reads = min(new_tokens, rules.cfg.max_seq_len + 1 - longest) + DRAFT
     return ids, padding, -(-(size + reads) // SLOTS) * SLOTS
 
 
@@ -211,54 +216,98 @@ def _start(
     """Read the prompts and draw one token a row."""
     logits, cache = prefill(params, ids, padding, slots, rules.cfg)
     token, logprob, done = draw_next(logits, rules, keys, drawn, done)
-    state = Decoding(
-        cache, padding, jnp.int32(ids.shape[1]), token, jnp.int32(drawn + 1), done, keys
-    )
-    return state, token[:, None], logprob[:, None]
+    slot = jnp.int32(ids.shape[1])
+    text = lookup.start(ids[0], slot, padding[0], token[0], slots)
+    state = Decoding(cache, padding, slot, token, jnp.int32(drawn + 1), done, keys)
+    single = len(ids) == 1 and rules.lookup
+    return state._replace(lookup=text if single else None), token[:, None], logprob[:, None]
 
 
 @partial(jax.jit, static_argnames="rules", donate_argnames="state")
 def advance(
-    params: Any, state: Decoding, rules: Rules, count: Any
+    params: Any, state: Decoding, rules: Rules, count: Any, most: Any
 ) -> tuple[Decoding, Array, Array]:
-    """``count`` times: read the newest token of each row, and draw the next; it stops when all rows
-    are done.
+    """Read the newest token of each row and draw the next, until ``count`` are drawn, or all rows
+    are done. Correct drafts may make that up to ``most``.
+
+    Returns:
+        The state, whose ``drawn`` says how many of the tokens and log-probabilities are valid.
+
     """
-    B = state.token.shape[0]
-    room = (
-        jnp.full((B, CHUNK), rules.ends[0] if rules.ends else 0, jnp.int32),
-        jnp.zeros((B, CHUNK), jnp.float32),
+    B, before = state.token.shape[0], state.drawn
+    found = (
+        jnp.zeros((B, CHUNK + DRAFT), jnp.int32),
+        jnp.zeros((B, CHUNK + DRAFT), jnp.float32),
     )
 
     def more(carry: Any) -> Array:
-        i, state, _ = carry
-        return (i < count) & ~state.done.all()
+        state, _ = carry
+        return (state.drawn - before < count) & ~state.done.all()
+
+    def has_draft(carry: Any) -> Array:
+        state, _ = carry
+        return (state.lookup.known > 0) & (most - (state.drawn - before) > 1)
+
+    def put(found: Any, state: Decoding, new: Any) -> Any:
+        at = jnp.int32(0), state.drawn - before
+        return tuple(lax.dynamic_update_slice(f, x, at) for f, x in zip(found, new, strict=True))
 
     def step(carry: Any) -> Any:
-        i, state, room = carry
+        """A token of each row."""
+        state, found = carry
         logits, cache = decode(
             params, state.token, state.padding, state.cache, state.slot, rules.cfg
         )
         token, logprob, done = draw_next(logits, rules, state.keys, state.drawn, state.done)
-        room = tuple(r.at[:, i].set(x) for r, x in zip(room, (token, logprob), strict=True))
-        new = Decoding(
-            cache, state.padding, state.slot + 1, token, state.drawn + 1, done, state.keys
-        )
-        return i + 1, new, room
+        found = put(found, state, (token[:, None], logprob[:, None]))
+        text, one = state.lookup, jnp.int32(1)
+        if text:
+            text = lookup.after(text, token, one, state.padding[0], state.slot)
+        slot, drawn = state.slot + 1, state.drawn + 1
+        return Decoding(cache, state.padding, slot, token, drawn, done, state.keys, text), found
 
-    _, state, (tokens, logprobs) = jax.lax.while_loop(more, step, (jnp.int32(0), state, room))
+    def try_draft(carry: Any) -> Any:
+        """The tokens of a draft up to the first that would not have been drawn, and that one."""
+        state, found = carry
+        draft = state.lookup.draft
+        read = jnp.concatenate([state.token, draft])[None]
+        logits, cache = extend(params, read, state.padding, state.cache, state.slot, rules.cfg)
+        n = jnp.arange(read.shape[1], dtype=jnp.int32)
+        keys, done = state.keys[jnp.zeros_like(n)], jnp.zeros(n.shape, bool)
+        token, logprob, done = draw_next(logits[0], rules, keys, state.drawn + n, done)
+        hits = (token[:-1] == draft) & (n[:-1] < state.lookup.known) & ~done[:-1]
+        right = jnp.cumprod(hits.astype(jnp.int32)).sum(dtype=jnp.int32)
+        made = jnp.minimum(right + 1, most - (state.drawn - before))
+        found = put(found, state, (token[None], logprob[None]))
+        text = lookup.after(state.lookup, token, made, state.padding[0], state.slot, right)
+        slot, drawn = state.slot + made, state.drawn + made
+        last = (token[made - 1][None], drawn, done[made - 1][None])
+        return Decoding(cache, state.padding, slot, *last, state.keys, text), found
+
+    def steps_and_drafts(carry: Any) -> Any:
+        # Two loops, not a condition: XLA updates a loop's cache in place
+        carry = lax.while_loop(lambda c: more(c) & ~has_draft(c), step, carry)
+        return lax.while_loop(lambda c: more(c) & has_draft(c), try_draft, carry)
+
+    body = steps_and_drafts if state.lookup else step
+    state, (tokens, logprobs) = lax.while_loop(more, body, (state, found))
     return state, tokens, logprobs
 
 
 def draw_next(
     logits: Float[Array, "B V"], rules: Rules, keys: Any, drawn: Any, done: Array
 ) -> tuple[Array, Array, Array]:
-    """(token, its log-probability, whether the row is done) of each row."""
+    """(token, its log-probability, whether the row is done) of each row.
+
+    ``drawn`` is how many tokens were drawn before, of all rows or of each.
+    """
+    drawn = jnp.broadcast_to(drawn, done.shape)
     logits = logits[:, : rules.allowed].astype(accumulation_dtype(logits))
     if rules.sampler.draw == "run.c":
-        token = run_c.choose(keys[:, drawn], logits, rules.sampler)
+        coins = jnp.take_along_axis(keys, drawn[:, None], 1)[:, 0]
+        token = run_c.choose(coins, logits, rules.sampler)
     else:
-        token_keys = jax.vmap(partial(jax.random.fold_in, data=drawn))(keys)
+        token_keys = jax.vmap(jax.random.fold_in)(keys, drawn)
         token = choose(token_keys, logits, rules.sampler)
     logprob = jnp.take_along_axis(logits, token[:, None], 1)[:, 0] - jax.nn.logsumexp(logits, -1)
     logprob = logprob.astype(jnp.float32)

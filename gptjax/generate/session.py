@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from gptjax.generate import lookup
 from gptjax.generate.engine import (
     CHUNK,
     Decoding,
@@ -76,10 +77,19 @@ class Session:
             self._cache = state.cache
             self.ids += block
         new, drawn = finite(np.asarray(tokens), np.asarray(logprobs)), 1
+        if self.rules.lookup:
+            slots = jax.tree.leaves(self._cache)[0].shape[-2]
+            text = np.zeros(slots, np.int32)
+            text[: len(self.ids)] = self.ids
+            state = state._replace(
+                lookup=_start_lookup(text, len(self.ids), 0, new.tokens[0, 0], slots)
+            )
         yield new
         while drawn < new_tokens and not state.done.all():
-            count = min(chunk, new_tokens - drawn)
-            state, tokens, logprobs = advance(self.params, state, self.rules, count)
+            most = new_tokens - drawn
+            state, tokens, logprobs = advance(
+                self.params, state, self.rules, min(chunk, most), most
+            )
             self._cache = state.cache
             made = int(state.drawn) - drawn  # fewer where an end has come
             last, drawn = new.tokens[:, -1:], drawn + made
@@ -101,6 +111,9 @@ class Session:
             self._cache = empty_cache(self.rules.cfg, 1, size)
         else:
             self._cache = with_slots(self._cache, size)
+
+
+_start_lookup = jax.jit(lookup.start, static_argnames="slots")
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

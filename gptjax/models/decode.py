@@ -16,9 +16,10 @@ from gptjax.config import ModelConfig, Storage
 from gptjax.models.family import Weight, family_of
 from gptjax.models.params import head_of, is_weight, per_tensor
 from gptjax.models.transformer import over_layers
-from gptjax.ops.attention import materialised_fwd
 from gptjax.ops.kv_cache import LayerCache, cached_attention
 from gptjax.ops.quantized import OutIn, product, quantize
+
+PART = 128  # tokens of a prompt that are read at a time
 
 
 def store_for_decoding(params: Any, cfg: ModelConfig, how: Storage = "as_stored") -> Any:
@@ -75,28 +76,32 @@ def prefill(
 
     Args:
         params: parameters, or the output of `store_for_decoding`.
-        tokens: ids, each row's padding first; the padding's ids are ignored.
+        tokens: ids, each row's padding first; the padding's ids are ignored. They are read in parts
+            of `PART` tokens, of which P is a multiple if it is larger.
         padding: length of each row's padding, less than P.
         slots: slots of the cache, at least P.
         cfg: resolved.
 
     """
-    P = tokens.shape[1]
-    slot = jnp.arange(P, dtype=jnp.int32)
-    visible = (slot[None, :] <= slot[:, None])[None] & (
-        slot[None, None, :] >= padding[:, None, None]
-    )
-    # Padding sees itself: a softmax over nothing would be NaN.
-    visible |= jnp.eye(P, dtype=bool)[None]
+    B, P = tokens.shape
+    if P > PART and P % PART:
+        raise ValueError(f"prompts of {P} tokens are no multiple of {PART}")
+    parts = tokens.reshape(B, -1, min(P, PART))
 
-    def attend(past: None, q: Array, k: Array, v: Array) -> tuple[Array, LayerCache]:
-        o, _ = materialised_fwd(q, k, v, visible=visible)
-        empty = (0, 0), (0, 0), (0, slots - P), (0, 0)
-        return o, LayerCache(*(jnp.pad(x.transpose(0, 2, 1, 3), empty) for x in (k, v)))
+    def read(i: Any, x_cache: Any) -> Any:
+        x, cache = _read(params, parts[:, i], padding, x_cache[1], parts.shape[2] * i, cfg)
+        return x[:, -1:], cache
 
-    positions = jnp.maximum(slot[None] - padding[:, None], 0)
-    x, cache = _forward(params, tokens, positions, None, attend, cfg)
-    return _logits(params, x[:, -1:], cfg)[:, 0], cache
+    first = None, empty_cache(cfg, B, slots)
+    if parts.shape[1] == 1:
+        x, cache = read(jnp.int32(0), first)
+    else:
+        # A family without attention keeps no cache
+        empty = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(read, jnp.int32(0), first)
+        )
+        x, cache = lax.fori_loop(0, parts.shape[1], read, empty)
+    return _logits(params, x, cfg)[:, 0], cache
 
 
 def empty_cache(cfg: ModelConfig, rows: int, slots: int) -> Any:
@@ -144,14 +149,7 @@ def extend(
         only: the one of the P whose logits are wanted, (B, 1, V); None: all of them.
 
     """
-
-    def attend(past: LayerCache, q: Array, k: Array, v: Array) -> tuple[Array, LayerCache]:
-        places = jnp.arange(past.k.shape[-2], dtype=jnp.int32)[None]
-        return cached_attention(q, k, v, past, slot, (places >= padding[:, None]) & (places < slot))
-
-    new = slot + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    positions = jnp.minimum(new[None] - padding[:, None], cfg.max_seq_len - 1)  # of fillers
-    x, cache = _forward(params, tokens, positions, cache, attend, cfg)
+    x, cache = _read(params, tokens, padding, cache, slot, cfg)
     if only is not None:
         x = lax.dynamic_slice_in_dim(x, only, 1, 1)
     return _logits(params, x, cfg), cache
@@ -170,20 +168,23 @@ def decode(
     return logits[:, 0], cache
 
 
-def _forward(
+def _read(
     params: Any,
     tokens: Int[Array, "B T"],
-    positions: Int[Array, "B T"],
+    padding: Int[Array, " B"],
     cache: Any,
-    attend: Any,
+    slot: Any,
     cfg: ModelConfig,
 ) -> tuple[Float[Array, "B T C"], Any]:
-    """Hidden states, and each layer's cache.
-
-    ``attend(past, q, k, v) -> (o, cache)`` updates the cache.
-    """
+    """Hidden states, and each layer's updated cache."""
     family = family_of(cfg)
+    new = slot + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    # Those of padding and of fillers do not matter
+    positions = jnp.clip(new[None] - padding[:, None], 0, cfg.max_seq_len - 1)
     x = family.embed_fwd(params, tokens, positions, cfg)
+
+    def attend(past: LayerCache, q: Array, k: Array, v: Array) -> tuple[Array, LayerCache]:
+        return cached_attention(q, k, v, past, slot, padding)
 
     def body(x: Array, w_past: Any) -> tuple[Array, Any]:
         w, past = w_past

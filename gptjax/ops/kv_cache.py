@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from gptjax.ops.attention import Heads
 from gptjax.xla.barrier import cpu_barrier
@@ -26,10 +26,10 @@ def cached_attention(
     v: Float[Array, "B T K D"],
     cache: LayerCache,
     slot: Int[Array, ""],
-    visible: Bool[Array, "B S"],
+    begin: Int[Array, " B"],
 ) -> tuple[Heads, LayerCache]:
-    """Attention of T new positions to the ``visible`` slots, to themselves and to those of them
-    that come before.
+    """Causal attention of T new positions to themselves and to the slots from ``begin`` up to
+    ``slot``.
 
     Scores their own keys apart and writes the cache only after reading it. XLA then updates the
     cache in place instead of copying all of it for each token.
@@ -40,7 +40,8 @@ def cached_attention(
         v: their values (B, T, K, D).
         cache: what came before.
         slot: where the first new position goes; there are at least T slots from there.
-        visible: the slots that hold a row's earlier positions.
+        begin: each row's first slot. New positions before it, which are padding, see only
+            themselves.
 
     Returns:
         The output, and the cache with the new keys and values in ``slot`` and the T - 1 after it.
@@ -52,11 +53,14 @@ def cached_attention(
     rows = q.transpose(0, 2, 1, 3, 4).reshape(B, K, -1, D)
     past = jnp.einsum("bksd,bkrd->bkrs", cache.k, rows, preferred_element_type=acc)
     new = jnp.einsum("bktd,bkrd->bkrt", k, rows, preferred_element_type=acc)
-    causal = jnp.repeat(jnp.tri(T, dtype=bool), H // K, axis=0)
-    past = jnp.where(jnp.broadcast_to(visible[:, None, None], past.shape), past, -jnp.inf)
-    new = jnp.where(jnp.broadcast_to(causal[None, None], new.shape), new, -jnp.inf)
-    p = jax.nn.softmax(jnp.concatenate([past, new], -1) / math.sqrt(D), -1).astype(v.dtype)
     S = cache.k.shape[2]
+    place, t = jnp.arange(S, dtype=jnp.int32), jnp.arange(T, dtype=jnp.int32)
+    visible = (place[None] >= begin[:, None]) & (place[None] < slot)
+    causal = (t[None] <= t[:, None])[None] & (slot + t[None] >= begin[:, None])[:, None]
+    causal = jnp.repeat(causal | jnp.eye(T, dtype=bool)[None], H // K, axis=1)
+    past = jnp.where(jnp.broadcast_to(visible[:, None, None], past.shape), past, -jnp.inf)
+    new = jnp.where(jnp.broadcast_to(causal[:, None], new.shape), new, -jnp.inf)
+    p = jax.nn.softmax(jnp.concatenate([past, new], -1) / math.sqrt(D), -1).astype(v.dtype)
     o = jnp.einsum("bkrs,bksd->bkrd", p[..., :S], cache.v, preferred_element_type=acc)
     o += jnp.einsum("bkrt,bktd->bkrd", p[..., S:], v, preferred_element_type=acc)
     o = o.astype(rows.dtype).reshape(B, K, T, -1, D).transpose(0, 2, 1, 3, 4).reshape(B, T, H, D)

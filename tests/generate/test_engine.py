@@ -138,16 +138,19 @@ def test_the_window_holds_at_least_half_a_context_and_at_most_one(length, contex
     assert start <= window_start(length + 1, context)
 
 
-def test_a_cache_is_changed_in_place():
-    """A copy of it for each token would cost more than all products in a long context."""
-    rules = Rules(CFG, GREEDY, 11)
+@pytest.mark.parametrize("prompts", [[[1, 2, 3], [4]], [[1, 2, 3]]])
+def test_a_cache_is_changed_in_place(prompts):
+    """A copy of it for each token would cost more than all products in a long context. Of a single
+    row drafts are tried, too.
+    """
+    rules, B = Rules(CFG, GREEDY, 11), len(prompts)
     stored = store_for_decoding(params("unroll"), CFG)
-    ids, padding, slots = engine._padded([[1, 2, 3], [4]], rules, 40)
+    ids, padding, slots = engine._padded(prompts, rules, 40)
     state, _, _ = engine._start(
-        stored, ids, padding, slots, rules, jax.random.split(KEY, 2), 0, np.zeros(2, bool)
+        stored, ids, padding, slots, rules, jax.random.split(KEY, B), 0, np.zeros(B, bool)
     )
-    program = engine.advance.lower(stored, state, rules, 8).compile().as_text()
-    cache = f"f64[2,{CFG.num_heads},{slots},{CFG.channels // CFG.num_heads}]"
+    program = engine.advance.lower(stored, state, rules, 8, 8).compile().as_text()
+    cache = f"f64[{B},{CFG.num_heads},{slots},{CFG.channels // CFG.num_heads}]"
     assert cache in program
     assert not re.findall(re.escape(cache) + r"\S* copy\(", program)
 

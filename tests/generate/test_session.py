@@ -132,7 +132,7 @@ def test_an_exception_in_between_costs_no_more_than_reading_anew(monkeypatch):
 def test_an_answer_that_is_left_is_kept_as_far_as_it_came():
     session = Session(params(), GREEDY)
     answer = session.continued([1, 2], KEY, 20, 1)
-    tokens = [int(next(answer).tokens[0, 0]) for _ in range(5)]
+    tokens = [token for _ in range(5) for token in next(answer).tokens[0].tolist()]
     answer.close()
     assert session.ids == [1, 2, *tokens[:-1]]
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gptjax.models import transformer
-from gptjax.models.decode import decode, extend, prefill, store_for_decoding
+from gptjax.models.decode import PART, decode, extend, prefill, store_for_decoding
 from tests.models import tiny
 
 PADDING = jnp.array([0, 2, 3], jnp.int32)  # of prompts of 4, 2 and 1 ids
@@ -56,6 +56,30 @@ def test_extending_the_cache_equals_reading_everything_at_once(changes):
         params, tokens[:, 7:11], PADDING, cache, jnp.int32(7), cfg=cfg, only=jnp.int32(1)
     )
     np.testing.assert_allclose(only[:, 0], second[:, 1], rtol=1e-12)
+
+
+@pytest.mark.parametrize("layers", ["unroll", "scan"])
+def test_a_prompt_read_in_parts_is_read_as_if_at_once(layers):
+    """Also where one of the rows is only padding in a part."""
+    cfg = tiny.config(layers=layers, max_seq_len=2 * PART + 8)
+    params, tokens = tiny.params(cfg), tiny.batch(cfg, B=2, T=2 * PART + 3).inputs
+    padding = jnp.array([0, PART + 5], jnp.int32)
+    logits, cache = jax.jit(prefill, static_argnames=("slots", "cfg"))(
+        params, tokens[:, : 2 * PART], padding, slots=2 * PART + 4, cfg=cfg
+    )
+    more, _ = jax.jit(extend, static_argnames="cfg")(
+        params, tokens[:, 2 * PART :], padding, cache, jnp.int32(2 * PART), cfg=cfg
+    )
+    found = jnp.concatenate([logits[:, None], more], 1)
+    for row, begin in enumerate(padding.tolist()):
+        alone = transformer.logits(params, tokens[row : row + 1, begin:], cfg)
+        np.testing.assert_allclose(found[row], alone[0, -4:], rtol=1e-11, atol=1e-13)
+
+
+def test_prompts_that_are_no_whole_parts_are_refused():
+    cfg = tiny.config()
+    with pytest.raises(ValueError, match="prompts of 129 tokens are no multiple of 128"):
+        prefill(None, jnp.zeros((1, PART + 1), jnp.int32), jnp.zeros(1, jnp.int32), 200, cfg)
 
 
 @pytest.mark.parametrize(("how", "least", "most"), [("q8_0", 1e-4, 2e-2), ("q4_1", 1e-2, 0.4)])

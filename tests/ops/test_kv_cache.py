@@ -15,11 +15,12 @@ def test_cached_attention_is_attention_of_the_new_queries_over_the_visible_keys(
     matter.
     """
     q, k, v = (jax.random.normal(jax.random.key(i), (B, S, n, D)) for i, n in enumerate((H, K, K)))
-    begin, slot = np.array([0, 2]), 5
+    begin, slot = np.array([0, 2], np.int32), 5
     cache = LayerCache(*(x.transpose(0, 2, 1, 3) for x in (k, v)))  # unseen slots are not empty
-    seen = (jnp.arange(S)[None] >= begin[:, None]) & (jnp.arange(S)[None] < slot)
     now = slice(slot, slot + T)
-    o, new = cached_attention(q[:, now], 2 * k[:, now], 3 * v[:, now], cache, jnp.int32(slot), seen)
+    o, new = cached_attention(
+        q[:, now], 2 * k[:, now], 3 * v[:, now], cache, jnp.int32(slot), jnp.array(begin)
+    )
     for row, first in enumerate(begin):
         ks = k[row : row + 1, first : slot + T].at[:, -T:].multiply(2)
         vs = v[row : row + 1, first : slot + T].at[:, -T:].multiply(3)
@@ -29,3 +30,11 @@ def test_cached_attention_is_attention_of_the_new_queries_over_the_visible_keys(
         np.testing.assert_array_equal(mine[:, :, now], given[:, now].swapaxes(1, 2))
         others = (jnp.arange(S) < slot) | (jnp.arange(S) >= slot + T)
         np.testing.assert_array_equal(mine[:, :, others], old[:, :, others])
+
+
+def test_padding_sees_itself_alone():
+    """So that nothing is divided by zero, and no position sees it."""
+    q, k, v = (jax.random.normal(jax.random.key(i), (1, 3, H, D)) for i in range(3))
+    cache = LayerCache(*(jnp.zeros((1, H, S, D)) for _ in "kv"))
+    o, _ = cached_attention(q, k, v, cache, jnp.int32(0), jnp.array([2], jnp.int32))
+    np.testing.assert_allclose(o, v, rtol=1e-12)

@@ -244,9 +244,10 @@ struct Processor {
 
 #endif
 
-// Those that this processor has, the best first.
+// Those that this processor has, the best first. The list is never destroyed: a thread of XLA's may
+// still multiply while the process ends.
 const std::vector<Kernels>& AllKernels() {
-  static const std::vector<Kernels> all = [] {
+  static const auto& all = *new std::vector<Kernels>([] {
     std::vector<Kernels> found;
 #if defined(__x86_64__)
     const Processor has;
@@ -258,7 +259,7 @@ const std::vector<Kernels>& AllKernels() {
 #endif
     found.push_back(KERNELS(portable));
     return found;
-  }();
+  }());
   return all;
 }
 

@@ -1,0 +1,111 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gptjax.config import Sampler
+from gptjax.generate import engine, generate, lookup
+from gptjax.generate.engine import Rules
+from gptjax.generate.lookup import DRAFT, MOST_FAILURES, find
+from gptjax.models import transformer
+from tests.models import tiny
+
+CFG = tiny.config(max_seq_len=64)
+PARAMS = tiny.params(CFG)
+KEY = jax.random.key(0)
+GREEDY, DRAWN = Sampler(0), Sampler(0.7, 3)
+
+
+def found(seen, begin):
+    """The same by a loop over the places, the last first."""
+    slot = len(seen) - 1
+    for length in (3, 2):
+        for place in range(slot - 1, -1, -1):
+            first = place - length + 1
+            if first >= begin and seen[first : place + 1] == seen[slot - length + 1 :]:
+                return seen[place + 1 : slot + 1][:DRAFT]
+    return []
+
+
+@given(st.lists(st.integers(0, 2), min_size=4, max_size=24), st.integers(0, 3))
+def test_a_draft_is_what_followed_the_same_tokens(seen, begin):
+    padded = jnp.array(seen + [9] * (30 - len(seen)), jnp.int32)
+    draft, known = find(padded, jnp.int32(begin), jnp.int32(len(seen) - 1))
+    assert draft[: int(known)].tolist() == found(seen, begin)
+
+
+def test_drafts_of_which_no_token_is_right_become_rare():
+    """After 64 of a kind in a row, one is tried each 64 tokens: a loss of under 1%."""
+    ids = jnp.array([1, 2, 1, 2, 1], jnp.int32)
+    text = lookup.start(ids, jnp.int32(5), jnp.int32(0), jnp.int32(2), slots=600)
+    one, slot, tried = jnp.int32(1), 5, []
+    step = jax.jit(lookup.after)
+    for n in range(400):
+        token = jnp.array([1 + n % 2], jnp.int32)
+        right = jnp.int32(0) if text.known > 0 else None
+        tried += [n] if right is not None else []
+        text = step(text, token, one, jnp.int32(0), jnp.int32(slot), right)
+        slot += 1
+    pauses = np.diff(tried).tolist()
+    assert pauses[:3] == [3, 5, 9]
+    assert set(pauses[MOST_FAILURES:]) == {2**MOST_FAILURES + 1}
+    text = step(text, jnp.array([1], jnp.int32), one, jnp.int32(0), jnp.int32(slot), one)
+    assert (int(text.failures), int(text.pause)) == (0, 0)
+
+
+def drawn(prompts, rules, chunk, new_tokens=90, key=KEY):
+    made = list(generate(PARAMS, prompts, rules, key, new_tokens, chunk))
+    tokens, logprobs = (np.concatenate(x, axis=1) for x in zip(*made, strict=True))
+    return tokens, logprobs, [new.tokens.shape[1] for new in made]
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 32])
+@pytest.mark.parametrize("sampler", [GREEDY, DRAWN, Sampler(0.9, 0, 0.9, draw="run.c")])
+def test_looking_up_changes_no_token(sampler, chunk):
+    """Past the context, too, and up to an end."""
+    key = 7 if sampler.draw == "run.c" else KEY
+    prompt = [[1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 3]]
+    plain = Rules(CFG, sampler, 11, (), lookup=False)
+    ids, logprobs, sizes = drawn(prompt, plain, chunk, key=key)
+    assert max(sizes) <= chunk
+    same, same_logprobs, sizes = drawn(prompt, plain._replace(lookup=True), chunk, key=key)
+    np.testing.assert_array_equal(same, ids)
+    np.testing.assert_allclose(same_logprobs, logprobs, atol=1e-5)
+    if sampler.temperature == 0 and chunk < 32:
+        assert max(sizes) > chunk  # greedy text repeats itself
+    end = (int(ids[0, 40]),)
+    until = ids[0].tolist().index(end[0]) + 1
+    ended, _, _ = drawn(prompt, plain._replace(lookup=True, ends=end), chunk, key=key)
+    np.testing.assert_array_equal(ended[0, :until], ids[0, :until])
+    assert ended.shape[1] == until
+
+
+def test_several_rows_are_not_looked_up():
+    rows = [[1, 2, 1, 2, 1], [3, 4, 3, 4, 3]]
+    _, _, sizes = drawn(rows, Rules(CFG, GREEDY, 11), 1, 12)
+    assert set(sizes) == {1}
+
+
+def test_tokens_of_a_draft_are_drawn_from_the_models_distribution():
+    """Pairs of them, by chi-square; most drafts are wrong."""
+    prompt, N = [1, 2, 1, 2, 1, 2], 5000
+    rules, none = Rules(CFG, Sampler(1.0, 0), 11), jnp.zeros(1, bool)
+    ids, padding = jnp.array([prompt[:-1]], jnp.int32), jnp.zeros(1, jnp.int32)
+
+    def pair(key):
+        state, *_ = engine._start(PARAMS, ids, padding, 64, rules, key[None], 0, none)
+        token = jnp.array(prompt[-1:], jnp.int32)
+        text = lookup.start(ids[0], state.slot, padding[0], token[0], 64)
+        state = state._replace(token=token, lookup=text)
+        _, tokens, _ = engine.advance(PARAMS, state, rules, 2, 2)
+        return 11 * tokens[0, 0] + tokens[0, 1]
+
+    found = np.bincount(jax.jit(jax.vmap(pair))(jax.random.split(KEY, N)), minlength=121)
+    texts = jnp.array([[*prompt, token] for token in range(11)])
+    p = jax.nn.softmax(transformer.logits(PARAMS, texts, CFG)[:, -2:, :11])
+    expected = N * np.asarray(p[0, 0][:, None] * p[:, 1]).ravel()
+    assert expected.min() > 20
+    chi_square = ((found - expected) ** 2 / expected).sum()
+    assert chi_square < 173  # the 99.9th percentile of 120 degrees of freedom
