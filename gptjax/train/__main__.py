@@ -133,7 +133,8 @@ def _train(run: Run, restored: Restored | None, display: Display) -> str:
         return f"ended after step {trainer.done} without saving it; in {run.folder} {newest}"
     if stop.name and trainer.done < cfg.train.steps:
         display.print(
-            f"stopped by {stop.name} after step {trainer.done}, saved in {run.folder}; continue with"
+            f"stopped by {stop.name} after step {trainer.done}, saved in {run.folder}; "
+            "continue with"
         )
         return resuming_command(run)
     return f"saved in {run.folder}"
