@@ -16,6 +16,7 @@ from gptjax.train import step as steps
 from gptjax.train.checkpoint import CheckpointWriter, open_newest, restore_newest
 from gptjax.train.optimizer import make_optimizer
 from tests.models import tiny
+from tests.slow import slow
 
 CFG = tiny.config(dtype="float32")
 OPTIMIZER = make_optimizer(OptimConfig(), 10, CFG)
@@ -318,7 +319,7 @@ def test_one_that_another_command_sets_aside_meanwhile(saved, monkeypatch):
     assert open_newest(folder)[2] == {"position": 3}
 
 
-@pytest.mark.parametrize("layers", ["unroll", "scan"])
+@pytest.mark.parametrize("layers", ["unroll", slow(("scan",))])
 def test_one_that_is_dropped_after_it_was_opened(tmp_path, layers):
     """Its storage reads zeros where a file is gone."""
     # Too large to be read along with others
@@ -384,7 +385,10 @@ LLAMA = tiny.config(
 )
 
 
-@pytest.mark.parametrize(("name", "cfg"), [*((name, CFG) for name in OPTIMIZERS), ("adamw", LLAMA)])
+@pytest.mark.parametrize(
+    ("name", "cfg"),
+    [("adamw", CFG), ("adamw", LLAMA), *(slow((name, CFG)) for name in OPTIMIZERS[1:])],
+)
 def test_training_goes_on_bit_for_bit(tmp_path, name, cfg):
     """Two steps, a checkpoint and a third, or three steps."""
     optimizer = make_optimizer(OptimConfig(name=name, learning_rate=0.01, warmup_steps=4), 10, cfg)
@@ -450,7 +454,9 @@ ELSEWHERE = [
 ]
 
 
-@pytest.mark.parametrize(("name", "saved", "read", "other"), ELSEWHERE)
+@pytest.mark.parametrize(
+    ("name", "saved", "read", "other"), [*ELSEWHERE[:2], *map(slow, ELSEWHERE[2:])]
+)
 def test_a_checkpoint_is_read_onto_any_other_mesh(tmp_path, name, saved, read, other):
     """And in the other layout."""
     cfg = tiny.config(
