@@ -189,7 +189,7 @@ def changed(path, **changes):
         ({"llama__block_count": 3}, "lacks the tensor blk.2.attn_norm.weight"),
         ({"llama__block_count": 1}, "holds tensors that this model does not have: blk.1"),
         ({"llama__feed_forward_length": 65}, "ffn_gate.weight has the shape [64, 32], but [65, 32]"),
-        ({"llama__attention__head_count": 5}, "model.channels 32 does not divide"),
+        ({"llama__attention__head_count": 5}, "model.channels 32 is not divisible"),
         ({"llama__attention__head_count": 32}, "invalid model: model.channels 32"),
         ({"llama__rope__freq_base": 0.0}, "invalid model: model.rope_theta must be"),
         ({"llama__rope__freq_base": "many"}, "no usable llama.rope.freq_base: 'many'"),

@@ -321,7 +321,7 @@ def test_what_older_and_newer_files_of_llamas_hold(tmp_path):
         ({"rms_norm_eps": "small"}, "no usable rms_norm_eps: 'small'"),
         ({"tie_word_embeddings": "yes"}, "no usable tie_word_embeddings: 'yes'"),
         ({"tie_word_embeddings": False}, r"lacks the tensor lm_head\.weight"),
-        ({"num_key_value_heads": 3}, "invalid model: .* does not divide"),
+        ({"num_key_value_heads": 3}, "invalid model: .* is not divisible"),
         ({"num_key_value_heads": 1}, r"k_proj\.weight has the shape \[4, 8\]"),
         ({"intermediate_size": None}, "no usable intermediate_size: None"),
         ({"hidden_size": "8"}, "no usable hidden_size: '8'"),
