@@ -313,7 +313,7 @@ function open(which) {
   const errors = subject.received === undefined || subject.received === null ? subject.errors
     : [{ name: "dy, received", error: subject.received }, ...subject.errors];
   parts.push(...section("Error against jax.grad", make("div", { class: "scroll" }, bars(errors, "1e-17 to 1; the mark is what rounding explains")),
-    make("p", { class: "note", html: "What is <b>received</b> is compared with JAX's gradient of the whole network, what is given with JAX's derivative of this op alone. Computed in float64 when this page was written." })));
+    make("p", { class: "note", html: "The gradient that the op <b>received</b> is compared with JAX's gradient of the whole network; those that it returns, with JAX's derivative of this op alone. Computed in float64 when this page was written." })));
   if (node) {
     const cells = (values) => make("tr", {}, make("th", { scope: "row", html: `<code>${values[0]}</code>` }), ...values.slice(1).map((t) => make("td", { text: t })));
     parts.push(...section("Shapes", make("div", { class: "scroll" }, make("table", {},
@@ -408,7 +408,7 @@ function showHeat(errors) {
   $("heat").replaceChildren(make("div", { class: "tables" },
     table(layers.map((l) => `layer ${l}`), inside, layers), table(["outside"], outside, [null])));
   $("heat-note").textContent = fault
-    ? "Relative L2 error against jax.grad. The backward starts at the loss: what it reaches after the error is wrong, down to the first layer."
+    ? "Relative L2 error against jax.grad. The backward starts at the loss, so the error spreads from its op down to the first layer."
     : "Relative L2 error against jax.grad, in float64: nothing but rounding.";
 }
 

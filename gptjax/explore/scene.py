@@ -160,7 +160,7 @@ def node(i: int, pair: Pair, place: Place, due: Any, largest: float) -> dict[str
 
 
 def image(name: str, array: Any) -> dict[str, Any]:
-    """A picture with its name; activations have a row a token."""
+    """A picture with its name; activations have one row per token."""
     x = np.asarray(array)
     if x.ndim > 2 and x.shape[0] == 1:
         x = x.reshape(x.shape[1], -1)

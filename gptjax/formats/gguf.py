@@ -556,8 +556,8 @@ def write_model(
         value = getattr(cfg, ours)
         if float(str(np.float32(value))) != value:
             raise ConfigError(
-                f"a {MODEL} holds model.{ours} in float32, which has no {value}: write safetensors "
-                "instead"
+                f"a {MODEL} holds model.{ours} in float32, which cannot represent {value}: write "
+                "safetensors instead"
             )
     described = _described(cfg, kind) | dict(fields or {"tokenizer.ggml.model": "none"})
     theirs = library()

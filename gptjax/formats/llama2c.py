@@ -141,9 +141,8 @@ def write_model(
     for name, value in ASSUMED.items():
         if np.float32(getattr(cfg, name)) != np.float32(value):
             raise ConfigError(
-                f"a {MODEL} has model.{name} {value:g}, and no place for the "
-                f"{getattr(cfg, name):g} of this model, which would be lost: write safetensors or "
-                "a Hugging Face folder instead"
+                f"a {MODEL} always has model.{name} {value:g}, and cannot hold this model's "
+                f"{getattr(cfg, name):g}: write safetensors or a Hugging Face folder instead"
             )
     group = GROUP
     while cfg.channels % group or cfg.hidden % group:

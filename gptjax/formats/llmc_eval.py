@@ -74,9 +74,8 @@ def read_questions(path: str | os.PathLike[str]) -> list[Question]:
         if question is None:
             raise FormatError(
                 f"{KIND} {path} is truncated or malformed: example {len(questions)} of {count}, "
-                "at byte "
-                f"{HEADER_BYTES + 2 * at} of {size}, is not one of {ENDINGS} endings; write it "
-                "again"
+                f"at byte {HEADER_BYTES + 2 * at} of {size}, is not a question with {ENDINGS} "
+                "endings; write it again"
             )
         questions.append(question)
         at += length

@@ -28,7 +28,12 @@ OPTIONS = ()
 
 
 class Block(NamedTuple):
-    """One layer's weights, or anything shaped like them: gradients, moments, a decay mask."""
+    """One layer's weights, or anything shaped like them: gradients, moments, a decay mask.
+
+    Names end in w for a weight and b for a bias. ln1 and ln2 are the LayerNorms before attention
+    and before the MLP; q, k, v and attproj are attention's projections; fc and fcproj are the MLP's
+    two layers.
+    """
 
     ln1w: Any
     ln1b: Any
@@ -51,7 +56,8 @@ class Block(NamedTuple):
 class Params(NamedTuple):
     """All weights, or anything shaped like them.
 
-    ``blocks`` is a tuple of L `Block`s, or a single `Block` of (L, ...) arrays.
+    wte and wpe embed tokens and positions; lnfw and lnfb are the final LayerNorm. ``blocks`` is a
+    tuple of L `Block`s, or a single `Block` of (L, ...) arrays.
     """
 
     wte: Any

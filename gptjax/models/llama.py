@@ -36,7 +36,11 @@ OPTIONS = ("num_kv_heads", "rope_theta", "norm_eps", "tied")
 
 
 class Block(NamedTuple):
-    """One layer's weights, or anything shaped like them: gradients, moments, a decay mask."""
+    """One layer's weights, or anything shaped like them: gradients, moments, a decay mask.
+
+    att_norm and ffn_norm are the RMSNorms before attention and before the MLP; wq, wk, wv and wo
+    are attention's projections; w1 (gate), w3 (up) and w2 (down) are the MLP's.
+    """
 
     att_norm: Any
     wq: Any

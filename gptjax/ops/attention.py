@@ -113,7 +113,9 @@ def attention_bwd(
 
 
 class MaterialisedSaved(NamedTuple):
-    """What `materialised_bwd` needs; R = T G rows of queries."""
+    """What `materialised_bwd` needs: the inputs, the probabilities p, and dropout's mask, which
+    keeps where it is True. Queries have R = T G rows.
+    """
 
     q: Float[Array, "B R K D"]
     k: KeyHeads

@@ -32,7 +32,9 @@ def target_weights(
 
 
 class CrossEntropySaved(NamedTuple):
-    """What `cross_entropy_bwd` needs: the arguments, and each row's lse and q."""
+    """What `cross_entropy_bwd` needs: the arguments, and each row's lse over the other tokens and
+    q = 1 - p of the target.
+    """
 
     logits: Float[Array, "N Vp"]
     lse: Float[Array, " N"]

@@ -28,9 +28,9 @@ class Rule(NamedTuple):
     """The mesh axes that shard a logical axis."""
 
     compute: tuple[str, ...]
-    """In computations."""
+    """Those that shard it in computations."""
     param: tuple[str, ...]
-    """In stored parameters, their gradients and moments."""
+    """Those that shard it in stored parameters, their gradients and moments."""
 
 
 RULES: dict[str | None, Rule] = {

@@ -34,6 +34,7 @@ class Collective(NamedTuple):
     group: int
     """Devices that take part in each."""
     times: float
+    """Runs in one step."""
     sent: float
     """Bytes that each device sends in a ring: all but its own part in a gather or scatter, twice
     that in an all-reduce.

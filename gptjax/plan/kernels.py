@@ -53,13 +53,15 @@ class Kernel(NamedTuple):
     source: str
     """FILE:LINE in the package."""
     times: float
+    """Runs in one step."""
     read: float
-    """Bytes."""
+    """Bytes that all runs read."""
     written: float
+    """Bytes that all runs write."""
     flops: float
     """FLOPs of matrix products and attention."""
     seconds: float = 0.0
-    """Minimum time."""
+    """Minimum time of all runs."""
     name: str = ""
     """Name of the instruction."""
 

@@ -187,21 +187,21 @@ def _nbytes(x: Any) -> int:
 
 
 def working_bytes(work: Work) -> int:
-    """Bytes of the remaining temporaries on each device, at the peak: in the classifier or in a
-    block's backward.
+    """Bytes of all other temporaries on each device at their peak, which is in the classifier or in
+    a block's backward.
     """
     model, (_, fsdp, tensor) = work.model, work.mesh
     item, tokens = model.compute_dtype.itemsize, work.rows * work.shape.seq_len
     head = work.local_elements(HEAD)
-    # With their gradient
+    # The scores of one chunk and their gradient
     scores = 2 * tokens * model.padded_vocab_size // tensor // num_chunks(model, tokens)
-    # Bytes of a weight, and of its gradient before it is scattered
+    # Bytes per element of a gathered weight and of its gradient before it is scattered
     gathered = item + 4 if fsdp > 1 else 0
     classifier = item * (scores + work.stream) + head * gathered
     outputs = sum(
         work.local_elements(weight.axes[weight.inputs :]) for weight in work.block_matrices
     )
-    # Gathered at the same time
+    # The elements of two matrices that may be gathered at the same time
     two_largest = sum(
         sorted(work.local_elements(weight.axes) for weight in work.block_matrices)[-2:]
     )
@@ -292,12 +292,14 @@ def step_collectives(work: Work) -> list[Collective]:
         L * len(work.block_matrices),
     )
     untied = num_untied_params(model) // tensor
-    gathers = A + (A if model.layers == "scan" else 1)  # of each matrix
+    gathers = A + (A if model.layers == "scan" else 1)  # times that each matrix is gathered
     cut = sum(
         any("tensor" in RULES[axis].compute for axis in w.axes[: w.inputs])
         for w in work.block_matrices
     )
-    again = cut - 1 if model.recompute == "block" else 0  # the block's output is not computed again
+    again = (
+        cut - 1 if model.recompute == "block" else 0
+    )  # all but the block's output are recomputed
     streams, stream = L * (2 * cut + again) + 2, work.stream * item
 
     def collective(kind: str, group: int, times: float, nbytes: float) -> Collective:

@@ -31,6 +31,7 @@ class Plan(NamedTuple):
     """The source of the memory and collectives, as text."""
     compiled: bool
     memory: dict[str, int]
+    """Bytes by use."""
     saved: int
     """Bytes that the forward saves for the hand-written backward, predicted from shapes."""
     predicted: int
@@ -39,7 +40,9 @@ class Plan(NamedTuple):
     """Bytes of a device's memory that a step may use."""
     collectives: list[Collective]
     flops: float
+    """FLOPs of the step's products, from `step_flops`."""
     compiler_flops: float | None
+    """XLA's count of FLOPs; None if not compiled."""
     floor: Floor | None
     serial: float | None
     """Minimum seconds if kernels run one after the other: those of the compiled program plus the

@@ -26,7 +26,7 @@ class RunInUseError(CheckpointError):
 
 @contextlib.contextmanager
 def claim(runs: Path, name: str, resume: str | None) -> Iterator[Path]:
-    """Lock the folder of a run for the block; it is unlocked however the block ends.
+    """Lock the folder of a run for the block, and unlock it even if the block raises.
 
     A new run gets a new folder, ``NAME``, ``NAME-2``, ``NAME-3``... A folder without a
     configuration is unused: it is removed at the end of the block, and the next run takes one that

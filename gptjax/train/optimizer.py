@@ -64,9 +64,10 @@ class StepMetrics(NamedTuple):
 
     loss: Float[Array, ""]
     grad_norm: Float[Array, ""]
-    """Before clipping."""
+    """Global L2 norm before clipping."""
     learning_rate: Float[Array, ""]
     finite: Bool[Array, ""]
+    """Whether loss and norm are finite; if not, the update is skipped."""
 
 
 def make_optimizer(cfg: OptimConfig, steps: int, model: Architecture) -> Optimizer:

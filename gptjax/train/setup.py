@@ -46,6 +46,7 @@ class Run(NamedTuple):
     key: Any
     mesh: Mesh | None
     share: tuple[int, int]
+    """The rows of each batch that this process reads; see `row_share`."""
     template: str | None = None
     """The chat template, in Jinja, that the model was or is trained with."""
     folder: Path = Path()

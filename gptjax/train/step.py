@@ -23,7 +23,7 @@ from gptjax.train.optimizer import Optimizer, StepMetrics, fused_update, update
 from gptjax.xla import native
 from gptjax.xla.compile_options import compile_tuned
 
-# An update whose temporaries exceed this fraction of the parameters copies what it overwrites
+# An update whose temporaries exceed this fraction of the parameters copies its donated buffers
 COPYING_FRACTION = 1 / 8
 
 
@@ -236,6 +236,9 @@ def compile_step(
 ) -> CompiledStep:
     """Compile the training step for arguments with these shapes: arrays or `jax.ShapeDtypeStruct`s,
     laid out over the mesh.
+
+    On CPU the update is C++ if it can be; elsewhere it is one program if that copies no buffers.
+    Otherwise it is two programs.
     """
     all_float32 = all(x.dtype in (jnp.float32, jnp.int32) for x in jax.tree.leaves(state))
     native_code = mesh is None and optimizer.fused and all_float32 and native.available()

@@ -443,7 +443,7 @@ def test_a_theta_that_llama2_cs_file_lacks_is_not_lost(tmp_path, capsys):
         tmp_path / "m.safetensors", tiny.params(cfg, jnp.float32), cfg, np.dtype("<f4")
     )
     arguments = [str(tmp_path / "m.safetensors"), str(tmp_path / "m.bin")]
-    expect_error(main, arguments, "no place for the 100000 of this model", capsys)
+    expect_error(main, arguments, "cannot hold this model's 100000", capsys)
     assert not (tmp_path / "m.bin").exists()
 
 

@@ -186,8 +186,8 @@ def test_int8_rounds_half_to_even_and_keeps_zeros():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rope_theta": 1e5}, "model.rope_theta 10000, and no place for the 100000"),
-        ({"norm_eps": 1e-6}, "model.norm_eps 1e-05, and no place for the 1e-06"),
+        ({"rope_theta": 1e5}, "model.rope_theta 10000, and cannot hold this model's 100000"),
+        ({"norm_eps": 1e-6}, "model.norm_eps 1e-05, and cannot hold this model's 1e-06"),
     ],
 )
 @versions

@@ -50,7 +50,7 @@ WHOLE = evaluation_file([EXAMPLE, EXAMPLE])
     ("content", "message"),
     [
         (WHOLE[:1000], "is truncated: 1000 bytes, but its header alone takes 1024"),
-        (WHOLE[:-2], "example 1 of 2, at byte 1064 of 1102, is not one of 4 endings"),
+        (WHOLE[:-2], "example 1 of 2, at byte 1064 of 1102, is not a question with 4 endings"),
         (WHOLE[:-1], "truncated or malformed"),
         (WHOLE[:1024], "2 examples of at most 40 bytes do not fit its 1024 bytes"),
         (WHOLE + b"\0\0", "2 examples of at most 40 bytes do not fit its 1106 bytes"),
