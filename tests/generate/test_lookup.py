@@ -106,6 +106,6 @@ def test_tokens_of_a_draft_are_drawn_from_the_models_distribution():
     texts = jnp.array([[*prompt, token] for token in range(11)])
     p = jax.nn.softmax(transformer.logits(PARAMS, texts, CFG)[:, -2:, :11])
     expected = N * np.asarray(p[0, 0][:, None] * p[:, 1]).ravel()
-    assert expected.min() > 20
+    assert expected.min() > 5
     chi_square = ((found - expected) ** 2 / expected).sum()
     assert chi_square < 173  # the 99.9th percentile of 120 degrees of freedom

@@ -175,7 +175,7 @@ def test_stories260k_tells_run_cs_story_for_a_seed(shared, capsys):
 def test_the_tokenizer_may_not_have_more_ids_than_the_model(shared, capsys):
     folder = shared / "llama2c"
     given = [str(folder / "stories260K.bin"), "--tokenizer", str(folder / "tokenizer.bin")]
-    expect_error(command.main, [*STORIES, *given], "has 32000 ids, more than the 512 of", capsys)
+    expect_error(command.main, [*STORIES, *given], "has 32000 ids, but", capsys)
 
 
 def test_the_real_vocabulary(shared):

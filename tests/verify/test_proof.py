@@ -1,7 +1,6 @@
 """The library form: anybody's function, anybody's gradient."""
 
 import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +8,6 @@ import pytest
 
 from gptjax.verify import check
 from tests.compare import FLOAT64_TOLERANCE, normal
-from tests.conftest import ROOT
 
 X, LABELS = normal(0, 20, 4), jax.nn.one_hot(jnp.arange(20) % 3, 3)
 
@@ -148,11 +146,3 @@ def test_nan_is_wrong():
     )
     assert not report
     assert "2 OF 2 GRADIENTS ARE WRONG" in report.closing
-
-
-def test_the_readmes_example_runs(capsys):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    for code in blocks:
-        exec(code, {})
-    assert len(blocks) == 1
-    assert "the gradient agrees with autodiff" in capsys.readouterr().out
