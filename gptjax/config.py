@@ -18,6 +18,7 @@ Order = Literal["shuffle", "sequential"]
 Backward = Literal["manual", "autodiff"]
 Horizontal = Literal["steps", "tokens", "time"]
 Storage = Literal["as_stored", "float32", "bfloat16", "q8_0", "q4_0", "q4_1"]
+DECODE_PEERS = ("llama.cpp", "ctranslate2", "transformers")
 
 
 def _gpt2(num_layers: int, num_heads: int, channels: int) -> dict[str, Any]:
@@ -972,10 +973,13 @@ class BenchConfig(Config):
     """Also time the step with the other backward, layout of the layers, recomputation and
     attention.
     """
-    peer: Literal["none", "torch"] = "none"
+    checkpoint: str | None = None
+    """With --what decode: the model to decode, in place of a fresh one: its weights in 4 and 8 bits
+    and in float32, each in a process of its own."""
+    peer: str = "none"
     """torch: also time transformers' GPT-2 on PyTorch, eager and compiled, in float32 and bfloat16;
-    needs the extra parity.
-    """
+    needs the extra parity. With a checkpoint: any of llama.cpp, ctranslate2 and transformers,
+    separated by commas; needs the extra peers."""
     rounds: int = 12
     """Timed rounds of each contender; models first run two more to warm up, which do not count."""
     profile: bool = False
@@ -1000,6 +1004,19 @@ class BenchConfig(Config):
             raise ConfigError("hlo goes with --what program")
         if self.rounds < 1:
             raise ConfigError(f"rounds must be at least 1, not {self.rounds}")
+        if self.checkpoint and self.what != "decode" and not self.decode:
+            raise ConfigError("checkpoint goes with --what decode")
+        known = DECODE_PEERS if self.checkpoint else ("torch",)
+        if unknown := [name for name in self.peers if name not in known]:
+            raise ConfigError(
+                f"peer {unknown[0]} is not known {'with' if self.checkpoint else 'without'} "
+                f"checkpoint: choose {' or '.join(known)}"
+            )
+
+    @property
+    def peers(self) -> list[str]:
+        """The names in ``peer``."""
+        return [] if self.peer == "none" else self.peer.split(",")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 ``--what`` chooses the work: the training step (the default), ``decode`` for sampling, ``data`` for
 tokenizing and batching the corpus, ``loop`` for the overhead of the training loop. ``--compare``
-adds the other ways to compute the step, ``--peer`` the same work in PyTorch. Contenders run
+adds the other ways to compute the step, ``--peer`` the same work in PyTorch. ``--what decode
+--checkpoint FILE.gguf`` decodes that model in 4 and 8 bits and in float32, ``--peer
+llama.cpp,ctranslate2,transformers`` also with those. Contenders run
 interleaved, one round after another, so that a noisy machine disturbs all alike. The batch is
 random ids and the weights are fresh.
 
@@ -28,13 +30,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from gptjax import cli
-from gptjax.bench import ceiling, data, loop, program, steps, torch_peer
+from gptjax.bench import ceiling, data, decoders, loop, program, steps, torch_peer
 from gptjax.bench.profile import OpTime, profile
 from gptjax.bench.timing import Timing, time_interleaved
 from gptjax.cli.options import parse
 from gptjax.config import BenchConfig
+from gptjax.convert.weights import open_weights
 from gptjax.datasets import find_corpus, vocabulary, vocabulary_without_corpus
 from gptjax.datasets.batches import BatchShape
 from gptjax.errors import ConfigError, naming
@@ -42,25 +46,31 @@ from gptjax.models.params import flops_per_token
 from gptjax.plan.kernels import Kernel, kernels, summed
 from gptjax.plan.topology import Topology, open_devices, parse_topology, start
 from gptjax.train.metrics import human_bytes, peak_flops
+from gptjax.xla import native
 from gptjax.xla.backend import platform_name, start_jax
 
 PROG = "python -m gptjax.bench"
 OPS = 12  # listed in a profile
+UNUSED = ("--model.preset", "124m")  # a model has to be given, but a checkpoint has its own
 KERNELS = 25  # kinds or source lines of kernels that are listed
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status."""
     with cli.reported_errors(PROG):
-        cfg, _ = parse(BenchConfig, PROG, __doc__ or "", argv)
+        given = sys.argv[1:] if argv is None else argv
+        if any(argument.startswith("--checkpoint") for argument in given):
+            given = [*UNUSED, *given]
+        cfg, _ = parse(BenchConfig, PROG, __doc__ or "", given)
         cfg = dataclasses.replace(cfg, what="decode") if cfg.decode else cfg
         if cfg.json and not Path(cfg.json).absolute().parent.is_dir():
             raise ConfigError(
                 f"{cfg.json} cannot be written: there is no folder "
                 f"{Path(cfg.json).absolute().parent}"
             )
-        # The other modes read the corpus
-        if not cfg.model.vocab_size and cfg.what in ("step", "decode", "program"):
+        # The other modes read the corpus, or have a checkpoint
+        fresh = cfg.what in ("step", "decode", "program") and not cfg.checkpoint
+        if not cfg.model.vocab_size and fresh:
             size, whose = vocabulary_without_corpus(cfg.data.tokenizer)
             print(f"vocabulary of {size:,} ids, of {whose}")
             cfg = dataclasses.replace(cfg, model=cfg.model.with_vocabulary(size))
@@ -71,6 +81,8 @@ def main(argv: list[str] | None = None) -> int:
             record = time_loop(cfg)
         elif cfg.what == "program":
             record = study_program(cfg)
+        elif cfg.checkpoint:
+            record = time_decoders(cfg, cfg.checkpoint)
         else:
             if cfg.peer == "torch":
                 # JAX and PyTorch share the GPU's memory
@@ -159,6 +171,38 @@ def figures(
     return row if ideal is None else row | {"mfu": ideal / timing.median}
 
 
+def time_decoders(cfg: BenchConfig, checkpoint: str) -> dict[str, Any]:
+    """Decode a checkpoint in several storages and with the peers; print a row for each, and the
+    rate at which memory is read.
+
+    Raises:
+        GptjaxError: the checkpoint cannot be read, is too short for the tokens, or a peer fails.
+
+    """
+    start_jax("float32")
+    source = open_weights(checkpoint)
+    tokens = decoders.PROMPT_TOKENS + decoders.NEW_TOKENS
+    if source.cfg.max_seq_len < tokens:
+        raise ConfigError(
+            f"{checkpoint} has a context of {source.cfg.max_seq_len} tokens, but {tokens} are timed"
+        )
+    device = f"{platform_name()} ({jax.devices()[0].device_kind}), {os.cpu_count()} cores"
+    if isa := native.instruction_set_in_use():
+        device += f", {isa}"
+    print(f"{device}, {decoders.NEW_TOKENS} tokens after {decoders.PROMPT_TOKENS}", flush=True)
+    prompt = np.random.default_rng(cfg.seed).integers(
+        0, source.cfg.vocab_size, decoders.PROMPT_TOKENS
+    )
+    found = decoders.compare(
+        checkpoint, cfg.peers, prompt.tolist(), cfg.rounds, ceiling.read_rate()
+    )
+    rows = decoders.figures(found)
+    print(table([{"name": name} | row for name, row in rows.items()]))
+    reading = statistics.median(run["bytes_per_s"] for run in found[decoders.MEMORY])
+    print(f"{'memory':<24} {reading / 1e9:,.1f} GB/s read")
+    return {"device": device, "jax": jax.__version__, "reading": reading, "rows": rows}
+
+
 def table(rows: list[dict[str, Any]], ratio: str = ".2f") -> str:
     """Format the rows as a table, without columns that are empty in every row."""
     columns = {
@@ -169,6 +213,10 @@ def table(rows: list[dict[str, Any]], ratio: str = ".2f") -> str:
         "ms": ("ms", 9, "{:.1f}".format),
         "spread": ("spread", 6, "{:.0%}".format),
         "tokens/s": ("tokens_per_s", 9, "{:,.0f}".format),
+        "prompt/s": ("prompt_tokens_per_s", 9, "{:,.0f}".format),
+        "bytes each": ("bytes_per_token", 10, human_bytes),
+        "of reading": ("of_reading", 10, "{:.0%}".format),
+        "peak": ("peak_bytes", 9, human_bytes),
         "MFU": ("mfu", 6, "{:.1%}".format),
         "/ floor": ("of_floor", 7, "{:.2f}".format),
         "ratio": ("ratio", 5, f"{{:{ratio}}}".format),

@@ -60,11 +60,20 @@ def measure(cfg: ModelConfig, tokens: int) -> Ceiling:
         nonlocal stream
         stream = jax.block_until_ready(scale(stream))
 
-    rows = jax.jit(lambda x: x.reshape(-1, 1000).sum(1))
     written = 2 * STREAM_BYTES / _median_seconds(once)
-    return Ceiling(
-        flops, written, STREAM_BYTES / _median_seconds(lambda: jax.block_until_ready(rows(stream)))
-    )
+    return Ceiling(flops, written, STREAM_BYTES / _median_seconds(reader(stream)))
+
+
+def reader(stream: Any) -> Callable[[], Any]:
+    """Reads an array of whole thousands of numbers once when called."""
+    rows = jax.jit(lambda x: x.reshape(-1, 1000).sum(1))
+    return lambda: jax.block_until_ready(rows(stream))
+
+
+def read_rate() -> Callable[[], float]:
+    """Measures, when called, the bytes a second at which `STREAM_BYTES` are read."""
+    read = reader(jnp.ones(STREAM_BYTES // 4, jnp.float32))
+    return lambda: STREAM_BYTES / _median_seconds(read)
 
 
 def _median_seconds(run: Callable[[], Any]) -> float:

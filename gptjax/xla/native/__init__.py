@@ -86,6 +86,12 @@ def instruction_sets(found: ctypes.CDLL) -> list[str]:
     return [name.decode() for name in itertools.takewhile(bool, names)]
 
 
+def instruction_set_in_use() -> str:
+    """The one that `kernels` use; empty if XLA does the work."""
+    found = kernels()
+    return found.instruction_set(-1).decode() if found else ""
+
+
 def use_instruction_set(found: ctypes.CDLL, name: str) -> None:
     """Let products use it from now on.
 
