@@ -21,7 +21,9 @@ TEXT = "ROMEO:\nBut, soft! what light through yonder window breaks?\n"
 def loss_curve(run: Path) -> None:
     """Training and validation loss."""
     records = read_records(run / "metrics.jsonl")
-    losses = [{k: r[k] for k in ("step", "loss", "val_loss") if k in r} for r in records]
+    losses = [
+        {k: r[k] for k in ("step", "loss", "val_loss") if k in r} for r in records
+    ]
     draw([RunRecords(run.name, losses)]).savefig(HERE / "loss.png", dpi=110)
 
 
