@@ -91,20 +91,22 @@ def test_several_rows_are_not_looked_up():
 def test_tokens_of_a_draft_are_drawn_from_the_models_distribution():
     """Pairs of them, by chi-square; most drafts are wrong."""
     prompt, N = [1, 2, 1, 2, 1, 2], 5000
-    rules, none = Rules(CFG, Sampler(1.0, 0), 11), jnp.zeros(1, bool)
+    cfg = tiny.config(num_layers=1, max_seq_len=64)
+    params = tiny.params(cfg)
+    rules, none = Rules(cfg, Sampler(1.0, 0), 11), jnp.zeros(1, bool)
     ids, padding = jnp.array([prompt[:-1]], jnp.int32), jnp.zeros(1, jnp.int32)
 
     def pair(key):
-        state, *_ = engine._start(PARAMS, ids, padding, 64, rules, key[None], 0, none)
+        state, *_ = engine._start(params, ids, padding, 64, rules, key[None], 0, none)
         token = jnp.array(prompt[-1:], jnp.int32)
         text = lookup.start(ids[0], state.slot, padding[0], token[0], 64)
         state = state._replace(token=token, lookup=text)
-        _, tokens, _ = engine.advance(PARAMS, state, rules, 2, 2)
+        _, tokens, _ = engine.advance(params, state, rules, 2, 2)
         return 11 * tokens[0, 0] + tokens[0, 1]
 
     found = np.bincount(jax.jit(jax.vmap(pair))(jax.random.split(KEY, N)), minlength=121)
     texts = jnp.array([[*prompt, token] for token in range(11)])
-    p = jax.nn.softmax(transformer.logits(PARAMS, texts, CFG)[:, -2:, :11])
+    p = jax.nn.softmax(transformer.logits(params, texts, cfg)[:, -2:, :11])
     expected = N * np.asarray(p[0, 0][:, None] * p[:, 1]).ravel()
     assert expected.min() > 5
     chi_square = ((found - expected) ** 2 / expected).sum()
