@@ -950,10 +950,9 @@ class BenchConfig(Config):
             "data.tokenizer",
             "data.batch_size",
             "data.seq_len",
-            "optim.name",
             "optim.accumulate",
         ),
-        *("train.steps", "train.backward", "train.eval_every", "seed"),
+        *("train.steps", "train.backward", "seed"),
     )
 
     what: Literal["step", "decode", "data", "loop", "program"] = "step"
