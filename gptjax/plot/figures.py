@@ -53,7 +53,7 @@ STYLE: Any = {
 COLUMNS = 88  # of source code, so that a notebook need not be scrolled sideways
 
 
-class Picture:
+class DescribedFigure:
     """A figure and its description, which stands in for it where it cannot be seen."""
 
     def __init__(self, figure: Figure, alt: str) -> None:
@@ -209,7 +209,7 @@ def lines(
     styles: Mapping[str, Mapping[str, Any]] | None = None,
     marks: Mapping[str, float] | None = None,
     **axes: Any,
-) -> Picture:
+) -> DescribedFigure:
     """Draw curves.
 
     Args:
@@ -244,7 +244,7 @@ def lines(
             ax.set(**{f"{axis}scale": "log"})
         if len(series) > 1:
             ax.legend()
-        return Picture(fig, alt)
+        return DescribedFigure(fig, alt)
 
 
 def bars(
@@ -256,7 +256,7 @@ def bars(
     size: tuple[float, float] = (8, 2.4),
     colours: Any = None,
     **axes: Any,
-) -> Picture:
+) -> DescribedFigure:
     """Draw bars, stacked where there are several layers.
 
     Args:
@@ -285,7 +285,7 @@ def bars(
         ax.set(**axes)
         if len(layers) > 1:
             ax.legend()
-        return Picture(fig, alt)
+        return DescribedFigure(fig, alt)
 
 
 def maps(
@@ -301,7 +301,7 @@ def maps(
     columns: Sequence[str] = (),
     limits: tuple[float, float] | None = None,
     **options: Any,
-) -> Picture:
+) -> DescribedFigure:
     """Draw heat maps with one scale, side by side.
 
     Args:
@@ -341,10 +341,12 @@ def maps(
         fig.colorbar(grid.flat[0].images[0], ax=grid, label=label, pad=0.02)
         fig.supxlabel(xlabel, fontsize=9)
         fig.supylabel(ylabel, fontsize=9)
-        return Picture(fig, alt)
+        return DescribedFigure(fig, alt)
 
 
-def links(weights: Any, tokens: Sequence[str], alt: str, *, title: str, least: float) -> Picture:
+def links(
+    weights: Any, tokens: Sequence[str], alt: str, *, title: str, least: float
+) -> DescribedFigure:
     """Draw a line from each token that looks, above, to each that it looks at, below.
 
     Args:
@@ -366,7 +368,7 @@ def links(weights: Any, tokens: Sequence[str], alt: str, *, title: str, least: f
                 ax.text(position, y, token, ha="center", va=side, fontsize=9)
         ax.set(title=title, ylim=(-0.3, 1.3))
         ax.axis("off")
-        return Picture(fig, alt)
+        return DescribedFigure(fig, alt)
 
 
 # GPT-2's block: each op of the two branches with its weights, its result and the result's shape
@@ -390,7 +392,7 @@ FIRST, STEP, WIDTH, HEIGHT = 1.75, 2.15, 1.2, 0.62
 ROW, DOWN, ASIDE = 2.3, 0.95, 0.17
 
 
-def block_diagram(backward: bool = False) -> Picture:
+def block_diagram(backward: bool = False) -> DescribedFigure:
     """Draw a block of GPT-2: the residual stream on the left, and the two branches with the result
     and shape of each op.
 
@@ -515,4 +517,4 @@ def block_diagram(backward: bool = False) -> Picture:
     )
     alt = f"A block of GPT-2. Two branches read the stream x and add to it. {branches}."
     against = " Gradients run against each arrow, and add up where the forward branched."
-    return Picture(fig, alt + against if backward else alt)
+    return DescribedFigure(fig, alt + against if backward else alt)

@@ -5,16 +5,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 
-class Part(NamedTuple):
-    """One of the results that an exercise asks for."""
+class Remark(NamedTuple):
+    """What there is to say of one result that an exercise asks for."""
 
     name: str
     right: bool
-    remark: str
+    text: str
 
 
-class Verdict(tuple[Part, ...]):
-    """What there is to say of each part of an answer; true if all of it is right."""
+class Verdict(tuple[Remark, ...]):
+    """A remark on each part of an answer; true if all of it is right."""
 
     def __bool__(self) -> bool:
         """Whether every part is right."""
@@ -22,7 +22,7 @@ class Verdict(tuple[Part, ...]):
 
     def __repr__(self) -> str:
         width = max(len(part.name) for part in self)
-        return "\n".join(f"{part.name:<{width}}  {part.remark}" for part in self)
+        return "\n".join(f"{part.name:<{width}}  {part.text}" for part in self)
 
 
 def matches(answer: Any, expected: Any, names: str = "answer") -> Verdict:
@@ -43,30 +43,30 @@ def matches(answer: Any, expected: Any, names: str = "answer") -> Verdict:
     if answer is ...:
         answer = (...,) * len(labels)
     if not isinstance(answer, tuple | list) or len(answer) != len(labels):
-        return Verdict([Part("answer", False, f"wrong: it should be {names}")])
+        return Verdict([Remark("answer", False, f"wrong: it should be {names}")])
     return Verdict(map(_judge, labels, answer, expected))
 
 
-def _judge(name: str, answer: Any, expected: Any) -> Part:
+def _judge(name: str, answer: Any, expected: Any) -> Remark:
     if answer is ...:
-        return Part(name, False, "not done yet")
+        return Remark(name, False, "not done yet")
     wanted = np.asarray(expected)
     if wanted.dtype.kind != "f":
         ok = np.array_equal(answer, wanted)
-        return Part(name, ok, "right" if ok else f"wrong: it is not {answer}")
+        return Remark(name, ok, "right" if ok else f"wrong: it is not {answer}")
     given = np.asarray(answer)
     if given.dtype.kind not in "fiu":
-        return Part(name, False, f"wrong: it should be numbers, not {type(answer).__name__}")
+        return Remark(name, False, f"wrong: it should be numbers, not {type(answer).__name__}")
     if given.shape != wanted.shape:
         turned = ", transposed" if given.T.shape == wanted.shape else ""
-        return Part(
+        return Remark(
             name, False, f"wrong: its shape is {given.shape}, it should be {wanted.shape}{turned}"
         )
     error = _distance(given, wanted)
     limit = 1e-8 if min(given.itemsize, wanted.itemsize) >= 8 else 1e-4
     if error <= limit:
-        return Part(name, True, f"right: relative error {error:.1e}")
-    return Part(name, False, f"wrong: relative error {error:.1e}; {_hint(given, wanted, limit)}")
+        return Remark(name, True, f"right: relative error {error:.1e}")
+    return Remark(name, False, f"wrong: relative error {error:.1e}; {_hint(given, wanted, limit)}")
 
 
 def _distance(given: np.ndarray, wanted: np.ndarray) -> float:
