@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gptjax import tokenizers
-from gptjax.datasets.batches import Windows, in_order
+from gptjax.datasets.batches import Sequences, in_order
 from gptjax.evaluate import corpus
 from gptjax.evaluate.corpus import score_corpus, token_bytes
 from gptjax.models import transformer
@@ -28,7 +28,7 @@ class Ended(tokenizers.Characters):
 
 
 def found(batch_size=2, tokenizer=None, ids=IDS, advance=lambda n, text: None):
-    windows = Windows([shard(1)._replace(tokens=np.array(ids, np.uint16))], 3, 1, CFG.vocab_size)
+    windows = Sequences([shard(1)._replace(tokens=np.array(ids, np.uint16))], 3, 1, CFG.vocab_size)
     return score_corpus(
         PARAMS, in_order(windows, len(windows), batch_size), CFG, tokenizer, advance
     )
@@ -90,7 +90,7 @@ def test_all_batches_are_traced_once(monkeypatch):
 
 def test_the_next_batch_is_dispatched_before_one_is_fetched():
     asked = []
-    windows = Windows(
+    windows = Sequences(
         [shard(13)._replace(tokens=np.array(IDS * 2, np.uint16))], 3, 1, CFG.vocab_size
     )
     batches = (asked.append(n) or batch for n, batch in enumerate(in_order(windows, 4, 1)))

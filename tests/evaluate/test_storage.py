@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from gptjax.datasets.batches import Windows, in_order
+from gptjax.datasets.batches import Sequences, in_order
 from gptjax.evaluate.storage import compare, compiled_figures
 from gptjax.models import transformer
 from gptjax.models.decode import store_for_decoding
@@ -20,7 +20,7 @@ def test_models_whose_divergence_is_known():
     ids are 1, 2, 3, 4, 4 bits, and the likeliest never agree.
     """
     ids = np.array([3, 0, 1, 0, 2, 4, 0], np.uint16)
-    windows = Windows([shard(1)._replace(tokens=ids)], 3, 1, CFG.vocab_size)
+    windows = Sequences([shard(1)._replace(tokens=ids)], 3, 1, CFG.vocab_size)
     one, other = (tiny.unigram(CFG, p) for p in (FIRST, SECOND))
     seen = []
     for batch_size in (1, 2, 3):
