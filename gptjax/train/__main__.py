@@ -18,10 +18,12 @@ from pathlib import Path
 
 import jax
 
-from gptjax import cli
+from gptjax import cli, tokenizers
 from gptjax.cli.options import parse
 from gptjax.config import Config
 from gptjax.convert.weights import load_weights, open_weights
+from gptjax.datasets.prepare import TRAINED
+from gptjax.errors import ConfigError
 from gptjax.generate.stream import prompt_ids
 from gptjax.parallel import heartbeat, processes
 from gptjax.tokenizers import Tokenizer, is_gpt2
@@ -165,12 +167,19 @@ def with_init(cfg: Config) -> tuple[Config, Tokenizer | None, ChatTemplate | Non
     chat template of ``init``, if it has them.
 
     Raises:
-        GptjaxError: the weights cannot be read.
+        GptjaxError: the weights cannot be read, or ``data.tokenizer`` is another than theirs.
 
     """
     if not cfg.init:
         return cfg, None, None
     source = processes.first_then_others("init", lambda: open_weights(str(cfg.init)))
+    own, given = source.tokenizer, cfg.data.tokenizer
+    new = given == "char" or (given or "").partition(":")[0] in TRAINED
+    if own and given and (new or not tokenizers.find(given).same_as(own)):
+        raise ConfigError(
+            f"{cfg.init} has its own tokenizer, {own.name} of {own.vocab_size} ids, and "
+            f"data.tokenizer {given} is another: leave it out"
+        )
     model = cfg.model.with_vocabulary(source.cfg.vocab_size)
     template = ChatTemplate(source.chat_template) if source.chat_template else None
     # Every corpus defaults to GPT-2's

@@ -707,6 +707,10 @@ def test_init_starts_from_weights_wherever_they_come_from(command, tmp_path, cap
         run(*command, "--init", tmp_path / "hf", "--model.num_layers", 2)
     assert stop.value.code == 2
     assert "has model.num_layers 1, not 2: set it to that value" in capsys.readouterr().err
+    for other in ("byte", "bpe:4096"):
+        refused = [*command, "--init", tmp_path / "hf", "--data.tokenizer", other]
+        message = f"ids, and data.tokenizer {other} is another: leave it out"
+        assert_refused(refused, message, capsys)
 
 
 def test_your_own_text_by_characters(command, tmp_path, capsys):
