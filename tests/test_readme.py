@@ -61,7 +61,7 @@ def test_every_command_parses(path, parsers, monkeypatch):
         if not argv or name == "NAME":
             assert name == "NAME" or any(name in known.split() for known in COMMANDS)
             continue
-        if name == "train" and "--config" not in argv:  # the run's own
+        if name in ("train", "explore") and "--config" not in argv:  # the run's own
             argv = ["--config", "configs/debug.yaml", *argv]
         parser, message = parsers(name), ""
         try:
