@@ -744,7 +744,7 @@ class Config:
             "train.checkpoint_every",
             "train.verify_every",
         ),
-        *("log", "mesh", "name", "runs", "seed", "init", "resume", "reschedule"),
+        *("log", "mesh", "name", "runs", "seed", "init", "resume"),
     )
     """Those that ``--help`` explains; ``--help_all`` explains every one."""
 
