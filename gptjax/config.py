@@ -748,7 +748,7 @@ class Config:
             "train.checkpoint_every",
             "train.verify_every",
         ),
-        *("log", "mesh", "name", "runs", "seed", "init", "resume", "reschedule"),
+        *("log", "mesh", "name", "runs", "seed", "init", "resume"),
     )
     """The options that ``--help`` explains; ``--help_all`` explains all."""
 

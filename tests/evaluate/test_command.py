@@ -168,7 +168,7 @@ def test_a_text_may_begin_as_a_document_does(place, capsys):
         (["hf", "--dataset", "b", "--bos", "true"], "bos applies to text only: leave it out"),
         (["hf", "--text", ""], "the text has 0 tokens, but it takes 2 to 33"),
         (["hf", "--text", "x y " * 40], "tokens, but it takes 2 to 33: give another"),
-        (["m.bin", "--text", "a cat"], "has no tokenizer"),
+        (["m.bin", "--text", "a cat"], "has no tokenizer: name one"),
         (["m.bin", "--text", "a", "--tokenizer", "byte"], "the tokenizer byte has 257 ids, but"),
     ],
 )
