@@ -104,7 +104,7 @@ def ours(work: Work) -> tuple[Callable[[], Run], int]:
     cfg = cfg.resolve(platform_name(), 1)
     storage: Any = how
     params = load_for_decoding(source, cfg, storage)
-    rules = Rules(cfg, Sampler(0), cfg.vocab_size, lookup=False)
+    rules = Rules(cfg, Sampler(0), cfg.vocab_size)
 
     def run() -> Run:
         began = time.perf_counter()
