@@ -1141,9 +1141,9 @@ class GenerateConfig(Sampler):
     exact."""
     int8: bool = False
     """The same as --weights q8_0."""
-    lookup: bool = True
-    """Of a single text, also try tokens that followed the same ones before; the text is the same,
-    and sooner where it repeats itself."""
+    lookup: bool = False
+    """Of a single text, also try tokens that followed the same ones before: the same text, sooner
+    where it repeats itself, and up to a few percent later where it does not."""
 
     def __post_init__(self) -> None:
         """Check the ranges.

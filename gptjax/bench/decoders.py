@@ -30,7 +30,7 @@ SERVE = "from gptjax.bench.decoders import main; main()"
 PAUSE = 0.3  # seconds before each run, after which no library's threads still spin
 
 
-class Work(NamedTuple):
+class Task(NamedTuple):
     """What a contender does in one run: read a prompt, then draw tokens greedily."""
 
     name: str
@@ -41,7 +41,7 @@ class Work(NamedTuple):
     new_tokens: int
 
 
-class Run(NamedTuple):
+class Timed(NamedTuple):
     """One run of a contender."""
 
     prompt_s: float
@@ -61,12 +61,12 @@ class Clock:
         """A token has come."""
         self.times.append(time.perf_counter())
 
-    def run(self, new_tokens: int) -> Run:
+    def run(self, new_tokens: int) -> Timed:
         """The run, which must have made so many tokens."""
         if len(self.times) != new_tokens + 1:
             raise RuntimeError(f"{len(self.times) - 1} tokens were made, not {new_tokens}")
         began, first, *_, last = self.times
-        return Run(first - began, last - first)
+        return Timed(first - began, last - first)
 
 
 def bytes_per_token(params: Any, cfg: Any) -> int:
@@ -87,7 +87,7 @@ def bytes_per_token(params: Any, cfg: Any) -> int:
     return sum(x.nbytes for x in jax.tree.leaves(read))
 
 
-def ours(work: Work) -> tuple[Callable[[], Run], int]:
+def ours(work: Task) -> tuple[Callable[[], Timed], int]:
     """(a run of this package, bytes a token), without looking tokens up in the text."""
     import dataclasses
 
@@ -104,21 +104,21 @@ def ours(work: Work) -> tuple[Callable[[], Run], int]:
     cfg = cfg.resolve(platform_name(), 1)
     storage: Any = how
     params = load_for_decoding(source, cfg, storage)
-    rules = Rules(cfg, Sampler(0), cfg.vocab_size, lookup=False)
+    rules = Rules(cfg, Sampler(0), cfg.vocab_size)
 
-    def run() -> Run:
+    def run() -> Timed:
         began = time.perf_counter()
         made = generate(params, [work.prompt], rules, jax.random.key(0), work.new_tokens)
         next(made)
         first = time.perf_counter()
         for _ in made:
             pass
-        return Run(first - began, time.perf_counter() - first)
+        return Timed(first - began, time.perf_counter() - first)
 
     return run, bytes_per_token(params, cfg)
 
 
-def llama_cpp(work: Work) -> tuple[Callable[[], Run], int]:
+def llama_cpp(work: Task) -> tuple[Callable[[], Timed], int]:
     """(a run of llama.cpp by its own clock, bytes of its file)."""
     import xllamacpp
 
@@ -136,17 +136,17 @@ def llama_cpp(work: Work) -> tuple[Callable[[], Run], int]:
         "cache_prompt": False,
     }
 
-    def run() -> Run:
+    def run() -> Timed:
         times = server.handle_completions(request)["timings"]
         if (times["prompt_n"], times["predicted_n"]) != (len(work.prompt), work.new_tokens):
             raise RuntimeError(f"llama.cpp read and made other tokens: {times}")
         # The first token is drawn from the prompt's logits
-        return Run(times["prompt_ms"] / 1e3, times["predicted_ms"] / 1e3)
+        return Timed(times["prompt_ms"] / 1e3, times["predicted_ms"] / 1e3)
 
     return run, Path(work.model).stat().st_size
 
 
-def ctranslate2(work: Work) -> tuple[Callable[[], Run], int]:
+def ctranslate2(work: Task) -> tuple[Callable[[], Timed], int]:
     """(a run of CTranslate2 in 8 bits, bytes of its file)."""
     import ctranslate2
 
@@ -155,7 +155,7 @@ def ctranslate2(work: Work) -> tuple[Callable[[], Run], int]:
     )
     tokens = [str(token) for token in work.prompt]
 
-    def run() -> Run:
+    def run() -> Timed:
         clock = Clock()
         generator.generate_batch(
             [tokens],
@@ -169,7 +169,7 @@ def ctranslate2(work: Work) -> tuple[Callable[[], Run], int]:
     return run, (Path(work.model) / "model.bin").stat().st_size
 
 
-def transformers(work: Work) -> tuple[Callable[[], Run], int]:
+def transformers(work: Task) -> tuple[Callable[[], Timed], int]:
     """(a run of transformers in float32, bytes of its parameters)."""
     torch: Any = importlib.import_module("torch")
     library: Any = importlib.import_module("transformers")
@@ -191,7 +191,7 @@ def transformers(work: Work) -> tuple[Callable[[], Run], int]:
         def end(self) -> None:
             pass
 
-    def run() -> Run:
+    def run() -> Timed:
         streamer = Streamer()
         with torch.no_grad():
             model.generate(
@@ -209,14 +209,14 @@ def transformers(work: Work) -> tuple[Callable[[], Run], int]:
     return run, sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-MAKERS: dict[str, Callable[[Work], tuple[Callable[[], Run], int]]] = {
+MAKERS: dict[str, Callable[[Task], tuple[Callable[[], Timed], int]]] = {
     "llama.cpp": llama_cpp,
     "ctranslate2": ctranslate2,
     "transformers": transformers,
 }
 
 
-def serve(work: Work, lines: Iterable[str], out: IO[str]) -> None:
+def serve(work: Task, lines: Iterable[str], out: IO[str]) -> None:
     """Load a contender; then for each line run it once, and write a line of JSON with its figures
     so far.
     """
@@ -233,7 +233,7 @@ def main() -> None:
     """Serve what the first argument describes. What libraries print goes to stderr."""
     with os.fdopen(os.dup(1), "w") as out:
         os.dup2(2, 1)
-        serve(Work(*json.loads(sys.argv[1])), sys.stdin, out)
+        serve(Task(*json.loads(sys.argv[1])), sys.stdin, out)
 
 
 def convert(checkpoint: str, peer: str, folder: str) -> str:
@@ -277,7 +277,7 @@ def convert(checkpoint: str, peer: str, folder: str) -> str:
 
     class Converter(converters.TransformersConverter):
         def load_tokenizer(self, *args: Any, **options: Any) -> Numbered:
-            return Numbered(json.loads((hf / "config.json").read_text())["vocab_size"])
+            return Numbered(open_weights(checkpoint).cfg.vocab_size)
 
     Converter(str(hf)).convert(str(made), quantization="int8")
     return str(made)
@@ -312,7 +312,7 @@ def last_line(text: str) -> str:
 class Process:
     """A contender in a process of its own."""
 
-    def __init__(self, work: Work, said: IO[str]) -> None:
+    def __init__(self, work: Task, said: IO[str]) -> None:
         """Start it, with a file for its error messages."""
         self.name = work.name
         self._said = said
@@ -376,7 +376,7 @@ def compare(
         processes = []
         for name, model in models.items():
             said = stack.enter_context(tempfile.TemporaryFile("w+"))
-            processes.append(Process(Work(name, model, prompt, NEW_TOKENS), said))
+            processes.append(Process(Task(name, model, prompt, NEW_TOKENS), said))
             stack.callback(processes[-1].close)
             processes[-1].run()
         found: dict[str, list[dict[str, Any]]] = {name: [] for name in [*models, MEMORY]}

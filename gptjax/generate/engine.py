@@ -41,7 +41,7 @@ class Rules(NamedTuple):
     """Ids below this are drawn: of a tokenizer smaller than the model's vocabulary."""
     ends: tuple[int, ...] = ()
     """The ids after any of which a sequence is done."""
-    lookup: bool = True
+    lookup: bool = False
     """A single row also tries tokens that followed the same ones before (`gptjax.generate.lookup`),
     which changes no token."""
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gptjax.bench import ceiling, decoders
-from gptjax.bench.decoders import Work
+from gptjax.bench.decoders import Task
 from gptjax.formats import gguf
 from gptjax.models.params import num_padded_params
 from tests.commands import expect_error
@@ -110,7 +110,7 @@ def test_bad_input(arguments, message, capsys):
 def test_a_process_that_fails_says_why(tmp_path, monkeypatch):
     monkeypatch.setattr(decoders, "SERVE", "import sys; sys.exit('no such model')")
     with (tmp_path / "said").open("w+") as said:
-        process = decoders.Process(Work("gptjax q8_0", "x", [1], 2), said)
+        process = decoders.Process(Task("gptjax q8_0", "x", [1], 2), said)
         with pytest.raises(decoders.ConfigError, match="gptjax q8_0 has failed: no such model"):
             process.run()
         process.close()
@@ -127,7 +127,7 @@ def test_each_contender_in_its_process(name, checkpoint, tmp_path):
         model = decoders.converted(checkpoint, name, str(tmp_path))
     prompt = np.arange(1, 17).tolist()
     with (tmp_path / "said").open("w+") as said:
-        process = decoders.Process(Work(name, model, prompt, 8), said)
+        process = decoders.Process(Task(name, model, prompt, 8), said)
         found = process.run()
         process.close()
     assert set(found) == {"prompt_s", "decode_s", "peak_bytes", "bytes_per_token"}

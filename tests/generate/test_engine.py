@@ -143,7 +143,7 @@ def test_a_cache_is_changed_in_place(prompts):
     """A copy of it for each token would cost more than all products in a long context. Of a single
     row drafts are tried, too.
     """
-    rules, B = Rules(CFG, GREEDY, 11), len(prompts)
+    rules, B = Rules(CFG, GREEDY, 11, lookup=True), len(prompts)
     stored = store_for_decoding(params("unroll"), CFG)
     ids, padding, slots = engine._padded(prompts, rules, 40)
     state, _, _ = engine._start(

@@ -67,7 +67,7 @@ def test_looking_up_changes_no_token(sampler, chunk):
     """Past the context, too, and up to an end."""
     key = 7 if sampler.draw == "run.c" else KEY
     prompt = [[1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 3]]
-    plain = Rules(CFG, sampler, 11, (), lookup=False)
+    plain = Rules(CFG, sampler, 11)
     ids, logprobs, sizes = drawn(prompt, plain, chunk, key=key)
     assert max(sizes) <= chunk
     same, same_logprobs, sizes = drawn(prompt, plain._replace(lookup=True), chunk, key=key)
@@ -84,7 +84,7 @@ def test_looking_up_changes_no_token(sampler, chunk):
 
 def test_several_rows_are_not_looked_up():
     rows = [[1, 2, 1, 2, 1], [3, 4, 3, 4, 3]]
-    _, _, sizes = drawn(rows, Rules(CFG, GREEDY, 11), 1, 12)
+    _, _, sizes = drawn(rows, Rules(CFG, GREEDY, 11, lookup=True), 1, 12)
     assert set(sizes) == {1}
 
 

@@ -16,7 +16,8 @@ from gptjax.models.decode import extend
 from tests.models import tiny
 
 CFG = tiny.config(family="llama", num_heads=4, num_kv_heads=2, max_seq_len=40)
-GREEDY, DRAWN = Rules(CFG, Sampler(0), 11), Rules(CFG, Sampler(1.0, 0), 11)
+GREEDY = Rules(CFG, Sampler(0), 11, lookup=True)
+DRAWN = Rules(CFG, Sampler(1.0, 0), 11)
 KEY = jax.random.key(0)
 
 
