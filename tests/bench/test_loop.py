@@ -53,6 +53,7 @@ def test_only_the_last_contender_does_all_that_is_configured(data_root, monkeypa
     assert not path.exists()
 
 
+@pytest.mark.slow
 def test_the_command(data_root, tmp_path, capsys, monkeypatch):  # noqa: F811
     from gptjax.bench import __main__ as command
 

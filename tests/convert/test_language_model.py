@@ -29,6 +29,7 @@ def model(file):
     return gptjax.load(file, "byte")
 
 
+@pytest.mark.slow
 def test_the_five_lines_of_the_help_run(file, monkeypatch, tmp_path, capsys):
     lines = textwrap.dedent(gptjax.__doc__.split("\n\n")[1])
     assert lines.count("\n") == 4

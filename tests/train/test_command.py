@@ -26,6 +26,7 @@ from gptjax.train import trainer
 from gptjax.xla import native
 from gptjax.xla.cache import enable_compilation_cache
 from tests.conftest import ROOT
+from tests.slow import slow
 
 TINY = {
     "model": {
@@ -159,6 +160,7 @@ def test_a_run_from_start_to_end(command, tmp_path, capsys):
     assert metrics(tmp_path / "again" / "tiny")[0]["loss"] == records[0]["loss"]
 
 
+@pytest.mark.slow
 def test_twenty_steps_equal_ten_then_kill_9_then_ten(command, tmp_path):
     assert run(*command, "--name", "straight") == 0
     # Time to be killed in
@@ -173,7 +175,7 @@ def test_twenty_steps_equal_ten_then_kill_9_then_ten(command, tmp_path):
     assert_same_run(tmp_path / "runs" / "straight", folder)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [slow([signal.SIGINT]), signal.SIGTERM])
 def test_a_signal_saves_and_ends_cleanly(command, tmp_path, number):
     assert run(*command, "--name", "straight") == 0
     args = [*command, "--name", "stopped"]
