@@ -150,7 +150,7 @@ def test_the_package_offers_exactly_the_names_that_the_notebooks_use():
     used = set().union(
         *(names_used(cell.source) for path in NOTEBOOKS for cell in code_cells(read(path)))
     )
-    assert set(gptjax.__all__) == used | {"load"}
+    assert set(gptjax.__all__) == used | {"LanguageModel", "load"}
 
 
 def test_every_name_exists_and_importing_the_package_loads_nothing():
