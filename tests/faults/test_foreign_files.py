@@ -22,7 +22,7 @@ OURS = {
     "a llama2.c tokenizer",
 }
 MODELS = {kind for kind in FILES if kind.startswith("a llama2.c model")} | {"a GGUF model"}
-TOKENIZERS = {"a llama2.c tokenizer", "a GGUF model"}
+TOKENIZERS = {"a llama2.c tokenizer", "a GGUF model", "a SentencePiece model"}
 FOREIGN = sorted(FILES.keys() - OURS - {"a safetensors file"})
 READ = {"a model's weights": MODELS, "a tokenizer": TOKENIZERS}
 """What is read at a place, though damaged as here: an error of its own."""
