@@ -124,7 +124,7 @@ def test_the_theme_is_the_systems_until_it_is_chosen(opened):
     theme = "document.documentElement.dataset.theme"
     assert tab.evaluate(theme) == "light"
     tab.emulate_media(color_scheme="dark")
-    assert tab.evaluate(theme) == "dark"
+    tab.wait_for_function(f"{theme} == 'dark'")
     tab.locator("#theme").click()
     assert tab.evaluate(theme) == "light"
     tab.emulate_media(color_scheme="light")
