@@ -172,5 +172,6 @@ def test_every_line_of_the_models_backward_has_an_error_planted_in_it(function):
 
 
 def computes(node):
-    """A call; what only names a value, or the family, computes nothing."""
-    return isinstance(node, ast.Call) and ast.unparse(node) != "family_of(cfg)"
+    """A call; what names a value, the family or the settings computes nothing."""
+    settings = {"family_of(cfg)", "resolved(cfg, batch)"}
+    return isinstance(node, ast.Call) and ast.unparse(node) not in settings
