@@ -172,7 +172,7 @@ def with_init(cfg: Config) -> tuple[Config, Tokenizer | None, ChatTemplate | Non
     """
     if not cfg.init:
         return cfg, None, None
-    source = processes.first_then_others("init", lambda: open_weights(str(cfg.init)))
+    source = processes.first_then_others("init-tokenizer", lambda: open_weights(str(cfg.init)))
     own, given = source.tokenizer, cfg.data.tokenizer
     new = given == "char" or (given or "").partition(":")[0] in TRAINED
     if own and given and (new or not tokenizers.find(given).same_as(own)):
