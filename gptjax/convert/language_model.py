@@ -7,9 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptjax import tokenizers
 from gptjax.config import ModelConfig, Sampler
-from gptjax.convert.weights import load_params, open_weights
+from gptjax.convert.weights import load_params, open_weights, with_named_tokenizer
 from gptjax.errors import ConfigError, DataError
 from gptjax.generate.engine import Rules
 from gptjax.generate.samples import Sample, continued
@@ -54,7 +53,7 @@ class LanguageModel:
             DataError: the vocabulary lacks a character of the text.
 
         """
-        cfg = dataclasses.replace(self.cfg, dropout=0.0).resolve(platform_name(), 1)
+        cfg = self.cfg.resolve(platform_name(), 1)
         rules = Rules(
             cfg, Sampler(temperature, top_k), self.tokenizer.vocab_size, self.tokenizer.ends
         )
@@ -97,7 +96,7 @@ class LanguageModel:
         return Batch(row[:, :-1], row[:, 1:])
 
 
-def load(where: str, tokenizer: str | Tokenizer | None = None) -> LanguageModel:
+def load(where: str, tokenizer: str | None = None) -> LanguageModel:
     """Load a model with its tokenizer.
 
     Args:
@@ -106,23 +105,16 @@ def load(where: str, tokenizer: str | Tokenizer | None = None) -> LanguageModel:
         tokenizer: for a model without its own, see `gptjax.tokenizers.find`.
 
     Raises:
-        ConfigError: the model has no tokenizer, and none is given; or it has more ids.
+        ConfigError: the model has no tokenizer and none is given; the one given differs from the
+            model's own, or has more ids than the model.
         GptjaxError: the model or the tokenizer cannot be read.
 
     """
-    source = open_weights(where)
-    if isinstance(tokenizer, str):
-        tokenizer = tokenizers.find(tokenizer)
-    chosen = source.tokenizer or tokenizer
-    if not chosen:
+    source = with_named_tokenizer(open_weights(where), where, tokenizer)
+    if not source.tokenizer:
         raise ConfigError(f"{where} has no tokenizer: name one, as in load(..., tokenizer='gpt2')")
-    if chosen.vocab_size > source.cfg.vocab_size:
-        raise ConfigError(
-            f"the tokenizer {chosen.name} has {chosen.vocab_size} ids, and {where} only "
-            f"{source.cfg.vocab_size}: name the tokenizer that belongs to it"
-        )
     # Without dropout, and at whatever length: a run's were resolved for its own batches
     cfg = dataclasses.replace(
         source.cfg, dropout=0.0, dropout_mlp=0.0, attention="auto", layers="unroll"
     )
-    return LanguageModel(cfg, load_params(source, cfg), chosen)
+    return LanguageModel(cfg, load_params(source, cfg), source.tokenizer)

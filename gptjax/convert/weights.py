@@ -207,7 +207,7 @@ def with_named_tokenizer(source: Source, where: str, which: str | None) -> Sourc
     if given and own and not given.same_as(own):
         raise ConfigError(
             f"{where} has its own tokenizer, {own.name} of {own.vocab_size} ids, and {which} is "
-            "another: leave --tokenizer out"
+            "another: leave it out"
         )
     found = own or given
     if found and found.vocab_size > source.cfg.vocab_size:

@@ -217,10 +217,11 @@ def _start(
     logits, cache = prefill(params, ids, padding, slots, rules.cfg)
     token, logprob, done = draw_next(logits, rules, keys, drawn, done)
     slot = jnp.int32(ids.shape[1])
-    text = lookup.start(ids[0], slot, padding[0], token[0], slots)
-    state = Decoding(cache, padding, slot, token, jnp.int32(drawn + 1), done, keys)
-    single = len(ids) == 1 and rules.lookup
-    return state._replace(lookup=text if single else None), token[:, None], logprob[:, None]
+    text = None
+    if rules.lookup and len(ids) == 1:
+        text = lookup.start(ids[0], slot, padding[0], token[0], slots)
+    state = Decoding(cache, padding, slot, token, jnp.int32(drawn + 1), done, keys, text)
+    return state, token[:, None], logprob[:, None]
 
 
 @partial(jax.jit, static_argnames="rules", donate_argnames="state")

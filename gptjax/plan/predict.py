@@ -297,9 +297,8 @@ def step_collectives(work: Work) -> list[Collective]:
         any("tensor" in RULES[axis].compute for axis in w.axes[: w.inputs])
         for w in work.block_matrices
     )
-    again = (
-        cut - 1 if model.recompute == "block" else 0
-    )  # all but the block's output are recomputed
+    # All but the block's output are recomputed
+    again = cut - 1 if model.recompute == "block" else 0
     streams, stream = L * (2 * cut + again) + 2, work.stream * item
 
     def collective(kind: str, group: int, times: float, nbytes: float) -> Collective:

@@ -10,6 +10,7 @@ import pytest
 
 import gptjax
 from gptjax import tokenizers
+from gptjax.convert.weights import tokenizer_beside
 from gptjax.errors import ConfigError, DataError
 from gptjax.formats import llmc
 from tests.models import tiny
@@ -29,7 +30,6 @@ def model(file):
     return gptjax.load(file, "byte")
 
 
-@pytest.mark.slow
 def test_the_five_lines_of_the_help_run(file, monkeypatch, tmp_path, capsys):
     lines = textwrap.dedent(gptjax.__doc__.split("\n\n")[1])
     assert lines.count("\n") == 4
@@ -75,8 +75,19 @@ def test_a_model_needs_a_tokenizer_that_fits(file, tmp_path):
         gptjax.load(file)
     small = dataclasses.replace(CFG, vocab_size=11)
     llmc.write_model(tmp_path / "small.bin", tiny.params(small, jnp.float32), small)
-    with pytest.raises(ConfigError, match="byte has 257 ids, and .* only 11"):
+    with pytest.raises(ConfigError, match="byte has 257 ids, but .* only 11"):
         gptjax.load(str(tmp_path / "small.bin"), "byte")
+
+
+def test_another_tokenizer_than_the_models_own_is_refused(tmp_path):
+    written = tmp_path / "own.bin"
+    llmc.write_model(written, tiny.params(CFG, jnp.float32), CFG)
+    tokenizers.byte().save(tokenizer_beside(written))
+    assert gptjax.load(str(written)).tokenizer.same_as(tokenizers.byte())
+    other = tmp_path / tokenizers.FILE
+    tokenizers.train_characters(["abc"]).save(other)
+    with pytest.raises(ConfigError, match="own tokenizer, byte of 257 ids, and .* is another"):
+        gptjax.load(str(written), str(other))
 
 
 def test_it_prints_in_a_line(model):
