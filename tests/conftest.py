@@ -83,6 +83,15 @@ def shared() -> Path:
     return path
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark as slow what `slow.txt` lists: more than 4 s of processor time."""
+    listed = set((Path(__file__).parent / "slow.txt").read_text().splitlines())
+    for item in items:
+        if item.nodeid.removeprefix("tests/") in listed:
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_terminal_summary(terminalreporter):
     """The score of the errors planted in tests/verify/test_mutations.py, and the faults of
     tests/faults.

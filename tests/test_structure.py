@@ -265,3 +265,12 @@ def test_files_are_opened_in_one_place(path):
         if re.search(reads, line) and "open_file(" not in line
     ]
     assert not found, "use gptjax.files"
+
+
+def test_every_slow_test_that_is_listed_exists():
+    """By its file and name; those of parameters may be another machine's."""
+    lines = (ROOT / "tests" / "slow.txt").read_text().splitlines()
+    assert lines == sorted(set(lines))
+    for line in lines:
+        file, name = line.partition("[")[0].split("::")
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(), line
