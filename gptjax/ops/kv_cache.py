@@ -1,7 +1,7 @@
 """Attention of new positions over a cache of keys and values."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +9,12 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from gptjax.ops.attention import Heads
+from gptjax.xla import native
 from gptjax.xla.barrier import cpu_barrier
 from gptjax.xla.products import accumulation_dtype
+
+KeyHeads = Float[Array, "B T K D"]
+FEW = 8  # new positions, up to which C++ is faster than XLA's products of small matrices
 
 
 class LayerCache(NamedTuple):
@@ -22,8 +26,8 @@ class LayerCache(NamedTuple):
 
 def cached_attention(
     q: Heads,
-    k: Float[Array, "B T K D"],
-    v: Float[Array, "B T K D"],
+    k: KeyHeads,
+    v: KeyHeads,
     cache: LayerCache,
     slot: Int[Array, ""],
     begin: Int[Array, " B"],
@@ -47,6 +51,25 @@ def cached_attention(
         The output, and the cache with the new keys and values in ``slot`` and the T - 1 after it.
 
     """
+    if q.shape[1] <= FEW and q.dtype == cache.k.dtype == jnp.float32:
+        o = lax.platform_dependent(
+            *(q, k, v, cache, slot, begin), cpu=_attend_natively, default=_attend
+        )
+    else:
+        o = _attend(q, k, v, cache, slot, begin)
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    k, v = cpu_barrier(o, k), cpu_barrier(o, v)
+    return o, LayerCache(
+        *(
+            lax.dynamic_update_slice_in_dim(c, x, slot, 2)
+            for c, x in zip(cache, (k, v), strict=True)
+        )
+    )
+
+
+def _attend(
+    q: Heads, k: KeyHeads, v: KeyHeads, cache: LayerCache, slot: Any, begin: Int[Array, " B"]
+) -> Heads:
     acc, K = accumulation_dtype(q), k.shape[2]
     B, T, H, D = q.shape
     q, k, v = q.reshape(B, T, K, H // K, D), k.swapaxes(1, 2), v.swapaxes(1, 2)
@@ -63,11 +86,13 @@ def cached_attention(
     p = jax.nn.softmax(jnp.concatenate([past, new], -1) / math.sqrt(D), -1).astype(v.dtype)
     o = jnp.einsum("bkrs,bksd->bkrd", p[..., :S], cache.v, preferred_element_type=acc)
     o += jnp.einsum("bkrt,bktd->bkrd", p[..., S:], v, preferred_element_type=acc)
-    o = o.astype(rows.dtype).reshape(B, K, T, -1, D).transpose(0, 2, 1, 3, 4).reshape(B, T, H, D)
-    k, v = cpu_barrier(o, k), cpu_barrier(o, v)
-    return o, LayerCache(
-        *(
-            lax.dynamic_update_slice_in_dim(c, x, slot, 2)
-            for c, x in zip(cache, (k, v), strict=True)
-        )
-    )
+    o = o.astype(rows.dtype).reshape(B, K, T, -1, D)
+    return o.transpose(0, 2, 1, 3, 4).reshape(B, T, H, D)
+
+
+def _attend_natively(
+    q: Heads, k: KeyHeads, v: KeyHeads, cache: LayerCache, slot: Any, begin: Int[Array, " B"]
+) -> Heads:
+    if not native.available("attention"):
+        return _attend(q, k, v, cache, slot, begin)
+    return native.attention(q, k, v, *cache, begin, jnp.asarray(slot, jnp.int32))

@@ -192,7 +192,7 @@ def _product(x: Float[Array, "M I"], w: Float[Array, "O I"]) -> Float[Array, "M 
 
 
 def _few_rows_product(x: Float[Array, "M I"], w: Float[Array, "O I"]) -> Float[Array, "M O"]:
-    return native.product(x, [w], len(w)) if native.available() else _product(x, w)
+    return native.product(x, [w], len(w)) if native.available("product") else _product(x, w)
 
 
 def _dequantized_product(x: Float[Array, "M I"], w: Blocks) -> Float[Array, "M O"]:
@@ -201,7 +201,7 @@ def _dequantized_product(x: Float[Array, "M I"], w: Blocks) -> Float[Array, "M O
 
 def _rounded_product(x: Float[Array, "M I"], w: Blocks) -> Float[Array, "M O"]:
     x32 = x.astype(jnp.float32)
-    if native.available():
+    if native.available("product"):
         return native.product(x32, w.arrays, math.prod(w.outputs)).astype(x.dtype)
     return _dequantized_product(rounded(x32), w).astype(x.dtype)
 

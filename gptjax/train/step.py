@@ -241,7 +241,7 @@ def compile_step(
     Otherwise it is two programs.
     """
     all_float32 = all(x.dtype in (jnp.float32, jnp.int32) for x in jax.tree.leaves(state))
-    native_code = mesh is None and optimizer.fused and all_float32 and native.available()
+    native_code = mesh is None and optimizer.fused and all_float32 and native.available("adamw")
     functions = step_functions(cfg, optimizer, backward, mesh, native_code)
     number = meshes.abstract(mesh, param_axes(cfg), jax.ShapeDtypeStruct((), jnp.int32))
     g = meshes.abstract(mesh, param_axes(cfg), jax.eval_shape(lambda params: params, state.params))

@@ -41,9 +41,9 @@ DAMAGES = [truncated, flipped, garbage]
 @pytest.fixture(scope="module")
 def code() -> bytes:
     """The library as the compiler makes it."""
-    if not native.available():
+    if not native.available("adamw"):
         pytest.skip("there is no C++ compiler that works, or JAX computes elsewhere")
-    return native.compiled(native.compiler(), None)
+    return native.compiled("adamw", native.compiler(), None)
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def kept(code, monkeypatch, tmp_path) -> Path:
     """The library kept in a folder of its own; the compiler takes no time."""
     monkeypatch.setattr(native, "compiled_folder", lambda: tmp_path)
     monkeypatch.setattr(native, "compiled", lambda *_: code)
-    native.library()
+    native.library("adamw")
     (path,) = tmp_path.glob("*.so")
     return path
 
@@ -60,7 +60,7 @@ def kept(code, monkeypatch, tmp_path) -> Path:
 def loaded(monkeypatch) -> list[bytes]:
     """What is loaded, whether it works or not; nothing really is."""
     loads: list[bytes] = []
-    monkeypatch.setattr(native, "load", loads.append)
+    monkeypatch.setattr(native, "load", lambda kernel, code: loads.append(code))
     return loads
 
 
@@ -73,7 +73,7 @@ def test_a_damaged_library_is_never_loaded(code, kept, loaded, tally, damage, wh
     for _ in range(tried):
         path.write_bytes(damage(whole, generator))
         loaded.clear()
-        native.library()
+        native.library("adamw")
         held += loaded == [code] and path.read_bytes() == whole
     tally(f"library: {which} {damage.__name__}", tried, held)
 
@@ -108,7 +108,7 @@ def plant(kept: Path, how: str) -> None:
 )
 def test_a_planted_library_is_never_loaded(code, kept, loaded, tally, how):
     plant(kept, how)
-    native.library()
+    native.library("adamw")
     tally(f"library planted: {how}", 1, loaded == [code])
 
 
@@ -116,14 +116,14 @@ def test_a_planted_library_is_never_loaded(code, kept, loaded, tally, how):
 @pytest.mark.parametrize("how", ["another user's", "in another user's folder"])
 def test_another_users_library_is_never_loaded(code, kept, loaded, tally, how):
     plant(kept, how)
-    native.library()
+    native.library("adamw")
     tally(f"library planted: {how}", 1, loaded == [code])
 
 
 def test_what_only_this_user_can_have_planted_is_loaded(kept, loaded):
     """So that the tests above fail for the reason that they name."""
     plant(kept, "by this user")
-    native.library()
+    native.library("adamw")
     assert loaded == [b"another"]
 
 
@@ -147,7 +147,7 @@ import json, jax, jax.numpy as jnp
 from gptjax.xla.cache import enable_compilation_cache
 enable_compilation_cache()
 from gptjax.xla import native
-assert native.available()
+assert native.available("adamw")
 
 @jax.jit
 def first_step(p, g):

@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,6 +9,7 @@ import pytest
 
 from gptjax.ops.attention import materialised_fwd
 from gptjax.ops.kv_cache import LayerCache, cached_attention
+from gptjax.xla import native
 
 B, H, S, D = 2, 4, 8, 4
 
@@ -38,3 +43,106 @@ def test_padding_sees_itself_alone():
     cache = LayerCache(*(jnp.zeros((1, H, S, D)) for _ in "kv"))
     o, _ = cached_attention(q, k, v, cache, jnp.int32(0), jnp.array([2], jnp.int32))
     np.testing.assert_allclose(o, v, rtol=1e-12)
+
+
+# --- In C++ ---
+
+
+@pytest.fixture
+def compiler():
+    if not native.available("attention"):
+        pytest.skip("there is no C++ compiler that works, or JAX computes elsewhere")
+
+
+def make(T, K, D, size=1.0, slots=70):
+    """(q, k, v, the cache) in float32, of 2 rows and 6 heads."""
+    rng = np.random.default_rng(T + K + D)
+    shapes = [(2, T, 6, D), (2, T, K, D), (2, T, K, D), (2, K, slots, D), (2, K, slots, D)]
+    q, k, v, *past = (jnp.asarray(rng.normal(size=s).astype(np.float32)) for s in shapes)
+    return size * q, k, v, LayerCache(*past)
+
+
+ATTENTION = jax.jit(native.attention)
+
+
+def computed(q, k, v, cache, slot, begin):
+    return np.asarray(ATTENTION(q, k, v, *cache, jnp.asarray(begin, jnp.int32), jnp.int32(slot)))
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize(
+    ("T", "K", "D"), [(1, 6, 64), (1, 2, 16), (3, 1, 5), (8, 3, 20), (2, 6, 1)]
+)
+@pytest.mark.parametrize(("slot", "begin"), [(0, (0, 0)), (5, (0, 7)), (62, (61, 3)), (9, (40, 9))])
+def test_cpp_equals_the_same_in_float64(T, K, D, slot, begin):
+    """A row that begins behind the first new positions has padding among them."""
+    arrays = make(T, K, D)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float64), arrays)
+    expected, _ = cached_attention(*wide, jnp.int32(slot), jnp.asarray(begin, jnp.int32))
+    found = computed(*arrays, slot, begin)
+    np.testing.assert_allclose(found, expected, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("size", [30.0, 1e4])
+def test_cpp_takes_scores_of_any_size(size):
+    """Of 1e4, each query sees one key alone."""
+    arrays = make(1, 2, 64, size)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float64), arrays)
+    expected, _ = cached_attention(*wide, jnp.int32(60), jnp.zeros(2, jnp.int32))
+    found = computed(*arrays, 60, (0, 0))
+    np.testing.assert_allclose(found, expected, atol=3e-7 * size)
+
+
+@pytest.mark.usefixtures("compiler")
+def test_a_querys_bits_do_not_depend_on_those_beside_it():
+    """So that reading several tokens at once changes no token that is drawn."""
+    q, k, v, cache = make(4, 3, 64)
+    together = computed(q, k, v, cache, 20, (0, 5))
+    past = cache
+    for t in range(4):
+        now = slice(t, t + 1)
+        for row in range(2):
+            one = slice(row, row + 1)
+            alone = computed(
+                q[one, now],
+                k[one, now],
+                v[one, now],
+                LayerCache(*(x[one] for x in past)),
+                20 + t,
+                ((0, 5)[row],),
+            )
+            np.testing.assert_array_equal(alone[0], together[row, now])
+        past = LayerCache(
+            *(x.at[:, :, 20 + t].set(new[:, t]) for x, new in zip(past, (k, v), strict=True))
+        )
+
+
+@pytest.mark.usefixtures("compiler")
+def test_a_number_that_is_not_finite_spoils_only_its_row():
+    q, k, v, cache = make(1, 3, 16)
+    cache = cache._replace(k=cache.k.at[1, :, 4, 3].set(jnp.nan))
+    found = computed(q, k, v, cache, 20, (0, 0))
+    assert np.isfinite(found[0]).all()
+    assert np.isnan(found[1]).all()
+
+
+@pytest.mark.usefixtures("compiler")
+def test_arrays_that_do_not_fit_are_rejected():
+    q, k, v, cache = make(1, 3, 16)
+    for wrong, slot in (((q[:1], k, v), 0), ((q, k[..., :8], v), 0), ((q, k, v), 71)):
+        with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="do not fit"):
+            computed(*wrong, cache, slot, (0, 0))
+
+
+@pytest.mark.usefixtures("compiler")
+def test_plain_cpp_gives_the_same_bits():
+    """In another process, since the environment is read once."""
+    script = (
+        "import sys; from tests.ops.test_kv_cache import computed, make, native;"
+        "native.available('attention');"
+        "sys.stdout.buffer.write(computed(*make(3, 2, 20), 30, (0, 9)).tobytes())"
+    )
+    environment = {**os.environ, native.ISA: "portable"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE)
+    assert done.stdout == computed(*make(3, 2, 20), 30, (0, 9)).tobytes()

@@ -148,8 +148,8 @@ def test_stacked_layers_equal_single_ones():
 def kernels(request, monkeypatch):
     """What computes products."""
     if request.param == "XLA":
-        monkeypatch.setattr(native, "available", lambda: False)
-    elif not native.available():
+        monkeypatch.setattr(native, "available", lambda kernel: False)
+    elif not native.available("product"):
         pytest.skip("there is no C++ compiler that works, or JAX computes elsewhere")
     return request.param
 
@@ -164,7 +164,7 @@ def computed(x, w, kernels) -> np.ndarray:
     x = jnp.asarray(x, jnp.float32)
     if kernels == "XLA":
         return np.asarray(jax.jit(lambda x, w: product(x, w))(x, w), np.float64)
-    library, found = native.kernels(), {}
+    library, found = native.registered("product"), {}
     arrays, outputs = (w.arrays, w.outputs) if isinstance(w, Blocks) else ([w.w], w.w.shape[:1])
     known = native.instruction_sets(library)
     for name in known:
@@ -282,7 +282,7 @@ def test_products_with_bfloat16_are_exact(kernels, size):
 
 
 def test_mismatched_shapes_are_rejected():
-    if not native.available():
+    if not native.available("product"):
         pytest.skip("there is no C++ compiler that works, or JAX computes elsewhere")
     w = QUANTIZE(W, "q8_0")
     for x, arrays, outputs in (
@@ -296,10 +296,10 @@ def test_mismatched_shapes_are_rejected():
 
 
 def test_an_unavailable_instruction_set_is_rejected():
-    if not native.available():
+    if not native.available("product"):
         pytest.skip("there is no C++ compiler that works, or JAX computes elsewhere")
     with pytest.raises(ConfigError, match="'mmx'.*choose .*portable"):
-        native.use_instruction_set(native.kernels(), "mmx")
+        native.use_instruction_set(native.registered("product"), "mmx")
 
 
 def test_activations_are_rounded_on_cpu_only():

@@ -27,7 +27,7 @@ def _strict():
 
 @pytest.fixture
 def compiler():
-    if not native.available():
+    if not native.available("adamw"):
         pytest.skip("there is no C++ compiler that works, or JAX computes elsewhere")
 
 
@@ -88,12 +88,9 @@ def test_what_is_not_donated_is_left_as_it_was():
 def kept(monkeypatch, tmp_path, tmp_path_factory):
     """A folder of its own to keep what is compiled, nothing in it yet; and less to compile."""
     monkeypatch.setattr("gptjax.xla.native.compiled_folder", lambda: tmp_path)
-    source = tmp_path_factory.mktemp("source") / "small.cc"
-    names = (*native.CALLS, "use_instruction_set")
-    functions = [f'extern "C" void {name}() {{}}' for name in names]
-    functions += ['extern "C" const char* instruction_set(int i) { return i ? nullptr : "any"; }']
-    source.write_text("\n".join(functions))
-    monkeypatch.setattr(native, "SOURCES", (source,))
+    folder = tmp_path_factory.mktemp("source")
+    (folder / "adamw.cc").write_text('extern "C" void adamw() {}')
+    monkeypatch.setattr(native, "FOLDER", folder)
     return tmp_path
 
 
@@ -116,8 +113,8 @@ def test_without_a_compiler_that_works_it_is_not_available(
         compiler = script(tmp_path_factory.mktemp("bin") / "c++", GARBAGE)
     monkeypatch.setenv("CXX", compiler)
     with caplog.at_level("INFO", "gptjax.xla.native"):
-        assert not native.kernels.__wrapped__()
-    assert "AdamW and stored weights are XLA's" in caplog.text
+        assert not native.registered.__wrapped__("adamw")
+    assert "adamw is computed by XLA" in caplog.text
     assert not list(kept.iterdir())
 
 
@@ -128,12 +125,12 @@ def test_a_crashing_library_crashes_only_a_child_process(
     """The first half of a library: the dynamic linker reads behind its end."""
     folder = tmp_path_factory.mktemp("bin")
     half = folder / "half.so"
-    code = native.compiled(native.compiler(), None)
+    code = native.compiled("adamw", native.compiler(), None)
     half.write_bytes(code[: len(code) // 2])
     monkeypatch.setenv("CXX", script(folder / "c++", f'for last; do :; done; cp {half} "$last"'))
     with caplog.at_level("INFO", "gptjax.xla.native"):
-        assert not native.kernels.__wrapped__()
-    assert "AdamW and stored weights are XLA's" in caplog.text
+        assert not native.registered.__wrapped__("adamw")
+    assert "adamw is computed by XLA" in caplog.text
     assert not list(kept.iterdir())
 
 
@@ -153,7 +150,7 @@ def test_all_that_a_compiler_started_ends_with_it(kept, monkeypatch, tmp_path_fa
     monkeypatch.setenv("CXX", script(folder / "c++", *lines))
     monkeypatch.setattr(native, "PATIENCE", 2.0 if leader == "hangs" else 60.0)
     before = time.monotonic()
-    assert not native.kernels.__wrapped__()
+    assert not native.registered.__wrapped__("adamw")
     assert time.monotonic() - before < 60
     child, end = int((folder / "child").read_text()), time.monotonic() + 30
     while alive(child) and time.monotonic() < end:
@@ -169,20 +166,20 @@ def test_a_compiler_that_hangs_is_not_asked_again_for_a_day(
     monkeypatch.setenv("CXX", slow)
     monkeypatch.setattr(native, "PATIENCE", 0.2)
     calls = compilers_calls(monkeypatch)
-    assert not native.kernels.__wrapped__()
+    assert not native.registered.__wrapped__("adamw")
     assert len(calls) == 1
     (marker,) = kept.iterdir()
     with caplog.at_level("INFO", "gptjax.xla.native"):
-        assert not native.kernels.__wrapped__()
+        assert not native.registered.__wrapped__("adamw")
     assert len(calls) == 1
     assert f"delete {marker}, or name another compiler in CXX" in caplog.text
     yesterday = time.time() - native.LEFT_ALONE - 1
     os.utime(marker, (yesterday, yesterday))
-    assert not native.kernels.__wrapped__()
+    assert not native.registered.__wrapped__("adamw")
     assert len(calls) == 2
     assert time.time() - marker.stat().st_mtime < native.LEFT_ALONE
     monkeypatch.setenv("CXX", f"{slow} -O0")
-    assert not native.kernels.__wrapped__()
+    assert not native.registered.__wrapped__("adamw")
     assert len(calls) == 3
 
 
@@ -191,7 +188,7 @@ def compilers_calls(monkeypatch):
     calls, run = [], native.run
 
     def counted(command):
-        if str(native.SOURCES[0]) in command:
+        if str(native.source("adamw")) in command:
             calls.append(command)
         run(command)
 
@@ -205,13 +202,13 @@ def test_it_is_compiled_once_for_each_processor(kept, monkeypatch):
     calls = compilers_calls(monkeypatch)
     before = os.umask(0)
     try:
-        assert native.library().adamw
+        assert native.library("adamw").adamw
     finally:
         os.umask(before)
-    assert native.library().adamw
+    assert native.library("adamw").adamw
     assert (len(calls), len(list(kept.glob("*.so")))) == (1, 1)
     monkeypatch.setattr("gptjax.xla.native.processor", lambda: "another")
-    native.library()
+    native.library("adamw")
     assert (len(calls), len(list(kept.glob("*.so")))) == (2, 2)
 
 
@@ -220,7 +217,7 @@ def test_it_is_compiled_once_for_each_processor(kept, monkeypatch):
     "content", ["nothing", "half", "another library", "another library with its hash"]
 )
 def test_a_damaged_one_is_made_anew(kept, monkeypatch, content):
-    native.library()
+    native.library("adamw")
     (path,) = kept.glob("*.so")
     whole = path.read_bytes()
     damaged = {"nothing": b"", "half": whole[: len(whole) // 2]}.get(
@@ -230,17 +227,17 @@ def test_a_damaged_one_is_made_anew(kept, monkeypatch, content):
     if content.endswith("hash"):
         native.recorded(path).write_text(native.sha256(damaged))
     calls = compilers_calls(monkeypatch)
-    assert native.library().adamw
+    assert native.library("adamw").adamw
     assert len(calls) == 1
     assert path.read_bytes() == whole
-    assert native.library().adamw
+    assert native.library("adamw").adamw
     assert len(calls) == 1
 
 
 @pytest.mark.usefixtures("compiler")
 def test_the_environment_chooses_an_instruction_set(monkeypatch):
     """Plain C++ is always there."""
-    script = "from gptjax.xla import native; print(native.kernels().instruction_set(-1).decode())"
+    script = "from gptjax.xla import native; print(native.instruction_set_in_use())"
     for name in ("portable", "mmx"):
         environment = {**os.environ, native.ISA: name}
         command = [sys.executable, "-c", script]
@@ -263,8 +260,8 @@ def test_without_a_cache_folder_it_compiles_and_leaves_nothing(kept, monkeypatch
     calls, enabled = compilers_calls(monkeypatch), jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", place != "not wanted")
     try:
-        assert native.library().adamw
-        assert native.library().adamw
+        assert native.library("adamw").adamw
+        assert native.library("adamw").adamw
     finally:
         jax.config.update("jax_enable_compilation_cache", enabled)
     assert len(calls) == 2

@@ -1,6 +1,6 @@
-"""Kernels in C++ for CPUs: AdamW, and products with stored weights.
+"""Kernels in C++ for CPUs: AdamW, and for decoding, products with stored weights and attention.
 
-The C++ compiler that is here compiles them when they are first needed; without one XLA computes the
+The C++ compiler that is here compiles each when it is first needed; without one XLA computes the
 same.
 """
 
@@ -18,42 +18,50 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jaxlib
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from gptjax.errors import ConfigError, GptjaxError
 from gptjax.files import write_whole
 from gptjax.xla.cache import compiled_folder, processor, read_private
 
 FOLDER = Path(__file__).parent
-SOURCES = tuple(FOLDER / name for name in ("adamw.cc", "products.cc"))
-HEADERS = tuple(FOLDER / name for name in ("parallel.h", "products_x86.inc"))
+HEADERS = tuple(FOLDER / name for name in ("avx2.h", "parallel.h", "product_x86.inc"))
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared")
-CALLS = ("adamw", "product")  # each a function of the library; XLA's target is gptjax_NAME
+Kernel = Literal[
+    "adamw", "product", "attention"
+]  # a function of KERNEL.cc; XLA's target is gptjax_KERNEL
 ISA = "GPTJAX_NATIVE_ISA"  # the environment variable that names an instruction set
 PATIENCE = 120  # seconds for the compiler
 LEFT_ALONE = 24 * 60 * 60  # seconds for which a compiler that took longer is not asked again
-LOADS = f"import ctypes, sys; found = ctypes.CDLL(sys.argv[1]); [found[n] for n in {CALLS}]"
+LOADS = "import ctypes, sys; ctypes.CDLL(sys.argv[1])[sys.argv[2]]"
 
 
-def available() -> bool:
-    """Whether `kernels` can be called; otherwise XLA does the work."""
-    return kernels() is not None
+def prepare(*kernels: Kernel) -> None:
+    """Compile kernels side by side, which would otherwise be compiled one after the other."""
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(registered, kernels))
+
+
+def available(kernel: Kernel) -> bool:
+    """Whether XLA can call a kernel; otherwise it does the work itself."""
+    return registered(kernel) is not None
 
 
 @functools.cache
-def kernels() -> ctypes.CDLL | None:
-    """The library whose functions XLA calls; None if JAX does not compute on a CPU, or the library
-    could not be compiled, now or before.
+def registered(kernel: Kernel) -> ctypes.CDLL | None:
+    """The library of a kernel, which XLA can call; None if JAX does not compute on a CPU, or the
+    kernel could not be compiled, now or before.
 
     ``CXX`` names the compiler, ``c++`` by default; ``CXX=false`` leaves the work to XLA. Why it
-    cannot be compiled is logged. ``GPTJAX_NATIVE_ISA`` names one of `instruction_sets`, by default
-    the first.
+    cannot be compiled is logged. ``GPTJAX_NATIVE_ISA`` names one of `instruction_sets` for
+    products, by default the first.
 
     Raises:
         ConfigError: it names another.
@@ -62,33 +70,36 @@ def kernels() -> ctypes.CDLL | None:
     if jax.default_backend() != "cpu":
         return None
     try:
-        found = library()
-        for name in CALLS:
-            jax.ffi.register_ffi_target(
-                f"gptjax_{name}", jax.ffi.pycapsule(found[name]), platform="cpu"
-            )
+        found = library(kernel)
+        capsule = jax.ffi.pycapsule(found[kernel])
+        jax.ffi.register_ffi_target(f"gptjax_{kernel}", capsule, platform="cpu")
     except (OSError, AttributeError, ValueError, RuntimeError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or b""
         logging.getLogger(__name__).info(
-            "AdamW and stored weights are XLA's: %s %s", error, said.decode(errors="replace")
+            "%s is computed by XLA: %s %s", kernel, error, said.decode(errors="replace")
         )
         return None
-    found.instruction_set.restype = ctypes.c_char_p
-    use_instruction_set(found, os.environ.get(ISA) or instruction_sets(found)[0])
+    if kernel == "product":
+        found.instruction_set.restype = ctypes.c_char_p
+        use_instruction_set(found, os.environ.get(ISA) or instruction_sets(found)[0])
     return found
 
 
 def instruction_sets(found: ctypes.CDLL) -> list[str]:
-    """Those that `kernels` can use on this processor, the best first: avx512vnni, avxvnni, avx2 and
+    """Those that products can use on this processor, the best first: avx512vnni, avxvnni, avx2 and
     portable, which is plain C++.
+
+    Args:
+        found: the library of ``product``.
+
     """
     names = (found.instruction_set(index) for index in itertools.count())
     return [name.decode() for name in itertools.takewhile(bool, names)]
 
 
 def instruction_set_in_use() -> str:
-    """The one that `kernels` use; empty if XLA does the work."""
-    found = kernels()
+    """The one that products use; empty if XLA does the work."""
+    found = registered("product")
     return found.instruction_set(-1).decode() if found else ""
 
 
@@ -107,9 +118,9 @@ def use_instruction_set(found: ctypes.CDLL, name: str) -> None:
     found.use_instruction_set(known.index(name))
 
 
-def library() -> ctypes.CDLL:
-    """The compiled code: what is kept, or made anew and then kept in `compiled_folder`, if there is
-    such a place.
+def library(kernel: Kernel) -> ctypes.CDLL:
+    """The compiled code of a kernel: what is kept, or made anew and then kept in `compiled_folder`,
+    if there is such a place.
 
     What is kept is loaded only if it has the SHA-256 recorded beside it, and nobody else can have
     written either (`gptjax.xla.cache.read_private`). With ``JAX_ENABLE_COMPILATION_CACHE=false``
@@ -121,9 +132,9 @@ def library() -> ctypes.CDLL:
         cannot compile it, or takes too long, now or less than a day ago.
 
     """
-    sources = (path.read_text() for path in (*SOURCES, *HEADERS))
+    sources = (path.read_text() for path in (source(kernel), *HEADERS))
     made_of = (*sources, jaxlib.__version__, processor(), *compiler())
-    name = f"gptjax-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}.so"
+    name = f"gptjax-{kernel}-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}.so"
     config: Any = jax.config
     kept: Path | None = None
     if config.jax_enable_compilation_cache:
@@ -131,9 +142,9 @@ def library() -> ctypes.CDLL:
             kept = compiled_folder() / name
     if kept:
         with contextlib.suppress(OSError, AttributeError):
-            return load(read_kept(kept))
-    code = compiled(compiler(), kept and kept.with_suffix(".slow"))
-    found = load(code)
+            return load(kernel, read_kept(kept))
+    code = compiled(kernel, compiler(), kept and kept.with_suffix(".slow"))
+    found = load(kernel, code)
     if kept:
         with contextlib.suppress(OSError, GptjaxError):
             for path, content in ((kept, code), (recorded(kept), sha256(code).encode())):
@@ -142,6 +153,11 @@ def library() -> ctypes.CDLL:
                     os.fchmod(file.fileno(), 0o600)
                     file.write(content)
     return found
+
+
+def source(kernel: Kernel) -> Path:
+    """The file that the compiler is given."""
+    return FOLDER / f"{kernel}.cc"
 
 
 def read_kept(path: Path) -> bytes:
@@ -167,7 +183,7 @@ def sha256(code: bytes) -> str:
     return hashlib.sha256(code).hexdigest()
 
 
-def load(code: bytes) -> ctypes.CDLL:
+def load(kernel: Kernel, code: bytes) -> ctypes.CDLL:
     """Load compiled code from a copy that no one else can see, so that nothing changes what was
     checked or is running.
     """
@@ -175,8 +191,7 @@ def load(code: bytes) -> ctypes.CDLL:
         path = Path(folder) / "native.so"
         path.write_bytes(code)
         found = ctypes.CDLL(str(path))  # which stays loaded
-    for name in CALLS:
-        _ = found[name]
+    _ = found[kernel]
     return found
 
 
@@ -185,11 +200,12 @@ def compiler() -> list[str]:
     return [*shlex.split(os.environ.get("CXX") or "c++"), *FLAGS, "-isystem", jax.ffi.include_dir()]
 
 
-def compiled(command: Sequence[str], slow: Path | None) -> bytes:
-    """What the compiler makes of the sources. That it can be loaded is tried in another process,
-    which it may crash.
+def compiled(kernel: Kernel, command: Sequence[str], slow: Path | None) -> bytes:
+    """What the compiler makes of a kernel's source. That it can be loaded is tried in another
+    process, which it may crash.
 
     Args:
+        kernel: its name.
         command: `compiler`'s.
         slow: a file that says when the compiler took too long; it is then not asked again for a
             day.
@@ -204,14 +220,14 @@ def compiled(command: Sequence[str], slow: Path | None) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "native.so"
         try:
-            run([*command, *map(str, SOURCES), "-o", str(made)])
+            run([*command, str(source(kernel)), "-o", str(made)])
         except subprocess.TimeoutExpired:
             if slow:
                 with contextlib.suppress(OSError, GptjaxError), write_whole(slow) as file:
                     said = f"{command[0]} took more than {PATIENCE} s. Delete this to try again.\n"
                     file.write(said.encode())
             raise
-        run([sys.executable, "-I", "-c", LOADS, str(made)])
+        run([sys.executable, "-I", "-c", LOADS, str(made), kernel])
         return made.read_bytes()
 
 
@@ -287,3 +303,17 @@ def product(x: Float[Array, "M I"], weights: Sequence[Array], outputs: int) -> F
         "gptjax_product", jax.ShapeDtypeStruct((x.shape[0], outputs), x.dtype)
     )
     return call(x, *weights, kind=np.int32(kind))
+
+
+def attention(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K D"],
+    past_k: Float[Array, "B K S D"],
+    past_v: Float[Array, "B K S D"],
+    begin: Int[Array, " B"],
+    slot: Int[Array, ""],
+) -> Float[Array, "B T H D"]:
+    """Attention of T new positions, see `gptjax.ops.kv_cache.cached_attention`; all in float32."""
+    call: Any = jax.ffi.ffi_call("gptjax_attention", jax.ShapeDtypeStruct(q.shape, q.dtype))
+    return call(q, k, v, past_k, past_v, begin, slot)

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <vector>
 
+#include "avx2.h"
 #include "parallel.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -51,20 +52,11 @@ void UpdateAnywhere(const Scalars& s, float eps, const Tensor& t, int64_t at, in
   UpdateElements(s, eps, t, at, n);
 }
 
-#if defined(__x86_64__)
-__attribute__((target("avx2"))) void UpdateWithAvx2(const Scalars& s, float eps, const Tensor& t, int64_t at,
-                                                    int64_t n) {
+FOR_AVX2 void UpdateWithAvx2(const Scalars& s, float eps, const Tensor& t, int64_t at, int64_t n) {
   UpdateElements(s, eps, t, at, n);
 }
 
-const bool kAvx2 = [] {
-  __builtin_cpu_init();
-  return __builtin_cpu_supports("avx2") != 0;
-}();
-#else
-constexpr bool kAvx2 = false;
-constexpr auto UpdateWithAvx2 = UpdateAnywhere;
-#endif
+const bool kAvx2 = gptjax::UseAvx2();
 
 // The memory that a result and its argument share.
 ffi::ErrorOr<float*> Overwritten(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets, size_t i) {

@@ -201,14 +201,14 @@ void Quantize(const float* x, int64_t inputs, int8_t* q, float* scale, int32_t* 
 
 #define ISA avx2
 #define TARGET "avx2,f16c"
-#include "products_x86.inc"
+#include "product_x86.inc"
 #undef ISA
 #undef TARGET
 
 #define ISA avx512vnni
 #define TARGET "avx2,f16c,avx512f,avx512bw,avx512vl,avx512vnni"
 #define DPBUSD _mm256_dpbusd_epi32
-#include "products_x86.inc"
+#include "product_x86.inc"
 #undef ISA
 #undef TARGET
 #undef DPBUSD
@@ -218,7 +218,7 @@ void Quantize(const float* x, int64_t inputs, int8_t* q, float* scale, int32_t* 
 #define ISA avxvnni
 #define TARGET "avx2,f16c,avxvnni"
 #define DPBUSD _mm256_dpbusd_avx_epi32
-#include "products_x86.inc"
+#include "product_x86.inc"
 #undef ISA
 #undef TARGET
 #undef DPBUSD
