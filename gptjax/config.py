@@ -367,7 +367,7 @@ class DataConfig:
     """Folder in which prepared corpora are kept."""
     tokenizer: str | None = None
     """Tokenizer of the text: gpt2, byte, char, bpe:SIZE or sentencepiece:SIZE (trained on the
-    text), or a file; by default the corpus's own, or gpt2.
+    text), or a file; by default the corpus's own, or gpt2. --tokenizer for short.
     """
     column: str | None = None
     """Column of .jsonl or .parquet that holds the text; by default the one named text, or else the
@@ -824,8 +824,8 @@ class VerifyConfig(Config):
     are then the batch (give its model as checkpoint). The latter two need dtype float64 or
     float32."""
     checkpoint: str | None = None
-    """Parameters to check at: a run, or any model that gptjax.convert reads; by default initial
-    parameters with noise.
+    """Parameters to check at: a run, or any model that gptjax.convert reads, which without --config
+    also gives the dimensions; by default initial parameters with noise.
     """
     batch: Literal["random", "corpus"] = "random"
     """Tokens to check on: random, with one target in eight ignored, or the corpus's first training

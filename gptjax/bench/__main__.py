@@ -36,7 +36,7 @@ from gptjax import cli
 from gptjax.bench import ceiling, data, decoders, loop, program, steps, torch_peer
 from gptjax.bench.profile import OpTime, profile
 from gptjax.bench.timing import Timing, time_interleaved
-from gptjax.cli.options import parse
+from gptjax.cli.options import last_value, parse
 from gptjax.config import BenchConfig
 from gptjax.convert.weights import open_weights
 from gptjax.datasets import find_corpus, vocabulary, vocabulary_without_corpus
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status."""
     with cli.reported_errors(PROG):
         given = sys.argv[1:] if argv is None else argv
-        if any(argument.startswith("--checkpoint") for argument in given):
+        if last_value(given, "--checkpoint"):
             given = [*UNUSED, *given]
         cfg, _ = parse(BenchConfig, PROG, __doc__ or "", given)
         cfg = dataclasses.replace(cfg, what="decode") if cfg.decode else cfg

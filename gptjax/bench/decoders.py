@@ -9,7 +9,6 @@ import importlib
 import importlib.util
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from gptjax import cli
 from gptjax.config import Storage
 from gptjax.errors import ConfigError
 
@@ -222,11 +222,8 @@ def serve(work: Task, lines: Iterable[str], out: IO[str]) -> None:
     """
     run, nbytes = MAKERS.get(work.name, ours)(work)
     for _ in lines:
-        found = run()._asdict()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        peak *= 1 if sys.platform == "darwin" else 1024
-        print(json.dumps(found | {"peak_bytes": peak, "bytes_per_token": nbytes}), file=out)
-        out.flush()
+        found = run()._asdict() | {"peak_bytes": cli.peak_memory(), "bytes_per_token": nbytes}
+        print(json.dumps(found), file=out, flush=True)
 
 
 def main() -> None:

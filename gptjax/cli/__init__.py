@@ -6,6 +6,7 @@ import errno
 import io
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import jax
 
 from gptjax.cli.streams import drop_output, whole_output
 from gptjax.errors import GptjaxError
+from gptjax.files import read_text
 
 BAD_INPUT = 2  # exit status
 INTERRUPTED = 130
@@ -113,6 +115,18 @@ def replace_unprintable() -> None:
     """Print a placeholder for characters that stdout's encoding lacks, instead of failing."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
+
+
+def peak_memory() -> int:
+    """The most memory that this process has held, in bytes.
+
+    Linux's ``ru_maxrss`` counts the parent's at the time of the start, too.
+    """
+    with contextlib.suppress(OSError, GptjaxError, StopIteration):
+        lines = read_text("/proc/self/status", 1 << 16).splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def reuse_freed_memory() -> None:

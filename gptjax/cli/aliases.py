@@ -5,6 +5,9 @@ from collections.abc import Sequence
 
 SIMILAR = 0.6  # least difflib ratio at which a name counts as a misspelling
 
+SHORT = {"tokenizer": "data.tokenizer"}
+"""Short names of options, for commands that have no option of that name."""
+
 # Our option -> its other names. The first entry whose option the command has wins.
 ALIASES = {
     "model.num_layers": "n_layer n_layers num_hidden_layers depth",

@@ -7,7 +7,7 @@ import itertools
 import re
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, Union, get_args, get_origin
@@ -17,7 +17,7 @@ import jsonargparse
 import numpy as np
 import yaml
 
-from gptjax.cli.aliases import advice, nearest, same_meaning
+from gptjax.cli.aliases import SHORT, advice, nearest, same_meaning
 from gptjax.config import COMMANDS, Config
 from gptjax.errors import ConfigError
 from gptjax.files import read_text
@@ -150,7 +150,7 @@ class Parser(jsonargparse.ArgumentParser):
         """Parse as jsonargparse does, but reject numbers that are not finite or are absurdly large,
         and turn every error into a sentence.
         """
-        given = self._with_switches(sys.argv[1:] if args is None else args)
+        given = self._in_full(sys.argv[1:] if args is None else args)
         self._check_names(given)
         try:
             parsed = super().parse_args(given, *rest, **kwargs)
@@ -161,13 +161,21 @@ class Parser(jsonargparse.ArgumentParser):
                 require_sensible(key, number)
         return parsed
 
-    def _with_switches(self, args: list[str]) -> list[str]:
-        """Replace ``--flag`` by ``--flag=true``, unless its value follows."""
+    def _in_full(self, args: list[str]) -> list[str]:
+        """Replace short names by full ones, and ``--flag`` by ``--flag=true``, unless its value
+        follows.
+        """
+        short = {f"--{name}": f"--{full}" for name, full in SHORT.items() if full in self.read}
         switches = {f"--{name}" for name, option in self.options.items() if option.type is bool}
-        return [
-            f"{arg}=true" if arg in switches and following.lower() not in ("true", "false") else arg
-            for arg, following in itertools.pairwise([*args, ""])
-        ]
+        full = []
+        for arg, following in itertools.pairwise([*args, ""]):
+            name, *value = arg.split("=", 1)
+            if name in short and name.removeprefix("--") not in self.options:
+                name = short[name]
+            if name in switches and not value and following.lower() not in ("true", "false"):
+                value = ["true"]
+            full.append("=".join([name, *value]))
+        return full
 
     def _check_names(self, args: list[str]) -> None:
         """Raise a ConfigError for the first option that the command does not read."""
@@ -438,6 +446,19 @@ def parse(
     values = vars(parser.instantiate(parser.parse_args(argv)))
     files = values.pop("config") or []
     return config_class(**values), Path(str(files[-1])) if files else None
+
+
+def last_value(argv: Sequence[str], option: str) -> str:
+    """What a command line gives for an option, such as ``--config``; the last counts. Empty if it
+    does not name the option.
+    """
+    values = [
+        value or following
+        for argument, following in itertools.pairwise([*argv, ""])
+        for name, _, value in [argument.partition("=")]
+        if name == option
+    ]
+    return values[-1] if values else ""
 
 
 def require_sensible(key: str, number: Any) -> None:

@@ -29,6 +29,7 @@ from gptjax.models.params import num_params, param_axes, per_tensor, tensor_at
 from gptjax.ops.quantized import PANEL, Blocks, interleaved
 from gptjax.parallel.mesh import param_shardings, place
 from gptjax.tokenizers import Tokenizer, ggml, tokenizer_json
+from gptjax.xla import native
 
 Format = Literal["hf", "llmc", "llama2c", "gguf", "safetensors"]
 Q8_0 = np.dtype(np.int8)
@@ -237,6 +238,17 @@ def _from_hub(name: str) -> Path:
         ) from error
 
 
+def dimension_options(where: str) -> list[str]:
+    """A model's dimensions as options of a command line, such as ``--model.num_layers=12``.
+
+    Raises:
+        GptjaxError: the model cannot be read.
+
+    """
+    cfg = open_weights(where).cfg
+    return [f"--model.{name}={getattr(cfg, name)}" for name in DIMENSIONS]
+
+
 def load_weights(
     where: str, cfg: ModelConfig | None = None, mesh: Mesh | None = None
 ) -> tuple[ModelConfig, Any]:
@@ -307,6 +319,7 @@ def load_for_decoding(source: Source, cfg: ModelConfig, how: Storage = "as_store
             names its tensor.
 
     """
+    native.prepare("product", "attention")
     weights = per_tensor(lambda weight: weight, source.params, cfg)
     converted: Counter[str] = Counter()
 

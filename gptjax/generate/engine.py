@@ -198,7 +198,7 @@ def _padded(
     size = next((n for n in SHORT_PROMPTS if n >= longest), -(-longest // PART) * PART)
     padding = np.array([size - len(window) for window in windows], np.int32)
     ids = np.array([[0] * (size - len(window)) + window for window in windows], np.int32)
-    reads = min(new_tokens, rules.cfg.max_seq_len + 1 - longest) + DRAFT
+    reads = min(new_tokens, rules.cfg.max_seq_len + 1 - longest) + DRAFT * rules.lookup
     return ids, padding, -(-(size + reads) // SLOTS) * SLOTS
 
 

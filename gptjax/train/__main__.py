@@ -10,7 +10,6 @@ continues from the newest checkpoint as if never interrupted.
 
 import contextlib
 import dataclasses
-import itertools
 import shlex
 import sys
 import time
@@ -19,7 +18,7 @@ from pathlib import Path
 import jax
 
 from gptjax import cli, tokenizers
-from gptjax.cli.options import parse
+from gptjax.cli.options import last_value, parse
 from gptjax.config import Config
 from gptjax.convert.weights import load_weights, open_weights
 from gptjax.datasets.prepare import TRAINED
@@ -154,12 +153,9 @@ def resuming_command(run: Run) -> str:
 def with_own_config(argv: list[str] | None) -> list[str]:
     """The arguments, after the config of the run whose folder ``--resume`` names, if it has one."""
     argv = sys.argv[1:] if argv is None else argv
-    for argument, following in itertools.pairwise([*argv, ""]):
-        name, _, value = argument.partition("=")
-        config = Path(value or following) / "config.yaml"
-        if name == "--resume" and config.is_file():
-            return ["--config", str(config), *argv]
-    return argv
+    resumed = last_value(argv, "--resume")
+    config = Path(resumed) / "config.yaml"
+    return ["--config", str(config), *argv] if resumed and config.is_file() else argv
 
 
 def with_init(cfg: Config) -> tuple[Config, Tokenizer | None, ChatTemplate | None]:

@@ -13,7 +13,6 @@ The exit status is 0 if everything agrees, 1 if something is wrong, 2 for bad in
 import dataclasses
 import logging
 import os
-import resource
 import sys
 import time
 from pathlib import Path
@@ -24,9 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax import cli
-from gptjax.cli.options import parse
+from gptjax.cli.options import last_value, parse
 from gptjax.config import ModelConfig, VerifyConfig
-from gptjax.convert.weights import load_weights, open_weights
+from gptjax.convert.weights import dimension_options, load_weights, open_weights
 from gptjax.datasets import vocabulary_without_corpus
 from gptjax.errors import ConfigError
 from gptjax.formats import llmc
@@ -52,7 +51,11 @@ def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status; bad input raises SystemExit(2)."""
     began = time.perf_counter()
     with cli.reported_errors(PROG):
-        cfg, _ = parse(VerifyConfig, PROG, __doc__ or "", argv)
+        given = sys.argv[1:] if argv is None else argv
+        checkpoint = last_value(given, "--checkpoint")
+        if checkpoint and not last_value(given, "--config"):
+            given = [*dimension_options(checkpoint), *given]
+        cfg, _ = parse(VerifyConfig, PROG, __doc__ or "", given)
         cli.reuse_freed_memory()
         cli.quiet_libraries()
         check_writable(cfg)
@@ -282,14 +285,10 @@ def export(folder: Path, subject: Subject) -> None:
     print(f"wrote {folder / 'gpt2_124M.bin'} and {folder / 'gpt2_124M_debug_state.bin'}")
 
 
-def peak_memory() -> float:
+def peak_memory() -> int:
     """Peak memory in bytes: an accelerator's own, or on CPU the process's."""
     stats: dict[str, Any] = jax.devices()[0].memory_stats() or {}
-    if "peak_bytes_in_use" in stats:
-        return stats["peak_bytes_in_use"]
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    return stats.get("peak_bytes_in_use", cli.peak_memory())
 
 
 if __name__ == "__main__":

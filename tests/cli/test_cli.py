@@ -1,6 +1,8 @@
+import subprocess
 import sys
 import types
 
+import numpy as np
 import pytest
 
 from gptjax import cli
@@ -41,3 +43,15 @@ def test_of_what_libraries_gave_up_nothing_is_shown(words, monkeypatch):
     unraisable = types.SimpleNamespace(exc_value=ValueError(f"{words} and more"))
     sys.unraisablehook(unraisable)
     assert shown == ([unraisable] if words == "something else" else [])
+
+
+def test_peak_memory_is_of_this_process_alone():
+    """A child's is small while its parent holds 256 MB more."""
+    held = np.ones(1 << 28, np.int8)
+    script = "from gptjax import cli; print(cli.peak_memory())"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    before, mine = int(done.stdout), cli.peak_memory()
+    assert 20e6 < before < mine - held.nbytes / 2
+    size = held.nbytes
+    del held
+    assert cli.peak_memory() > mine - size / 2

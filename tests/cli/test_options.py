@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import pytest
 
-from gptjax.cli.options import WIDTH, Parser, covers, options_of, parse
+from gptjax.cli.options import WIDTH, Parser, covers, last_value, options_of, parse
 from gptjax.config import (
     COMMANDS,
     BenchConfig,
@@ -117,6 +117,23 @@ def test_the_flags_of_training():
     assert cfg.log.tensorboard
     assert not cfg.distributed.detect
     assert not parse(Config, "train", "", [*model, "--log.tensorboard", "false"])[0].log.tensorboard
+
+
+@pytest.mark.parametrize("args", [["--tokenizer", "byte"], ["--tokenizer=byte"]])
+def test_the_tokenizer_of_training_has_a_short_name(args):
+    """Other commands have an option of that name."""
+    cfg, _ = parse(Config, "train", "", ["--model.preset", "124m", *args])
+    assert cfg.data.tokenizer == "byte"
+    cfg, _ = parse(EvaluateConfig, "evaluate", "", ["--checkpoint", "x", "--text", "y", *args])
+    assert cfg.tokenizer == "byte"
+    assert refused(Narrow, *args).startswith("prog does not read data.tokenizer")
+
+
+def test_the_last_value_of_an_option_counts():
+    args = ["--config", "a", "--rate", "1", "--config=b", "c"]
+    assert last_value(args, "--config") == "b"
+    assert last_value([*args, "--config"], "--config") == ""
+    assert last_value(args, "--resume") == ""
 
 
 # --- What a command reads ---

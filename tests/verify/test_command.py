@@ -5,16 +5,18 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from gptjax.cli.options import parse
-from gptjax.formats import llmc
+from gptjax.formats import llmc, safetensors
 from gptjax.models import gpt2
 from gptjax.ops import IGNORE_INDEX
 from gptjax.parallel.sharding import num_shards
 from gptjax.verify.ops import OpError
 from tests.commands import expect_error
 from tests.conftest import ROOT
+from tests.models import tiny
 
 command = importlib.import_module("gptjax.verify.__main__")
 TINY = [
@@ -169,6 +171,17 @@ def test_the_config_hash_ignores_how_the_report_is_shown():
         made(*a)[1]["config"] for a in ([], ["--layers", "true", "--json", "x"], ["--seed", "1"])
     )
     assert one == other != different
+
+
+def test_a_checkpoint_gives_the_dimensions(capsys, tmp_path):
+    """A Llama, of which nothing else says so. With a configuration they have to be the same."""
+    cfg = tiny.config(family="llama", num_layers=1, num_heads=4, num_kv_heads=2)
+    path = tmp_path / "m.safetensors"
+    safetensors.write_model(path, tiny.params(cfg), cfg, np.dtype(np.float32))
+    model = ["--checkpoint", str(path)]
+    assert command.main([*model, "--data.seq_len", "4", "--data.batch_size", "1"]) == 0
+    assert "the worst, att_norm[0]" in capsys.readouterr().out
+    expect_error(command.main, [*TINY, *model], "has model.family llama, not gpt2", capsys)
 
 
 def test_parameters_that_are_not_finite_are_named(capsys, tmp_path):
