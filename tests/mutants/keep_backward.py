@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 FUNCTIONS = {
-    "block_bwd", "embed_bwd", "norm_bwd", "recompute",  # models/gpt2.py
+    "block_bwd", "embed_bwd", "norm_bwd", "recompute",  # models/gpt2.py, models/llama.py
     # Models/transformer.py
     "blocks_bwd", "over_layers", "loss_and_grad", "classifier_and_grad", "to_params", "loss_manual",
-    "linear_bwd", "layernorm_bwd", "gelu_bwd", "gelu_again", "embedding_bwd",  # models/layers.py
+    # Models/layers.py
+    "linear_bwd", "layernorm_bwd", "rmsnorm_bwd", "gelu_bwd", "gelu_again", "swiglu_bwd",
+    "swiglu_again",
 }  # fmt: skip
 
 source, session = sys.argv[1:]

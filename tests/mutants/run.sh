@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Mutate the ops, or the backward of the models, with cosmic-ray, and list the mutants that the tests let live:
-#   pip install -e '.[mutation]' && tests/mutants/run.sh norm activation loss ... gpt2 transformer layers
-# Works on a copy, since cosmic-ray edits the files in place. An op takes minutes, a model's file an hour, on one core.
+#   pip install -e '.[mutation]' && tests/mutants/run.sh norm activation loss ... gpt2 llama transformer layers
+# Works on a copy, since cosmic-ray edits the files in place.
 set -euo pipefail
 source_folder=$(cd "$(dirname "$0")/../.." && pwd)
 work=$(mktemp -d)
@@ -9,15 +9,18 @@ trap 'rm -rf "$work"' EXIT
 cp -r "$source_folder"/{gptjax,tests,pyproject.toml} "$work"
 cd "$work"
 export PYTHONPATH=$work GPTJAX_SHARED=/nonexistent
+# What a mutant does not change is compiled once for all of them
+export JAX_COMPILATION_CACHE_DIR=$work/cache JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
+mkdir -m 700 "$work/cache"
 for module in "$@"; do
   path=gptjax/ops/$module.py tests="tests/ops/test_names.py tests/ops/test_$module.py"
   case $module in
     blockwise) tests+=" tests/ops/test_attention.py" ;;
     products | barrier) path=gptjax/xla/$module.py tests="tests/xla/test_$module.py tests/ops/test_linear.py" ;;
-    gpt2 | transformer | layers)
-      path=gptjax/models/$module.py
-      tests="tests/models/test_gpt2.py tests/models/test_transformer.py tests/models/test_layers.py"
-      tests+=" -k 'numpy or pairs or every_setting or mask or counts or chunks or binding or numbers or recompute'"
+    gpt2 | llama | transformer | layers)
+      path=gptjax/models/$module.py tests="tests/models/test_$module.py"
+      [[ $module != layers ]] || tests+=" tests/models/test_gpt2.py tests/models/test_llama.py"
+      tests+=" -k 'numpy or pairs or gradient or every_setting or mask or counts or chunks or binding or numbers or recompu or packed'"
       ;;
   esac
   cat > "$module.toml" <<EOF
