@@ -26,6 +26,7 @@ import operator
 import os
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -193,8 +194,9 @@ def time_decoders(cfg: BenchConfig, checkpoint: str) -> dict[str, Any]:
     prompt = np.random.default_rng(cfg.seed).integers(
         0, source.cfg.vocab_size, decoders.PROMPT_TOKENS
     )
+    tell = partial(print, file=sys.stderr, flush=True)
     found = decoders.compare(
-        checkpoint, cfg.peers, prompt.tolist(), cfg.rounds, ceiling.read_rate()
+        checkpoint, cfg.peers, prompt.tolist(), cfg.rounds, ceiling.read_rate(), tell
     )
     rows = decoders.figures(found)
     print(table([{"name": name} | row for name, row in rows.items()]))

@@ -352,6 +352,7 @@ def compare(
     prompt: Sequence[int],
     rounds: int,
     read: Callable[[], float],
+    tell: Callable[[str], None] = lambda what: None,
 ) -> dict[str, list[dict[str, Any]]]:
     """The figures of each round of all contenders, interleaved.
 
@@ -361,6 +362,7 @@ def compare(
         prompt: its ids; `NEW_TOKENS` are drawn after it.
         rounds: that are counted; one more comes before.
         read: measures the rate at which memory is read, in bytes a second; also once a round.
+        tell: is told what is done next, as this takes minutes.
 
     Raises:
         ConfigError: a peer is not installed, or a process has failed.
@@ -375,9 +377,11 @@ def compare(
             said = stack.enter_context(tempfile.TemporaryFile("w+"))
             processes.append(Process(Task(name, model, prompt, NEW_TOKENS), said))
             stack.callback(processes[-1].close)
+            tell(f"loading {name}")
             processes[-1].run()
         found: dict[str, list[dict[str, Any]]] = {name: [] for name in [*models, MEMORY]}
-        for _ in range(rounds):
+        for i in range(rounds):
+            tell(f"round {i + 1} of {rounds}")
             found[MEMORY].append({"bytes_per_s": read()})
             for process in processes:
                 found[process.name].append(process.run())
