@@ -319,7 +319,6 @@ def load_for_decoding(source: Source, cfg: ModelConfig, how: Storage = "as_store
             names its tensor.
 
     """
-    native.prepare("product", "attention")
     weights = per_tensor(lambda weight: weight, source.params, cfg)
     converted: Counter[str] = Counter()
 
@@ -356,6 +355,10 @@ def load_for_decoding(source: Source, cfg: ModelConfig, how: Storage = "as_store
             source.format,
             kind,
         )
+    needed: list[native.Kernel] = ["attention"] if cfg.compute_dtype == jnp.float32 else []
+    if any(x.dtype != jnp.float32 for x in jax.tree.leaves(params)):
+        needed.append("product")
+    native.prepare(*needed)
     return params
 
 
