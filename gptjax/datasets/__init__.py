@@ -101,7 +101,7 @@ def find_corpus(
         found = _open(path, tokens)
         return found._replace(tokenizer=_found(tokenizer)) if tokenizer else found
     if not path.exists() and not set(dataset) & set("*?["):
-        near = difflib.get_close_matches(dataset, CORPORA, 1)
+        near = [] if path.suffix else difflib.get_close_matches(dataset, CORPORA, 1)
         raise DataError(
             f"data.dataset {dataset} is neither a file or folder nor one of {', '.join(CORPORA)}"
             + (f": did you mean {near[0]}?" if near else "")

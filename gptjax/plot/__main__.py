@@ -84,7 +84,10 @@ def read_runs(paths: Sequence[str], note: Callable[[str], None]) -> list[RunReco
     )
     for path, given in zip(files, paths, strict=False):
         if not path.is_file():
-            raise ConfigError(f"{given} is not a run: there is no {path}")
+            raise ConfigError(
+                f"{given} is not a run: there is no {path}; name a folder that training has made, "
+                "as in runs/NAME"
+            )
     found = [(path, records) for path in files if (records := read_records(path))]
     for path in files if found else []:
         if path not in [kept for kept, _ in found]:

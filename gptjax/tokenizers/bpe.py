@@ -183,7 +183,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, name: str) -> BytePairEncod
     by_id = sorted(bpe.get_vocab().items(), key=lambda item: item[1])
     if len(by_id) != vocab_size - 1:
         raise ValueError(
-            f"the text is too short for a vocabulary of {vocab_size}: it gives {len(by_id) + 1} ids"
+            f"the text is too short for a vocabulary of {vocab_size}: it gives {len(by_id) + 1} "
+            "ids, so ask for no more"
         )
     to_byte = {character: byte for byte, character in PRINTABLE.items()}
     return BytePairEncoding(name, tuple(bytes(to_byte[c] for c in token) for token, _ in by_id))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.verify import finite_difference, trace
-from gptjax.verify.comparison import compare
+from gptjax.verify.comparison import compare, leaf_names
 from gptjax.verify.ops import OpError, ops_table
 from gptjax.verify.rows import Comparison, table
 from gptjax.verify.tolerance import LAMBDA, gradient_variances, tolerance
@@ -136,17 +136,16 @@ def check(
         raise ValueError(
             f"reference must be one of {', '.join(get_args(Reference))}, not {reference}"
         )
-    value, gradient = jax.jit(loss_and_grad)(params, *batch)
+    result = jax.jit(loss_and_grad)(params, *batch)
+    if not isinstance(result, tuple):
+        kind = "a single array" if isinstance(result, jax.Array) else type(result).__name__
+        raise ValueError(f"loss_and_grad must return (loss, gradient), not {kind}")
+    value, gradient = result
+    check_shapes(gradient, params)
     variances = gradient_variances(loss_and_grad, params, *batch)
     allowed = jax.tree.map(
         lambda v: tolerance(v, v) if largest_error is None else largest_error, variances
     )
-    structure: Any = jax.tree.structure(gradient)
-    if structure != jax.tree.structure(params):
-        raise ValueError(
-            f"the gradient has the structure {structure}, not the parameters': "
-            f"{jax.tree.structure(params)}"
-        )
     if reference == "finite-difference":
         if any(x.dtype != jnp.float64 for x in jax.tree.leaves(params)):
             raise ValueError(
@@ -169,6 +168,23 @@ def check(
         reference=reference,
         mismatch=None if found else locate(loss, loss_and_grad, params, *batch),
     )
+
+
+def check_shapes(gradient: Any, params: Any) -> None:
+    """Raise a ValueError unless the gradient is shaped like the parameters."""
+    structure: Any = jax.tree.structure(gradient)
+    if structure != jax.tree.structure(params):
+        raise ValueError(
+            f"the gradient has the structure {structure}, not the parameters': "
+            f"{jax.tree.structure(params)}"
+        )
+    for (tensor, _), x, dx in zip(
+        leaf_names(params), *map(jax.tree.leaves, (params, gradient)), strict=True
+    ):
+        if jnp.shape(dx) != jnp.shape(x):
+            raise ValueError(
+                f"the gradient of {tensor} has shape {jnp.shape(dx)}, its parameter {jnp.shape(x)}"
+            )
 
 
 def locate(

@@ -236,7 +236,7 @@ def mismatch(
     what = (
         "every op is right, but their results are combined wrongly"
         if named
-        else "there is no jitted OP_bwd to locate the error"
+        else "to have its op named, write it as jitted functions OP_fwd and OP_bwd"
     )
     return Mismatch(f"gradient of {name}", what, worst.relative_l2)
 

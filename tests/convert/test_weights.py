@@ -140,6 +140,13 @@ def test_other_dimensions(tmp_path):
         load_weights(str(tmp_path / "m.bin"), tiny.config(num_layers=3))
 
 
+def test_a_run_that_is_given_by_its_name_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="mine does not exist: did you mean runs/mine?"):
+        load_weights("mine")
+
+
 def test_what_is_not_there_or_not_known(tmp_path):
     with pytest.raises(CheckpointError, match="does not exist: name a run, a Hugging Face folder"):
         load_weights(str(tmp_path / "none"))

@@ -116,6 +116,17 @@ def test_a_bound_of_zero_is_one_and_holds_for_differences_too():
     assert found[1e-6].gradient
 
 
+def test_results_of_another_form_are_named():
+    value = X.sum()
+    for wrong, message in (
+        (lambda w: jnp.ones_like(w), "must return .loss, gradient., not a single array"),
+        (lambda w: (value, [w]), "the gradient has the structure"),
+        (lambda w: (value, w.T), "the gradient of value has shape .*, its parameter"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check(lambda w: jnp.sin(w).sum(), wrong, X)
+
+
 def test_an_unknown_reference():
     with pytest.raises(ValueError, match="must be one of autodiff, finite-difference, not torch"):
         check(loss, loss_and_grad, PARAMS, X, LABELS, reference="torch")
@@ -123,7 +134,7 @@ def test_an_unknown_reference():
 
 def test_without_named_ops_only_the_tensor_is_named():
     report = check(lambda w: jnp.sin(w).sum(), lambda w: (jnp.sin(w).sum(), 2 * jnp.cos(w)), X)
-    assert str(report.mismatch).startswith("gradient of value: there is no jitted OP_bwd")
+    assert str(report.mismatch).startswith("gradient of value: to have its op named, write")
 
 
 def test_float32_is_held_to_float32():
