@@ -29,7 +29,6 @@ from gptjax.models.params import num_params, param_axes, per_tensor, tensor_at
 from gptjax.ops.quantized import PANEL, Blocks, interleaved
 from gptjax.parallel.mesh import param_shardings, place
 from gptjax.tokenizers import Tokenizer, ggml, tokenizer_json
-from gptjax.xla import native
 
 Format = Literal["hf", "llmc", "llama2c", "gguf", "safetensors"]
 Q8_0 = np.dtype(np.int8)
@@ -357,10 +356,6 @@ def load_for_decoding(source: Source, cfg: ModelConfig, how: Storage = "as_store
             source.format,
             kind,
         )
-    needed: list[native.Kernel] = ["attention"] if cfg.compute_dtype == jnp.float32 else []
-    if any(x.dtype != jnp.float32 for x in jax.tree.leaves(params)):
-        needed.append("product")
-    native.prepare(*needed)
     return params
 
 

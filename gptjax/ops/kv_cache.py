@@ -14,7 +14,7 @@ from gptjax.xla.barrier import cpu_barrier
 from gptjax.xla.products import accumulation_dtype
 
 KeyHeads = Float[Array, "B T K D"]
-FEW = 8  # new positions, up to which C++ is faster than XLA's products of small matrices
+FEW = 8  # new positions that one call of C++ attends to; of more, XLA multiplies matrices
 
 
 class LayerCache(NamedTuple):
@@ -70,6 +70,7 @@ def cached_attention(
 def _attend(
     q: Heads, k: KeyHeads, v: KeyHeads, cache: LayerCache, slot: Any, begin: Int[Array, " B"]
 ) -> Heads:
+    """The output of `cached_attention`, by XLA."""
     acc, K = accumulation_dtype(q), k.shape[2]
     B, T, H, D = q.shape
     q, k, v = q.reshape(B, T, K, H // K, D), k.swapaxes(1, 2), v.swapaxes(1, 2)
@@ -93,6 +94,7 @@ def _attend(
 def _attend_natively(
     q: Heads, k: KeyHeads, v: KeyHeads, cache: LayerCache, slot: Any, begin: Int[Array, " B"]
 ) -> Heads:
+    """The same in C++, if there is a compiler."""
     if not native.available("attention"):
         return _attend(q, k, v, cache, slot, begin)
     return native.attention(q, k, v, *cache, begin, jnp.asarray(slot, jnp.int32))

@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,19 +33,12 @@ from gptjax.xla.cache import compiled_folder, processor, read_private
 FOLDER = Path(__file__).parent
 HEADERS = tuple(FOLDER / name for name in ("avx2.h", "parallel.h", "product_x86.inc"))
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared")
-Kernel = Literal[
-    "adamw", "product", "attention"
-]  # a function of KERNEL.cc; XLA's target is gptjax_KERNEL
+Kernel = Literal["adamw", "product", "attention"]
+"""A function of KERNEL.cc; XLA calls it gptjax_KERNEL."""
 ISA = "GPTJAX_NATIVE_ISA"  # the environment variable that names an instruction set
 PATIENCE = 120  # seconds for the compiler
 LEFT_ALONE = 24 * 60 * 60  # seconds for which a compiler that took longer is not asked again
 LOADS = "import ctypes, sys; ctypes.CDLL(sys.argv[1])[sys.argv[2]]"
-
-
-def prepare(*kernels: Kernel) -> None:
-    """Compile kernels side by side, which would otherwise be compiled one after the other."""
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(registered, kernels))
 
 
 def available(kernel: Kernel) -> bool:
@@ -60,8 +52,8 @@ def registered(kernel: Kernel) -> ctypes.CDLL | None:
     kernel could not be compiled, now or before.
 
     ``CXX`` names the compiler, ``c++`` by default; ``CXX=false`` leaves the work to XLA. Why it
-    cannot be compiled is logged. ``GPTJAX_NATIVE_ISA`` names one of `instruction_sets` for
-    products, by default the first.
+    cannot be compiled is logged. ``GPTJAX_NATIVE_ISA`` names one of `instruction_sets`, by
+    default the first; kernels other than products know portable and AVX2.
 
     Raises:
         ConfigError: it names another.
