@@ -85,7 +85,7 @@ def shared() -> Path:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Mark as slow what `slow.txt` lists: more than 4 s of processor time."""
+    """Mark as slow what `slow.txt` lists: the tests that take longest."""
     listed = set((Path(__file__).parent / "slow.txt").read_text().splitlines())
     for item in items:
         if item.nodeid.removeprefix("tests/") in listed:

@@ -51,12 +51,11 @@ def cached_attention(
         The output, and the cache with the new keys and values in ``slot`` and the T - 1 after it.
 
     """
+    arguments = q, k, v, cache, slot, begin
     if q.shape[1] <= FEW and q.dtype == cache.k.dtype == jnp.float32:
-        o = lax.platform_dependent(
-            *(q, k, v, cache, slot, begin), cpu=_attend_natively, default=_attend
-        )
+        o = native.on_cpu("attention", native.attention, _attend, *arguments)
     else:
-        o = _attend(q, k, v, cache, slot, begin)
+        o = _attend(*arguments)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     k, v = cpu_barrier(o, k), cpu_barrier(o, v)
     return o, LayerCache(
@@ -89,12 +88,3 @@ def _attend(
     o += jnp.einsum("bkrt,bktd->bkrd", p[..., S:], v, preferred_element_type=acc)
     o = o.astype(rows.dtype).reshape(B, K, T, -1, D)
     return o.transpose(0, 2, 1, 3, 4).reshape(B, T, H, D)
-
-
-def _attend_natively(
-    q: Heads, k: KeyHeads, v: KeyHeads, cache: LayerCache, slot: Any, begin: Int[Array, " B"]
-) -> Heads:
-    """The same in C++, if there is a compiler."""
-    if not native.available("attention"):
-        return _attend(q, k, v, cache, slot, begin)
-    return native.attention(q, k, v, *cache, begin, jnp.asarray(slot, jnp.int32))

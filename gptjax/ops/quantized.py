@@ -178,7 +178,7 @@ def product(x: Float[Array, "M I"], w: Any) -> Float[Array, "M O"]:
         return lax.platform_dependent(x, w, cpu=_rounded_product, default=_dequantized_product)
     w = (w.w if isinstance(w, OutIn) else w).reshape(-1, x.shape[1])
     if len(x) <= FEW_ROWS and (x.dtype, w.dtype) == (jnp.float32, jnp.bfloat16):
-        return lax.platform_dependent(x, w, cpu=_few_rows_product, default=_product)
+        return native.on_cpu("product", _few_rows_product, _product, x, w)
     return _product(x, w)
 
 
@@ -192,7 +192,7 @@ def _product(x: Float[Array, "M I"], w: Float[Array, "O I"]) -> Float[Array, "M 
 
 
 def _few_rows_product(x: Float[Array, "M I"], w: Float[Array, "O I"]) -> Float[Array, "M O"]:
-    return native.product(x, [w], len(w)) if native.available("product") else _product(x, w)
+    return native.product(x, [w], len(w))
 
 
 def _dequantized_product(x: Float[Array, "M I"], w: Blocks) -> Float[Array, "M O"]:

@@ -137,9 +137,10 @@ def check(
             f"reference must be one of {', '.join(get_args(Reference))}, not {reference}"
         )
     result = jax.jit(loss_and_grad)(params, *batch)
-    if not isinstance(result, tuple):
-        kind = "a single array" if isinstance(result, jax.Array) else type(result).__name__
-        raise ValueError(f"loss_and_grad must return (loss, gradient), not {kind}")
+    if not isinstance(result, tuple | list) or len(result) != 2:
+        raise ValueError(
+            f"loss_and_grad must return (loss, gradient), not {jax.tree.structure(result)}"
+        )
     value, gradient = result
     check_shapes(gradient, params)
     variances = gradient_variances(loss_and_grad, params, *batch)

@@ -66,7 +66,7 @@ ATTENTION = jax.jit(native.attention)
 
 
 def computed(q, k, v, cache, slot, begin):
-    return np.asarray(ATTENTION(q, k, v, *cache, jnp.asarray(begin, jnp.int32), jnp.int32(slot)))
+    return np.asarray(ATTENTION(q, k, v, cache, jnp.int32(slot), jnp.asarray(begin, jnp.int32)))
 
 
 @pytest.mark.usefixtures("compiler")

@@ -119,7 +119,8 @@ def test_a_bound_of_zero_is_one_and_holds_for_differences_too():
 def test_results_of_another_form_are_named():
     value = X.sum()
     for wrong, message in (
-        (lambda w: jnp.ones_like(w), "must return .loss, gradient., not a single array"),
+        (lambda w: jnp.ones_like(w), "must return .loss, gradient., not PyTreeDef"),
+        (lambda w: (value, w, w), "must return .loss, gradient., not PyTreeDef"),
         (lambda w: (value, [w]), "the gradient has the structure"),
         (lambda w: (value, w.T), "the gradient of value has shape .*, its parameter"),
     ):

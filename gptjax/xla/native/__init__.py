@@ -17,13 +17,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import jaxlib
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from gptjax.errors import ConfigError, GptjaxError
@@ -44,6 +46,13 @@ LOADS = "import ctypes, sys; ctypes.CDLL(sys.argv[1])[sys.argv[2]]"
 def available(kernel: Kernel) -> bool:
     """Whether XLA can call a kernel; otherwise it does the work itself."""
     return registered(kernel) is not None
+
+
+def on_cpu(kernel: Kernel, call: Callable[..., Any], plain: Callable[..., Any], *args: Any) -> Any:
+    """``call(*args)``, which calls the kernel, on a CPU that has it; elsewhere ``plain(*args)``."""
+    if not available(kernel):
+        return plain(*args)
+    return lax.platform_dependent(*args, cpu=call, default=plain)
 
 
 @functools.cache
@@ -301,11 +310,10 @@ def attention(
     q: Float[Array, "B T H D"],
     k: Float[Array, "B T K D"],
     v: Float[Array, "B T K D"],
-    past_k: Float[Array, "B K S D"],
-    past_v: Float[Array, "B K S D"],
-    begin: Int[Array, " B"],
+    past: tuple[Float[Array, "B K S D"], Float[Array, "B K S D"]],
     slot: Int[Array, ""],
+    begin: Int[Array, " B"],
 ) -> Float[Array, "B T H D"]:
     """Attention of T new positions, see `gptjax.ops.kv_cache.cached_attention`; all in float32."""
     call: Any = jax.ffi.ffi_call("gptjax_attention", jax.ShapeDtypeStruct(q.shape, q.dtype))
-    return call(q, k, v, past_k, past_v, begin, slot)
+    return call(q, k, v, *past, begin, jnp.asarray(slot, jnp.int32))
