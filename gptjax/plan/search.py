@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from gptjax.config import Backward
 from gptjax.plan.collectives import Collective
 from gptjax.plan.compiled import Compiled, compile_work
-from gptjax.plan.floor import Floor, sending_seconds, step_floor
+from gptjax.plan.floor import Floor, step_floor
 from gptjax.plan.predict import (
     Work,
     saved_bytes,
@@ -50,6 +50,8 @@ class Plan(NamedTuple):
     """
     kernels: int
     """Kernel launches of a compiled GPU program; 0 for others."""
+    exposed: float
+    """Seconds of sending that the compiled GPU program's kernels do not hide; 0 for others."""
     largest: int | None
     """The most rows of a micro-batch that fit on each device; 0 if none does, None if not
     searched.
@@ -130,9 +132,7 @@ def make_plan(
     floor = step_floor(work, topology.device, sent) if topology.device and rated else None
     serial = floor.serial if floor else None
     if isinstance(found, Compiled) and found.kernels and topology.device:
-        serial = sum(kernel.seconds for kernel in found.kernels)
-        for c in sent:
-            serial += max(0.0, sending_seconds(work.mesh, topology.device, [c]) - c.compute)
+        serial = sum(kernel.seconds for kernel in found.kernels) + found.exposed
     return Plan(
         work=work,
         source=source,
@@ -147,6 +147,7 @@ def make_plan(
         floor=floor,
         serial=serial,
         kernels=round(sum(k.times for k in found.kernels)) if isinstance(found, Compiled) else 0,
+        exposed=found.exposed if isinstance(found, Compiled) else 0.0,
         largest=largest,
         searched=searched,
         tokens=tokens,

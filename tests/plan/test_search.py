@@ -34,7 +34,7 @@ def compiler(total_of):
         return (
             total
             if isinstance(total, TooLarge)
-            else Compiled({"temporaries": total}, [], 1e12, 0.1, [])
+            else Compiled({"temporaries": total}, [], 0.0, 1e12, 0.1, [])
         )
 
     return compile_work
