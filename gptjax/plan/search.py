@@ -1,5 +1,6 @@
 """Plan a step: its memory, its minimum time, and the largest batch that fits."""
 
+import math
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from gptjax.plan.predict import (
     working_bytes,
 )
 from gptjax.plan.topology import Topology
+from gptjax.train.metrics import human_bytes
 from gptjax.train.optimizer import Optimizer
 
 USABLE = 0.95  # of a device's memory; runtime, library workspaces and fragmentation take the rest
@@ -119,7 +121,7 @@ def make_plan(
     )
     largest, searched = None, ""
     if search and isinstance(found, Compiled):
-        largest, searched = _extrapolate_batch(
+        largest, searched = _largest_batch(
             work, sum(memory.values()), capacity, optimizer, backward, devices or []
         )
     elif search:
@@ -173,7 +175,7 @@ def bisect_largest(fits: Callable[[int], bool]) -> int:
     return low
 
 
-def _extrapolate_batch(
+def _largest_batch(
     work: Work,
     total: int,
     capacity: float,
@@ -181,15 +183,28 @@ def _extrapolate_batch(
     backward: Backward,
     devices: list[Any],
 ) -> tuple[int | None, str]:
-    """Extrapolate the largest batch from two compilations, with the configured rows and twice as
-    many.
+    """Extrapolate the largest batch from the configured rows and twice as many, and compile it; as
+    long as it does not fit, interpolate from it.
     """
-    twice = compile_work(work.with_rows(2 * work.rows), optimizer, backward, devices)
-    other = sum(twice.memory.values()) if isinstance(twice, Compiled) else twice.used
-    if other is None or other <= total:
-        return None, "not found: the compiled memory does not grow with the batch"
-    rows = int(work.rows + (capacity - total) * work.rows / (other - total))
-    return max(rows, 0), f"extrapolated from {work.rows} and {2 * work.rows} rows, compiled"
+
+    def needed(rows: int) -> float:
+        found = compile_work(work.with_rows(rows), optimizer, backward, devices)
+        if isinstance(found, Compiled):
+            return sum(found.memory.values())
+        return max(found.used or math.inf, capacity + 1)
+
+    known: dict[int, float] = {work.rows: total}
+    rows = 2 * work.rows
+    while rows not in known:
+        known[rows] = needed(rows)
+        growth = (known[rows] - total) / (rows - work.rows)
+        if growth <= 0:
+            return None, "not found: the compiled memory does not grow with the batch"
+        if rows == 2 * work.rows or known[rows] > capacity:
+            rows = int(work.rows + (capacity - total) / growth)
+        if rows < 1:
+            return 0, "by extrapolation from compiled steps"
+    return rows, f"compiled: {human_bytes(known[rows])} a device"
 
 
 def _host_memory() -> float:
