@@ -180,7 +180,7 @@ IN_NETWORK = [
 IN_BLOCK = [
     ("dropped term", "the stream's gradient ends at the MLP", "dx = dx + dx2", "dx = dx2"),
     ("dropped term", "the stream's gradient ends at attention", "dx = dx + dx1", "dx = dx1"),
-    ("dropped term", "no gradient through the values", "dhq + dhk + dhv", "dhq + dhk"),
+    ("dropped term", "no gradient through the values", "add(dhq, dhk, dhv)", "add(dhq, dhk)"),
     (
         "wrong operand",
         "queries and keys are exchanged",

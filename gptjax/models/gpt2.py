@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from gptjax.config import Architecture, ModelConfig
 from gptjax.models.family import RECOMPUTED, Weight
 from gptjax.models.layers import (
+    add,
     dropout_bwd,
     dropout_fwd,
     embedding_bwd,
@@ -21,7 +22,6 @@ from gptjax.models.layers import (
     layernorm_fwd,
     linear_bwd,
     linear_fwd,
-    residual_fwd,
 )
 
 OPTIONS = ()
@@ -157,7 +157,7 @@ def block_fwd(
     o, att = attend(q, k, v)
     a, attproj = linear_fwd(o, w.attprojw, w.attprojb)
     a, drop1 = dropout_fwd(a, cfg.dropout, key1)
-    x = residual_fwd(x, a)
+    x = add(x, a)
     h2, ln2 = layernorm_fwd(x, w.ln2w, w.ln2b)
     f, fc = linear_fwd(h2, w.fcw, w.fcb)
     g, gelu = gelu_fwd(f)
@@ -165,7 +165,7 @@ def block_fwd(
     g, dropmlp = dropout_fwd(g, cfg.dropout_mlp, key3)
     m, fcproj = linear_fwd(g, w.fcprojw, w.fcprojb)
     m, drop2 = dropout_fwd(m, cfg.dropout, key2)
-    x = residual_fwd(x, m)
+    x = add(x, m)
     return x, BlockSaved(ln1, qkv, att, attproj, drop1, ln2, fc, gelu, dropmlp, fcproj, drop2)
 
 
@@ -194,7 +194,7 @@ def block_bwd(
     dhv, dvw, dvb = linear_bwd(saved.qkv, w.vw, dv)
     dhk, dkw, dkb = linear_bwd(saved.qkv, w.kw, dk)
     dhq, dqw, dqb = linear_bwd(saved.qkv, w.qw, dq)
-    dx1, dln1w, dln1b = layernorm_bwd(saved.ln1, w.ln1w, dhq + dhk + dhv)
+    dx1, dln1w, dln1b = layernorm_bwd(saved.ln1, w.ln1w, add(dhq, dhk, dhv))
     dx = dx + dx1
     return dx, Block(
         ln1w=dln1w,

@@ -29,6 +29,7 @@ from gptjax.xla.forms import form_of
 from gptjax.xla.products import contract
 
 __all__ = [
+    "add",
     "classifier_fwd",
     "dropout_bwd",
     "dropout_fwd",
@@ -41,7 +42,6 @@ __all__ = [
     "layernorm_fwd",
     "linear_bwd",
     "linear_fwd",
-    "residual_fwd",
     "rmsnorm_bwd",
     "rmsnorm_fwd",
     "rotary_bwd",
@@ -137,13 +137,17 @@ def embedding_fwd(ids: Int[Array, "..."], table: Any) -> Float[Array, "..."]:
     )
 
 
-def residual_fwd(x: Float[Array, "B T C"], y: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
-    """``x + y``, a branch's output added to the residual stream.
+def add(x: Float[Array, "B T C"], *products: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
+    """``x`` plus what products have just made: a residual branch, or gradients of one input.
 
-    cuBLASLt can add x while it writes the product that made y. XLA's GPU compiler copies x first,
-    unless x itself has the product's shape, (N, C), and XLA sees that x is used again.
+    cuBLASLt can add the sum so far while it writes the next product. XLA's GPU compiler copies that
+    sum first, unless it itself has the product's shape, (N, C), and XLA sees that it is used again.
+    XLA lets a product add one array, and looks at the left operand first.
     """
-    return (_rows(x) + _rows(y)).reshape(x.shape)
+    rows = _rows(x)
+    for y in products:
+        rows = _rows(y) + rows
+    return rows.reshape(x.shape)
 
 
 def _rows(x: Float[Array, "B T C"]) -> Float[Array, "N C"]:

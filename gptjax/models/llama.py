@@ -16,13 +16,13 @@ from gptjax.config import Architecture, ModelConfig
 from gptjax.errors import ConfigError
 from gptjax.models.family import RECOMPUTED, Weight
 from gptjax.models.layers import (
+    add,
     dropout_bwd,
     dropout_fwd,
     embedding_bwd,
     embedding_fwd,
     linear_bwd,
     linear_fwd,
-    residual_fwd,
     rmsnorm_bwd,
     rmsnorm_fwd,
     rotary_bwd,
@@ -158,7 +158,7 @@ def block_fwd(
     o, att = attend(q, k, v)
     a, o = linear_fwd(o, w.wo)
     a, drop1 = dropout_fwd(a, cfg.dropout, key1)
-    x = residual_fwd(x, a)
+    x = add(x, a)
     h2, ffn_norm = rmsnorm_fwd(x, w.ffn_norm, cfg.norm_eps)
     gate, ffn = linear_fwd(h2, w.w1)
     up, _ = linear_fwd(h2, w.w3)
@@ -167,7 +167,7 @@ def block_fwd(
     g, drop_mlp = dropout_fwd(g, cfg.dropout_mlp, key3)
     m, down = linear_fwd(g, w.w2)
     m, drop2 = dropout_fwd(m, cfg.dropout, key2)
-    x = residual_fwd(x, m)
+    x = add(x, m)
     return x, BlockSaved(att_norm, qkv, att, o, drop1, ffn_norm, ffn, swiglu, drop_mlp, down, drop2)
 
 
@@ -189,7 +189,7 @@ def block_bwd(
     dgate, dup = swiglu_bwd(saved.swiglu, dg)
     dh3, dw3, _ = linear_bwd(saved.ffn, w.w3, dup)
     dh2, dw1, _ = linear_bwd(saved.ffn, w.w1, dgate)
-    dx2, dffn_norm = rmsnorm_bwd(saved.ffn_norm, w.ffn_norm, dh2 + dh3)
+    dx2, dffn_norm = rmsnorm_bwd(saved.ffn_norm, w.ffn_norm, add(dh2, dh3))
     dx = dx + dx2
     da = dropout_bwd(saved.drop1, cfg.dropout, dx)
     do, dwo, _ = linear_bwd(saved.o, w.wo, da)
@@ -199,7 +199,7 @@ def block_bwd(
     dhv, dwv, _ = linear_bwd(saved.qkv, w.wv, dv)
     dhk, dwk, _ = linear_bwd(saved.qkv, w.wk, dk)
     dhq, dwq, _ = linear_bwd(saved.qkv, w.wq, dq)
-    dx1, datt_norm = rmsnorm_bwd(saved.att_norm, w.att_norm, dhq + dhk + dhv)
+    dx1, datt_norm = rmsnorm_bwd(saved.att_norm, w.att_norm, add(dhq, dhk, dhv))
     dx = dx + dx1
     return dx, Block(
         att_norm=datt_norm,

@@ -30,7 +30,7 @@ from gptjax.ops import (
 )
 from gptjax.parallel.sharding import compute_layout, num_shards, param_layout
 from gptjax.xla.backend import platform_name
-from gptjax.xla.barrier import barrier, chunk_barrier
+from gptjax.xla.barrier import barrier
 from gptjax.xla.products import contract
 
 # --- One block, and the stack of blocks under each recompute setting ---
@@ -342,7 +342,7 @@ def classifier_and_grad(
     dhead: Any = None
     w = gathered_head(head, h)
     for x, targets, weights in row_chunks(h, batch.targets, batch.mask, cfg, count):
-        scores = contract("nc,vc->nv", chunk_barrier((dh[-1], dhead), x) if dh else x, w)
+        scores = contract("nc,vc->nv", barrier((dh[-1], dhead), x) if dh else x, w)
         nll, saved = cross_entropy_fwd(scores, targets, weights, cfg.vocab_size)
         dscores = cross_entropy_bwd(saved, cfg.vocab_size)
         dh.append(contract("nv,vc->nc", dscores, w))

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
@@ -22,6 +21,7 @@ from gptjax.parallel.sharding import on_mesh
 from gptjax.train.optimizer import Optimizer, StepMetrics, fused_update, update
 from gptjax.xla import native
 from gptjax.xla.compile_options import compile_tuned
+from gptjax.xla.norms import global_norm
 
 # An update whose temporaries exceed this fraction of the parameters copies its donated buffers
 COPYING_FRACTION = 1 / 8
@@ -194,7 +194,7 @@ def step_functions(
         params: Any, batch: Batch, key: Any, step: Array, buffer: Any
     ) -> tuple[Array, Any, Array]:
         loss, grads = mean_loss_and_grad(params, batch, step_key(key, step, cfg), cfg, backward)
-        return loss, grads, optax.tree.norm(grads)
+        return loss, grads, global_norm(grads)
 
     def whole(
         params: Any, opt_state: Any, grads: Any, loss: Array, norm: Array, step: Array

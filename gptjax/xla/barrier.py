@@ -16,12 +16,21 @@ def barrier(first: Any, x: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]
 
     XLA merges equal expressions, so a value that the backward recomputes from x would otherwise be
     taken from the forward and kept in memory until then. `jax.lax.optimization_barrier` prevents
-    that, too, but XLA's CPU compiler drops it. So zeros that depend on ``first`` are added to x. An
-    infinity or NaN in the first element of an array of ``first`` therefore makes all of x NaN. On a
-    mesh, that element is on one device and would have to be sent, so JAX's barrier is used there.
+    that, too, but XLA's CPU compiler drops it. There, zeros that depend on ``first`` are added to
+    x. An infinity or NaN in the first element of an array of ``first`` therefore makes all of x
+    NaN. On a mesh, that element is on one device and would have to be sent, so JAX's barrier is
+    used there, too.
     """
     if num_shards() > 1:
-        return lax.optimization_barrier((first, x))[1]
+        return _barrier(first, x)
+    return lax.platform_dependent(first, x, cpu=_add_zeros, default=_barrier)
+
+
+def _barrier(first: Any, x: Array) -> Array:
+    return lax.optimization_barrier((first, x))[1]
+
+
+def _add_zeros(first: Any, x: Array) -> Array:
     nothing = jnp.zeros((), x.dtype)
     for a in jax.tree.leaves(first):
         if a.size:
@@ -37,14 +46,3 @@ def cpu_barrier(first: Any, x: Inexact[Array, "*shape"]) -> Inexact[Array, "*sha
     then.
     """
     return lax.platform_dependent(first, x, cpu=barrier, default=lambda first, x: x)
-
-
-def chunk_barrier(first: Any, x: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
-    """x, available only once ``first`` is, on every platform: chunks are computed in turn.
-
-    Unlike a `cpu_barrier`, which leaves the order to other platforms' schedulers: those compute
-    all chunks first where a sum over them comes last.
-    """
-    return lax.platform_dependent(
-        first, x, cpu=barrier, default=lambda first, x: lax.optimization_barrier((first, x))[1]
-    )

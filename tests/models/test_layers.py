@@ -113,5 +113,6 @@ def test_jax_differentiates_the_fusible_form_of_gelu_in_float32():
     np.testing.assert_array_equal(found, expected)
 
 
-def test_residual_fwd_adds():
-    np.testing.assert_array_equal(layers.residual_fwd(X, 2 * X), X + 2 * X)
+def test_add_adds():
+    np.testing.assert_array_equal(layers.add(X, 2 * X), X + 2 * X)
+    np.testing.assert_array_equal(layers.add(X, 2 * X, X), X + 2 * X + X)
