@@ -13,6 +13,7 @@ from gptjax.config import ModelConfig
 from gptjax.models.params import num_padded_params
 from gptjax.parallel.devices import DEVICES
 from gptjax.plan.collectives import bytes_sent, collectives
+from gptjax.plan.kernels import kernels
 from gptjax.xla.gpu import CUDNN, TARGETS, assumed_cudnn, proto_text
 from tests.conftest import ROOT
 
@@ -146,7 +147,13 @@ def test_a_step_compiles_for_an_h100(tmp_path):
     ours = (tmp_path / "hlo" / "manual-gradient.txt").read_text()
     assert ours.count('"epilogue":"BIAS_GELU_AUX"') == 1  # bias and GELU by the product itself
     assert ours.count('"epilogue":"BIAS"') == 5  # q, k, v and both projections
-    assert not re.search(r" (transpose|pad)\(", ours)
+    # Both residual branches, and two of the three gradients through q, k and v
+    assert ours.count('"beta":1') == 4
+    # The norm of 20 small gradients: the sum of their concatenation, in steps
+    norm = [k for k in kernels(ours, DEVICES["NVIDIA H100 80GB HBM3"]) if "norms.py" in k.source]
+    assert sum(k.kind == "reduction" for k in norm) == 3
+    # The norm pads its vector
+    assert not re.search(r"\[\d+,[\d,]+\]\S* (transpose|pad)\(", ours)
     totals = re.findall(r"^in all +\| +([\d,]+) ", done.stdout, re.MULTILINE)
     assert len(totals) == 2
 
