@@ -76,7 +76,6 @@ def test_the_configured_step_alone(capsys, tmp_path):
     assert sum(op["kernels"] for op in record["profile"]) > 50
 
 
-@pytest.mark.slow
 def test_every_other_way_to_compute_it(capsys):
     assert command.main([*TINY, "--compare"]) == 0
     assert rows(capsys.readouterr().out)[2:-1] == [
@@ -138,7 +137,6 @@ def test_decoding(option, capsys, monkeypatch):
     ]
 
 
-@pytest.mark.slow
 def test_the_peer(capsys, monkeypatch):
     pytest.importorskip("torch")
     pytest.importorskip("transformers")

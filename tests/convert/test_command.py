@@ -25,7 +25,6 @@ from gptjax.train.step import init_state
 from tests.commands import expect_error
 from tests.conftest import ROOT
 from tests.models import tiny
-from tests.slow import slow
 
 CFG = tiny.config(dtype="float32")
 BPE = tokenizers.train_bpe(["the cat sat on the mat"] * 9, 262, "cats")
@@ -262,7 +261,7 @@ print("PEAK", peak[0] - before)
         ("hf", "back.bin"),
         ("big.bin", "m.safetensors"),
         ("head", "back.bin"),
-        slow([("run", "m.safetensors")]),
+        ("run", "m.safetensors"),
     ],
 )
 def test_one_tensor_at_a_time_is_in_memory(model, tmp_path, way):
