@@ -332,7 +332,8 @@ def load_for_decoding(source: Source, cfg: ModelConfig, how: Storage = "as_store
             array = np.asarray(tensor)
             check_finite(source.format, path, array)
             if not is_storable(weight):
-                return jax.device_put(array)
+                # A copy, since JAX would keep a mapped file's pages in use
+                return jnp.array(array)
             if in_blocks and how == "as_stored":
                 converted["q8_0"] += 1
             kind: Storage = "q8_0" if in_blocks and how == "as_stored" else how
