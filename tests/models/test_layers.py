@@ -63,6 +63,8 @@ def test_weights_may_be_in_any_storage():
     np.testing.assert_allclose(
         layers.linear_fwd(X, OutIn(W.T), B)[0], ops.linear_fwd(X, W, B)[0], rtol=1e-12
     )
+    together, _ = layers.linears_fwd(X, (OutIn(W.T), OutIn(2 * W.T)), (B, 3 * B))
+    np.testing.assert_allclose(together[1], ops.linear_fwd(X, 2 * W, 3 * B)[0], rtol=1e-12)
     np.testing.assert_array_equal(layers.embedding_fwd(IDS, OutIn(W)), W[IDS])
     np.testing.assert_allclose(layers.embedding_fwd(IDS, quantize(W, "q8_0")), W[IDS], atol=0.02)
 
