@@ -56,12 +56,12 @@ __all__ = [
 
 def linear_fwd(x: Array, w: Any, b: Array | None = None) -> tuple[Array, Any]:
     """`ops.linear_fwd`; the weights may be stored for decoding."""
-    (y,), saved = linears_fwd(x, (w,), None if b is None else (b,))
+    (y,), saved = linears_fwd(x, (w,), (b,))
     return y, saved
 
 
 def linears_fwd(
-    x: Array, ws: Sequence[Any], bs: Sequence[Array] | None = None
+    x: Array, ws: Sequence[Any], bs: Sequence[Array | None] | None = None
 ) -> tuple[list[Array], Any]:
     """`linear_fwd` of one input with several weights: a y for each, and what is saved.
 

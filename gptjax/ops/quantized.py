@@ -160,7 +160,7 @@ def table_rows(table: Any, ids: Int[Array, "*B"]) -> Float[Array, "*B C"]:
 
 
 def quantized_linears(
-    x: Float[Array, "B T *I"], ws: Sequence[Any], bs: Sequence[Array] | None = None
+    x: Float[Array, "B T *I"], ws: Sequence[Any], bs: Sequence[Array | None] | None = None
 ) -> list[Float[Array, "..."]]:
     """``y = x w + b`` for each stored weight w and its bias b, if there are any."""
     ys = products(x.reshape(-1, math.prod(x.shape[2:])), ws)

@@ -200,7 +200,7 @@ class HuggingFace(SpaceFirst):
     def content(self) -> dict[str, object]:
         """See `Tokenizer`."""
         begin = {} if self.begin_of_text is None else {"begin_of_text": self.begin_of_text}
-        return {"tokenizer": self.parsed, "end_of_text": self.end_of_text} | begin
+        return {"tokenizer": self.parsed, "end_of_text": self.end_of_text, **begin}
 
 
 def read_library(source: str) -> Any:

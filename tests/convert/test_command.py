@@ -337,7 +337,7 @@ def test_every_export_keeps_the_tokenizer(model, tmp_path, capsys, name, kind):
     convert(tmp_path / "262.bin", tmp_path / name, "--tokenizer", tmp_path / "t.json")
     assert open_weights(str(tmp_path / name)).tokenizer.same_as(kind)
     beside = "gptjax_tokenizer.json" if name == "hf" else f"{name}.tokenizer.json"
-    told = f"cannot hold a {kind.kind} tokenizer: it is in {beside}" in capsys.readouterr().out
+    told = f"cannot hold the {kind.kind} tokenizer: it is in {beside}" in capsys.readouterr().out
     assert told == (name != "hf" or kind is not BPE)
 
 

@@ -59,6 +59,11 @@ def test_recomputed_gelu_equals_gelu():
     np.testing.assert_array_equal(layers.gelu_again(X, 2 * X), ops.gelu_fwd(2 * X)[0])
 
 
+def test_recomputed_swiglu_equals_swiglu():
+    y, saved = ops.swiglu_fwd(2 * X, 3 * X)
+    np.testing.assert_array_equal(layers.swiglu_again(X, saved), y)
+
+
 def test_weights_may_be_in_any_storage():
     np.testing.assert_allclose(
         layers.linear_fwd(X, OutIn(W.T), B)[0], ops.linear_fwd(X, W, B)[0], rtol=1e-12

@@ -28,7 +28,7 @@ for module in "$@"; do
 module-path = "$path"
 timeout = 300.0
 excluded-modules = []
-test-command = "python -m pytest -x -q -p no:cacheprovider -n 0 --hypothesis-profile mutation $tests"
+test-command = "python -m pytest -x -q -p no:cacheprovider -n 0 --hypothesis-profile mutation -m '' $tests"
 [cosmic-ray.distributor]
 name = "local"
 [cosmic-ray.filters.operators-filter]

@@ -544,7 +544,8 @@ def assert_refused(args: list[str], message: str, capsys) -> None:
         (["--resume", ""], "resume is empty"),
         (["--seed", "-1"], "seed must be from 0 to 4294967295"),
         (["--optim.eps", "0"], "optim.eps must be above 0"),
-        (["--resume", "nowhere"], "--resume nowhere is not the folder of a run"),
+        (["--resume", "nowhere"], "--resume nowhere: there is no such run"),
+        (["--resume", "configs"], "--resume configs is not the folder of a run"),
         (["--runs", "/dev/null/x"], "/dev/null/x"),
     ],
 )
@@ -558,8 +559,9 @@ def test_bad_options_end_in_one_sentence(command, capsys, args, message):
         ("modle: {preset: 124m}", "unknown option modle"),
         (
             "model: {preset: 124m, chanels: 4}",
-            "unknown option model.chanels: did you mean model.channels?",
+            "bad.yaml: unknown option model.chanels: did you mean model.channels?",
         ),
+        ("model: {preset: 124m, channels: many}", "bad.yaml: model.channels: Expected a int"),
         ("model: {preset: [", "parsing"),
         ("model: {preset: 3m}", "preset"),
         ("{}", "model"),
