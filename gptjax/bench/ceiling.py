@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from gptjax.config import ModelConfig
 from gptjax.models.params import flops_per_token, num_params, num_untied_params
+from gptjax.train.metrics import peak_flops
 from gptjax.xla.products import contract
 
 ROUNDS = 7
@@ -94,6 +95,14 @@ def step_floor(cfg: ModelConfig, tokens: int, seq_len: int, ceiling: Ceiling) ->
         tokens * flops_per_token(cfg, seq_len) / ceiling.flops
         + ADAMW_PASSES * 4 * num_params(cfg) / ceiling.bandwidth
     )
+
+
+def peak_seconds(cfg: ModelConfig, tokens: int, seq_len: int) -> float | None:
+    """Seconds of a training step's products at the data sheet's rate of this device, for model
+    FLOPs utilisation; None if that is unknown.
+    """
+    peak = peak_flops(jax.devices()[0].device_kind, cfg.dtype)
+    return tokens * flops_per_token(cfg, seq_len) / peak if peak else None
 
 
 def decode_floor(cfg: ModelConfig, ceiling: Ceiling) -> float:

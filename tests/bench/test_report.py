@@ -1,0 +1,35 @@
+import pytest
+
+from gptjax.bench import report
+from gptjax.bench.ceiling import Ceiling
+from gptjax.bench.profile import OpTime
+from gptjax.bench.timing import Contender, Timing
+
+
+def test_the_rows_of_contenders_and_their_floor(capsys):
+    """100 tokens in 0.2 s, where 0.1 s is the floor and 0.05 s the data sheet's."""
+    slow, fast = (
+        Timing(Contender(name, print, {"compile_s": 1.5}), [s, s, 2 * s])
+        for name, s in (("slow", 0.2), ("fast", 0.1))
+    )
+    found = report.print_timings([slow, fast], 100, Ceiling(2e9, 3e9, 4e9), 0.1, 0.05)
+    first, second = found["rows"]
+    assert first["tokens_per_s"] == pytest.approx(500)
+    assert (first["of_floor"], first["mfu"], first["ratio"]) == pytest.approx((2, 0.25, 1))
+    assert (second["of_floor"], second["mfu"], second["ratio"]) == pytest.approx((1, 0.5, 0.5))
+    assert (found["floor_ms"], found["bandwidth"]) == (100, 3e9)
+    head, line, _, floor = capsys.readouterr().out.splitlines()
+    assert " ".join(head.split()) == "compile s ms spread tokens/s MFU / floor ratio"
+    assert " ".join(line.split()) == "slow 1.5 200.0 100% 500 25.0% 2.00 1.00"
+    assert (
+        floor
+        == "floor                    100.0 ms at 2 GFLOP/s, 3.0 GB/s, 4.0 GB/s where only read"
+    )
+
+
+def test_a_profile_says_where_most_time_goes():
+    times = [OpTime(f"op{n}", 1.0 / (n + 1), 2) for n in range(20)]
+    lines = report.profile_table(times).splitlines()
+    assert lines[1].split() == ["op0", "1000.0", "27.8%", "2"]
+    assert lines[-1].startswith("8 more")
+    assert len(lines) == 1 + report.OPS + 1
