@@ -1,10 +1,11 @@
 """Print what the benchmarks measured and counted."""
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 from gptjax.bench.ceiling import Ceiling
-from gptjax.bench.profile import OpTime
+from gptjax.bench.profile import OpTime, TracedKernel
 from gptjax.bench.timing import Timing
 from gptjax.plan.kernels import Kernel, summed
 from gptjax.train.metrics import human_bytes
@@ -69,6 +70,13 @@ def table(rows: list[dict[str, Any]], ratio: str = ".2f") -> str:
         "compile s": ("compile_s", 9, "{:.1f}".format),
         "temporaries": ("temporary_bytes", 11, human_bytes),
         "in all": ("total_bytes", 9, human_bytes),
+        "programs": ("programs", 8, str),
+        "kernels": ("kernels", 7, "{:,.0f}".format),
+        "launches": ("launches", 8, "{:,.0f}".format),
+        "GB": ("nbytes", 7, lambda n: f"{n / 1e9:.2f}"),
+        "TFLOP": ("flops", 6, lambda n: f"{n / 1e12:.2f}"),
+        "least ms": ("least_ms", 8, "{:.2f}".format),
+        "traced ms": ("traced_ms", 9, "{:.2f}".format),
         "ms": ("ms", 9, "{:.1f}".format),
         "spread": ("spread", 6, "{:.0%}".format),
         "tokens/s": ("tokens_per_s", 9, "{:,.0f}".format),
@@ -154,3 +162,38 @@ def _cells(kernel: Kernel) -> str:
     gigabytes = f"{kernel.read / 1e9:>7.2f} {kernel.written / 1e9:>7.2f}"
     times = f"{kernel.flops / 1e12:>6.2f} {kernel.seconds * 1e3:>6.2f}"
     return f"{kernel.times:>6,.0f} {gigabytes} {times}"
+
+
+def print_traced(title: str, found: list[TracedKernel]) -> dict[str, Any]:
+    """Print what kernels take at least and what they took, by kind and for the source lines that
+    took most; returns these figures and those of each instruction.
+    """
+    record: dict[str, Any] = {}
+    for key in ("kind", "source"):
+        rows = traced_rows(found, operator.attrgetter(key))
+        print(f"{title}, kernels by {key}")
+        print(table(rows if key == "kind" else rows[: OPS + 1]))
+        record[key] = rows
+    record["instructions"] = [
+        one.counted._asdict() | {"launches": one.launches, "traced": one.seconds} for one in found
+    ]
+    return record
+
+
+def traced_rows(found: list[TracedKernel], key: Callable[[Kernel], str]) -> list[dict[str, Any]]:
+    """A row for all kernels, then one for each key, slowest first. ``ratio`` is the time taken over
+    the least time. Instructions that the trace lacks have a row of their own.
+    """
+    groups: dict[str, list[TracedKernel]] = {"in all": found}
+    for one in found:
+        name = key(one.counted) if one.launches else "not in the trace"
+        groups.setdefault(name, []).append(one)
+    rows = []
+    for name, group in groups.items():
+        least = sum(one.counted.seconds for one in group) * 1e3
+        took = sum(one.seconds for one in group) * 1e3
+        row: dict[str, Any] = {"name": name, "kernels": sum(one.counted.times for one in group)}
+        row |= {"launches": sum(one.launches for one in group), "least_ms": least}
+        row["traced_ms"] = took
+        rows.append(row | ({"ratio": took / least} if took and least else {}))
+    return rows[:1] + sorted(rows[1:], key=lambda row: -row["traced_ms"])

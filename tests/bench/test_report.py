@@ -2,8 +2,9 @@ import pytest
 
 from gptjax.bench import report
 from gptjax.bench.ceiling import Ceiling
-from gptjax.bench.profile import OpTime
+from gptjax.bench.profile import OpTime, TracedKernel
 from gptjax.bench.timing import Contender, Timing
+from gptjax.plan.kernels import Kernel
 
 
 def test_the_rows_of_contenders_and_their_floor(capsys):
@@ -33,3 +34,35 @@ def test_a_profile_says_where_most_time_goes():
     assert lines[1].split() == ["op0", "1000.0", "27.8%", "2"]
     assert lines[-1].startswith("8 more")
     assert len(lines) == 1 + report.OPS + 1
+
+
+def test_traced_kernels_stand_beside_what_they_take_at_least(capsys):
+    """Two copies of at least 1 ms each that take 3 ms together, one that is not traced, a product
+    of two kernels, and 0.5 ms of what is not counted.
+    """
+
+    def counted(kind, source, seconds, times=1):
+        return Kernel(kind, source, times, 0.0, 0.0, 0.0, seconds)
+
+    found = [
+        TracedKernel(counted("copy", "a.py:1", 1e-3), 1, 1.25e-3),
+        TracedKernel(counted("copy", "b.py:2", 1e-3), 1, 1.75e-3),
+        TracedKernel(counted("copy", "a.py:1", 4e-3), 0, 0.0),
+        TracedKernel(counted("product", "b.py:2", 5e-3), 2, 6e-3),
+        TracedKernel(counted("not counted", "elsewhere", 0, times=0), 1, 0.5e-3),
+    ]
+    record = report.print_traced("manual", found)
+    names = ("name", "kernels", "launches", "least_ms", "traced_ms", "ratio")
+    rows = [[row.get(name) for name in names] for row in record["kind"]]
+    assert rows == [
+        ["in all", 4, 5, pytest.approx(11), pytest.approx(9.5), pytest.approx(9.5 / 11)],
+        ["product", 1, 2, pytest.approx(5), pytest.approx(6), pytest.approx(1.2)],
+        ["copy", 2, 2, pytest.approx(2), pytest.approx(3), pytest.approx(1.5)],
+        ["not counted", 0, 1, 0, pytest.approx(0.5), None],
+        ["not in the trace", 1, 0, pytest.approx(4), 0, None],
+    ]
+    by_source = {row["name"]: row["traced_ms"] for row in record["source"]}
+    assert by_source["b.py:2"] == pytest.approx(7.75)
+    assert record["instructions"][3]["launches"] == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[3].split() == ["product", "1", "2", "5.00", "6.00", "1.20"]
