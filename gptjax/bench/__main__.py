@@ -16,6 +16,10 @@ without needing that hardware. For cuda, where JAX's plugin is installed (``gptj
 compiles the step for an H100 and adds up the kernels instead: bytes, FLOPs, and the least time if
 they run one after the other. With ``--hlo FOLDER`` it writes the programs compiled for an H100
 (cuda), a TPU v5e (tpu) or the CPU.
+
+``--what gpu`` measures all of this for one device in 8 minutes, by default for 124M on an NVIDIA
+GPU: its rates, the step's kernels, time and memory, decoding, and PyTorch's step. ``--json`` keeps
+the figures of the parts that succeed if another fails.
 """
 
 import dataclasses
@@ -25,6 +29,7 @@ import math
 import os
 import statistics
 import sys
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,12 +38,13 @@ import jax
 import numpy as np
 
 from gptjax import cli
-from gptjax.bench import ceiling, data, decoders, loop, program, steps, torch_peer
+from gptjax.bench import ceiling, data, decoders, gpu_day, loop, program, steps, torch_peer
+from gptjax.bench.parts import run_parts
 from gptjax.bench.profile import profile
 from gptjax.bench.report import print_kernels, print_timings, profile_table, table
-from gptjax.bench.timing import time_interleaved
+from gptjax.bench.timing import Contender, time_interleaved
 from gptjax.cli.options import last_value, parse
-from gptjax.config import BenchConfig
+from gptjax.config import BenchConfig, Config
 from gptjax.convert.weights import open_weights
 from gptjax.datasets import find_corpus, vocabulary, vocabulary_without_corpus
 from gptjax.datasets.batches import BatchShape
@@ -59,6 +65,8 @@ def main(argv: list[str] | None = None) -> int:
         given = sys.argv[1:] if argv is None else argv
         if last_value(given, "--checkpoint"):
             given = [*UNUSED, *given]
+        if last_value(given, "--what") == "gpu" and not last_value(given, "--config"):
+            given = [*gpu_day.DEFAULTS, *given]
         cfg, _ = parse(BenchConfig, PROG, __doc__ or "", given)
         cfg = dataclasses.replace(cfg, what="decode") if cfg.decode else cfg
         if cfg.json and not Path(cfg.json).absolute().parent.is_dir():
@@ -67,13 +75,16 @@ def main(argv: list[str] | None = None) -> int:
                 f"{Path(cfg.json).absolute().parent}"
             )
         # The other modes read the corpus, or have a checkpoint
-        fresh = cfg.what in ("step", "decode", "program") and not cfg.checkpoint
+        fresh = cfg.what in ("step", "decode", "program", "gpu") and not cfg.checkpoint
         if not cfg.model.vocab_size and fresh:
             size, whose = vocabulary_without_corpus(cfg.data.tokenizer)
             print(f"vocabulary of {size:,} ids, of {whose}")
             cfg = dataclasses.replace(cfg, model=cfg.model.with_vocabulary(size))
         cli.reuse_freed_memory()
-        if cfg.what == "data":
+        status = 0
+        if cfg.what == "gpu":
+            status, record = measure_gpu(cfg)
+        elif cfg.what == "data":
             record = time_data(cfg)
         elif cfg.what == "loop":
             record = time_loop(cfg)
@@ -87,11 +98,26 @@ def main(argv: list[str] | None = None) -> int:
                 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
             start_jax(cfg.model.dtype)
             record = time_model(cfg)
-        if cfg.json:
-            with naming(cfg.json):
-                Path(cfg.json).write_text(json.dumps(record, indent=1) + "\n")
+        if cfg.json and record:
+            write(cfg, record)
             print(f"wrote {cfg.json}")
-    return 0
+    return status
+
+
+def write(cfg: BenchConfig, record: dict[str, Any]) -> None:
+    """Write all figures to the file of ``--json``, if any."""
+    if cfg.json:
+        with naming(cfg.json):
+            Path(cfg.json).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def measure_gpu(cfg: BenchConfig) -> tuple[int, dict[str, Any]]:
+    """Run the parts of `gptjax.bench.gpu_day`; the file of ``--json`` is written after each.
+    Returns the exit status and all figures.
+    """
+    status, record = run_parts(gpu_day.PARTS, cfg, partial(write, cfg))
+    gpu_day.print_summary(record)
+    return status, record
 
 
 def time_model(cfg: BenchConfig) -> dict[str, Any]:
@@ -102,6 +128,7 @@ def time_model(cfg: BenchConfig) -> dict[str, Any]:
 
     """
     model = cfg.model.resolve(platform_name(), min(cfg.data.seq_len, cfg.model.max_seq_len))
+    theirs: Callable[[Config], Iterator[Contender]]
     if cfg.what == "step":
         tokens = cfg.optim.accumulate * cfg.data.batch_size * cfg.data.seq_len
         ours, theirs = steps.step_contenders(cfg, cfg.compare), torch_peer.step_contenders

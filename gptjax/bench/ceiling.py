@@ -1,5 +1,6 @@
 """Measured rates of matrix products and memory on this device, and the time bounds they imply."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -10,6 +11,8 @@ import jax.numpy as jnp
 
 from gptjax.config import ModelConfig
 from gptjax.models.params import flops_per_token, num_params, num_untied_params
+from gptjax.parallel.devices import Device, device_of
+from gptjax.plan.kernels import REACHED
 from gptjax.train.metrics import peak_flops
 from gptjax.xla.products import contract
 
@@ -63,6 +66,14 @@ def measure(cfg: ModelConfig, tokens: int) -> Ceiling:
 
     written = 2 * STREAM_BYTES / _median_seconds(once)
     return Ceiling(flops, written, STREAM_BYTES / _median_seconds(reader(stream)))
+
+
+def device_rates(cfg: ModelConfig, tokens: int) -> Device:
+    """The data sheet's rates of this device or, if they are unknown, those that `measure` finds."""
+    if known := device_of(jax.devices()[0].device_kind):
+        return known
+    best = measure(cfg, tokens)
+    return Device(best.flops / REACHED, math.inf, best.bandwidth, math.inf, 1)
 
 
 def reader(stream: Any) -> Callable[[], Any]:
