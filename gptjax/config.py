@@ -528,7 +528,7 @@ class TrainConfig:
     log_every: int = 1
     """Steps between lines on the screen; the metrics file has every step."""
     eval_every: int = 50
-    """Steps between validations; the last step always has one."""
+    """Steps between validations; the last step has one, too. 0: none at all."""
     eval_tokens: int = 8192
     """Tokens in each validation, rounded up to whole sequences; the same ones every time."""
     sample_every: int = 0

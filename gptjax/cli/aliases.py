@@ -52,6 +52,7 @@ ALIASES = {
     "train.keep_checkpoints": "save_total_limit",
     "log.wandb": "wandb_log wandb_project report_to",
     "mesh.fsdp": "zero_stage",
+    "topology": "hardware devices accelerator",
     "mesh.tensor": "tensor_parallel tensor_parallel_size tp",
     "mesh.data": "data_parallel data_parallel_size dp ddp",
     "name": "run_name wandb_run_name experiment",
