@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from gptjax.config import ModelConfig
 from gptjax.ops import target_weights
-from gptjax.parallel.sharding import num_shards, sum_to_param_layout
+from gptjax.parallel.sharding import num_shards, sum_over_fsdp
 
 # Least rows in a chunk. With fewer, adding to the head's gradient (4 bytes read and written per
 # element) takes longer than its product (2 FLOPs per element and row) at the 240 FLOPs per byte of
@@ -62,9 +62,11 @@ def sum_of_shares(f: Callable[..., Array], *rows: Array) -> Array:
     return jax.vmap(f)(*(_split_shares(r) for r in rows))
 
 
-def total(terms: Array) -> Float[Array, "Vp C"]:
-    """The sum of `sum_of_shares`'s terms, in the classifier's param layout."""
-    return terms if _shares() == 1 else sum_to_param_layout(terms, "Vp", "C")
+def total(terms: Array) -> Float[Array, "*N Vp C"]:
+    """The sum of `sum_of_shares`'s terms over fsdp, in the classifier's param layout: on a mesh one
+    for each shard over data.
+    """
+    return terms if _shares() == 1 else sum_over_fsdp(terms, "Vp", "C")
 
 
 def _shares() -> int:

@@ -190,13 +190,26 @@ def embed_bwd(
     params: Any,
     inputs: Int[Array, "B T"],
     positions: Int[Array, "*B T"],
-    dhead: Array,
+    dhead: Float[Array, "*N Vp C"],
     dx: Float[Array, "B T C"],
     cfg: ModelConfig,
 ) -> dict[str, Array]:
-    """Gradients of the family's tables by name; `embed_fwd`'s layouts in reverse."""
+    """Gradients of the family's tables by name; `embed_fwd`'s layouts in reverse.
+
+    On a mesh ``dhead`` has a term for each shard over data. The shard's rows add to it, so that the
+    sum over data is one for both uses of a tied table.
+    """
     dx = param_layout(compute_layout(dx, "B", None, None), "B", None, "C")
-    return family_of(cfg).embed_bwd(params, param_layout(inputs, "B", None), positions, dhead, dx)
+    inputs = param_layout(inputs, "B", None)
+    tables = family_of(cfg).embed_bwd
+    if dhead.ndim == 2:
+        return tables(params, inputs, positions, dhead, dx)
+    split = lambda rows: rows.reshape(len(dhead), -1, *rows.shape[1:])  # noqa: E731
+    packed = positions.ndim == 2
+    terms = jax.vmap(tables, (None, 0, 0 if packed else None, 0, 0))(
+        params, split(inputs), split(positions) if packed else positions, dhead, split(dx)
+    )
+    return {name: shards.sum(0) for name, shards in terms.items()}
 
 
 def positions_of(
@@ -270,7 +283,7 @@ def loss(
     batch = checked_batch(batch, cfg)
     cfg = resolved(cfg, batch)
     x = hidden(params, batch.inputs, cfg, key, batch.segments)
-    w = compute_layout(head_of(params, cfg).astype(x.dtype), "Vp", "C")
+    w = gathered_head(head_of(params, cfg), x)
 
     def chunk_loss(x: Array, targets: Array, weights: Array) -> Array:
         return cross_entropy_fwd(contract("nc,vc->nv", x, w), targets, weights, cfg.vocab_size)[0]
@@ -310,10 +323,16 @@ def loss_and_grad(
     return value, jax.tree.map(lambda g, w: g.astype(w.dtype), grads, params)
 
 
+def gathered_head(head: Float[Array, "Vp C"], h: Array) -> Float[Array, "Vp C"]:
+    """The classifier's matrix in h's dtype, gathered over fsdp in that dtype."""
+    return compute_layout(param_layout(head.astype(h.dtype), "Vp", "C"), "Vp", "C")
+
+
 def classifier_and_grad(
     head: Float[Array, "Vp C"], h: Float[Array, "B T C"], batch: Batch, cfg: ModelConfig, count: Any
-) -> tuple[Float[Array, ""], Float[Array, "B T C"], Float[Array, "Vp C"]]:
-    """(loss, dh, dhead) of the classifier ``scores = h head^T`` and the cross-entropy.
+) -> tuple[Float[Array, ""], Float[Array, "B T C"], Float[Array, "*N Vp C"]]:
+    """(loss, dh, dhead) of the classifier ``scores = h head^T`` and the cross-entropy; dhead as in
+    `gptjax.models.chunks.total`.
 
     The backward of a chunk of rows directly follows its forward, so only one chunk's scores are in
     memory at a time.
@@ -321,7 +340,7 @@ def classifier_and_grad(
     value: list[Array] = []
     dh: list[Array] = []
     dhead: Any = None
-    w = compute_layout(head.astype(h.dtype), "Vp", "C")
+    w = gathered_head(head, h)
     for x, targets, weights in row_chunks(h, batch.targets, batch.mask, cfg, count):
         scores = contract("nc,vc->nv", chunk_barrier((dh[-1], dhead), x) if dh else x, w)
         nll, saved = cross_entropy_fwd(scores, targets, weights, cfg.vocab_size)

@@ -62,23 +62,23 @@ def param_layout(x: Array, *axes: str | None) -> Array:
     return _constrain(x, [RULES[axis].param for axis in axes])
 
 
-def sum_to_param_layout(terms: Array, *axes: str | None) -> Array:
-    """Sum (n, ...), one term for each share of the rows, in `param_layout`.
+def sum_over_fsdp(terms: Array, *axes: str | None) -> Array:
+    """Sum (n, ...), one term for each share of the rows, to one term for each shard over data.
 
-    The sum is reduce-scattered over the mesh axes that shard it and all-reduced over the others.
-    XLA would all-reduce it over all devices and then slice it.
+    The sum is reduce-scattered over fsdp into `param_layout`. XLA would all-reduce it and then
+    slice it.
     """
     compute, param = ([getattr(RULES[axis], place) for axis in axes] for place in Rule._fields)
-    shares = RULES["B"].compute
-    scattered = [(axis, i) for i, cut in enumerate(param) for axis in cut if axis in shares]
+    rows = RULES["B"]
+    scattered = [(axis, i) for i, cut in enumerate(param) for axis in cut if axis in rows.compute]
 
     def add(terms: Array) -> Array:
-        x = terms[0]
         for axis, i in scattered:
-            x = lax.psum_scatter(x, axis, scatter_dimension=i, tiled=True)
-        return lax.psum(x, [axis for axis in shares if axis not in dict(scattered)])
+            terms = lax.psum_scatter(terms, axis, scatter_dimension=i + 1, tiled=True)
+        return terms
 
-    return jax.shard_map(add, in_specs=_spec([shares, *compute]), out_specs=_spec(param))(terms)
+    layouts = _spec([rows.compute, *compute]), _spec([rows.param, *param])
+    return jax.shard_map(add, in_specs=layouts[0], out_specs=layouts[1])(terms)
 
 
 def num_shards(*axes: str) -> int:

@@ -28,7 +28,7 @@ _CALLED = re.compile(rf"({'|'.join(_CALLERS)})=\{{?([^,}}]*(?:, ?%[^,}}]*)*)")
 
 
 class Collective(NamedTuple):
-    """Collectives of one kind and group size, summed over a step."""
+    """A collective, or the sum of several of one kind and group size, over all runs of a step."""
 
     kind: str
     group: int
@@ -44,8 +44,8 @@ class Collective(NamedTuple):
 
 
 def collectives(text: str, seconds: Mapping[str, float] | None = None) -> list[Collective]:
-    """The collectives that a program runs, including repetitions in loops; ``seconds`` maps the
-    name of each kernel to its seconds.
+    """The collectives that a program runs, one by one, including repetitions in loops; ``seconds``
+    maps the name of each kernel to its seconds.
 
     A loop's trip count is the one that XLA states, or else follows from its condition. On a TPU an
     asynchronous collective appears in several fusions on one channel, some of them in loops. It
@@ -63,10 +63,10 @@ def collectives(text: str, seconds: Mapping[str, float] | None = None) -> list[C
                 found = found._replace(compute=_compute(lines, number, seconds or {}))
                 if key not in channels or runs[name] < channels[key][1]:
                     channels[key] = found, runs[name]
-    return summed(
+    return [
         Collective(found.kind, found.group, turns, found.sent * turns, found.compute * turns)
         for found, turns in channels.values()
-    )
+    ]
 
 
 def summed(collectives: Iterable[Collective]) -> list[Collective]:

@@ -15,6 +15,7 @@ from gptjax.parallel.devices import device_of
 from gptjax.parallel.mesh import make_mesh
 from gptjax.parallel.sharding import MESH_AXES
 from gptjax.plan.collectives import Collective, collectives, summed
+from gptjax.plan.floor import sending_seconds
 from gptjax.plan.kernels import Kernel, kernels
 from gptjax.plan.predict import Work
 from gptjax.train.optimizer import Optimizer
@@ -28,6 +29,9 @@ class Compiled(NamedTuple):
     memory: dict[str, int]
     """Bytes on each device: those that training reports, and the program's code."""
     collectives: list[Collective]
+    """The sum for each kind and group size."""
+    exposed: float
+    """Seconds of sending that the kernels between start and done do not hide; 0 without kernels."""
     flops: float
     """XLA's count for one device, with loop bodies once and without library kernels."""
     seconds: float
@@ -63,13 +67,17 @@ def compile_work(
     texts = [program.as_text() or "" for program in programs]
     rates = device_of(devices[0].device_kind) if devices[0].platform == "gpu" else None
     found = [kernels(text, rates) if rates else [] for text in texts]
+    sent = [
+        collective
+        for text, ran in zip(texts, found, strict=True)
+        for collective in collectives(text, {k.name: k.seconds / k.times for k in ran})
+    ]
     return Compiled(
         memory=step.memory | {"program": code},
-        collectives=summed(
-            collective
-            for text, ran in zip(texts, found, strict=True)
-            for collective in collectives(text, {k.name: k.seconds / k.times for k in ran})
-        ),
+        collectives=summed(sent),
+        exposed=sum(max(0.0, sending_seconds(work.mesh, rates, [c]) - c.compute) for c in sent)
+        if rates
+        else 0.0,
         flops=sum((program.cost_analysis() or {}).get("flops", 0.0) for program in programs),
         seconds=time.perf_counter() - began,
         kernels=[kernel for ran in found for kernel in ran],

@@ -74,7 +74,10 @@ def _collectives(plan: Plan, device: Device | None) -> list[str]:
         ) + (f", overlapping {c.compute * 1e3:,.1f} ms of kernels" if plan.kernels else "")
 
     found = plan.collectives
-    lines = [f"{'sent':<12} {human_bytes(sum(c.sent for c in found))} by each device and step"]
+    hidden = f", {plan.exposed * 1e3:,.2f} ms of it not hidden by kernels" if plan.kernels else ""
+    lines = [
+        f"{'sent':<12} {human_bytes(sum(c.sent for c in found))} by each device and step{hidden}"
+    ]
     return lines + [
         f"  {c.kind:<18} {c.times:>8,.0f} among {c.group:<4} {human_bytes(c.sent):>9}{at(c)}"
         for c in found

@@ -1,5 +1,6 @@
 """Plan a step: its memory, its minimum time, and the largest batch that fits."""
 
+import math
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,7 +8,7 @@ from typing import Any, NamedTuple
 from gptjax.config import Backward
 from gptjax.plan.collectives import Collective
 from gptjax.plan.compiled import Compiled, compile_work
-from gptjax.plan.floor import Floor, sending_seconds, step_floor
+from gptjax.plan.floor import Floor, step_floor
 from gptjax.plan.predict import (
     Work,
     saved_bytes,
@@ -17,6 +18,7 @@ from gptjax.plan.predict import (
     working_bytes,
 )
 from gptjax.plan.topology import Topology
+from gptjax.train.metrics import human_bytes
 from gptjax.train.optimizer import Optimizer
 
 USABLE = 0.95  # of a device's memory; runtime, library workspaces and fragmentation take the rest
@@ -50,6 +52,8 @@ class Plan(NamedTuple):
     """
     kernels: int
     """Kernel launches of a compiled GPU program; 0 for others."""
+    exposed: float
+    """Seconds of sending that the compiled GPU program's kernels do not hide; 0 for others."""
     largest: int | None
     """The most rows of a micro-batch that fit on each device; 0 if none does, None if not
     searched.
@@ -117,7 +121,7 @@ def make_plan(
     )
     largest, searched = None, ""
     if search and isinstance(found, Compiled):
-        largest, searched = _extrapolate_batch(
+        largest, searched = _largest_batch(
             work, sum(memory.values()), capacity, optimizer, backward, devices or []
         )
     elif search:
@@ -130,9 +134,7 @@ def make_plan(
     floor = step_floor(work, topology.device, sent) if topology.device and rated else None
     serial = floor.serial if floor else None
     if isinstance(found, Compiled) and found.kernels and topology.device:
-        serial = sum(kernel.seconds for kernel in found.kernels)
-        for c in sent:
-            serial += max(0.0, sending_seconds(work.mesh, topology.device, [c]) - c.compute)
+        serial = sum(kernel.seconds for kernel in found.kernels) + found.exposed
     return Plan(
         work=work,
         source=source,
@@ -147,6 +149,7 @@ def make_plan(
         floor=floor,
         serial=serial,
         kernels=round(sum(k.times for k in found.kernels)) if isinstance(found, Compiled) else 0,
+        exposed=found.exposed if isinstance(found, Compiled) else 0.0,
         largest=largest,
         searched=searched,
         tokens=tokens,
@@ -172,7 +175,7 @@ def bisect_largest(fits: Callable[[int], bool]) -> int:
     return low
 
 
-def _extrapolate_batch(
+def _largest_batch(
     work: Work,
     total: int,
     capacity: float,
@@ -180,15 +183,28 @@ def _extrapolate_batch(
     backward: Backward,
     devices: list[Any],
 ) -> tuple[int | None, str]:
-    """Extrapolate the largest batch from two compilations, with the configured rows and twice as
-    many.
+    """Extrapolate the largest batch from the configured rows and twice as many, and compile it; as
+    long as it does not fit, interpolate from it.
     """
-    twice = compile_work(work.with_rows(2 * work.rows), optimizer, backward, devices)
-    other = sum(twice.memory.values()) if isinstance(twice, Compiled) else twice.used
-    if other is None or other <= total:
-        return None, "not found: the compiled memory does not grow with the batch"
-    rows = int(work.rows + (capacity - total) * work.rows / (other - total))
-    return max(rows, 0), f"extrapolated from {work.rows} and {2 * work.rows} rows, compiled"
+
+    def needed(rows: int) -> float:
+        found = compile_work(work.with_rows(rows), optimizer, backward, devices)
+        if isinstance(found, Compiled):
+            return sum(found.memory.values())
+        return max(found.used or math.inf, capacity + 1)
+
+    known: dict[int, float] = {work.rows: total}
+    rows = 2 * work.rows
+    while rows not in known:
+        known[rows] = needed(rows)
+        growth = (known[rows] - total) / (rows - work.rows)
+        if growth <= 0:
+            return None, "not found: the compiled memory does not grow with the batch"
+        if rows == 2 * work.rows or known[rows] > capacity:
+            rows = int(work.rows + (capacity - total) / growth)
+        if rows < 1:
+            return 0, "by extrapolation from compiled steps"
+    return rows, f"compiled: {human_bytes(known[rows])} a device"
 
 
 def _host_memory() -> float:

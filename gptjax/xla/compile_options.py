@@ -14,6 +14,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "xla_gpu_enable_triton_gemm": False,
         # Three products for q, k and v, or their results would be cut out and joined again
         "xla_gpu_dot_merger_threshold_mb": 0,
+        # Scatter each layer's gradient as soon as it is computed; XLA combines them all otherwise
+        "xla_gpu_reduce_scatter_combine_threshold_bytes": 4 << 20,
     },
 }
 

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from gptjax.errors import FormatError
-from gptjax.plan.collectives import Collective, _group, bytes_sent, collectives
+from gptjax.plan.collectives import Collective, _group, bytes_sent, collectives, summed
 
 N, TURNS = 8, 3
 FLOAT = 4  # bytes
@@ -132,7 +132,7 @@ def test_collectives_of_a_tpu_program_are_counted():
     """One gather spread over fusions, sums that are scattered, loops that do not say how often they
     turn, dead code.
     """
-    assert collectives(TPU) == [
+    assert summed(collectives(TPU)) == [
         Collective("all-gather", 8, 1, 50 * 768 * 2 * 7 / 8),
         Collective("reduce-scatter", 8, 1 + 3, 4 * 16 * 8 * FLOAT * 7 / 8),
         Collective("collective-permute", 2, 3 + 8 / 2, (3 * 4 + 8 / 2 * 8) * FLOAT),
@@ -150,7 +150,7 @@ replica_groups=[4,2]<=[8], dimensions={1}
 
 def test_gathers_that_a_gpu_program_starts_together_all_count():
     """Operands come first, then as many results."""
-    assert collectives(CUDA) == [
+    assert summed(collectives(CUDA)) == [
         Collective("reduce-scatter", 2, 1, 64 * 32 * 4 / 2),
         Collective("all-gather", 2, 1, (64 * 32 + 16 * 4) * 2 / 2),
     ]
@@ -198,7 +198,9 @@ OVERLAPPED = """ENTRY %main (a: f32[96,8]) -> f32[8] {
 
 def test_asynchronous_cuda_collectives_and_the_kernels_they_overlap():
     """As an H100's programs write them: operands and results in one tuple, or two in a tuple."""
-    found = {c.kind: c for c in collectives(OVERLAPPED, {"x": 1.0, "y": 0.5, "z": 0.25})}
+    one_by_one = collectives(OVERLAPPED, {"x": 1.0, "y": 0.5, "z": 0.25})
+    assert [c.compute for c in one_by_one] == [0.0, 1.5, 0.0, 0.0, 0.25]
+    found = {c.kind: c for c in summed(one_by_one)}
     gathered = 768 * 8 * 4 + 768 * 8 * 2 + 768 * 4
     assert found["all-gather"] == Collective("all-gather", 8, 2, gathered * 7 / 8, 1.5)
     scattered = 768 * 8 * 4 + 768 * 4

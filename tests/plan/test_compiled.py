@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import jax
 import pytest
 
@@ -52,3 +54,29 @@ def test_other_compiler_errors_are_raised(monkeypatch):
     monkeypatch.setattr(compiled, "compile_step", fail)
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         compiled.compile_work(WORK, OPTIMIZER, "manual", jax.devices()[:1])
+
+
+GPU_STEP = """ENTRY %main (a: f32[96,8]) -> f32[8] {
+  %one = f32[1000000]{0} all-reduce-start(%a), channel_id=1, replica_groups=[1,8]<=[8], to_apply=%add
+  %x = f32[25000000]{0} custom-call(), custom_call_target="g"
+  %one.done = f32[1000000]{0} all-reduce-done(%one)
+  %two = f32[1000000]{0} all-reduce-start(%b), channel_id=2, replica_groups=[1,8]<=[8], to_apply=%add
+  %two.done = f32[1000000]{0} all-reduce-done(%two)
+}
+"""
+
+
+def test_kernels_hide_no_more_than_the_collective_they_overlap(monkeypatch):
+    """The first of two equal sums is hidden by a kernel that takes longer, the second by none."""
+    program = SimpleNamespace(
+        as_text=lambda: GPU_STEP,
+        cost_analysis=dict,
+        memory_analysis=lambda: SimpleNamespace(generated_code_size_in_bytes=0),
+    )
+    step = SimpleNamespace(gradient=program, updates=(), memory={})
+    monkeypatch.setattr(compiled, "compile_step", lambda *_: step)
+    monkeypatch.setattr(compiled, "mesh_of", lambda *_: None)
+    gpu = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3")
+    found = compiled.compile_work(WORK._replace(mesh=(8, 1, 1)), OPTIMIZER, "manual", [gpu] * 8)
+    assert sum(k.seconds for k in found.kernels) == pytest.approx(1e8 / 3.35e12)
+    assert found.exposed == pytest.approx(2 * 4e6 * 7 / 8 / 450e9)

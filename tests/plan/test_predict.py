@@ -70,17 +70,16 @@ CASES = {  # those whose memory is compared, and how closely
 def sent_on_cpu(planned):
     """{(kind, group): bytes} of `step_collectives` as XLA's CPU compiler sends them.
 
-    It sums a matrix's gradient whole, where others scatter it. It sums the gradients of the two
-    tables one by one: the classifier's, which the program itself scatters, and the embeddings', of
-    positions, too, in GPT-2. And it sums the gradient of a norm's output for q, k and v, and for
-    both of SwiGLU's inputs, one by one over tensor, where others add first.
+    It sums a matrix's gradient whole, where others scatter it. It sums the gradient of GPT-2's
+    positions, too. And it sums the gradient of a norm's output for q, k and v, and for both of
+    SwiGLU's inputs, one by one over tensor, where others add first.
     """
     model, (data, fsdp, tensor) = planned.model, planned.mesh
     A, tokens = planned.shape.accumulate, model.padded_vocab_size * model.channels // tensor * 4
     gpt2 = model.family == "gpt2"
-    apart = tokens * model.tied + planned.shape.seq_len * model.channels * 4 * gpt2
+    positions = planned.shape.seq_len * model.channels * 4 * gpt2
     found = collections.Counter(
-        {("all-reduce", data): A * bytes_sent("all-reduce", apart / fsdp, data)}
+        {("all-reduce", data): A * bytes_sent("all-reduce", positions / fsdp, data)}
     )
     one_by_one = (
         (2 if gpt2 else 3) * A * model.num_layers * planned.stream * model.compute_dtype.itemsize

@@ -34,7 +34,7 @@ def compiler(total_of):
         return (
             total
             if isinstance(total, TooLarge)
-            else Compiled({"temporaries": total}, [], 1e12, 0.1, [])
+            else Compiled({"temporaries": total}, [], 0.0, 1e12, 0.1, [])
         )
 
     return compile_work
@@ -44,13 +44,15 @@ def compiler(total_of):
     ("total_of", "largest"),
     [
         (lambda rows: 1e9 * rows + 2e9, 74),
-        (lambda rows: 1e9 * rows + 2e9 if rows < 3 else TooLarge("", int(1e9 * rows + 2e9)), 74),
+        (lambda rows: 1e9 * rows + 2e9 + 2e7 * max(0, rows - 4) ** 2, 32),  # the most is 43
+        (lambda rows: 30e9 * rows if rows < 3 else TooLarge("", int(30e9 * rows)), 2),
+        (lambda rows: 30e9 * rows if rows < 3 else TooLarge("", None), 2),
         (lambda rows: 60e9 * rows, 1),
         (lambda rows: 90e9 * rows, 0),
         (lambda rows: 1e9, None),
     ],
 )
-def test_the_largest_batch_is_extrapolated_from_two_compilations(total_of, largest, monkeypatch):
+def test_the_largest_batch_is_extrapolated_and_compiled(total_of, largest, monkeypatch):
     monkeypatch.setattr(search, "compile_work", compiler(total_of))
     plan = search.make_plan(
         WORK, parse_topology("h100:4"), OPTIMIZER, "manual", [object()], 1e9, True

@@ -455,6 +455,15 @@ IN_MODEL = [
             'param_layout(inputs, "B", None)',
             'param_layout(inputs[::-1], "B", None)',
         ),
+        ("one device's tables are doubled", "positions, dhead, dx)", "positions, 2 * dhead, dx)"),
+        ("the tables' rows are all id 0", "rows.reshape(", "0 * rows.reshape(", "mesh"),
+        (
+            "rows add to another shard's ids",
+            "split(inputs), split",
+            "split(inputs)[::-1], split",
+            "mesh",
+        ),
+        ("the tables of one shard over data", "shards.sum(0)", "shards[0]", "mesh"),
     ),
     *in_function(
         transformer.loss_and_grad,
@@ -517,8 +526,8 @@ IN_MODEL = [
         transformer.classifier_and_grad,
         (
             "the classifier is not the embedding",
-            "compute_layout(head.astype(h.dtype)",
-            "compute_layout(head[::-1].astype(h.dtype)",
+            "gathered_head(head, h)",
+            "gathered_head(head[::-1], h)",
         ),
         ("scores of other rows", "if dh else x, w)", "if dh else x[::-1], w)"),
         (
@@ -614,20 +623,19 @@ IN_MODEL = [
         ("half of it", "terms if _shares", "terms / 2 if _shares"),
         (
             "shares are not all summed on a mesh",
-            "sum_to_param_layout(terms,",
-            "sum_to_param_layout(terms.at[0].set(0),",
+            "sum_over_fsdp(terms,",
+            "sum_over_fsdp(terms.at[0].set(0),",
             "mesh",
         ),
     ),
     *in_function(
-        sharding.sum_to_param_layout,
+        sharding.sum_over_fsdp,
         (
             "what is scattered over fsdp is doubled",
-            "lax.psum_scatter(x,",
-            "2 * lax.psum_scatter(x,",
+            "lax.psum_scatter(terms,",
+            "2 * lax.psum_scatter(terms,",
             "mesh",
         ),
-        ("what is summed over data is doubled", "lax.psum(x,", "lax.psum(2 * x,", "mesh"),
     ),
 ]
 

@@ -9,7 +9,10 @@ import sys
 
 import pytest
 
+from gptjax.config import ModelConfig
+from gptjax.models.params import num_padded_params
 from gptjax.parallel.devices import DEVICES
+from gptjax.plan.collectives import bytes_sent, collectives
 from gptjax.xla.gpu import CUDNN, TARGETS, assumed_cudnn, proto_text
 from tests.conftest import ROOT
 
@@ -17,6 +20,9 @@ needs_plugin = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda12_plugin") is None,
     reason="needs jax-cuda12-plugin (the [cuda-aot] extra)",
 )
+
+
+LAYERS = 3
 
 
 def parsed(text):
@@ -143,3 +149,40 @@ def test_a_step_compiles_for_an_h100(tmp_path):
     assert not re.search(r" (transpose|pad)\(", ours)
     totals = re.findall(r"^in all +\| +([\d,]+) ", done.stdout, re.MULTILINE)
     assert len(totals) == 2
+
+
+def compiled_for_8_h100s(mesh, folder):
+    """The gradient's collectives, one by one, and the program; its layers are as wide as 124M's."""
+    command = [sys.executable, "-m", "gptjax.bench", "--what", "program", "--platform", "cuda"]
+    options = {
+        "config": ROOT / "configs" / "debug.yaml",
+        "hlo": folder,
+        mesh: 8,
+        "model.num_layers": LAYERS,
+        "model.channels": 768,
+    }
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    subprocess.run([*command, *arguments], env=environment, check=True, timeout=600)
+    text = (folder / "manual-gradient.txt").read_text()
+    return collectives(text), text
+
+
+@needs_plugin
+def test_every_gradient_is_summed_over_data_once(tmp_path):
+    """The tied table's, too: the sums send no more bytes than the parameters have."""
+    found, _ = compiled_for_8_h100s("mesh.data", tmp_path)
+    sizes = {"num_layers": LAYERS, "num_heads": 4, "channels": 768, "max_seq_len": 128}
+    cfg = ModelConfig(**sizes, vocab_size=50257)
+    assert {c.kind for c in found} == {"all-reduce"}
+    once = bytes_sent("all-reduce", 4 * num_padded_params(cfg), 8)
+    assert sum(c.sent for c in found) == pytest.approx(once, rel=1e-3)
+
+
+@needs_plugin
+def test_over_fsdp_a_table_is_gathered_in_bfloat16_and_each_layer_scattered(tmp_path):
+    found, text = compiled_for_8_h100s("mesh.fsdp", tmp_path)
+    gathers = re.findall(r" = (.*) all-gather-start\(", text)
+    assert any("bf16[50304,768]" in types for types in gathers)
+    assert not any("f32[50304,768]" in types for types in gathers)
+    assert sum(c.times for c in found if c.kind == "reduce-scatter") == LAYERS + 1
