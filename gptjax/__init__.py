@@ -18,19 +18,8 @@ import lazy_loader
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # the same names, for type checkers and editors
-    from . import convert as convert
-    from . import datasets as datasets
-    from . import evaluate as evaluate
-    from . import formats as formats
-    from . import generate as generate
-    from . import models as models
     from . import ops as ops
-    from . import parallel as parallel
-    from . import plan as plan
     from . import tokenizers as tokenizers
-    from . import train as train
-    from . import verify as verify
-    from . import xla as xla
     from .config import Config as Config
     from .config import DataConfig as DataConfig
     from .config import ModelConfig as ModelConfig
@@ -57,21 +46,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submodules=[
-        "convert",
-        "datasets",
-        "evaluate",
-        "formats",
-        "generate",
-        "models",
-        "ops",
-        "parallel",
-        "plan",
-        "tokenizers",
-        "train",
-        "verify",
-        "xla",
-    ],
+    submodules=["ops", "tokenizers"],
     submod_attrs={
         "config": ["Config", "DataConfig", "ModelConfig", "OptimConfig", "TrainConfig"],
         "convert.language_model": ["LanguageModel", "load"],

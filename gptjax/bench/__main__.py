@@ -7,7 +7,6 @@ adds the other ways to compute the step, ``--peer`` the same work in PyTorch. ``
 llama.cpp,ctranslate2,transformers`` also with those. Contenders run
 interleaved, one round after another, so that a noisy machine disturbs all alike. The batch is
 random ids and the weights are fresh.
-
 The floor is measured in the same run: for a step, its matrix products at the rate of one large
 product, and one pass of AdamW over memory; for decoding, one read of all weights a token.
 
@@ -16,10 +15,7 @@ without needing that hardware. For cuda, where JAX's plugin is installed (``gptj
 compiles the step for an H100 and adds up the kernels instead: bytes, FLOPs, and the least time if
 they run one after the other. With ``--hlo FOLDER`` it writes the programs compiled for an H100
 (cuda), a TPU v5e (tpu) or the CPU.
-
-``--what gpu`` measures all of this for one device in 8 minutes, by default for 124M on an NVIDIA
-GPU: its rates, the step's kernels, time and memory, decoding, and PyTorch's step. ``--json`` keeps
-the figures of the parts that succeed if another fails.
+``--what gpu`` measures one GPU whole, in 8 minutes.
 """
 
 import dataclasses
