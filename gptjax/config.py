@@ -528,7 +528,7 @@ class TrainConfig:
     log_every: int = 1
     """Steps between lines on the screen; the metrics file has every step."""
     eval_every: int = 50
-    """Steps between validations; the last step always has one."""
+    """Steps between validations; the last step has one, too. 0: none at all."""
     eval_tokens: int = 8192
     """Tokens in each validation, rounded up to whole sequences; the same ones every time."""
     sample_every: int = 0
@@ -955,11 +955,12 @@ class BenchConfig(Config):
         *("train.steps", "train.backward", "seed"),
     )
 
-    what: Literal["step", "decode", "data", "loop", "program"] = "step"
+    what: Literal["step", "decode", "data", "loop", "program", "gpu"] = "step"
     """step: the training step; decode: sampling with a cache, batch 1; data: tokenizing the corpus,
     and reading batches from it; loop: the steps between two validations, alone and with all the
     other work of training; program: count the operations of the step and the bytes of their results
-    before any fusion, for both backwards."""
+    before any fusion, for both backwards; gpu: all that can be measured of this device in 8
+    minutes."""
     platform: Literal["cpu", "cuda", "rocm", "tpu"] | None = None
     """Platform to lower the step for, with --what program; by default this machine's."""
     hlo: str | None = None

@@ -109,7 +109,6 @@ def test_it_resumes_from_its_checkpoint_bit_for_bit(folder):
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.slow
 def test_it_trains_alike_on_eight_devices(folder):
     trained(
         folder,

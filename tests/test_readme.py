@@ -63,7 +63,8 @@ def test_every_command_parses(path, parsers, monkeypatch):
             continue
         if name in ("train", "explore") and "--config" not in argv:  # the run's own
             argv = ["--config", "configs/debug.yaml", *argv]
-        if name in ("bench", "verify") and "--checkpoint" in argv:  # has dimensions of its own
+        # These have dimensions of their own
+        if name in ("bench", "verify") and {"--checkpoint", "gpu"} & set(argv):
             argv = ["--model.preset", "124m", *argv]
         parser, message = parsers(name), ""
         try:

@@ -7,7 +7,6 @@ adds the other ways to compute the step, ``--peer`` the same work in PyTorch. ``
 llama.cpp,ctranslate2,transformers`` also with those. Contenders run
 interleaved, one round after another, so that a noisy machine disturbs all alike. The batch is
 random ids and the weights are fresh.
-
 The floor is measured in the same run: for a step, its matrix products at the rate of one large
 product, and one pass of AdamW over memory; for decoding, one read of all weights a token.
 
@@ -16,16 +15,17 @@ without needing that hardware. For cuda, where JAX's plugin is installed (``gptj
 compiles the step for an H100 and adds up the kernels instead: bytes, FLOPs, and the least time if
 they run one after the other. With ``--hlo FOLDER`` it writes the programs compiled for an H100
 (cuda), a TPU v5e (tpu) or the CPU.
+``--what gpu`` measures one GPU whole, in 8 minutes.
 """
 
 import dataclasses
 import itertools
 import json
 import math
-import operator
 import os
 import statistics
 import sys
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,26 +34,25 @@ import jax
 import numpy as np
 
 from gptjax import cli
-from gptjax.bench import ceiling, data, decoders, loop, program, steps, torch_peer
-from gptjax.bench.profile import OpTime, profile
-from gptjax.bench.timing import Timing, time_interleaved
+from gptjax.bench import ceiling, data, decoders, gpu_day, loop, program, steps, torch_peer
+from gptjax.bench.parts import run_parts
+from gptjax.bench.profile import profile
+from gptjax.bench.report import print_kernels, print_timings, profile_table, table
+from gptjax.bench.timing import Contender, time_interleaved
 from gptjax.cli.options import last_value, parse
-from gptjax.config import BenchConfig
+from gptjax.config import BenchConfig, Config
 from gptjax.convert.weights import open_weights
 from gptjax.datasets import find_corpus, vocabulary, vocabulary_without_corpus
 from gptjax.datasets.batches import BatchShape
 from gptjax.errors import ConfigError, naming
-from gptjax.models.params import flops_per_token
-from gptjax.plan.kernels import Kernel, kernels, summed
+from gptjax.plan.kernels import Kernel, kernels
 from gptjax.plan.topology import Topology, open_devices, parse_topology, start
-from gptjax.train.metrics import human_bytes, peak_flops
+from gptjax.train.metrics import human_bytes
 from gptjax.xla import native
 from gptjax.xla.backend import platform_name, start_jax
 
 PROG = "python -m gptjax.bench"
-OPS = 12  # listed in a profile
 UNUSED = ("--model.preset", "124m")  # a model has to be given, but a checkpoint has its own
-KERNELS = 25  # kinds or source lines of kernels that are listed
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,6 +61,8 @@ def main(argv: list[str] | None = None) -> int:
         given = sys.argv[1:] if argv is None else argv
         if last_value(given, "--checkpoint"):
             given = [*UNUSED, *given]
+        if last_value(given, "--what") == "gpu" and not last_value(given, "--config"):
+            given = [*gpu_day.DEFAULTS, *given]
         cfg, _ = parse(BenchConfig, PROG, __doc__ or "", given)
         cfg = dataclasses.replace(cfg, what="decode") if cfg.decode else cfg
         if cfg.json and not Path(cfg.json).absolute().parent.is_dir():
@@ -70,13 +71,16 @@ def main(argv: list[str] | None = None) -> int:
                 f"{Path(cfg.json).absolute().parent}"
             )
         # The other modes read the corpus, or have a checkpoint
-        fresh = cfg.what in ("step", "decode", "program") and not cfg.checkpoint
+        fresh = cfg.what in ("step", "decode", "program", "gpu") and not cfg.checkpoint
         if not cfg.model.vocab_size and fresh:
             size, whose = vocabulary_without_corpus(cfg.data.tokenizer)
             print(f"vocabulary of {size:,} ids, of {whose}")
             cfg = dataclasses.replace(cfg, model=cfg.model.with_vocabulary(size))
         cli.reuse_freed_memory()
-        if cfg.what == "data":
+        status = 0
+        if cfg.what == "gpu":
+            status, record = measure_gpu(cfg)
+        elif cfg.what == "data":
             record = time_data(cfg)
         elif cfg.what == "loop":
             record = time_loop(cfg)
@@ -90,11 +94,26 @@ def main(argv: list[str] | None = None) -> int:
                 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
             start_jax(cfg.model.dtype)
             record = time_model(cfg)
-        if cfg.json:
-            with naming(cfg.json):
-                Path(cfg.json).write_text(json.dumps(record, indent=1) + "\n")
+        if cfg.json and record:
+            write(cfg, record)
             print(f"wrote {cfg.json}")
-    return 0
+    return status
+
+
+def write(cfg: BenchConfig, record: dict[str, Any]) -> None:
+    """Write all figures to the file of ``--json``, if any."""
+    if cfg.json:
+        with naming(cfg.json):
+            Path(cfg.json).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def measure_gpu(cfg: BenchConfig) -> tuple[int, dict[str, Any]]:
+    """Run the parts of `gptjax.bench.gpu_day`; the file of ``--json`` is written after each.
+    Returns the exit status and all figures.
+    """
+    status, record = run_parts(gpu_day.PARTS, cfg, partial(write, cfg))
+    gpu_day.print_summary(record)
+    return status, record
 
 
 def time_model(cfg: BenchConfig) -> dict[str, Any]:
@@ -105,6 +124,7 @@ def time_model(cfg: BenchConfig) -> dict[str, Any]:
 
     """
     model = cfg.model.resolve(platform_name(), min(cfg.data.seq_len, cfg.model.max_seq_len))
+    theirs: Callable[[Config], Iterator[Contender]]
     if cfg.what == "step":
         tokens = cfg.optim.accumulate * cfg.data.batch_size * cfg.data.seq_len
         ours, theirs = steps.step_contenders(cfg, cfg.compare), torch_peer.step_contenders
@@ -121,55 +141,16 @@ def time_model(cfg: BenchConfig) -> dict[str, Any]:
     best = ceiling.measure(model, min(tokens, cfg.data.batch_size * cfg.data.seq_len))
     if cfg.what == "step":
         floor = ceiling.step_floor(model, tokens, cfg.data.seq_len, best)
-        peak = peak_flops(jax.devices()[0].device_kind, model.dtype)
+        ideal = ceiling.peak_seconds(model, tokens, cfg.data.seq_len)
     else:
-        floor, peak = tokens * ceiling.decode_floor(model, best), None
-    work = tokens * flops_per_token(model, cfg.data.seq_len)
-    rows = [
-        figures(timing, timings[0], tokens, floor, work / peak if peak else None)
-        for timing in timings
-    ]
-    print(table(rows))
-    rate = (
-        f"{best.flops / 1e9:,.0f} GFLOP/s, {best.bandwidth / 1e9:,.1f} GB/s, "
-        f"{best.reading / 1e9:,.1f} GB/s where only read"
-    )
-    print(f"{'floor':<24} {floor * 1e3:.1f} ms at {rate}")
-    record = {
-        "device": device,
-        "jax": jax.__version__,
-        "tokens": tokens,
-        "floor_ms": floor * 1e3,
-    } | best._asdict()
-    record["rows"] = rows
+        floor, ideal = tokens * ceiling.decode_floor(model, best), None
+    record = {"device": device, "jax": jax.__version__, "tokens": tokens}
+    record |= print_timings(timings, tokens, best, floor, ideal)
     if cfg.profile:
         times = profile(timings[0].contender.run)
         print(profile_table(times))
         record["profile"] = [time._asdict() for time in times]
     return record
-
-
-def figures(
-    timing: Timing, first: Timing, tokens: int, floor: float, ideal: float | None
-) -> dict[str, Any]:
-    """One row's numbers.
-
-    Args:
-        timing: of this row.
-        first: of the first row, the reference for ``ratio``.
-        tokens: in one run.
-        floor: least possible seconds for one run.
-        ideal: seconds of one run at the device's peak, for ``mfu``; None if that is unknown.
-
-    """
-    row = {"name": timing.contender.name} | timing.contender.facts
-    row |= {
-        "ms": timing.median * 1e3,
-        "spread": timing.spread,
-        "tokens_per_s": tokens / timing.median,
-    }
-    row |= {"of_floor": timing.median / floor, "ratio": timing.median / first.median}
-    return row if ideal is None else row | {"mfu": ideal / timing.median}
 
 
 def time_decoders(cfg: BenchConfig, checkpoint: str) -> dict[str, Any]:
@@ -203,61 +184,6 @@ def time_decoders(cfg: BenchConfig, checkpoint: str) -> dict[str, Any]:
     reading = statistics.median(run["bytes_per_s"] for run in found[decoders.MEMORY])
     print(f"{'memory':<24} {reading / 1e9:,.1f} GB/s read")
     return {"device": device, "jax": jax.__version__, "reading": reading, "rows": rows}
-
-
-def table(rows: list[dict[str, Any]], ratio: str = ".2f") -> str:
-    """Format the rows as a table, without columns that are empty in every row."""
-    columns = {
-        "": ("name", 24, str),
-        "compile s": ("compile_s", 9, "{:.1f}".format),
-        "temporaries": ("temporary_bytes", 11, human_bytes),
-        "in all": ("total_bytes", 9, human_bytes),
-        "ms": ("ms", 9, "{:.1f}".format),
-        "spread": ("spread", 6, "{:.0%}".format),
-        "tokens/s": ("tokens_per_s", 9, "{:,.0f}".format),
-        "prompt/s": ("prompt_tokens_per_s", 9, "{:,.0f}".format),
-        "bytes each": ("bytes_per_token", 10, human_bytes),
-        "of reading": ("of_reading", 10, "{:.0%}".format),
-        "peak": ("peak_bytes", 9, human_bytes),
-        "MFU": ("mfu", 6, "{:.1%}".format),
-        "/ floor": ("of_floor", 7, "{:.2f}".format),
-        "ratio": ("ratio", 5, f"{{:{ratio}}}".format),
-    }
-    shown = {
-        head: column for head, column in columns.items() if any(column[0] in row for row in rows)
-    }
-
-    def line(cells: list[str]) -> str:
-        widths = [width for _, width, _ in shown.values()]
-        return " ".join(
-            [
-                f"{cells[0]:<{widths[0]}}",
-                *(f"{c:>{w}}" for c, w in zip(cells[1:], widths[1:], strict=True)),
-            ]
-        )
-
-    def cell(row: dict[str, Any], key: str, form: Any) -> str:
-        return form(row[key]) if key in row else "-"
-
-    body = [line([cell(row, key, form) for key, _, form in shown.values()]) for row in rows]
-    return "\n".join([line(list(shown)), *body])
-
-
-def profile_table(times: list[OpTime]) -> str:
-    """Format the `OPS` slowest ops, and the sum of the rest."""
-    total = sum(time.seconds for time in times)
-    top, rest = times[:OPS], times[OPS:]
-    if rest:
-        top = [
-            *top,
-            OpTime(f"{len(rest)} more", sum(t.seconds for t in rest), sum(t.kernels for t in rest)),
-        ]
-    lines = [f"{'op':<44} {'ms':>9} {'share':>6} {'kernels':>7}"]
-    lines += [
-        f"{t.op[:44]:<44} {t.seconds * 1e3:>9.1f} {t.seconds / total:>6.1%} {t.kernels:>7,}"
-        for t in top
-    ]
-    return "\n".join(lines)
 
 
 def time_loop(cfg: BenchConfig) -> dict[str, Any]:
@@ -385,45 +311,6 @@ def compile_program(cfg: BenchConfig, topology: Topology, folder: Path | None) -
         each = tokens / math.prod(max(1, size) for size in cfg.mesh.shape)
         record["kernels"] = print_kernels(found, each)
     return record
-
-
-def print_kernels(found: dict[str, list[Kernel]], tokens: float) -> dict[str, Any]:
-    """Print the sums of kernels by kind and by source line, for each backward; returns them.
-
-    Args:
-        found: the kernels of a step by backward.
-        tokens: of a step on one device.
-
-    """
-    columns = f"{'runs':>6} {'GB read':>7} {'written':>7} {'TFLOP':>6} {'ms':>6}"
-    record: dict[str, Any] = {}
-    for title in ("kind", "source"):
-        sums = {
-            way: summed(ran, operator.attrgetter(title))
-            | {"in all": summed(ran, lambda _: "in all")["in all"]}
-            for way, ran in found.items()
-        }
-        print(f"{'kernels by ' + title:<28}" + "".join(f" | {way:<36}" for way in sums))
-        print(f"{'':<28}" + f" | {columns}" * len(sums))
-        names = sorted(
-            set().union(*sums.values()),
-            key=lambda name: -max(ks[name].seconds for ks in sums.values() if name in ks),
-        )
-        for name in names[:KERNELS]:
-            cells = (_cells(ks[name]) if name in ks else f"{'':<36}" for ks in sums.values())
-            print(f"{name:<28}" + "".join(f" | {cell}" for cell in cells))
-        record[title] = {
-            way: {name: kernel._asdict() for name, kernel in ks.items()} for way, ks in sums.items()
-        }
-    for way, ran in found.items():
-        print(f"{way}: at best {tokens / sum(k.seconds for k in ran):,.0f} tokens/s a device")
-    return record
-
-
-def _cells(kernel: Kernel) -> str:
-    gigabytes = f"{kernel.read / 1e9:>7.2f} {kernel.written / 1e9:>7.2f}"
-    times = f"{kernel.flops / 1e12:>6.2f} {kernel.seconds * 1e3:>6.2f}"
-    return f"{kernel.times:>6,.0f} {gigabytes} {times}"
 
 
 def time_data(cfg: BenchConfig) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Measured rates of matrix products and memory on this device, and the time bounds they imply."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -10,6 +11,9 @@ import jax.numpy as jnp
 
 from gptjax.config import ModelConfig
 from gptjax.models.params import flops_per_token, num_params, num_untied_params
+from gptjax.parallel.devices import Device, device_of
+from gptjax.plan.kernels import REACHED
+from gptjax.train.metrics import peak_flops
 from gptjax.xla.products import contract
 
 ROUNDS = 7
@@ -64,6 +68,14 @@ def measure(cfg: ModelConfig, tokens: int) -> Ceiling:
     return Ceiling(flops, written, STREAM_BYTES / _median_seconds(reader(stream)))
 
 
+def device_rates(cfg: ModelConfig, tokens: int) -> Device:
+    """The data sheet's rates of this device or, if they are unknown, those that `measure` finds."""
+    if known := device_of(jax.devices()[0].device_kind):
+        return known
+    best = measure(cfg, tokens)
+    return Device(best.flops / REACHED, math.inf, best.bandwidth, math.inf, 1)
+
+
 def reader(stream: Any) -> Callable[[], Any]:
     """Reads an array of whole thousands of numbers once when called."""
     rows = jax.jit(lambda x: x.reshape(-1, 1000).sum(1))
@@ -94,6 +106,14 @@ def step_floor(cfg: ModelConfig, tokens: int, seq_len: int, ceiling: Ceiling) ->
         tokens * flops_per_token(cfg, seq_len) / ceiling.flops
         + ADAMW_PASSES * 4 * num_params(cfg) / ceiling.bandwidth
     )
+
+
+def peak_seconds(cfg: ModelConfig, tokens: int, seq_len: int) -> float | None:
+    """Seconds of a training step's products at the data sheet's rate of this device, for model
+    FLOPs utilisation; None if that is unknown.
+    """
+    peak = peak_flops(jax.devices()[0].device_kind, cfg.dtype)
+    return tokens * flops_per_token(cfg, seq_len) / peak if peak else None
 
 
 def decode_floor(cfg: ModelConfig, ceiling: Ceiling) -> float:

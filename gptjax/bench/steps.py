@@ -91,12 +91,12 @@ def step_contenders(cfg: Config, compare: bool) -> Iterator[Contender]:
             )
             jax.block_until_ready((states[layers], metrics))
 
-        yield Contender(name, run, facts)
+        yield Contender(name, run, facts, (compiled.gradient, *compiled.updates))
 
 
-def decode_contenders(cfg: Config) -> Iterator[Contender]:
+def decode_contenders(cfg: Config, storages: tuple[Storage, ...] = STORAGES) -> Iterator[Contender]:
     """Decoding of `NEW_TOKENS` after `PROMPT_TOKENS`: greedy, with top-k and top-p, and greedy with
-    the weights stored in other ways.
+    the weights stored in other ways; ``storages`` begins with ``as_stored``.
 
     Raises:
         ConfigError: the model has too few positions for the tokens.
@@ -110,13 +110,13 @@ def decode_contenders(cfg: Config) -> Iterator[Contender]:
             f"{PROMPT_TOKENS + NEW_TOKENS}"
         )
     fresh = jax.jit(partial(init_params, cfg=model))(jax.random.key(cfg.seed))
-    weights = {how: store_for_decoding(fresh, model, how) for how in STORAGES}
+    weights = {how: store_for_decoding(fresh, model, how) for how in storages}
     prompts = random_prompt(cfg).tolist()
     drawn = f"top {FILTERED.top_k}, top p {FILTERED.top_p}"
     rows: list[tuple[str, Storage, Sampler]] = [
         ("greedy", "as_stored", GREEDY),
         (drawn, "as_stored", FILTERED),
-        *((f"greedy, {how}", how, GREEDY) for how in STORAGES[1:]),
+        *((f"greedy, {how}", how, GREEDY) for how in storages[1:]),
     ]
     for name, how, sampler in rows:
 

@@ -19,6 +19,8 @@ class Contender(NamedTuple):
     facts: dict[str, Any]
     """Further figures, where known: ``compile_s``, ``temporary_bytes``, ``total_bytes``.
     """
+    programs: tuple[Any, ...] = ()
+    """What one run executes, as `jax.stages.Compiled`, where known."""
 
 
 class Timing(NamedTuple):

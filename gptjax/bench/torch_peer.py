@@ -57,9 +57,13 @@ def load(cfg: Config) -> tuple[Any, Any, Any]:
     return torch, transformers.GPT2LMHeadModel(theirs).to(device), device
 
 
-def step_contenders(cfg: Config) -> Iterator[Contender]:
+def step_contenders(
+    cfg: Config,
+    ways: tuple[str, ...] = ("eager", "compile"),
+    precisions: tuple[str, ...] = PRECISIONS,
+) -> Iterator[Contender]:
     """Training steps of one model: eager and with ``torch.compile``, in float32 and under bfloat16
-    autocast.
+    autocast, or only some of these.
     """
     torch, model, device = load(cfg)
     model.train()
@@ -83,9 +87,9 @@ def step_contenders(cfg: Config) -> Iterator[Contender]:
         logits = model(input_ids=ids, use_cache=False).logits
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
-    for how in ("eager", "compile"):
+    for how in ways:
         forward = torch.compile(loss_of) if how == "compile" else loss_of
-        for precision in PRECISIONS:
+        for precision in precisions:
 
             def step(forward: Any = forward, precision: str = precision) -> None:
                 for ids, labels in zip(inputs, targets, strict=True):

@@ -52,11 +52,12 @@ ALIASES = {
     "train.keep_checkpoints": "save_total_limit",
     "log.wandb": "wandb_log wandb_project report_to",
     "mesh.fsdp": "zero_stage",
+    "topology": "hardware devices accelerator",
     "mesh.tensor": "tensor_parallel tensor_parallel_size tp",
     "mesh.data": "data_parallel data_parallel_size dp ddp",
     "name": "run_name wandb_run_name experiment",
     "runs": "out_dir output_dir output_log_dir",
-    "init": "init_from model_name_or_path pretrained",
+    "init": "model_name_or_path pretrained",
     "resume": "resume_from_checkpoint resume_from",
     "seed": "random_seed",
     "seq_len": "block_size context_length context_size sequence_length seq_length max_seq_length",
@@ -76,6 +77,8 @@ ADVICE = {
     "device": "JAX takes the best device there is; the environment variable JAX_PLATFORMS=cpu, "
     "cuda or tpu names one",
     "backend": "processes find each other as the options under distributed say",
+    "init_from": "--init hf:gpt2 starts from a model's weights, --resume runs/NAME goes on with "
+    "a run",
     "bias": "the model's family decides which biases there are (model.family)",
 }
 

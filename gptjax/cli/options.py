@@ -27,6 +27,7 @@ LARGEST = 2**31 - 1  # largest integer option: JAX counts and indexes in 32 bits
 LARGEST_OF = {"seed": 2**32 - 1, "tokens": 2**53}
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
 LONGEST = 500  # characters in an error message about options
+MOST_UNKNOWN = 5  # options that one error lists
 WIDTH, COLUMN = 100, 29  # of the help text, and of its explanations
 # Options that every command takes
 FRAME = ("config", "help", "help_all", "print_config")
@@ -151,6 +152,7 @@ class Parser(jsonargparse.ArgumentParser):
         and turn every error into a sentence.
         """
         given = self._in_full(sys.argv[1:] if args is None else args)
+        _check_config_files(given)
         self._check_names(given)
         try:
             parsed = super().parse_args(given, *rest, **kwargs)
@@ -178,7 +180,8 @@ class Parser(jsonargparse.ArgumentParser):
         return full
 
     def _check_names(self, args: list[str]) -> None:
-        """Raise a ConfigError for the first option that the command does not read."""
+        """Raise a ConfigError for the options that the command does not read."""
+        unknown = []
         for arg in itertools.takewhile(lambda arg: arg != "--", args):
             name = arg.removeprefix("--").partition("=")[0]
             if not arg.startswith("--") or " " in name or name in self.read or name in FRAME:
@@ -188,7 +191,9 @@ class Parser(jsonargparse.ArgumentParser):
                     f"{name} is a section: give its options, as in --{name}.KEY VALUE, "
                     "or --config FILE"
                 )
-            raise ConfigError(self._unknown(name))
+            unknown.append(self._unknown(name))
+        if unknown:
+            raise ConfigError("; ".join(unknown[:MOST_UNKNOWN]))
 
     def _unknown(self, name: str, others: Iterable[str] = ()) -> str:
         """The error for an unknown option. It suggests an option that the command reads, or one of
@@ -238,13 +243,16 @@ class Parser(jsonargparse.ArgumentParser):
             values = yaml_files.load(content)
             self._check_section(named, values)
         except yaml.YAMLError as error:
-            self.error(f"{named} cannot be read: {error}", error)
+            self.error(f"{named} cannot be read: {error}; look at the line above, too", error)
         top_level = {name.partition(".")[0] for name in self.options}
         if any(key not in top_level for key in values):
             content = yaml.safe_dump(
                 {key: value for key, value in values.items() if key in top_level}
             )
-        return super().parse_string(content, path, *args, **kwargs)
+        try:
+            return super().parse_string(content, path, *args, **kwargs)
+        except ConfigError as error:
+            raise ConfigError(f"{named}: {error}") from error
 
     def sections(self) -> set[str]:
         """The names of all sections, such as ``train``."""
@@ -266,7 +274,7 @@ class Parser(jsonargparse.ArgumentParser):
             if name in self.sections() | SHARED_SECTIONS:
                 self._check_section(named, value, name)
             elif name not in self.options and not self._is_ignored(name):
-                raise ConfigError(self._unknown(name, SHARED))
+                raise ConfigError(f"{named}: {self._unknown(name, SHARED)}")
             # jsonargparse parses it as YAML again, unless the option is text
             if isinstance(value, str):
                 try:
@@ -346,6 +354,18 @@ class _HelpAll(argparse.Action):
         parser.shows_all = True
         parser.print_help()
         parser.exit()
+
+
+def _check_config_files(args: Sequence[str]) -> None:
+    """Raise a ConfigError for a config file that does not exist; it suggests one of that name."""
+    for argument, following in itertools.pairwise([*args, ""]):
+        name, _, value = argument.partition("=")
+        path = Path(value or following)
+        # It may also be the content itself
+        if name == "--config" and re.fullmatch(r"[\w./~-]+", str(path)) and not path.exists():
+            near = Path("configs") / f"{path.name.removesuffix('.yaml')}.yaml"
+            hint = f": did you mean {near}?" if near.exists() else ""
+            raise ConfigError(f"config {path} does not exist{hint}")
 
 
 SHARED = {option.name for option in options_of(Config)}

@@ -23,6 +23,8 @@ LINE_EVERY_S = 60.0
 def progress(what: str, total: int | None, done: int = 0) -> Iterator[Callable[[int], None]]:
     """Show a progress bar; call the yielded function with the number of bytes just done.
 
+    Where stderr is not a terminal, work of unknown size is named in a line.
+
     Args:
         what: a few words before the bar.
         total: bytes in all; None if unknown.
@@ -37,6 +39,8 @@ def progress(what: str, total: int | None, done: int = 0) -> Iterator[Callable[[
         TimeRemainingColumn(),
     )
     console = Console(stderr=True)
+    if total is None and not console.is_terminal:
+        console.print(what)
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as bars:

@@ -126,8 +126,8 @@ def convert(
     print(describe(source))
     if source.tokenizer and not keeps_tokenizer(chosen_format, source.tokenizer):
         print(
-            f"{'note':<10} {chosen_format} cannot hold a {source.tokenizer.kind} tokenizer: it is "
-            f"in {tokenizer_beside(destination).name}, where gptjax finds it"
+            f"{'note':<10} {destination.name} cannot hold the {source.tokenizer.kind} tokenizer: "
+            f"it is in {tokenizer_beside(destination).name}, where gptjax finds it"
         )
     written = [destination, tokenizer_beside(destination)]
     for path in (

@@ -39,14 +39,14 @@ class LanguageModel:
     def generate(
         self,
         text: str = "",
-        new_tokens: int = 64,
+        max_new_tokens: int = 64,
         *,
         temperature: float = Sampler.temperature,
         top_k: int = Sampler.top_k,
         stop: Sequence[str] = (),
         seed: int = 0,
     ) -> str:
-        """The text with a continuation of at most ``new_tokens``, which ends before ``stop``.
+        """The text with a continuation of at most ``max_new_tokens``, which ends before ``stop``.
 
         Raises:
             ConfigError: an option is out of range.
@@ -58,7 +58,7 @@ class LanguageModel:
             cfg, Sampler(temperature, top_k), self.tokenizer.vocab_size, self.tokenizer.ends
         )
         sample = Sample(self.tokenizer, prompt_ids(self.tokenizer, text), stop)
-        parts = continued(self.params, [sample], rules, jax.random.key(seed), new_tokens)
+        parts = continued(self.params, [sample], rules, jax.random.key(seed), max_new_tokens)
         return text + "".join(part for (part,) in parts)
 
     def loss(self, text: str) -> float:

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -87,6 +88,8 @@ def open_weights(where: str) -> Source:
     if not path.exists():
         if (Path("runs") / path).is_dir():
             raise CheckpointError(f"{where} does not exist: did you mean {Path('runs') / path}?")
+        if re.fullmatch(r"gpt2(-\w+)?", where):
+            raise CheckpointError(f"{where} does not exist: did you mean {HUB}{where}?")
         raise CheckpointError(
             f"{where} does not exist: name a run, a Hugging Face folder, a model .bin of llm.c or "
             f"llama2.c, a .gguf, a .safetensors, {HUB}NAME or {wheels.PREFIX}NAME"
@@ -332,7 +335,8 @@ def load_for_decoding(source: Source, cfg: ModelConfig, how: Storage = "as_store
             array = np.asarray(tensor)
             check_finite(source.format, path, array)
             if not is_storable(weight):
-                return jax.device_put(array)
+                # A copy, since JAX would keep a mapped file's pages in use
+                return jnp.array(array)
             if in_blocks and how == "as_stored":
                 converted["q8_0"] += 1
             kind: Storage = "q8_0" if in_blocks and how == "as_stored" else how

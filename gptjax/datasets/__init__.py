@@ -188,7 +188,10 @@ def vocabulary_without_corpus(tokenizer: str | None) -> tuple[int, str]:
     if kind in TRAINED and size.isdecimal():
         return int(size), f"data.tokenizer {tokenizer}"
     if tokenizer in (None, "char") or kind in TRAINED:
-        return tokenizers.GPT2_IDS, "GPT-2 (no corpus is read; model.vocab_size sets another)"
+        return (
+            tokenizers.GPT2_IDS,
+            "GPT-2, since no corpus is read: give a corpus's own as --model.vocab_size",
+        )
     if tokenizer == "gpt2":
         return tokenizers.GPT2_IDS, "data.tokenizer gpt2"
     return tokenizers.find(tokenizer).vocab_size, f"data.tokenizer {tokenizer}"

@@ -57,6 +57,10 @@ def main(argv: list[str] | None = None) -> int:
         cli.quiet_libraries()
         cli.replace_unprintable()
         source = open_weights(cfg.checkpoint)
+        if cfg.text is not None and _names_a_file(cfg.text):
+            raise ConfigError(
+                f"text {cfg.text!r} is the name of a file: evaluate on it with --dataset {cfg.text}"
+            )
         source = with_named_tokenizer(source, cfg.checkpoint, cfg.tokenizer)
         tokenizer = source.tokenizer
         how: dict[str, Any] = {
@@ -96,6 +100,13 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _names_a_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # too long for a name, or no name
+        return False
+
+
 def print_line(name: str, value: str) -> None:
     """Print a line of the report at once."""
     print(f"{name:<10} {value}", flush=True)
@@ -132,12 +143,13 @@ def evaluate_corpus(
             "window: lower seq_len or use more text"
         )
     count = min(len(windows), -(-cfg.wanted // seq_len)) if cfg.wanted else len(windows)
+    rows = min(cfg.batch_size, count)
     print_line("corpus", f"{corpus.folder}, {cfg.split}, sha256 {corpus.sha256[:16]}")
     print_line("tokenizer", describe_tokenizer(corpus, tokenizer, source.note))
     params = load_for_scoring(source, model, cfg.weights)
     with counting("scoring", count) as advance:
         found = score_corpus(
-            params, in_order(windows, count, cfg.batch_size), model, corpus.tokenizer, advance
+            params, in_order(windows, count, rows), model, corpus.tokenizer, advance
         )
     size = f", {found.bytes:,} bytes" if found.bytes is not None else ""
     print_line(
@@ -154,7 +166,7 @@ def evaluate_corpus(
     if cfg.weights != "float32":
         exact = load_params(source, model)
         with counting("comparing", count) as advance:
-            batches = in_order(windows, count, cfg.batch_size)
+            batches = in_order(windows, count, rows)
             compared = compare(exact, params, batches, model, advance)
         print_line("float32", f"loss {plus_minus(compared.loss)}")
         print_line("divergence", f"{plus_minus(compared.divergence, 6)} nats a token from float32")
@@ -231,7 +243,7 @@ def data_of_run(folder: Path) -> DataConfig | None:
         return parse(Config, PROG, "", ["--config", str(file)])[0].data
     except ConfigError as error:
         raise ConfigError(
-            f"{file} cannot be used ({error}): correct it, or remove it to evaluate without it"
+            f"{error}: correct {file}, or remove it to evaluate without it"
         ) from error
 
 
@@ -349,6 +361,7 @@ def evaluate_text(
     ((_, losses),) = score(load_for_scoring(source, model, cfg.weights), [batch], model)
     scored = losses[0].tolist()
     shown = ["", *(f"{loss:.4f}" for loss in scored)]
+    print(f"{'id':>6}, {'nats':>9}, token", flush=True)
     for token, loss in zip(ids, shown, strict=True):
         print(f"{token:>6}, {loss:>9}, {as_text(tokenizer.decode_bytes([token]))}", flush=True)
     return {"ids": ids, "losses": scored, "tokens": len(scored), "loss": float(np.mean(scored))}

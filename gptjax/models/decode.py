@@ -186,6 +186,7 @@ def _read(
     def attend(past: LayerCache, q: Array, k: Array, v: Array) -> tuple[Array, LayerCache]:
         return cached_attention(q, k, v, past, slot, padding)
 
+    @jax.jit  # traced once for all layers
     def body(x: Array, w_past: Any) -> tuple[Array, Any]:
         w, past = w_past
         x, saved = family.block_fwd(w, x, positions, cfg, partial(attend, past))

@@ -22,6 +22,7 @@ from gptjax.models.layers import (
     layernorm_fwd,
     linear_bwd,
     linear_fwd,
+    linears_fwd,
 )
 
 OPTIONS = ()
@@ -151,9 +152,7 @@ def block_fwd(
     """A pre-norm block: ``x += attention(layernorm(x))``, then ``x += mlp(layernorm(x))``."""
     key1, key2, key3 = (None,) * 3 if key is None else jax.random.split(key, 3)
     h1, ln1 = layernorm_fwd(x, w.ln1w, w.ln1b)
-    q, qkv = linear_fwd(h1, w.qw, w.qb)
-    k, _ = linear_fwd(h1, w.kw, w.kb)
-    v, _ = linear_fwd(h1, w.vw, w.vb)
+    (q, k, v), qkv = linears_fwd(h1, (w.qw, w.kw, w.vw), (w.qb, w.kb, w.vb))
     o, att = attend(q, k, v)
     a, attproj = linear_fwd(o, w.attprojw, w.attprojb)
     a, drop1 = dropout_fwd(a, cfg.dropout, key1)

@@ -5,6 +5,7 @@ backward stores and what it recomputes. This module ignores the mesh: `gptjax.mo
 lays out a block's weights and gradients.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ from gptjax.ops import (
     swiglu_fwd,
 )
 from gptjax.ops.activation import gelu
-from gptjax.ops.quantized import Blocks, OutIn, product, quantized_linear, table_rows
+from gptjax.ops.quantized import Blocks, OutIn, product, quantized_linears, table_rows
 from gptjax.xla.barrier import barrier, cpu_barrier
 from gptjax.xla.forms import form_of
 from gptjax.xla.products import contract
@@ -42,6 +43,7 @@ __all__ = [
     "layernorm_fwd",
     "linear_bwd",
     "linear_fwd",
+    "linears_fwd",
     "rmsnorm_bwd",
     "rmsnorm_fwd",
     "rotary_bwd",
@@ -54,7 +56,20 @@ __all__ = [
 
 def linear_fwd(x: Array, w: Any, b: Array | None = None) -> tuple[Array, Any]:
     """`ops.linear_fwd`; the weights may be stored for decoding."""
-    return quantized_linear(x, w, b) if isinstance(w, OutIn | Blocks) else ops.linear_fwd(x, w, b)
+    (y,), saved = linears_fwd(x, (w,), (b,))
+    return y, saved
+
+
+def linears_fwd(
+    x: Array, ws: Sequence[Any], bs: Sequence[Array | None] | None = None
+) -> tuple[list[Array], Any]:
+    """`linear_fwd` of one input with several weights: a y for each, and what is saved.
+
+    Weights that are stored for decoding are read in one call.
+    """
+    if any(isinstance(w, OutIn | Blocks) for w in ws):
+        return quantized_linears(x, ws, bs), None
+    return [ops.linear_fwd(x, w, b)[0] for w, b in zip(ws, bs or [None] * len(ws), strict=True)], x
 
 
 def linear_bwd(x: Array, w: Array, dy: Array) -> tuple[Array, Array, Array]:

@@ -23,6 +23,7 @@ from gptjax.models.layers import (
     embedding_fwd,
     linear_bwd,
     linear_fwd,
+    linears_fwd,
     rmsnorm_bwd,
     rmsnorm_fwd,
     rotary_bwd,
@@ -150,9 +151,7 @@ def block_fwd(
     """A pre-norm block: ``x += attention(rmsnorm(x))``, then ``x += mlp(rmsnorm(x))``."""
     key1, key2, key3 = (None,) * 3 if key is None else jax.random.split(key, 3)
     h1, att_norm = rmsnorm_fwd(x, w.att_norm, cfg.norm_eps)
-    q, qkv = linear_fwd(h1, w.wq)
-    k, _ = linear_fwd(h1, w.wk)
-    v, _ = linear_fwd(h1, w.wv)
+    (q, k, v), qkv = linears_fwd(h1, (w.wq, w.wk, w.wv))
     q = rotary_fwd(q, positions, cfg.rope_theta)
     k = rotary_fwd(k, positions, cfg.rope_theta)
     o, att = attend(q, k, v)
@@ -160,8 +159,7 @@ def block_fwd(
     a, drop1 = dropout_fwd(a, cfg.dropout, key1)
     x = add(x, a)
     h2, ffn_norm = rmsnorm_fwd(x, w.ffn_norm, cfg.norm_eps)
-    gate, ffn = linear_fwd(h2, w.w1)
-    up, _ = linear_fwd(h2, w.w3)
+    (gate, up), ffn = linears_fwd(h2, (w.w1, w.w3))
     g, swiglu = swiglu_fwd(gate, up)
     g = checkpoint_name(g, RECOMPUTED)
     g, drop_mlp = dropout_fwd(g, cfg.dropout_mlp, key3)

@@ -5,6 +5,7 @@ Decoding a token reads every weight once and uses it once, so memory bandwidth s
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -158,52 +159,67 @@ def table_rows(table: Any, ids: Int[Array, "*B"]) -> Float[Array, "*B C"]:
     return rows.reshape(*ids.shape, -1)[..., : table.shape[-1]]
 
 
-def quantized_linear(
-    x: Float[Array, "B T *I"], w: OutIn | Blocks, b: Float[Array, "*O"] | None = None
-) -> tuple[Float[Array, "B T *O"], None]:
-    """`gptjax.ops.linear.linear_fwd` with a stored weight; nothing is saved."""
-    outputs = w.outputs if isinstance(w, Blocks) else w.w.shape[: w.w.ndim - (x.ndim - 2)]
-    rows = x.reshape(-1, math.prod(x.shape[2:]))
-    y = product(rows, w).reshape(*x.shape[:2], *outputs)
-    return (y if b is None else y + jnp.broadcast_to(b.astype(x.dtype), y.shape)), None
+def quantized_linears(
+    x: Float[Array, "B T *I"], ws: Sequence[Any], bs: Sequence[Array | None] | None = None
+) -> list[Float[Array, "..."]]:
+    """``y = x w + b`` for each stored weight w and its bias b, if there are any."""
+    ys = products(x.reshape(-1, math.prod(x.shape[2:])), ws)
+
+    def shaped(y: Array, w: OutIn | Blocks, b: Array | None) -> Array:
+        outputs = w.outputs if isinstance(w, Blocks) else w.w.shape[: w.w.ndim - (x.ndim - 2)]
+        y = y.reshape(*x.shape[:2], *outputs)
+        return y if b is None else y + jnp.broadcast_to(b.astype(x.dtype), y.shape)
+
+    return list(map(shaped, ys, ws, bs or [None] * len(ws)))
 
 
 def product(x: Float[Array, "M I"], w: Any) -> Float[Array, "M O"]:
-    """``x w^T`` in x's dtype; w is `OutIn`, `Blocks` or an (out, in) array.
+    """``x w^T``; see `products`."""
+    return products(x, [w])[0]
+
+
+def products(x: Float[Array, "M I"], ws: Sequence[Any]) -> list[Float[Array, "M O"]]:
+    """``x w^T`` for each w in x's dtype; w is `OutIn`, `Blocks` or an (out, in) array.
 
     Several output or input axes are flattened into one. On CPU, products with blocks round x to 8
     bits too, a scale for each 32 numbers, and add integers (`gptjax.xla.native`).
     """
-    if isinstance(w, Blocks):
-        return lax.platform_dependent(x, w, cpu=_rounded_product, default=_dequantized_product)
-    w = (w.w if isinstance(w, OutIn) else w).reshape(-1, x.shape[1])
-    if len(x) <= FEW_ROWS and (x.dtype, w.dtype) == (jnp.float32, jnp.bfloat16):
-        return native.on_cpu("product", _few_rows_product, _product, x, w)
-    return _product(x, w)
+    if len({type(w) for w in ws}) > 1:
+        return [product(x, w) for w in ws]
+    if isinstance(ws[0], Blocks):
+        return lax.platform_dependent(x, ws, cpu=_rounded_products, default=_dequantized_products)
+    ws = [(w.w if isinstance(w, OutIn) else w).reshape(-1, x.shape[1]) for w in ws]
+    narrow = x.dtype == jnp.float32 and all(w.dtype == jnp.bfloat16 for w in ws)
+    if narrow and len(x) <= FEW_ROWS:
+        return native.on_cpu("product", _few_rows_products, _products, x, ws)
+    return _products(x, ws)
 
 
-def _product(x: Float[Array, "M I"], w: Float[Array, "O I"]) -> Float[Array, "M O"]:
+def _products(x: Float[Array, "M I"], ws: Sequence[Array]) -> list[Array]:
     # With the weights first, XLA's CPU compiler reads them in memory order.
-    return (
+    return [
         jnp.einsum("oi,mi->om", w.astype(x.dtype), x, preferred_element_type=accumulation_dtype(x))
         .astype(x.dtype)
         .T
-    )
+        for w in ws
+    ]
 
 
-def _few_rows_product(x: Float[Array, "M I"], w: Float[Array, "O I"]) -> Float[Array, "M O"]:
-    return native.product(x, [w], len(w))
+def _few_rows_products(x: Float[Array, "M I"], ws: Sequence[Array]) -> list[Array]:
+    return native.products(x, [[w] for w in ws], [len(w) for w in ws])
 
 
-def _dequantized_product(x: Float[Array, "M I"], w: Blocks) -> Float[Array, "M O"]:
-    return _product(x, dequantize(w).reshape(-1, x.shape[1]))
+def _dequantized_products(x: Float[Array, "M I"], ws: Sequence[Blocks]) -> list[Array]:
+    return _products(x, [dequantize(w).reshape(-1, x.shape[1]) for w in ws])
 
 
-def _rounded_product(x: Float[Array, "M I"], w: Blocks) -> Float[Array, "M O"]:
+def _rounded_products(x: Float[Array, "M I"], ws: Sequence[Blocks]) -> list[Array]:
     x32 = x.astype(jnp.float32)
     if native.available("product"):
-        return native.product(x32, w.arrays, math.prod(w.outputs)).astype(x.dtype)
-    return _dequantized_product(rounded(x32), w).astype(x.dtype)
+        ys = native.products(x32, [w.arrays for w in ws], [math.prod(w.outputs) for w in ws])
+    else:
+        ys = _dequantized_products(rounded(x32), ws)
+    return [y.astype(x.dtype) for y in ys]
 
 
 def rounded(x: Float[Array, "M I"]) -> Float[Array, "M I"]:

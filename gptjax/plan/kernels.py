@@ -7,7 +7,7 @@ only the part that they touch. Launches, cache hits and library workspaces are n
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from gptjax.parallel.devices import Device
@@ -87,18 +87,21 @@ def summed(kernels: Iterable[Kernel], key: Callable[[Kernel], str]) -> dict[str,
     for kernel in kernels:
         groups[key(kernel)].append(kernel)
     totals = {
-        name: Kernel(
-            kind=name,
-            source=name,
-            times=sum(k.times for k in group),
-            read=sum(k.read for k in group),
-            written=sum(k.written for k in group),
-            flops=sum(k.flops for k in group),
-            seconds=sum(k.seconds for k in group),
-        )
+        name: total(group)._replace(kind=name, source=name, name="")
         for name, group in groups.items()
     }
     return dict(sorted(totals.items(), key=lambda item: -item[1].seconds))
+
+
+def total(kernels: Sequence[Kernel]) -> Kernel:
+    """The sum of the kernels, with the names of the first."""
+    return kernels[0]._replace(
+        times=sum(k.times for k in kernels),
+        read=sum(k.read for k in kernels),
+        written=sum(k.written for k in kernels),
+        flops=sum(k.flops for k in kernels),
+        seconds=sum(k.seconds for k in kernels),
+    )
 
 
 def _of_computation(module: Module, name: str, times: float) -> Iterator[Kernel]:
@@ -136,7 +139,7 @@ def _cost(
         return _fusion_cost(module.computations[i.attribute(r"calls=%([\w.\-]+)") or ""])
     target = i.attribute(r'custom_call_target="([^"]*)"')
     if target is None:
-        return i.opcode, read, i.nbytes, 0.0
+        return i.opcode, read, i.nbytes, _dot_flops(i, types)
     # A byte array among the results is a library's workspace
     written = sum(array.nbytes for array in i.results if array.dtype not in ("s8", "u8"))
     flops = 0.0
@@ -150,6 +153,15 @@ def _cost(
         visible = 0.5 if '"CAUSAL"' in i.attributes else 1.0
         flops = visible * products * 2 * batch * heads * tokens**2 * channels
     return _library(target), read, written, flops
+
+
+def _dot_flops(i: Instruction, types: dict[str, Instruction]) -> float:
+    """FLOPs of a matrix product; 0 for another instruction."""
+    if i.opcode != "dot":
+        return 0.0
+    dims = i.attribute(r"lhs_contracting_dims=\{([\d,]+)\}") or ""
+    left = types[i.operands[0]].results[0].shape
+    return 2.0 * i.results[0].size * math.prod(left[int(n)] for n in dims.split(","))
 
 
 def _library(target: str) -> str:
@@ -182,11 +194,8 @@ def _fusion_cost(body: list[Instruction]) -> tuple[str, float, float, float]:
                 used[operand] += size[operand]
             else:
                 used[operand] += min(size[operand], here)
-        if i.opcode == "dot":
-            dims = i.attribute(r"lhs_contracting_dims=\{([\d,]+)\}") or ""
-            left = types[i.operands[0]].results[0].shape
-            flops += 2.0 * i.results[0].size * math.prod(left[int(n)] for n in dims.split(","))
-        elif i.opcode == "parameter" and here:
+        flops += _dot_flops(i, types)
+        if i.opcode == "parameter" and here:
             read += i.nbytes * here / size[i.name]
         elif i.opcode in ("dynamic-update-slice", "scatter"):
             written += types[i.operands[1 if i.opcode == "dynamic-update-slice" else 2]].nbytes

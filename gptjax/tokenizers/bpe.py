@@ -143,7 +143,8 @@ def gpt2() -> BytePairEncoding:
     except (OSError, ValueError) as error:
         raise DataError(
             "GPT-2's vocabulary is not in tiktoken's cache and cannot be downloaded: "
-            "set TIKTOKEN_CACHE_DIR to a folder that holds it, or go online once"
+            "set TIKTOKEN_CACHE_DIR to a folder that holds it, go online once, or name a tokenizer "
+            "that needs no download, such as byte or, to train one on your text, bpe:4096"
         ) from error
     return BytePairEncoding(
         "gpt2", tuple(map(encoding.decode_single_token_bytes, range(encoding.n_vocab - 1)))

@@ -5,7 +5,6 @@
 by scores, as llama2.c's, with U+2581 for a space.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -184,7 +183,7 @@ def _describable(tokenizer: Tokenizer | None) -> BytePairEncoding | HuggingFace 
 
 def _pre_tokenizer(tokenizer: HuggingFace) -> str | None:
     """llama.cpp's name of how it cuts text into words; None if it merges otherwise than that."""
-    content = json.loads(tokenizer.source)
+    content = tokenizer.parsed
     name = pre_tokenizer_of(content)
     whole_words = bool(content["model"].get("ignore_merges"))
     return name if whole_words == (name in IGNORES_MERGES) else None
@@ -219,7 +218,7 @@ def fields_of(
         users: dict[str, int] = {}
     else:
         pre = _pre_tokenizer(tokenizer) or ""
-        content = json.loads(tokenizer.source)
+        content = tokenizer.parsed
         added = {token["content"]: token for token in content["added_tokens"]}
         vocabulary = content["model"]["vocab"] | {t: token["id"] for t, token in added.items()}
         tokens = sorted(vocabulary, key=vocabulary.__getitem__)

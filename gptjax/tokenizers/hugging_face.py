@@ -92,7 +92,7 @@ class HuggingFace(SpaceFirst):
     kind = "hf"
 
     def __post_init__(self) -> None:
-        content = json.loads(self.source)
+        content = self.parsed
         check(content)
         bytes_of = _bytes_of(content["model"])
         for token in content["added_tokens"]:
@@ -121,16 +121,23 @@ class HuggingFace(SpaceFirst):
                 )
 
     @functools.cached_property
+    def parsed(self) -> dict[str, Any]:
+        """The content of ``tokenizer.json``; not to be changed."""
+        content: dict[str, Any] = json.loads(self.source)
+        return content
+
+    @functools.cached_property
     def library(self) -> Any:
         """The tokenizer object of ``tokenizers``; it puts no space before a text."""
-        found = read_library(json.dumps(without_space(json.loads(self.source))))
+        content = without_space(self.parsed)
+        found = read_library(self.source if content is self.parsed else json.dumps(content))
         found.encode_special_tokens = True  # as the text that they are
         return found
 
     @functools.cached_property
     def _space(self) -> str:
-        content = json.loads(self.source)
-        return space_of(content) if content["model"].get("byte_fallback") else "never"
+        spaced = self.parsed["model"].get("byte_fallback")
+        return space_of(self.parsed) if spaced else "never"
 
     @property
     def space_first(self) -> bool:
@@ -143,14 +150,14 @@ class HuggingFace(SpaceFirst):
     @functools.cached_property
     def special_tokens(self) -> dict[str, int]:
         """See `Tokenizer`."""
-        added = json.loads(self.source)["added_tokens"]
+        added = self.parsed["added_tokens"]
         return {token["content"]: token["id"] for token in added if token["special"]}
 
     @functools.cached_property
     def pieces(self) -> tuple[bytes, ...]:
         """See `Tokenizer`."""
         vocabulary = self.library.get_vocab()
-        bytes_of = _bytes_of(json.loads(self.source)["model"])
+        bytes_of = _bytes_of(self.parsed["model"])
         return tuple(map(bytes_of, sorted(vocabulary, key=vocabulary.__getitem__)))
 
     @functools.cached_property
@@ -158,7 +165,7 @@ class HuggingFace(SpaceFirst):
         """Bytes without a token of their own, which the library drops or replaces by its
         ``unk_token``; none with ``byte_fallback``, see `check`.
         """
-        if json.loads(self.source)["model"].get("byte_fallback"):
+        if self.parsed["model"].get("byte_fallback"):
             return frozenset()
         known = set(self.library.get_vocab(with_added_tokens=False))
         return frozenset(byte for byte, character in PRINTABLE.items() if character not in known)
@@ -193,7 +200,7 @@ class HuggingFace(SpaceFirst):
     def content(self) -> dict[str, object]:
         """See `Tokenizer`."""
         begin = {} if self.begin_of_text is None else {"begin_of_text": self.begin_of_text}
-        return {"tokenizer": json.loads(self.source), "end_of_text": self.end_of_text} | begin
+        return {"tokenizer": self.parsed, "end_of_text": self.end_of_text, **begin}
 
 
 def read_library(source: str) -> Any:

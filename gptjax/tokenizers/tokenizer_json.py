@@ -66,7 +66,7 @@ def write(folder: Path, tokenizer: Tokenizer, chat_template: str | None = None) 
         ends = {
             name: tokenizer.library.id_to_token(i) for name, i in named.items() if i is not None
         }
-        content = json.loads(tokenizer.source)
+        content = tokenizer.parsed
         if tokenizer.begin_of_text is not None:
             content = with_begin(content, tokenizer.begin_of_text, ends["bos_token"])
         (folder / FILE).write_text(json.dumps(content, indent=2, ensure_ascii=False), "utf-8")
@@ -167,7 +167,7 @@ def to_scores(tokenizer: HuggingFace) -> tuple[Llama2c, list[str]] | None:
 
     A token's score is the rank of the first merge to it. None where that gives other merges.
     """
-    content = json.loads(tokenizer.source)
+    content = tokenizer.parsed
     model = content["model"]
     if not model.get("byte_fallback") or (space_of(content), tokenizer.begin_of_text) != SPACED:
         return None
@@ -189,7 +189,7 @@ def to_scores(tokenizer: HuggingFace) -> tuple[Llama2c, list[str]] | None:
     except ValueError:
         return None
     again = from_scores(found)
-    same = again and json.loads(again.source)["model"]["merges"] == model["merges"]
+    same = again and again.parsed["model"]["merges"] == model["merges"]
     return (found, added) if same else None
 
 
@@ -338,7 +338,7 @@ def _as_ranks(found: HuggingFace) -> BytePairEncoding | None:
     If merging a token's bytes by all lower ranks leaves exactly its listed pair, no other pair can
     ever merge to it.
     """
-    content = json.loads(found.source)
+    content = found.parsed
     added = [token["content"] for token in content["added_tokens"]]
     last = found.vocab_size - 1
     if added != [END_OF_TEXT] or (found.end_of_text, found.begin_of_text) != (last, None):

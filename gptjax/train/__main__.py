@@ -22,7 +22,7 @@ from gptjax.cli.options import last_value, parse
 from gptjax.config import Config
 from gptjax.convert.weights import load_weights, open_weights
 from gptjax.datasets.prepare import TRAINED
-from gptjax.errors import ConfigError
+from gptjax.errors import CheckpointError, ConfigError
 from gptjax.generate.stream import prompt_ids
 from gptjax.parallel import heartbeat, processes
 from gptjax.tokenizers import Tokenizer, is_gpt2
@@ -65,6 +65,9 @@ def main(argv: list[str] | None = None) -> int:
                 if processes.is_first():
                     print(f"{PROG}: error: {error}", file=sys.stderr)
                 return FAILED
+            except KeyboardInterrupt:  # later, `stop_on_signals` saves a checkpoint
+                print(f"{PROG}: error: interrupted before the first step", file=sys.stderr)
+                return cli.INTERRUPTED
     return 0
 
 
@@ -151,9 +154,20 @@ def resuming_command(run: Run) -> str:
 
 
 def with_own_config(argv: list[str] | None) -> list[str]:
-    """The arguments, after the config of the run whose folder ``--resume`` names, if it has one."""
+    """The arguments, after the config of the run whose folder ``--resume`` names, if it has one.
+
+    Raises:
+        CheckpointError: there is no such folder.
+
+    """
     argv = sys.argv[1:] if argv is None else argv
     resumed = last_value(argv, "--resume")
+    if resumed not in ("", "auto") and not Path(resumed).exists():
+        near = Path("runs") / resumed
+        raise CheckpointError(
+            f"--resume {resumed}: there is no such run"
+            + (f"; did you mean {near}?" if near.is_dir() else "")
+        )
     config = Path(resumed) / "config.yaml"
     return ["--config", str(config), *argv] if resumed and config.is_file() else argv
 

@@ -16,9 +16,11 @@ def describe(run: Run) -> str:
     train, val = (
         sum(shard.tokens.size for shard in shards) for shards in (corpus.train, corpus.val)
     )
-    vocabulary = (
-        f"{corpus.tokenizer.vocab_size} ids" if corpus.tokenizer else "unknown, so samples show ids"
-    )
+    vocabulary = "unknown, so samples show ids"
+    if corpus.tokenizer:
+        vocabulary = f"{corpus.tokenizer.vocab_size} ids"
+        if corpus.tokenizer.vocab_size < model.vocab_size:
+            vocabulary += f", fewer than the model's {model.vocab_size}"
     gflop = flops_per_token(model, shape.seq_len) * shape.tokens / 1e9
     processes = (
         f"{jax.process_count()} processes; if one is lost, all end within "

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import shlex
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -151,7 +152,8 @@ def restore(run: Run) -> Restored | None:
     restored = restore_newest(folder, run.model, run.optimizer, run.mesh)
     if not restored and run.cfg.resume != "auto":
         raise CheckpointError(
-            f"{folder} has no checkpoint to resume from: use --resume auto to start the run afresh"
+            f"{folder} has no checkpoint to resume from: start afresh with python -m gptjax.train "
+            f"--config {shlex.quote(str(run.folder / 'config.yaml'))}"
         )
     if restored:
         now = _identity(run)

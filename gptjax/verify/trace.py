@@ -236,7 +236,7 @@ def mismatch(
     what = (
         "every op is right, but their results are combined wrongly"
         if named
-        else "to have its op named, write it as jitted functions OP_fwd and OP_bwd"
+        else "wrong, in an op without a name: pairs OP_fwd and OP_bwd under jax.jit have one"
     )
     return Mismatch(f"gradient of {name}", what, worst.relative_l2)
 

@@ -11,7 +11,6 @@ import jax
 import pytest
 
 from gptjax.bench import ceiling, data, steps, timing
-from gptjax.bench.profile import OpTime
 from tests.commands import expect_error
 from tests.conftest import ROOT
 
@@ -76,7 +75,6 @@ def test_the_configured_step_alone(capsys, tmp_path):
     assert sum(op["kernels"] for op in record["profile"]) > 50
 
 
-@pytest.mark.slow
 def test_every_other_way_to_compute_it(capsys):
     assert command.main([*TINY, "--compare"]) == 0
     assert rows(capsys.readouterr().out)[2:-1] == [
@@ -138,7 +136,6 @@ def test_decoding(option, capsys, monkeypatch):
     ]
 
 
-@pytest.mark.slow
 def test_the_peer(capsys, monkeypatch):
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
@@ -187,14 +184,6 @@ def test_without_the_peer(capsys, monkeypatch):
 )
 def test_bad_input(arguments, message, capsys):
     expect_error(command.main, [*TINY, *arguments], message, capsys)
-
-
-def test_a_profile_says_where_most_time_goes():
-    times = [OpTime(f"op{n}", 1.0 / (n + 1), 2) for n in range(20)]
-    lines = command.profile_table(times).splitlines()
-    assert lines[1].split() == ["op0", "1000.0", "27.8%", "2"]
-    assert lines[-1].startswith("8 more")
-    assert len(lines) == 1 + command.OPS + 1
 
 
 def test_bench_of_the_data_prints_a_row_for_each_way(tmp_path, capsys, monkeypatch):

@@ -116,7 +116,6 @@ def test_a_process_that_fails_says_why(tmp_path, monkeypatch):
         process.close()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gptjax q8_0", "ctranslate2", "transformers"])
 def test_each_contender_in_its_process(name, checkpoint, tmp_path):
     """But llama.cpp, which reads no model without a vocabulary."""

@@ -2,7 +2,6 @@ import dataclasses
 import json
 from pathlib import Path
 
-import pytest
 import yaml
 
 from gptjax.bench import loop
@@ -54,7 +53,6 @@ def test_only_the_last_contender_does_all_that_is_configured(data_root, monkeypa
     assert not path.exists()
 
 
-@pytest.mark.slow
 def test_the_command(data_root, tmp_path, capsys, monkeypatch):  # noqa: F811
     from gptjax.bench import __main__ as command
 

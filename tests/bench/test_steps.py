@@ -29,6 +29,9 @@ def test_a_contender_trains_and_says_what_it_takes(model):
     assert contender.facts["temporary_bytes"] > 0
     assert contender.facts["total_bytes"] > contender.facts["temporary_bytes"]
     assert contender.facts["compile_s"] > 0
+    # The gradient, and an update of one program or two
+    assert 2 <= len(contender.programs) <= 3
+    assert "jit_gradient" in contender.programs[0].as_text().splitlines()[0]
 
 
 def test_batches_are_of_the_configured_shape_and_vocabulary():

@@ -33,6 +33,13 @@ def peer(monkeypatch):
     )
 
 
+def test_only_some_contenders(peer):
+    _, _, contenders = peer
+    assert len(contenders) == 4
+    found = torch_peer.step_contenders(CFG, ("compile",), ("bfloat16",))
+    assert [contender.name for contender in found] == ["torch compile, bfloat16"]
+
+
 def test_the_model_is_as_large_as_ours(peer):
     _, model, _ = peer
     assert sum(p.numel() for p in model.parameters()) == num_padded_params(MODEL)

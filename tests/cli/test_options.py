@@ -80,6 +80,16 @@ def test_defaults_then_file_then_command_line(tmp_path):
     [
         (["--inner.sice", "3"], "unknown option inner.sice: did you mean inner.size?"),
         (["--zzz=3"], "unknown option zzz; --help_all lists them all"),
+        (
+            ["--inner.sice", "3", "--zzz"],
+            "unknown option inner.sice: did you mean inner.size?; unknown option zzz; --help_all "
+            "lists them all",
+        ),
+        (["--config", "no.yaml"], "config no.yaml does not exist"),
+        (
+            ["--config=config/debug"],
+            "config config/debug does not exist: did you mean configs/debug.yaml?",
+        ),
         (["--inner.size", "big"], "inner.size: Expected a int. Got value: big"),
         (
             ["--inner", "3"],
@@ -213,7 +223,7 @@ def test_a_config_file_may_hold_options_of_other_commands(tmp_path):
     path.write_text("model: {preset: 124m}\nbatch_size: 64\n")
     assert (
         refused(Config, "--config", str(path))
-        == "unknown option batch_size: did you mean data.batch_size?"
+        == f"config {path}: unknown option batch_size: did you mean data.batch_size?"
     )
 
 

@@ -18,6 +18,12 @@ def test_lines_stand_in_for_the_bar(every, lines, monkeypatch, capsys):
 
 
 def test_a_bar_without_a_terminal_is_silent(capsys):
-    with progress.progress("downloading", None) as advance:
+    with progress.progress("reading", 20) as advance:
         advance(10)
     assert capsys.readouterr() == ("", "")
+
+
+def test_work_of_unknown_size_is_named_without_a_terminal(capsys):
+    with progress.progress("downloading", None) as advance:
+        advance(10)
+    assert capsys.readouterr() == ("", "downloading\n")

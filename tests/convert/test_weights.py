@@ -143,6 +143,8 @@ def test_other_dimensions(tmp_path):
 def test_a_run_that_is_given_by_its_name_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "mine").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="gpt2-xl does not exist: did you mean hf:gpt2-xl?"):
+        open_weights("gpt2-xl")
     with pytest.raises(CheckpointError, match="mine does not exist: did you mean runs/mine?"):
         load_weights("mine")
 

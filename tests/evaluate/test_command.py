@@ -166,6 +166,7 @@ def test_a_text_may_begin_as_a_document_does(place, capsys):
             "split applies to a dataset only: leave it out",
         ),
         (["hf", "--dataset", "b", "--bos", "true"], "bos applies to text only: leave it out"),
+        (["hf", "--text", "README.md"], "'README.md' is the name of a file: evaluate on it with"),
         (["hf", "--text", ""], "the text has 0 tokens, but it takes 2 to 33"),
         (["hf", "--text", "x y " * 40], "tokens, but it takes 2 to 33: give another"),
         (["m.bin", "--text", "a cat"], "has no tokenizer: name one"),
@@ -351,8 +352,12 @@ def test_the_configuration_of_a_run_is_checked_as_any_other(
         "--root",
         str(place / "data"),
     ]
-    with jax.enable_x64(False):
-        expect_error(main, arguments, f"error: {file} cannot be used ({message}", capsys)
+    with jax.enable_x64(False), pytest.raises(SystemExit) as stop:
+        main(arguments)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert message in error
+    assert f"correct {file}, or remove it" in error
 
 
 def test_text_is_not_tokenized_as_the_model_was_not(place, tmp_path, capsys):

@@ -27,7 +27,6 @@ def data_of(path):
     return json.loads(content)
 
 
-@pytest.mark.slow
 def test_it_writes_a_page(checkpoint, tmp_path, capsys):
     out = tmp_path / "page.html"
     args = ["--checkpoint", str(checkpoint), "--data.tokenizer", "byte", "--text", "abcab"]

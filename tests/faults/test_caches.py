@@ -158,7 +158,6 @@ print(json.dumps(first_step(jnp.arange(5, dtype=jnp.float32), jnp.array([1, -2, 
 """
 
 
-@pytest.mark.slow
 def test_every_start_computes_the_right_update(code, tmp_path, tally):
     """Real starts, one after another in the same folder, each after other damage to all that is
     kept there.

@@ -112,7 +112,6 @@ def flips(file, positions, generator):
     file.write_bytes(content)
 
 
-@pytest.mark.slow
 def test_every_byte_of_the_json_flipped(folder, states, tally):
     """With no other checkpoint to go back to, so that the refusal is quick: the flip does no harm,
     or nothing is believed.

@@ -16,7 +16,6 @@ STEPS = 90
 WINDOW = 4.0  # seconds after a start in which it imports, compiles and reads the checkpoint
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(trials(1)))
 def test_a_run_killed_at_random_points_is_the_run_that_was_not(command, tmp_path, tally, seed):  # noqa: F811
     """A quarter of the kills may fall before training goes on, the others between or in two steps,

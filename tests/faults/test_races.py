@@ -80,7 +80,6 @@ def test_one_resumes_and_the_others_name_it(race, tmp_path, tally, begun):
     tally("resumes at once, four of a run", count, held)
 
 
-@pytest.mark.slow
 def test_two_starts_and_two_resumes_of_the_command(command, tmp_path, tally):  # noqa: F811
     """And a start while a run of that name is trained, which kill -9 then sets free."""
     runs = tmp_path / "runs"

@@ -88,6 +88,9 @@ def test_the_pairs_of_forward_and_backward_agree_with_autodiff():
     )
     found = gpt2.embed_bwd(params, tokens, positions, head, dy)
     assert_same_gradients((found["wte"] - head, found["wpe"]), tables[1](dy), params[:2])
+    by_row = jnp.broadcast_to(positions, tokens.shape)
+    found = gpt2.embed_bwd(params, tokens, by_row, head, dy)
+    assert_same_gradients((found["wte"] - head, found["wpe"]), tables[1](dy), params[:2])
 
     attend = functools.partial(transformer.attention_fwd, cfg.attention, rate=cfg.dropout, key=KEY)
     attend_bwd = functools.partial(transformer.attention_bwd, cfg.attention, rate=cfg.dropout)

@@ -59,10 +59,17 @@ def test_recomputed_gelu_equals_gelu():
     np.testing.assert_array_equal(layers.gelu_again(X, 2 * X), ops.gelu_fwd(2 * X)[0])
 
 
+def test_recomputed_swiglu_equals_swiglu():
+    y, saved = ops.swiglu_fwd(2 * X, 3 * X)
+    np.testing.assert_array_equal(layers.swiglu_again(X, saved), y)
+
+
 def test_weights_may_be_in_any_storage():
     np.testing.assert_allclose(
         layers.linear_fwd(X, OutIn(W.T), B)[0], ops.linear_fwd(X, W, B)[0], rtol=1e-12
     )
+    together, _ = layers.linears_fwd(X, (OutIn(W.T), OutIn(2 * W.T)), (B, 3 * B))
+    np.testing.assert_allclose(together[1], ops.linear_fwd(X, 2 * W, 3 * B)[0], rtol=1e-12)
     np.testing.assert_array_equal(layers.embedding_fwd(IDS, OutIn(W)), W[IDS])
     np.testing.assert_allclose(layers.embedding_fwd(IDS, quantize(W, "q8_0")), W[IDS], atol=0.02)
 

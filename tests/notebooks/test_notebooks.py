@@ -20,11 +20,9 @@ from tests.notebooks.execution import (
     run,
     source_hash,
 )
-from tests.slow import slow
 
 NUMBER = re.compile(r"[-+]?\d[\d,]*\.?\d*(e[-+]?\d+)?")
 LINES, COLUMNS = 15, 88  # of a cell
-LONG = {"02_backward_by_hand", "03_train", "04_inside"}  # to run
 AGAIN = "run python -m tests.notebooks.execution"
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -110,11 +108,7 @@ def test_exercises_are_not_done_and_have_a_folded_answer(path):
         assert ANSWER.fullmatch(answer.source)
 
 
-@pytest.mark.parametrize(
-    "path",
-    [slow([path]) if path.stem in LONG else path for path in NOTEBOOKS],
-    ids=lambda path: path.stem,
-)
+@each
 def test_a_notebook_gives_what_is_stored_without_a_warning_and_its_answers_are_right(
     path, tmp_path
 ):

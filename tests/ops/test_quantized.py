@@ -17,11 +17,12 @@ from gptjax.ops.quantized import (
     BLOCK,
     Blocks,
     OutIn,
-    _dequantized_product,
+    _dequantized_products,
     dequantize,
     product,
+    products,
     quantize,
-    quantized_linear,
+    quantized_linears,
     rounded,
     table_rows,
 )
@@ -154,7 +155,11 @@ def kernels(request, monkeypatch):
     return request.param
 
 
-NATIVE = jax.jit(native.product, static_argnames="outputs")
+def native_product(x, arrays, outputs):
+    return native.products(x, [arrays], [outputs])[0]
+
+
+NATIVE = jax.jit(native_product, static_argnames="outputs")
 
 
 def computed(x, w, kernels) -> np.ndarray:
@@ -292,7 +297,7 @@ def test_mismatched_shapes_are_rejected():
         (X, [W.astype(jnp.bfloat16)], 12),
     ):
         with pytest.raises(jax.errors.JaxRuntimeError, match="do not fit"):
-            native.product(x, arrays, outputs).block_until_ready()
+            native_product(x, arrays, outputs).block_until_ready()
 
 
 def test_an_unavailable_instruction_set_is_rejected():
@@ -305,7 +310,7 @@ def test_an_unavailable_instruction_set_is_rejected():
 def test_activations_are_rounded_on_cpu_only():
     w = QUANTIZE(W, "q8_0")
     expected = np.asarray(X, np.float64) @ exact(w).T
-    np.testing.assert_allclose(_dequantized_product(X, w), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(_dequantized_products(X, [w])[0], expected, rtol=1e-5, atol=1e-5)
 
 
 # --- Layers ---
@@ -325,12 +330,33 @@ def test_products_of_unquantized_weights_are_exact():
     assert_same_sums(product(X, W), X @ W.T, TERMS)
 
 
+@pytest.mark.parametrize("storages", [KINDS, ("bfloat16",) * 3, ("q4_1", "bfloat16", "float32")])
+def test_products_of_one_input_are_those_of_each_weight_alone(storages, kernels):
+    """Whatever their sizes and storages, to the bit."""
+
+    def stored(rows, how):
+        return QUANTIZE(W[:rows], how) if how in KINDS else OutIn(W[:rows].astype(how))
+
+    ws = list(map(stored, (13, 1, 8), storages))
+    together = jax.jit(lambda x, ws: products(x, ws))(X, ws)
+    for y, w in zip(together, ws, strict=True):
+        np.testing.assert_array_equal(y, jax.jit(lambda x, w: product(x, w))(X, w))
+
+
+def test_products_of_one_input_are_one_call():
+    if not native.available("product"):
+        pytest.skip("there is no C++ compiler that works, or JAX computes elsewhere")
+    ws = [QUANTIZE(W, kind) for kind in KINDS]
+    text = jax.jit(lambda x: products(x, ws)).lower(X).compile().as_text()
+    assert text.count('custom_call_target="gptjax_product"') == 1
+
+
 def test_a_linear_layer_takes_weights_in_any_storage():
     x, b = X.reshape(3, 1, 77), jnp.arange(13, dtype=jnp.float32)
     y, _ = linear_fwd(x, W.T, b)
     terms = jnp.concatenate([TERMS, jnp.broadcast_to(b[None, :, None], (3, 13, 1))], -1)[:, None]
-    assert_same_sums(quantized_linear(x, OutIn(W), b)[0], y, terms)
-    assert relative(quantized_linear(x, QUANTIZE(W, "q8_0"), b)[0], y) < 1e-2
+    assert_same_sums(quantized_linears(x, [OutIn(W)], [b])[0], y, terms)
+    assert relative(quantized_linears(x, [QUANTIZE(W, "q8_0")], [b])[0], y) < 1e-2
 
 
 def test_several_axes_count_as_one():
@@ -339,11 +365,11 @@ def test_several_axes_count_as_one():
     x = normal(1, 2, 6, 3, 4)
     y, _ = linear_fwd(x, jnp.moveaxis(w, 0, -1))
     assert_same_sums(
-        quantized_linear(x, OutIn(w))[0], y, (x[:, :, None] * w[None, None]).reshape(2, 6, 5, 12)
+        quantized_linears(x, [OutIn(w)])[0], y, (x[:, :, None] * w[None, None]).reshape(2, 6, 5, 12)
     )
     assert quantize(w, "q8_0", inputs=2).outputs == (5,)
-    assert relative(quantized_linear(x, quantize(w, "q8_0", inputs=2))[0], y) < 1e-2
+    assert relative(quantized_linears(x, [quantize(w, "q8_0", inputs=2)])[0], y) < 1e-2
     w, x = normal(2, 3, 4, 12), normal(3, 2, 6, 12)
     y, _ = linear_fwd(x, jnp.moveaxis(w, -1, 0))
-    assert relative(quantized_linear(x, quantize(w, "q8_0"))[0], y) < 1e-2
+    assert relative(quantized_linears(x, [quantize(w, "q8_0")])[0], y) < 1e-2
     assert quantized.product(x[0], quantize(w, "q4_1")).shape == (6, 12)

@@ -262,7 +262,6 @@ def ended_because_of_another(process):
     return output
 
 
-@pytest.mark.slow
 def test_processes_train_as_one_and_resume_with_another_count(tmp_path, common):
     """Two processes, of which 1 is killed; four go on from an older checkpoint, since one of them
     cannot read its part of the newest, and 0 is killed; one goes on; the losses are those of one

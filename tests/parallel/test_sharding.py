@@ -23,7 +23,6 @@ from gptjax.train import step as steps
 from gptjax.train.optimizer import make_optimizer
 from tests.compare import assert_same_gradients
 from tests.models import mlp_family, tiny
-from tests.slow import slow
 
 KEY = jax.random.key(0)
 A, B, T = 2, 8, 6
@@ -118,18 +117,13 @@ def test_every_mesh_gives_the_loss_and_gradient_of_one_device(name):
             {"layers": "scan", "num_layers": 2, "recompute": "block", "attention": "blockwise"},
             1e-12,
         ),
-        *map(
-            slow,
-            [
-                ("all", "autodiff", {}, 1e-12),
-                ("all", "manual", {"dtype": "float32"}, 1e-5),
-                ("all", "autodiff", {"dtype": "float32"}, 1e-5),
-                ("data", "autodiff", {"dropout": 0.0}, 1e-12),
-                ("fsdp", "autodiff", {"dropout": 0.0}, 1e-12),
-                ("tensor", "autodiff", {"dropout": 0.0}, 1e-12),
-                ("tensor", "manual", {"recompute": "gelu", "dropout_mlp": 0.1}, 1e-12),
-            ],
-        ),
+        ("all", "autodiff", {}, 1e-12),
+        ("all", "manual", {"dtype": "float32"}, 1e-5),
+        ("all", "autodiff", {"dtype": "float32"}, 1e-5),
+        ("data", "autodiff", {"dropout": 0.0}, 1e-12),
+        ("fsdp", "autodiff", {"dropout": 0.0}, 1e-12),
+        ("tensor", "autodiff", {"dropout": 0.0}, 1e-12),
+        ("tensor", "manual", {"recompute": "gelu", "dropout_mlp": 0.1}, 1e-12),
     ],
 )
 def test_sharded_gradient_equals_that_of_one_device_in_every_setting(
@@ -143,7 +137,7 @@ def test_sharded_gradient_equals_that_of_one_device_in_every_setting(
     assert "collective-permute" not in found[2].as_text()
 
 
-@pytest.mark.parametrize("layers", ["unroll", slow(["scan"])])
+@pytest.mark.parametrize("layers", ["unroll", "scan"])
 def test_a_family_is_sharded_by_its_weight_table(layers):
     with mlp_family.registered() as family:
         cfg = dataclasses.replace(CFG, family=family, num_layers=2, layers=layers, dropout=0.0)
@@ -161,7 +155,7 @@ def llama(tied, name=None):
 
 @pytest.mark.parametrize(
     ("name", "tied"),
-    [("tensor", False), *map(slow, [("data", True), ("fsdp", False), ("all", True)])],
+    [("tensor", False), ("data", True), ("fsdp", False), ("all", True)],
 )
 def test_llamas_groups_of_heads_stay_on_their_device(name, tied):
     found = llama(tied, name)

@@ -124,7 +124,6 @@ def test_bad_input(arguments, message, capsys):
 
 
 @needs_libtpu
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "topology",
     ["124m-fineweb v5e:2x4", "124m-fineweb v4:2x2x1", "1558m v5e:4x4", "1558m v5p:2x2x2"],

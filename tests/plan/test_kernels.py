@@ -3,7 +3,7 @@
 import pytest
 
 from gptjax.parallel.devices import Device
-from gptjax.plan.kernels import REACHED, Kernel, kernels, summed
+from gptjax.plan.kernels import REACHED, Kernel, kernels, summed, total
 
 DEVICE = Device(flops=1e12 / REACHED, memory=1e9, bandwidth=1e9, link=1e9, neighbours=8)
 PROGRAM = """HloModule jit_f, is_scheduled=true
@@ -115,6 +115,25 @@ def test_collectives_and_operations_that_move_no_bytes_are_left_out(found):
 def test_a_kernel_comes_from_the_innermost_line_of_the_package(found):
     assert found["product"].source == "elsewhere"
     assert found["scaled"].source == found["found"].source == "ops/norm.py:42"
+
+
+def test_a_product_that_is_no_library_s_has_flops():
+    """As on a CPU: (4, 6) by (6, 5), with 2 FLOPs for each of the 6 terms of 20 sums."""
+    text = """HloModule jit_f, is_scheduled=true
+
+ENTRY %main (a: f32[6,4], b: f32[6,5]) -> f32[4,5] {
+  %a = f32[6,4]{1,0} parameter(0)
+  %b = f32[6,5]{1,0} parameter(1)
+  ROOT %dot.1 = f32[4,5]{1,0} dot(%a, %b), lhs_contracting_dims={0}, rhs_contracting_dims={0}
+}
+"""
+    (kernel,) = kernels(text, DEVICE)
+    assert (kernel.kind, kernel.flops, kernel.read) == ("dot", 240, 4 * (24 + 30))
+
+
+def test_a_total_has_the_names_of_the_first():
+    ran = [Kernel("a", "x", 1, 2.0, 3.0, 4.0, 5.0, "n"), Kernel("b", "y", 2, 20.0, 30.0, 40.0, 6.0)]
+    assert total(ran) == Kernel("a", "x", 3, 22.0, 33.0, 44.0, 11.0, "n")
 
 
 def test_sums_put_the_slowest_first():

@@ -144,7 +144,6 @@ TPU_MESHES = ["2 4 1", "2 2 2", "1 8 1"]
 
 
 @needs_libtpu
-@pytest.mark.slow
 @pytest.mark.parametrize("mesh", TPU_MESHES)
 @pytest.mark.parametrize("layers", ["unroll", "scan"])
 def test_a_tpu_scatters_every_gradient_over_fsdp(mesh, layers, tmp_path):

@@ -106,7 +106,6 @@ for name in sys.argv[1:]:
 
 
 @needs_libtpu
-@pytest.mark.slow
 def test_slices_have_the_devices_that_libtpu_describes():
     """In a process of its own, as libtpu reads the environment before Python can change it."""
     found = subprocess.run(

@@ -16,7 +16,6 @@ from gptjax.train import step as steps
 from gptjax.train.checkpoint import CheckpointWriter, open_newest, restore_newest
 from gptjax.train.optimizer import make_optimizer
 from tests.models import tiny
-from tests.slow import slow
 
 CFG = tiny.config(dtype="float32")
 OPTIMIZER = make_optimizer(OptimConfig(), 10, CFG)
@@ -319,7 +318,7 @@ def test_one_that_another_command_sets_aside_meanwhile(saved, monkeypatch):
     assert open_newest(folder)[2] == {"position": 3}
 
 
-@pytest.mark.parametrize("layers", ["unroll", slow(("scan",))])
+@pytest.mark.parametrize("layers", ["unroll", "scan"])
 def test_one_that_is_dropped_after_it_was_opened(tmp_path, layers):
     """Its storage reads zeros where a file is gone."""
     # Too large to be read along with others
@@ -387,7 +386,7 @@ LLAMA = tiny.config(
 
 @pytest.mark.parametrize(
     ("name", "cfg"),
-    [("adamw", CFG), ("adamw", LLAMA), *(slow((name, CFG)) for name in OPTIMIZERS[1:])],
+    [("adamw", CFG), ("adamw", LLAMA), *((name, CFG) for name in OPTIMIZERS[1:])],
 )
 def test_training_goes_on_bit_for_bit(tmp_path, name, cfg):
     """Two steps, a checkpoint and a third, or three steps."""
@@ -454,9 +453,7 @@ ELSEWHERE = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "saved", "read", "other"), [*ELSEWHERE[:2], *map(slow, ELSEWHERE[2:])]
-)
+@pytest.mark.parametrize(("name", "saved", "read", "other"), ELSEWHERE)
 def test_a_checkpoint_is_read_onto_any_other_mesh(tmp_path, name, saved, read, other):
     """And in the other layout."""
     cfg = tiny.config(

@@ -26,7 +26,6 @@ from gptjax.train import trainer
 from gptjax.xla import native
 from gptjax.xla.cache import enable_compilation_cache
 from tests.conftest import ROOT
-from tests.slow import slow
 
 TINY = {
     "model": {
@@ -160,7 +159,6 @@ def test_a_run_from_start_to_end(command, tmp_path, capsys):
     assert metrics(tmp_path / "again" / "tiny")[0]["loss"] == records[0]["loss"]
 
 
-@pytest.mark.slow
 def test_twenty_steps_equal_ten_then_kill_9_then_ten(command, tmp_path):
     assert run(*command, "--name", "straight") == 0
     # Time to be killed in
@@ -175,7 +173,7 @@ def test_twenty_steps_equal_ten_then_kill_9_then_ten(command, tmp_path):
     assert_same_run(tmp_path / "runs" / "straight", folder)
 
 
-@pytest.mark.parametrize("number", [slow([signal.SIGINT]), signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_ends_cleanly(command, tmp_path, number):
     assert run(*command, "--name", "straight") == 0
     args = [*command, "--name", "stopped"]
@@ -239,7 +237,6 @@ def test_only_the_newest_checkpoints_are_kept(command, tmp_path):
     assert names == ["step_00000016", "step_00000020"]
 
 
-@pytest.mark.slow
 def test_resume_under_another_layout_and_with_more_steps(command, tmp_path, capsys):
     options = ["--optim.schedule", "constant", "--train.eval_every", "0", "--model.dropout", "0"]
     assert run(*command, *options, "--name", "straight", "--train.steps", "14") == 0
@@ -279,7 +276,6 @@ def test_resume_under_another_layout_and_with_more_steps(command, tmp_path, caps
     assert "nothing to do: 14 of 14 steps are done" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_muon_trains_on_a_mesh_and_resumes(command, tmp_path, capsys):
     """On 4 of the simulated devices."""
     options = [
@@ -401,7 +397,6 @@ def test_a_checkpoint_that_is_declined_is_an_error(command, capsys, monkeypatch)
     assert "saved in" not in capsys.readouterr().out
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("in_cpp", [True, False])
 def test_float64_trains_and_resumes(command, tmp_path, capsys, monkeypatch, in_cpp):
     """Wherever the update is made; what is kept is float32, so the run goes on in float32, too."""
@@ -488,7 +483,6 @@ def test_live_checks_log_the_worst_error(command, tmp_path, capsys):
     assert capsys.readouterr().out.count("| gradient error ") == 2
 
 
-@pytest.mark.slow
 def test_a_run_with_checks_is_the_run_without(command, tmp_path):
     assert run(*command, "--name", "straight") == 0
     assert run(*command, "--name", "checked", "--train.verify_every", "10") == 0
@@ -550,7 +544,8 @@ def assert_refused(args: list[str], message: str, capsys) -> None:
         (["--resume", ""], "resume is empty"),
         (["--seed", "-1"], "seed must be from 0 to 4294967295"),
         (["--optim.eps", "0"], "optim.eps must be above 0"),
-        (["--resume", "nowhere"], "--resume nowhere is not the folder of a run"),
+        (["--resume", "nowhere"], "--resume nowhere: there is no such run"),
+        (["--resume", "configs"], "--resume configs is not the folder of a run"),
         (["--runs", "/dev/null/x"], "/dev/null/x"),
     ],
 )
@@ -564,8 +559,9 @@ def test_bad_options_end_in_one_sentence(command, capsys, args, message):
         ("modle: {preset: 124m}", "unknown option modle"),
         (
             "model: {preset: 124m, chanels: 4}",
-            "unknown option model.chanels: did you mean model.channels?",
+            "bad.yaml: unknown option model.chanels: did you mean model.channels?",
         ),
+        ("model: {preset: 124m, channels: many}", "bad.yaml: model.channels: Expected a int"),
         ("model: {preset: [", "parsing"),
         ("model: {preset: 3m}", "preset"),
         ("{}", "model"),
@@ -592,7 +588,6 @@ def test_bad_shards_end_in_one_sentence(command, tmp_path, capsys):
     assert_refused(args, "has no val*.bin", capsys)
 
 
-@pytest.mark.slow
 def test_a_disk_that_fills_up_ends_in_one_sentence(command, tmp_path):
     """A limit on file sizes stands in for the disk: the checkpoint of step 20 cannot be written."""
     script = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000));"
@@ -610,7 +605,6 @@ def test_a_disk_that_fills_up_ends_in_one_sentence(command, tmp_path):
     assert "checkpoints cannot be written (File too large): free space" in result.stderr
 
 
-@pytest.mark.slow
 def test_the_next_start_finds_what_this_one_compiled(command, tmp_path):
     """Where an entry is damaged it compiles, without a warning, and the start after it finds what
     that one compiled.

@@ -209,7 +209,6 @@ def test_the_scheduler_saves_memory():
     assert memory_of_gradients(steps.compile_for_memory)(256) < default
 
 
-@pytest.mark.slow
 def test_memory_is_linear_in_length_and_bounded_in_the_vocabulary():
     small = memory_of_gradients(steps.compile_for_memory, vocab_size=512, loss_chunks=4)
     large = memory_of_gradients(steps.compile_for_memory, vocab_size=2048, loss_chunks=16)
@@ -218,7 +217,6 @@ def test_memory_is_linear_in_length_and_bounded_in_the_vocabulary():
     assert large(1024) == pytest.approx(small(1024), rel=0.05)
 
 
-@pytest.mark.slow
 def test_the_fresh_parameters_are_drawn_in_turns():
     """So that they need less memory than a step."""
     cfg = tiny.config(num_layers=8, channels=64)

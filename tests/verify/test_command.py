@@ -165,7 +165,6 @@ def test_some_random_targets_are_ignored_except_in_an_export():
     assert "dropout 0.0" in facts["model"]
 
 
-@pytest.mark.slow
 def test_the_config_hash_ignores_how_the_report_is_shown():
     one, other, different = (
         made(*a)[1]["config"] for a in ([], ["--layers", "true", "--json", "x"], ["--seed", "1"])
@@ -205,7 +204,6 @@ def test_a_wrong_op_alone_ends_with_1(monkeypatch, capsys):
     assert "THE OP an op IS WRONG, though the gradients agree" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_exported_files_are_a_reference(capsys, tmp_path):
     """What is written is read back and agrees, also by a model of scanned layers in another
     precision.

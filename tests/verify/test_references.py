@@ -46,7 +46,6 @@ def test_against_autodiff(layers, dtype):
     assert worst < FLOAT64_TOLERANCE if dtype == "float64" else 1e-8 < worst < 1e-5
 
 
-@pytest.mark.slow
 def test_a_planted_gelu_error_is_located_and_found_in_the_curvature(monkeypatch):
     plant(monkeypatch)
     report = references.against_autodiff(subject(layers="scan", num_layers=1))
@@ -292,7 +291,6 @@ def test_live_gradient(changes):
     assert (report.gradient.rows[0].ratio is None) == (changes["dtype"] == "float32")
 
 
-@pytest.mark.slow
 def test_a_wrong_16_bit_gradient_is_located_in_a_wider_dtype(monkeypatch):
     plant(monkeypatch, 1.5)
     report = live(tiny.config(dtype="bfloat16", channels=32))

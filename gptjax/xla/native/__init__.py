@@ -287,23 +287,25 @@ def adamw(
     return new[:n], new[n : 2 * n], new[2 * n :]
 
 
-def product(x: Float[Array, "M I"], weights: Sequence[Array], outputs: int) -> Float[Array, "M O"]:
-    """``x w^T`` for a few rows of x, with weights in blocks or in bfloat16.
+def products(
+    x: Float[Array, "M I"], weights: Sequence[Sequence[Array]], outputs: Sequence[int]
+) -> list[Float[Array, "M O"]]:
+    """``x w^T`` for each weight w, in one call.
 
     Args:
-        x: float32.
-        weights: a matrix in bfloat16, (O, I); or, of weights in blocks
+        x: a few rows, float32.
+        weights: of each, one matrix in bfloat16, (O, I); or, if it is in blocks
             (`gptjax.ops.quantized.Blocks`), the integers, the scales and the minima, if there are
             any.
-        outputs: O.
+        outputs: O of each.
 
     """
-    integers = len(weights) > 1 and (weights[0].dtype.name, len(weights))
-    kind = [("int8", 2), ("uint8", 2), ("uint8", 3), False].index(integers)
+    known = [("int8", 2), ("uint8", 2), ("uint8", 3), ("bfloat16", 1)]
+    kinds = [known.index((arrays[0].dtype.name, len(arrays))) for arrays in weights]
     call: Any = jax.ffi.ffi_call(
-        "gptjax_product", jax.ShapeDtypeStruct((x.shape[0], outputs), x.dtype)
+        "gptjax_product", [jax.ShapeDtypeStruct((x.shape[0], size), x.dtype) for size in outputs]
     )
-    return call(x, *weights, kind=np.int32(kind))
+    return list(call(x, *itertools.chain(*weights), kinds=np.asarray(kinds, np.int32)))
 
 
 def attention(

@@ -33,7 +33,7 @@ constexpr int kMostTogether = 4;  // rows of x that a kernel takes at a time
 constexpr int64_t kPieceBytes = 1 << 14;   // of weights, that a thread takes at a time
 constexpr int64_t kCachedBytes = 1 << 17;  // of x, that stay in a core's cache
 
-enum Kind { kQ8_0, kQ4_0, kQ4_1, kKinds };
+enum Kind { kQ8_0, kQ4_0, kQ4_1, kKinds, kBFloat16 = kKinds };
 constexpr int64_t kTileBytes[kKinds] = {256, 128, 128};
 
 // Weights of 8 outputs: for each block a tile of 8 x 32, where the same 4 inputs of all outputs
@@ -269,97 +269,135 @@ std::atomic<const Kernels*> chosen{&AllKernels().front()};
 
 ffi::Error Misfit() { return ffi::Error::InvalidArgument("product: the shapes do not fit"); }
 
-// y = x w^T with w in blocks.
-ffi::Error BlockProduct(Kind kind, ffi::ThreadPool& pool, const ffi::BufferR2<ffi::F32>& x,
-                        const ffi::RemainingArgs& weights, ffi::BufferR2<ffi::F32>& y) {
-  const auto q = weights.get<ffi::AnyBuffer>(0), scale = weights.get<ffi::AnyBuffer>(1);
-  const auto minimum = weights.get<ffi::AnyBuffer>(kind == kQ4_1 ? 2 : 1);
-  if (!q.has_value() || !scale.has_value() || !minimum.has_value()) return Misfit();
-  const int64_t M = x.dimensions()[0], inputs = x.dimensions()[1], outputs = y.dimensions()[1];
-  const int64_t panels = (outputs + kRows - 1) / kRows, blocks = (inputs + kBlock - 1) / kBlock;
-  const int64_t panel_bytes = blocks * kTileBytes[kind];
-  const size_t scale_bytes = panels * blocks * kRows * sizeof(uint16_t);
-  if (y.dimensions()[0] != M || q->size_bytes() != static_cast<size_t>(panels * panel_bytes) ||
-      scale->size_bytes() != scale_bytes || minimum->size_bytes() != scale_bytes) {
-    return Misfit();
-  }
-  const float* from = x.typed_data();
-  float* to = y.typed_data();
-  const auto* bytes = static_cast<const uint8_t*>(q->untyped_data());
-  const auto* scales = static_cast<const uint16_t*>(scale->untyped_data());
-  const auto* minima = static_cast<const uint16_t*>(minimum->untyped_data());
-  const Kernels& kernels = *chosen.load(std::memory_order_relaxed);
+// One matrix and its product: a panel is 8 outputs if it is in blocks, one in bfloat16. A thread
+// takes `together` panels at a time.
+struct Matrix {
+  Kind kind;
+  const uint8_t* q;
+  const uint16_t *scale, *minimum;
+  float* y;
+  int64_t outputs, panels, panel_bytes, together, first_piece;
+};
 
-  const std::unique_ptr<int8_t[]> xq(new int8_t[M * blocks * kBlock]);
-  const std::unique_ptr<float[]> xscale(new float[M * blocks]);
-  const std::unique_ptr<int32_t[]> xsum(new int32_t[M * blocks]);
+// x in blocks of 8 bits.
+struct Quantized {
+  std::unique_ptr<int8_t[]> q;
+  std::unique_ptr<float[]> scale;
+  std::unique_ptr<int32_t[]> sum;
+};
+
+Quantized QuantizeRows(ffi::ThreadPool& pool, const Kernels& kernels, const float* x, int64_t M,
+                       int64_t inputs, int64_t blocks) {
+  Quantized to{std::unique_ptr<int8_t[]>(new int8_t[M * blocks * kBlock]),
+               std::unique_ptr<float[]>(new float[M * blocks]),
+               std::unique_ptr<int32_t[]>(new int32_t[M * blocks])};
   const auto quantize = [&](int64_t m) {
-    kernels.quantize(from + m * inputs, inputs, &xq[m * blocks * kBlock], &xscale[m * blocks],
-                     &xsum[m * blocks]);
+    kernels.quantize(x + m * inputs, inputs, &to.q[m * blocks * kBlock], &to.scale[m * blocks],
+                     &to.sum[m * blocks]);
   };
   if (M > 2 * kMostTogether) {
     gptjax::ParallelFor(pool, M, quantize);
   } else {
     for (int64_t m = 0; m < M; ++m) quantize(m);
   }
+  return to;
+}
 
-  const int64_t together = std::max<int64_t>(1, kPieceBytes / std::max<int64_t>(panel_bytes, 1));
+// Panels [begin, end) of y = x w^T with w in blocks.
+void BlockPanels(const Kernels& kernels, const Matrix& w, const Quantized& x, int64_t M,
+                 int64_t blocks, int64_t begin, int64_t end) {
   const int64_t fit = kCachedBytes / std::max<int64_t>(blocks * kBlock, 1);
   const int64_t cached = std::max<int64_t>(1, fit / kMostTogether) * kMostTogether;
-  gptjax::ParallelFor(pool, (panels + together - 1) / together, [&](int64_t piece) {
-    const int64_t end = std::min(panels, (piece + 1) * together);
-    for (int64_t first = 0; first < M; first += cached) {
-      for (int64_t p = piece * together; p < end; ++p) {
-        const int64_t at = p * blocks * kRows, count = std::min<int64_t>(kRows, outputs - p * kRows);
-        const Panel w{bytes + p * panel_bytes, scales + at, minima + at, blocks};
-        for (int64_t m = first; m < std::min(M, first + cached); m += kMostTogether) {
-          const int64_t n = std::min<int64_t>(kMostTogether, M - m);
-          const Rows rows{&xq[m * blocks * kBlock], &xscale[m * blocks], &xsum[m * blocks]};
-          float found[kMostTogether * kRows];
-          kernels.panel[kind](w, rows, n, found);
-          for (int64_t r = 0; r < n; ++r) {
-            std::memcpy(to + (m + r) * outputs + p * kRows, found + r * kRows,
-                        sizeof(float) * count);
-          }
+  for (int64_t first = 0; first < M; first += cached) {
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t at = p * blocks * kRows;
+      const int64_t count = std::min<int64_t>(kRows, w.outputs - p * kRows);
+      const Panel panel{w.q + p * w.panel_bytes, w.scale + at, w.minimum + at, blocks};
+      for (int64_t m = first; m < std::min(M, first + cached); m += kMostTogether) {
+        const int64_t n = std::min<int64_t>(kMostTogether, M - m);
+        const Rows rows{&x.q[m * blocks * kBlock], &x.scale[m * blocks], &x.sum[m * blocks]};
+        float found[kMostTogether * kRows];
+        kernels.panel[w.kind](panel, rows, n, found);
+        for (int64_t r = 0; r < n; ++r) {
+          std::memcpy(w.y + (m + r) * w.outputs + p * kRows, found + r * kRows,
+                      sizeof(float) * count);
         }
       }
     }
-  });
-  return ffi::Error::Success();
+  }
 }
 
-// y = x w^T with w in bfloat16.
-ffi::Error BFloat16Product(ffi::ThreadPool& pool, const ffi::BufferR2<ffi::F32>& x,
-                           const ffi::RemainingArgs& weights, ffi::BufferR2<ffi::F32>& y) {
-  const auto w = weights.get<ffi::BufferR2<ffi::BF16>>(0);
-  if (!w.has_value()) return w.error();
-  const int64_t M = x.dimensions()[0], inputs = x.dimensions()[1], outputs = y.dimensions()[1];
-  if (y.dimensions()[0] != M || w->dimensions()[0] != outputs || w->dimensions()[1] != inputs) {
-    return Misfit();
+// Outputs [begin, end) of y = x w^T with w in bfloat16.
+void BFloat16Outputs(const Kernels& kernels, const Matrix& w, const float* x, int64_t M,
+                     int64_t inputs, int64_t begin, int64_t end) {
+  const auto* rows = reinterpret_cast<const uint16_t*>(w.q);
+  for (int64_t o = begin; o < end; ++o) {
+    for (int64_t m = 0; m < M; m += kMostTogether) {
+      const int64_t n = std::min<int64_t>(kMostTogether, M - m);
+      float found[kMostTogether];
+      kernels.row(rows + o * inputs, x + m * inputs, inputs, n, found);
+      for (int64_t r = 0; r < n; ++r) w.y[(m + r) * w.outputs + o] = found[r];
+    }
   }
-  const auto* rows = reinterpret_cast<const uint16_t*>(w->untyped_data());
-  const float* from = x.typed_data();
-  float* to = y.typed_data();
+}
+
+// y = x w^T for each matrix w: its integers, scales and minima, or its bfloat16 numbers.
+ffi::Error Product(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::RemainingArgs weights,
+                   ffi::RemainingRets results, ffi::Span<const int32_t> kinds) {
+  const int64_t M = x.dimensions()[0], inputs = x.dimensions()[1];
+  const int64_t blocks = (inputs + kBlock - 1) / kBlock;
+  if (results.size() != kinds.size()) return Misfit();
+  std::vector<Matrix> matrices;
+  int64_t pieces = 0;
+  bool any_blocks = false;
+  size_t arg = 0;
+  for (size_t i = 0; i < kinds.size(); ++i) {
+    if (kinds[i] < 0 || kinds[i] > kBFloat16) return Misfit();
+    const Kind kind = static_cast<Kind>(kinds[i]);
+    auto y = results.get<ffi::BufferR2<ffi::F32>>(i);
+    if (!y.has_value() || (*y)->dimensions()[0] != M) return Misfit();
+    const bool in_blocks = kind != kBFloat16;
+    const auto q = weights.get<ffi::AnyBuffer>(arg);
+    const auto scale = weights.get<ffi::AnyBuffer>(arg + (in_blocks ? 1 : 0));
+    const auto minimum = weights.get<ffi::AnyBuffer>(arg + (in_blocks ? 1 + (kind == kQ4_1) : 0));
+    if (!q.has_value() || !scale.has_value() || !minimum.has_value()) return Misfit();
+    arg += in_blocks ? 2 + (kind == kQ4_1) : 1;
+    const int64_t outputs = (*y)->dimensions()[1];
+    const int64_t panels = in_blocks ? (outputs + kRows - 1) / kRows : outputs;
+    const int64_t panel_bytes = in_blocks ? blocks * kTileBytes[kind] : 2 * inputs;
+    const size_t scale_bytes = panels * blocks * kRows * sizeof(uint16_t);
+    if (q->size_bytes() != static_cast<size_t>(panels * panel_bytes) ||
+        (in_blocks &&
+         (scale->size_bytes() != scale_bytes || minimum->size_bytes() != scale_bytes))) {
+      return Misfit();
+    }
+    const int64_t together = std::max<int64_t>(1, kPieceBytes / std::max<int64_t>(panel_bytes, 1));
+    matrices.push_back({kind, static_cast<const uint8_t*>(q->untyped_data()),
+                        static_cast<const uint16_t*>(scale->untyped_data()),
+                        static_cast<const uint16_t*>(minimum->untyped_data()), (*y)->typed_data(),
+                        outputs, panels, panel_bytes, together, pieces});
+    pieces += (panels + together - 1) / together;
+    any_blocks |= in_blocks;
+  }
+  if (arg != weights.size()) return Misfit();
+
   const Kernels& kernels = *chosen.load(std::memory_order_relaxed);
-  const int64_t together = std::max<int64_t>(1, kPieceBytes / (2 * std::max<int64_t>(inputs, 1)));
-  gptjax::ParallelFor(pool, (outputs + together - 1) / together, [&](int64_t piece) {
-    for (int64_t o = piece * together; o < std::min(outputs, (piece + 1) * together); ++o) {
-      for (int64_t m = 0; m < M; m += kMostTogether) {
-        const int64_t n = std::min<int64_t>(kMostTogether, M - m);
-        float found[kMostTogether];
-        kernels.row(rows + o * inputs, from + m * inputs, inputs, n, found);
-        for (int64_t r = 0; r < n; ++r) to[(m + r) * outputs + o] = found[r];
-      }
+  const float* from = x.typed_data();
+  Quantized quantized;
+  if (any_blocks) quantized = QuantizeRows(pool, kernels, from, M, inputs, blocks);
+  gptjax::ParallelFor(pool, pieces, [&](int64_t piece) {
+    size_t i = matrices.size() - 1;
+    while (matrices[i].first_piece > piece) --i;
+    const Matrix& w = matrices[i];
+    const int64_t begin = (piece - w.first_piece) * w.together;
+    const int64_t end = std::min(w.panels, begin + w.together);
+    if (w.kind == kBFloat16) {
+      BFloat16Outputs(kernels, w, from, M, inputs, begin, end);
+    } else {
+      BlockPanels(kernels, w, quantized, M, blocks, begin, end);
     }
   });
   return ffi::Error::Success();
-}
-
-ffi::Error Product(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::RemainingArgs weights,
-                   ffi::Result<ffi::BufferR2<ffi::F32>> y, int32_t kind) {
-  if (kind == kKinds) return BFloat16Product(pool, x, weights, *y);
-  if (kind < 0 || kind > kKinds) return Misfit();
-  return BlockProduct(static_cast<Kind>(kind), pool, x, weights, *y);
 }
 
 }  // namespace
@@ -379,5 +417,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(product, Product,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::BufferR2<ffi::F32>>()
                                   .RemainingArgs()
-                                  .Ret<ffi::BufferR2<ffi::F32>>()
-                                  .Attr<int32_t>("kind"));
+                                  .RemainingRets()
+                                  .Attr<ffi::Span<const int32_t>>("kinds"));
