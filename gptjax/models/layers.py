@@ -6,6 +6,7 @@ lays out a block's weights and gradients.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -69,7 +70,8 @@ def linears_fwd(
     """
     if any(isinstance(w, OutIn | Blocks) for w in ws):
         return quantized_linears(x, ws, bs), None
-    return [ops.linear_fwd(x, w, b)[0] for w, b in zip(ws, bs or [None] * len(ws), strict=True)], x
+    ys, saved = zip(*map(partial(ops.linear_fwd, x), ws, bs or [None] * len(ws)), strict=True)
+    return list(ys), saved[0]
 
 
 def linear_bwd(x: Array, w: Array, dy: Array) -> tuple[Array, Array, Array]:

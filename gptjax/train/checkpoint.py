@@ -65,6 +65,10 @@ class CheckpointWriter:
     def __init__(self, folder: Path, keep: int) -> None:
         """Make the folder, and remove unfinished checkpoints that a crash left in it."""
         self.folder = folder
+        # Where one piece cannot be written, Orbax drops the others; the error says all there is.
+        warnings.filterwarnings(
+            "ignore", "coroutine '.*write_fragment' was never awaited", RuntimeWarning
+        )
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             step_prefix=PREFIX,

@@ -1,6 +1,7 @@
 """The command as a person runs it, on a tiny model."""
 
 import dataclasses
+import importlib
 import json
 import shutil
 
@@ -183,6 +184,18 @@ def test_the_same_figures_whatever_the_batch_size(place):
     for name in ("loss", "loss_stderr", "perplexity", "bits_per_byte", "bits_per_byte_stderr"):
         assert one[name] == pytest.approx(other[name], rel=1e-5)
     assert one["tokens"] == other["tokens"]
+
+
+def test_no_more_rows_are_computed_than_are_scored(place, monkeypatch):
+    module, shapes = importlib.import_module("gptjax.evaluate.corpus"), []
+    losses = module.compiled_losses
+    monkeypatch.setattr(
+        module,
+        "compiled_losses",
+        lambda p, b, cfg: shapes.append(b.inputs.shape) or losses(p, b, cfg),
+    )
+    run(place, "hf", place / "text.txt", "--tokens", 20, "--batch_size", 8)
+    assert shapes == [(1, 32)]
 
 
 def shards(folder, ids=range(11), tokenizer=None):

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.models import transformer
+from gptjax.models import gpt2, transformer
 from gptjax.models.decode import PART, decode, extend, prefill, store_for_decoding
 from tests.models import tiny
 
@@ -74,6 +74,15 @@ def test_a_prompt_read_in_parts_is_read_as_if_at_once(layers):
     for row, begin in enumerate(padding.tolist()):
         alone = transformer.logits(params, tokens[row : row + 1, begin:], cfg)
         np.testing.assert_allclose(found[row], alone[0, -4:], rtol=1e-11, atol=1e-13)
+
+
+def test_a_block_is_traced_once_for_all_layers(monkeypatch):
+    cfg, traced = tiny.config(num_layers=3, layers="unroll"), []
+    fwd = gpt2.block_fwd
+    monkeypatch.setattr(gpt2, "block_fwd", lambda *args: traced.append(0) or fwd(*args))
+    ids, padding = jnp.zeros((1, 4), jnp.int32), jnp.zeros(1, jnp.int32)
+    jax.eval_shape(lambda p: prefill(p, ids, padding, 8, cfg), tiny.params(cfg))
+    assert len(traced) == 1
 
 
 def test_prompts_that_are_no_whole_parts_are_refused():

@@ -572,6 +572,21 @@ def test_bad_config_files_end_in_one_sentence(tmp_path, capsys, text, message):
     assert_refused(["--config", str(tmp_path / "bad.yaml")], message, capsys)
 
 
+def test_a_start_that_is_interrupted_says_that_no_step_was_done(monkeypatch, command, capsys):
+    def interrupted(cfg):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train", interrupted)
+    assert run(*command) == 130
+    assert capsys.readouterr().err.endswith("error: interrupted before the first step\n")
+
+
+def test_a_run_given_by_its_name_alone_is_not_resumed(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    assert_refused(["--resume", "mine"], "there is no such run; did you mean runs/mine?", capsys)
+
+
 def test_bad_shards_end_in_one_sentence(command, tmp_path, capsys):
     folder = tmp_path / "shards"
     folder.mkdir()
