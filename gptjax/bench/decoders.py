@@ -89,20 +89,17 @@ def bytes_per_token(params: Any, cfg: Any) -> int:
 
 def ours(work: Task) -> tuple[Callable[[], Timed], int]:
     """(a run of this package, bytes a token), without looking tokens up in the text."""
-    import dataclasses
-
     import jax
 
     from gptjax.config import Sampler
-    from gptjax.convert.weights import load_for_decoding, open_weights
+    from gptjax.convert.weights import decoding_config, load_for_decoding, open_weights
     from gptjax.generate.engine import Rules, generate
-    from gptjax.xla.backend import platform_name, start_jax
+    from gptjax.xla.backend import start_jax
 
     source, how = open_weights(work.model), work.name.removeprefix("gptjax ")
     start_jax("float32")
-    cfg = dataclasses.replace(source.cfg, dtype="float32", layers="unroll", dropout=0.0)
-    cfg = cfg.resolve(platform_name(), 1)
     storage: Any = how
+    cfg = decoding_config(source, "float32", storage)
     params = load_for_decoding(source, cfg, storage)
     rules = Rules(cfg, Sampler(0), cfg.vocab_size)
 

@@ -6,7 +6,6 @@ conversation outgrows the model's context, the oldest turns are dropped, with a 
 """
 
 import contextlib
-import dataclasses
 import json
 import re
 import signal
@@ -23,6 +22,7 @@ from gptjax.cli.streams import show
 from gptjax.config import ChatConfig
 from gptjax.convert.weights import (
     Source,
+    decoding_config,
     load_for_decoding,
     open_weights,
     with_named_tokenizer,
@@ -31,7 +31,7 @@ from gptjax.errors import ConfigError, DataError
 from gptjax.generate.engine import CHUNK, Rules
 from gptjax.generate.session import Session
 from gptjax.tokenizers.chat_template import ChatTemplate, endings, find
-from gptjax.xla.backend import platform_name, start_jax
+from gptjax.xla.backend import start_jax
 from gptjax.xla.cache import enable_compilation_cache
 
 PROG = "python -m gptjax.chat"
@@ -88,11 +88,8 @@ def opened(args: ChatConfig) -> Conversation:
         )
     template = template_of(source, args)
     ends = endings(template, tokenizer)
-    wanted = dataclasses.replace(
-        source.cfg, dtype=args.dtype, layers="unroll", attention="auto", dropout=0.0
-    )
-    start_jax(wanted.dtype)
-    cfg = wanted.resolve(platform_name(), 1)
+    start_jax(args.dtype)
+    cfg = decoding_config(source, args.dtype, args.storage)
     params = load_for_decoding(source, cfg, args.storage)
     rules = Rules(cfg, args.sampler, tokenizer.vocab_size, ends.ids)
     return Conversation(Session(params, rules), tokenizer, template, ends, args.system)

@@ -5,7 +5,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
+from jax.tree_util import SequenceKey
 
 from gptjax import tokenizers
 from gptjax.config import DIMENSIONS, Architecture, ModelConfig, Storage
@@ -26,10 +27,13 @@ from gptjax.formats.lazy import LazyTensor, pad_vocab, stack_lazily
 from gptjax.formats.recognise import recognise
 from gptjax.models.decode import is_storable, store
 from gptjax.models.family import Weight
-from gptjax.models.params import num_params, param_axes, per_tensor, tensor_at
+from gptjax.models.params import is_weight, num_params, param_axes, per_tensor, tensor_at
 from gptjax.ops.quantized import PANEL, Blocks, interleaved
 from gptjax.parallel.mesh import param_shardings, place
 from gptjax.tokenizers import Tokenizer, ggml, tokenizer_json
+from gptjax.xla import native
+from gptjax.xla.backend import platform_name
+from gptjax.xla.memory import LargePages
 
 Format = Literal["hf", "llmc", "llama2c", "gguf", "safetensors"]
 Q8_0 = np.dtype(np.int8)
@@ -307,15 +311,55 @@ def load_params(source: Source, cfg: ModelConfig, mesh: Mesh | None = None) -> A
     return jax.tree_util.tree_map_with_path(load, params, weights, layouts)
 
 
+def decoding_config(source: Source, dtype: Any, how: Storage = "as_stored") -> ModelConfig:
+    """The resolved configuration that decodes an opened model fastest.
+
+    The layers are in a stack, and one program for a layer runs L times, where kernels in C++ read
+    its weights out of the stack. Otherwise, and where layers are stored in different ways, they are
+    unrolled.
+
+    Args:
+        source: the model.
+        dtype: as `ModelConfig.dtype`.
+        how: storage of matrices and vocabulary tables.
+
+    Raises:
+        ConfigError: the model cannot be computed so.
+
+    """
+    cfg = dataclasses.replace(
+        source.cfg, dtype=dtype, attention="auto", dropout=0.0, dropout_mlp=0.0
+    ).resolve(platform_name(), 1)
+    readable = {"q8_0", "q4_0", "q4_1", *(["bfloat16"] if cfg.dtype == "float32" else [])}
+
+    def in_one_way(weight: Weight, *layers: LazyTensor) -> bool:
+        ways = {_storage(tensor, how) for tensor in layers}
+        return not is_storable(weight) or (len(ways) == 1 and ways <= readable)
+
+    weights = per_tensor(lambda weight: weight, source.params, cfg)
+    alike = jax.tree.map(in_one_way, weights.blocks[0], *source.params.blocks, is_leaf=is_weight)
+    stacks = all(jax.tree.leaves(alike)) and native.available("product")
+    return dataclasses.replace(cfg, layers="scan" if stacks else "unroll")
+
+
+def _storage(tensor: LazyTensor, how: Storage) -> str:
+    """How a matrix is stored if ``how`` is asked for: float32 stands for the compute dtype."""
+    if how != "as_stored":
+        return how
+    if tensor.block_type:
+        return tensor.block_type.lower() if tensor.block_type in gguf.BLOCK_BYTES else "q8_0"
+    return "bfloat16" if tensor.dtype == jnp.bfloat16 else "float32"
+
+
 def load_for_decoding(source: Source, cfg: ModelConfig, how: Storage = "as_stored") -> Any:
-    """Load the parameters of an opened model in the form that decodes fastest, in the unrolled
-    layout.
+    """Load the parameters of an opened model in the form that decodes fastest, in the layout of
+    ``cfg``.
 
     Tensors are loaded one by one, so a float32 copy of the whole model never exists.
 
     Args:
         source: the model.
-        cfg: resolved, with the model's architecture.
+        cfg: resolved, with the model's architecture; see `decoding_config`.
         how: storage of matrices and vocabulary tables, see `gptjax.models.decode.store`.
 
     Raises:
@@ -327,19 +371,18 @@ def load_for_decoding(source: Source, cfg: ModelConfig, how: Storage = "as_store
     converted: Counter[str] = Counter()
 
     def load(path: Any, tensor: LazyTensor, weight: Weight) -> Any:
-        in_blocks = tensor.blocks and is_storable(weight)
-        raw = tensor.blocks() if tensor.blocks and in_blocks else None
-        if raw and how in ("as_stored", raw.kind.lower()):
-            found = _as_it_lies(raw, tensor, weight)
+        if not is_storable(weight):
+            array = np.asarray(tensor)
+            check_finite(source.format, path, array)
+            return array
+        kind: Any = _storage(tensor, how)
+        if tensor.blocks and kind == (tensor.block_type or "").lower():
+            found = _as_it_lies(tensor.blocks(), tensor, weight)
         else:
             array = np.asarray(tensor)
             check_finite(source.format, path, array)
-            if not is_storable(weight):
-                # A copy, since JAX would keep a mapped file's pages in use
-                return jnp.array(array)
-            if in_blocks and how == "as_stored":
-                converted["q8_0"] += 1
-            kind: Storage = "q8_0" if in_blocks and how == "as_stored" else how
+            if tensor.block_type and how == "as_stored":
+                converted[kind] += 1
             on_device = jax.device_put(pad_vocab(array, weight, cfg))
             # Wait, or several would be in memory
             found = jax.block_until_ready(store(on_device, weight, cfg, kind))
@@ -352,7 +395,22 @@ def load_for_decoding(source: Source, cfg: ModelConfig, how: Storage = "as_store
             )
         return found
 
-    params = jax.tree_util.tree_map_with_path(load, source.params, weights)
+    pages = LargePages()
+
+    def alone(path: Any, tensor: LazyTensor, weight: Weight) -> Any:
+        return jax.tree.map(pages.on_device, load(path, tensor, weight))
+
+    def stacked(path: Any, weight: Weight, *layers: LazyTensor) -> Any:
+        each = (load((*path, SequenceKey(i)), x, weight) for i, x in enumerate(layers))
+        return _stacked(each, len(layers), pages)
+
+    with_path = jax.tree_util.tree_map_with_path
+    if cfg.layers == "unroll":
+        params = with_path(alone, source.params, weights)
+    else:
+        outside = with_path(alone, source.params._replace(blocks=()), weights._replace(blocks=()))
+        blocks = with_path(stacked, weights.blocks[0], *source.params.blocks, is_leaf=is_weight)
+        params = outside._replace(blocks=blocks)
     for kind, count in converted.items():
         logging.getLogger(__name__).warning(
             "%d tensors of the %s are of types that are not computed with: they are stored as %s",
@@ -372,14 +430,26 @@ def _as_it_lies(raw: gguf.RawBlocks, tensor: LazyTensor, weight: Weight) -> Bloc
         return x.reshape(-1, PANEL, *x.shape[1:])
 
     first = weight.inputs if weight.kind == "matrix" else 0
-    found = interleaved(
+    return interleaved(
         panels(raw.integers.view(np.int8) if raw.kind == "Q8_0" else raw.integers),
         panels(raw.scale),
         None if raw.minimum is None else panels(raw.minimum),
         tensor.shape[first:] + tensor.shape[:first] if first else tensor.shape,
         weight.inputs,
     )
-    return jax.tree.map(jax.device_put, found)
+
+
+def _stacked(layers: Iterator[Any], count: int, pages: LargePages) -> Any:
+    """The same trees of arrays as one of arrays (L, ...) on the device; each is asked for once the
+    one before it is in its place.
+    """
+    stack = None
+    for i, layer in enumerate(layers):
+        if stack is None:
+            stack = jax.tree.map(lambda x: pages.empty((count, *x.shape), x.dtype), layer)
+        for whole, part in zip(jax.tree.leaves(stack), jax.tree.leaves(layer), strict=True):
+            whole[i] = part
+    return jax.tree.map(jax.device_put, stack)
 
 
 def check_finite(what: str, path: Any, array: np.ndarray) -> None:

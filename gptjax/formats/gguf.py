@@ -221,6 +221,19 @@ class _Reader:
         except UnicodeDecodeError as error:
             raise FormatError(f"{self.path} has {what} that is not UTF-8: {error}") from error
 
+    def _strings(self, what: str, count: int) -> list[str]:
+        """The next strings, as `string` reads each; for a vocabulary its calls would take long."""
+        found, data, size = [], self.data, len(self.data)
+        for _ in range(count):
+            begin = self.at + 8
+            end = begin + int.from_bytes(data[self.at : begin], "little")
+            try:
+                found.append(str(data[begin:end], "utf-8") if end <= size else self.string(what))
+            except UnicodeDecodeError:
+                self.string(what)
+            self.at = end
+        return found
+
     def array(self, dtype: np.dtype, count: int = 1) -> np.ndarray:
         """The next ``count`` numbers."""
         return np.frombuffer(self.bytes(count * dtype.itemsize), dtype)
@@ -235,7 +248,7 @@ class _Reader:
         if kind == ARRAY:
             kind = self.uint32()
             if kind == STRING:
-                return [self.string(name) for _ in range(self.count(f"texts in {name}", 8))]
+                return self._strings(name, self.count(f"texts in {name}", 8))
             if kind in SCALARS:
                 dtype = SCALARS[kind]
                 return self.array(dtype, self.count(f"numbers in {name}", dtype.itemsize))
@@ -382,7 +395,7 @@ def read_model(path: str | os.PathLike[str]) -> tuple[Architecture, Any, File]:
             raise FormatError(f"{path} has tensors of type {kind}, which is not supported")
     blocks = _blocks(file)
 
-    def read(tensor: FileTensor, layer: int | None, part: Part) -> np.ndarray:
+    def read_numbers(tensor: FileTensor, layer: int | None, part: Part) -> np.ndarray:
         return dequantized(*blocks[tensor.name.format(layer)])[part.place]
 
     def dtype_of(tensor: FileTensor, layer: int | None) -> np.dtype:
@@ -396,9 +409,10 @@ def read_model(path: str | os.PathLike[str]) -> tuple[Architecture, Any, File]:
         kind, data = blocks[tensor.name.format(layer)]
         if kind in PLAIN:
             return lazy
-        return dataclasses.replace(lazy, blocks=partial(read_blocks, kind, data, part))
+        read = partial(read_blocks, kind, data, part)
+        return dataclasses.replace(lazy, blocks=read, block_type=kind)
 
-    params = open_params(tensors, cfg, read, dtype_of)
+    params = open_params(tensors, cfg, read_numbers, dtype_of)
     return cfg, jax.tree_util.tree_map_with_path(with_blocks, params), file
 
 

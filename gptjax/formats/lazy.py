@@ -23,7 +23,11 @@ class LazyTensor:
     load: Callable[[], np.ndarray]
     """Reads the tensor, with shape `shape`."""
     blocks: Callable[[], Any] | None = None
-    """Reads the quantized blocks in the file; None if there are none that decoding can use."""
+    """Reads the quantized blocks in the file, if the tensor is in blocks; None for types that
+    decoding cannot use.
+    """
+    block_type: str | None = None
+    """GGML's name of their type, as in ``Q4_1``."""
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """NumPy's protocol."""

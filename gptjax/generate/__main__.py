@@ -9,7 +9,6 @@ llama2.c's run.c does.
 """
 
 import contextlib
-import dataclasses
 import io
 import json
 import sys
@@ -22,15 +21,20 @@ import jax
 from gptjax import cli
 from gptjax.cli.options import parse
 from gptjax.cli.streams import show, standard_input
-from gptjax.config import MOST_SAMPLES, GenerateConfig, ModelConfig
-from gptjax.convert.weights import load_for_decoding, open_weights, with_named_tokenizer
+from gptjax.config import MOST_SAMPLES, GenerateConfig
+from gptjax.convert.weights import (
+    decoding_config,
+    load_for_decoding,
+    open_weights,
+    with_named_tokenizer,
+)
 from gptjax.errors import ConfigError, DataError
 from gptjax.files import read_stream
 from gptjax.generate.engine import CHUNK, Rules
 from gptjax.generate.samples import Sample, continued
 from gptjax.generate.stream import prompt_ids
 from gptjax.tokenizers import Tokenizer
-from gptjax.xla.backend import platform_name, start_jax
+from gptjax.xla.backend import start_jax
 from gptjax.xla.cache import enable_compilation_cache
 
 PROG = "python -m gptjax.generate"
@@ -128,11 +132,8 @@ def load(args: GenerateConfig) -> Model:
         raise ConfigError(
             f"{args.checkpoint} has no tokenizer{reason}: name one, as in --tokenizer gpt2"
         )
-    wanted = dataclasses.replace(
-        source.cfg, dtype=args.dtype, layers="unroll", attention="auto", dropout=0.0
-    )
-    start_jax(wanted.dtype)
-    cfg: ModelConfig = wanted.resolve(platform_name(), 1)
+    start_jax(args.dtype)
+    cfg = decoding_config(source, args.dtype, args.storage)
     params = load_for_decoding(source, cfg, args.storage)
     ends = () if args.ignore_end else tokenizer.ends
     return Model(

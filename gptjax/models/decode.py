@@ -17,7 +17,8 @@ from gptjax.models.family import Weight, family_of
 from gptjax.models.params import head_of, is_weight, per_tensor
 from gptjax.models.transformer import over_layers
 from gptjax.ops.kv_cache import LayerCache, cached_attention
-from gptjax.ops.quantized import OutIn, product, quantize
+from gptjax.ops.quantized import OutIn, is_stored, product, quantize
+from gptjax.ops.stacks import InStack, alone
 
 PART = 128  # tokens of a prompt that are read at a time
 
@@ -183,16 +184,33 @@ def _read(
     positions = jnp.clip(new[None] - padding[:, None], 0, cfg.max_seq_len - 1)
     x = family.embed_fwd(params, tokens, positions, cfg)
 
-    def attend(past: LayerCache, q: Array, k: Array, v: Array) -> tuple[Array, LayerCache]:
+    def attend(past: Any, q: Array, k: Array, v: Array) -> tuple[Array, LayerCache]:
         return cached_attention(q, k, v, past, slot, padding)
 
     @jax.jit  # traced once for all layers
-    def body(x: Array, w_past: Any) -> tuple[Array, Any]:
+    def block(x: Array, w_past: Any) -> tuple[Array, Any]:
         w, past = w_past
         x, saved = family.block_fwd(w, x, positions, cfg, partial(attend, past))
         return x, saved.att
 
-    return over_layers(body, x, (params.blocks, cache), cfg)
+    if cfg.layers == "unroll":
+        return over_layers(block, x, (params.blocks, cache), cfg)
+
+    def layer(i: Array, x_cache: Any) -> tuple[Array, Any]:
+        x, cache = x_cache
+        x, new = block(x, (_at(params.blocks, i), InStack(cache, i)))
+        return x, cache if new is None else new  # a family without attention has no new one
+
+    return lax.fori_loop(jnp.int32(0), jnp.int32(cfg.num_layers), layer, (x, cache))
+
+
+def _at(blocks: Any, layer: Array) -> Any:
+    """The weights of one layer; those stored for decoding stay in the stack."""
+    return jax.tree.map(
+        lambda w: InStack(w, layer) if is_stored(w) else alone(InStack(w, layer)),
+        blocks,
+        is_leaf=is_stored,
+    )
 
 
 def _logits(params: Any, x: Float[Array, "B T C"], cfg: ModelConfig) -> Float[Array, "B T V"]:

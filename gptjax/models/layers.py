@@ -25,7 +25,7 @@ from gptjax.ops import (
     swiglu_fwd,
 )
 from gptjax.ops.activation import gelu
-from gptjax.ops.quantized import Blocks, OutIn, product, quantized_linears, table_rows
+from gptjax.ops.quantized import is_stored, product, quantized_linears, table_rows
 from gptjax.xla.barrier import barrier, cpu_barrier
 from gptjax.xla.forms import form_of
 from gptjax.xla.products import contract
@@ -68,7 +68,7 @@ def linears_fwd(
 
     Weights that are stored for decoding are read in one call.
     """
-    if any(isinstance(w, OutIn | Blocks) for w in ws):
+    if any(map(is_stored, ws)):
         return quantized_linears(x, ws, bs), None
     ys, saved = zip(*map(partial(ops.linear_fwd, x), ws, bs or [None] * len(ws)), strict=True)
     return list(ys), saved[0]
@@ -140,18 +140,14 @@ def swiglu_again(dx: Array, saved: Any) -> Array:
 
 def classifier_fwd(h: Float[Array, "N C"], head: Any) -> Float[Array, "N Vp"]:
     """``h head^T``; the classifier may be stored for decoding."""
-    if isinstance(head, OutIn | Blocks):
+    if is_stored(head):
         return product(h, head)
     return contract("nc,vc->nv", h, head.astype(h.dtype))
 
 
 def embedding_fwd(ids: Int[Array, "..."], table: Any) -> Float[Array, "..."]:
     """`ops.embedding_fwd`; the table may be stored for decoding."""
-    return (
-        table_rows(table, ids)
-        if isinstance(table, OutIn | Blocks)
-        else ops.embedding_fwd(ids, table)
-    )
+    return table_rows(table, ids) if is_stored(table) else ops.embedding_fwd(ids, table)
 
 
 def add(x: Float[Array, "B T C"], *products: Float[Array, "B T C"]) -> Float[Array, "B T C"]:

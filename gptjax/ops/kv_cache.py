@@ -9,6 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from gptjax.ops.attention import Heads
+from gptjax.ops.stacks import InStack, alone, stack_of
 from gptjax.xla import native
 from gptjax.xla.barrier import cpu_barrier
 from gptjax.xla.products import accumulation_dtype
@@ -28,7 +29,7 @@ def cached_attention(
     q: Heads,
     k: KeyHeads,
     v: KeyHeads,
-    cache: LayerCache,
+    cache: LayerCache | InStack,
     slot: Int[Array, ""],
     begin: Int[Array, " B"],
 ) -> tuple[Heads, LayerCache]:
@@ -42,34 +43,36 @@ def cached_attention(
         q: queries (B, T, H, D) of the new positions.
         k: their keys (B, T, K, D).
         v: their values (B, T, K, D).
-        cache: what came before.
+        cache: what came before, alone or among the caches of all layers.
         slot: where the first new position goes; there are at least T slots from there.
         begin: each row's first slot. New positions before it, which are padding, see only
             themselves.
 
     Returns:
-        The output, and the cache with the new keys and values in ``slot`` and the T - 1 after it.
+        The output, and the cache, of all layers if it was among them, with the new keys and values
+        in ``slot`` and the T - 1 after it.
 
     """
-    arguments = q, k, v, cache, slot, begin
-    if q.shape[1] <= FEW and q.dtype == cache.k.dtype == jnp.float32:
+    caches, layer = stack_of(cache)
+    arguments = q, k, v, caches, layer, slot, begin
+    if q.shape[1] <= FEW and q.dtype == caches.k.dtype == jnp.float32:
         o = native.on_cpu("attention", native.attention, _attend, *arguments)
     else:
         o = _attend(*arguments)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     k, v = cpu_barrier(o, k), cpu_barrier(o, v)
-    return o, LayerCache(
-        *(
-            lax.dynamic_update_slice_in_dim(c, x, slot, 2)
-            for c, x in zip(cache, (k, v), strict=True)
-        )
+    at = list(map(jnp.int32, (layer, 0, 0, slot, 0)))
+    new = LayerCache(
+        *(lax.dynamic_update_slice(c, x[None], at) for c, x in zip(caches, (k, v), strict=True))
     )
+    return o, new if isinstance(cache, InStack) else jax.tree.map(lambda x: x[0], new)
 
 
 def _attend(
-    q: Heads, k: KeyHeads, v: KeyHeads, cache: LayerCache, slot: Any, begin: Int[Array, " B"]
+    q: Heads, k: KeyHeads, v: KeyHeads, caches: LayerCache, layer: Any, slot: Any, begin: Array
 ) -> Heads:
-    """The output of `cached_attention`, by XLA."""
+    """The output of `cached_attention`, by XLA; see `gptjax.xla.native.attention`."""
+    cache = alone(InStack(caches, layer))
     acc, K = accumulation_dtype(q), k.shape[2]
     B, T, H, D = q.shape
     q, k, v = q.reshape(B, T, K, H // K, D), k.swapaxes(1, 2), v.swapaxes(1, 2)

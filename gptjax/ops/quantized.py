@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float16, Int, Shaped
 
+from gptjax.ops.stacks import InStack, alone, stack_of
 from gptjax.xla import native
 from gptjax.xla.products import accumulation_dtype
 
@@ -159,17 +160,26 @@ def table_rows(table: Any, ids: Int[Array, "*B"]) -> Float[Array, "*B C"]:
     return rows.reshape(*ids.shape, -1)[..., : table.shape[-1]]
 
 
+def is_stored(w: Any) -> bool:
+    """True for a weight stored for decoding, alone or in a stack."""
+    return isinstance(w, OutIn | Blocks | InStack)
+
+
 def quantized_linears(
     x: Float[Array, "B T *I"], ws: Sequence[Any], bs: Sequence[Array | None] | None = None
 ) -> list[Float[Array, "..."]]:
     """``y = x w + b`` for each stored weight w and its bias b, if there are any."""
     ys = products(x.reshape(-1, math.prod(x.shape[2:])), ws)
 
-    def shaped(y: Array, w: OutIn | Blocks, b: Array | None) -> Array:
-        outputs = w.outputs if isinstance(w, Blocks) else w.w.shape[: w.w.ndim - (x.ndim - 2)]
+    def shaped(y: Array, w: Any, b: Array | None) -> Array:
+        stack = stack_of(w).stack
+        outputs = (
+            stack.outputs if isinstance(stack, Blocks) else stack.w.shape[1 : stack.w.ndim - inputs]
+        )
         y = y.reshape(*x.shape[:2], *outputs)
         return y if b is None else y + jnp.broadcast_to(b.astype(x.dtype), y.shape)
 
+    inputs = x.ndim - 2
     return list(map(shaped, ys, ws, bs or [None] * len(ws)))
 
 
@@ -179,44 +189,51 @@ def product(x: Float[Array, "M I"], w: Any) -> Float[Array, "M O"]:
 
 
 def products(x: Float[Array, "M I"], ws: Sequence[Any]) -> list[Float[Array, "M O"]]:
-    """``x w^T`` for each w in x's dtype; w is `OutIn`, `Blocks` or an (out, in) array.
+    """``x w^T`` for each w in x's dtype; w is `OutIn`, `Blocks` or an (out, in) array, or one of
+    them `InStack`, all in the same.
 
     Several output or input axes are flattened into one. On CPU, products with blocks round x to 8
     bits too, a scale for each 32 numbers, and add integers (`gptjax.xla.native`).
     """
-    if len({type(w) for w in ws}) > 1:
+    stacks = [stack_of(w).stack for w in ws]
+    if len(set(map(type, stacks))) > 1:
         return [product(x, w) for w in ws]
-    if isinstance(ws[0], Blocks):
+    if isinstance(stacks[0], Blocks):
         return lax.platform_dependent(x, ws, cpu=_rounded_products, default=_dequantized_products)
-    ws = [(w.w if isinstance(w, OutIn) else w).reshape(-1, x.shape[1]) for w in ws]
-    narrow = x.dtype == jnp.float32 and all(w.dtype == jnp.bfloat16 for w in ws)
-    if narrow and len(x) <= FEW_ROWS:
+    narrow = all(w.dtype == jnp.bfloat16 for w in jax.tree.leaves(stacks))
+    if narrow and x.dtype == jnp.float32 and len(x) <= FEW_ROWS:
         return native.on_cpu("product", _few_rows_products, _products, x, ws)
     return _products(x, ws)
 
 
-def _products(x: Float[Array, "M I"], ws: Sequence[Array]) -> list[Array]:
+def _products(x: Float[Array, "M I"], ws: Sequence[Any]) -> list[Array]:
+    matrices = [jax.tree.leaves(alone(w))[0].reshape(-1, x.shape[1]) for w in ws]
     # With the weights first, XLA's CPU compiler reads them in memory order.
     return [
         jnp.einsum("oi,mi->om", w.astype(x.dtype), x, preferred_element_type=accumulation_dtype(x))
         .astype(x.dtype)
         .T
-        for w in ws
+        for w in matrices
     ]
 
 
-def _few_rows_products(x: Float[Array, "M I"], ws: Sequence[Array]) -> list[Array]:
-    return native.products(x, [[w] for w in ws], [len(w) for w in ws])
+def _few_rows_products(x: Float[Array, "M I"], ws: Sequence[Any]) -> list[Array]:
+    stacks = [stack_of(w) for w in ws]
+    matrices = [w.stack.w.reshape(len(w.stack.w), -1, x.shape[1]) for w in stacks]
+    sizes = [w.shape[1] for w in matrices]
+    return native.products(x, [[w] for w in matrices], sizes, stacks[0].layer)
 
 
-def _dequantized_products(x: Float[Array, "M I"], ws: Sequence[Blocks]) -> list[Array]:
-    return _products(x, [dequantize(w).reshape(-1, x.shape[1]) for w in ws])
+def _dequantized_products(x: Float[Array, "M I"], ws: Sequence[Any]) -> list[Array]:
+    return _products(x, [dequantize(alone(w)).reshape(-1, x.shape[1]) for w in ws])
 
 
-def _rounded_products(x: Float[Array, "M I"], ws: Sequence[Blocks]) -> list[Array]:
+def _rounded_products(x: Float[Array, "M I"], ws: Sequence[Any]) -> list[Array]:
     x32 = x.astype(jnp.float32)
     if native.available("product"):
-        ys = native.products(x32, [w.arrays for w in ws], [math.prod(w.outputs) for w in ws])
+        stacks = [stack_of(w) for w in ws]
+        sizes = [math.prod(w.stack.outputs) for w in stacks]
+        ys = native.products(x32, [w.stack.arrays for w in stacks], sizes, stacks[0].layer)
     else:
         ys = _dequantized_products(rounded(x32), ws)
     return [y.astype(x.dtype) for y in ys]

@@ -84,9 +84,8 @@ def from_fields(path: Path, fields: Mapping[str, Any]) -> Tokenizer:
     # llama.cpp's default depends on the pre-tokenizer
     begins = begin if fields.get(f"{PREFIX}add_bos_token", pre == "llama-bpe") is True else None
     try:
-        return HuggingFace(
-            path.stem, *canonical(content, None if end is None else tokens[end]), begins
-        )
+        source, end_id, known = canonical(content, None if end is None else tokens[end])
+        return HuggingFace(path.stem, source, end_id, begins, known)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise FormatError(f"{path} holds no byte-level BPE that is known here: {error}") from error
 

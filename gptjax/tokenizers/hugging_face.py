@@ -13,7 +13,8 @@ from gptjax.errors import DataError
 from gptjax.tokenizers.bpe import LARGEST, PRINTABLE
 from gptjax.tokenizers.space_first import OVER_BLANKS, SPACE, SpaceFirst
 
-BYTES = {character: byte for byte, character in PRINTABLE.items()}
+BYTE_OF = {ord(character): byte for byte, character in PRINTABLE.items()}
+STAND_INS = re.compile(f"[{re.escape(''.join(PRINTABLE.values()))}]*")
 FILE_SETTINGS = {
     "version",
     "truncation",
@@ -89,9 +90,12 @@ class HuggingFace(SpaceFirst):
     """The content of ``tokenizer.json``, as `canonical` returns it."""
     end_of_text: int | None = None
     begin_of_text: int | None = None
+    known: dataclasses.InitVar[dict[str, Any] | None] = None
+    """`parsed` and `library`, if `canonical` has them already."""
     kind = "hf"
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, known: dict[str, Any] | None) -> None:
+        self.__dict__.update(known or {})
         content = self.parsed
         check(content)
         bytes_of = _bytes_of(content["model"])
@@ -131,8 +135,7 @@ class HuggingFace(SpaceFirst):
         """The tokenizer object of ``tokenizers``; it puts no space before a text."""
         content = without_space(self.parsed)
         found = read_library(self.source if content is self.parsed else json.dumps(content))
-        found.encode_special_tokens = True  # as the text that they are
-        return found
+        return taking_special_tokens_as_text(found)
 
     @functools.cached_property
     def _space(self) -> str:
@@ -218,9 +221,17 @@ def read_library(source: str) -> Any:
         raise ValueError(str(error)) from error
 
 
-def canonical(content: dict[str, Any], end_of_text: str | None) -> tuple[str, int | None]:
+def taking_special_tokens_as_text(library: Any) -> Any:
+    """The library's tokenizer, changed so that a text cannot contain special tokens."""
+    library.encode_special_tokens = True
+    return library
+
+
+def canonical(
+    content: dict[str, Any], end_of_text: str | None
+) -> tuple[str, int | None, dict[str, Any]]:
     """The content of a ``tokenizer.json`` as the library writes it, with end-of-text as a special
-    token, and end-of-text's id.
+    token; end-of-text's id; and what `HuggingFace` need not read again.
 
     Raises:
         ValueError: see `check`; or the library cannot read it, or its ids of added tokens differ
@@ -237,17 +248,17 @@ def canonical(content: dict[str, Any], end_of_text: str | None) -> tuple[str, in
                 f"its added token {token['content']!r} has the id {token['id']}, but its library "
                 "gives it another"
             )
-    if end_of_text is None:
-        return _content(library), None
-    end = library.token_to_id(end_of_text)
-    if end is None:
-        raise ValueError(f"its end-of-text {end_of_text!r} is not in its vocabulary")
-    library.add_special_tokens([AddedToken(end_of_text, special=True, normalized=False)])
-    return _content(library), end
-
-
-def _content(library: Any) -> str:
-    return json.dumps(json.loads(library.to_str()))
+    end = None
+    if end_of_text is not None:
+        end = library.token_to_id(end_of_text)
+        if end is None:
+            raise ValueError(f"its end-of-text {end_of_text!r} is not in its vocabulary")
+        library.add_special_tokens([AddedToken(end_of_text, special=True, normalized=False)])
+    parsed = json.loads(library.to_str())
+    known = {"parsed": parsed}
+    if without_space(parsed) is parsed:
+        known["library"] = taking_special_tokens_as_text(library)
+    return json.dumps(parsed), end, known
 
 
 def check(content: dict[str, Any]) -> None:
@@ -402,8 +413,8 @@ def _bytes_of(model: dict[str, Any]) -> Callable[[str], bytes]:
 
     def of_stand_ins(token: str) -> bytes:
         """What is not all stand-ins of bytes is text."""
-        known = BYTES.keys() >= set(token)
-        return bytes(map(BYTES.__getitem__, token)) if known else token.encode()
+        known = STAND_INS.fullmatch(token)
+        return token.translate(BYTE_OF).encode("latin-1") if known else token.encode()
 
     def of_spaces(token: str) -> bytes:
         byte = re.fullmatch("<0x([0-9A-F]{2})>", token)

@@ -10,6 +10,7 @@ import pytest
 from gptjax.config import MeshConfig, OptimConfig
 from gptjax.convert.weights import (
     Source,
+    decoding_config,
     load_for_decoding,
     load_weights,
     open_weights,
@@ -27,6 +28,7 @@ from gptjax.tokenizers import Characters
 from gptjax.train.checkpoint import CheckpointWriter
 from gptjax.train.optimizer import make_optimizer
 from gptjax.train.step import init_state
+from gptjax.xla import native
 from tests.datasets.test_wheels import make_wheel
 from tests.models import tiny
 from tests.server import serving
@@ -286,6 +288,36 @@ def test_the_blocks_of_a_gguf_are_taken_as_they_are(blocks, kind):
         for ours, theirs in zip(exact(found), whole, strict=True):
             np.testing.assert_array_equal(ours, theirs[: len(ours)])
         assert found.blocks[0].att_norm.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("how", ["as_stored", "q8_0", "bfloat16", "float32"])
+def test_stacked_layers_are_those_that_are_loaded_one_by_one(blocks, how):
+    source = blocks("Q4_0")
+    alone = load_for_decoding(source, LLAMA, how)
+    stacked = load_for_decoding(source, dataclasses.replace(LLAMA, layers="scan"), how)
+    expected = stack(alone)
+    assert jax.tree.structure(stacked) == jax.tree.structure(expected)
+    for ours, theirs in zip(jax.tree.leaves(stacked), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_layers_are_stacked_where_cpp_reads_them_out_of_the_stack(blocks, monkeypatch):
+    source = blocks("Q4_0")
+    monkeypatch.setattr(native, "available", lambda kernel: True)
+
+    def layers(source=source, dtype="float32", how="as_stored"):
+        return decoding_config(source, dtype, how).layers
+
+    assert [layers(how=how) for how in ("as_stored", "q8_0", "bfloat16")] == ["scan"] * 3
+    assert layers(how="float32") == layers(dtype="bfloat16", how="bfloat16") == "unroll"
+    assert layers(dtype="bfloat16") == "scan"
+    first, *others = source.params.blocks
+    odd = first._replace(w2=dataclasses.replace(first.w2, block_type="Q8_0"))
+    mixed = source._replace(params=source.params._replace(blocks=(odd, *others)))
+    assert layers(mixed) == "unroll"
+    assert layers(mixed, how="q4_1") == "scan"
+    monkeypatch.setattr(native, "available", lambda kernel: False)
+    assert layers() == "unroll"
 
 
 def test_blocks_of_other_types_become_8_bits(blocks, monkeypatch, caplog):

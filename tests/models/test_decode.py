@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 
 from gptjax.models import gpt2, transformer
-from gptjax.models.decode import PART, decode, extend, prefill, store_for_decoding
+from gptjax.models.decode import (
+    PART,
+    decode,
+    empty_cache,
+    extend,
+    prefill,
+    store_for_decoding,
+)
+from gptjax.xla import native
 from tests.models import tiny
 
 PADDING = jnp.array([0, 2, 3], jnp.int32)  # of prompts of 4, 2 and 1 ids
@@ -83,6 +91,25 @@ def test_a_block_is_traced_once_for_all_layers(monkeypatch):
     ids, padding = jnp.zeros((1, 4), jnp.int32), jnp.zeros(1, jnp.int32)
     jax.eval_shape(lambda p: prefill(p, ids, padding, 8, cfg), tiny.params(cfg))
     assert len(traced) == 1
+
+
+@pytest.mark.parametrize("how", ["q8_0", "q4_0", "q4_1", "bfloat16"])
+def test_a_stack_is_not_copied(how):
+    """Neither weights nor the cache: a token's temporaries have fewer bytes than one matrix."""
+    if not native.available("product"):
+        pytest.skip("there is no C++ compiler that works, or JAX computes elsewhere")
+    cfg = tiny.config(dtype="float32", layers="scan", channels=128, num_layers=3)
+    params = store_for_decoding(tiny.params(cfg, jnp.float32), cfg, how)
+    cache, token = empty_cache(cfg, 1, 256), jnp.zeros(1, jnp.int32)
+    leaves, tree = jax.tree.flatten(params)
+
+    def step(leaves, cache, slot):
+        return decode(jax.tree.unflatten(tree, leaves), token, token, cache, slot, cfg)
+
+    compiled = jax.jit(step, donate_argnums=1).lower(leaves, cache, jnp.int32(9)).compile()
+    memory = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < min(128 * 128 // 2, cache.k[0].nbytes)
+    assert memory.alias_size_in_bytes >= cache.k.nbytes + cache.v.nbytes
 
 
 def test_prompts_that_are_no_whole_parts_are_refused():

@@ -9,6 +9,7 @@ import pytest
 
 from gptjax.ops.attention import materialised_fwd
 from gptjax.ops.kv_cache import LayerCache, cached_attention
+from gptjax.ops.stacks import InStack
 from gptjax.xla import native
 
 B, H, S, D = 2, 4, 8, 4
@@ -66,7 +67,24 @@ ATTENTION = jax.jit(native.attention)
 
 
 def computed(q, k, v, cache, slot, begin):
-    return np.asarray(ATTENTION(q, k, v, cache, jnp.int32(slot), jnp.asarray(begin, jnp.int32)))
+    stack = jax.tree.map(lambda x: x[None], cache)
+    return np.asarray(ATTENTION(q, k, v, stack, 0, slot, jnp.asarray(begin, jnp.int32)))
+
+
+@pytest.mark.parametrize("kernels", ["native", "XLA"])
+def test_a_cache_among_those_of_all_layers_is_read_and_written_there_alone(monkeypatch, kernels):
+    if kernels == "XLA":
+        monkeypatch.setattr(native, "available", lambda kernel: False)
+    *new, cache = make(3, 2, 16)
+    caches = [cache, jax.tree.map(jnp.cos, cache), jax.tree.map(jnp.sin, cache)]
+    stack = jax.tree.map(lambda *arrays: jnp.stack(arrays), *caches)
+    attend = jax.jit(cached_attention)
+    slot, begin = jnp.int32(20), jnp.array([0, 7], jnp.int32)
+    expected, written = attend(*new, caches[1], slot, begin)
+    found, stack = attend(*new, InStack(stack, jnp.int32(1)), slot, begin)
+    np.testing.assert_array_equal(found, expected)
+    for i, layer in enumerate([caches[0], written, caches[2]]):
+        jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda x, i=i: x[i], stack), layer)
 
 
 @pytest.mark.usefixtures("compiler")
@@ -133,6 +151,10 @@ def test_arrays_that_do_not_fit_are_rejected():
     for wrong, slot in (((q[:1], k, v), 0), ((q, k[..., :8], v), 0), ((q, k, v), 71)):
         with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="do not fit"):
             computed(*wrong, cache, slot, (0, 0))
+    stack = jax.tree.map(lambda x: x[None], cache)
+    for layer in (-1, 1):
+        with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="do not fit"):
+            np.asarray(ATTENTION(q, k, v, stack, layer, 0, jnp.zeros(2, jnp.int32)))
 
 
 @pytest.mark.usefixtures("compiler")

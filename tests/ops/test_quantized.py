@@ -26,6 +26,7 @@ from gptjax.ops.quantized import (
     rounded,
     table_rows,
 )
+from gptjax.ops.stacks import InStack
 from gptjax.xla import native
 from tests.compare import assert_same_sums, normal
 
@@ -142,6 +143,33 @@ def test_stacked_layers_equal_single_ones():
             assert relative(y, product(X[:, :40], quantize(w, kind))) < 1e-6
 
 
+@pytest.mark.parametrize("how", [*KINDS, "bfloat16", "float32"])
+@pytest.mark.parametrize("kernels", ["native", "XLA"])
+def test_a_layer_in_a_stack_gives_what_it_gives_alone(monkeypatch, how, kernels):
+    if kernels == "XLA":
+        monkeypatch.setattr(native, "available", lambda kernel: False)
+    layers = [normal(seed, 9, 40).astype(jnp.float32) for seed in range(3)]
+    stored = [quantize(w, how) if how in KINDS else OutIn(w.astype(how)) for w in layers]
+    stack = jax.tree.map(lambda *arrays: jnp.stack(arrays), *stored)
+    read = jax.jit(lambda x, stack, i: products(x, [InStack(stack, i)] * 2))
+    for i, alone in enumerate(stored):
+        for y in read(X[:, :40], stack, i):
+            # XLA sums in another order if other numbers are in sight
+            assert relative(y, PRODUCT(X[:, :40], alone)) <= 1e-6 * (kernels == "XLA")
+    x = X[None, :, :40]
+    (y,) = quantized_linears(x, [InStack(stack, 1)], [jnp.ones(9)])
+    np.testing.assert_array_equal(y, quantized_linears(x, [stored[1]], [jnp.ones(9)])[0])
+
+
+@pytest.mark.parametrize("layer", [-1, 2])
+def test_a_layer_that_is_not_in_the_stack_is_refused(layer):
+    if not native.available("product"):
+        pytest.skip("there is no C++ compiler that works, or JAX computes elsewhere")
+    stack = jax.tree.map(lambda a: jnp.stack([a, a]), quantize(W, "q4_1"))
+    with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="do not fit"):
+        jax.block_until_ready(PRODUCT(X, InStack(stack, jnp.int32(layer))))
+
+
 # --- Products ---
 
 
@@ -156,7 +184,7 @@ def kernels(request, monkeypatch):
 
 
 def native_product(x, arrays, outputs):
-    return native.products(x, [arrays], [outputs])[0]
+    return native.products(x, [[a[None] for a in arrays]], [outputs], 0)[0]
 
 
 NATIVE = jax.jit(native_product, static_argnames="outputs")

@@ -288,16 +288,20 @@ def adamw(
 
 
 def products(
-    x: Float[Array, "M I"], weights: Sequence[Sequence[Array]], outputs: Sequence[int]
+    x: Float[Array, "M I"],
+    weights: Sequence[Sequence[Array]],
+    outputs: Sequence[int],
+    layer: Int[Array, ""],
 ) -> list[Float[Array, "M O"]]:
-    """``x w^T`` for each weight w, in one call.
+    """``x w^T`` for each weight w of a layer, in one call.
 
     Args:
         x: a few rows, float32.
-        weights: of each, one matrix in bfloat16, (O, I); or, if it is in blocks
+        weights: of each, the matrices of L layers in bfloat16, (L, O, I); or, if they are in blocks
             (`gptjax.ops.quantized.Blocks`), the integers, the scales and the minima, if there are
-            any.
+            any, (L, ...).
         outputs: O of each.
+        layer: the one of the L that x is multiplied with.
 
     """
     known = [("int8", 2), ("uint8", 2), ("uint8", 3), ("bfloat16", 1)]
@@ -305,17 +309,25 @@ def products(
     call: Any = jax.ffi.ffi_call(
         "gptjax_product", [jax.ShapeDtypeStruct((x.shape[0], size), x.dtype) for size in outputs]
     )
-    return list(call(x, *itertools.chain(*weights), kinds=np.asarray(kinds, np.int32)))
+    return list(
+        call(
+            x,
+            jnp.asarray(layer, jnp.int32),
+            *itertools.chain(*weights),
+            kinds=np.asarray(kinds, np.int32),
+        )
+    )
 
 
 def attention(
     q: Float[Array, "B T H D"],
     k: Float[Array, "B T K D"],
     v: Float[Array, "B T K D"],
-    past: tuple[Float[Array, "B K S D"], Float[Array, "B K S D"]],
+    past: tuple[Float[Array, "L B K S D"], Float[Array, "L B K S D"]],
+    layer: Int[Array, ""],
     slot: Int[Array, ""],
     begin: Int[Array, " B"],
 ) -> Float[Array, "B T H D"]:
     """Attention of T new positions, see `gptjax.ops.kv_cache.cached_attention`; all in float32."""
     call: Any = jax.ffi.ffi_call("gptjax_attention", jax.ShapeDtypeStruct(q.shape, q.dtype))
-    return call(q, k, v, *past, begin, jnp.asarray(slot, jnp.int32))
+    return call(q, k, v, *past, jnp.asarray(layer, jnp.int32), begin, jnp.asarray(slot, jnp.int32))

@@ -107,18 +107,20 @@ FOR_AVX2 void AttendWithAvx2(const Shape& n, const Arrays& x, int64_t b, int64_t
 const bool kAvx2 = gptjax::UseAvx2();
 
 using F32x4 = ffi::BufferR4<ffi::F32>;
+using F32x5 = ffi::Buffer<ffi::F32, 5>;
 
-ffi::Error Attention(ffi::ThreadPool pool, F32x4 q, F32x4 k, F32x4 v, F32x4 past_k, F32x4 past_v,
-                     ffi::BufferR1<ffi::S32> begin, ffi::BufferR0<ffi::S32> slot,
-                     ffi::Result<F32x4> o) {
+ffi::Error Attention(ffi::ThreadPool pool, F32x4 q, F32x4 k, F32x4 v, F32x5 past_k, F32x5 past_v,
+                     ffi::BufferR0<ffi::S32> of, ffi::BufferR1<ffi::S32> begin,
+                     ffi::BufferR0<ffi::S32> slot, ffi::Result<F32x4> o) {
   const auto of_q = q.dimensions(), of_k = k.dimensions(), of_past = past_k.dimensions();
-  const Shape n{of_q[0], of_q[1], of_q[2], of_k[2], of_past[2], of_q[3]};
+  const Shape n{of_q[0], of_q[1], of_q[2], of_k[2], of_past[3], of_q[3]};
+  const int64_t layer = of.typed_data()[0], before = layer * n.B * n.K * n.S * n.D;
   const Arrays x{q.typed_data(),      k.typed_data(),     v.typed_data(),
-                 past_k.typed_data(), past_v.typed_data(), begin.typed_data(),
+                 past_k.typed_data() + before, past_v.typed_data() + before, begin.typed_data(),
                  slot.typed_data()[0], o->typed_data()};
   const bool fits = of_k[0] == n.B && of_k[1] == n.T && of_k[3] == n.D && n.K > 0 &&
-                    n.H % n.K == 0 && of_past[0] == n.B && of_past[1] == n.K &&
-                    of_past[3] == n.D && v.dimensions() == of_k && past_v.dimensions() == of_past &&
+                    n.H % n.K == 0 && layer >= 0 && layer < of_past[0] && of_past[1] == n.B &&
+                    of_past[2] == n.K && of_past[4] == n.D && v.dimensions() == of_k && past_v.dimensions() == of_past &&
                     begin.element_count() == static_cast<size_t>(n.B) && o->dimensions() == of_q &&
                     x.slot >= 0 && x.slot <= n.S;
   if (!fits) return ffi::Error::InvalidArgument("attention: the arrays do not fit together");
@@ -138,8 +140,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(attention, Attention,
                                   .Arg<F32x4>()
                                   .Arg<F32x4>()
                                   .Arg<F32x4>()
-                                  .Arg<F32x4>()
-                                  .Arg<F32x4>()
+                                  .Arg<F32x5>()
+                                  .Arg<F32x5>()
+                                  .Arg<ffi::BufferR0<ffi::S32>>()
                                   .Arg<ffi::BufferR1<ffi::S32>>()
                                   .Arg<ffi::BufferR0<ffi::S32>>()
                                   .Ret<F32x4>());

@@ -341,41 +341,47 @@ void BFloat16Outputs(const Kernels& kernels, const Matrix& w, const float* x, in
   }
 }
 
-// y = x w^T for each matrix w: its integers, scales and minima, or its bfloat16 numbers.
-ffi::Error Product(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::RemainingArgs weights,
-                   ffi::RemainingRets results, ffi::Span<const int32_t> kinds) {
-  const int64_t M = x.dimensions()[0], inputs = x.dimensions()[1];
+// y = x w^T for each matrix w of one layer; of all layers there are its integers, scales and minima,
+// or its bfloat16 numbers.
+ffi::Error Product(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::BufferR0<ffi::S32> of,
+                   ffi::RemainingArgs weights, ffi::RemainingRets results,
+                   ffi::Span<const int32_t> kinds) {
+  const int64_t M = x.dimensions()[0], inputs = x.dimensions()[1], layer = of.typed_data()[0];
   const int64_t blocks = (inputs + kBlock - 1) / kBlock;
   if (results.size() != kinds.size()) return Misfit();
   std::vector<Matrix> matrices;
   int64_t pieces = 0;
   bool any_blocks = false;
   size_t arg = 0;
+  // The layer's numbers in the next array, (L, ...), which should have so many bytes a layer; null if
+  // it does not
+  const auto next = [&](int64_t bytes) -> const uint8_t* {
+    const auto stack = weights.get<ffi::AnyBuffer>(arg++);
+    if (!stack.has_value() || stack->dimensions().size() == 0) return nullptr;
+    const int64_t layers = stack->dimensions()[0];
+    if (layer < 0 || layer >= layers || static_cast<int64_t>(stack->size_bytes()) != layers * bytes) {
+      return nullptr;
+    }
+    return static_cast<const uint8_t*>(stack->untyped_data()) + layer * bytes;
+  };
   for (size_t i = 0; i < kinds.size(); ++i) {
     if (kinds[i] < 0 || kinds[i] > kBFloat16) return Misfit();
     const Kind kind = static_cast<Kind>(kinds[i]);
     auto y = results.get<ffi::BufferR2<ffi::F32>>(i);
     if (!y.has_value() || (*y)->dimensions()[0] != M) return Misfit();
     const bool in_blocks = kind != kBFloat16;
-    const auto q = weights.get<ffi::AnyBuffer>(arg);
-    const auto scale = weights.get<ffi::AnyBuffer>(arg + (in_blocks ? 1 : 0));
-    const auto minimum = weights.get<ffi::AnyBuffer>(arg + (in_blocks ? 1 + (kind == kQ4_1) : 0));
-    if (!q.has_value() || !scale.has_value() || !minimum.has_value()) return Misfit();
-    arg += in_blocks ? 2 + (kind == kQ4_1) : 1;
     const int64_t outputs = (*y)->dimensions()[1];
     const int64_t panels = in_blocks ? (outputs + kRows - 1) / kRows : outputs;
     const int64_t panel_bytes = in_blocks ? blocks * kTileBytes[kind] : 2 * inputs;
-    const size_t scale_bytes = panels * blocks * kRows * sizeof(uint16_t);
-    if (q->size_bytes() != static_cast<size_t>(panels * panel_bytes) ||
-        (in_blocks &&
-         (scale->size_bytes() != scale_bytes || minimum->size_bytes() != scale_bytes))) {
-      return Misfit();
-    }
+    const int64_t scale_bytes = panels * blocks * kRows * sizeof(uint16_t);
+    const uint8_t* const q = next(panels * panel_bytes);
+    const uint8_t* const scale = in_blocks ? next(scale_bytes) : q;
+    const uint8_t* const minimum = kind == kQ4_1 ? next(scale_bytes) : scale;
+    if (!q || !scale || !minimum) return Misfit();
     const int64_t together = std::max<int64_t>(1, kPieceBytes / std::max<int64_t>(panel_bytes, 1));
-    matrices.push_back({kind, static_cast<const uint8_t*>(q->untyped_data()),
-                        static_cast<const uint16_t*>(scale->untyped_data()),
-                        static_cast<const uint16_t*>(minimum->untyped_data()), (*y)->typed_data(),
-                        outputs, panels, panel_bytes, together, pieces});
+    matrices.push_back({kind, q, reinterpret_cast<const uint16_t*>(scale),
+                        reinterpret_cast<const uint16_t*>(minimum), (*y)->typed_data(), outputs,
+                        panels, panel_bytes, together, pieces});
     pieces += (panels + together - 1) / together;
     any_blocks |= in_blocks;
   }
@@ -416,6 +422,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(product, Product,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::BufferR2<ffi::F32>>()
+                                  .Arg<ffi::BufferR0<ffi::S32>>()
                                   .RemainingArgs()
                                   .RemainingRets()
                                   .Attr<ffi::Span<const int32_t>>("kinds"));
