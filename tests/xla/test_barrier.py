@@ -4,6 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptjax.config import MeshConfig
+from gptjax.parallel.mesh import make_mesh
+from gptjax.parallel.sharding import on_mesh
 from gptjax.xla.barrier import barrier, cpu_barrier
 from tests.compare import normal
 
@@ -38,3 +41,11 @@ def test_zeros_are_added_on_cpu_alone(platform):
     cpu = platform == "cpu"
     assert ["stablehlo.add" in text for text in texts] == [cpu, cpu]
     assert ["optimization_barrier" in text for text in texts] == [not cpu, False]
+
+
+def test_between_two_devices_a_barrier_sends_nothing():
+    """It is JAX's there, on CPU too."""
+    x = normal(0, 8, 8)
+    text = jax.jit(on_mesh(make_mesh(MeshConfig(data=2), {}, 2), barrier)).lower(x, x).as_text()
+    assert "optimization_barrier" in text
+    assert "stablehlo.add" not in text
