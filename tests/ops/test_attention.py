@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptjax.ops import attention, attention_bwd, attention_fwd
-from gptjax.ops.attention import materialised_fwd
+from gptjax.ops.attention import causal, materialised_fwd
 from gptjax.ops.blockwise import blockwise_fwd
 from tests.compare import assert_same_gradients, normal, relative_l2, vjp_of
 
@@ -32,6 +32,27 @@ def test_forward_against_a_loop_over_queries():
     for name in ("materialised", "blockwise"):
         ours, _ = attention_fwd(name, *map(jnp.asarray, (q, k, v)))
         np.testing.assert_allclose(ours, expected, rtol=1e-12, err_msg=name)
+
+
+def test_a_query_sees_earlier_keys_of_its_own_document():
+    segments = [[0, 0, 1, 1, 1], [4, 2, 2, 0, 3]]
+    visible = causal(5, jnp.array(segments))
+    assert visible.dtype == bool
+    for row, ids in enumerate(segments):
+        for t, s in np.ndindex(5, 5):
+            assert visible[row, t, s] == (s <= t and ids[s] == ids[t])
+    np.testing.assert_array_equal(causal(5), np.tri(5, dtype=bool))
+
+
+def test_each_row_has_a_mask_of_its_own():
+    q, k, v = (normal(seed, 3, 4, 2, 5) for seed in range(3))
+    random = np.random.default_rng(0).random((3, 4, 4)) < 0.5
+    visible = jnp.array(random | np.eye(4, dtype=bool))
+    together, _ = materialised_fwd(q, k, v, visible=visible)
+    for row in range(3):
+        one = slice(row, row + 1)
+        alone, _ = materialised_fwd(q[one], k[one], v[one], visible=visible[row])
+        np.testing.assert_allclose(together[one], alone, rtol=1e-12)
 
 
 @given(shape=shapes, rate=st.sampled_from([0.0, 0.3]))
@@ -113,6 +134,8 @@ def test_unsupported_requests_are_rejected():
             function("cudnn", *args, 0.1, KEY)
         with pytest.raises(ValueError, match="splash attention does not support dropout"):
             function("splash", *args, 0.1, KEY)
+        with pytest.raises(ValueError, match="cudnn attention does not support segments"):
+            function("cudnn", *args, segments=jnp.zeros((1, 2), jnp.int32))
 
 
 @pytest.mark.parametrize("name", ["materialised", "blockwise"])
