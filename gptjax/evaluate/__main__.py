@@ -74,7 +74,8 @@ def main(argv: list[str] | None = None) -> int:
         print_line(
             "device", f"{platform_name()} ({jax.devices()[0].device_kind}), jax {jax.__version__}"
         )
-        print_line("model", f"{cfg.checkpoint}, {source.format}, {num_params(model):,} parameters")
+        of = "" if cfg.checkpoint in source.format else f"{cfg.checkpoint}, "
+        print_line("model", f"{of}{source.format}, {num_params(model):,} parameters")
         if cfg.text is not None:
             figures = evaluate_text(cfg, source, model, cfg.text)
         elif file := hellaswag.find_questions(cfg.dataset, Path(cfg.root)):

@@ -108,14 +108,15 @@ def _time(plan: Plan, device: Device | None) -> list[str]:
         f"{'floor':<12} "
         + ", ".join(f"{name} {seconds * 1e3:,.1f} ms" for name, seconds in parts.items())
     )
-    ways = {"full overlap": floor.overlapped, "no overlap": floor.exposed}
+    ways = {"full overlap": floor.overlapped}
+    if floor.collectives:
+        ways["no overlap"] = floor.exposed
     if plan.serial:
         ways["in turn"] = plan.serial
     for name, seconds in ways.items():
-        days = plan.tokens / tokens * seconds / DAY
         line = f"{seconds * 1e3:,.1f} ms, {tokens / seconds:,.0f} tokens/s, "
-        line += f"{days:,.2f} days for {plan.tokens:.3g} tokens"
-        if name != "in turn":
+        line += f"{_duration(plan.tokens / tokens * seconds)} for {plan.tokens:.3g} tokens"
+        if floor.collectives and name != "in turn":
             line += f", scaling efficiency {floor.efficiency(seconds):.0%}"
         lines.append(f"  {name:<17} {line}")
     rates = (
@@ -124,16 +125,29 @@ def _time(plan: Plan, device: Device | None) -> list[str]:
     )
     if any(sending_rate(plan.work.mesh, device, c.group) < device.link for c in plan.collectives):
         rates += f", {NETWORK / 1e9:,.0f} GB/s for each device between machines"
+    explained = {
+        "full overlap": "the slower of products and memory hides the other; the update follows",
+        "in turn": _in_turn(plan),
+    }
+    if floor.collectives:
+        rates += ", and all links sending at once at their maker's rates"
+        explained |= {
+            "full overlap": "the slowest of products, memory and collectives hides the other two; "
+            "the update follows",
+            "no overlap": "the slower of products and memory hides the other; the collectives "
+            "follow, then the update",
+            "efficiency": "the time without collectives divided by the time with them",
+        }
     return [
         *lines,
-        f"{'assuming':<12} {rates}, and all links sending at once at their maker's rates",
-        "  full overlap      the slowest of products, memory and collectives hides the other two; "
-        "the update follows",
-        "  no overlap        the slower of products and memory hides the other; the collectives "
-        "follow, then the update",
-        "  in turn           " + _in_turn(plan),
-        "  efficiency        the time without collectives divided by the time with them",
+        f"{'assuming':<12} {rates}",
+        *(f"  {name:<17} {words}" for name, words in explained.items()),
     ]
+
+
+def _duration(seconds: float) -> str:
+    """In days, or in minutes where that would be less than a tenth of one."""
+    return f"{seconds / DAY:,.2f} days" if seconds >= DAY / 10 else f"{seconds / 60:,.1f} minutes"
 
 
 def _in_turn(plan: Plan) -> str:
