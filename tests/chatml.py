@@ -24,7 +24,7 @@ def chatml_tokenizer() -> HuggingFace:
             "merges": [],
         },
     }
-    return HuggingFace("chatml", *canonical(content, "<|im_end|>")[:2])
+    return HuggingFace("chatml", *canonical(content, "<|im_end|>")[0])
 
 
 def talk(*contents: str, system: str | None = None) -> list[dict[str, str]]:

@@ -14,7 +14,7 @@ from gptjax.config import Config, ModelConfig, Sampler, Storage
 from gptjax.errors import ConfigError
 from gptjax.generate import sample
 from gptjax.models.batch import Batch
-from gptjax.models.decode import store_for_decoding
+from gptjax.models.decode import reads_stacks, store_for_decoding
 from gptjax.models.params import init_params
 from gptjax.ops import ATTENTION_IMPLEMENTATIONS
 from gptjax.train import step as steps
@@ -102,15 +102,21 @@ def decode_contenders(cfg: Config, storages: tuple[Storage, ...] = STORAGES) -> 
         ConfigError: the model has too few positions for the tokens.
 
     """
-    model = dataclasses.replace(cfg.model, layers="unroll")
-    model = model.resolve(platform_name(), min(cfg.data.seq_len, cfg.model.max_seq_len))
+    model = cfg.model.resolve(platform_name(), min(cfg.data.seq_len, cfg.model.max_seq_len))
     if model.max_seq_len < PROMPT_TOKENS + NEW_TOKENS:
         raise ConfigError(
             f"decoding {NEW_TOKENS} tokens after {PROMPT_TOKENS} needs model.max_seq_len "
             f"{PROMPT_TOKENS + NEW_TOKENS}"
         )
-    fresh = jax.jit(partial(init_params, cfg=model))(jax.random.key(cfg.seed))
-    weights = {how: store_for_decoding(fresh, model, how) for how in storages}
+
+    def stored(how: Storage) -> tuple[ModelConfig, Any]:
+        laid_out = dataclasses.replace(
+            model, layers="scan" if reads_stacks(how, model) else "unroll"
+        )
+        fresh = jax.jit(partial(init_params, cfg=laid_out))(jax.random.key(cfg.seed))
+        return laid_out, store_for_decoding(fresh, laid_out, how)
+
+    weights = {how: stored(how) for how in storages}
     prompts = random_prompt(cfg).tolist()
     drawn = f"top {FILTERED.top_k}, top p {FILTERED.top_p}"
     rows: list[tuple[str, Storage, Sampler]] = [
@@ -120,12 +126,13 @@ def decode_contenders(cfg: Config, storages: tuple[Storage, ...] = STORAGES) -> 
     ]
     for name, how, sampler in rows:
 
-        def run(params: Any = weights[how], sampler: Sampler = sampler) -> None:
+        def run(weights: Any = weights[how], sampler: Sampler = sampler) -> None:
+            laid_out, params = weights
             sample(
                 params,
                 prompts,
                 jax.random.key(0),
-                cfg=model,
+                cfg=laid_out,
                 new_tokens=NEW_TOKENS,
                 sampler=sampler,
             )

@@ -25,13 +25,12 @@ from gptjax.files import read_text
 from gptjax.formats import gguf, hf, llama2c, llmc, safetensors
 from gptjax.formats.lazy import LazyTensor, pad_vocab, stack_lazily
 from gptjax.formats.recognise import recognise
-from gptjax.models.decode import is_storable, store
+from gptjax.models.decode import is_storable, reads_stacks, store
 from gptjax.models.family import Weight
 from gptjax.models.params import is_weight, num_params, param_axes, per_tensor, tensor_at
 from gptjax.ops.quantized import PANEL, Blocks, interleaved
 from gptjax.parallel.mesh import param_shardings, place
 from gptjax.tokenizers import Tokenizer, ggml, tokenizer_json
-from gptjax.xla import native
 from gptjax.xla.backend import platform_name
 from gptjax.xla.memory import LargePages
 
@@ -314,9 +313,7 @@ def load_params(source: Source, cfg: ModelConfig, mesh: Mesh | None = None) -> A
 def decoding_config(source: Source, dtype: Any, how: Storage = "as_stored") -> ModelConfig:
     """The resolved configuration that decodes an opened model fastest.
 
-    The layers are in a stack, and one program for a layer runs L times, where kernels in C++ read
-    its weights out of the stack. Otherwise, and where layers are stored in different ways, they are
-    unrolled.
+    The layers are stacked if all are stored alike and `reads_stacks`; otherwise they are unrolled.
 
     Args:
         source: the model.
@@ -330,24 +327,25 @@ def decoding_config(source: Source, dtype: Any, how: Storage = "as_stored") -> M
     cfg = dataclasses.replace(
         source.cfg, dtype=dtype, attention="auto", dropout=0.0, dropout_mlp=0.0
     ).resolve(platform_name(), 1)
-    readable = {"q8_0", "q4_0", "q4_1", *(["bfloat16"] if cfg.dtype == "float32" else [])}
 
-    def in_one_way(weight: Weight, *layers: LazyTensor) -> bool:
+    def can_be_stacked(weight: Weight, *layers: LazyTensor) -> bool:
         ways = {_storage(tensor, how) for tensor in layers}
-        return not is_storable(weight) or (len(ways) == 1 and ways <= readable)
+        if not is_storable(weight):
+            return True
+        return len(ways) == 1 and reads_stacks(ways.pop(), cfg)
 
     weights = per_tensor(lambda weight: weight, source.params, cfg)
-    alike = jax.tree.map(in_one_way, weights.blocks[0], *source.params.blocks, is_leaf=is_weight)
-    stacks = all(jax.tree.leaves(alike)) and native.available("product")
-    return dataclasses.replace(cfg, layers="scan" if stacks else "unroll")
+    each = jax.tree.map(can_be_stacked, weights.blocks[0], *source.params.blocks, is_leaf=is_weight)
+    return dataclasses.replace(cfg, layers="scan" if all(jax.tree.leaves(each)) else "unroll")
 
 
-def _storage(tensor: LazyTensor, how: Storage) -> str:
+def _storage(tensor: LazyTensor, how: Storage) -> Storage:
     """How a matrix is stored if ``how`` is asked for: float32 stands for the compute dtype."""
     if how != "as_stored":
         return how
     if tensor.block_type:
-        return tensor.block_type.lower() if tensor.block_type in gguf.BLOCK_BYTES else "q8_0"
+        same: Any = tensor.block_type.lower()
+        return same if tensor.blocks else "q8_0"
     return "bfloat16" if tensor.dtype == jnp.bfloat16 else "float32"
 
 
@@ -375,8 +373,8 @@ def load_for_decoding(source: Source, cfg: ModelConfig, how: Storage = "as_store
             array = np.asarray(tensor)
             check_finite(source.format, path, array)
             return array
-        kind: Any = _storage(tensor, how)
-        if tensor.blocks and kind == (tensor.block_type or "").lower():
+        kind = _storage(tensor, how)
+        if tensor.blocks and kind == tensor.block_type.lower():
             found = _as_it_lies(tensor.blocks(), tensor, weight)
         else:
             array = np.asarray(tensor)
@@ -402,6 +400,9 @@ def load_for_decoding(source: Source, cfg: ModelConfig, how: Storage = "as_store
 
     def stacked(path: Any, weight: Weight, *layers: LazyTensor) -> Any:
         each = (load((*path, SequenceKey(i)), x, weight) for i, x in enumerate(layers))
+        if not is_storable(weight):
+            dtype = np.result_type(*(x.dtype for x in layers))
+            each = (x.astype(dtype) for x in each)
         return _stacked(each, len(layers), pages)
 
     with_path = jax.tree_util.tree_map_with_path
@@ -440,8 +441,8 @@ def _as_it_lies(raw: gguf.RawBlocks, tensor: LazyTensor, weight: Weight) -> Bloc
 
 
 def _stacked(layers: Iterator[Any], count: int, pages: LargePages) -> Any:
-    """The same trees of arrays as one of arrays (L, ...) on the device; each is asked for once the
-    one before it is in its place.
+    """Trees of arrays, all of the same shapes and dtypes, as one of arrays (L, ...) on the device;
+    each is asked for once the one before it is in its place.
     """
     stack = None
     for i, layer in enumerate(layers):

@@ -227,8 +227,9 @@ class _Reader:
         for _ in range(count):
             begin = self.at + 8
             end = begin + int.from_bytes(data[self.at : begin], "little")
+            most = min(size, begin + LARGEST)
             try:
-                found.append(str(data[begin:end], "utf-8") if end <= size else self.string(what))
+                found.append(str(data[begin:end], "utf-8") if end <= most else self.string(what))
             except UnicodeDecodeError:
                 self.string(what)
             self.at = end
@@ -409,7 +410,7 @@ def read_model(path: str | os.PathLike[str]) -> tuple[Architecture, Any, File]:
         kind, data = blocks[tensor.name.format(layer)]
         if kind in PLAIN:
             return lazy
-        read = partial(read_blocks, kind, data, part)
+        read = partial(read_blocks, kind, data, part) if kind in BLOCK_BYTES else None
         return dataclasses.replace(lazy, blocks=read, block_type=kind)
 
     params = open_params(tensors, cfg, read_numbers, dtype_of)
@@ -431,10 +432,8 @@ class RawBlocks(NamedTuple):
     """(O, N) float16, of Q4_1."""
 
 
-def read_blocks(kind: str, data: np.ndarray, part: Part) -> RawBlocks | None:
-    """The blocks of a tensor of `raw_blocks`; None if its type is not one of `BLOCK_BYTES`."""
-    if kind not in BLOCK_BYTES:
-        return None
+def read_blocks(kind: str, data: np.ndarray, part: Part) -> RawBlocks:
+    """The blocks of a tensor of `raw_blocks` whose type is one of `BLOCK_BYTES`."""
     rows = data[part.place[0]]
     if part.neighbours:
         pairs = rows.reshape(-1, part.shape[-1] // 2, 2, rows.shape[-1])

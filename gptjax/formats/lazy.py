@@ -23,11 +23,9 @@ class LazyTensor:
     load: Callable[[], np.ndarray]
     """Reads the tensor, with shape `shape`."""
     blocks: Callable[[], Any] | None = None
-    """Reads the quantized blocks in the file, if the tensor is in blocks; None for types that
-    decoding cannot use.
-    """
-    block_type: str | None = None
-    """GGML's name of their type, as in ``Q4_1``."""
+    """Reads the quantized blocks in the file; None if there are none that decoding can use."""
+    block_type: str = ""
+    """GGML's name of the type of its blocks, as in ``Q4_1``, also if decoding cannot use them."""
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """NumPy's protocol."""

@@ -17,8 +17,9 @@ from gptjax.models.family import Weight, family_of
 from gptjax.models.params import head_of, is_weight, per_tensor
 from gptjax.models.transformer import over_layers
 from gptjax.ops.kv_cache import LayerCache, cached_attention
-from gptjax.ops.quantized import OutIn, is_stored, product, quantize
+from gptjax.ops.quantized import BLOCK_KINDS, OutIn, is_stored, product, quantize
 from gptjax.ops.stacks import InStack, alone
+from gptjax.xla import native
 
 PART = 128  # tokens of a prompt that are read at a time
 
@@ -41,6 +42,16 @@ def store_for_decoding(params: Any, cfg: ModelConfig, how: Storage = "as_stored"
 def is_storable(weight: Weight) -> bool:
     """True for matrices and the tables of the vocabulary, one of which is the classifier."""
     return weight.kind == "matrix" or weight.axes[0] == "Vp"
+
+
+def reads_stacks(how: Storage, cfg: ModelConfig) -> bool:
+    """True if kernels in C++ read a layer's weights, stored so, out of the stack of all layers.
+
+    One layer's program, run L times, is then faster than that of L layers. XLA would copy the
+    weights out of the stack first.
+    """
+    narrow = how == "bfloat16" and cfg.dtype == "float32"
+    return (narrow or how in BLOCK_KINDS) and native.available("product")
 
 
 @partial(jax.jit, static_argnames=("weight", "cfg", "how"))

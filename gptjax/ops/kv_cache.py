@@ -19,10 +19,10 @@ FEW = 8  # new positions that one call of C++ attends to; of more, XLA multiplie
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer in S slots, some not yet written."""
+    """Keys and values of a layer, or of all L, in S slots, some not yet written."""
 
-    k: Float[Array, "B K S D"]
-    v: Float[Array, "B K S D"]
+    k: Float[Array, "*L B K S D"]
+    v: Float[Array, "*L B K S D"]
 
 
 def cached_attention(

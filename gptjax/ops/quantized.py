@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ LARGEST = 127  # of signed 8 bits; -128 stays unused to make the range symmetric
 TINY = 2.0**-90  # activations below this count as zeros: their products would leave float32's range
 FEW_ROWS = 8  # of x, up to which a product with bfloat16 takes as long as reading the weights
 Kind = Literal["q8_0", "q4_0", "q4_1"]
+BLOCK_KINDS: tuple[Kind, ...] = get_args(Kind)
 AnyArray = Array | np.ndarray
 
 
@@ -219,7 +220,8 @@ def _products(x: Float[Array, "M I"], ws: Sequence[Any]) -> list[Array]:
 
 def _few_rows_products(x: Float[Array, "M I"], ws: Sequence[Any]) -> list[Array]:
     stacks = [stack_of(w) for w in ws]
-    matrices = [w.stack.w.reshape(len(w.stack.w), -1, x.shape[1]) for w in stacks]
+    arrays = [jax.tree.leaves(w.stack)[0] for w in stacks]
+    matrices = [a.reshape(len(a), -1, x.shape[1]) for a in arrays]
     sizes = [w.shape[1] for w in matrices]
     return native.products(x, [[w] for w in matrices], sizes, stacks[0].layer)
 

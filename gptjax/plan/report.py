@@ -101,7 +101,7 @@ def _time(plan: Plan, device: Device | None) -> list[str]:
     parts = {
         "products": floor.products,
         "memory": floor.memory,
-        "collectives": floor.collectives,
+        **({"collectives": floor.collectives} if floor.collectives else {}),
         "update": floor.update,
     }
     lines.append(
@@ -152,12 +152,14 @@ def _duration(seconds: float) -> str:
 
 def _in_turn(plan: Plan) -> str:
     reached = f"products at {REACHED:.0%} of that rate"
+    sends = plan.floor and plan.floor.collectives
     if not plan.kernels:
-        return f"products, memory, collectives and update one after the other, {reached}"
-    return (
-        f"the compiled program's {plan.kernels:,} kernels one after the other, {reached}, and "
-        "what the kernels that overlap them do not hide of the collectives"
-    )
+        parts = "memory, collectives" if sends else "memory"
+        return f"products, {parts} and update one after the other, {reached}"
+    kernels = f"the compiled program's {plan.kernels:,} kernels one after the other, {reached}"
+    if not sends:
+        return kernels
+    return f"{kernels}, and what the kernels that overlap them do not hide of the collectives"
 
 
 def comparison(plans: dict[str, Plan]) -> str:

@@ -84,8 +84,8 @@ def from_fields(path: Path, fields: Mapping[str, Any]) -> Tokenizer:
     # llama.cpp's default depends on the pre-tokenizer
     begins = begin if fields.get(f"{PREFIX}add_bos_token", pre == "llama-bpe") is True else None
     try:
-        source, end_id, known = canonical(content, None if end is None else tokens[end])
-        return HuggingFace(path.stem, source, end_id, begins, known)
+        ours, known = canonical(content, None if end is None else tokens[end])
+        return HuggingFace(path.stem, *ours, begins, known=known)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise FormatError(f"{path} holds no byte-level BPE that is known here: {error}") from error
 

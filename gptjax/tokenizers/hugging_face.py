@@ -90,7 +90,9 @@ class HuggingFace(SpaceFirst):
     """The content of ``tokenizer.json``, as `canonical` returns it."""
     end_of_text: int | None = None
     begin_of_text: int | None = None
-    known: dataclasses.InitVar[dict[str, Any] | None] = None
+    known: dataclasses.InitVar[dict[str, Any] | None] = dataclasses.field(
+        default=None, kw_only=True
+    )
     """`parsed` and `library`, if `canonical` has them already."""
     kind = "hf"
 
@@ -229,9 +231,9 @@ def taking_special_tokens_as_text(library: Any) -> Any:
 
 def canonical(
     content: dict[str, Any], end_of_text: str | None
-) -> tuple[str, int | None, dict[str, Any]]:
-    """The content of a ``tokenizer.json`` as the library writes it, with end-of-text as a special
-    token; end-of-text's id; and what `HuggingFace` need not read again.
+) -> tuple[tuple[str, int | None], dict[str, Any]]:
+    """((the content of a ``tokenizer.json`` as the library writes it, with end-of-text as a special
+    token; end-of-text's id), what `HuggingFace` need not read again).
 
     Raises:
         ValueError: see `check`; or the library cannot read it, or its ids of added tokens differ
@@ -258,7 +260,7 @@ def canonical(
     known = {"parsed": parsed}
     if without_space(parsed) is parsed:
         known["library"] = taking_special_tokens_as_text(library)
-    return json.dumps(parsed), end, known
+    return (json.dumps(parsed), end), known
 
 
 def check(content: dict[str, Any]) -> None:

@@ -156,8 +156,8 @@ def from_scores(
     }
     begin = scored_one.begin_of_text
     try:
-        source, end_id, known = canonical(with_begin(content, begin, "<s>"), end)
-        return HuggingFace(scored_one.name, source, end_id, begin, known)
+        fields, known = canonical(with_begin(content, begin, "<s>"), end)
+        return HuggingFace(scored_one.name, *fields, begin, known=known)
     except ValueError:
         return None
 
@@ -322,13 +322,13 @@ def _checked(
     added = {token["content"] for token in content.get("added_tokens") or []}
     if end is None and END_OF_TEXT in added | set(content["model"]["vocab"]):
         end = END_OF_TEXT
-    source, end_id, known = canonical(content, end)
+    (source, end_id), known = canonical(content, end)
     begin_id = begin_of(content)
     if begin_id is None and begin is not None:
         begin_id = read_library(source).token_to_id(begin)
         if begin_id is None:
             raise ValueError(f"its begin-of-text {begin!r} is not in its vocabulary")
-    found = HuggingFace(name, source, end_id, begin_id, known)
+    found = HuggingFace(name, source, end_id, begin_id, known=known)
     return _as_ranks(found) or found
 
 

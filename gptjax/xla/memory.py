@@ -15,8 +15,8 @@ PAGE, CHUNK = 1 << 21, 1 << 25  # bytes
 class LargePages:
     """Arrays side by side, which the system can map in pages of 2 MB.
 
-    Reading weights then takes a fifth less time, as the processor looks up fewer addresses. NumPy
-    asks the system for such pages where an array has 4 MB or more; XLA does not ask.
+    Weights are then read faster, as the processor looks up fewer addresses. NumPy asks the system
+    for such pages where an array has 4 MB or more; XLA does not ask.
     """
 
     def __init__(self) -> None:

@@ -301,6 +301,18 @@ def test_stacked_layers_are_those_that_are_loaded_one_by_one(blocks, how):
         np.testing.assert_array_equal(ours, theirs)
 
 
+def test_vectors_of_several_dtypes_are_stacked_in_one_that_holds_them_all(blocks):
+    source = blocks("Q4_0")
+    first, second = source.params.blocks
+    halved = lambda load=first.att_norm.load: load().astype(jnp.bfloat16)  # noqa: E731
+    half = dataclasses.replace(first.att_norm, dtype=np.dtype(jnp.bfloat16), load=halved)
+    mixed = source.params._replace(blocks=(first._replace(att_norm=half), second))
+    cfg = dataclasses.replace(LLAMA, layers="scan")
+    found = load_for_decoding(source._replace(params=mixed), cfg).blocks.att_norm
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found[1], np.asarray(second.att_norm))
+
+
 def test_layers_are_stacked_where_cpp_reads_them_out_of_the_stack(blocks, monkeypatch):
     source = blocks("Q4_0")
     monkeypatch.setattr(native, "available", lambda kernel: True)

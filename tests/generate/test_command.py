@@ -118,7 +118,10 @@ def test_the_options_reach_the_model(model):
     assert loaded(model, "--weights", "bfloat16").params.wte.w.dtype == "bfloat16"
     for option in (["--int8"], ["--weights", "q8_0"], ["--int8", "--weights", "q8_0"]):
         assert loaded(model, *option).params.wte.q.dtype == "int8"
-    assert isinstance(loaded(model, "--weights", "q4_1").params.wte, Blocks)
+    for weights, kind in (("q4_1", Blocks), ("bfloat16", OutIn)):
+        blocks = loaded(model, "--weights", weights).params.blocks
+        first = blocks if hasattr(blocks, "fcw") else blocks[0]
+        assert isinstance(first.fcw, kind)
     with pytest.raises(ConfigError, match="int8 is short for weights q8_0"):
         loaded(model, "--int8", "--weights", "q4_1")
 

@@ -32,11 +32,11 @@ def test_a_plan_that_uses_the_network_states_its_rate(topology, told, capsys):
 
 
 def test_one_device_sends_nothing(capsys):
-    """So nothing is said of overlap and links; and little work takes minutes, not days."""
+    """So nothing is said of collectives and links; and little work takes minutes, not days."""
     config = str(ROOT / "configs" / "debug.yaml")
     options = ["--predict", "--largest", "false", "--tokens", "1e9"]
     assert plan.main(["--config", config, "--topology", "h100:1", *options]) == 0
     out = capsys.readouterr().out
-    for word in ("no overlap", "efficiency", "links"):
+    for word in ("no overlap", "collectives 0", "efficiency", "links"):
         assert word not in out
     assert re.search(r"full overlap +[\d,.]+ ms, [\d,]+ tokens/s, [\d.]+ minutes for 1e\+09", out)

@@ -120,7 +120,8 @@ ffi::Error Attention(ffi::ThreadPool pool, F32x4 q, F32x4 k, F32x4 v, F32x5 past
                  slot.typed_data()[0], o->typed_data()};
   const bool fits = of_k[0] == n.B && of_k[1] == n.T && of_k[3] == n.D && n.K > 0 &&
                     n.H % n.K == 0 && layer >= 0 && layer < of_past[0] && of_past[1] == n.B &&
-                    of_past[2] == n.K && of_past[4] == n.D && v.dimensions() == of_k && past_v.dimensions() == of_past &&
+                    of_past[2] == n.K && of_past[4] == n.D && v.dimensions() == of_k &&
+                    past_v.dimensions() == of_past &&
                     begin.element_count() == static_cast<size_t>(n.B) && o->dimensions() == of_q &&
                     x.slot >= 0 && x.slot <= n.S;
   if (!fits) return ffi::Error::InvalidArgument("attention: the arrays do not fit together");

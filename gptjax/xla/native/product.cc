@@ -341,8 +341,8 @@ void BFloat16Outputs(const Kernels& kernels, const Matrix& w, const float* x, in
   }
 }
 
-// y = x w^T for each matrix w of one layer; of all layers there are its integers, scales and minima,
-// or its bfloat16 numbers.
+// y = x w^T for each matrix w of one layer; its integers, scales and minima, or its bfloat16
+// numbers, are there for all layers.
 ffi::Error Product(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::BufferR0<ffi::S32> of,
                    ffi::RemainingArgs weights, ffi::RemainingRets results,
                    ffi::Span<const int32_t> kinds) {
@@ -353,15 +353,13 @@ ffi::Error Product(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::BufferR
   int64_t pieces = 0;
   bool any_blocks = false;
   size_t arg = 0;
-  // The layer's numbers in the next array, (L, ...), which should have so many bytes a layer; null if
-  // it does not
+  // The layer's numbers in the next array, (L, ...), which should have so many bytes a layer; null
+  // if it does not
   const auto next = [&](int64_t bytes) -> const uint8_t* {
     const auto stack = weights.get<ffi::AnyBuffer>(arg++);
     if (!stack.has_value() || stack->dimensions().size() == 0) return nullptr;
-    const int64_t layers = stack->dimensions()[0];
-    if (layer < 0 || layer >= layers || static_cast<int64_t>(stack->size_bytes()) != layers * bytes) {
-      return nullptr;
-    }
+    const int64_t layers = stack->dimensions()[0], all = stack->size_bytes();
+    if (layer < 0 || layer >= layers || all != layers * bytes) return nullptr;
     return static_cast<const uint8_t*>(stack->untyped_data()) + layer * bytes;
   };
   for (size_t i = 0; i < kinds.size(); ++i) {
