@@ -43,6 +43,7 @@ import jax
 import pytest
 from hypothesis import Phase
 
+from gptjax.xla import native
 from gptjax.xla.cache import replace_damaged_programs
 
 replace_damaged_programs()  # before anything is compiled
@@ -70,6 +71,18 @@ def strict():
     """No implicit change of dtype or rank: for code that is all ours."""
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
+
+
+@pytest.fixture
+def in_cpp(monkeypatch):
+    """`in_cpp(False)` makes XLA compute what C++ could. JAX forgets what it traced before and since."""
+
+    def choose(yes):
+        monkeypatch.setattr(native, "available", lambda kernel: yes)
+        jax.clear_caches()
+
+    yield choose
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

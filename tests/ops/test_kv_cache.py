@@ -72,9 +72,9 @@ def computed(q, k, v, cache, slot, begin):
 
 
 @pytest.mark.parametrize("kernels", ["native", "XLA"])
-def test_a_cache_among_those_of_all_layers_is_read_and_written_there_alone(monkeypatch, kernels):
+def test_a_cache_among_those_of_all_layers_is_read_and_written_there_alone(in_cpp, kernels):
     if kernels == "XLA":
-        monkeypatch.setattr(native, "available", lambda kernel: False)
+        in_cpp(False)
     *new, cache = make(3, 2, 16)
     caches = [cache, jax.tree.map(jnp.cos, cache), jax.tree.map(jnp.sin, cache)]
     stack = jax.tree.map(lambda *arrays: jnp.stack(arrays), *caches)

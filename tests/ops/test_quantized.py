@@ -145,9 +145,9 @@ def test_stacked_layers_equal_single_ones():
 
 @pytest.mark.parametrize("how", [*KINDS, "bfloat16", "float32"])
 @pytest.mark.parametrize("kernels", ["native", "XLA"])
-def test_a_layer_in_a_stack_gives_what_it_gives_alone(monkeypatch, how, kernels):
+def test_a_layer_in_a_stack_gives_what_it_gives_alone(in_cpp, how, kernels):
     if kernels == "XLA":
-        monkeypatch.setattr(native, "available", lambda kernel: False)
+        in_cpp(False)
     layers = [normal(seed, 9, 40).astype(jnp.float32) for seed in range(3)]
     stored = [quantize(w, how) if how in KINDS else OutIn(w.astype(how)) for w in layers]
     stack = jax.tree.map(lambda *arrays: jnp.stack(arrays), *stored)
@@ -181,10 +181,10 @@ def test_a_layer_that_is_not_in_the_stack_is_refused(layer):
 
 
 @pytest.fixture(params=["native", "XLA"])
-def kernels(request, monkeypatch):
+def kernels(request, in_cpp):
     """What computes products."""
     if request.param == "XLA":
-        monkeypatch.setattr(native, "available", lambda kernel: False)
+        in_cpp(False)
     elif not native.available("product"):
         pytest.skip("there is no C++ compiler that works, or JAX computes elsewhere")
     return request.param

@@ -397,12 +397,12 @@ def test_a_checkpoint_that_is_declined_is_an_error(command, capsys, monkeypatch)
     assert "saved in" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("in_cpp", [True, False])
-def test_float64_trains_and_resumes(command, tmp_path, capsys, monkeypatch, in_cpp):
+@pytest.mark.parametrize("native_code", [True, False])
+def test_float64_trains_and_resumes(command, tmp_path, capsys, in_cpp, native_code):
     """Wherever the update is made; what is kept is float32, so the run goes on in float32, too."""
-    if in_cpp and not native.available("adamw"):
+    if native_code and not native.available("adamw"):
         pytest.skip("there is no C++ compiler")
-    monkeypatch.setattr(native, "available", lambda kernel: in_cpp)
+    in_cpp(native_code)
     wide = [
         *command,
         "--model.dtype",
@@ -414,7 +414,7 @@ def test_float64_trains_and_resumes(command, tmp_path, capsys, monkeypatch, in_c
     ]
     with jax.enable_x64(True):
         assert train.main([*wide, "--name", "straight", "--train.steps", "6"]) == 0
-        assert ("AdamW in C++" in capsys.readouterr().out) == in_cpp
+        assert ("AdamW in C++" in capsys.readouterr().out) == native_code
         assert train.main([*wide, "--name", "resumed", "--train.steps", "3"]) == 0
         assert (
             train.main([*wide, "--name", "resumed", "--train.steps", "6", "--resume", "auto"]) == 0

@@ -67,11 +67,11 @@ def test_training_learns_a_batch_by_heart(backward, dtype):
 
 
 @pytest.mark.parametrize("native_code", [True, False])
-def test_the_update_needs_no_temporaries_and_works_in_place(native_code, monkeypatch):
+def test_the_update_needs_no_temporaries_and_works_in_place(native_code, in_cpp):
     """In C++ or in two parts by XLA; both are the same step."""
     if native_code and not native.available("adamw"):
         pytest.skip("there is no C++ compiler")
-    monkeypatch.setattr(native, "available", lambda kernel: native_code)
+    in_cpp(native_code)
     step, state, batch = compiled(tiny.config(dtype="float32", channels=64))
     assert len(step.updates) == (1 if native_code else 2)
     memory = [program.memory_analysis() for program in step.updates]
