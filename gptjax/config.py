@@ -1074,7 +1074,7 @@ class EvaluateConfig:
 
         """
         if bool(self.dataset) == (self.text is not None):
-            raise ConfigError("give either a dataset or a text to evaluate on")
+            raise ConfigError("give either --dataset or --text to evaluate on")
         if self.text is None and self.bos is not None:
             raise ConfigError("bos applies to text only: leave it out")
         of_corpus = ("split", "tokens", "examples", "seq_len", "column")

@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         # The other modes read the corpus, or have a checkpoint
         fresh = cfg.what in ("step", "decode", "program", "gpu") and not cfg.checkpoint
         if not cfg.model.vocab_size and fresh:
-            size, whose = vocabulary_without_corpus(cfg.data.tokenizer)
+            size, whose = vocabulary_without_corpus(cfg.data.dataset, cfg.data.tokenizer)
             print(f"vocabulary of {size:,} ids, of {whose}")
             cfg = dataclasses.replace(cfg, model=cfg.model.with_vocabulary(size))
         cli.reuse_freed_memory()

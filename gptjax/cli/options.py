@@ -336,11 +336,13 @@ class Parser(jsonargparse.ArgumentParser):
         line = " ".join(message.split())
         line = re.sub(
             r"^unrecognized arguments: (.*)",
-            r"unexpected argument \1: options begin with --, as in --config FILE",
+            r"unexpected argument \1: options begin with --, as in --config FILE.yaml or "
+            f"--{next(iter(self.common))} VALUE",
             line,
         )
+        line = re.sub(r"^the following arguments are required: (.*)", r"give --\1", line)
         line = re.sub(r'^Parser key "([^"]+)": ?', r"\1: ", line)
-        line = re.sub(r"<class '(\w+)'>", r"\1", line)
+        line = re.sub(r"<class '(\w+)'>", r"\1", line).replace("Expected a int", "Expected an int")
         line = re.sub(r'in "<\w+ string>", ', "at ", line)
         return re.sub(r"Exceeds the limit \(\d+ digits\).*", "the number has too many digits", line)
 

@@ -161,7 +161,7 @@ def describe(source: Source) -> str:
 def tensors(source: Source) -> str:
     """A line for each tensor: name, shape, dtype in the file, size and first numbers."""
     names = [(name, layer) for name, layer, _ in tensor_names(source.cfg)]
-    rows = []
+    rows = [("tensor", "shape", "dtype", "size", "first numbers")]
     for name, layer in names:
         lazy = getattr(source.params if layer is None else source.params.blocks[layer], name)
         first = np.asarray(lazy).ravel()[:SHOWN].astype(np.float64)
@@ -174,9 +174,9 @@ def tensors(source: Source) -> str:
                 " ".join(f"{number:10.4g}" for number in first),
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    w = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
-        f"{name:<{widths[0]}}  {shape:>{widths[1]}}  {dtype}  {size:>{widths[3]}}  {first}"
+        f"{name:<{w[0]}}  {shape:>{w[1]}}  {dtype:<{w[2]}}  {size:>{w[3]}}  {first}"
         for name, shape, dtype, size, first in rows
     )
 

@@ -18,7 +18,7 @@ from gptjax.datasets.conversations import (
     hold_conversations,
     prepare_conversations,
 )
-from gptjax.datasets.named import CORPORA, Request
+from gptjax.datasets.named import CORPORA, PYDOC_VOCAB_SIZE, Request
 from gptjax.datasets.prepare import TOKENIZER_FILE, TRAINED, prepare_text
 from gptjax.datasets.text import find_files
 from gptjax.errors import DataError
@@ -176,14 +176,20 @@ def vocabulary(corpus: Corpus) -> int:
     return tokenizers.GPT2_IDS
 
 
-def vocabulary_without_corpus(tokenizer: str | None) -> tuple[int, str]:
-    """The vocabulary size of ``data.tokenizer``, as far as it is known without a corpus, and its
-    origin as text.
+def vocabulary_without_corpus(dataset: str, tokenizer: str | None) -> tuple[int, str]:
+    """The vocabulary size of a corpus, as far as it is known without reading it, and its origin as
+    text.
+
+    Args:
+        dataset: the option ``data.dataset``.
+        tokenizer: the option ``data.tokenizer``.
 
     Raises:
         GptjaxError: the tokenizer does not exist or is damaged.
 
     """
+    if (dataset, tokenizer) == ("pydoc", None):
+        return PYDOC_VOCAB_SIZE, "data.dataset pydoc"
     kind, _, size = (tokenizer or "").partition(":")
     if kind in TRAINED and size.isdecimal():
         return int(size), f"data.tokenizer {tokenizer}"

@@ -145,7 +145,7 @@ def evaluate_corpus(
         )
     count = min(len(windows), -(-cfg.wanted // seq_len)) if cfg.wanted else len(windows)
     rows = min(cfg.batch_size, count)
-    print_line("corpus", f"{corpus.folder}, {cfg.split}, sha256 {corpus.sha256[:16]}")
+    print_line("corpus", f"{corpus.folder}, its {cfg.split} part, sha256 {corpus.sha256[:16]}")
     print_line("tokenizer", describe_tokenizer(corpus, tokenizer, source.note))
     params = load_for_scoring(source, model, cfg.weights)
     with counting("scoring", count) as advance:

@@ -80,8 +80,8 @@ def table_of(tables: Mapping[str, Table], cfg: Architecture, kind: str) -> Table
     """
     if cfg.family not in tables:
         raise ConfigError(
-            f"{kind} holds a model of {' or '.join(tables)}, not of {cfg.family}: write "
-            "safetensors instead"
+            f"{kind} holds models of the family {' or '.join(tables)}, and this is {cfg.family}: "
+            "write another format, as safetensors"
         )
     return tables[cfg.family]
 

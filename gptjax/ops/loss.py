@@ -61,6 +61,8 @@ def cross_entropy_fwd(
         dlogits[n, t] = -dloss weights_n q_n
         dlogits[n, v] = dloss weights_n q_n exp(logits[n, v] - lse_n),   0 in padding
 
+    This is dloss weights_n (p - 1) at the target and dloss weights_n p elsewhere.
+
     Saved: the logits, from which one exponential gives each element, and two numbers per row.
     """
     x = _exclude_padding(logits.astype(accumulation_dtype(logits)), vocab_size)

@@ -32,7 +32,7 @@ def layernorm_fwd(
     Derivation of the backward. Let dn = dy w. Moving x_j changes n_i directly, through the mean,
     and through rstd:
 
-        dn_i/dx_j = rstd (delta_ij - 1/C - n_i n_j / C)
+        ∂n_i/∂x_j = rstd (delta_ij - 1/C - n_i n_j / C)
 
     Summing dn_i over i with those weights:
 
@@ -81,7 +81,7 @@ def rmsnorm_fwd(
     Derivation of the backward. Let dn = dy w. Moving x_j changes n_i directly and through rstd,
     whose derivative is -rstd^3 x_j / C:
 
-        dn_i/dx_j = rstd (delta_ij - n_i n_j / C)
+        ∂n_i/∂x_j = rstd (delta_ij - n_i n_j / C)
 
     This is LayerNorm's without the mean. Summing dn_i over i with those weights:
 

@@ -79,7 +79,7 @@ def plan(cfg: PlanConfig, file: Path | None, topology: Topology) -> dict[str, An
         GptjaxError: the topology, the mesh or the model is invalid.
 
     """
-    size, whose = vocabulary_without_corpus(cfg.data.tokenizer)
+    size, whose = vocabulary_without_corpus(cfg.data.dataset, cfg.data.tokenizer)
     if not cfg.model.vocab_size:
         print(f"{'vocabulary':<12} {size:,} ids, of {whose}")
     asked = cfg.model.with_vocabulary(size)

@@ -53,9 +53,7 @@ def main(argv: list[str] | None = None) -> int:
             )
         config_class, run = COMMANDS[name]
         cli.replace_unprintable()
-        cfg, _ = parse(
-            config_class, f"{PROG} {name}", f"{config_class.__doc__}\n\n{run.__doc__}", rest
-        )
+        cfg, _ = parse(config_class, f"{PROG} {name}", run.__doc__ or "", rest)
         run(cfg)
         sys.stdout.flush()
     return 0

@@ -85,8 +85,8 @@ def train(cfg: Config) -> None:
     # Fail now rather than at the first sample
     prompt_ids(new.corpus.tokenizer, cfg.train.sample_prompt)
     with claim_folder(new) as run:
-        display.print(describe(run))
         restored = restore(run) if cfg.resume else None
+        display.print(describe(run))
         if restored:
             display.print(f"{'resumed':<10} {run.folder} after step {restored.step}")
         done = restored.step if restored else 0

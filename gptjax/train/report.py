@@ -16,7 +16,7 @@ def describe(run: Run) -> str:
     train, val = (
         sum(shard.tokens.size for shard in shards) for shards in (corpus.train, corpus.val)
     )
-    vocabulary = "unknown, so samples show ids"
+    vocabulary = "unknown, so samples show ids: name it as --data.tokenizer"
     if corpus.tokenizer:
         vocabulary = f"{corpus.tokenizer.vocab_size} ids"
         if corpus.tokenizer.vocab_size < model.vocab_size:

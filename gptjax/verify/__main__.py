@@ -219,7 +219,7 @@ def known_vocabulary(cfg: VerifyConfig) -> tuple[ModelConfig, str]:
     elif cfg.batch == "corpus":
         size, whose = set_up(cfg).model.vocab_size, "the corpus"
     else:
-        size, whose = vocabulary_without_corpus(cfg.data.tokenizer)
+        size, whose = vocabulary_without_corpus(cfg.data.dataset, cfg.data.tokenizer)
     return cfg.model.with_vocabulary(size), whose
 
 

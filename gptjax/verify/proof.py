@@ -82,6 +82,8 @@ class Report:
     def __str__(self) -> str:
         """Tables of the checked parts, then the verdict."""
         title = f"gradient, hand-written against {self.reference}"
+        if not self.layers and any(row.layer is not None for row in self.gradient.rows):
+            title += "; a row has all layers of a tensor, --layers shows each"
         parts = {title: table(self.gradient.rows if self.layers else self.gradient.tensors)}
         if self.forward is not None:
             parts["forward"] = table(self.forward.rows)
@@ -90,7 +92,7 @@ class Report:
                 self.curvature.rows if self.layers else self.curvature.tensors
             )
         if self.ops:
-            parts["ops, each by itself"] = ops_table(self.ops)
+            parts["ops of all families, each by itself"] = ops_table(self.ops)
         texts = [f"{name}\n{text}" for name, text in parts.items()]
         if self.relaxed:
             texts.append(RELAXED)

@@ -90,12 +90,16 @@ def test_defaults_then_file_then_command_line(tmp_path):
             ["--config=config/debug"],
             "config config/debug does not exist: did you mean configs/debug.yaml?",
         ),
-        (["--inner.size", "big"], "inner.size: Expected a int. Got value: big"),
+        (["--inner.size", "big"], "inner.size: Expected an int. Got value: big"),
         (
             ["--inner", "3"],
             "inner is a section: give its options, as in --inner.KEY VALUE, or --config FILE",
         ),
-        (["x.yaml"], "unexpected argument x.yaml: options begin with --, as in --config FILE"),
+        (
+            ["x.yaml"],
+            "unexpected argument x.yaml: options begin with --, as in --config FILE.yaml "
+            "or --name VALUE",
+        ),
     ],
 )
 def test_mistakes_in_one_sentence(args, message):

@@ -212,7 +212,10 @@ def test_inspect_knows_every_file(model, tmp_path, capsys):
         (["text.index", "x.bin"], "it may be a TensorFlow checkpoint"),
         (["text.txt", "x.bin", "--inspect"], "in an unknown format"),
         (["model.bin", "x.bin", "--to", "onnx"], "onnx"),
-        (["model.bin", "x.gguf"], "a GGUF model holds a model of llama, not of gpt2"),
+        (
+            ["model.bin", "x.gguf"],
+            "a GGUF model holds models of the family llama, and this is gpt2",
+        ),
         (["model.bin", "x.bin", "--dtype", "float16"], "in float32 or bfloat16, not in float16"),
         (["model.bin", "x", "--dtype", "q8_0"], "hf has no blocks of 8 bits: q8_0 is of GGUF"),
         (["model.bin", "x", "--tokenizer", "byte"], "the tokenizer byte has 257 ids, but"),
@@ -343,7 +346,8 @@ def test_every_export_keeps_the_tokenizer(model, tmp_path, capsys, name, kind):
 
 def test_inspect_lists_the_tensors(model, capsys):
     convert(model, "--inspect")
-    lines = capsys.readouterr().out.splitlines()[4:]
+    title, *lines = capsys.readouterr().out.splitlines()[4:]
+    assert title.split("  ")[-1] == "first numbers"
     assert len(lines) == len(list(tensor_names(CFG)))
     name, shape, dtype, size, *first = lines[0].split()
     assert (name, shape, dtype, size) == ("wte", "11x8", "float32", "88")
@@ -426,7 +430,7 @@ def test_llama2_cs_models_are_described_with_their_version(llama, tmp_path, caps
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--to", "llmc"], "an llm.c model holds a model of gpt2, not of llama"),
+        (["--to", "llmc"], "an llm.c model holds models of the family gpt2, and this is llama"),
         (["--dtype", "bfloat16"], "is in float32, or with --version 2 in int8"),
         (["--to", "safetensors", "--version", "2"], "version is of a llama2.c model"),
         (["--version", "3"], "version"),

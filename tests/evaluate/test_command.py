@@ -156,8 +156,8 @@ def test_a_text_may_begin_as_a_document_does(place, capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["hf"], "give either a dataset or a text to evaluate on"),
-        (["hf", "--text", "a", "--dataset", "b"], "give either a dataset or a text to evaluate on"),
+        (["hf"], "give either --dataset or --text to evaluate on"),
+        (["hf", "--text", "a", "--dataset", "b"], "give either --dataset or --text to evaluate on"),
         (
             ["hf", "--text", "a cat", "--tokens", "3"],
             "tokens applies to a dataset only: leave it out",

@@ -130,7 +130,7 @@ CONFIGS = {
     "a megabyte": (f"name: {'a' * (1 << 20)}", "has more than the"),
     "thousands of keys": ("".join(f"k{i}: 1\n" for i in range(4000)), "unknown option k0"),
     "a key of 60,000 characters": (f"? {'k' * 60_000}\n: 1", "unknown option kkk"),
-    "a value of 60,000 characters": (f"seed: {'a' * 60_000}", "Expected a int"),
+    "a value of 60,000 characters": (f"seed: {'a' * 60_000}", "Expected an int"),
 }
 CONFIGURED = ("train", "verify", "plan", "bench")
 
@@ -161,7 +161,7 @@ def test_a_hostile_config_is_refused(command, tmp_path, monkeypatch, capsys, tal
         (["--config", "/dev/zero"], "/dev/zero"),
         (["--config", "."], "not a file"),
         (["--config", ""], "must hold options"),
-        (["--model.num_layers", "[[[[[[[[[[[[[[[[[[[["], "Expected a int"),
+        (["--model.num_layers", "[[[[[[[[[[[[[[[[[[[["], "Expected an int"),
     ],
 )
 def test_a_hostile_option_is_refused(arguments, message, capsys, tally):

@@ -204,7 +204,7 @@ def test_an_eps_of_float32_is_the_same(tmp_path):
 
 def test_other_families_and_versions_are_refused(tmp_path):
     gpt2 = tiny.config()
-    with pytest.raises(ConfigError, match="holds a model of llama, not of gpt2"):
+    with pytest.raises(ConfigError, match="holds models of the family llama, and this is gpt2"):
         llama2c.write_model(tmp_path / "m.bin", tiny.params(gpt2), gpt2)
     with pytest.raises(ValueError, match="not 3"):
         write(tmp_path / "m.bin", 3)

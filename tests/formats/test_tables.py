@@ -100,7 +100,9 @@ def test_a_format_without_a_table_for_the_family_refuses_it(cfg, tmp_path):
     params = tiny.params(cfg, np.float32)
     ids = np.zeros((1, 2), np.int32)
     state = llmc.DebugState(ids, ids, np.zeros((1, 2, 11)), 0.0, params)
-    sentence = "holds a model of gpt2, not of gated: write safetensors instead"
+    sentence = (
+        "holds models of the family gpt2, and this is gated: write another format, as safetensors"
+    )
     with pytest.raises(ConfigError, match=f"an llm.c model {sentence}"):
         llmc.write_model(tmp_path / "m.bin", params, cfg)
     with pytest.raises(ConfigError, match=f"an llm.c model {sentence}"):

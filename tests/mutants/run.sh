@@ -26,13 +26,14 @@ for module in "$@"; do
     gpt2 | llama | transformer | layers)
       path=gptjax/models/$module.py tests="tests/models/test_$module.py"
       [[ $module != layers ]] || tests+=" tests/models/test_gpt2.py tests/models/test_llama.py"
+      [[ $module != transformer ]] || tests+=" tests/parallel/test_sharding.py"
       tests+=" -k 'numpy or pairs or gradient or every_setting or mask or counts or chunks or binding or numbers or recompu or packed'"
       ;;
   esac
   cat > "$module.toml" <<EOF
 [cosmic-ray]
 module-path = "$path"
-timeout = 300.0
+timeout = 1200.0
 excluded-modules = []
 test-command = "bash test.sh $tests"
 [cosmic-ray.distributor]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptjax.ops import attention_bwd, attention_fwd
-from gptjax.ops.attention import materialised_fwd
+from gptjax.ops.attention import causal, materialised_fwd
 from gptjax.ops.blockwise import blockwise_bwd, blockwise_fwd
 from tests.compare import assert_same_gradients, normal, relative_l2, vjp_of
 
@@ -19,6 +19,21 @@ shapes = st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 3), st.i
 
 def qkv(B, T, H, D):
     return [normal(seed, B, T, H, D) for seed in range(3)]
+
+
+def test_documents_and_groups_of_queries_in_uneven_blocks():
+    """Two query heads a key head, the documents' borders within blocks and at their edge."""
+    (q, do), (k, v) = (
+        (normal(seed, 2, 7, 4, 5) for seed in (0, 9)),
+        (normal(seed, 2, 7, 2, 5) for seed in (1, 2)),
+    )
+    segments = jnp.array([[0, 0, 0, 1, 1, 2, 2], [5, 5, 5, 5, 1, 1, 1]], jnp.int32)
+    o, saved = blockwise_fwd(q, k, v, segments=segments, block_size=3)
+    o2, saved2 = materialised_fwd(q, k, v, visible=causal(7, segments))
+    assert relative_l2(o, o2) <= 1e-12
+    assert_same_gradients(
+        blockwise_bwd(saved, do), attention_bwd("materialised", saved2, do), (q, k, v)
+    )
 
 
 @given(shape=shapes, rate=st.sampled_from([0.0, 0.3]), block_size=st.integers(1, 10))

@@ -99,7 +99,7 @@ def test_it_is_trained_for_a_corpus(tmp_path):
     assert corpus.tokenizer.vocab_size == 310
     assert corpus.tokenizer.kind == "sentencepiece"
     assert "the cat sat" in corpus.tokenizer.decode(corpus.train[0].tokens.tolist())
-    assert datasets.vocabulary_without_corpus("sentencepiece:310")[0] == 310
+    assert datasets.vocabulary_without_corpus("my.txt", "sentencepiece:310")[0] == 310
     with pytest.raises(DataError, match=r"lacks the vocabulary size, as in sentencepiece:2048"):
         datasets.find_corpus(str(tmp_path / "a.txt"), tmp_path / "data", "sentencepiece:x")
 

@@ -527,7 +527,7 @@ def assert_refused(args: list[str], message: str, capsys) -> None:
     ("args", "message"),
     [
         (["--model.chanels", "3"], "unknown option model.chanels: did you mean model.channels?"),
-        (["--data.batch_size", "many"], "data.batch_size: Expected a int. Got value: many"),
+        (["--data.batch_size", "many"], "data.batch_size: Expected an int. Got value: many"),
         (["--train.backward", "magic"], "train.backward"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (
@@ -561,7 +561,7 @@ def test_bad_options_end_in_one_sentence(command, capsys, args, message):
             "model: {preset: 124m, chanels: 4}",
             "bad.yaml: unknown option model.chanels: did you mean model.channels?",
         ),
-        ("model: {preset: 124m, channels: many}", "bad.yaml: model.channels: Expected a int"),
+        ("model: {preset: 124m, channels: many}", "bad.yaml: model.channels: Expected an int"),
         ("model: {preset: [", "parsing"),
         ("model: {preset: 3m}", "preset"),
         ("{}", "model"),

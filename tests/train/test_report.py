@@ -48,7 +48,7 @@ def test_what_is_trained_on_what_and_where_it_is_kept():
     assert (
         found["corpus"] == "data/x, 900 training and 70 validation tokens, sha256 0123456789abcdef"
     )
-    assert found["tokenizer"] == "unknown, so samples show ids"
+    assert found["tokenizer"] == "unknown, so samples show ids: name it as --data.tokenizer"
     assert found["step"].startswith("144 tokens (3 x 8 x 6), random, ")
     assert found["run"] == f"runs/x, {Config(model=tiny.CONFIG).train.steps} steps, seed 0"
     assert "processes" not in found

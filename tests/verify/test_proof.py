@@ -135,7 +135,7 @@ def test_an_unknown_reference():
 
 def test_without_named_ops_only_the_tensor_is_named():
     report = check(lambda w: jnp.sin(w).sum(), lambda w: (jnp.sin(w).sum(), 2 * jnp.cos(w)), X)
-    assert str(report.mismatch).startswith("gradient of value: wrong, in an op without a name: ")
+    assert str(report.mismatch).startswith("gradient of value: wrong; to have the op named, too, ")
 
 
 def test_float32_is_held_to_float32():
