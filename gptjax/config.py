@@ -920,7 +920,7 @@ class PlanConfig(Config):
     compare: bool = False
     """Also plan with every other attention implementation that applies, one line each."""
     predict: bool = False
-    """Predict from shapes alone, at once, instead of compiling the step."""
+    """Predict from shapes alone instead of compiling the step."""
     largest: bool = True
     """Also find the largest batch that fits; a compiled plan needs one more compilation for it."""
     json: str | None = None

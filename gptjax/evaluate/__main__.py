@@ -361,7 +361,7 @@ def evaluate_text(
     batch = Batch(row[:, :-1], row[:, 1:])
     ((_, losses),) = score(load_for_scoring(source, model, cfg.weights), [batch], model)
     scored = losses[0].tolist()
-    shown = ["", *(f"{loss:.4f}" for loss in scored)]
+    shown = ["first", *(f"{loss:.4f}" for loss in scored)]
     print(f"{'id':>6}, {'nats':>9}, token", flush=True)
     for token, loss in zip(ids, shown, strict=True):
         print(f"{token:>6}, {loss:>9}, {as_text(tokenizer.decode_bytes([token]))}", flush=True)

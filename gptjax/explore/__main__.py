@@ -56,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         start_jax("float64")
         model, params, tokenizer = open_model(cfg)
         ids, batch = read(cfg.text, tokenizer, model)
+        print("computing both passes, and the backward with each error planted", file=sys.stderr)
         with jax.default_matmul_precision("highest"):
             found = scene(model, params, batch)
         data = found | {

@@ -11,8 +11,9 @@ The step is compiled ahead of time, for TPUs by libtpu (``pip install 'gptjax[tp
 GPUs by JAX's CUDA plugin (``pip install 'gptjax[cuda-aot]'``, 0.5 GB, without NVIDIA's libraries),
 for CPUs by XLA, which gives the program's memory and collectives. Without the CUDA plugin, or with
 ``--predict``, they are predicted from shapes, and a real program needs more. Times are lower bounds
-at the rates of the makers' data sheets, which few programs reach; ``in turn`` adds up the kernels
-of the compiled program, since a GPU runs one after the other. The last line is the command that
+at the rates of the makers' data sheets, which few programs reach; ``in turn`` adds up products,
+memory and update, from the kernels of the program if it is compiled, since a GPU runs one after the
+other. The last line is the command that
 trains as planned, on as many tokens as ``--tokens`` says.
 """
 
@@ -118,7 +119,9 @@ def compile_devices(topology: Topology) -> list[Any] | None:
 
     """
     try:
-        return open_devices(topology, ", or --predict for shapes alone")
+        return open_devices(
+            topology, "" if topology.platform == "cuda" else ", or --predict for shapes alone"
+        )
     except ConfigError as error:
         if topology.platform != "cuda":
             raise

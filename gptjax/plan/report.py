@@ -45,8 +45,8 @@ def describe(plan: Plan, topology: Topology, chosen: list[str], backward: str) -
 
 def _memory(plan: Plan) -> list[str]:
     verdict = "fits" if plan.total <= plan.capacity else "DOES NOT FIT"
-    usable = f"{human_bytes(plan.capacity)} ({USABLE:.0%}) usable"
-    lines = [f"{'memory':<12} {human_bytes(plan.total)} a device of {usable}: {verdict}"]
+    usable = f"{human_bytes(plan.capacity)} usable ({USABLE:.0%} of its memory)"
+    lines = [f"{'memory':<12} {human_bytes(plan.total)} a device, of {usable}: {verdict}"]
     lines += [f"  {name:<10} {human_bytes(size):>9}" for name, size in plan.memory.items()]
     at = next(i for i, name in enumerate(plan.memory, 1) if name == "temporaries")
     shapes = f", {human_bytes(plan.predicted)} by shapes" if plan.compiled else ""
@@ -146,8 +146,11 @@ def _time(plan: Plan, device: Device | None) -> list[str]:
 
 
 def _duration(seconds: float) -> str:
-    """In days, or in minutes where that would be less than a tenth of one."""
-    return f"{seconds / DAY:,.2f} days" if seconds >= DAY / 10 else f"{seconds / 60:,.1f} minutes"
+    """In the largest of days, minutes and seconds of which there is at least a tenth."""
+    for unit, length, digits in (("days", DAY, 2), ("minutes", 60, 1)):
+        if seconds >= length / 10:
+            return f"{seconds / length:,.{digits}f} {unit}"
+    return f"{seconds:.2g} seconds"
 
 
 def _in_turn(plan: Plan) -> str:

@@ -107,6 +107,7 @@ def _train(run: Run, restored: Restored | None, display: Display) -> str:
     loggers = open_loggers(cfg.log, run.folder, done, resolved_config(run), display.print)
     began = time.perf_counter()
     shapes = steps.step_arguments(run.model, run.optimizer, run.shape, run.mesh, run.packed)
+    display.print(f"{'compiling':<10} the training step")
     compiled = steps.compile_step(run.model, run.optimizer, cfg.train.backward, *shapes, run.mesh)
     display.print(describe_memory(compiled, time.perf_counter() - began))
     state = state or steps.make_state(run.key, run.model, run.optimizer, run.mesh)

@@ -141,9 +141,11 @@ def check(
     result = jax.jit(loss_and_grad)(params, *batch)
     if not isinstance(result, tuple | list) or len(result) != 2:
         raise ValueError(
-            f"loss_and_grad must return (loss, gradient), not {jax.tree.structure(result)}"
+            f"loss_and_grad must return the pair (loss, gradient), not {type(result).__name__}"
         )
     value, gradient = result
+    if jnp.shape(value):
+        raise ValueError(f"the loss must be one number, not an array of {jnp.shape(value)}")
     check_shapes(gradient, params)
     variances = gradient_variances(loss_and_grad, params, *batch)
     allowed = jax.tree.map(
@@ -175,11 +177,14 @@ def check(
 
 def check_shapes(gradient: Any, params: Any) -> None:
     """Raise a ValueError unless the gradient is shaped like the parameters."""
-    structure: Any = jax.tree.structure(gradient)
-    if structure != jax.tree.structure(params):
+    if jax.tree.structure(gradient) != jax.tree.structure(params):
+        found, expected = (
+            ", ".join(dict.fromkeys(tensor for tensor, _ in leaf_names(tree)))
+            for tree in (gradient, params)
+        )
         raise ValueError(
-            f"the gradient has the structure {structure}, not the parameters': "
-            f"{jax.tree.structure(params)}"
+            f"the gradient, a {type(gradient).__name__} of {found}, is not built like the "
+            f"parameters, a {type(params).__name__} of {expected}"
         )
     for (tensor, _), x, dx in zip(
         leaf_names(params), *map(jax.tree.leaves, (params, gradient)), strict=True

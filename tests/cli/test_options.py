@@ -98,7 +98,7 @@ def test_defaults_then_file_then_command_line(tmp_path):
         (
             ["x.yaml"],
             "unexpected argument x.yaml: options begin with --, as in --config FILE.yaml "
-            "or --name VALUE",
+            "or --rate VALUE",
         ),
     ],
 )

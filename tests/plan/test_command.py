@@ -41,7 +41,7 @@ def test_a_pod_is_planned_without_a_tpu(capsys, tmp_path):
     )
     assert "attention splash" in found["model"]
     assert found["source"] == "memory and collectives predicted from shapes, not compiled"
-    assert found["memory"].endswith("usable: fits")
+    assert found["memory"].endswith("usable (95% of its memory): fits")
     record = json.loads((tmp_path / "plan.json").read_text())["plans"]["splash"]
     assert record["total"] == sum(record["memory"].values())
     biases = 48 * 7 * 1600  # of q, k, v and the hidden units, which fsdp does not cut
@@ -86,7 +86,7 @@ def test_compare_lists_every_attention_that_the_topology_supports(capsys):
 def test_a_model_that_does_not_fit(capsys):
     assert command.main([*LARGE, "--topology", "v5e:1x1", "--predict"]) == 0
     found = lines(capsys.readouterr().out)
-    assert found["memory"].endswith("usable: DOES NOT FIT")
+    assert found["memory"].endswith("usable (95% of its memory): DOES NOT FIT")
     assert found["largest"].startswith("not even one row per device fits")
     assert "sent" in found
     assert found["train"] == "not possible: it does not fit"

@@ -119,9 +119,10 @@ def test_a_bound_of_zero_is_one_and_holds_for_differences_too():
 def test_results_of_another_form_are_named():
     value = X.sum()
     for wrong, message in (
-        (lambda w: jnp.ones_like(w), "must return .loss, gradient., not PyTreeDef"),
-        (lambda w: (value, w, w), "must return .loss, gradient., not PyTreeDef"),
-        (lambda w: (value, [w]), "the gradient has the structure"),
+        (lambda w: jnp.ones_like(w), "must return the pair .loss, gradient., not Array"),
+        (lambda w: {"loss": value, "dw": w}, "must return the pair .loss, gradient., not dict"),
+        (lambda w: (w, w), "the loss must be one number, not an array of "),
+        (lambda w: (value, [w]), "the gradient, a list of .*, is not built like the parameters"),
         (lambda w: (value, w.T), "the gradient of value has shape .*, its parameter"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -148,7 +149,7 @@ def test_float32_is_held_to_float32():
 
 
 def test_a_gradient_of_another_shape():
-    with pytest.raises(ValueError, match="not the parameters'"):
+    with pytest.raises(ValueError, match="a dict of w, is not built like the parameters, a dict of b, w"):
         check(loss, lambda *a: (loss(*a), {"w": a[0]["w"]}), PARAMS, X, LABELS)
 
 
