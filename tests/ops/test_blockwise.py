@@ -1,5 +1,7 @@
 """Attention in blocks against the materialised form and JAX's gradient."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,10 +78,21 @@ def test_large_scores_neither_overflow_nor_vanish(sign):
         np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize(("T", "blocks"), [(1, 1), (7, 3), (8, 3), (9, 3), (10, 4)])
-def test_the_number_of_blocks_is_the_least_that_holds_the_sequence(T, blocks):
+@pytest.mark.parametrize(("T", "blocks"), [(1, 1), (6, 2), (7, 3), (8, 3), (9, 3), (10, 4)])
+def test_blocks_are_as_few_and_as_short_as_hold_the_sequence(T, blocks):
     _, saved = blockwise_fwd(*qkv(1, T, 1, 2), block_size=3)
-    assert saved.q.shape[0] == blocks
+    N, _, _, length, _ = saved.q.shape
+    assert (N, length) == (blocks, math.ceil(T / blocks))
+
+
+def test_blocks_of_later_keys_are_left_out():
+    """What is masked is multiplied by zero, which would let a NaN through."""
+    q, k, v = qkv(1, 6, 1, 2)
+    k, v = (x.at[:, 3:].set(jnp.nan) for x in (k, v))
+    o, saved = blockwise_fwd(q, k, v, block_size=3)
+    assert jnp.isfinite(o[:, :3]).all()
+    dq, _, _ = blockwise_bwd(saved, jnp.ones_like(o).at[:, 3:].set(0))
+    assert jnp.isfinite(dq[:, :3]).all()
 
 
 def test_every_pair_of_blocks_has_its_own_dropout_mask():
