@@ -50,15 +50,18 @@ def optimizer_of(cfg):
     return make_optimizer(OptimConfig(schedule="constant"), 10, cfg)
 
 
-def gradient(cfg, backward="manual", name=None, shape=(A, B, T)):
+def gradient(cfg, backward="manual", name=None, shape=(A, B, T), packed=False):
     """((loss, gradient), parameters, program) of A micro-batches as training computes it, on one
-    device or a mesh.
+    device or a mesh, with several documents in a row if packed.
     """
     mesh = mesh_of(name) if name else None
     params, batch = (
         tiny.params(cfg, jnp.dtype(cfg.dtype)),
         tiny.batch(cfg, shape[0] * shape[1], shape[2]),
     )
+    if packed:
+        starts = np.random.default_rng(0).random((shape[0] * shape[1], shape[2])) < 0.3
+        batch = batch._replace(segments=jnp.asarray(starts.cumsum(1), jnp.int32))
     batch = meshes.place_rows(mesh, jax.tree.map(lambda x: np.asarray(x).reshape(shape), batch))
     if mesh:
         params = jax.device_put(params, meshes.param_shardings(mesh, param_axes(cfg)))
@@ -135,6 +138,13 @@ def test_sharded_gradient_equals_that_of_one_device_in_every_setting(
         found, expected = without_key_bias(found), without_key_bias(expected)
     assert_same(found, expected, tolerance)
     assert "collective-permute" not in found[2].as_text()
+
+
+@pytest.mark.parametrize("name", ["data", "all"])
+def test_packed_documents_have_the_same_gradient_on_a_mesh(name):
+    found, expected = (gradient(CFG, name=n, packed=True) for n in (name, None))
+    assert_same(found, expected, 1e-12)
+    assert float(expected[0][0]) != pytest.approx(float(gradient(CFG)[0][0]), rel=1e-6)
 
 
 @pytest.mark.parametrize("layers", ["unroll", "scan"])
