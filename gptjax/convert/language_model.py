@@ -71,7 +71,7 @@ class LanguageModel:
         return float(_loss(self.params, self.batch(text), self.cfg))
 
     def grad(self, text: str) -> Any:
-        """The gradient of `loss` by the backward derived by hand: a tree like ``params``: a
+        """The gradient of `loss` by the backward derived by hand, a tree like ``params``: a
         field for each tensor that ``convert --inspect`` lists, those of layer i in ``.blocks[i]``.
 
         Raises:

@@ -13,8 +13,7 @@ for CPUs by XLA, which gives the program's memory and collectives. Without the C
 ``--predict``, they are predicted from shapes, and a real program needs more. Times are lower bounds
 at the rates of the makers' data sheets, which few programs reach; ``in turn`` adds up products,
 memory and update, from the kernels of the program if it is compiled, since a GPU runs one after the
-other. The last line is the command that
-trains as planned, on as many tokens as ``--tokens`` says.
+other. The last line is the command that trains as planned, on as many tokens as ``--tokens`` says.
 """
 
 import dataclasses
