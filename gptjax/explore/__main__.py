@@ -36,6 +36,7 @@ from gptjax.train.metrics import human_bytes
 from gptjax.train.setup import set_up
 from gptjax.verify.model import noisy_params
 from gptjax.xla.backend import platform_name, start_jax
+from gptjax.xla.cache import enable_compilation_cache
 
 PROG = "python -m gptjax.explore"
 MOST_TOKENS = 48  # each is a row in the pictures
@@ -50,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         if not any(arg.startswith(("--config", "--model")) for arg in given):
             given = [*SMALL, *given]
         cfg, _ = parse(ExploreConfig, PROG, __doc__ or "", given)
+        enable_compilation_cache()
         cli.quiet_libraries()
         check_writable(Path(cfg.out))
         jax.config.update("jax_enable_x64", True)

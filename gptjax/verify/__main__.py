@@ -42,6 +42,7 @@ from gptjax.verify.ops import check_ops
 from gptjax.verify.proof import Report
 from gptjax.verify.saved_report import environment, write_report
 from gptjax.xla.backend import platform_name, start_jax
+from gptjax.xla.cache import enable_compilation_cache
 
 PROG = "python -m gptjax.verify"
 WRONG = 1  # exit status
@@ -57,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
             given = [*dimension_options(checkpoint), *given]
         cfg, _ = parse(VerifyConfig, PROG, __doc__ or "", given)
         cli.reuse_freed_memory()
+        enable_compilation_cache()
         cli.quiet_libraries()
         check_writable(cfg)
         jax.config.update("jax_enable_x64", True)

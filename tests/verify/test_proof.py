@@ -149,7 +149,9 @@ def test_float32_is_held_to_float32():
 
 
 def test_a_gradient_of_another_shape():
-    with pytest.raises(ValueError, match="a dict of w, is not built like the parameters, a dict of b, w"):
+    with pytest.raises(
+        ValueError, match="a dict of w, is not built like the parameters, a dict of b, w"
+    ):
         check(loss, lambda *a: (loss(*a), {"w": a[0]["w"]}), PARAMS, X, LABELS)
 
 
