@@ -177,7 +177,8 @@ def check(
 
 def check_shapes(gradient: Any, params: Any) -> None:
     """Raise a ValueError unless the gradient is shaped like the parameters."""
-    if jax.tree.structure(gradient) != jax.tree.structure(params):
+    built: Any = jax.tree.structure(gradient)
+    if built != jax.tree.structure(params):
         found, expected = (
             ", ".join(dict.fromkeys(tensor for tensor, _ in leaf_names(tree)))
             for tree in (gradient, params)
