@@ -144,8 +144,9 @@ def check(
             f"loss_and_grad must return the pair (loss, gradient), not {type(result).__name__}"
         )
     value, gradient = result
-    if jnp.shape(value):
-        raise ValueError(f"the loss must be one number, not an array of {jnp.shape(value)}")
+    for shape in (jnp.shape(value), jnp.shape(jax.eval_shape(loss, params, *batch))):
+        if shape:
+            raise ValueError(f"the loss must be one number, not an array of shape {shape}")
     check_shapes(gradient, params)
     variances = gradient_variances(loss_and_grad, params, *batch)
     allowed = jax.tree.map(

@@ -236,7 +236,7 @@ def mismatch(
     what = (
         "every op is right, but their results are combined wrongly"
         if named
-        else "wrong; to have the op named, too, make each op a pair OP_fwd and OP_bwd under jax.jit"
+        else "wrong, in an op that is not named (only pairs OP_fwd and OP_bwd under jax.jit are)"
     )
     return Mismatch(f"gradient of {name}", what, worst.relative_l2)
 

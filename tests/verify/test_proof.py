@@ -129,6 +129,11 @@ def test_results_of_another_form_are_named():
             check(lambda w: jnp.sin(w).sum(), wrong, X)
 
 
+def test_a_loss_that_is_no_number_is_refused():
+    with pytest.raises(ValueError, match="the loss must be one number, not an array of shape"):
+        check(jnp.sin, lambda w: (jnp.sin(w).sum(), jnp.cos(w)), X)
+
+
 def test_an_unknown_reference():
     with pytest.raises(ValueError, match="must be one of autodiff, finite-difference, not torch"):
         check(loss, loss_and_grad, PARAMS, X, LABELS, reference="torch")
@@ -136,7 +141,7 @@ def test_an_unknown_reference():
 
 def test_without_named_ops_only_the_tensor_is_named():
     report = check(lambda w: jnp.sin(w).sum(), lambda w: (jnp.sin(w).sum(), 2 * jnp.cos(w)), X)
-    assert str(report.mismatch).startswith("gradient of value: wrong; to have the op named, too, ")
+    assert str(report.mismatch).startswith("gradient of value: wrong, in an op that is not named ")
 
 
 def test_float32_is_held_to_float32():
