@@ -30,6 +30,11 @@ def test_pydoc_holds_out_every_tenth_topic(pydoc):
     assert text_of(pydoc, pydoc.train).count(tokenizers.END_OF_TEXT) == len(names) - len(held_out)
 
 
+def test_pydocs_vocabulary_is_known_without_it(pydoc):
+    assert datasets.vocabulary_without_corpus("pydoc", None)[0] == pydoc.tokenizer.vocab_size
+    assert datasets.vocabulary_without_corpus("pydoc", "byte")[0] == 257
+
+
 def test_pydoc_trains_on_no_paragraph_that_it_validates_on(pydoc):
     texts = (
         text_of(pydoc, shards).replace(tokenizers.END_OF_TEXT, "\n\n")

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from gptjax.plan import report
 from tests.conftest import ROOT
 
 plan = importlib.import_module("gptjax.plan.__main__")
@@ -40,3 +41,11 @@ def test_one_device_sends_nothing(capsys):
     for word in ("no overlap", "collectives 0", "efficiency", "links"):
         assert word not in out
     assert re.search(r"full overlap +[\d,.]+ ms, [\d,]+ tokens/s, [\d.]+ minutes for 1e\+09", out)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(8640, "0.10 days"), (8639, "144.0 minutes"), (6, "0.1 minutes"), (5.9, "5.9 seconds")],
+)
+def test_a_duration_is_told_in_the_unit_that_fits(seconds, words):
+    assert report._duration(seconds) == words

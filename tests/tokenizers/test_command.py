@@ -208,6 +208,12 @@ def test_a_vocabulary_larger_than_the_text_gives(bpe, tmp_path, capsys):
     assert "too short for a vocabulary of 9999" in capsys.readouterr().err
 
 
+def test_a_missing_option_is_named(capsys):
+    with pytest.raises(SystemExit):
+        main(["export"])
+    assert "error: give --tokenizer" in capsys.readouterr().err
+
+
 def test_a_reader_that_has_seen_enough_ends_it_quietly():
     read, write = os.pipe()
     os.close(read)

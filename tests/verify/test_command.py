@@ -53,6 +53,7 @@ def test_everything_holds(capsys, tmp_path):
     out = capsys.readouterr().out
     assert out.count(" ok\n") == 21 + 2 + 20 + 1
     assert "fcw[0]" in out
+    assert "a row has all layers" not in out
     assert "all 21 gradients agree with autodiff in float64" in out
     assert "took " in out.splitlines()[-3]
     report = json.loads((tmp_path / "r.json").read_text())
@@ -96,6 +97,7 @@ def test_the_sharded_accumulated_program_is_checked(capsys):
     assert command.main([*TINY, *ON_A_MESH]) == 0
     out = capsys.readouterr().out
     assert "4 devices: data 2 x fsdp 1 x tensor 2" in out
+    assert "a row has all layers of a tensor" in out
     assert "2 micro-batches of 2 x 8 tokens" in out
     assert "all 21 gradients agree with autodiff in float64" in out
 
