@@ -167,6 +167,7 @@ def compiled_for_8_h100s(mesh, folder):
         mesh: 8,
         "model.num_layers": LAYERS,
         "model.channels": 768,
+        "model.vocab_size": 50257,
     }
     environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
     arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
