@@ -58,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         for text in [*args.prompt, args.system or ""]:
             if any("\ud800" <= c <= "\udfff" for c in text):
                 raise DataError("prompt and system must be UTF-8 text")
+        cli.look_for_cycles_less_often()
         cli.reuse_freed_memory()
         enable_compilation_cache()
         cli.quiet_libraries()
@@ -91,6 +92,8 @@ def opened(args: ChatConfig) -> Conversation:
     start_jax(args.dtype)
     cfg = decoding_config(source, args.dtype, args.storage)
     params = load_for_decoding(source, cfg, args.storage)
+    del source
+    cli.return_freed_memory()
     rules = Rules(cfg, args.sampler, tokenizer.vocab_size, ends.ids)
     return Conversation(Session(params, rules), tokenizer, template, ends, args.system)
 

@@ -4,18 +4,6 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-
 LINE_EVERY_S = 60.0
 
 
@@ -31,17 +19,20 @@ def progress(what: str, total: int | None, done: int = 0) -> Iterator[Callable[[
         done: bytes done before.
 
     """
+    from rich import console as consoles  # imported late: most show no bar
+    from rich import progress as rich
+
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
+        rich.TextColumn("{task.description}"),
+        rich.BarColumn(),
+        rich.DownloadColumn(),
+        rich.TransferSpeedColumn(),
+        rich.TimeRemainingColumn(),
     )
-    console = Console(stderr=True)
+    console = consoles.Console(stderr=True)
     if total is None and not console.is_terminal:
         console.print(what)
-    with Progress(
+    with rich.Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as bars:
         task = bars.add_task(what, total=total, completed=done)
@@ -55,11 +46,21 @@ def counting(what: str, total: int) -> Iterator[Callable[[int, str], None]]:
 
     Where stderr is not a terminal, print a line every `LINE_EVERY_S` seconds instead of the bar.
     """
-    columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}")
-    times = TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
-    with Progress(
-        *columns, *times, console=console, transient=True, disable=not console.is_terminal
+    from rich import console as consoles
+    from rich import progress as rich
+
+    columns = (
+        rich.TextColumn(what),
+        rich.BarColumn(),
+        rich.MofNCompleteColumn(),
+        rich.TextColumn("{task.description}"),
+        rich.TimeElapsedColumn(),
+        rich.TextColumn("left"),
+        rich.TimeRemainingColumn(),
+    )
+    console = consoles.Console(stderr=True, soft_wrap=True, highlight=False)
+    with rich.Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
     ) as bars:
         task = bars.add_task("", total=total)
         done, said = 0, time.monotonic()

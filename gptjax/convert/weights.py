@@ -5,7 +5,8 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -353,7 +354,8 @@ def load_for_decoding(source: Source, cfg: ModelConfig, how: Storage = "as_store
     """Load the parameters of an opened model in the form that decodes fastest, in the layout of
     ``cfg``.
 
-    Tensors are loaded one by one, so a float32 copy of the whole model never exists.
+    At most two tensors are being loaded at any time, so a float32 copy of the whole model never
+    exists.
 
     Args:
         source: the model.
@@ -366,7 +368,7 @@ def load_for_decoding(source: Source, cfg: ModelConfig, how: Storage = "as_store
 
     """
     weights = per_tensor(lambda weight: weight, source.params, cfg)
-    converted: Counter[str] = Counter()
+    converted: list[str] = []
 
     def load(path: Any, tensor: LazyTensor, weight: Weight) -> Any:
         if not is_storable(weight):
@@ -380,7 +382,7 @@ def load_for_decoding(source: Source, cfg: ModelConfig, how: Storage = "as_store
             array = np.asarray(tensor)
             check_finite(source.format, path, array)
             if tensor.block_type and how == "as_stored":
-                converted[kind] += 1
+                converted.append(kind)
             on_device = jax.device_put(pad_vocab(array, weight, cfg))
             # Wait, or several would be in memory
             found = jax.block_until_ready(store(on_device, weight, cfg, kind))
@@ -399,11 +401,13 @@ def load_for_decoding(source: Source, cfg: ModelConfig, how: Storage = "as_store
         return jax.tree.map(pages.on_device, load(path, tensor, weight))
 
     def stacked(path: Any, weight: Weight, *layers: LazyTensor) -> Any:
-        each = (load((*path, SequenceKey(i)), x, weight) for i, x in enumerate(layers))
-        if not is_storable(weight):
-            dtype = np.result_type(*(x.dtype for x in layers))
-            each = (x.astype(dtype) for x in each)
-        return _stacked(each, len(layers), pages)
+        dtype = np.result_type(*(x.dtype for x in layers))
+
+        def load_layer(i: int) -> Any:
+            found = load((*path, SequenceKey(i)), layers[i], weight)
+            return found if is_storable(weight) else found.astype(dtype)
+
+        return _stacked(load_layer, len(layers), pages)
 
     with_path = jax.tree_util.tree_map_with_path
     if cfg.layers == "unroll":
@@ -412,7 +416,7 @@ def load_for_decoding(source: Source, cfg: ModelConfig, how: Storage = "as_store
         outside = with_path(alone, source.params._replace(blocks=()), weights._replace(blocks=()))
         blocks = with_path(stacked, weights.blocks[0], *source.params.blocks, is_leaf=is_weight)
         params = outside._replace(blocks=blocks)
-    for kind, count in converted.items():
+    for kind, count in Counter(converted).items():
         logging.getLogger(__name__).warning(
             "%d tensors of the %s are of types that are not computed with: they are stored as %s",
             count,
@@ -440,16 +444,22 @@ def _as_it_lies(raw: gguf.RawBlocks, tensor: LazyTensor, weight: Weight) -> Bloc
     )
 
 
-def _stacked(layers: Iterator[Any], count: int, pages: LargePages) -> Any:
-    """Trees of arrays, all of the same shapes and dtypes, as one of arrays (L, ...) on the device;
-    each is asked for once the one before it is in its place.
+def _stacked(load_layer: Callable[[int], Any], count: int, pages: LargePages) -> Any:
+    """Trees of arrays, all of the same shapes and dtypes, as one of arrays (L, ...) on the device.
+
+    ``load_layer`` gives each. It is called from two threads, as NumPy copies without Python's lock.
     """
-    stack = None
-    for i, layer in enumerate(layers):
-        if stack is None:
-            stack = jax.tree.map(lambda x: pages.empty((count, *x.shape), x.dtype), layer)
+    first = load_layer(0)
+    stack = jax.tree.map(lambda x: pages.empty((count, *x.shape), x.dtype), first)
+
+    def put(i: int, layer: Any) -> None:
         for whole, part in zip(jax.tree.leaves(stack), jax.tree.leaves(layer), strict=True):
             whole[i] = part
+
+    put(0, first)
+    with ThreadPoolExecutor(2) as pool:
+        for _ in pool.map(lambda i: put(i, load_layer(i)), range(1, count)):
+            pass
     return jax.tree.map(jax.device_put, stack)
 
 

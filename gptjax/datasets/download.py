@@ -4,12 +4,14 @@ import hashlib
 import re
 import time
 from pathlib import Path
-
-import requests
+from typing import TYPE_CHECKING
 
 from gptjax.cli.progress import progress
 from gptjax.errors import DataError, naming
 from gptjax.files import file_lock, open_file
+
+if TYPE_CHECKING:
+    import requests
 
 TIMEOUT_S = 30
 CHUNK_BYTES = 1 << 16
@@ -70,6 +72,8 @@ def fetch(url: str, path: Path, sha256: str | None = None) -> Path:
 
 def _receive(url: str, partial: Path, sha256: str | None) -> str | None:
     """Make one attempt. Returns the expected SHA-256, if known."""
+    import requests  # imported late: it takes a tenth of a second, and most starts fetch nothing
+
     held = partial.stat().st_size if partial.exists() else 0
     try:
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={held}-"} if held else {})
@@ -111,7 +115,7 @@ def _innermost(error: BaseException) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def _announced(response: requests.Response) -> str | None:
+def _announced(response: "requests.Response") -> str | None:
     for answer in (*response.history, response):
         match = re.fullmatch(r'"?([0-9a-f]{64})"?', answer.headers.get("X-Linked-ETag", ""))
         if match:

@@ -9,11 +9,11 @@ dequantizes. Matrices are (out, in), and rotary embeddings rotate neighbours (2i
 import dataclasses
 import importlib
 import math
+import mmap
 import os
 import struct
 from collections import Counter
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +41,7 @@ from gptjax.models.family import family_of
 from gptjax.models.params import tensor_at
 
 MAGIC, VERSION = b"GGUF", 3
+LENGTH = struct.Struct("<Q")  # before each string
 READ_VERSIONS = (2, 3)
 MODEL = "GGUF model"
 ARCHITECTURE, FILE_TYPE = "general.architecture", "general.file_type"
@@ -177,10 +178,10 @@ def is_file(path: Path) -> bool:
 class _Reader:
     """Reads one value after the other; raises `FormatError` at the end of the data."""
 
-    def __init__(self, path: Path, data: memoryview) -> None:
+    def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path, self.data, self.at = path, data, 0
 
-    def bytes(self, size: int) -> memoryview:
+    def bytes(self, size: int) -> bytes:
         """The next ``size`` bytes."""
         begin, self.at = self.at, self.at + size
         if self.at > len(self.data):
@@ -225,12 +226,12 @@ class _Reader:
         """The next strings, as `string` reads each; for a vocabulary its calls would take long."""
         found, data, size = [], self.data, len(self.data)
         for _ in range(count):
-            begin = self.at + 8
-            end = begin + int.from_bytes(data[self.at : begin], "little")
-            most = min(size, begin + LARGEST)
+            begin = self.at + LENGTH.size
             try:
-                found.append(str(data[begin:end], "utf-8") if end <= most else self.string(what))
-            except UnicodeDecodeError:
+                end = begin + LENGTH.unpack_from(data, self.at)[0]
+                fits = end <= min(size, begin + LARGEST)
+                found.append(data[begin:end].decode() if fits else self.string(what))
+            except (UnicodeDecodeError, struct.error):
                 self.string(what)
             self.at = end
         return found
@@ -275,8 +276,7 @@ def read_file(path: str | os.PathLike[str]) -> File:
     with open_file(path) as file:  # a regular one
         if file.read(4) != MAGIC:
             raise FormatError(f"{path} is not a {MODEL}: it does not begin with {MAGIC.decode()}")
-    mapped: Any = np.memmap(path, np.uint8, "r")
-    reader = _Reader(path, memoryview(mapped))
+        reader = _Reader(path, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     reader.at = len(MAGIC)
     version = reader.uint32()
     if version not in READ_VERSIONS:
@@ -358,15 +358,16 @@ def raw_blocks(path: str | os.PathLike[str]) -> dict[str, tuple[str, np.ndarray]
         FormatError: see `read_file`.
 
     """
-    return _blocks(read_file(path))
+    file = read_file(path)
+    return {name: (tensor.type, _mapped(file, name)) for name, tensor in file.tensors.items()}
 
 
-def _blocks(file: File) -> dict[str, tuple[str, np.ndarray]]:
-    data = np.memmap(file.path, np.uint8, "r")
-    return {
-        name: (kind, data[start : start + size].reshape(*shape[:-1], -1))
-        for name, (shape, kind, start, size) in file.tensors.items()
-    }
+def _mapped(file: File, name: str) -> np.ndarray:
+    """A tensor's bytes as they lie. Each tensor has a mapping of its own, so that its pages leave
+    memory with the array.
+    """
+    shape, _, start, size = file.tensors[name]
+    return np.memmap(file.path, np.uint8, "r", start, size).reshape(*shape[:-1], -1)
 
 
 def read_model(path: str | os.PathLike[str]) -> tuple[Architecture, Any, File]:
@@ -394,10 +395,10 @@ def read_model(path: str | os.PathLike[str]) -> tuple[Architecture, Any, File]:
     for kind in {tensor.type for tensor in file.tensors.values()} - PLAIN.keys():
         if not _can_dequantize(kind):
             raise FormatError(f"{path} has tensors of type {kind}, which is not supported")
-    blocks = _blocks(file)
 
     def read_numbers(tensor: FileTensor, layer: int | None, part: Part) -> np.ndarray:
-        return dequantized(*blocks[tensor.name.format(layer)])[part.place]
+        name = tensor.name.format(layer)
+        return dequantized(file.tensors[name].type, _mapped(file, name))[part.place]
 
     def dtype_of(tensor: FileTensor, layer: int | None) -> np.dtype:
         return PLAIN.get(file.tensors[tensor.name.format(layer)].type, PLAIN["F32"])
@@ -405,13 +406,19 @@ def read_model(path: str | os.PathLike[str]) -> tuple[Architecture, Any, File]:
     parts = {(part.param, t.layered): (t, part) for t in tensors for part in t.parts}
 
     def with_blocks(path: Any, lazy: LazyTensor) -> LazyTensor:
-        name, layer = tensor_at(path)
-        tensor, part = parts[name, layer is not None]
-        kind, data = blocks[tensor.name.format(layer)]
+        param, layer = tensor_at(path)
+        tensor, part = parts[param, layer is not None]
+        name = tensor.name.format(layer)
+        kind = file.tensors[name].type
         if kind in PLAIN:
             return lazy
-        read = partial(read_blocks, kind, data, part) if kind in BLOCK_BYTES else None
-        return dataclasses.replace(lazy, blocks=read, block_type=kind)
+
+        def read() -> RawBlocks:
+            return read_blocks(kind, _mapped(file, name), part)
+
+        return dataclasses.replace(
+            lazy, blocks=read if kind in BLOCK_BYTES else None, block_type=kind
+        )
 
     params = open_params(tensors, cfg, read_numbers, dtype_of)
     return cfg, jax.tree_util.tree_map_with_path(with_blocks, params), file
@@ -624,7 +631,7 @@ def _described(cfg: Architecture, kind: str) -> dict[str, Any]:
 
 def _string(text: str) -> bytes:
     data = text.encode()
-    return struct.pack("<Q", len(data)) + data
+    return LENGTH.pack(len(data)) + data
 
 
 def _value(value: Any) -> bytes:

@@ -61,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
                 f"num_samples {args.num_samples} is too many: at most {MOST_SAMPLES:,} can be "
                 "made at once"
             )
+        cli.look_for_cycles_less_often()
         cli.reuse_freed_memory()
         enable_compilation_cache()
         cli.quiet_libraries()
@@ -135,6 +136,8 @@ def load(args: GenerateConfig) -> Model:
     start_jax(args.dtype)
     cfg = decoding_config(source, args.dtype, args.storage)
     params = load_for_decoding(source, cfg, args.storage)
+    del source
+    cli.return_freed_memory()
     ends = () if args.ignore_end else tokenizer.ends
     return Model(
         params,

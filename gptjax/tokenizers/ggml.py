@@ -5,6 +5,7 @@
 by scores, as llama2.c's, with U+2581 for a space.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from gptjax.tokenizers.hugging_face import (
     IGNORES_MERGES,
     PRE_TOKENIZERS,
     HuggingFace,
-    canonical,
     pre_tokenizer_of,
 )
 from gptjax.tokenizers.interface import END_OF_TEXT, Tokenizer
@@ -60,22 +60,29 @@ def from_fields(path: Path, fields: Mapping[str, Any]) -> Tokenizer:
     tokens, merges = (_texts(path, fields, name) for name in ("tokens", "merges"))
     kinds = _numbers(path, fields, "token_type", len(tokens))
     begin, end = (_id(path, fields, name, len(tokens)) for name in ("bos", "eos"))
+    special = {*np.flatnonzero(kinds == CONTROL).tolist(), *([] if end is None else [end])}
     added = [
         {
             "id": i,
             "content": tokens[i],
-            "special": bool(kinds[i] == CONTROL),
+            "special": i in special,
             **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
         }
-        for i in np.flatnonzero(np.isin(kinds, (CONTROL, USER_DEFINED))).tolist()
+        for i in sorted(special.union(np.flatnonzero(kinds == USER_DEFINED).tolist()))
     ]
+    # As the library itself writes it: all settings, those that are off, too
     content = {
         "version": "1.0",
+        **dict.fromkeys(("truncation", "padding", "normalizer", "post_processor")),
         "added_tokens": added,
         "pre_tokenizer": PRE_TOKENIZERS[pre],
         "decoder": BYTE_LEVEL,
         "model": {
             "type": "BPE",
+            **dict.fromkeys(
+                ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
+            ),
+            **dict.fromkeys(("fuse_unk", "byte_fallback"), False),
             "vocab": {token: i for i, token in enumerate(tokens)},
             "merges": [merge.split(" ") for merge in merges],
             "ignore_merges": pre in IGNORES_MERGES,
@@ -84,8 +91,8 @@ def from_fields(path: Path, fields: Mapping[str, Any]) -> Tokenizer:
     # llama.cpp's default depends on the pre-tokenizer
     begins = begin if fields.get(f"{PREFIX}add_bos_token", pre == "llama-bpe") is True else None
     try:
-        ours, known = canonical(content, None if end is None else tokens[end])
-        return HuggingFace(path.stem, *ours, begins, known=known)
+        known = {"parsed": content}
+        return HuggingFace(path.stem, json.dumps(content), end, begins, known=known)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise FormatError(f"{path} holds no byte-level BPE that is known here: {error}") from error
 

@@ -100,6 +100,7 @@ class HuggingFace(SpaceFirst):
         self.__dict__.update(known or {})
         content = self.parsed
         check(content)
+        check_added(self.library, content)
         bytes_of = _bytes_of(content["model"])
         for token in content["added_tokens"]:
             text = token["content"]
@@ -125,6 +126,8 @@ class HuggingFace(SpaceFirst):
                 raise ValueError(
                     f"its {what} {text!r} is not a special token, so text could contain it"
                 )
+        _ = self._space, self.special_tokens, self.pieces, self._missing
+        del self.__dict__["parsed"]  # which takes more memory than all else together
 
     @functools.cached_property
     def parsed(self) -> dict[str, Any]:
@@ -161,9 +164,9 @@ class HuggingFace(SpaceFirst):
     @functools.cached_property
     def pieces(self) -> tuple[bytes, ...]:
         """See `Tokenizer`."""
-        vocabulary = self.library.get_vocab()
-        bytes_of = _bytes_of(self.parsed["model"])
-        return tuple(map(bytes_of, sorted(vocabulary, key=vocabulary.__getitem__)))
+        model, added = self.parsed["model"], self.parsed["added_tokens"]
+        vocabulary = model["vocab"] | {token["content"]: token["id"] for token in added}
+        return tuple(map(_bytes_of(model), sorted(vocabulary, key=vocabulary.__getitem__)))
 
     @functools.cached_property
     def _missing(self) -> frozenset[int]:
@@ -172,7 +175,7 @@ class HuggingFace(SpaceFirst):
         """
         if self.parsed["model"].get("byte_fallback"):
             return frozenset()
-        known = set(self.library.get_vocab(with_added_tokens=False))
+        known = self.parsed["model"]["vocab"]
         return frozenset(byte for byte, character in PRINTABLE.items() if character not in known)
 
     def encode(self, text: str) -> list[int]:
@@ -244,12 +247,7 @@ def canonical(
 
     check(content)
     library = read_library(json.dumps(content))
-    for token in content.get("added_tokens") or []:
-        if library.token_to_id(token["content"]) != token["id"]:
-            raise ValueError(
-                f"its added token {token['content']!r} has the id {token['id']}, but its library "
-                "gives it another"
-            )
+    check_added(library, content)
     end = None
     if end_of_text is not None:
         end = library.token_to_id(end_of_text)
@@ -293,6 +291,16 @@ def check(content: dict[str, Any]) -> None:
         raise ValueError(
             f"the ids of its {len(tokens)} tokens have gaps, repeat, or are more than {LARGEST}"
         )
+
+
+def check_added(library: Any, content: dict[str, Any]) -> None:
+    """Raise ValueError if the library gives an added token another id than ``content`` says."""
+    for token in content.get("added_tokens") or []:
+        if library.token_to_id(token["content"]) != token["id"]:
+            raise ValueError(
+                f"its added token {token['content']!r} has the id {token['id']}, but its library "
+                "gives it another"
+            )
 
 
 def _check_byte_level(content: dict[str, Any]) -> None:

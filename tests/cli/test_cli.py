@@ -1,6 +1,8 @@
+import gc
 import subprocess
 import sys
 import types
+import weakref
 
 import numpy as np
 import pytest
@@ -43,6 +45,44 @@ def test_of_what_libraries_gave_up_nothing_is_shown(words, monkeypatch):
     unraisable = types.SimpleNamespace(exc_value=ValueError(f"{words} and more"))
     sys.unraisablehook(unraisable)
     assert shown == ([unraisable] if words == "something else" else [])
+
+
+def test_a_start_looks_for_cycles_less_often():
+    """What is there already is left out; later cycles are still found."""
+    threshold = gc.get_threshold()
+    try:
+        cli.look_for_cycles_less_often()
+        assert gc.get_freeze_count() > 10_000
+        cycle = ConfigError()
+        cycle.self, gone = cycle, weakref.ref(cycle)
+        del cycle
+        kept = [[] for _ in range(60_000)]
+        assert gone() is None
+        assert len(kept) == 60_000
+    finally:
+        gc.unfreeze()
+        gc.set_threshold(*threshold)
+
+
+def test_freed_memory_is_returned():
+    """Of 64 MB in small pieces nearly all; without asking, it would stay."""
+    script = """
+import gptjax.cli as cli
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+cli.reuse_freed_memory()
+before = resident()
+pieces = [bytes(1000) for _ in range(64_000)]
+last = bytes(1000)
+del pieces
+kept = resident() - before
+cli.return_freed_memory()
+print(kept, resident() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    kept, left = map(int, done.stdout.split())
+    assert kept > 48e6
+    assert left < 16e6
 
 
 def test_peak_memory_is_of_this_process_alone():

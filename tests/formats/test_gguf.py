@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import struct
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -161,6 +162,20 @@ def test_every_type_is_dequantized_as_its_owner_does(tmp_path, kind):
     assert raw[name][0] == kind
     np.testing.assert_array_equal(raw[name][1], blocks[name])
     assert isinstance(raw[name][1], np.memmap)
+
+
+def test_a_tensor_leaves_memory_with_its_array(tmp_path):
+    """The mapping of another tensor, or of the metadata, does not hold it."""
+    path = tmp_path / "m.gguf"
+    _, params, _ = gguf.read_model(written(path, "Q8_0"))
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("the system does not list its mappings")
+    assert str(path) not in maps.read_text()
+    found = params.tok_emb.blocks()
+    assert str(path) in maps.read_text()
+    del found
+    assert str(path) not in maps.read_text()
 
 
 def changed(path, **changes):

@@ -1,5 +1,7 @@
 import io
 import json
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import pytest
@@ -38,6 +40,15 @@ def generate(model, capsys):
 
 def records(out):
     return [json.loads(line) for line in out.splitlines()]
+
+
+def test_a_start_loads_no_library_that_it_may_not_need():
+    code = (
+        "import sys, gptjax.generate.__main__; "
+        "print({'requests', 'rich', 'tokenizers', 'gguf'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("set()\n", "")
 
 
 def test_one_text_is_the_prompt_and_what_follows(generate):

@@ -67,6 +67,20 @@ def test_it_encodes_as_the_library_does(text):
     assert OURS.decode(expected) == text
 
 
+@pytest.mark.parametrize("pre", hugging_face.PRE_TOKENIZERS)
+def test_its_content_is_as_the_library_writes_it(pre):
+    """So that it is equal to the same tokenizer read from a ``tokenizer.json``."""
+    ours = ggml.from_fields(PATH, FIELDS | {"tokenizer.ggml.pre": pre})
+    assert json.loads(hugging_face.read_library(ours.source).to_str()) == ours.parsed
+
+
+def test_end_of_text_is_special_whatever_its_kind():
+    kinds = FIELDS["tokenizer.ggml.token_type"].copy()
+    kinds[2] = ggml.USER_DEFINED
+    ours = ggml.from_fields(PATH, FIELDS | {"tokenizer.ggml.token_type": kinds})
+    assert ours.same_as(OURS)
+
+
 def test_controls_have_ids_that_text_never_gets():
     assert OURS.special_tokens == {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2}
     assert (OURS.begin_of_text, OURS.end_of_text, OURS.vocab_size) == (None, 2, 270)
