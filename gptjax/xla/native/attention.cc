@@ -1,7 +1,8 @@
 // Attention of a few new positions to a cache of keys and values: `gptjax.ops.kv_cache` has the
 // equations.
 //
-// Each query is computed by itself, in one order of summation, so its bits depend neither on the
+// The keys that a query sees are taken in chunks, whose softmaxes are joined at the end; heads that
+// share keys read them together. Each query sums in one order, so its bits depend neither on the
 // others nor on the number of threads.
 
 #include <algorithm>
@@ -9,99 +10,289 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <vector>
+#include <memory>
 
 #include "avx2.h"
 #include "parallel.h"
 #include "xla/ffi/api/ffi.h"
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace ffi = xla::ffi;
 
 namespace {
 
-constexpr int kLanes = 16;  // partial sums
+constexpr int kLanes = 8;     // numbers of a vector
+constexpr int kChunk = 64;    // keys
+constexpr int kTogether = 4;  // heads, keys and vectors of a value
+constexpr int kAhead = 16;    // keys between the one that is read and the one asked for
 
 #define ALWAYS_INLINE __attribute__((always_inline)) inline
+
+using Lanes = float __attribute__((vector_size(4 * kLanes)));
+using Ints = int32_t __attribute__((vector_size(4 * kLanes)));
 
 struct Shape {
   int64_t B, T, H, K, S, D;
 };
 
 struct Arrays {
-  const float *q, *k, *v;          // (B, T, H, D) and (B, T, K, D): the new positions
-  const float *past_k, *past_v;    // (B, K, S, D)
-  const int32_t* begin;            // (B,): each row's first slot
-  int64_t slot;                    // of the first new position
-  float* o;                        // (B, T, H, D)
+  const float *q, *k, *v;        // (B, T, H, D) and (B, T, K, D): the new positions
+  const float *past_k, *past_v;  // (B, K, S, D)
+  const int32_t* begin;          // (B,): each row's first slot
+  int64_t slot;                  // of the first new position
+  float* o;                      // (B, T, H, D)
 };
 
-ALWAYS_INLINE float Dot(const float* a, const float* b, int64_t n) {
-  float lanes[kLanes] = {};
-  const int64_t whole = n / kLanes * kLanes;
-  for (int64_t i = 0; i < whole; i += kLanes) {
-    for (int l = 0; l < kLanes; ++l) lanes[l] += a[i + l] * b[i + l];
-  }
-  for (int64_t i = whole; i < n; ++i) lanes[i - whole] += a[i] * b[i];
+// The softmax over a chunk of a query's keys: the largest score, the sum of e^(score - largest), and
+// o, the sum of the values with those weights.
+struct Parts {
+  int64_t chunks;
+  std::unique_ptr<float[]> largest, sum, o;  // (B, T, H, chunks), the last with D numbers each
+};
+
+ALWAYS_INLINE Lanes All(float x) { return Lanes{x, x, x, x, x, x, x, x}; }
+
+ALWAYS_INLINE Lanes Load(const float* x) {
+  Lanes lanes;
+  std::memcpy(&lanes, x, sizeof(lanes));
+  return lanes;
+}
+
+ALWAYS_INLINE void Store(float* x, Lanes lanes) { std::memcpy(x, &lanes, sizeof(lanes)); }
+
+__attribute__((noinline)) void Copy(float* to, const float* x, int64_t n) {
+  std::memcpy(to, x, sizeof(float) * n);
+}
+
+// The first n numbers; zeros after them.
+ALWAYS_INLINE Lanes Load(const float* x, int64_t n) {
+  if (n == kLanes) return Load(x);
+  float part[kLanes] = {};
+  Copy(part, x, n);
+  return Load(part);
+}
+
+ALWAYS_INLINE void Store(float* x, Lanes lanes, int64_t n) {
+  if (n == kLanes) return Store(x, lanes);
+  float part[kLanes];
+  Store(part, lanes);
+  Copy(x, part, n);
+}
+
+// The sum over the lanes: the upper half of them added to the lower, until one is left.
+ALWAYS_INLINE float Sum(Lanes lanes) {
+  float x[kLanes];
+  Store(x, lanes);
   for (int half = kLanes / 2; half; half /= 2) {
-    for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+    for (int l = 0; l < half; ++l) x[l] += x[l + half];
   }
-  return lanes[0];
+  return x[0];
+}
+
+// `Sum` of each.
+ALWAYS_INLINE void Sums(const Lanes (&of)[kTogether], float* sums) {
+#if defined(__x86_64__)
+  __m128 x[kTogether];
+  for (int k = 0; k < kTogether; ++k) {
+    __m128 halves[2];
+    std::memcpy(halves, &of[k], sizeof(halves));
+    x[k] = _mm_add_ps(halves[0], halves[1]);
+  }
+  _MM_TRANSPOSE4_PS(x[0], x[1], x[2], x[3]);
+  _mm_storeu_ps(sums, _mm_add_ps(_mm_add_ps(x[0], x[2]), _mm_add_ps(x[1], x[3])));
+#else
+  for (int k = 0; k < kTogether; ++k) sums[k] = Sum(of[k]);
+#endif
+}
+
+// Asks memory for a key or a value that will be read. What is not there is not asked for.
+ALWAYS_INLINE void Fetch(const float* x, int64_t D) {
+  constexpr int64_t kLine = 64 / sizeof(float);
+  for (int64_t d = 0; d < D; d += kLine) __builtin_prefetch(x + d);
 }
 
 // e^x for x <= 0, to 2e-7 of it; 0 below -87. A NaN stays one.
-ALWAYS_INLINE float Exp(float x) {
+ALWAYS_INLINE Lanes Exp(Lanes x) {
   constexpr float kRounder = 0x1.8p23f;  // leaves an integer in the low bits of a sum
-  const float bounded = x < -87.0f ? -87.0f : x;
-  const float steps = bounded * 1.44269504f + kRounder, n = steps - kRounder;
-  const float r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
-  float p = 1.0f / 5040;
+  const Lanes least = All(-87.0f), bounded = x < least ? least : x;
+  const Lanes steps = bounded * 1.44269504f + kRounder, n = steps - kRounder;
+  const Lanes r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
+  Lanes p = All(1.0f / 5040);
   for (float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = p * r + c;
-  int32_t bits;
+  Ints bits;
   std::memcpy(&bits, &steps, sizeof(bits));
   bits = (bits - 0x4b400000 + 127) * (1 << 23);
-  float power;
+  Lanes power;
   std::memcpy(&power, &bits, sizeof(power));
-  return x < -87.0f ? 0.0f : p * power;
+  return x < least ? All(0.0f) : p * power;
 }
 
-// One query: the visible slots of the cache, then the new positions up to its own.
-ALWAYS_INLINE void Attend(const Shape& n, const Arrays& x, int64_t b, int64_t t, int64_t h,
-                          float* p) {
-  const int64_t D = n.D, head = h / (n.H / n.K), begin = std::max<int64_t>(x.begin[b], 0);
-  const float* q = x.q + ((b * n.T + t) * n.H + h) * D;
-  const float *k = x.past_k + (b * n.K + head) * n.S * D, *v = x.past_v + (b * n.K + head) * n.S * D;
-  const float *new_k = x.k + (b * n.T * n.K + head) * D, *new_v = x.v + (b * n.T * n.K + head) * D;
-  // A position in the padding sees itself alone
-  const int64_t first_new = std::min(t, std::max<int64_t>(begin - x.slot, 0));
-  const int64_t past = std::max<int64_t>(x.slot - begin, 0), all = past + t + 1 - first_new;
-  const float scale = 1 / std::sqrt(static_cast<float>(D));
-  float largest = -std::numeric_limits<float>::infinity();
-  for (int64_t i = 0; i < all; ++i) {
-    const float* key = i < past ? k + (begin + i) * D : new_k + (first_new + i - past) * n.K * D;
-    p[i] = scale * Dot(q, key, D);
-    largest = p[i] > largest ? p[i] : largest;
+// p = q k for each of kHeads queries and `count` keys. Asks for the values, too.
+template <int kHeads, class Key, class Value>
+ALWAYS_INLINE void Scores(const float* q, Key key, Value value, int64_t count, int64_t D,
+                          float (&p)[kTogether][kChunk]) {
+  for (int64_t i = 0; i < count; i += kTogether) {
+    const float* k[kTogether];
+    for (int j = 0; j < kTogether; ++j) {
+      const int64_t at = std::min(i + j, count - 1);
+      k[j] = key(at);
+      Fetch(k[j] + kAhead * D, D);
+      Fetch(value(at), D);
+    }
+    Lanes sum[kHeads][kTogether] = {};
+    const auto add = [&](int64_t d, int64_t n) __attribute__((always_inline)) {
+      for (int h = 0; h < kHeads; ++h) {
+        const Lanes x = Load(q + h * D + d, n);
+        for (int j = 0; j < kTogether; ++j) sum[h][j] += x * Load(k[j] + d, n);
+      }
+    };
+    const int64_t whole = D / kLanes * kLanes;
+    for (int64_t d = 0; d < whole; d += kLanes) add(d, kLanes);
+    if (whole < D) add(whole, D - whole);
+    for (int h = 0; h < kHeads; ++h) Sums(sum[h], p[h] + i);
   }
-  for (int64_t i = 0; i < all; ++i) p[i] = Exp(p[i] - largest);
-  float sums[kLanes] = {};
-  for (int64_t i = 0; i < all; ++i) sums[i % kLanes] += p[i];
+}
+
+// o = sum of p v for each of kHeads queries, over `count` values: kVectors of their vectors from
+// number d on, the last with `last` numbers.
+template <int kHeads, int kVectors, class Value>
+ALWAYS_INLINE void WeightedSums(const float (&p)[kTogether][kChunk], Value value, int64_t count,
+                                int64_t d, int64_t last, float* o, int64_t stride) {
+  const auto numbers = [=](int vector) { return vector < kVectors - 1 ? kLanes : last; };
+  Lanes sum[kHeads][kVectors] = {};
+  for (int64_t i = 0; i < count; ++i) {
+    const float* v = value(i) + d;
+    Lanes part[kVectors];
+    for (int c = 0; c < kVectors; ++c) part[c] = Load(v + c * kLanes, numbers(c));
+    for (int h = 0; h < kHeads; ++h) {
+      for (int c = 0; c < kVectors; ++c) sum[h][c] += p[h][i] * part[c];
+    }
+  }
+  for (int h = 0; h < kHeads; ++h) {
+    for (int c = 0; c < kVectors; ++c) {
+      Store(o + h * stride + d + c * kLanes, sum[h][c], numbers(c));
+    }
+  }
+}
+
+// The keys that position t of row b sees, those in the cache first: key i is in slot begin + i, or,
+// from i = past, the new one first_new + i - past.
+struct Seen {
+  int64_t begin, past, first_new, count;
+
+  ALWAYS_INLINE Seen(const Arrays& x, int64_t b, int64_t t)
+      : begin(std::max<int64_t>(x.begin[b], 0)),
+        past(std::max<int64_t>(x.slot - begin, 0)),
+        // A position in the padding sees itself alone
+        first_new(std::min(t, std::max<int64_t>(begin - x.slot, 0))),
+        count(past + t + 1 - first_new) {}
+};
+
+// kHeads queries from head h on, which share the keys of a head, over a chunk.
+template <int kHeads>
+ALWAYS_INLINE void Attend(const Shape& n, const Arrays& x, const Parts& to, int64_t b, int64_t t,
+                          int64_t h, int64_t chunk) {
+  const Seen seen(x, b, t);
+  const int64_t D = n.D, head = h / (n.H / n.K), first = chunk * kChunk;
+  const int64_t count = std::min<int64_t>(seen.count - first, kChunk);
+  if (count <= 0) return;
+  const int64_t row = (b * n.K + head) * n.S + seen.begin, new_row = b * n.T * n.K + head;
+  const auto at = [&](const float* past, const float* new_ones, int64_t i) {
+    i += first;
+    return i < seen.past ? past + (row + i) * D
+                         : new_ones + (new_row + (seen.first_new + i - seen.past) * n.K) * D;
+  };
+  const auto key = [&](int64_t i) { return at(x.past_k, x.k, i); };
+  const auto value = [&](int64_t i) { return at(x.past_v, x.v, i); };
+  const int64_t query = (b * n.T + t) * n.H + h;
+  float p[kTogether][kChunk];
+  Scores<kHeads>(x.q + query * D, key, value, count, D, p);
+  const float scale = 1 / std::sqrt(static_cast<float>(D));
+  const int64_t whole = (count + kLanes - 1) / kLanes * kLanes;
+  for (int k = 0; k < kHeads; ++k) {
+    const int64_t part = (query + k) * to.chunks + chunk;
+    std::fill(p[k] + count, p[k] + whole, -std::numeric_limits<float>::infinity());
+    Lanes most = All(-std::numeric_limits<float>::infinity()), sum = {};
+    for (int64_t i = 0; i < whole; i += kLanes) {
+      const Lanes score = Load(p[k] + i) * scale;
+      Store(p[k] + i, score);
+      most = score > most ? score : most;
+    }
+    float largest[kLanes];
+    Store(largest, most);
+    to.largest[part] = *std::max_element(largest, largest + kLanes);
+    for (int64_t i = 0; i < whole; i += kLanes) {
+      const Lanes weight = Exp(Load(p[k] + i) - to.largest[part]);
+      Store(p[k] + i, weight);
+      sum += weight;
+    }
+    to.sum[part] = Sum(sum);
+  }
+  float* const o = &to.o[(query * to.chunks + chunk) * D];
+  const int64_t stride = to.chunks * D;
+  int64_t d = 0;
+  for (; d + kTogether * kLanes <= D; d += kTogether * kLanes) {
+    WeightedSums<kHeads, kTogether>(p, value, count, d, kLanes, o, stride);
+  }
+  for (; d < D; d += kLanes) {
+    WeightedSums<kHeads, 1>(p, value, count, d, std::min<int64_t>(kLanes, D - d), o, stride);
+  }
+}
+
+// All queries of row b whose heads share the keys of a head, over a chunk.
+void AttendAnywhere(const Shape& n, const Arrays& x, const Parts& to, int64_t b, int64_t head,
+                    int64_t chunk) {
+  const int64_t group = n.H / n.K;
+  for (int64_t t = 0; t < n.T; ++t) {
+    for (int64_t h = head * group; h < (head + 1) * group; ++h) Attend<1>(n, x, to, b, t, h, chunk);
+  }
+}
+
+// The same; heads of a group read together, as there are registers for them.
+FOR_AVX2 void AttendWithAvx2(const Shape& n, const Arrays& x, const Parts& to, int64_t b,
+                             int64_t head, int64_t chunk) {
+  const int64_t end = (head + 1) * (n.H / n.K);
+  for (int64_t t = 0; t < n.T; ++t) {
+    for (int64_t h = head * (n.H / n.K); h < end; h += kTogether) {
+      switch (std::min<int64_t>(end - h, kTogether)) {
+        case 1: Attend<1>(n, x, to, b, t, h, chunk); break;
+        case 2: Attend<2>(n, x, to, b, t, h, chunk); break;
+        case 3: Attend<3>(n, x, to, b, t, h, chunk); break;
+        default: Attend<kTogether>(n, x, to, b, t, h, chunk);
+      }
+    }
+  }
+}
+
+// The softmax over all chunks of a query.
+ALWAYS_INLINE void Join(const Shape& n, const Arrays& x, const Parts& from, int64_t b, int64_t t,
+                        int64_t h) {
+  const int64_t query = (b * n.T + t) * n.H + h, part = query * from.chunks, D = n.D;
+  const int64_t chunks = (Seen(x, b, t).count + kChunk - 1) / kChunk;
+  const float* of = &from.largest[part];
+  const float largest = *std::max_element(of, of + chunks);
+  float* o = x.o + query * D;
   float sum = 0;
-  for (float s : sums) sum += s;
-  float* o = x.o + ((b * n.T + t) * n.H + h) * D;
-  std::fill(o, o + D, 0.0f);
-  for (int64_t i = 0; i < all; ++i) {
-    const float* value = i < past ? v + (begin + i) * D : new_v + (first_new + i - past) * n.K * D;
-    for (int64_t d = 0; d < D; ++d) o[d] += p[i] * value[d];
+  for (int64_t c = 0; c < chunks; ++c) {
+    const float weight = Exp(All(of[c] - largest))[0];
+    sum += weight * from.sum[part + c];
+    const float* more = &from.o[(part + c) * D];
+    for (int64_t d = 0; d < D; ++d) o[d] = (c ? o[d] : 0) + weight * more[d];
   }
   for (int64_t d = 0; d < D; ++d) o[d] /= sum;
 }
 
-void AttendAnywhere(const Shape& n, const Arrays& x, int64_t b, int64_t t, int64_t h, float* p) {
-  Attend(n, x, b, t, h, p);
+void JoinAnywhere(const Shape& n, const Arrays& x, const Parts& from, int64_t b, int64_t t,
+                  int64_t h) {
+  Join(n, x, from, b, t, h);
 }
 
-FOR_AVX2 void AttendWithAvx2(const Shape& n, const Arrays& x, int64_t b, int64_t t, int64_t h,
-                             float* p) {
-  Attend(n, x, b, t, h, p);
+FOR_AVX2 void JoinWithAvx2(const Shape& n, const Arrays& x, const Parts& from, int64_t b,
+                           int64_t t, int64_t h) {
+  Join(n, x, from, b, t, h);
 }
 
 const bool kAvx2 = gptjax::UseAvx2();
@@ -125,10 +316,18 @@ ffi::Error Attention(ffi::ThreadPool pool, F32x4 q, F32x4 k, F32x4 v, F32x5 past
                     begin.element_count() == static_cast<size_t>(n.B) && o->dimensions() == of_q &&
                     x.slot >= 0 && x.slot <= n.S;
   if (!fits) return ffi::Error::InvalidArgument("attention: the arrays do not fit together");
-  gptjax::ParallelFor(pool, n.B * n.T * n.H, [=](int64_t piece) {
-    const int64_t h = piece % n.H, t = piece / n.H % n.T, b = piece / n.H / n.T;
-    std::vector<float> p(x.slot + n.T);
-    (kAvx2 ? AttendWithAvx2 : AttendAnywhere)(n, x, b, t, h, p.data());
+  const int64_t chunks = (x.slot + n.T + kChunk - 1) / kChunk, parts = n.B * n.T * n.H * chunks;
+  const Parts between{chunks, std::unique_ptr<float[]>(new float[parts]),
+                      std::unique_ptr<float[]>(new float[parts]),
+                      std::unique_ptr<float[]>(new float[parts * n.D])};
+  gptjax::ParallelFor(pool, n.B * n.K * chunks, [&](int64_t piece) {
+    const int64_t b = piece / chunks / n.K, head = piece / chunks % n.K, chunk = piece % chunks;
+    (kAvx2 ? AttendWithAvx2 : AttendAnywhere)(n, x, between, b, head, chunk);
+  });
+  gptjax::ParallelFor(pool, n.B * n.T, [&](int64_t piece) {
+    for (int64_t h = 0; h < n.H; ++h) {
+      (kAvx2 ? JoinWithAvx2 : JoinAnywhere)(n, x, between, piece / n.T, piece % n.T, h);
+    }
   });
   return ffi::Error::Success();
 }
