@@ -30,7 +30,7 @@ constexpr int kRows = 8;          // outputs whose weights lie interleaved: a pa
 constexpr int kBlock = 32;        // inputs that share a scale
 constexpr int kLanes = 16;        // partial sums of a product with a row of bfloat16
 constexpr int kMostTogether = 4;  // rows of x that a kernel takes at a time
-constexpr int64_t kPieceBytes = 1 << 14;   // of weights, that a thread takes at a time
+constexpr int64_t kPieceBytes = 1 << 16;   // of weights, that a thread takes at a time, at most
 constexpr int64_t kCachedBytes = 1 << 17;  // of x, that stay in a core's cache
 
 enum Kind { kQ8_0, kQ4_0, kQ4_1, kKinds, kBFloat16 = kKinds };
@@ -276,7 +276,7 @@ struct Matrix {
   const uint8_t* q;
   const uint16_t *scale, *minimum;
   float* y;
-  int64_t outputs, panels, panel_bytes, together, first_piece;
+  int64_t outputs, panels, panel_bytes, together = 0, first_piece = 0;
 };
 
 // x in blocks of 8 bits.
@@ -350,7 +350,7 @@ ffi::Error Product(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::BufferR
   const int64_t blocks = (inputs + kBlock - 1) / kBlock;
   if (results.size() != kinds.size()) return Misfit();
   std::vector<Matrix> matrices;
-  int64_t pieces = 0;
+  int64_t all_bytes = 0;
   bool any_blocks = false;
   size_t arg = 0;
   // The layer's numbers in the next array, (L, ...), which should have so many bytes a layer; null
@@ -376,15 +376,22 @@ ffi::Error Product(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::BufferR
     const uint8_t* const scale = in_blocks ? next(scale_bytes) : q;
     const uint8_t* const minimum = kind == kQ4_1 ? next(scale_bytes) : scale;
     if (!q || !scale || !minimum) return Misfit();
-    const int64_t together = std::max<int64_t>(1, kPieceBytes / std::max<int64_t>(panel_bytes, 1));
     matrices.push_back({kind, q, reinterpret_cast<const uint16_t*>(scale),
                         reinterpret_cast<const uint16_t*>(minimum), (*y)->typed_data(), outputs,
-                        panels, panel_bytes, together, pieces});
-    pieces += (panels + together - 1) / together;
+                        panels, panel_bytes});
+    all_bytes += panels * panel_bytes;
     any_blocks |= in_blocks;
   }
   if (arg != weights.size()) return Misfit();
 
+  // Two pieces a thread at least, so that no thread waits long for another
+  const int64_t piece_bytes = std::min<int64_t>(kPieceBytes, all_bytes / (2 * pool.num_threads()));
+  int64_t pieces = 0;
+  for (Matrix& w : matrices) {
+    w.together = std::max<int64_t>(1, piece_bytes / std::max<int64_t>(w.panel_bytes, 1));
+    w.first_piece = pieces;
+    pieces += (w.panels + w.together - 1) / w.together;
+  }
   const Kernels& kernels = *chosen.load(std::memory_order_relaxed);
   const float* from = x.typed_data();
   Quantized quantized;
