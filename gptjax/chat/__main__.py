@@ -94,7 +94,7 @@ def opened(args: ChatConfig) -> Conversation:
     params = load_for_decoding(source, cfg, args.storage)
     del source
     cli.return_freed_memory()
-    rules = Rules(cfg, args.sampler, tokenizer.vocab_size, ends.ids)
+    rules = Rules(cfg, args.sampler, tokenizer.vocab_size, ends.ids, args.lookup)
     return Conversation(Session(params, rules), tokenizer, template, ends, args.system)
 
 

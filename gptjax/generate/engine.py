@@ -219,7 +219,8 @@ def _start(
     slot = jnp.int32(ids.shape[1])
     text = None
     if rules.lookup and len(ids) == 1:
-        text = lookup.start(ids[0], slot, padding[0], token[0], slots)
+        price = lookup.price_of(params)
+        text = lookup.start(ids[0], slot, padding[0], token[0], slots, price)
     state = Decoding(cache, padding, slot, token, jnp.int32(drawn + 1), done, keys, text)
     return state, token[:, None], logprob[:, None]
 
@@ -280,7 +281,7 @@ def advance(
         right = jnp.cumprod(hits.astype(jnp.int32)).sum(dtype=jnp.int32)
         made = jnp.minimum(right + 1, most - (state.drawn - before))
         found = put(found, state, (token[None], logprob[None]))
-        text = lookup.after(state.lookup, token, made, state.padding[0], state.slot, right)
+        text = lookup.after(state.lookup, token, made, state.padding[0], state.slot, tried=True)
         slot, drawn = state.slot + made, state.drawn + made
         last = (token[made - 1][None], drawn, done[made - 1][None])
         return Decoding(cache, state.padding, slot, *last, state.keys, text), found

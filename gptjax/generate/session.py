@@ -81,8 +81,9 @@ class Session:
             slots = jax.tree.leaves(self._cache)[0].shape[-2]
             text = np.zeros(slots, np.int32)
             text[: len(self.ids)] = self.ids
+            price = lookup.price_of(self.params)
             state = state._replace(
-                lookup=_start_lookup(text, len(self.ids), 0, new.tokens[0, 0], slots)
+                lookup=_start_lookup(text, len(self.ids), 0, new.tokens[0, 0], slots, price)
             )
         yield new
         while drawn < new_tokens and not state.done.all():

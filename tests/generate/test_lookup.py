@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from gptjax.config import Sampler
 from gptjax.generate import engine, generate, lookup
 from gptjax.generate.engine import Rules
-from gptjax.generate.lookup import DRAFT, MOST_FAILURES, find
+from gptjax.generate.lookup import DRAFT, SHARE, find
 from gptjax.models import transformer
+from gptjax.models.decode import store_for_decoding
 from tests.models import tiny
 
 CFG = tiny.config(max_seq_len=64)
@@ -36,23 +37,52 @@ def test_a_draft_is_what_followed_the_same_tokens(seen, begin):
     assert draft[: int(known)].tolist() == found(seen, begin)
 
 
-def test_drafts_of_which_no_token_is_right_become_rare():
-    """After 64 of a kind in a row, one is tried each 64 tokens: a loss of under 1%."""
-    ids = jnp.array([1, 2, 1, 2, 1], jnp.int32)
-    text = lookup.start(ids, jnp.int32(5), jnp.int32(0), jnp.int32(2), slots=600)
-    one, slot, tried = jnp.int32(1), 5, []
-    step = jax.jit(lookup.after)
-    for n in range(400):
-        token = jnp.array([1 + n % 2], jnp.int32)
-        right = jnp.int32(0) if text.known > 0 else None
-        tried += [n] if right is not None else []
-        text = step(text, token, one, jnp.int32(0), jnp.int32(slot), right)
-        slot += 1
-    pauses = np.diff(tried).tolist()
-    assert pauses[:3] == [3, 5, 9]
-    assert set(pauses[MOST_FAILURES:]) == {2**MOST_FAILURES + 1}
-    text = step(text, jnp.array([1], jnp.int32), one, jnp.int32(0), jnp.int32(slot), one)
-    assert (int(text.failures), int(text.pause)) == (0, 0)
+def tried(made_by_a_draft, price, tokens=400):
+    """How many tokens were drawn before each draft that was tried, and in all, if each draft makes so
+    many; and the look-up at the end.
+    """
+    text = lookup.start(
+        jnp.array([1, 2, 1, 2, 1], jnp.int32),
+        jnp.int32(5),
+        jnp.int32(0),
+        jnp.int32(2),
+        slots=600,
+        price=price,
+    )
+    step = jax.jit(lookup.after, static_argnames="tried")
+    slot, drawn, tries = 5, 1, []
+    while drawn < tokens:
+        reads_draft = bool(text.known > 0)
+        made = made_by_a_draft if reads_draft else 1
+        tries += [drawn] * reads_draft
+        new = jnp.array([1 + (drawn + i) % 2 for i in range(DRAFT + 1)], jnp.int32)
+        text = step(text, new, jnp.int32(made), jnp.int32(0), jnp.int32(slot), tried=reads_draft)
+        slot, drawn = slot + made, drawn + made
+    return tries, drawn, text
+
+
+@pytest.mark.parametrize("price", [lookup.NARROW_PRICE, lookup.WIDE_PRICE])
+def test_drafts_of_which_no_token_is_right_waste_little(price):
+    """At any time what the first does and 2% of the tokens drawn."""
+    tries, drawn, _ = tried(1, price)
+    assert len(tries) > 3
+    for n, before in enumerate(tries, 1):
+        assert n * (price - 1) <= price - 1 + SHARE * before + 1e-4
+    # And not much less
+    assert len(tries) * (price - 1) > SHARE * drawn - price
+
+
+def test_drafts_that_pay_are_always_tried_and_leave_a_small_budget():
+    tries, _, text = tried(DRAFT + 1, lookup.WIDE_PRICE)
+    assert np.diff(tries).tolist() == [DRAFT + 1] * (len(tries) - 1)
+    assert text.budget == lookup.MOST
+
+
+def test_the_price_is_that_of_the_weights():
+    assert lookup.price_of(PARAMS) == lookup.WIDE_PRICE
+    cfg = CFG.resolve("cpu", 1)
+    stored = store_for_decoding(PARAMS, cfg, "q8_0")
+    assert lookup.price_of(stored) == lookup.NARROW_PRICE
 
 
 def drawn(prompts, rules, chunk, new_tokens=90, key=KEY):
@@ -73,7 +103,7 @@ def test_looking_up_changes_no_token(sampler, chunk):
     same, same_logprobs, sizes = drawn(prompt, plain._replace(lookup=True), chunk, key=key)
     np.testing.assert_array_equal(same, ids)
     np.testing.assert_allclose(same_logprobs, logprobs, atol=1e-5)
-    if sampler.temperature == 0 and chunk < 32:
+    if sampler.temperature == 0 and chunk == 1:
         assert max(sizes) > chunk  # greedy text repeats itself
     end = (int(ids[0, 40]),)
     until = ids[0].tolist().index(end[0]) + 1
@@ -99,7 +129,7 @@ def test_tokens_of_a_draft_are_drawn_from_the_models_distribution():
     def pair(key):
         state, *_ = engine._start(params, ids, padding, 64, rules, key[None], 0, none)
         token = jnp.array(prompt[-1:], jnp.int32)
-        text = lookup.start(ids[0], state.slot, padding[0], token[0], 64)
+        text = lookup.start(ids[0], state.slot, padding[0], token[0], 64, price=1.0)
         state = state._replace(token=token, lookup=text)
         _, tokens, _ = engine.advance(params, state, rules, 2, 2)
         return 11 * tokens[0, 0] + tokens[0, 1]
