@@ -1143,8 +1143,9 @@ class GenerateConfig(Sampler):
     int8: bool = False
     """The same as --weights q8_0."""
     lookup: bool = False
-    """Of a single text, also try tokens that followed the same ones before: the same text, sooner
-    where it repeats itself. The program of that takes half a second longer to start."""
+    """Also try the tokens that followed the same ones earlier: the same text, sooner where it
+    repeats itself, and a few percent later where it does not. Starting takes half a second longer.
+    Ignored for several texts at once."""
 
     def __post_init__(self) -> None:
         """Check the ranges.

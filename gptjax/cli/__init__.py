@@ -131,12 +131,10 @@ def peak_memory() -> int:
 
 
 def look_for_cycles_less_often() -> None:
-    """Let Python look for garbage in cycles every 50,000 new objects instead of 700.
+    """Let Python look for garbage in cycles after more new objects than by default.
 
-    Reading a vocabulary and tracing a program make hundreds of thousands that all stay. What is
-    there now, modules above all, is not looked at again.
+    Reading a vocabulary and tracing a program make hundreds of thousands, and all of them stay.
     """
-    gc.freeze()
     gc.set_threshold(50_000)
 
 
@@ -156,10 +154,8 @@ def reuse_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Return what is free at this moment to the system, for after a model is loaded; a no-op
-    without glibc.
-
-    Reading the vocabulary of SmolLM2 leaves 31 MB.
+    """Return the memory that is free at this moment to the system; a no-op without glibc. Call
+    after a model is loaded: reading SmolLM2's vocabulary leaves 31 MB.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc: Any = ctypes.CDLL("libc.so.6")

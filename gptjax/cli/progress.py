@@ -19,20 +19,20 @@ def progress(what: str, total: int | None, done: int = 0) -> Iterator[Callable[[
         done: bytes done before.
 
     """
-    from rich import console as consoles  # imported late: most show no bar
-    from rich import progress as rich
+    import rich.console  # imported late: most commands show no bar
+    import rich.progress as bar
 
     columns = (
-        rich.TextColumn("{task.description}"),
-        rich.BarColumn(),
-        rich.DownloadColumn(),
-        rich.TransferSpeedColumn(),
-        rich.TimeRemainingColumn(),
+        bar.TextColumn("{task.description}"),
+        bar.BarColumn(),
+        bar.DownloadColumn(),
+        bar.TransferSpeedColumn(),
+        bar.TimeRemainingColumn(),
     )
-    console = consoles.Console(stderr=True)
+    console = rich.console.Console(stderr=True)
     if total is None and not console.is_terminal:
         console.print(what)
-    with rich.Progress(
+    with bar.Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as bars:
         task = bars.add_task(what, total=total, completed=done)
@@ -46,20 +46,20 @@ def counting(what: str, total: int) -> Iterator[Callable[[int, str], None]]:
 
     Where stderr is not a terminal, print a line every `LINE_EVERY_S` seconds instead of the bar.
     """
-    from rich import console as consoles
-    from rich import progress as rich
+    import rich.console
+    import rich.progress as bar
 
     columns = (
-        rich.TextColumn(what),
-        rich.BarColumn(),
-        rich.MofNCompleteColumn(),
-        rich.TextColumn("{task.description}"),
-        rich.TimeElapsedColumn(),
-        rich.TextColumn("left"),
-        rich.TimeRemainingColumn(),
+        bar.TextColumn(what),
+        bar.BarColumn(),
+        bar.MofNCompleteColumn(),
+        bar.TextColumn("{task.description}"),
+        bar.TimeElapsedColumn(),
+        bar.TextColumn("left"),
+        bar.TimeRemainingColumn(),
     )
-    console = consoles.Console(stderr=True, soft_wrap=True, highlight=False)
-    with rich.Progress(
+    console = rich.console.Console(stderr=True, soft_wrap=True, highlight=False)
+    with bar.Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as bars:
         task = bars.add_task("", total=total)

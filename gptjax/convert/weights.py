@@ -1,5 +1,6 @@
 """Open, load and write model weights in any known format."""
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -354,8 +355,8 @@ def load_for_decoding(source: Source, cfg: ModelConfig, how: Storage = "as_store
     """Load the parameters of an opened model in the form that decodes fastest, in the layout of
     ``cfg``.
 
-    At most two tensors are being loaded at any time, so a float32 copy of the whole model never
-    exists.
+    Tensors are loaded one by one, or two by two if they stay as they lie, so a float32 copy of the
+    whole model never exists.
 
     Args:
         source: the model.
@@ -401,13 +402,16 @@ def load_for_decoding(source: Source, cfg: ModelConfig, how: Storage = "as_store
         return jax.tree.map(pages.on_device, load(path, tensor, weight))
 
     def stacked(path: Any, weight: Weight, *layers: LazyTensor) -> Any:
-        dtype = np.result_type(*(x.dtype for x in layers))
-
         def load_layer(i: int) -> Any:
-            found = load((*path, SequenceKey(i)), layers[i], weight)
-            return found if is_storable(weight) else found.astype(dtype)
+            return load((*path, SequenceKey(i)), layers[i], weight)
 
-        return _stacked(load_layer, len(layers), pages)
+        def load_vector(i: int) -> Any:
+            return load_layer(i).astype(np.result_type(*(x.dtype for x in layers)))
+
+        # NumPy copies without Python's lock. What JAX converts stays on this thread, and alone
+        copied = all(x.blocks and _storage(x, how) == x.block_type.lower() for x in layers)
+        load_one = load_layer if is_storable(weight) else load_vector
+        return _stacked(load_one, len(layers), pages, 2 if copied else 1)
 
     with_path = jax.tree_util.tree_map_with_path
     if cfg.layers == "unroll":
@@ -444,10 +448,9 @@ def _as_it_lies(raw: gguf.RawBlocks, tensor: LazyTensor, weight: Weight) -> Bloc
     )
 
 
-def _stacked(load_layer: Callable[[int], Any], count: int, pages: LargePages) -> Any:
-    """Trees of arrays, all of the same shapes and dtypes, as one of arrays (L, ...) on the device.
-
-    ``load_layer`` gives each. It is called from two threads, as NumPy copies without Python's lock.
+def _stacked(load_layer: Callable[[int], Any], count: int, pages: LargePages, threads: int) -> Any:
+    """Trees of arrays, all of the same shapes and dtypes, as one of arrays (L, ...) on the device;
+    ``load_layer`` gives each.
     """
     first = load_layer(0)
     stack = jax.tree.map(lambda x: pages.empty((count, *x.shape), x.dtype), first)
@@ -457,8 +460,10 @@ def _stacked(load_layer: Callable[[int], Any], count: int, pages: LargePages) ->
             whole[i] = part
 
     put(0, first)
-    with ThreadPoolExecutor(2) as pool:
-        for _ in pool.map(lambda i: put(i, load_layer(i)), range(1, count)):
+    del first
+    with ThreadPoolExecutor(2) if threads > 1 else contextlib.nullcontext() as pool:
+        run: Any = pool.map if pool else map
+        for _ in run(lambda i: put(i, load_layer(i)), range(1, count)):
             pass
     return jax.tree.map(jax.device_put, stack)
 

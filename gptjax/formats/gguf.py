@@ -15,7 +15,7 @@ import struct
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -146,6 +146,8 @@ class File(NamedTuple):
     fields: dict[str, Any]
     """Metadata: str, bool, int, float, a list of str, or an array of numbers."""
     tensors: dict[str, Tensor]
+    identity: tuple[int, ...]
+    """Of the file that was read; see `_identity`."""
 
     @property
     def title(self) -> str:
@@ -277,6 +279,7 @@ def read_file(path: str | os.PathLike[str]) -> File:
         if file.read(4) != MAGIC:
             raise FormatError(f"{path} is not a {MODEL}: it does not begin with {MAGIC.decode()}")
         reader = _Reader(path, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        identity = _identity(file)
     reader.at = len(MAGIC)
     version = reader.uint32()
     if version not in READ_VERSIONS:
@@ -292,7 +295,7 @@ def read_file(path: str | os.PathLike[str]) -> File:
         if name in fields:
             raise FormatError(f"{path} has {name} twice")
         fields[name] = reader.value(name)
-    return File(path, fields, _tensors(reader, num_tensors, fields))
+    return File(path, fields, _tensors(reader, num_tensors, fields), identity)
 
 
 def _tensors(reader: _Reader, number: int, fields: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -365,9 +368,22 @@ def raw_blocks(path: str | os.PathLike[str]) -> dict[str, tuple[str, np.ndarray]
 def _mapped(file: File, name: str) -> np.ndarray:
     """A tensor's bytes as they lie. Each tensor has a mapping of its own, so that its pages leave
     memory with the array.
+
+    Raises:
+        FormatError: the file is another than that which was read first.
+
     """
     shape, _, start, size = file.tensors[name]
-    return np.memmap(file.path, np.uint8, "r", start, size).reshape(*shape[:-1], -1)
+    with open_file(file.path) as opened:
+        if _identity(opened) != file.identity:
+            raise FormatError(f"{file.path} has been changed while it was read: read it again")
+        return np.memmap(opened, np.uint8, "r", start, size).reshape(*shape[:-1], -1)
+
+
+def _identity(file: BinaryIO) -> tuple[int, ...]:
+    """What changes with a file's content."""
+    status = os.fstat(file.fileno())
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def read_model(path: str | os.PathLike[str]) -> tuple[Architecture, Any, File]:

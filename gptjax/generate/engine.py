@@ -122,6 +122,7 @@ def generate(
     rows = [np.asarray(prompt).tolist() for prompt in prompts]
     done = np.zeros(len(rows), bool)
     state, starts, drawn = None, [0] * len(rows), 0
+    budget = np.asarray(lookup.price_of(params) - 1, np.float32)
     while drawn < new_tokens and not done.all():
         left = new_tokens - drawn
         readable = (
@@ -133,8 +134,10 @@ def generate(
         else:
             starts = [window_start(len(row), context) for row in rows]
             windows = [row[start:] for row, start in zip(rows, starts, strict=True)]
+            if state and state.lookup:
+                budget = fetch(state.lookup.budget)
             state, tokens, logprobs = _start(
-                params, *_padded(windows, rules, left), rules, keys, drawn, done
+                params, *_padded(windows, rules, left), rules, keys, drawn, done, budget
             )
         made = int(fetch(state.drawn)) - drawn
         new = finite(fetch(tokens)[:, :made], fetch(logprobs)[:, :made])
@@ -212,15 +215,16 @@ def _start(
     keys: Any,
     drawn: Any,
     done: Any,
+    budget: Any,
 ) -> tuple[Decoding, Array, Array]:
-    """Read the prompts and draw one token a row."""
+    """Read the prompts and draw one token a row; ``budget`` is that of drafts."""
     logits, cache = prefill(params, ids, padding, slots, rules.cfg)
     token, logprob, done = draw_next(logits, rules, keys, drawn, done)
     slot = jnp.int32(ids.shape[1])
     text = None
     if rules.lookup and len(ids) == 1:
         price = lookup.price_of(params)
-        text = lookup.start(ids[0], slot, padding[0], token[0], slots, price)
+        text = lookup.start(ids[0], slot, padding[0], token[0], slots, price, budget)
     state = Decoding(cache, padding, slot, token, jnp.int32(drawn + 1), done, keys, text)
     return state, token[:, None], logprob[:, None]
 

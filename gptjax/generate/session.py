@@ -40,6 +40,7 @@ class Session:
         self.ids: list[int] = []
         """The ids whose keys and values are in the cache, one for each slot."""
         self._cache: Any = None
+        self._budget = np.asarray(lookup.price_of(params) - 1, np.float32)  # of drafts
 
     def continued(
         self, ids: Sequence[int], key: Any, new_tokens: int, chunk: int = CHUNK
@@ -81,10 +82,9 @@ class Session:
             slots = jax.tree.leaves(self._cache)[0].shape[-2]
             text = np.zeros(slots, np.int32)
             text[: len(self.ids)] = self.ids
+            known = len(self.ids), 0, new.tokens[0, 0]
             price = lookup.price_of(self.params)
-            state = state._replace(
-                lookup=_start_lookup(text, len(self.ids), 0, new.tokens[0, 0], slots, price)
-            )
+            state = state._replace(lookup=_start_lookup(text, *known, slots, price, self._budget))
         yield new
         while drawn < new_tokens and not state.done.all():
             most = new_tokens - drawn
@@ -92,6 +92,8 @@ class Session:
                 self.params, state, self.rules, min(chunk, most), most
             )
             self._cache = state.cache
+            if state.lookup:
+                self._budget = np.asarray(state.lookup.budget)
             made = int(state.drawn) - drawn  # fewer where an end has come
             last, drawn = new.tokens[:, -1:], drawn + made
             new = finite(np.asarray(tokens)[:, :made], np.asarray(logprobs)[:, :made])

@@ -65,27 +65,32 @@ def from_fields(path: Path, fields: Mapping[str, Any]) -> Tokenizer:
         {
             "id": i,
             "content": tokens[i],
-            "special": i in special,
             **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
+            "special": i in special,
         }
         for i in sorted(special.union(np.flatnonzero(kinds == USER_DEFINED).tolist()))
     ]
-    # As the library itself writes it: all settings, those that are off, too
+    # All settings, in the order in which the library itself writes them
     content = {
         "version": "1.0",
-        **dict.fromkeys(("truncation", "padding", "normalizer", "post_processor")),
+        "truncation": None,
+        "padding": None,
         "added_tokens": added,
+        "normalizer": None,
         "pre_tokenizer": PRE_TOKENIZERS[pre],
+        "post_processor": None,
         "decoder": BYTE_LEVEL,
         "model": {
             "type": "BPE",
-            **dict.fromkeys(
-                ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
-            ),
-            **dict.fromkeys(("fuse_unk", "byte_fallback"), False),
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": pre in IGNORES_MERGES,
             "vocab": {token: i for i, token in enumerate(tokens)},
             "merges": [merge.split(" ") for merge in merges],
-            "ignore_merges": pre in IGNORES_MERGES,
         },
     }
     # llama.cpp's default depends on the pre-tokenizer

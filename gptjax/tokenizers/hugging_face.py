@@ -87,18 +87,20 @@ class HuggingFace(SpaceFirst):
 
     name: str
     source: str
-    """The content of ``tokenizer.json``, as `canonical` returns it."""
+    """The content of ``tokenizer.json``, as the library writes it."""
     end_of_text: int | None = None
     begin_of_text: int | None = None
     known: dataclasses.InitVar[dict[str, Any] | None] = dataclasses.field(
         default=None, kw_only=True
     )
-    """`parsed` and `library`, if `canonical` has them already."""
+    """`parsed` and maybe `library`, if they are there already."""
     kind = "hf"
 
     def __post_init__(self, known: dict[str, Any] | None) -> None:
-        self.__dict__.update(known or {})
-        content = self.parsed
+        known = known or {"parsed": json.loads(self.source)}
+        content = self.__dict__["_content"] = known["parsed"]
+        if "library" in known:
+            self.__dict__["library"] = known["library"]
         check(content)
         check_added(self.library, content)
         bytes_of = _bytes_of(content["model"])
@@ -127,19 +129,20 @@ class HuggingFace(SpaceFirst):
                     f"its {what} {text!r} is not a special token, so text could contain it"
                 )
         _ = self._space, self.special_tokens, self.pieces, self._missing
-        del self.__dict__["parsed"]  # which takes more memory than all else together
+        del self.__dict__["_content"]  # which takes more memory than all else together
 
-    @functools.cached_property
+    @property
     def parsed(self) -> dict[str, Any]:
-        """The content of ``tokenizer.json``; not to be changed."""
-        content: dict[str, Any] = json.loads(self.source)
+        """The content of ``tokenizer.json``, read anew each time."""
+        content: dict[str, Any] = self.__dict__.get("_content") or json.loads(self.source)
         return content
 
     @functools.cached_property
     def library(self) -> Any:
         """The tokenizer object of ``tokenizers``; it puts no space before a text."""
-        content = without_space(self.parsed)
-        found = read_library(self.source if content is self.parsed else json.dumps(content))
+        parsed = self.parsed
+        content = without_space(parsed)
+        found = read_library(self.source if content is parsed else json.dumps(content))
         return taking_special_tokens_as_text(found)
 
     @functools.cached_property

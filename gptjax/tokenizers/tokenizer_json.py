@@ -329,16 +329,16 @@ def _checked(
         if begin_id is None:
             raise ValueError(f"its begin-of-text {begin!r} is not in its vocabulary")
     found = HuggingFace(name, source, end_id, begin_id, known=known)
-    return _as_ranks(found) or found
+    return _as_ranks(found, known["parsed"]) or found
 
 
-def _as_ranks(found: HuggingFace) -> BytePairEncoding | None:
-    """The same tokenizer as ranks of merges; None if it cannot be expressed so.
+def _as_ranks(found: HuggingFace, content: dict[str, Any]) -> BytePairEncoding | None:
+    """The same tokenizer, whose `parsed` content this is, as ranks of merges; None if it cannot be
+    expressed so.
 
     If merging a token's bytes by all lower ranks leaves exactly its listed pair, no other pair can
     ever merge to it.
     """
-    content = found.parsed
     added = [token["content"] for token in content["added_tokens"]]
     last = found.vocab_size - 1
     if added != [END_OF_TEXT] or (found.end_of_text, found.begin_of_text) != (last, None):

@@ -62,6 +62,15 @@ def test_one_answer(arguments, chat, capsys):
     assert chat("hello").out == f"> hello\n{answer}"
 
 
+def test_looking_up_changes_no_answer(arguments, chat, monkeypatch):
+    asked = []
+    rules = command.Rules
+    monkeypatch.setattr(command, "Rules", lambda *args: asked.append(args[-1]) or rules(*args))
+    found = [chat("hello, hello", options=options).out for options in ((), ("--lookup", "true"))]
+    assert found[0] == found[1]
+    assert asked == [False, True]
+
+
 def test_several_prompts_are_turns_of_one_conversation(arguments, chat, capsys):
     assert command.main([*arguments, "--prompt", "a", "b"]) == 0
     both = capsys.readouterr().out

@@ -48,19 +48,18 @@ def test_of_what_libraries_gave_up_nothing_is_shown(words, monkeypatch):
 
 
 def test_a_start_looks_for_cycles_less_often():
-    """What is there already is left out; later cycles are still found."""
     threshold = gc.get_threshold()
     try:
         cli.look_for_cycles_less_often()
-        assert gc.get_freeze_count() > 10_000
+        gc.collect()
         cycle = ConfigError()
         cycle.self, gone = cycle, weakref.ref(cycle)
         del cycle
-        kept = [[] for _ in range(60_000)]
+        kept = [[] for _ in range(40_000)]
+        assert gone() is not None
+        kept += [[] for _ in range(20_000)]
         assert gone() is None
-        assert len(kept) == 60_000
     finally:
-        gc.unfreeze()
         gc.set_threshold(*threshold)
 
 
@@ -79,7 +78,10 @@ kept = resident() - before
 cli.return_freed_memory()
 print(kept, resident() - before)
 """
+    if sys.platform != "linux":
+        pytest.skip("glibc alone")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     kept, left = map(int, done.stdout.split())
     assert kept > 48e6
     assert left < 16e6

@@ -178,6 +178,15 @@ def test_a_tensor_leaves_memory_with_its_array(tmp_path):
     assert str(path) not in maps.read_text()
 
 
+def test_a_file_that_is_replaced_while_it_is_read_is_noticed(tmp_path):
+    path = written(tmp_path / "m.gguf")
+    _, params, _ = gguf.read_model(path)
+    other = written(tmp_path / "other.gguf", params=jax.tree.map(np.negative, PARAMS))
+    other.replace(path)
+    with pytest.raises(FormatError, match="has been changed while it was read"):
+        np.asarray(params.tok_emb)
+
+
 def changed(path, **changes):
     """The file with other metadata: fields with None are left out, dots are written as ``__``."""
     file = gguf.read_file(path)

@@ -124,6 +124,7 @@ def test_the_options_reach_the_model(model):
     assert chosen.rules.sampler == Sampler(0.5, 3, 0.6, 0.1)
     assert chosen.rules.ends == (256,)
     assert loaded(model, "--ignore_end").rules.ends == ()
+    assert [loaded(model, *option).rules.lookup for option in ([], ["--lookup", "true"])] == [0, 1]
     assert loaded(model, "--dtype", "bfloat16").rules.cfg.dtype == "bfloat16"
     assert isinstance(chosen.params.wte, OutIn)
     assert loaded(model, "--weights", "bfloat16").params.wte.w.dtype == "bfloat16"

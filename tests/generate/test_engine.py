@@ -147,7 +147,7 @@ def test_a_cache_is_changed_in_place(prompts):
     stored = store_for_decoding(params("unroll"), CFG)
     ids, padding, slots = engine._padded(prompts, rules, 40)
     state, _, _ = engine._start(
-        stored, ids, padding, slots, rules, jax.random.split(KEY, B), 0, np.zeros(B, bool)
+        stored, ids, padding, slots, rules, jax.random.split(KEY, B), 0, np.zeros(B, bool), 1.0
     )
     program = engine.advance.lower(stored, state, rules, 8, 8).compile().as_text()
     cache = f"f64[{B},{CFG.num_heads},{slots},{CFG.channels // CFG.num_heads}]"

@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 
 from gptjax.config import Sampler
 from gptjax.generate import engine, generate, lookup
+from gptjax.generate import session as session_module
 from gptjax.generate.engine import Rules
 from gptjax.generate.lookup import DRAFT, SHARE, find
+from gptjax.generate.session import Session
 from gptjax.models import transformer
 from gptjax.models.decode import store_for_decoding
 from tests.models import tiny
@@ -48,6 +50,7 @@ def tried(made_by_a_draft, price, tokens=400):
         jnp.int32(2),
         slots=600,
         price=price,
+        budget=price - 1,
     )
     step = jax.jit(lookup.after, static_argnames="tried")
     slot, drawn, tries = 5, 1, []
@@ -63,7 +66,8 @@ def tried(made_by_a_draft, price, tokens=400):
 
 @pytest.mark.parametrize("price", [lookup.NARROW_PRICE, lookup.WIDE_PRICE])
 def test_drafts_of_which_no_token_is_right_waste_little(price):
-    """At any time what the first does and 2% of the tokens drawn."""
+    """At any time no more than one failure does, and 2% of the time of the tokens drawn."""
+    assert SHARE <= 0.02
     tries, drawn, _ = tried(1, price)
     assert len(tries) > 3
     for n, before in enumerate(tries, 1):
@@ -83,6 +87,34 @@ def test_the_price_is_that_of_the_weights():
     cfg = CFG.resolve("cpu", 1)
     stored = store_for_decoding(PARAMS, cfg, "q8_0")
     assert lookup.price_of(stored) == lookup.NARROW_PRICE
+    norms_in_16_bits = PARAMS._replace(lnfw=PARAMS.lnfw.astype(jnp.bfloat16))
+    assert lookup.price_of(norms_in_16_bits) == lookup.WIDE_PRICE
+
+
+def test_the_budget_lasts_over_answers_and_windows(monkeypatch):
+    """It falls with each draft that fails, and is never given anew."""
+    monkeypatch.setattr(lookup, "price_of", lambda params: 1.7)
+    monkeypatch.setattr(lookup, "SHARE", 1e-4)
+    cfg = tiny.config(num_layers=1, max_seq_len=64)  # another program than those without changes
+    params, rules = tiny.params(cfg), Rules(cfg, Sampler(5.0, 0), 11, lookup=True)
+    prompt, failures = [1, 2, 1, 2, 1, 2, 1], []
+    advance = engine.advance
+
+    def noting(params, state, *args):
+        before = float(state.lookup.budget)
+        state, *drawn = advance(params, state, *args)
+        failures.append(before - float(state.lookup.budget) > 0.5)
+        return state, *drawn
+
+    monkeypatch.setattr(engine, "advance", noting)
+    list(generate(params, [prompt], rules, KEY, 200, 8))  # six windows
+    assert 1 <= sum(failures) <= 2
+    failures.clear()
+    session = Session(params, rules)
+    monkeypatch.setattr(session_module, "advance", noting)
+    for i in range(6):
+        list(session.continued(prompt, jax.random.key(i), 20, 8))
+    assert 1 <= sum(failures) <= 2
 
 
 def drawn(prompts, rules, chunk, new_tokens=90, key=KEY):
@@ -127,9 +159,9 @@ def test_tokens_of_a_draft_are_drawn_from_the_models_distribution():
     ids, padding = jnp.array([prompt[:-1]], jnp.int32), jnp.zeros(1, jnp.int32)
 
     def pair(key):
-        state, *_ = engine._start(params, ids, padding, 64, rules, key[None], 0, none)
+        state, *_ = engine._start(params, ids, padding, 64, rules, key[None], 0, none, 1.0)
         token = jnp.array(prompt[-1:], jnp.int32)
-        text = lookup.start(ids[0], state.slot, padding[0], token[0], 64, price=1.0)
+        text = lookup.start(ids[0], state.slot, padding[0], token[0], 64, price=1.0, budget=0.0)
         state = state._replace(token=token, lookup=text)
         _, tokens, _ = engine.advance(params, state, rules, 2, 2)
         return 11 * tokens[0, 0] + tokens[0, 1]

@@ -55,10 +55,10 @@ def compiler():
         pytest.skip("there is no C++ compiler that works, or JAX computes elsewhere")
 
 
-def make(T, K, D, size=1.0, slots=70):
-    """(q, k, v, the cache) in float32, of 2 rows and 6 heads."""
+def make(T, K, D, size=1.0, slots=200, H=6):
+    """(q, k, v, the cache) in float32, of 2 rows."""
     rng = np.random.default_rng(T + K + D)
-    shapes = [(2, T, 6, D), (2, T, K, D), (2, T, K, D), (2, K, slots, D), (2, K, slots, D)]
+    shapes = [(2, T, H, D), (2, T, K, D), (2, T, K, D), (2, K, slots, D), (2, K, slots, D)]
     q, k, v, *past = (jnp.asarray(rng.normal(size=s).astype(np.float32)) for s in shapes)
     return size * q, k, v, LayerCache(*past)
 
@@ -89,12 +89,21 @@ def test_a_cache_among_those_of_all_layers_is_read_and_written_there_alone(in_cp
 
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize(
-    ("T", "K", "D"), [(1, 6, 64), (1, 2, 16), (3, 1, 5), (8, 3, 20), (2, 6, 1)]
+    ("T", "H", "K", "D"),
+    [
+        *[(1, 6, 6, 64), (1, 6, 2, 16), (3, 6, 1, 5), (8, 6, 3, 20), (2, 6, 6, 1)],
+        *[(1, 8, 2, 64), (2, 5, 1, 33), (1, 7, 1, 40), (4, 18, 2, 32)],
+    ],
 )
-@pytest.mark.parametrize(("slot", "begin"), [(0, (0, 0)), (5, (0, 7)), (62, (61, 3)), (9, (40, 9))])
-def test_cpp_equals_the_same_in_float64(T, K, D, slot, begin):
-    """A row that begins behind the first new positions has padding among them."""
-    arrays = make(T, K, D)
+@pytest.mark.parametrize(
+    ("slot", "begin"),
+    [(0, (0, 0)), (5, (0, 7)), (62, (61, 3)), (9, (40, 9)), (190, (1, 64)), (130, (67, -2))],
+)
+def test_cpp_equals_the_same_in_float64(T, H, K, D, slot, begin):
+    """Of heads that are read together in many ways, over up to 4 chunks. A row that begins behind the
+    first new positions has padding among them.
+    """
+    arrays = make(T, K, D, H=H)
     wide = jax.tree.map(lambda x: x.astype(jnp.float64), arrays)
     expected, _ = cached_attention(*wide, jnp.int32(slot), jnp.asarray(begin, jnp.int32))
     found = computed(*arrays, slot, begin)
@@ -107,16 +116,20 @@ def test_cpp_takes_scores_of_any_size(size):
     """Of 1e4, each query sees one key alone."""
     arrays = make(1, 2, 64, size)
     wide = jax.tree.map(lambda x: x.astype(jnp.float64), arrays)
-    expected, _ = cached_attention(*wide, jnp.int32(60), jnp.zeros(2, jnp.int32))
-    found = computed(*arrays, 60, (0, 0))
+    expected, _ = cached_attention(*wide, jnp.int32(180), jnp.zeros(2, jnp.int32))
+    found = computed(*arrays, 180, (0, 0))
     np.testing.assert_allclose(found, expected, atol=3e-7 * size)
 
 
 @pytest.mark.usefixtures("compiler")
 def test_a_querys_bits_do_not_depend_on_those_beside_it():
-    """So that reading several tokens at once changes no token that is drawn."""
+    """So that reading several tokens at once changes no token that is drawn, nor do other rows or
+    padding. The new positions reach over the end of a chunk.
+    """
     q, k, v, cache = make(4, 3, 64)
-    together = computed(q, k, v, cache, 20, (0, 5))
+    together = computed(q, k, v, cache, 126, (0, 5))
+    later = LayerCache(*(jnp.roll(x, 9, 2) for x in cache))
+    np.testing.assert_array_equal(computed(q, k, v, later, 135, (9, 14)), together)
     past = cache
     for t in range(4):
         now = slice(t, t + 1)
@@ -127,28 +140,39 @@ def test_a_querys_bits_do_not_depend_on_those_beside_it():
                 k[one, now],
                 v[one, now],
                 LayerCache(*(x[one] for x in past)),
-                20 + t,
+                126 + t,
                 ((0, 5)[row],),
             )
             np.testing.assert_array_equal(alone[0], together[row, now])
         past = LayerCache(
-            *(x.at[:, :, 20 + t].set(new[:, t]) for x, new in zip(past, (k, v), strict=True))
+            *(x.at[:, :, 126 + t].set(new[:, t]) for x, new in zip(past, (k, v), strict=True))
         )
 
 
 @pytest.mark.usefixtures("compiler")
 def test_a_number_that_is_not_finite_spoils_only_its_row():
     q, k, v, cache = make(1, 3, 16)
-    cache = cache._replace(k=cache.k.at[1, :, 4, 3].set(jnp.nan))
-    found = computed(q, k, v, cache, 20, (0, 0))
+    cache = cache._replace(k=cache.k.at[1, :, 70, 3].set(jnp.nan))
+    found = computed(q, k, v, cache, 180, (0, 0))
     assert np.isfinite(found[0]).all()
     assert np.isnan(found[1]).all()
 
 
 @pytest.mark.usefixtures("compiler")
+def test_a_score_beyond_float32_hides_only_its_key():
+    """As a softmax has it: minus infinity has the weight 0, even if a whole chunk has it."""
+    q, k, v, cache = make(1, 1, 8, H=1)
+    q, hidden = jnp.full_like(q, 1e20), -jnp.full((2, 1, 64, 8), 1e20)
+    cache = cache._replace(k=jnp.zeros_like(cache.k).at[:, :, 64:128].set(hidden))
+    found = computed(q, jnp.zeros_like(k), v, cache, 150, (0, 0))
+    seen = jnp.concatenate([cache.v[:, 0, :64], cache.v[:, 0, 128:150], v[:, 0]], 1)
+    np.testing.assert_allclose(found[:, 0, 0], seen.mean(1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("compiler")
 def test_arrays_that_do_not_fit_are_rejected():
     q, k, v, cache = make(1, 3, 16)
-    for wrong, slot in (((q[:1], k, v), 0), ((q, k[..., :8], v), 0), ((q, k, v), 71)):
+    for wrong, slot in (((q[:1], k, v), 0), ((q, k[..., :8], v), 0), ((q, k, v), 201)):
         with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="do not fit"):
             computed(*wrong, cache, slot, (0, 0))
     stack = jax.tree.map(lambda x: x[None], cache)
@@ -161,10 +185,17 @@ def test_arrays_that_do_not_fit_are_rejected():
 def test_plain_cpp_gives_the_same_bits():
     """In another process, since the environment is read once."""
     script = (
-        "import sys; from tests.ops.test_kv_cache import computed, make, native;"
+        "import sys; from tests.ops.test_kv_cache import of_many_sizes, native;"
         "native.available('attention');"
-        "sys.stdout.buffer.write(computed(*make(3, 2, 20), 30, (0, 9)).tobytes())"
+        "sys.stdout.buffer.write(of_many_sizes())"
     )
     environment = {**os.environ, native.ISA: "portable"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE)
-    assert done.stdout == computed(*make(3, 2, 20), 30, (0, 9)).tobytes()
+    assert done.stdout == of_many_sizes()
+
+
+def of_many_sizes():
+    """The bytes of some results."""
+    sizes = [(3, 6, 2, 20), (1, 4, 4, 64), (2, 5, 1, 33)]
+    found = [computed(*make(T, K, D, H=H), 150, (0, 9)) for T, H, K, D in sizes]
+    return b"".join(x.tobytes() for x in found)

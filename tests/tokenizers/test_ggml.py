@@ -69,9 +69,18 @@ def test_it_encodes_as_the_library_does(text):
 
 @pytest.mark.parametrize("pre", hugging_face.PRE_TOKENIZERS)
 def test_its_content_is_as_the_library_writes_it(pre):
-    """So that it is equal to the same tokenizer read from a ``tokenizer.json``."""
+    """So that it is equal to the same tokenizer read from a ``tokenizer.json``, and has its hash."""
     ours = ggml.from_fields(PATH, FIELDS | {"tokenizer.ggml.pre": pre})
-    assert json.loads(hugging_face.read_library(ours.source).to_str()) == ours.parsed
+    library = hugging_face.read_library(ours.source)
+    (source, end), known = hugging_face.canonical(json.loads(library.to_str()), "<|im_end|>")
+    assert ours == hugging_face.HuggingFace(ours.name, source, end, ours.begin_of_text, known=known)
+
+
+def test_the_content_is_kept_as_text_alone():
+    """Read, it would take more memory than all else together."""
+    parsed = OURS.parsed
+    assert parsed == json.loads(OURS.source)
+    assert not any(value == parsed for value in vars(OURS).values())
 
 
 def test_end_of_text_is_special_whatever_its_kind():

@@ -24,10 +24,13 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-constexpr int kLanes = 8;     // numbers of a vector
-constexpr int kChunk = 64;    // keys
-constexpr int kTogether = 4;  // heads, keys and vectors of a value
-constexpr int kAhead = 16;    // keys between the one that is read and the one asked for
+constexpr int kLanes = 8;    // numbers of a vector
+constexpr int kChunk = 64;   // keys
+constexpr int kHeads = 4;    // that are read together, at most
+constexpr int kKeys = 4;     // whose products are added up together
+constexpr int kVectors = 4;  // of a value that are added up together
+constexpr int kAhead = 16;   // keys between the one that is read and the one prefetched
+constexpr float kNone = -std::numeric_limits<float>::infinity();
 
 #define ALWAYS_INLINE __attribute__((always_inline)) inline
 
@@ -47,7 +50,8 @@ struct Arrays {
 };
 
 // The softmax over a chunk of a query's keys: the largest score, the sum of e^(score - largest), and
-// o, the sum of the values with those weights.
+// o, the sum of the values with those weights. Chunks beyond the keys that a query sees are neither
+// written nor read.
 struct Parts {
   int64_t chunks;
   std::unique_ptr<float[]> largest, sum, o;  // (B, T, H, chunks), the last with D numbers each
@@ -63,6 +67,7 @@ ALWAYS_INLINE Lanes Load(const float* x) {
 
 ALWAYS_INLINE void Store(float* x, Lanes lanes) { std::memcpy(x, &lanes, sizeof(lanes)); }
 
+// Not inlined: only the last numbers of an odd size come here.
 __attribute__((noinline)) void Copy(float* to, const float* x, int64_t n) {
   std::memcpy(to, x, sizeof(float) * n);
 }
@@ -93,10 +98,11 @@ ALWAYS_INLINE float Sum(Lanes lanes) {
 }
 
 // `Sum` of each.
-ALWAYS_INLINE void Sums(const Lanes (&of)[kTogether], float* sums) {
+ALWAYS_INLINE void Sums(const Lanes (&of)[kKeys], float* sums) {
 #if defined(__x86_64__)
-  __m128 x[kTogether];
-  for (int k = 0; k < kTogether; ++k) {
+  static_assert(kKeys == 4);
+  __m128 x[kKeys];
+  for (int k = 0; k < kKeys; ++k) {
     __m128 halves[2];
     std::memcpy(halves, &of[k], sizeof(halves));
     x[k] = _mm_add_ps(halves[0], halves[1]);
@@ -104,12 +110,12 @@ ALWAYS_INLINE void Sums(const Lanes (&of)[kTogether], float* sums) {
   _MM_TRANSPOSE4_PS(x[0], x[1], x[2], x[3]);
   _mm_storeu_ps(sums, _mm_add_ps(_mm_add_ps(x[0], x[2]), _mm_add_ps(x[1], x[3])));
 #else
-  for (int k = 0; k < kTogether; ++k) sums[k] = Sum(of[k]);
+  for (int k = 0; k < kKeys; ++k) sums[k] = Sum(of[k]);
 #endif
 }
 
-// Asks memory for a key or a value that will be read. What is not there is not asked for.
-ALWAYS_INLINE void Fetch(const float* x, int64_t D) {
+// A key or a value that will be read. Beyond the array this does no harm.
+ALWAYS_INLINE void Prefetch(const float* x, int64_t D) {
   constexpr int64_t kLine = 64 / sizeof(float);
   for (int64_t d = 0; d < D; d += kLine) __builtin_prefetch(x + d);
 }
@@ -130,49 +136,52 @@ ALWAYS_INLINE Lanes Exp(Lanes x) {
   return x < least ? All(0.0f) : p * power;
 }
 
-// p = q k for each of kHeads queries and `count` keys. Asks for the values, too.
-template <int kHeads, class Key, class Value>
+// The largest score, or a number that can be subtracted if there is none.
+ALWAYS_INLINE float Base(float largest) { return largest == kNone ? 0 : largest; }
+
+// p = q k for each of N queries and `count` keys. Prefetches the values, too.
+template <int N, class Key, class Value>
 ALWAYS_INLINE void Scores(const float* q, Key key, Value value, int64_t count, int64_t D,
-                          float (&p)[kTogether][kChunk]) {
-  for (int64_t i = 0; i < count; i += kTogether) {
-    const float* k[kTogether];
-    for (int j = 0; j < kTogether; ++j) {
+                          float (&p)[kHeads][kChunk]) {
+  for (int64_t i = 0; i < count; i += kKeys) {
+    const float* k[kKeys];
+    for (int j = 0; j < kKeys; ++j) {
       const int64_t at = std::min(i + j, count - 1);
       k[j] = key(at);
-      Fetch(k[j] + kAhead * D, D);
-      Fetch(value(at), D);
+      Prefetch(k[j] + kAhead * D, D);
+      Prefetch(value(at), D);
     }
-    Lanes sum[kHeads][kTogether] = {};
+    Lanes sum[N][kKeys] = {};
     const auto add = [&](int64_t d, int64_t n) __attribute__((always_inline)) {
-      for (int h = 0; h < kHeads; ++h) {
+      for (int h = 0; h < N; ++h) {
         const Lanes x = Load(q + h * D + d, n);
-        for (int j = 0; j < kTogether; ++j) sum[h][j] += x * Load(k[j] + d, n);
+        for (int j = 0; j < kKeys; ++j) sum[h][j] += x * Load(k[j] + d, n);
       }
     };
     const int64_t whole = D / kLanes * kLanes;
     for (int64_t d = 0; d < whole; d += kLanes) add(d, kLanes);
     if (whole < D) add(whole, D - whole);
-    for (int h = 0; h < kHeads; ++h) Sums(sum[h], p[h] + i);
+    for (int h = 0; h < N; ++h) Sums(sum[h], p[h] + i);
   }
 }
 
-// o = sum of p v for each of kHeads queries, over `count` values: kVectors of their vectors from
+// o = sum of p v for each of N queries, over `count` values: V of their vectors from
 // number d on, the last with `last` numbers.
-template <int kHeads, int kVectors, class Value>
-ALWAYS_INLINE void WeightedSums(const float (&p)[kTogether][kChunk], Value value, int64_t count,
+template <int N, int V, class Value>
+ALWAYS_INLINE void WeightedSums(const float (&p)[kHeads][kChunk], Value value, int64_t count,
                                 int64_t d, int64_t last, float* o, int64_t stride) {
-  const auto numbers = [=](int vector) { return vector < kVectors - 1 ? kLanes : last; };
-  Lanes sum[kHeads][kVectors] = {};
+  const auto numbers = [=](int vector) { return vector < V - 1 ? kLanes : last; };
+  Lanes sum[N][V] = {};
   for (int64_t i = 0; i < count; ++i) {
     const float* v = value(i) + d;
-    Lanes part[kVectors];
-    for (int c = 0; c < kVectors; ++c) part[c] = Load(v + c * kLanes, numbers(c));
-    for (int h = 0; h < kHeads; ++h) {
-      for (int c = 0; c < kVectors; ++c) sum[h][c] += p[h][i] * part[c];
+    Lanes part[V];
+    for (int c = 0; c < V; ++c) part[c] = Load(v + c * kLanes, numbers(c));
+    for (int h = 0; h < N; ++h) {
+      for (int c = 0; c < V; ++c) sum[h][c] += p[h][i] * part[c];
     }
   }
-  for (int h = 0; h < kHeads; ++h) {
-    for (int c = 0; c < kVectors; ++c) {
+  for (int h = 0; h < N; ++h) {
+    for (int c = 0; c < V; ++c) {
       Store(o + h * stride + d + c * kLanes, sum[h][c], numbers(c));
     }
   }
@@ -191,8 +200,8 @@ struct Seen {
         count(past + t + 1 - first_new) {}
 };
 
-// kHeads queries from head h on, which share the keys of a head, over a chunk.
-template <int kHeads>
+// N queries from head h on, which share the keys of a head, over a chunk.
+template <int N>
 ALWAYS_INLINE void Attend(const Shape& n, const Arrays& x, const Parts& to, int64_t b, int64_t t,
                           int64_t h, int64_t chunk) {
   const Seen seen(x, b, t);
@@ -208,14 +217,14 @@ ALWAYS_INLINE void Attend(const Shape& n, const Arrays& x, const Parts& to, int6
   const auto key = [&](int64_t i) { return at(x.past_k, x.k, i); };
   const auto value = [&](int64_t i) { return at(x.past_v, x.v, i); };
   const int64_t query = (b * n.T + t) * n.H + h;
-  float p[kTogether][kChunk];
-  Scores<kHeads>(x.q + query * D, key, value, count, D, p);
+  float p[kHeads][kChunk];
+  Scores<N>(x.q + query * D, key, value, count, D, p);
   const float scale = 1 / std::sqrt(static_cast<float>(D));
   const int64_t whole = (count + kLanes - 1) / kLanes * kLanes;
-  for (int k = 0; k < kHeads; ++k) {
+  for (int k = 0; k < N; ++k) {
     const int64_t part = (query + k) * to.chunks + chunk;
-    std::fill(p[k] + count, p[k] + whole, -std::numeric_limits<float>::infinity());
-    Lanes most = All(-std::numeric_limits<float>::infinity()), sum = {};
+    std::fill(p[k] + count, p[k] + whole, kNone);
+    Lanes most = All(kNone), sum = {};
     for (int64_t i = 0; i < whole; i += kLanes) {
       const Lanes score = Load(p[k] + i) * scale;
       Store(p[k] + i, score);
@@ -225,7 +234,7 @@ ALWAYS_INLINE void Attend(const Shape& n, const Arrays& x, const Parts& to, int6
     Store(largest, most);
     to.largest[part] = *std::max_element(largest, largest + kLanes);
     for (int64_t i = 0; i < whole; i += kLanes) {
-      const Lanes weight = Exp(Load(p[k] + i) - to.largest[part]);
+      const Lanes weight = Exp(Load(p[k] + i) - Base(to.largest[part]));
       Store(p[k] + i, weight);
       sum += weight;
     }
@@ -234,11 +243,11 @@ ALWAYS_INLINE void Attend(const Shape& n, const Arrays& x, const Parts& to, int6
   float* const o = &to.o[(query * to.chunks + chunk) * D];
   const int64_t stride = to.chunks * D;
   int64_t d = 0;
-  for (; d + kTogether * kLanes <= D; d += kTogether * kLanes) {
-    WeightedSums<kHeads, kTogether>(p, value, count, d, kLanes, o, stride);
+  for (; d + kVectors * kLanes <= D; d += kVectors * kLanes) {
+    WeightedSums<N, kVectors>(p, value, count, d, kLanes, o, stride);
   }
   for (; d < D; d += kLanes) {
-    WeightedSums<kHeads, 1>(p, value, count, d, std::min<int64_t>(kLanes, D - d), o, stride);
+    WeightedSums<N, 1>(p, value, count, d, std::min<int64_t>(kLanes, D - d), o, stride);
   }
 }
 
@@ -251,17 +260,17 @@ void AttendAnywhere(const Shape& n, const Arrays& x, const Parts& to, int64_t b,
   }
 }
 
-// The same; heads of a group read together, as there are registers for them.
+// The same; some heads of a group read the keys together.
 FOR_AVX2 void AttendWithAvx2(const Shape& n, const Arrays& x, const Parts& to, int64_t b,
                              int64_t head, int64_t chunk) {
   const int64_t end = (head + 1) * (n.H / n.K);
   for (int64_t t = 0; t < n.T; ++t) {
-    for (int64_t h = head * (n.H / n.K); h < end; h += kTogether) {
-      switch (std::min<int64_t>(end - h, kTogether)) {
+    for (int64_t h = head * (n.H / n.K); h < end; h += kHeads) {
+      switch (std::min<int64_t>(end - h, kHeads)) {
         case 1: Attend<1>(n, x, to, b, t, h, chunk); break;
         case 2: Attend<2>(n, x, to, b, t, h, chunk); break;
         case 3: Attend<3>(n, x, to, b, t, h, chunk); break;
-        default: Attend<kTogether>(n, x, to, b, t, h, chunk);
+        default: Attend<kHeads>(n, x, to, b, t, h, chunk);
       }
     }
   }
@@ -273,7 +282,7 @@ ALWAYS_INLINE void Join(const Shape& n, const Arrays& x, const Parts& from, int6
   const int64_t query = (b * n.T + t) * n.H + h, part = query * from.chunks, D = n.D;
   const int64_t chunks = (Seen(x, b, t).count + kChunk - 1) / kChunk;
   const float* of = &from.largest[part];
-  const float largest = *std::max_element(of, of + chunks);
+  const float largest = Base(*std::max_element(of, of + chunks));
   float* o = x.o + query * D;
   float sum = 0;
   for (int64_t c = 0; c < chunks; ++c) {

@@ -30,7 +30,7 @@ constexpr int kRows = 8;          // outputs whose weights lie interleaved: a pa
 constexpr int kBlock = 32;        // inputs that share a scale
 constexpr int kLanes = 16;        // partial sums of a product with a row of bfloat16
 constexpr int kMostTogether = 4;  // rows of x that a kernel takes at a time
-constexpr int64_t kPieceBytes = 1 << 16;   // of weights, that a thread takes at a time, at most
+constexpr int64_t kPieceBytes = 1 << 16;   // of weights, that a thread takes at a time if panels are smaller
 constexpr int64_t kCachedBytes = 1 << 17;  // of x, that stay in a core's cache
 
 enum Kind { kQ8_0, kQ4_0, kQ4_1, kKinds, kBFloat16 = kKinds };
@@ -384,8 +384,9 @@ ffi::Error Product(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::BufferR
   }
   if (arg != weights.size()) return Misfit();
 
-  // Two pieces a thread at least, so that no thread waits long for another
-  const int64_t piece_bytes = std::min<int64_t>(kPieceBytes, all_bytes / (2 * pool.num_threads()));
+  // Two pieces a thread where there are panels for them, so that none waits long for another
+  const int64_t threads = std::max<int64_t>(1, pool.num_threads());
+  const int64_t piece_bytes = std::min<int64_t>(kPieceBytes, all_bytes / (2 * threads));
   int64_t pieces = 0;
   for (Matrix& w : matrices) {
     w.together = std::max<int64_t>(1, piece_bytes / std::max<int64_t>(w.panel_bytes, 1));
