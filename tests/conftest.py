@@ -1,6 +1,7 @@
 """JAX's strictest settings, shapes checked by a machine, and where outside data may be found."""
 
 import atexit
+import gc
 import itertools
 import os
 import shutil
@@ -64,6 +65,14 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("gptjax")
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def search_for_cycles():
+    """Commands look for them less often, and what they leave would be found in another test."""
+    threshold = gc.get_threshold()
+    yield
+    gc.set_threshold(*threshold)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import logging
 import os
 import re
@@ -387,6 +388,8 @@ def load_for_decoding(source: Source, cfg: ModelConfig, how: Storage = "as_store
             on_device = jax.device_put(pad_vocab(array, weight, cfg))
             # Wait, or several would be in memory
             found = jax.block_until_ready(store(on_device, weight, cfg, kind))
+            del array, on_device
+            gc.collect(1)  # JAX may leave the numbers in a cycle
         if isinstance(found, Blocks) and not all(
             np.isfinite(np.asarray(x)).all() for x in found.arrays[1:]
         ):

@@ -1,4 +1,5 @@
 import dataclasses
+import gc
 import json
 import weakref
 
@@ -367,8 +368,18 @@ def test_numbers_too_large_for_half_precision_are_refused(tmp_path):
     load_for_decoding(source, CFG)
 
 
+@pytest.fixture
+def no_search_for_cycles():
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_search_for_cycles")
 def test_tensors_are_stored_one_by_one():
-    """Of the float32 copies, JAX releases the last one when the next is made."""
+    """Of the float32 copies, JAX releases the last one when the next is made. Python's own search for
+    cycles is not needed.
+    """
     params = jax.tree.map(np.asarray, tiny.params(CFG, jnp.float32))
     copies: list[weakref.ref[np.ndarray]] = []
 
