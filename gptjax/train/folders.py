@@ -159,8 +159,14 @@ def _flock(file: TextIO, folder: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        time.sleep(0.1)  # time for the owner to write its name
-        owner = file.read(300).strip() or "another process"
+        owner = ""
+        for _ in range(20):
+            time.sleep(0.1)  # time for the owner to write its name
+            file.seek(0)
+            owner = file.read(300).strip()
+            if owner:
+                break
+        owner = owner or "another process"
         raise RunInUseError(
             f"{folder} is being trained by {owner}: wait until it ends, or stop it"
         ) from error

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import socket
+import threading
 
 import pytest
 
@@ -63,6 +64,22 @@ def test_a_run_that_is_being_trained_cannot_be_claimed(tmp_path, resume):
             assert other == tmp_path / "a-2"
     with claim(tmp_path, "a", again) as folder:  # which is free again
         assert folder == tmp_path / "a"
+
+
+def test_an_owner_that_is_slow_to_write_its_name_is_named(tmp_path):
+    folder = trained(tmp_path / "a")
+    with (folder / LOCK_FILE).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+        def write():
+            lock.write("process 7 on a slow machine\n")
+            lock.flush()
+
+        later = threading.Timer(0.5, write)
+        later.start()
+        with pytest.raises(RunInUseError, match="process 7"), claim(tmp_path, "a", "auto"):
+            pass
+        later.join()
 
 
 def test_auto_waits_for_no_run_that_is_only_starting(tmp_path):
