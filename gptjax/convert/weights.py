@@ -414,7 +414,7 @@ def load_for_decoding(source: Source, cfg: ModelConfig, how: Storage = "as_store
         # NumPy copies without Python's lock. What JAX converts stays on this thread, and alone
         copied = all(x.blocks and _storage(x, how) == x.block_type.lower() for x in layers)
         load_one = load_layer if is_storable(weight) else load_vector
-        return _stacked(load_one, len(layers), pages, 2 if copied else 1)
+        return _stacked(load_one, len(layers), pages, two_at_once=copied)
 
     with_path = jax.tree_util.tree_map_with_path
     if cfg.layers == "unroll":
@@ -451,7 +451,9 @@ def _as_it_lies(raw: gguf.RawBlocks, tensor: LazyTensor, weight: Weight) -> Bloc
     )
 
 
-def _stacked(load_layer: Callable[[int], Any], count: int, pages: LargePages, threads: int) -> Any:
+def _stacked(
+    load_layer: Callable[[int], Any], count: int, pages: LargePages, two_at_once: bool
+) -> Any:
     """Trees of arrays, all of the same shapes and dtypes, as one of arrays (L, ...) on the device;
     ``load_layer`` gives each.
     """
@@ -464,7 +466,7 @@ def _stacked(load_layer: Callable[[int], Any], count: int, pages: LargePages, th
 
     put(0, first)
     del first
-    with ThreadPoolExecutor(2) if threads > 1 else contextlib.nullcontext() as pool:
+    with ThreadPoolExecutor(2) if two_at_once else contextlib.nullcontext() as pool:
         run: Any = pool.map if pool else map
         for _ in run(lambda i: put(i, load_layer(i)), range(1, count)):
             pass

@@ -159,16 +159,14 @@ def _flock(file: TextIO, folder: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        owner = ""
         for _ in range(20):
             time.sleep(0.1)  # time for the owner to write its name
             file.seek(0)
-            owner = file.read(300).strip()
-            if owner:
+            if owner := file.read(300).strip():
                 break
-        owner = owner or "another process"
         raise RunInUseError(
-            f"{folder} is being trained by {owner}: wait until it ends, or stop it"
+            f"{folder} is being trained by {owner or 'another process'}: wait until it ends, or "
+            "stop it"
         ) from error
     except OSError as error:
         if error.errno not in NO_LOCKS:
