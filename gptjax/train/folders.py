@@ -68,7 +68,8 @@ def _newest(runs: Path, name: str) -> tuple[Path, TextIO]:
         for number in numbers:
             folder = _numbered(runs, name, number)
             with contextlib.suppress(FileNotFoundError):  # its process failed and removed it
-                if is_run(folder) or (_is_unused(folder) and not unused):
+                # In this order: an unused folder may become a run's meanwhile, and not the reverse
+                if (not unused and _is_unused(folder)) or is_run(folder):
                     lock = _lock(folder)
                     if is_run(folder):
                         return folder, lock

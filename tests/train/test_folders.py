@@ -12,6 +12,7 @@ import pytest
 
 from gptjax.config import check_name
 from gptjax.errors import CheckpointError, ConfigError
+from gptjax.train import folders
 from gptjax.train.folders import LOCK_FILE, RunInUseError, claim
 
 
@@ -102,6 +103,30 @@ def test_auto_refuses_an_older_run_that_is_being_trained(tmp_path):
         claim(tmp_path, "a", "auto"),
     ):
         pass
+
+
+def test_auto_refuses_a_run_that_begins_while_it_looks(tmp_path, monkeypatch):
+    """Whatever it asks first about the folder, the answer is old when it asks the next."""
+    folder = tmp_path / "a"
+    folder.mkdir()
+
+    with (folder / LOCK_FILE).open("w") as lock:
+
+        def begins_after(ask):
+            def asked(of):
+                answer = ask(of)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                lock.write("process 7 on this machine\n")
+                lock.flush()
+                trained(folder)
+                return answer
+
+            return asked
+
+        for name in ("is_run", "_is_unused"):
+            monkeypatch.setattr(folders, name, begins_after(getattr(folders, name)))
+        with pytest.raises(RunInUseError, match="process 7"), claim(tmp_path, "a", "auto"):
+            pass
 
 
 def test_a_start_that_fails_leaves_nothing_behind(tmp_path):
