@@ -15,13 +15,15 @@
 
 namespace gptjax {
 
-constexpr int kSpins = 2000;  // looks at whether the others are done before sleeping
+constexpr int kSpins = 2000;        // looks at whether the others are done before sleeping
+constexpr int64_t kLongest = 64;    // pieces that a thread takes at a time
 
 template <class F>
 struct Work {
-  explicit Work(int64_t pieces, F piece) : pieces(pieces), piece(std::move(piece)) {}
+  Work(int64_t pieces, int64_t threads, F piece)
+      : pieces(pieces), threads(threads), piece(std::move(piece)) {}
 
-  const int64_t pieces;
+  const int64_t pieces, threads;
   const F piece;
   std::atomic<int64_t> next{0}, done{0};
   std::mutex mutex;
@@ -29,7 +31,14 @@ struct Work {
 
   void Run() {
     int64_t mine = 0;
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < pieces; ++mine) piece(i);
+    for (int64_t begin = next.load(std::memory_order_relaxed); begin < pieces;) {
+      const int64_t share = (pieces - begin) / threads;
+      const int64_t end = begin + std::clamp<int64_t>(share, 1, kLongest);
+      if (!next.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
+      for (int64_t i = begin; i < end; ++i) piece(i);
+      mine += end - begin;
+      begin = next.load(std::memory_order_relaxed);
+    }
     if (mine == 0 || done.fetch_add(mine, std::memory_order_acq_rel) + mine < pieces) return;
     std::lock_guard<std::mutex> lock(mutex);
     all_done.notify_all();
@@ -39,7 +48,9 @@ struct Work {
 };
 
 // Calls piece(0) to piece(pieces - 1), in any order, on the calling thread and those of the pool
-// that are free in time. Who starts too late finds nothing left, and touches nothing but `Work`.
+// that are free in time. Each takes runs of neighbours, long ones first, since memory is read
+// fastest from end to end; the short ones at the end let all finish together. Who starts too late
+// finds nothing left, and touches nothing but `Work`.
 template <class F>
 void ParallelFor(xla::ffi::ThreadPool& pool, int64_t pieces, F piece) {
   const int64_t helpers = std::min<int64_t>(pool.num_threads() - 1, pieces - 1);
@@ -47,7 +58,7 @@ void ParallelFor(xla::ffi::ThreadPool& pool, int64_t pieces, F piece) {
     for (int64_t i = 0; i < pieces; ++i) piece(i);
     return;
   }
-  auto work = std::make_shared<Work<F>>(pieces, std::move(piece));
+  auto work = std::make_shared<Work<F>>(pieces, helpers + 1, std::move(piece));
   for (int64_t i = 0; i < helpers; ++i) pool.Schedule([work] { work->Run(); });
   work->Run();
   for (int i = 0; i < kSpins && !work->Done(); ++i) {

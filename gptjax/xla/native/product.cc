@@ -30,7 +30,7 @@ constexpr int kRows = 8;          // outputs whose weights lie interleaved: a pa
 constexpr int kBlock = 32;        // inputs that share a scale
 constexpr int kLanes = 16;        // partial sums of a product with a row of bfloat16
 constexpr int kMostTogether = 4;  // rows of x that a kernel takes at a time
-constexpr int64_t kPieceBytes = 1 << 16;   // of weights, that a thread takes at a time if panels are smaller
+constexpr int64_t kPieceBytes = 1 << 13;   // of weights, that are shared out together if panels are smaller
 constexpr int64_t kCachedBytes = 1 << 17;  // of x, that stay in a core's cache
 
 enum Kind { kQ8_0, kQ4_0, kQ4_1, kKinds, kBFloat16 = kKinds };
@@ -350,7 +350,6 @@ ffi::Error Product(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::BufferR
   const int64_t blocks = (inputs + kBlock - 1) / kBlock;
   if (results.size() != kinds.size()) return Misfit();
   std::vector<Matrix> matrices;
-  int64_t all_bytes = 0;
   bool any_blocks = false;
   size_t arg = 0;
   // The layer's numbers in the next array, (L, ...), which should have so many bytes a layer; null
@@ -379,17 +378,13 @@ ffi::Error Product(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::BufferR
     matrices.push_back({kind, q, reinterpret_cast<const uint16_t*>(scale),
                         reinterpret_cast<const uint16_t*>(minimum), (*y)->typed_data(), outputs,
                         panels, panel_bytes});
-    all_bytes += panels * panel_bytes;
     any_blocks |= in_blocks;
   }
   if (arg != weights.size()) return Misfit();
 
-  // Two pieces a thread where there are panels for them, so that none waits long for another
-  const int64_t threads = std::max<int64_t>(1, pool.num_threads());
-  const int64_t piece_bytes = std::min<int64_t>(kPieceBytes, all_bytes / (2 * threads));
   int64_t pieces = 0;
   for (Matrix& w : matrices) {
-    w.together = std::max<int64_t>(1, piece_bytes / std::max<int64_t>(w.panel_bytes, 1));
+    w.together = std::max<int64_t>(1, kPieceBytes / std::max<int64_t>(w.panel_bytes, 1));
     w.first_piece = pieces;
     pieces += (w.panels + w.together - 1) / w.together;
   }
