@@ -29,8 +29,9 @@ namespace {
 constexpr int kRows = 8;          // outputs whose weights lie interleaved: a panel
 constexpr int kBlock = 32;        // inputs that share a scale
 constexpr int kLanes = 16;        // partial sums of a product with a row of bfloat16
-constexpr int kMostTogether = 4;  // rows of x that a kernel takes at a time
-constexpr int64_t kPieceBytes = 1 << 13;   // of weights, that are shared out together if panels are smaller
+constexpr int kMostTogether = 4;  // rows of x that a kernel takes at a time with a panel
+constexpr int kMostWithTwo = 8;   // and with two panels
+constexpr int64_t kPieceBytes = 1 << 14;   // of weights, that are shared out together if two panels are smaller
 constexpr int64_t kCachedBytes = 1 << 17;  // of x, that stay in a core's cache
 
 enum Kind { kQ8_0, kQ4_0, kQ4_1, kKinds, kBFloat16 = kKinds };
@@ -52,7 +53,8 @@ struct Rows {
   const int32_t* sum;
 };
 
-// y[r][0..8) of up to kMostTogether rows r.
+// y[r][0..8) of up to kMostTogether rows r; or, with the panel after it, y[r][0..16) of up to
+// kMostWithTwo.
 using PanelProduct = void (*)(const Panel&, const Rows&, int64_t together, float* y);
 // Products of one row of weights with up to kMostTogether rows of x.
 using RowProduct = void (*)(const uint16_t* w, const float* x, int64_t inputs, int64_t together,
@@ -62,6 +64,7 @@ using Quantizer = void (*)(const float* x, int64_t inputs, int8_t* q, float* sca
 struct Kernels {
   const char* name;
   PanelProduct panel[kKinds];
+  PanelProduct two_panels[kKinds];  // null if one is as fast
   RowProduct row;
   Quantizer quantize;
 };
@@ -191,9 +194,10 @@ void Quantize(const float* x, int64_t inputs, int8_t* q, float* scale, int32_t* 
 
 // --- Kernels for x86 ---
 
-#define KERNELS(isa)                                                                             \
+#define KERNELS(isa, ...)                                                                        \
   {#isa,                                                                                         \
    {isa::PanelTimesRows<kQ8_0>, isa::PanelTimesRows<kQ4_0>, isa::PanelTimesRows<kQ4_1>},         \
+   {__VA_ARGS__},                                                                                \
    isa::RowTimesRows,                                                                            \
    isa::Quantize}
 
@@ -209,6 +213,7 @@ void Quantize(const float* x, int64_t inputs, int8_t* q, float* scale, int32_t* 
 #define TARGET "avx2,f16c,avx512f,avx512bw,avx512vl,avx512vnni"
 #define DPBUSD _mm256_dpbusd_epi32
 #include "product_x86.inc"
+#include "product_avx512.inc"
 #undef ISA
 #undef TARGET
 #undef DPBUSD
@@ -251,7 +256,11 @@ const std::vector<Kernels>& AllKernels() {
     std::vector<Kernels> found;
 #if defined(__x86_64__)
     const Processor has;
-    if (has.avx512vnni) found.push_back(KERNELS(avx512vnni));
+    if (has.avx512vnni) {
+      using namespace avx512vnni;
+      found.push_back(KERNELS(avx512vnni, TwoPanelsTimesRows<kQ8_0>, TwoPanelsTimesRows<kQ4_0>,
+                              TwoPanelsTimesRows<kQ4_1>));
+    }
 #if defined(HAS_AVXVNNI)
     if (has.avxvnni) found.push_back(KERNELS(avxvnni));
 #endif
@@ -307,22 +316,26 @@ Quantized QuantizeRows(ffi::ThreadPool& pool, const Kernels& kernels, const floa
 void BlockPanels(const Kernels& kernels, const Matrix& w, const Quantized& x, int64_t M,
                  int64_t blocks, int64_t begin, int64_t end) {
   const int64_t fit = kCachedBytes / std::max<int64_t>(blocks * kBlock, 1);
-  const int64_t cached = std::max<int64_t>(1, fit / kMostTogether) * kMostTogether;
+  const int64_t cached = std::max<int64_t>(1, fit / kMostWithTwo) * kMostWithTwo;
   for (int64_t first = 0; first < M; first += cached) {
-    for (int64_t p = begin; p < end; ++p) {
-      const int64_t at = p * blocks * kRows;
-      const int64_t count = std::min<int64_t>(kRows, w.outputs - p * kRows);
+    for (int64_t p = begin; p < end;) {
+      const bool two = M > kMostTogether && p + 1 < end && kernels.two_panels[w.kind];
+      const int64_t panels = two ? 2 : 1, most = two ? kMostWithTwo : kMostTogether;
+      const PanelProduct product = two ? kernels.two_panels[w.kind] : kernels.panel[w.kind];
+      const int64_t at = p * blocks * kRows, width = panels * kRows;
+      const int64_t count = std::min(width, w.outputs - p * kRows);
       const Panel panel{w.q + p * w.panel_bytes, w.scale + at, w.minimum + at, blocks};
-      for (int64_t m = first; m < std::min(M, first + cached); m += kMostTogether) {
-        const int64_t n = std::min<int64_t>(kMostTogether, M - m);
+      for (int64_t m = first; m < std::min(M, first + cached); m += most) {
+        const int64_t n = std::min(most, M - m);
         const Rows rows{&x.q[m * blocks * kBlock], &x.scale[m * blocks], &x.sum[m * blocks]};
-        float found[kMostTogether * kRows];
-        kernels.panel[w.kind](panel, rows, n, found);
+        float found[kMostWithTwo * 2 * kRows];
+        product(panel, rows, n, found);
         for (int64_t r = 0; r < n; ++r) {
-          std::memcpy(w.y + (m + r) * w.outputs + p * kRows, found + r * kRows,
+          std::memcpy(w.y + (m + r) * w.outputs + p * kRows, found + r * width,
                       sizeof(float) * count);
         }
       }
+      p += panels;
     }
   }
 }
@@ -384,7 +397,7 @@ ffi::Error Product(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::BufferR
 
   int64_t pieces = 0;
   for (Matrix& w : matrices) {
-    w.together = std::max<int64_t>(1, kPieceBytes / std::max<int64_t>(w.panel_bytes, 1));
+    w.together = 2 * std::max<int64_t>(1, kPieceBytes / std::max<int64_t>(2 * w.panel_bytes, 1));
     w.first_piece = pieces;
     pieces += (w.panels + w.together - 1) / w.together;
   }
