@@ -33,7 +33,7 @@ from gptjax.files import write_whole
 from gptjax.xla.cache import compiled_folder, processor, read_private
 
 FOLDER = Path(__file__).parent
-HEADERS = tuple(FOLDER / name for name in ("avx2.h", "parallel.h", "product_x86.inc", "product_avx512.inc"))
+HEADERS = tuple(FOLDER / name for name in ("isa.h", "parallel.h", "product_x86.inc", "product_avx512.inc"))
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared")
 Kernel = Literal["adamw", "product", "attention"]
 """A function of KERNEL.cc; XLA calls it gptjax_KERNEL."""

@@ -10,7 +10,7 @@
 #include <cstring>
 #include <vector>
 
-#include "avx2.h"
+#include "isa.h"
 #include "parallel.h"
 #include "xla/ffi/api/ffi.h"
 

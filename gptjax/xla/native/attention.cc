@@ -12,7 +12,7 @@
 #include <limits>
 #include <memory>
 
-#include "avx2.h"
+#include "isa.h"
 #include "parallel.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -70,6 +70,14 @@ ALWAYS_INLINE void Store(float* x, Lanes lanes) { std::memcpy(x, &lanes, sizeof(
 // Not inlined: only the last numbers of an odd size come here.
 __attribute__((noinline)) void Copy(float* to, const float* x, int64_t n) {
   std::memcpy(to, x, sizeof(float) * n);
+}
+
+// Each by itself, so that the compiler keeps them in registers.
+template <int N, int V>
+ALWAYS_INLINE void SetToZero(Lanes (&sum)[N][V]) {
+  for (auto& row : sum) {
+    for (Lanes& lanes : row) lanes = Lanes{};
+  }
 }
 
 // The first n numbers; zeros after them.
@@ -151,7 +159,8 @@ ALWAYS_INLINE void Scores(const float* q, Key key, Value value, int64_t count, i
       Prefetch(k[j] + kAhead * D, D);
       Prefetch(value(at), D);
     }
-    Lanes sum[N][kKeys] = {};
+    Lanes sum[N][kKeys];
+    SetToZero(sum);
     const auto add = [&](int64_t d, int64_t n) __attribute__((always_inline)) {
       for (int h = 0; h < N; ++h) {
         const Lanes x = Load(q + h * D + d, n);
@@ -171,7 +180,8 @@ template <int N, int V, class Value>
 ALWAYS_INLINE void WeightedSums(const float (&p)[kHeads][kChunk], Value value, int64_t count,
                                 int64_t d, int64_t last, float* o, int64_t stride) {
   const auto numbers = [=](int vector) { return vector < V - 1 ? kLanes : last; };
-  Lanes sum[N][V] = {};
+  Lanes sum[N][V];
+  SetToZero(sum);
   for (int64_t i = 0; i < count; ++i) {
     const float* v = value(i) + d;
     Lanes part[V];
@@ -251,18 +261,10 @@ ALWAYS_INLINE void Attend(const Shape& n, const Arrays& x, const Parts& to, int6
   }
 }
 
-// All queries of row b whose heads share the keys of a head, over a chunk.
-void AttendAnywhere(const Shape& n, const Arrays& x, const Parts& to, int64_t b, int64_t head,
-                    int64_t chunk) {
-  const int64_t group = n.H / n.K;
-  for (int64_t t = 0; t < n.T; ++t) {
-    for (int64_t h = head * group; h < (head + 1) * group; ++h) Attend<1>(n, x, to, b, t, h, chunk);
-  }
-}
-
-// The same; some heads of a group read the keys together.
-FOR_AVX2 void AttendWithAvx2(const Shape& n, const Arrays& x, const Parts& to, int64_t b,
-                             int64_t head, int64_t chunk) {
+// All queries of row b whose heads share the keys of a head, over a chunk. Up to kHeads of them read
+// the keys together.
+ALWAYS_INLINE void AttendInGroups(const Shape& n, const Arrays& x, const Parts& to, int64_t b,
+                                  int64_t head, int64_t chunk) {
   const int64_t end = (head + 1) * (n.H / n.K);
   for (int64_t t = 0; t < n.T; ++t) {
     for (int64_t h = head * (n.H / n.K); h < end; h += kHeads) {
@@ -294,6 +296,28 @@ ALWAYS_INLINE void Join(const Shape& n, const Arrays& x, const Parts& from, int6
   for (int64_t d = 0; d < D; ++d) o[d] /= sum;
 }
 
+using AttendFunction = void(const Shape&, const Arrays&, const Parts&, int64_t b, int64_t head,
+                            int64_t chunk);
+using JoinFunction = void(const Shape&, const Arrays&, const Parts&, int64_t b, int64_t t, int64_t h);
+
+void AttendAnywhere(const Shape& n, const Arrays& x, const Parts& to, int64_t b, int64_t head,
+                    int64_t chunk) {
+  const int64_t group = n.H / n.K;
+  for (int64_t t = 0; t < n.T; ++t) {
+    for (int64_t h = head * group; h < (head + 1) * group; ++h) Attend<1>(n, x, to, b, t, h, chunk);
+  }
+}
+
+FOR_AVX2 void AttendWithAvx2(const Shape& n, const Arrays& x, const Parts& to, int64_t b,
+                             int64_t head, int64_t chunk) {
+  AttendInGroups(n, x, to, b, head, chunk);
+}
+
+FOR_AVX512 void AttendWithAvx512(const Shape& n, const Arrays& x, const Parts& to, int64_t b,
+                                 int64_t head, int64_t chunk) {
+  AttendInGroups(n, x, to, b, head, chunk);
+}
+
 void JoinAnywhere(const Shape& n, const Arrays& x, const Parts& from, int64_t b, int64_t t,
                   int64_t h) {
   Join(n, x, from, b, t, h);
@@ -304,7 +328,9 @@ FOR_AVX2 void JoinWithAvx2(const Shape& n, const Arrays& x, const Parts& from, i
   Join(n, x, from, b, t, h);
 }
 
-const bool kAvx2 = gptjax::UseAvx2();
+const bool kAvx2 = gptjax::UseAvx2(), kAvx512 = gptjax::UseAvx512();
+AttendFunction* const kAttend = kAvx512 ? AttendWithAvx512 : kAvx2 ? AttendWithAvx2 : AttendAnywhere;
+JoinFunction* const kJoin = kAvx2 ? JoinWithAvx2 : JoinAnywhere;
 
 using F32x4 = ffi::BufferR4<ffi::F32>;
 using F32x5 = ffi::Buffer<ffi::F32, 5>;
@@ -331,11 +357,11 @@ ffi::Error Attention(ffi::ThreadPool pool, F32x4 q, F32x4 k, F32x4 v, F32x5 past
                       std::unique_ptr<float[]>(new float[parts * n.D])};
   gptjax::ParallelFor(pool, n.B * n.K * chunks, [&](int64_t piece) {
     const int64_t b = piece / chunks / n.K, head = piece / chunks % n.K, chunk = piece % chunks;
-    (kAvx2 ? AttendWithAvx2 : AttendAnywhere)(n, x, between, b, head, chunk);
+    kAttend(n, x, between, b, head, chunk);
   });
   gptjax::ParallelFor(pool, n.B * n.T, [&](int64_t piece) {
     for (int64_t h = 0; h < n.H; ++h) {
-      (kAvx2 ? JoinWithAvx2 : JoinAnywhere)(n, x, between, piece / n.T, piece % n.T, h);
+      kJoin(n, x, between, piece / n.T, piece % n.T, h);
     }
   });
   return ffi::Error::Success();
