@@ -111,7 +111,7 @@ class Session:
             size *= 2
         size = min(size, self.rules.cfg.max_seq_len + 1 + SMALL_BLOCK)
         if lost:
-            self._cache = empty_cache(self.rules.cfg, 1, size)
+            self._cache = empty_cache(self.params, self.rules.cfg, 1, size)
         else:
             self._cache = with_slots(self._cache, size)
 

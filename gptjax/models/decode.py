@@ -17,7 +17,7 @@ from gptjax.models.family import Weight, family_of
 from gptjax.models.params import head_of, is_weight, per_tensor
 from gptjax.models.transformer import over_layers
 from gptjax.ops.kv_cache import LayerCache, cached_attention
-from gptjax.ops.quantized import BLOCK_KINDS, OutIn, is_stored, product, quantize
+from gptjax.ops.quantized import BLOCK_KINDS, Blocks, OutIn, is_stored, product, quantize
 from gptjax.ops.stacks import InStack, alone
 from gptjax.xla import native
 
@@ -104,7 +104,7 @@ def prefill(
         x, cache = _read(params, parts[:, i], padding, x_cache[1], parts.shape[2] * i, cfg)
         return x[:, -1:], cache
 
-    first = None, empty_cache(cfg, B, slots)
+    first = None, empty_cache(params, cfg, B, slots)
     if parts.shape[1] == 1:
         x, cache = read(jnp.int32(0), first)
     else:
@@ -116,13 +116,20 @@ def prefill(
     return _logits(params, x, cfg)[:, 0], cache
 
 
-def empty_cache(cfg: ModelConfig, rows: int, slots: int) -> Any:
-    """A cache of so many slots in which nothing is written yet."""
+def empty_cache(params: Any, cfg: ModelConfig, rows: int, slots: int) -> Any:
+    """A cache of so many slots in which nothing is written yet.
+
+    It is in the compute dtype; in float16 instead of float32 beside weights in blocks, which round
+    more.
+    """
+    weights, dtype = jax.tree.leaves(params, is_leaf=is_stored), cfg.compute_dtype
+    if dtype == jnp.float32 and any(isinstance(w, Blocks) for w in weights):
+        dtype = jnp.dtype(jnp.float16)
     layers = (cfg.num_layers,) if cfg.layers == "scan" else ()
     shape = (*layers, rows, cfg.num_kv_heads, slots, cfg.head_dim)
 
     def empty() -> LayerCache:
-        return LayerCache(jnp.zeros(shape, cfg.compute_dtype), jnp.zeros(shape, cfg.compute_dtype))
+        return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
     return empty() if layers else tuple(empty() for _ in range(cfg.num_layers))
 

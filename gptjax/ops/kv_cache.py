@@ -19,7 +19,10 @@ FEW = 8  # new positions that one call of C++ attends to; of more, XLA multiplie
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of a layer, or of all L, in S slots, some not yet written."""
+    """Keys and values of a layer, or of all L, in S slots, some not yet written.
+
+    In the compute dtype; or in float16 beside float32, which halves what each token reads.
+    """
 
     k: Float[Array, "*L B K S D"]
     v: Float[Array, "*L B K S D"]
@@ -37,7 +40,8 @@ def cached_attention(
     ``slot``.
 
     Scores their own keys apart and writes the cache only after reading it. XLA then updates the
-    cache in place instead of copying all of it for each token.
+    cache in place instead of copying all of it for each token. Their keys and values are rounded
+    first as the cache has them, so that it does not matter which tokens are read together.
 
     Args:
         q: queries (B, T, H, D) of the new positions.
@@ -54,8 +58,9 @@ def cached_attention(
 
     """
     caches, layer = stack_of(cache)
+    k, v = (_as_cached(x, caches.k.dtype) for x in (k, v))
     arguments = q, k, v, caches, layer, slot, begin
-    if q.shape[1] <= FEW and q.dtype == caches.k.dtype == jnp.float32:
+    if q.shape[1] <= FEW and q.dtype == jnp.float32:
         o = native.on_cpu("attention", native.attention, _attend, *arguments)
     else:
         o = _attend(*arguments)
@@ -68,14 +73,23 @@ def cached_attention(
     return o, new if isinstance(cache, InStack) else jax.tree.map(lambda x: x[0], new)
 
 
+def _as_cached(x: Float[Array, "..."], dtype: Any) -> Float[Array, "..."]:
+    """Round to a cache's dtype, whose range float32 may exceed."""
+    if dtype == x.dtype:
+        return x
+    largest = jnp.finfo(dtype).max.astype(x.dtype)
+    return jnp.clip(x, -largest, largest).astype(dtype)
+
+
 def _attend(
     q: Heads, k: KeyHeads, v: KeyHeads, caches: LayerCache, layer: Any, slot: Any, begin: Array
 ) -> Heads:
     """The output of `cached_attention`, by XLA; see `gptjax.xla.native.attention`."""
-    cache = alone(InStack(caches, layer))
+    cache = jax.tree.map(lambda x: x.astype(q.dtype), alone(InStack(caches, layer)))
     acc, K = accumulation_dtype(q), k.shape[2]
     B, T, H, D = q.shape
-    q, k, v = q.reshape(B, T, K, H // K, D), k.swapaxes(1, 2), v.swapaxes(1, 2)
+    k, v = (x.astype(q.dtype).swapaxes(1, 2) for x in (k, v))
+    q = q.reshape(B, T, K, H // K, D)
     rows = q.transpose(0, 2, 1, 3, 4).reshape(B, K, -1, D)
     past = jnp.einsum("bksd,bkrd->bkrs", cache.k, rows, preferred_element_type=acc)
     new = jnp.einsum("bktd,bkrd->bkrt", k, rows, preferred_element_type=acc)

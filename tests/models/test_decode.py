@@ -100,7 +100,7 @@ def test_a_stack_is_not_copied(how):
         pytest.skip("there is no C++ compiler that works, or JAX computes elsewhere")
     cfg = tiny.config(dtype="float32", layers="scan", channels=128, num_layers=3)
     params = store_for_decoding(tiny.params(cfg, jnp.float32), cfg, how)
-    cache, token = empty_cache(cfg, 1, 256), jnp.zeros(1, jnp.int32)
+    cache, token = empty_cache(params, cfg, 1, 256), jnp.zeros(1, jnp.int32)
     leaves, tree = jax.tree.flatten(params)
 
     def step(leaves, cache, slot):
@@ -139,6 +139,30 @@ def test_stored_weights_keep_their_dtype_or_take_the_chosen_one(how):
     assert stored.blocks[0].qw.w.dtype == matrix
     assert stored.wte.w.dtype == ("float32" if how == "float32" else "bfloat16")
     assert (stored.wpe.dtype, stored.lnfw.dtype) == ("float32", "float32")
+
+
+@pytest.mark.parametrize(
+    ("how", "dtype", "expected"),
+    [
+        ("q8_0", "float32", "float16"),
+        ("q4_1", "float32", "float16"),
+        ("float32", "float32", "float32"),
+        ("bfloat16", "float32", "float32"),
+        ("q8_0", "bfloat16", "bfloat16"),
+        ("q8_0", "float64", "float64"),
+    ],
+)
+@pytest.mark.parametrize("layers", ["unroll", "scan"])
+def test_a_cache_beside_weights_in_blocks_is_narrow(how, dtype, expected, layers):
+    cfg = tiny.config(dtype=dtype, layers=layers)
+    params = store_for_decoding(tiny.params(cfg, jnp.float32), cfg, how)
+    cache = empty_cache(params, cfg, 1, 8)
+    assert {x.dtype.name for x in jax.tree.leaves(cache)} == {expected}
+    step = jax.jit(
+        lambda cache: decode(params, *(jnp.zeros(1, jnp.int32),) * 2, cache, jnp.int32(3), cfg)
+    )
+    assert jax.tree.map(jnp.shape, step(cache)[1]) == jax.tree.map(jnp.shape, cache)
+    assert {x.dtype.name for x in jax.tree.leaves(step(cache)[1])} == {expected}
 
 
 def test_cache_is_kept_in_the_compute_dtype():

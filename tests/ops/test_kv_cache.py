@@ -46,6 +46,29 @@ def test_padding_sees_itself_alone():
     np.testing.assert_allclose(o, v, rtol=1e-12)
 
 
+def test_a_cache_in_float16_holds_what_is_read_together_too():
+    """Reading two tokens at once, or one after the other, leaves the same cache and the same
+    output: a token's own key is rounded as the others are. Numbers beyond float16's become its
+    largest.
+    """
+    q, k, v = (jax.random.normal(jax.random.key(i), (1, 2, n, D)) for i, n in enumerate((H, 2, 2)))
+    k, v = k.at[0, 0, 1, 2].set(1e6), v.at[0, 0, 0, 0].set(-1e6)
+    cache = LayerCache(*(jnp.full((1, 2, S, D), x, jnp.float16) for x in (0.5, 0.25)))
+    begin = jnp.zeros(1, jnp.int32)
+    together, both = cached_attention(q, k, v, cache, jnp.int32(3), begin)
+    for t in range(2):
+        now = slice(t, t + 1)
+        alone, cache = cached_attention(
+            q[:, now], k[:, now], v[:, now], cache, jnp.int32(3 + t), begin
+        )
+        np.testing.assert_allclose(alone, together[:, now], rtol=1e-12)
+    jax.tree.map(np.testing.assert_array_equal, cache, both)
+    largest = float(jnp.finfo(jnp.float16).max)
+    assert (cache.k.max(), cache.v.min()) == (largest, -largest)
+    assert cache.k.dtype == cache.v.dtype == jnp.float16
+    assert not np.array_equal(cache.k[0, :, 3], k[0, 0])  # it is rounded
+
+
 # --- In C++ ---
 
 
@@ -64,6 +87,11 @@ def make(T, K, D, size=1.0, slots=200, H=6):
 
 
 ATTENTION = jax.jit(native.attention)
+
+
+def in_half(k, v, cache):
+    """The same, rounded to float16."""
+    return jax.tree.map(lambda x: x.astype(jnp.float16), (k, v, cache))
 
 
 def computed(q, k, v, cache, slot, begin):
@@ -95,11 +123,13 @@ def test_a_cache_among_those_of_all_layers_is_read_and_written_there_alone(in_cp
         *[(1, 8, 2, 64), (2, 5, 1, 33), (1, 7, 1, 40), (4, 18, 2, 32)],
     ],
 )
-def test_cpp_equals_the_same_in_float64(T, H, K, D):
-    """Of heads that are read together in many ways, over up to 4 chunks. A row that begins behind the
-    first new positions has padding among them.
+@pytest.mark.parametrize("half", [False, True])
+def test_cpp_equals_the_same_in_float64(T, H, K, D, half):
+    """Of heads that are read together in many ways, over up to 4 chunks, with the cache in float32
+    or in float16. A row that begins behind the first new positions has padding among them.
     """
     arrays = make(T, K, D, H=H)
+    arrays = (arrays[0], *in_half(*arrays[1:])) if half else arrays
     wide = jax.tree.map(lambda x: x.astype(jnp.float64), arrays)
     attend = jax.jit(cached_attention)
     for slot, *begin in (0, 0, 0), (5, 0, 7), (62, 61, 3), (9, 40, 9), (190, 1, 64), (130, 67, -2):
@@ -170,7 +200,9 @@ def test_a_score_beyond_float32_hides_only_its_key():
 @pytest.mark.usefixtures("compiler")
 def test_arrays_that_do_not_fit_are_rejected():
     q, k, v, cache = make(1, 3, 16)
-    for wrong, slot in (((q[:1], k, v), 0), ((q, k[..., :8], v), 0), ((q, k, v), 201)):
+    half = k.astype(jnp.float16)
+    wrongs = ((q[:1], k, v), 0), ((q, k[..., :8], v), 0), ((q, k, v), 201), ((q, half, half), 0)
+    for wrong, slot in wrongs:
         with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="do not fit"):
             computed(*wrong, cache, slot, (0, 0))
     stack = jax.tree.map(lambda x: x[None], cache)
@@ -195,5 +227,13 @@ def test_plain_cpp_gives_the_same_bits():
 def of_many_sizes():
     """The bytes of some results."""
     sizes = [(3, 6, 2, 20), (1, 4, 4, 64), (2, 5, 1, 33)]
-    found = [computed(*make(T, K, D, H=H), 150, (0, 9)) for T, H, K, D in sizes]
+    found = []
+    for T, H, K, D in sizes:
+        q, *others = make(T, K, D, H=H)
+        k, v, cache = in_half(*others)
+        tiny, infinite = (cache._replace(v=cache.v.at[0].set(x)) for x in (3e-7, jnp.inf))
+        found += [
+            computed(q, *arrays, 150, (0, 9))
+            for arrays in (others, (k, v, cache), (k, v, tiny), (k, v, infinite))
+        ]
     return b"".join(x.tobytes() for x in found)

@@ -33,7 +33,9 @@ from gptjax.files import write_whole
 from gptjax.xla.cache import compiled_folder, processor, read_private
 
 FOLDER = Path(__file__).parent
-HEADERS = tuple(FOLDER / name for name in ("isa.h", "parallel.h", "product_x86.inc", "product_avx512.inc"))
+HEADERS = tuple(
+    FOLDER / name for name in ("isa.h", "parallel.h", "product_x86.inc", "product_avx512.inc")
+)
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared")
 Kernel = Literal["adamw", "product", "attention"]
 """A function of KERNEL.cc; XLA calls it gptjax_KERNEL."""
@@ -328,6 +330,8 @@ def attention(
     slot: Int[Array, ""],
     begin: Int[Array, " B"],
 ) -> Float[Array, "B T H D"]:
-    """Attention of T new positions, see `gptjax.ops.kv_cache.cached_attention`; all in float32."""
+    """Attention of T new positions, see `gptjax.ops.kv_cache.cached_attention`; in float32, with
+    keys and values all in float32 or all in float16.
+    """
     call: Any = jax.ffi.ffi_call("gptjax_attention", jax.ShapeDtypeStruct(q.shape, q.dtype))
     return call(q, k, v, *past, jnp.asarray(layer, jnp.int32), begin, jnp.asarray(slot, jnp.int32))

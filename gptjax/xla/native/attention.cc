@@ -11,6 +11,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <type_traits>
 
 #include "isa.h"
 #include "parallel.h"
@@ -36,14 +37,19 @@ constexpr float kNone = -std::numeric_limits<float>::infinity();
 
 using Lanes = float __attribute__((vector_size(4 * kLanes)));
 using Ints = int32_t __attribute__((vector_size(4 * kLanes)));
+enum class Half : uint16_t {};        // a number in half precision
+enum class HalfForF16c : uint16_t {};  // the same, for processors that convert 8 at a time
 
 struct Shape {
   int64_t B, T, H, K, S, D;
 };
 
+// Keys and values are float or Half.
+template <class Number>
 struct Arrays {
-  const float *q, *k, *v;        // (B, T, H, D) and (B, T, K, D): the new positions
-  const float *past_k, *past_v;  // (B, K, S, D)
+  const float* q;                 // (B, T, H, D): the new positions
+  const Number *k, *v;            // (B, T, K, D)
+  const Number *past_k, *past_v;  // (B, K, S, D)
   const int32_t* begin;          // (B,): each row's first slot
   int64_t slot;                  // of the first new position
   float* o;                      // (B, T, H, D)
@@ -65,11 +71,39 @@ ALWAYS_INLINE Lanes Load(const float* x) {
   return lanes;
 }
 
+ALWAYS_INLINE Lanes FromBits(Ints bits) {
+  Lanes lanes;
+  std::memcpy(&lanes, &bits, sizeof(lanes));
+  return lanes;
+}
+
+ALWAYS_INLINE Lanes Load(const Half* x) {
+  Ints half;
+  for (int l = 0; l < kLanes; ++l) half[l] = static_cast<uint16_t>(x[l]);
+  const Ints rest = half & 0x7fff;
+  const Lanes normal = FromBits((rest << 13) + (112 << 23));
+  const Lanes subnormal = __builtin_convertvector(rest, Lanes) * 0x1p-24f;
+  const Lanes not_finite = FromBits((rest << 13) | 0x7f800000);
+  const Lanes magnitude = rest < 0x400 ? subnormal : rest < 0x7c00 ? normal : not_finite;
+  Ints bits;
+  std::memcpy(&bits, &magnitude, sizeof(bits));
+  return FromBits(bits | (half & 0x8000) << 16);
+}
+
+#if defined(__x86_64__)
+ALWAYS_INLINE Lanes Load(const HalfForF16c* x) {
+  using Eight = uint16_t __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
+  Lanes lanes;
+  asm("vcvtph2ps %1, %0" : "=x"(lanes) : "m"(*reinterpret_cast<const Eight*>(x)));
+  return lanes;
+}
+#endif
+
 ALWAYS_INLINE void Store(float* x, Lanes lanes) { std::memcpy(x, &lanes, sizeof(lanes)); }
 
 // Not inlined: only the last numbers of an odd size come here.
-__attribute__((noinline)) void Copy(float* to, const float* x, int64_t n) {
-  std::memcpy(to, x, sizeof(float) * n);
+__attribute__((noinline)) void Copy(void* to, const void* x, int64_t bytes) {
+  std::memcpy(to, x, bytes);
 }
 
 // Each by itself, so that the compiler keeps them in registers.
@@ -81,10 +115,11 @@ ALWAYS_INLINE void SetToZero(Lanes (&sum)[N][V]) {
 }
 
 // The first n numbers; zeros after them.
-ALWAYS_INLINE Lanes Load(const float* x, int64_t n) {
+template <class Number>
+ALWAYS_INLINE Lanes Load(const Number* x, int64_t n) {
   if (n == kLanes) return Load(x);
-  float part[kLanes] = {};
-  Copy(part, x, n);
+  Number part[kLanes] = {};
+  Copy(part, x, sizeof(Number) * n);
   return Load(part);
 }
 
@@ -92,7 +127,7 @@ ALWAYS_INLINE void Store(float* x, Lanes lanes, int64_t n) {
   if (n == kLanes) return Store(x, lanes);
   float part[kLanes];
   Store(part, lanes);
-  Copy(x, part, n);
+  Copy(x, part, sizeof(float) * n);
 }
 
 // The sum over the lanes: the upper half of them added to the lower, until one is left.
@@ -123,8 +158,9 @@ ALWAYS_INLINE void Sums(const Lanes (&of)[kKeys], float* sums) {
 }
 
 // A key or a value that will be read. Beyond the array this does no harm.
-ALWAYS_INLINE void Prefetch(const float* x, int64_t D) {
-  constexpr int64_t kLine = 64 / sizeof(float);
+template <class Number>
+ALWAYS_INLINE void Prefetch(const Number* x, int64_t D) {
+  constexpr int64_t kLine = 64 / sizeof(Number);
   for (int64_t d = 0; d < D; d += kLine) __builtin_prefetch(x + d);
 }
 
@@ -152,7 +188,7 @@ template <int N, class Key, class Value>
 ALWAYS_INLINE void Scores(const float* q, Key key, Value value, int64_t count, int64_t D,
                           float (&p)[kHeads][kChunk]) {
   for (int64_t i = 0; i < count; i += kKeys) {
-    const float* k[kKeys];
+    decltype(key(0)) k[kKeys];
     for (int j = 0; j < kKeys; ++j) {
       const int64_t at = std::min(i + j, count - 1);
       k[j] = key(at);
@@ -183,7 +219,7 @@ ALWAYS_INLINE void WeightedSums(const float (&p)[kHeads][kChunk], Value value, i
   Lanes sum[N][V];
   SetToZero(sum);
   for (int64_t i = 0; i < count; ++i) {
-    const float* v = value(i) + d;
+    const auto* v = value(i) + d;
     Lanes part[V];
     for (int c = 0; c < V; ++c) part[c] = Load(v + c * kLanes, numbers(c));
     for (int h = 0; h < N; ++h) {
@@ -202,7 +238,8 @@ ALWAYS_INLINE void WeightedSums(const float (&p)[kHeads][kChunk], Value value, i
 struct Seen {
   int64_t begin, past, first_new, count;
 
-  ALWAYS_INLINE Seen(const Arrays& x, int64_t b, int64_t t)
+  template <class Number>
+  ALWAYS_INLINE Seen(const Arrays<Number>& x, int64_t b, int64_t t)
       : begin(std::max<int64_t>(x.begin[b], 0)),
         past(std::max<int64_t>(x.slot - begin, 0)),
         // A position in the padding sees itself alone
@@ -211,15 +248,15 @@ struct Seen {
 };
 
 // N queries from head h on, which share the keys of a head, over a chunk.
-template <int N>
-ALWAYS_INLINE void Attend(const Shape& n, const Arrays& x, const Parts& to, int64_t b, int64_t t,
+template <int N, class Number>
+ALWAYS_INLINE void Attend(const Shape& n, const Arrays<Number>& x, const Parts& to, int64_t b, int64_t t,
                           int64_t h, int64_t chunk) {
   const Seen seen(x, b, t);
   const int64_t D = n.D, head = h / (n.H / n.K), first = chunk * kChunk;
   const int64_t count = std::min<int64_t>(seen.count - first, kChunk);
   if (count <= 0) return;
   const int64_t row = (b * n.K + head) * n.S + seen.begin, new_row = b * n.T * n.K + head;
-  const auto at = [&](const float* past, const float* new_ones, int64_t i) {
+  const auto at = [&](const Number* past, const Number* new_ones, int64_t i) {
     i += first;
     return i < seen.past ? past + (row + i) * D
                          : new_ones + (new_row + (seen.first_new + i - seen.past) * n.K) * D;
@@ -263,7 +300,8 @@ ALWAYS_INLINE void Attend(const Shape& n, const Arrays& x, const Parts& to, int6
 
 // All queries of row b whose heads share the keys of a head, over a chunk. Up to kHeads of them read
 // the keys together.
-ALWAYS_INLINE void AttendInGroups(const Shape& n, const Arrays& x, const Parts& to, int64_t b,
+template <class Number>
+ALWAYS_INLINE void AttendInGroups(const Shape& n, const Arrays<Number>& x, const Parts& to, int64_t b,
                                   int64_t head, int64_t chunk) {
   const int64_t end = (head + 1) * (n.H / n.K);
   for (int64_t t = 0; t < n.T; ++t) {
@@ -279,7 +317,8 @@ ALWAYS_INLINE void AttendInGroups(const Shape& n, const Arrays& x, const Parts& 
 }
 
 // The softmax over all chunks of a query.
-ALWAYS_INLINE void Join(const Shape& n, const Arrays& x, const Parts& from, int64_t b, int64_t t,
+template <class Number>
+ALWAYS_INLINE void Join(const Shape& n, const Arrays<Number>& x, const Parts& from, int64_t b, int64_t t,
                         int64_t h) {
   const int64_t query = (b * n.T + t) * n.H + h, part = query * from.chunks, D = n.D;
   const int64_t chunks = (Seen(x, b, t).count + kChunk - 1) / kChunk;
@@ -296,74 +335,99 @@ ALWAYS_INLINE void Join(const Shape& n, const Arrays& x, const Parts& from, int6
   for (int64_t d = 0; d < D; ++d) o[d] /= sum;
 }
 
-using AttendFunction = void(const Shape&, const Arrays&, const Parts&, int64_t b, int64_t head,
-                            int64_t chunk);
-using JoinFunction = void(const Shape&, const Arrays&, const Parts&, int64_t b, int64_t t, int64_t h);
-
-void AttendAnywhere(const Shape& n, const Arrays& x, const Parts& to, int64_t b, int64_t head,
+template <class Number>
+void AttendAnywhere(const Shape& n, const Arrays<Number>& x, const Parts& to, int64_t b, int64_t head,
                     int64_t chunk) {
-  const int64_t group = n.H / n.K;
-  for (int64_t t = 0; t < n.T; ++t) {
-    for (int64_t h = head * group; h < (head + 1) * group; ++h) Attend<1>(n, x, to, b, t, h, chunk);
+  if constexpr (!std::is_same_v<Number, HalfForF16c>) {
+    const int64_t group = n.H / n.K;
+    for (int64_t t = 0; t < n.T; ++t) {
+      for (int64_t h = head * group; h < (head + 1) * group; ++h) {
+        Attend<1>(n, x, to, b, t, h, chunk);
+      }
+    }
   }
 }
 
-FOR_AVX2 void AttendWithAvx2(const Shape& n, const Arrays& x, const Parts& to, int64_t b,
+template <class Number>
+FOR_AVX2 void AttendWithAvx2(const Shape& n, const Arrays<Number>& x, const Parts& to, int64_t b,
                              int64_t head, int64_t chunk) {
   AttendInGroups(n, x, to, b, head, chunk);
 }
 
-FOR_AVX512 void AttendWithAvx512(const Shape& n, const Arrays& x, const Parts& to, int64_t b,
+template <class Number>
+FOR_AVX512 void AttendWithAvx512(const Shape& n, const Arrays<Number>& x, const Parts& to, int64_t b,
                                  int64_t head, int64_t chunk) {
   AttendInGroups(n, x, to, b, head, chunk);
 }
 
-void JoinAnywhere(const Shape& n, const Arrays& x, const Parts& from, int64_t b, int64_t t,
+template <class Number>
+void JoinAnywhere(const Shape& n, const Arrays<Number>& x, const Parts& from, int64_t b, int64_t t,
                   int64_t h) {
   Join(n, x, from, b, t, h);
 }
 
-FOR_AVX2 void JoinWithAvx2(const Shape& n, const Arrays& x, const Parts& from, int64_t b,
+template <class Number>
+FOR_AVX2 void JoinWithAvx2(const Shape& n, const Arrays<Number>& x, const Parts& from, int64_t b,
                            int64_t t, int64_t h) {
   Join(n, x, from, b, t, h);
 }
 
 const bool kAvx2 = gptjax::UseAvx2(), kAvx512 = gptjax::UseAvx512();
-AttendFunction* const kAttend = kAvx512 ? AttendWithAvx512 : kAvx2 ? AttendWithAvx2 : AttendAnywhere;
-JoinFunction* const kJoin = kAvx2 ? JoinWithAvx2 : JoinAnywhere;
 
-using F32x4 = ffi::BufferR4<ffi::F32>;
-using F32x5 = ffi::Buffer<ffi::F32, 5>;
-
-ffi::Error Attention(ffi::ThreadPool pool, F32x4 q, F32x4 k, F32x4 v, F32x5 past_k, F32x5 past_v,
-                     ffi::BufferR0<ffi::S32> of, ffi::BufferR1<ffi::S32> begin,
-                     ffi::BufferR0<ffi::S32> slot, ffi::Result<F32x4> o) {
-  const auto of_q = q.dimensions(), of_k = k.dimensions(), of_past = past_k.dimensions();
-  const Shape n{of_q[0], of_q[1], of_q[2], of_k[2], of_past[3], of_q[3]};
-  const int64_t layer = of.typed_data()[0], before = layer * n.B * n.K * n.S * n.D;
-  const Arrays x{q.typed_data(),      k.typed_data(),     v.typed_data(),
-                 past_k.typed_data() + before, past_v.typed_data() + before, begin.typed_data(),
-                 slot.typed_data()[0], o->typed_data()};
-  const bool fits = of_k[0] == n.B && of_k[1] == n.T && of_k[3] == n.D && n.K > 0 &&
-                    n.H % n.K == 0 && layer >= 0 && layer < of_past[0] && of_past[1] == n.B &&
-                    of_past[2] == n.K && of_past[4] == n.D && v.dimensions() == of_k &&
-                    past_v.dimensions() == of_past &&
-                    begin.element_count() == static_cast<size_t>(n.B) && o->dimensions() == of_q &&
-                    x.slot >= 0 && x.slot <= n.S;
-  if (!fits) return ffi::Error::InvalidArgument("attention: the arrays do not fit together");
+template <class Number>
+void AttendToAll(ffi::ThreadPool& pool, const Shape& n, const Arrays<Number>& x) {
+  const auto attend = kAvx512 ? AttendWithAvx512<Number>
+                      : kAvx2 ? AttendWithAvx2<Number>
+                              : AttendAnywhere<Number>;
+  const auto join = kAvx2 ? JoinWithAvx2<Number> : JoinAnywhere<Number>;
   const int64_t chunks = (x.slot + n.T + kChunk - 1) / kChunk, parts = n.B * n.T * n.H * chunks;
   const Parts between{chunks, std::unique_ptr<float[]>(new float[parts]),
                       std::unique_ptr<float[]>(new float[parts]),
                       std::unique_ptr<float[]>(new float[parts * n.D])};
   gptjax::ParallelFor(pool, n.B * n.K * chunks, [&](int64_t piece) {
-    const int64_t b = piece / chunks / n.K, head = piece / chunks % n.K, chunk = piece % chunks;
-    kAttend(n, x, between, b, head, chunk);
+    attend(n, x, between, piece / chunks / n.K, piece / chunks % n.K, piece % chunks);
   });
   gptjax::ParallelFor(pool, n.B * n.T, [&](int64_t piece) {
-    for (int64_t h = 0; h < n.H; ++h) {
-      kJoin(n, x, between, piece / n.T, piece % n.T, h);
-    }
+    for (int64_t h = 0; h < n.H; ++h) join(n, x, between, piece / n.T, piece % n.T, h);
   });
+}
+
+using F32x4 = ffi::BufferR4<ffi::F32>;
+
+ffi::Error Attention(ffi::ThreadPool pool, F32x4 q, ffi::AnyBuffer k, ffi::AnyBuffer v,
+                     ffi::AnyBuffer past_k, ffi::AnyBuffer past_v, ffi::BufferR0<ffi::S32> of,
+                     ffi::BufferR1<ffi::S32> begin, ffi::BufferR0<ffi::S32> slot,
+                     ffi::Result<F32x4> o) {
+  const auto of_q = q.dimensions(), of_k = k.dimensions(), of_past = past_k.dimensions();
+  const auto type = k.element_type();
+  bool fits = of_k.size() == 4 && of_past.size() == 5 && (type == ffi::F32 || type == ffi::F16);
+  for (const auto* other : {&v, &past_k, &past_v}) fits &= other->element_type() == type;
+  const Shape n{of_q[0], of_q[1], of_q[2], fits ? of_k[2] : 0, fits ? of_past[3] : 0, of_q[3]};
+  const int64_t layer = of.typed_data()[0], at = slot.typed_data()[0];
+  fits = fits && of_k[0] == n.B && of_k[1] == n.T && of_k[3] == n.D && n.K > 0 && n.H % n.K == 0 &&
+         layer >= 0 && layer < of_past[0] && of_past[1] == n.B && of_past[2] == n.K &&
+         of_past[4] == n.D && v.dimensions() == of_k && past_v.dimensions() == of_past &&
+         begin.element_count() == static_cast<size_t>(n.B) && o->dimensions() == of_q && at >= 0 &&
+         at <= n.S;
+  if (!fits) return ffi::Error::InvalidArgument("attention: the arrays do not fit together");
+  const auto attend = [&](auto number) {
+    using Number = decltype(number);
+    const auto numbers = [](ffi::AnyBuffer of) { return static_cast<Number*>(of.untyped_data()); };
+    const int64_t before = layer * n.B * n.K * n.S * n.D;
+    const Arrays<Number> x{q.typed_data(),           numbers(k),        numbers(v),
+                           numbers(past_k) + before, numbers(past_v) + before,
+                           begin.typed_data(),       at,                o->typed_data()};
+    AttendToAll(pool, n, x);
+  };
+  if (type == ffi::F32) {
+    attend(float());
+#if defined(__x86_64__)
+  } else if (kAvx2) {
+    attend(HalfForF16c());
+#endif
+  } else {
+    attend(Half());
+  }
   return ffi::Error::Success();
 }
 
@@ -373,10 +437,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(attention, Attention,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<F32x4>()
-                                  .Arg<F32x4>()
-                                  .Arg<F32x4>()
-                                  .Arg<F32x5>()
-                                  .Arg<F32x5>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::BufferR0<ffi::S32>>()
                                   .Arg<ffi::BufferR1<ffi::S32>>()
                                   .Arg<ffi::BufferR0<ffi::S32>>()

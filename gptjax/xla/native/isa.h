@@ -14,11 +14,11 @@ inline bool Asked(const char* beginning) {
   return !isa || !*isa || std::strncmp(isa, beginning, std::strlen(beginning)) == 0;
 }
 
-// False if the processor lacks AVX2, or GPTJAX_NATIVE_ISA asks for plain C++.
+// False if the processor lacks AVX2 or F16C, which came before it, or GPTJAX_NATIVE_ISA asks for plain C++.
 inline bool UseAvx2() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  return Asked("avx") && __builtin_cpu_supports("avx2");
+  return Asked("avx") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
 #else
   return false;
 #endif
