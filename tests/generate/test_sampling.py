@@ -71,6 +71,19 @@ def test_filters_keep_what_a_sort_keeps(logits, top_k, top_p, min_p):
     np.testing.assert_array_equal(kept, expected(row, sampler) > 0)
 
 
+@pytest.mark.parametrize("top_k", [1, 2, 7, 19, 20, 300])
+def test_top_k_wherever_the_largest_lie(top_k):
+    """All in one block, spread over all, or equal to many others, which are kept too."""
+    rng, size = np.random.default_rng(top_k), 20 * BLOCK - 3  # in 20 blocks
+    spread = rng.normal(size=size)
+    together, equal = spread - 9, rng.integers(0, 5, size) / np.pi
+    together[5 * BLOCK : 6 * BLOCK] += 9
+    rows, sampler = np.stack([spread, together, equal]), Sampler(1.0, top_k)
+    kept = np.isfinite(jax.jit(filtered, static_argnums=1)(jnp.array(rows), sampler))
+    for row, found in zip(rows, kept, strict=True):
+        np.testing.assert_array_equal(found, expected(row, sampler) > 0)
+
+
 def test_a_temperature_of_zero_takes_the_first_of_the_best():
     logits = jnp.array([[0.0, 3.0, 3.0], [5.0, 1.0, 5.0], [1.0, 2.0, 4.0]])
     assert choose(jax.random.split(jax.random.key(0), 3), logits, Sampler(0, 2, 0.5)).tolist() == [
