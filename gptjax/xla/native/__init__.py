@@ -64,7 +64,7 @@ def registered(kernel: Kernel) -> ctypes.CDLL | None:
 
     ``CXX`` names the compiler, ``c++`` by default; ``CXX=false`` leaves the work to XLA. Why it
     cannot be compiled is logged. ``GPTJAX_NATIVE_ISA`` names one of `instruction_sets`, by
-    default the first; kernels other than products know portable and AVX2.
+    default the first. AdamW knows portable and AVX2 of them, attention AVX-512 besides.
 
     Raises:
         ConfigError: it names another.

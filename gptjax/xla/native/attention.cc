@@ -37,7 +37,7 @@ constexpr float kNone = -std::numeric_limits<float>::infinity();
 
 using Lanes = float __attribute__((vector_size(4 * kLanes)));
 using Ints = int32_t __attribute__((vector_size(4 * kLanes)));
-enum class Half : uint16_t {};        // a number in half precision
+enum class Half : uint16_t {};         // a number in half precision
 enum class HalfForF16c : uint16_t {};  // the same, for processors that convert 8 at a time
 
 struct Shape {
@@ -50,9 +50,9 @@ struct Arrays {
   const float* q;                 // (B, T, H, D): the new positions
   const Number *k, *v;            // (B, T, K, D)
   const Number *past_k, *past_v;  // (B, K, S, D)
-  const int32_t* begin;          // (B,): each row's first slot
-  int64_t slot;                  // of the first new position
-  float* o;                      // (B, T, H, D)
+  const int32_t* begin;           // (B,): each row's first slot
+  int64_t slot;                   // of the first new position
+  float* o;                       // (B, T, H, D)
 };
 
 // The softmax over a chunk of a query's keys: the largest score, the sum of e^(score - largest), and
@@ -92,10 +92,16 @@ ALWAYS_INLINE Lanes Load(const Half* x) {
 
 #if defined(__x86_64__)
 ALWAYS_INLINE Lanes Load(const HalfForF16c* x) {
+#if defined(__clang__)
+  _Float16 __attribute__((vector_size(2 * kLanes))) halves;
+  std::memcpy(&halves, x, sizeof(halves));
+  return __builtin_convertvector(halves, Lanes);
+#else  // GCC would convert them one by one
   using Eight = uint16_t __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
   Lanes lanes;
   asm("vcvtph2ps %1, %0" : "=x"(lanes) : "m"(*reinterpret_cast<const Eight*>(x)));
   return lanes;
+#endif
 }
 #endif
 

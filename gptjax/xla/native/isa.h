@@ -14,7 +14,7 @@ inline bool Asked(const char* beginning) {
   return !isa || !*isa || std::strncmp(isa, beginning, std::strlen(beginning)) == 0;
 }
 
-// False if the processor lacks AVX2 or F16C, which came before it, or GPTJAX_NATIVE_ISA asks for plain C++.
+// False if the processor lacks AVX2 or F16C, or GPTJAX_NATIVE_ISA asks for plain C++.
 inline bool UseAvx2() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -38,8 +38,8 @@ inline bool UseAvx512() {
 }  // namespace gptjax
 
 #if defined(__x86_64__)
-#define FOR_AVX2 __attribute__((target("avx2")))
-#define FOR_AVX512 __attribute__((target("avx2,avx512f,avx512vl")))
+#define FOR_AVX2 __attribute__((target("avx2,f16c")))
+#define FOR_AVX512 __attribute__((target("avx2,f16c,avx512f,avx512vl")))
 #else
 #define FOR_AVX2
 #define FOR_AVX512
