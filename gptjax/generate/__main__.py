@@ -30,7 +30,7 @@ from gptjax.convert.weights import (
 )
 from gptjax.errors import ConfigError, DataError
 from gptjax.files import read_stream
-from gptjax.generate.engine import CHUNK, Rules
+from gptjax.generate.engine import CHUNK, Rules, begin
 from gptjax.generate.samples import Sample, continued
 from gptjax.generate.stream import prompt_ids
 from gptjax.tokenizers import Tokenizer
@@ -171,9 +171,10 @@ def write(model: Model, prompts: list[str], args: GenerateConfig) -> None:
     for first in range(0, total, args.batch_size):
         numbers = range(first, min(first + args.batch_size, total))
         samples = [Sample(model.tokenizer, ids[i // args.num_samples], args.stop) for i in numbers]
-        for texts in continued(
+        parts = continued(
             model.params, samples, model.rules, key, args.max_new_tokens, chunk, first
-        ):
+        )
+        for texts in cli.started(parts, *([begin] if total <= args.batch_size else [])):
             if streaming:
                 show(texts[0])
         made += sum(len(sample.ids) for sample in samples)
@@ -240,9 +241,8 @@ def converse(model: Model, args: GenerateConfig) -> None:
             else jax.random.fold_in(jax.random.key(args.seed), turn)
         )
         with contextlib.suppress(KeyboardInterrupt):
-            for texts in continued(
-                model.params, [sample], model.rules, key, args.max_new_tokens, 1
-            ):
+            parts = continued(model.params, [sample], model.rules, key, args.max_new_tokens, 1)
+            for texts in cli.started(parts):
                 show(texts[0])
         said += sample.visible_ids()
         show("\n")

@@ -136,7 +136,7 @@ def generate(
             windows = [row[start:] for row, start in zip(rows, starts, strict=True)]
             if state and state.lookup:
                 budget = fetch(state.lookup.budget)
-            state, tokens, logprobs = _start(
+            state, tokens, logprobs = begin(
                 params, *_padded(windows, rules, left), rules, keys, drawn, done, budget
             )
         made = int(fetch(state.drawn)) - drawn
@@ -206,7 +206,7 @@ def _padded(
 
 
 @partial(jax.jit, static_argnames=("slots", "rules"))
-def _start(
+def begin(
     params: Any,
     ids: Array,
     padding: Array,

@@ -4,6 +4,7 @@ import sys
 import types
 import weakref
 
+import jax
 import numpy as np
 import pytest
 
@@ -81,6 +82,66 @@ print(kept, resident() - before)
     kept, left = map(int, done.stdout.split())
     assert kept > 48e6
     assert left < 16e6
+
+
+def test_code_of_the_start_is_returned():
+    """What JAX's import leaves, at once and only once, after the second part of an output; then it
+    compiles as before.
+    """
+    script = """
+import re
+import jax, jax.numpy as jnp
+import gptjax.cli as cli
+def of_files():
+    return int(re.search(r"RssFile:\\s+(\\d+)", open("/proc/self/status").read())[1])
+jax.jit(jnp.cos)(1.0)
+found = []
+for part in cli.started("abcd"):
+    found.append(of_files())
+print(*found, jax.jit(jnp.sin)(0.0), of_files())
+cli.return_code()
+print(of_files())
+"""
+    if sys.platform != "linux":
+        pytest.skip("Linux alone")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *before, third, fourth, sine, compiled, once_more = map(float, done.stdout.split())
+    assert sine == 0
+    assert len(before) == 2
+    assert max(third, fourth) < min(before) / 3
+    assert third < compiled <= once_more
+
+
+def test_a_program_that_is_used_once_is_given_up_when_two_parts_have_come():
+    once, kept = jax.jit(lambda x: x + 1), jax.jit(lambda x: x + 2)
+    (once(1), kept(1))
+    sizes = [(once._cache_size(), kept._cache_size()) for _ in cli.started("abc", once)]
+    assert sizes == [(1, 1), (1, 1), (0, 1)]
+
+
+SMAPS = """\
+00400000-00500000 r-xp 00000000 fe:00 123                        /a library.so (deleted)
+Size:               1024 kB
+Anonymous:             0 kB
+VmFlags: rd ex mr mw me
+00500000-00600000 r--p 00000000 fe:00 123                        /relocated.so
+Size:               1024 kB
+Anonymous:             4 kB
+VmFlags: rd mr mw me
+00600000-00700000 rw-p 00000000 fe:00 123                        /data.so
+Anonymous:             0 kB
+00700000-00800000 r--p 00000000 00:00 0
+Anonymous:             0 kB
+7f0000000000-7f0000001000 r--p 00000000 fe:00 9                  /usr/lib/c.so
+Anonymous:             0 kB
+"""
+
+
+def test_only_memory_that_a_file_still_has_is_returned():
+    """Not what was relocated, can be written, or belongs to no file."""
+    first, last = (0x400000, 0x500000), (0x7F0000000000, 0x7F0000001000)
+    assert cli.unchanged(SMAPS) == [first, last]
 
 
 def test_peak_memory_is_of_this_process_alone():

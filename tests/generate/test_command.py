@@ -51,6 +51,28 @@ def test_a_start_loads_no_library_that_it_may_not_need():
     assert (done.stdout, done.stderr) == ("set()\n", "")
 
 
+def test_decoding_holds_little_beside_the_model(model):
+    """150 MB, half of them since JAX's import. Starting holds more, and returns it."""
+    if sys.platform != "linux":
+        pytest.skip("Linux alone")
+    script = """
+import re, sys
+from gptjax.generate.__main__ import main
+main(sys.argv[1:])
+status = open("/proc/self/status").read()
+print(*(int(re.search(rf"{name}:\\s+(\\d+)", status)[1]) for name in ("VmHWM", "VmRSS")))
+"""
+    options = ["--tokenizer", "byte", "--ignore_end", "--max_new_tokens", "8"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, "--checkpoint", model, *options],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    most, held = (1024 * int(kilobytes) for kilobytes in done.stdout.splitlines()[-1].split())
+    assert held < 150e6 < most
+
+
 def test_one_text_is_the_prompt_and_what_follows(generate):
     (record,) = records(generate("--prompt", "ab", "--json"))
     assert len(record["ids"]) == 8

@@ -146,7 +146,7 @@ def test_a_cache_is_changed_in_place(prompts):
     rules, B = Rules(CFG, GREEDY, 11, lookup=True), len(prompts)
     stored = store_for_decoding(params("unroll"), CFG)
     ids, padding, slots = engine._padded(prompts, rules, 40)
-    state, _, _ = engine._start(
+    state, _, _ = engine.begin(
         stored, ids, padding, slots, rules, jax.random.split(KEY, B), 0, np.zeros(B, bool), 1.0
     )
     program = engine.advance.lower(stored, state, rules, 8, 8).compile().as_text()
@@ -158,9 +158,9 @@ def test_a_cache_is_changed_in_place(prompts):
 def test_prompts_of_similar_length_share_a_program():
     rules = Rules(CFG, Sampler(0.7, 3), 11)
     tokens([[1, 2]], rules, 9)
-    known = engine._start._cache_size(), engine.advance._cache_size()
+    known = engine.begin._cache_size(), engine.advance._cache_size()
     tokens([[1, 2, 3, 4]], rules, 7)
-    assert (engine._start._cache_size(), engine.advance._cache_size()) == known
+    assert (engine.begin._cache_size(), engine.advance._cache_size()) == known
 
 
 @pytest.mark.parametrize("prompts", [[], [[1], []]])

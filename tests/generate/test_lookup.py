@@ -159,7 +159,7 @@ def test_tokens_of_a_draft_are_drawn_from_the_models_distribution():
     ids, padding = jnp.array([prompt[:-1]], jnp.int32), jnp.zeros(1, jnp.int32)
 
     def pair(key):
-        state, *_ = engine._start(params, ids, padding, 64, rules, key[None], 0, none, 1.0)
+        state, *_ = engine.begin(params, ids, padding, 64, rules, key[None], 0, none, 1.0)
         token = jnp.array(prompt[-1:], jnp.int32)
         text = lookup.start(ids[0], state.slot, padding[0], token[0], 64, price=1.0, budget=0.0)
         state = state._replace(token=token, lookup=text)
