@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Key
 from gptjax.config import Sampler
 from gptjax.xla.products import accumulation_dtype
 
-BLOCK = 128  # ids in a block of `draw`
+BLOCK = 128  # neighbouring ids
 
 
 def choose(
@@ -74,7 +74,7 @@ def _least_kept(
     def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
         middle = low + (high - low) // 2
-        # Over blocks first: XLA's CPU compiler adds 128 sums at a time faster than it adds one up
+        # Over blocks first: XLA's CPU compiler is faster at many sums at once than at one
         above = jnp.where(bits > middle[:, None, None], weights, 0).sum(1).sum(1)
         return jnp.where(above < limit, low, middle + 1), jnp.where(above < limit, middle, high)
 

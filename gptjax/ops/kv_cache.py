@@ -15,13 +15,14 @@ from gptjax.xla.barrier import cpu_barrier
 from gptjax.xla.products import accumulation_dtype
 
 KeyHeads = Float[Array, "B T K D"]
+CPP_DTYPES = (jnp.float32, jnp.float16)  # of a cache that C++ reads
 FEW = 8  # new positions that one call of C++ attends to; of more, XLA multiplies matrices
 
 
 class LayerCache(NamedTuple):
     """Keys and values of a layer, or of all L, in S slots, some not yet written.
 
-    In the compute dtype; or in float16 beside float32, which halves what each token reads.
+    In the compute dtype, or, to read half as much, in float16 where that is float32.
     """
 
     k: Float[Array, "*L B K S D"]
@@ -40,8 +41,8 @@ def cached_attention(
     ``slot``.
 
     Scores their own keys apart and writes the cache only after reading it. XLA then updates the
-    cache in place instead of copying all of it for each token. Their keys and values are rounded
-    first as the cache has them, so that it does not matter which tokens are read together.
+    cache in place instead of copying all of it for each token. Their keys and values are first
+    rounded to the cache's dtype, as those that came before were.
 
     Args:
         q: queries (B, T, H, D) of the new positions.
@@ -60,7 +61,7 @@ def cached_attention(
     caches, layer = stack_of(cache)
     k, v = (_as_cached(x, caches.k.dtype) for x in (k, v))
     arguments = q, k, v, caches, layer, slot, begin
-    if q.shape[1] <= FEW and q.dtype == jnp.float32:
+    if q.shape[1] <= FEW and q.dtype == jnp.float32 and caches.k.dtype in CPP_DTYPES:
         o = native.on_cpu("attention", native.attention, _attend, *arguments)
     else:
         o = _attend(*arguments)
@@ -74,11 +75,13 @@ def cached_attention(
 
 
 def _as_cached(x: Float[Array, "..."], dtype: Any) -> Float[Array, "..."]:
-    """Round to a cache's dtype, whose range float32 may exceed."""
+    """Round to a cache's dtype. What is beyond its range becomes its largest number, unless it is
+    infinite.
+    """
     if dtype == x.dtype:
         return x
     largest = jnp.finfo(dtype).max.astype(x.dtype)
-    return jnp.clip(x, -largest, largest).astype(dtype)
+    return jnp.where(jnp.isfinite(x), jnp.clip(x, -largest, largest), x).astype(dtype)
 
 
 def _attend(

@@ -28,9 +28,9 @@ class RunInUseError(CheckpointError):
 def claim(runs: Path, name: str, resume: str | None) -> Iterator[Path]:
     """Lock the folder of a run for the block, and unlock it even if the block raises.
 
-    A new run gets a new folder, ``NAME``, ``NAME-2``, ``NAME-3``... A folder without a
-    configuration is unused: it is removed at the end of the block, and the next run takes one that
-    a killed process left.
+    A new run gets a new folder, ``NAME``, ``NAME-2``, ``NAME-3``... A folder that is
+    empty but for its lock is unused: it is removed at the end of the block, and the next run takes
+    one that a killed process left.
 
     Args:
         runs: the folder that holds all runs.
@@ -64,18 +64,26 @@ def claim(runs: Path, name: str, resume: str | None) -> Iterator[Path]:
 def _newest(runs: Path, name: str) -> tuple[Path, TextIO]:
     with contextlib.ExitStack() as kept:
         unused: tuple[Path, TextIO] | None = None
+        others: list[TextIO] = []
         numbers = _numbers(runs, name)
         for number in numbers:
             folder = _numbered(runs, name, number)
             with contextlib.suppress(FileNotFoundError):  # its process failed and removed it
-                # In this order: an unused folder may become a run's meanwhile, and not the reverse
-                if (not unused and _is_unused(folder)) or is_run(folder):
-                    lock = _lock(folder)
-                    if is_run(folder):
-                        return folder, lock
-                    # Keep the lock: two processes that search at once would each find it locked
-                    unused = folder, kept.enter_context(lock)
+                # In this order, in which a process that starts meanwhile makes them true
+                if not (_is_unused(folder) or (folder / LOCK_FILE).exists() or is_run(folder)):
+                    continue
+                lock = _lock(folder)  # only then nothing changes
+                if is_run(folder):
+                    return folder, lock
+                # Keep the lock: two processes that search at once would each find it locked
+                kept.enter_context(lock)
+                if not unused and _is_unused(folder):
+                    unused = folder, lock
+                else:
+                    others.append(lock)
         kept.pop_all()
+    for lock in others:
+        lock.close()
     return unused or _new(runs, name, numbers, resume=True)
 
 

@@ -153,7 +153,9 @@ def test_stored_weights_keep_their_dtype_or_take_the_chosen_one(how):
     ],
 )
 @pytest.mark.parametrize("layers", ["unroll", "scan"])
-def test_a_cache_beside_weights_in_blocks_is_narrow(how, dtype, expected, layers):
+def test_a_cache_is_in_float16_beside_weights_in_blocks_and_in_float32_else(
+    how, dtype, expected, layers
+):
     cfg = tiny.config(dtype=dtype, layers=layers)
     params = store_for_decoding(tiny.params(cfg, jnp.float32), cfg, how)
     cache = empty_cache(params, cfg, 1, 8)

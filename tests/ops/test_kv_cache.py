@@ -46,10 +46,10 @@ def test_padding_sees_itself_alone():
     np.testing.assert_allclose(o, v, rtol=1e-12)
 
 
-def test_a_cache_in_float16_holds_what_is_read_together_too():
+def test_a_token_sees_its_own_key_as_a_cache_in_float16_holds_it():
     """Reading two tokens at once, or one after the other, leaves the same cache and the same
     output: a token's own key is rounded as the others are. Numbers beyond float16's become its
-    largest.
+    largest, but what is infinite or no number is not hidden.
     """
     q, k, v = (jax.random.normal(jax.random.key(i), (1, 2, n, D)) for i, n in enumerate((H, 2, 2)))
     k, v = k.at[0, 0, 1, 2].set(1e6), v.at[0, 0, 0, 0].set(-1e6)
@@ -67,6 +67,9 @@ def test_a_cache_in_float16_holds_what_is_read_together_too():
     assert (cache.k.max(), cache.v.min()) == (largest, -largest)
     assert cache.k.dtype == cache.v.dtype == jnp.float16
     assert not np.array_equal(cache.k[0, :, 3], k[0, 0])  # it is rounded
+    for wrong in (jnp.inf, -jnp.inf, jnp.nan):
+        _, spoilt = cached_attention(q, k.at[0, 1, 0, 0].set(wrong), v, cache, jnp.int32(3), begin)
+        np.testing.assert_array_equal(spoilt.k[0, 0, 4, 0], wrong)
 
 
 # --- In C++ ---
@@ -200,11 +203,17 @@ def test_a_score_beyond_float32_hides_only_its_key():
 @pytest.mark.usefixtures("compiler")
 def test_arrays_that_do_not_fit_are_rejected():
     q, k, v, cache = make(1, 3, 16)
-    half = k.astype(jnp.float16)
-    wrongs = ((q[:1], k, v), 0), ((q, k[..., :8], v), 0), ((q, k, v), 201), ((q, half, half), 0)
-    for wrong, slot in wrongs:
+    half, other = k.astype(jnp.float16), cache._replace(v=cache.v.astype(jnp.float16))
+    for wrong, slot, past in (
+        ((q[:1], k, v), 0, cache),
+        ((q, k[..., :8], v), 0, cache),
+        ((q, k, v), 201, cache),
+        ((q, half, half), 0, cache),
+        ((q, half, v), 0, cache),
+        ((q, k, v), 0, other),
+    ):
         with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="do not fit"):
-            computed(*wrong, cache, slot, (0, 0))
+            computed(*wrong, past, slot, (0, 0))
     stack = jax.tree.map(lambda x: x[None], cache)
     for layer in (-1, 1):
         with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="do not fit"):
@@ -212,14 +221,17 @@ def test_arrays_that_do_not_fit_are_rejected():
 
 
 @pytest.mark.usefixtures("compiler")
-def test_plain_cpp_gives_the_same_bits():
+@pytest.mark.parametrize("isa", ["portable", "avx2"])
+def test_every_instruction_set_gives_the_same_bits(isa):
     """In another process, since the environment is read once."""
+    if isa not in native.instruction_sets(native.registered("product")):
+        pytest.skip(f"this processor has no {isa}")
     script = (
         "import sys; from tests.ops.test_kv_cache import of_many_sizes, native;"
         "native.available('attention');"
         "sys.stdout.buffer.write(of_many_sizes())"
     )
-    environment = {**os.environ, native.ISA: "portable"}
+    environment = {**os.environ, native.ISA: isa}
     done = subprocess.run([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE)
     assert done.stdout == of_many_sizes()
 

@@ -41,7 +41,10 @@ PRODUCT = jax.jit(product)
 
 # Sizes with and without tails of panels (8), blocks (32) and vectors (16)
 SIZES = [(1, 1), (9, 33), (24, 96), (33, 300)]
-ROWS = {"native": [1, 2, 3, 4, 5, 9, 40], "XLA": [1, 5]}
+ROWS = {"native": [*range(1, 18), 40], "XLA": [1, 5]}
+# (rows, outputs, inputs): matrices that are shared out in several pieces, with an odd number of
+# panels; more rows than stay in a core's cache
+LARGE = [(1, 137, 1100), (6, 137, 1100), (50, 9, 3100)]
 
 
 def exact(w: Blocks) -> np.ndarray:
@@ -242,6 +245,18 @@ def test_products_differ_by_the_rounding_of_x_alone(kernels, kind, size):
         error = np.abs(computed(x, w, kernels) - np.asarray(x, np.float64) @ exact(w).T)
         assert (error <= rounding_bound(x, w)).all()
         assert error.any() or size == (1, 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), LARGE)
+def test_large_products_differ_by_the_rounding_of_x_alone(kernels, kind, rows, outputs, inputs):
+    x, w = make(rows, outputs, inputs, rows, kind)
+    found = computed(x, w, kernels)
+    error = np.abs(found - np.asarray(x, np.float64) @ exact(w).T)
+    assert (error <= rounding_bound(x, w)).all()
+    if kernels == "native":
+        for row in (0, rows - 1):
+            np.testing.assert_array_equal(computed(x[row : row + 1], w, kernels)[0], found[row])
 
 
 @pytest.mark.parametrize("kind", KINDS)

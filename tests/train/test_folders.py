@@ -2,6 +2,7 @@
 two.
 """
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -105,28 +106,61 @@ def test_auto_refuses_an_older_run_that_is_being_trained(tmp_path):
         pass
 
 
-def test_auto_refuses_a_run_that_begins_while_it_looks(tmp_path, monkeypatch):
-    """Whatever it asks first about the folder, the answer is old when it asks the next."""
+STEPS = LOCK_FILE, "tokenizer.json", "config.yaml.7.partial", "config.yaml"
+
+
+@pytest.mark.parametrize("done", range(len(STEPS)))
+@pytest.mark.parametrize("newer", [False, True])
+@pytest.mark.parametrize("at_once", [1, len(STEPS)])
+def test_auto_refuses_a_run_that_begins_while_it_looks(tmp_path, monkeypatch, done, newer, at_once):
+    """After each question about the folder, the process that owns it goes one step on, or all, from
+    any of them; beside it there may be what a killed start left.
+    """
     folder = tmp_path / "a"
     folder.mkdir()
+    if newer:
+        (tmp_path / "a-2").mkdir()
+    steps = list(STEPS)
+    with contextlib.ExitStack() as held:
 
-    with (folder / LOCK_FILE).open("w") as lock:
+        def go_on():
+            if steps:
+                file = held.enter_context((folder / steps.pop(0)).open("w"))
+                if len(steps) == len(STEPS) - 1:
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                    file.write("process 7 on this machine\n")
+                    file.flush()
 
-        def begins_after(ask):
+        def then_goes_on(ask):
             def asked(of):
                 answer = ask(of)
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                lock.write("process 7 on this machine\n")
-                lock.flush()
-                trained(folder)
+                for _ in range(at_once if of == folder else 0):
+                    go_on()
                 return answer
 
             return asked
 
+        for _ in range(done):
+            go_on()
         for name in ("is_run", "_is_unused"):
-            monkeypatch.setattr(folders, name, begins_after(getattr(folders, name)))
+            monkeypatch.setattr(folders, name, then_goes_on(getattr(folders, name)))
         with pytest.raises(RunInUseError, match="process 7"), claim(tmp_path, "a", "auto"):
             pass
+
+
+@pytest.mark.parametrize("left", [STEPS[:2], STEPS[:3], ("notes.txt",)])
+def test_auto_leaves_a_folder_alone_that_is_neither_unused_nor_a_run(tmp_path, left):
+    """One in which a process was killed as it began, or another's."""
+    for name in left:
+        (tmp_path / "a").mkdir(exist_ok=True)
+        (tmp_path / "a" / name).touch()
+    for _ in range(2):
+        with claim(tmp_path, "a", "auto") as folder:
+            assert folder == tmp_path / "a-2"
+    assert {path.name for path in (tmp_path / "a").iterdir()} == set(left)
+    trained(tmp_path / "a-3")
+    with claim(tmp_path, "a", "auto") as folder:
+        assert folder == tmp_path / "a-3"
 
 
 def test_a_start_that_fails_leaves_nothing_behind(tmp_path):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptjax.errors import ConfigError
 from gptjax.train.optimizer import make_optimizer
 from gptjax.xla import native
 from tests.models import tiny
@@ -236,16 +237,27 @@ def test_a_damaged_one_is_made_anew(kept, monkeypatch, content):
 
 @pytest.mark.usefixtures("compiler")
 def test_the_environment_chooses_an_instruction_set(monkeypatch):
-    """Plain C++ is always there."""
-    script = "from gptjax.xla import native; print(native.instruction_set_in_use())"
-    for name in ("portable", "mmx"):
+    """Plain C++ is always there. A wrong name is refused for every kernel."""
+    for kernel, name in (("product", "portable"), ("adamw", "AVX2"), ("attention", "mmx")):
+        script = (
+            "from gptjax.xla import native;"
+            f"print(native.available({kernel!r}), native.instruction_set_in_use())"
+        )
         environment = {**os.environ, native.ISA: name}
         command = [sys.executable, "-c", script]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if name == "portable":
-            assert done.stdout == "portable\n"
+            assert done.stdout == "True portable\n"
         else:
-            assert f"{native.ISA} is 'mmx', which this processor does not have" in done.stderr
+            expected = f"{native.ISA} is {name!r}: choose avx512vnni, avxvnni, avx2 or portable"
+            assert expected in done.stderr
+
+
+@pytest.mark.usefixtures("compiler")
+def test_an_instruction_set_that_the_processor_lacks_is_refused():
+    library = native.registered("product")
+    with pytest.raises(ConfigError, match="'another', which this processor does not have"):
+        native.use_instruction_set(library, "another")
 
 
 @pytest.mark.usefixtures("compiler")

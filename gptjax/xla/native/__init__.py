@@ -39,7 +39,8 @@ HEADERS = tuple(
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared")
 Kernel = Literal["adamw", "product", "attention"]
 """A function of KERNEL.cc; XLA calls it gptjax_KERNEL."""
-ISA = "GPTJAX_NATIVE_ISA"  # the environment variable that names an instruction set
+ISA = "GPTJAX_NATIVE_ISA"  # the environment variable that names one of these instruction sets
+ISAS = ("avx512vnni", "avxvnni", "avx2", "portable")
 PATIENCE = 120  # seconds for the compiler
 LEFT_ALONE = 24 * 60 * 60  # seconds for which a compiler that took longer is not asked again
 LOADS = "import ctypes, sys; ctypes.CDLL(sys.argv[1])[sys.argv[2]]"
@@ -63,8 +64,9 @@ def registered(kernel: Kernel) -> ctypes.CDLL | None:
     kernel could not be compiled, now or before.
 
     ``CXX`` names the compiler, ``c++`` by default; ``CXX=false`` leaves the work to XLA. Why it
-    cannot be compiled is logged. ``GPTJAX_NATIVE_ISA`` names one of `instruction_sets`, by
-    default the first. AdamW knows portable and AVX2 of them, attention AVX-512 besides.
+    cannot be compiled is logged. ``GPTJAX_NATIVE_ISA`` names one of `instruction_sets`; by default
+    each kernel takes the best that it has. AdamW has versions for portable and AVX2 only, attention
+    also one for AVX-512.
 
     Raises:
         ConfigError: it names another.
@@ -72,6 +74,9 @@ def registered(kernel: Kernel) -> ctypes.CDLL | None:
     """
     if jax.default_backend() != "cpu":
         return None
+    isa = os.environ.get(ISA) or None
+    if isa and isa not in ISAS:
+        raise ConfigError(f"{ISA} is {isa!r}: choose {', '.join(ISAS[:-1])} or {ISAS[-1]}")
     try:
         found = library(kernel)
         capsule = jax.ffi.pycapsule(found[kernel])
@@ -84,7 +89,7 @@ def registered(kernel: Kernel) -> ctypes.CDLL | None:
         return None
     if kernel == "product":
         found.instruction_set.restype = ctypes.c_char_p
-        use_instruction_set(found, os.environ.get(ISA) or instruction_sets(found)[0])
+        use_instruction_set(found, isa or instruction_sets(found)[0])
     return found
 
 

@@ -94,7 +94,7 @@ ffi::Error Update(ffi::ThreadPool pool, ffi::BufferR1<ffi::F32> scalars, ffi::Re
     blocks += (size + kBlock - 1) / kBlock;
   }
   if (s.finite == 0) return ffi::Error::Success();
-  gptjax::ParallelFor(pool, blocks, [&](int64_t block) {
+  gptjax::ParallelFor(pool, blocks, 1, [&](int64_t block) {
     const size_t i = std::upper_bound(first_block.begin(), first_block.end(), block) - first_block.begin() - 1;
     const int64_t at = (block - first_block[i]) * kBlock, left = tensors[i].size - at;
     (kAvx2 ? UpdateWithAvx2 : UpdateAnywhere)(s, eps, tensors[i], at, std::min(kBlock, left));

@@ -30,6 +30,7 @@ constexpr int kChunk = 64;   // keys
 constexpr int kHeads = 4;    // that are read together, at most
 constexpr int kKeys = 4;     // whose products are added up together
 constexpr int kVectors = 4;  // of a value that are added up together
+constexpr int kRun = 4;      // chunks that a thread takes at a time, since texts differ in length
 constexpr int kAhead = 16;   // keys between the one that is read and the one prefetched
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
@@ -38,7 +39,11 @@ constexpr float kNone = -std::numeric_limits<float>::infinity();
 using Lanes = float __attribute__((vector_size(4 * kLanes)));
 using Ints = int32_t __attribute__((vector_size(4 * kLanes)));
 enum class Half : uint16_t {};         // a number in half precision
-enum class HalfForF16c : uint16_t {};  // the same, for processors that convert 8 at a time
+enum class HalfForF16c : uint16_t {};  // the same, where an instruction converts 8 of them
+
+#if defined(__x86_64__) && (!defined(__clang__) || __clang_major__ >= 15)
+#define HAS_F16C
+#endif
 
 struct Shape {
   int64_t B, T, H, K, S, D;
@@ -90,7 +95,7 @@ ALWAYS_INLINE Lanes Load(const Half* x) {
   return FromBits(bits | (half & 0x8000) << 16);
 }
 
-#if defined(__x86_64__)
+#if defined(HAS_F16C)
 ALWAYS_INLINE Lanes Load(const HalfForF16c* x) {
 #if defined(__clang__)
   _Float16 __attribute__((vector_size(2 * kLanes))) halves;
@@ -390,10 +395,10 @@ void AttendToAll(ffi::ThreadPool& pool, const Shape& n, const Arrays<Number>& x)
   const Parts between{chunks, std::unique_ptr<float[]>(new float[parts]),
                       std::unique_ptr<float[]>(new float[parts]),
                       std::unique_ptr<float[]>(new float[parts * n.D])};
-  gptjax::ParallelFor(pool, n.B * n.K * chunks, [&](int64_t piece) {
+  gptjax::ParallelFor(pool, n.B * n.K * chunks, kRun, [&](int64_t piece) {
     attend(n, x, between, piece / chunks / n.K, piece / chunks % n.K, piece % chunks);
   });
-  gptjax::ParallelFor(pool, n.B * n.T, [&](int64_t piece) {
+  gptjax::ParallelFor(pool, n.B * n.T, 1, [&](int64_t piece) {
     for (int64_t h = 0; h < n.H; ++h) join(n, x, between, piece / n.T, piece % n.T, h);
   });
 }
@@ -427,7 +432,7 @@ ffi::Error Attention(ffi::ThreadPool pool, F32x4 q, ffi::AnyBuffer k, ffi::AnyBu
   };
   if (type == ffi::F32) {
     attend(float());
-#if defined(__x86_64__)
+#if defined(HAS_F16C)
   } else if (kAvx2) {
     attend(HalfForF16c());
 #endif

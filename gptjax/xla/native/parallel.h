@@ -15,15 +15,14 @@
 
 namespace gptjax {
 
-constexpr int kSpins = 2000;        // looks at whether the others are done before sleeping
-constexpr int64_t kLongest = 64;    // pieces that a thread takes at a time
+constexpr int kSpins = 2000;  // looks at whether the others are done before sleeping
 
 template <class F>
 struct Work {
-  Work(int64_t pieces, int64_t threads, F piece)
-      : pieces(pieces), threads(threads), piece(std::move(piece)) {}
+  Work(int64_t pieces, int64_t threads, int64_t longest, F piece)
+      : pieces(pieces), threads(threads), longest(longest), piece(std::move(piece)) {}
 
-  const int64_t pieces, threads;
+  const int64_t pieces, threads, longest;
   const F piece;
   std::atomic<int64_t> next{0}, done{0};
   std::mutex mutex;
@@ -33,7 +32,7 @@ struct Work {
     int64_t mine = 0;
     for (int64_t begin = next.load(std::memory_order_relaxed); begin < pieces;) {
       const int64_t share = (pieces - begin) / threads;
-      const int64_t end = begin + std::clamp<int64_t>(share, 1, kLongest);
+      const int64_t end = begin + std::clamp<int64_t>(share, 1, longest);
       if (!next.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
       for (int64_t i = begin; i < end; ++i) piece(i);
       mine += end - begin;
@@ -48,17 +47,17 @@ struct Work {
 };
 
 // Calls piece(0) to piece(pieces - 1), in any order, on the calling thread and those of the pool
-// that are free in time. Each takes runs of neighbours, long ones first, since memory is read
-// fastest from end to end; the short ones at the end let all finish together. Who starts too late
-// finds nothing left, and touches nothing but `Work`.
+// that are free in time. Each takes runs of neighbours, at most `longest` of them, since memory is
+// read fastest from end to end; at the end the runs are short, so that all finish together. Who
+// starts too late finds nothing left, and touches nothing but `Work`.
 template <class F>
-void ParallelFor(xla::ffi::ThreadPool& pool, int64_t pieces, F piece) {
+void ParallelFor(xla::ffi::ThreadPool& pool, int64_t pieces, int64_t longest, F piece) {
   const int64_t helpers = std::min<int64_t>(pool.num_threads() - 1, pieces - 1);
   if (helpers <= 0) {
     for (int64_t i = 0; i < pieces; ++i) piece(i);
     return;
   }
-  auto work = std::make_shared<Work<F>>(pieces, helpers + 1, std::move(piece));
+  auto work = std::make_shared<Work<F>>(pieces, helpers + 1, longest, std::move(piece));
   for (int64_t i = 0; i < helpers; ++i) pool.Schedule([work] { work->Run(); });
   work->Run();
   for (int i = 0; i < kSpins && !work->Done(); ++i) {

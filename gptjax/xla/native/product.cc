@@ -31,7 +31,8 @@ constexpr int kBlock = 32;        // inputs that share a scale
 constexpr int kLanes = 16;        // partial sums of a product with a row of bfloat16
 constexpr int kMostTogether = 4;  // rows of x that a kernel takes at a time with a panel
 constexpr int kMostWithTwo = 8;   // and with two panels
-constexpr int64_t kPieceBytes = 1 << 14;   // of weights, that are shared out together if two panels are smaller
+constexpr int64_t kPieceBytes = 1 << 14;   // of weights in a piece, unless two panels have more
+constexpr int64_t kRun = 64;               // pieces that a thread takes at a time, at most
 constexpr int64_t kCachedBytes = 1 << 17;  // of x, that stay in a core's cache
 
 enum Kind { kQ8_0, kQ4_0, kQ4_1, kKinds, kBFloat16 = kKinds };
@@ -64,7 +65,7 @@ using Quantizer = void (*)(const float* x, int64_t inputs, int8_t* q, float* sca
 struct Kernels {
   const char* name;
   PanelProduct panel[kKinds];
-  PanelProduct two_panels[kKinds];  // null if one is as fast
+  PanelProduct two_panels[kKinds];  // null if there is none
   RowProduct row;
   Quantizer quantize;
 };
@@ -278,8 +279,8 @@ std::atomic<const Kernels*> chosen{&AllKernels().front()};
 
 ffi::Error Misfit() { return ffi::Error::InvalidArgument("product: the shapes do not fit"); }
 
-// One matrix and its product: a panel is 8 outputs if it is in blocks, one in bfloat16. A thread
-// takes `together` panels at a time.
+// One matrix and its product: a panel is 8 outputs if it is in blocks, one in bfloat16. A piece
+// of the work has `together` panels.
 struct Matrix {
   Kind kind;
   const uint8_t* q;
@@ -305,7 +306,7 @@ Quantized QuantizeRows(ffi::ThreadPool& pool, const Kernels& kernels, const floa
                      &to.sum[m * blocks]);
   };
   if (M > 2 * kMostTogether) {
-    gptjax::ParallelFor(pool, M, quantize);
+    gptjax::ParallelFor(pool, M, kRun, quantize);
   } else {
     for (int64_t m = 0; m < M; ++m) quantize(m);
   }
@@ -405,7 +406,7 @@ ffi::Error Product(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::BufferR
   const float* from = x.typed_data();
   Quantized quantized;
   if (any_blocks) quantized = QuantizeRows(pool, kernels, from, M, inputs, blocks);
-  gptjax::ParallelFor(pool, pieces, [&](int64_t piece) {
+  gptjax::ParallelFor(pool, pieces, kRun, [&](int64_t piece) {
     size_t i = matrices.size() - 1;
     while (matrices[i].first_piece > piece) --i;
     const Matrix& w = matrices[i];
