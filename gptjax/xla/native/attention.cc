@@ -30,7 +30,6 @@ constexpr int kChunk = 64;   // keys
 constexpr int kHeads = 4;    // that are read together, at most
 constexpr int kKeys = 4;     // whose products are added up together
 constexpr int kVectors = 4;  // of a value that are added up together
-constexpr int kRun = 4;      // chunks that a thread takes at a time, since texts differ in length
 constexpr int kAhead = 16;   // keys between the one that is read and the one prefetched
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
@@ -395,7 +394,8 @@ void AttendToAll(ffi::ThreadPool& pool, const Shape& n, const Arrays<Number>& x)
   const Parts between{chunks, std::unique_ptr<float[]>(new float[parts]),
                       std::unique_ptr<float[]>(new float[parts]),
                       std::unique_ptr<float[]>(new float[parts * n.D])};
-  gptjax::ParallelFor(pool, n.B * n.K * chunks, kRun, [&](int64_t piece) {
+  // A thread takes a head's keys at most, since texts differ in length
+  gptjax::ParallelFor(pool, n.B * n.K * chunks, chunks, [&](int64_t piece) {
     attend(n, x, between, piece / chunks / n.K, piece / chunks % n.K, piece % chunks);
   });
   gptjax::ParallelFor(pool, n.B * n.T, 1, [&](int64_t piece) {
