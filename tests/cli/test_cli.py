@@ -85,9 +85,7 @@ print(kept, resident() - before)
 
 
 def test_code_of_the_start_is_returned():
-    """What JAX's import leaves, at once and only once, after the second part of an output; then it
-    compiles as before.
-    """
+    """What JAX's import leaves, after the second part of an output; then it compiles as before."""
     script = """
 import re
 import jax, jax.numpy as jnp
@@ -99,18 +97,16 @@ found = []
 for part in cli.started("abcd"):
     found.append(of_files())
 print(*found, jax.jit(jnp.sin)(0.0), of_files())
-cli.return_code()
-print(of_files())
 """
     if sys.platform != "linux":
         pytest.skip("Linux alone")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    *before, third, fourth, sine, compiled, once_more = map(float, done.stdout.split())
+    *before, third, fourth, sine, compiled = map(float, done.stdout.split())
     assert sine == 0
     assert len(before) == 2
     assert max(third, fourth) < min(before) / 3
-    assert third < compiled <= once_more
+    assert third < compiled
 
 
 def test_a_program_that_is_used_once_is_given_up_when_two_parts_have_come():
