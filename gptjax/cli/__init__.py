@@ -165,37 +165,38 @@ def return_freed_memory() -> None:
         libc.malloc_trim(0)
 
 
-def started(parts: Iterable[Part], *used_once: Any) -> Iterator[Part]:
-    """The same parts of an output. After the second, when all programs have run, returns the memory
-    that only starting needed: freed memory, `return_code`, and the programs of the jitted functions
-    ``used_once``.
+def returning_startup_memory(parts: Iterable[Part], *used_once: Any) -> Iterator[Part]:
+    """Yield the parts of an output unchanged. After the second, when every program has run, return
+    to the system what only the start needed.
+
+    That is freed memory, the libraries' code (`return_library_pages`), and the programs of
+    ``used_once``, jitted functions that are not needed again soon.
     """
     for number, part in enumerate(parts):
         yield part
         if number == 1:
             for function in used_once:
                 function.clear_cache()
-            return_code()
+            return_library_pages()
             return_freed_memory()
 
 
-def return_code() -> None:
-    """Return the pages of libraries, which this process has not changed, to the system's cache of
-    files; a no-op elsewhere than on Linux.
+def return_library_pages() -> None:
+    """Drop the clean pages of mapped files; a no-op elsewhere than on Linux.
 
-    That takes 25 ms. Those that are needed again come back. Of 130 MB, most are JAX's compiler's,
-    and do not.
+    The system keeps them in its cache, from which those that are used again come back. Most belong
+    to JAX's compiler, which decoding does not use.
     """
     MADV_DONTNEED = 4
     with contextlib.suppress(OSError, GptjaxError, UnicodeDecodeError, AttributeError):
         libc: Any = ctypes.CDLL("libc.so.6")
-        for begin, end in unchanged(read_text("/proc/self/smaps", 1 << 24)):
+        for begin, end in clean_mappings(read_text("/proc/self/smaps", 1 << 24)):
             libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), MADV_DONTNEED)
 
 
-def unchanged(smaps: str) -> list[tuple[int, int]]:
-    """(begin, end) of each range of memory that is a file's, cannot be written, and has no page of
-    which the process has made a copy of its own.
+def clean_mappings(smaps: str) -> list[tuple[int, int]]:
+    """(begin, end) of each mapping of a file that cannot be written and of which the process has
+    no page of its own, as relocated code has.
 
     Args:
         smaps: the text of ``/proc/PID/smaps``.

@@ -174,7 +174,8 @@ def write(model: Model, prompts: list[str], args: GenerateConfig) -> None:
         parts = continued(
             model.params, samples, model.rules, key, args.max_new_tokens, chunk, first
         )
-        for texts in cli.started(parts, *([begin] if total <= args.batch_size else [])):
+        read_once = [begin] if total <= args.batch_size else []
+        for texts in cli.returning_startup_memory(parts, *read_once):
             if streaming:
                 show(texts[0])
         made += sum(len(sample.ids) for sample in samples)
@@ -242,7 +243,7 @@ def converse(model: Model, args: GenerateConfig) -> None:
         )
         with contextlib.suppress(KeyboardInterrupt):
             parts = continued(model.params, [sample], model.rules, key, args.max_new_tokens, 1)
-            for texts in cli.started(parts):
+            for texts in cli.returning_startup_memory(parts):
                 show(texts[0])
         said += sample.visible_ids()
         show("\n")

@@ -65,8 +65,8 @@ def _least_kept(
     ``limit``; ``weigh`` maps probabilities to weights.
 
     It is found by bisecting its bit pattern, which is ordered like the numbers: 31 passes over the
-    probabilities. On CPU that takes a twentieth of the time of `jax.lax.top_k` or of sorting
-    GPT-2's 50,257 logits.
+    probabilities. On CPU that takes a fortieth of the time of `jax.lax.top_k` with the 49,152 of
+    SmolLM2.
     """
     integer = jnp.dtype(f"int{8 * p.dtype.itemsize}")
     bits, weights = lax.bitcast_convert_type(p, integer), weigh(p)

@@ -28,9 +28,9 @@ class RunInUseError(CheckpointError):
 def claim(runs: Path, name: str, resume: str | None) -> Iterator[Path]:
     """Lock the folder of a run for the block, and unlock it even if the block raises.
 
-    A new run gets a new folder, ``NAME``, ``NAME-2``, ``NAME-3``... A folder that is
-    empty but for its lock is unused: it is removed at the end of the block, and the next run takes
-    one that a killed process left.
+    A new run gets a new folder, ``NAME``, ``NAME-2``, ``NAME-3``... A folder that is empty but for
+    its lock is unused: it is removed at the end of the block, and the next run takes one that a
+    killed process left.
 
     Args:
         runs: the folder that holds all runs.
@@ -64,7 +64,6 @@ def claim(runs: Path, name: str, resume: str | None) -> Iterator[Path]:
 def _newest(runs: Path, name: str) -> tuple[Path, TextIO]:
     with contextlib.ExitStack() as kept:
         unused: tuple[Path, TextIO] | None = None
-        others: list[TextIO] = []
         numbers = _numbers(runs, name)
         for number in numbers:
             folder = _numbered(runs, name, number)
@@ -75,15 +74,12 @@ def _newest(runs: Path, name: str) -> tuple[Path, TextIO]:
                 lock = _lock(folder)  # only then nothing changes
                 if is_run(folder):
                     return folder, lock
+                if unused or not _is_unused(folder):
+                    lock.close()
+                    continue
                 # Keep the lock: two processes that search at once would each find it locked
-                kept.enter_context(lock)
-                if not unused and _is_unused(folder):
-                    unused = folder, lock
-                else:
-                    others.append(lock)
+                unused = folder, kept.enter_context(lock)
         kept.pop_all()
-    for lock in others:
-        lock.close()
     return unused or _new(runs, name, numbers, resume=True)
 
 

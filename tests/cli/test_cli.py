@@ -94,7 +94,7 @@ def of_files():
     return int(re.search(r"RssFile:\\s+(\\d+)", open("/proc/self/status").read())[1])
 jax.jit(jnp.cos)(1.0)
 found = []
-for part in cli.started("abcd"):
+for part in cli.returning_startup_memory("abcd"):
     found.append(of_files())
 print(*found, jax.jit(jnp.sin)(0.0), of_files())
 """
@@ -112,7 +112,9 @@ print(*found, jax.jit(jnp.sin)(0.0), of_files())
 def test_a_program_that_is_used_once_is_given_up_when_two_parts_have_come():
     once, kept = jax.jit(lambda x: x + 1), jax.jit(lambda x: x + 2)
     (once(1), kept(1))
-    sizes = [(once._cache_size(), kept._cache_size()) for _ in cli.started("abc", once)]
+    sizes = [
+        (once._cache_size(), kept._cache_size()) for _ in cli.returning_startup_memory("abc", once)
+    ]
     assert sizes == [(1, 1), (1, 1), (0, 1)]
 
 
@@ -134,10 +136,10 @@ Anonymous:             0 kB
 """
 
 
-def test_only_memory_that_a_file_still_has_is_returned():
+def test_only_pages_that_a_file_still_has_are_clean():
     """Not what was relocated, can be written, or belongs to no file."""
     first, last = (0x400000, 0x500000), (0x7F0000000000, 0x7F0000001000)
-    assert cli.unchanged(SMAPS) == [first, last]
+    assert cli.clean_mappings(SMAPS) == [first, last]
 
 
 def test_peak_memory_is_of_this_process_alone():

@@ -52,7 +52,7 @@ def test_a_start_loads_no_library_that_it_may_not_need():
 
 
 def test_decoding_holds_little_beside_the_model(model):
-    """150 MB, half of them since JAX's import. Starting holds more, and returns it."""
+    """At most 150 MB. The start holds more, and returns it."""
     if sys.platform != "linux":
         pytest.skip("Linux alone")
     script = """

@@ -94,8 +94,8 @@ def registered(kernel: Kernel) -> ctypes.CDLL | None:
 
 
 def instruction_sets(found: ctypes.CDLL) -> list[str]:
-    """Those that products can use on this processor, the best first: avx512vnni, avxvnni, avx2 and
-    portable, which is plain C++.
+    """Those of `ISAS` that products can use on this processor, the best first; portable is plain
+    C++.
 
     Args:
         found: the library of ``product``.
