@@ -106,6 +106,16 @@ def test_auto_refuses_an_older_run_that_is_being_trained(tmp_path):
         pass
 
 
+def test_auto_takes_the_newest_of_what_killed_starts_left(tmp_path):
+    """And leaves the others free."""
+    for name in ("a", "a-2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / LOCK_FILE).touch()
+    with claim(tmp_path, "a", "auto") as folder, (tmp_path / "a" / LOCK_FILE).open() as other:
+        assert folder == tmp_path / "a-2"
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 STEPS = LOCK_FILE, "tokenizer.json", "config.yaml.7.partial", "config.yaml"
 
 
