@@ -68,7 +68,9 @@ def cross_entropy_fwd(
     x = _exclude_padding(logits.astype(accumulation_dtype(logits)), vocab_size)
     others = jnp.where(_is_target(x, targets), -jnp.inf, x)
     lse = log_sum_exp(others)
-    odds = lse - jnp.take_along_axis(x, jnp.maximum(targets, 0)[:, None], axis=1)[:, 0]
+    # From the logits: to look up one number a row in x, XLA's TPU compiler stores x, in float32
+    own = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], axis=1)[:, 0]
+    odds = lse - jnp.where(targets < vocab_size, own.astype(x.dtype), -jnp.inf)
     weights = weights.astype(x.dtype)
     loss = (weights * jax.nn.softplus(odds)).sum()
     return loss, CrossEntropySaved(logits, lse, jax.nn.sigmoid(odds), targets, weights)

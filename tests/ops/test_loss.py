@@ -55,6 +55,22 @@ def test_an_ignored_target_beside_padding_costs_nothing():
     assert loss == 0
 
 
+def test_a_target_in_the_padding_costs_infinitely_much():
+    loss, _ = cross_entropy_fwd(normal(0, 1, 8), jnp.array([6], jnp.int32), jnp.ones(1), 5)
+    assert loss == np.inf
+
+
+def test_scores_of_16_bits_are_the_only_numbers_that_are_rounded():
+    """Their loss equals the loss of the same scores in float64, as float32 has it."""
+    scores = 20 * normal(0, 64, 128)
+    targets, weights = targets_in(100, 64), jnp.full(64, 1 / 64)
+    rounded = scores.astype(jnp.bfloat16)
+    exact, _ = cross_entropy_fwd(rounded.astype(jnp.float64), targets, weights, 100)
+    loss, _ = cross_entropy_fwd(rounded, targets, weights, 100)
+    assert loss.dtype == jnp.float32
+    assert float(loss) == pytest.approx(float(exact), rel=1e-6)
+
+
 def test_weights_sum_to_one_even_if_the_masks_sum_to_less():
     mask = jnp.array([[0.25, 0.0, 0.5]])
     np.testing.assert_allclose(
