@@ -26,7 +26,7 @@ from gptjax.ops import (
 )
 from gptjax.ops.activation import gelu
 from gptjax.ops.quantized import is_stored, product, quantized_linears, table_rows
-from gptjax.xla.barrier import barrier, cpu_barrier
+from gptjax.xla.barrier import barrier, barrier_except_tpu, cpu_barrier
 from gptjax.xla.forms import form_of
 from gptjax.xla.products import contract
 
@@ -85,14 +85,16 @@ def layernorm_bwd(saved: Any, w: Array, dy: Array) -> tuple[Array, Array, Array]
 
     Otherwise XLA computes their broadcasts in the forward and stores them.
     """
-    saved = saved._replace(mean=barrier(dy, saved.mean), rstd=barrier(dy, saved.rstd))
+    saved = saved._replace(
+        mean=barrier_except_tpu(dy, saved.mean), rstd=barrier_except_tpu(dy, saved.rstd)
+    )
     dx, dw, db = ops.layernorm_bwd(saved, w, dy)
     return cpu_barrier((dw, db), dx), dw, db
 
 
 def rmsnorm_bwd(saved: Any, w: Array, dy: Array) -> tuple[Array, Array]:
     """`ops.rmsnorm_bwd`; its statistic waits for dy, as `layernorm_bwd`'s do."""
-    saved = saved._replace(rstd=barrier(dy, saved.rstd))
+    saved = saved._replace(rstd=barrier_except_tpu(dy, saved.rstd))
     dx, dw = ops.rmsnorm_bwd(saved, w, dy)
     return cpu_barrier(dw, dx), dw
 
@@ -118,7 +120,7 @@ def _gelu_of_product(x: Array) -> Array:
 
 def gelu_bwd(x: Array, dy: Array) -> Array:
     """`ops.gelu_bwd`; x waits for dy, or XLA computes tanh(u) in the forward and stores it."""
-    return ops.gelu_bwd(barrier(dy, x), dy)
+    return ops.gelu_bwd(barrier_except_tpu(dy, x), dy)
 
 
 def gelu_again(dx: Array, x: Array) -> Array:
@@ -130,7 +132,7 @@ def swiglu_bwd(saved: Any, dy: Array) -> tuple[Array, Array]:
     """`ops.swiglu_bwd`; the gate waits for dy, or XLA computes its sigmoid in the forward and
     stores it.
     """
-    return ops.swiglu_bwd(saved._replace(gate=barrier(dy, saved.gate)), dy)
+    return ops.swiglu_bwd(saved._replace(gate=barrier_except_tpu(dy, saved.gate)), dy)
 
 
 def swiglu_again(dx: Array, saved: Any) -> Array:

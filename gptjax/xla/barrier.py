@@ -46,3 +46,12 @@ def cpu_barrier(first: Any, x: Inexact[Array, "*shape"]) -> Inexact[Array, "*sha
     then.
     """
     return lax.platform_dependent(first, x, cpu=barrier, default=lambda first, x: x)
+
+
+def barrier_except_tpu(first: Any, x: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
+    """``x``, behind a `barrier` after ``first`` except on TPU.
+
+    XLA's TPU compiler recomputes cheap values by itself. There, a barrier after a product would
+    only keep it from computing, while it writes the product, what follows from it.
+    """
+    return lax.platform_dependent(first, x, tpu=lambda first, x: x, default=barrier)
