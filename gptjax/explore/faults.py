@@ -119,12 +119,12 @@ IN_OPS = [
     ),
     *_in(
         ops.linear_bwd,
-        ("sign", "minus dx", 'dx = contract("bto', 'dx = -contract("bto'),
+        ("sign", "minus dx", "dx = times_transpose", "dx = -times_transpose"),
         (
             "off by one",
             "dw of x and the next token's dy",
-            "products(_flat(x), do)",
-            "products(jnp.roll(_flat(x), 1, 1), do)",
+            "products(x, dy)",
+            "products(x[:, :-1], dy[:, 1:])",
         ),
         ("wrong reduction", "mean instead of sum in db", ".sum((0, 1))", ".mean((0, 1))"),
     ),

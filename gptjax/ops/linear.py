@@ -1,12 +1,14 @@
 """Linear layer, with weights stored as (in, out), like GPT-2's Conv1D."""
 
-import math
-
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gptjax.xla.products import accumulation_dtype, contract, sum_of_outer_products
+from gptjax.xla.products import (
+    accumulation_dtype,
+    affine,
+    sum_of_outer_products,
+    times_transpose,
+)
 
 
 @jax.jit
@@ -15,8 +17,8 @@ def linear_fwd(
 ) -> tuple[Float[Array, "B T *O"], Float[Array, "B T *I"]]:
     """``y = x w + b``, computed in x's dtype; without ``b``, ``y = x w``.
 
-    Inputs and outputs may have several axes, which are flattened into one: w of shape (C, H, D)
-    maps channels to heads; (H, D, C) maps heads to channels.
+    Inputs and outputs may have several axes, which count as one: w of shape (C, H, D) maps channels
+    to heads; (H, D, C) maps heads to channels.
 
     Derivation of the backward, for one row: y_o = sum_i x_i w_io + b_o, so
 
@@ -26,11 +28,7 @@ def linear_fwd(
 
     Saved: x, for dw; dx needs only the weight.
     """
-    xi, io, outputs = _flat(x), _matrix(w, x.ndim - 2), w.shape[x.ndim - 2 :]
-    y = contract("bti,io->bto", xi, io.astype(x.dtype))
-    if b is not None:
-        y = y + jnp.broadcast_to(b.reshape(-1).astype(x.dtype), y.shape)
-    return y.reshape(*x.shape[:2], *outputs), x
+    return affine(x, w.astype(x.dtype), None if b is None else b.astype(x.dtype)), x
 
 
 @jax.jit
@@ -38,16 +36,7 @@ def linear_bwd(
     x: Float[Array, "B T *I"], w: Float[Array, "..."], dy: Float[Array, "B T *O"]
 ) -> tuple[Float[Array, "B T *I"], Float[Array, "..."], Float[Array, "*O"]]:
     """(dx, dw, db) of `linear_fwd`; dw and db are in `accumulation_dtype`."""
-    io, do = _matrix(w, x.ndim - 2), _flat(dy)
-    dx = contract("bto,io->bti", do, io.astype(dy.dtype)).reshape(x.shape)
-    dw = sum_of_outer_products(_flat(x), do).reshape(w.shape)
+    dx = times_transpose(dy, w.astype(dy.dtype))
+    dw = sum_of_outer_products(x, dy)
     db = dy.astype(accumulation_dtype(dy)).sum((0, 1))
     return dx, dw, db
-
-
-def _flat(x: Float[Array, "B T *I"]) -> Float[Array, "B T N"]:
-    return x.reshape(*x.shape[:2], -1)
-
-
-def _matrix(w: Float[Array, "..."], inputs: int) -> Float[Array, "I O"]:
-    return w.reshape(math.prod(w.shape[:inputs]), -1)
