@@ -65,15 +65,19 @@ def _kernel(T: int, H: int) -> Any:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     block = max(size for size in range(LANES, LARGEST_BLOCK + 1, LANES) if T % size == 0)
-    names = (
-        "block_q",
-        "block_kv",
-        "block_kv_compute",
-        "block_q_dkv",
-        "block_kv_dkv",
-        "block_kv_dkv_compute",
+    # The last axis is stored in whole `LANES`: heads of 64 channels would be half padding
+    layout = kernel.QKVLayout.SEQ_MINOR
+    sizes = kernel.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        use_fused_bwd_kernel=True,
+        q_layout=layout,
+        k_layout=layout,
+        v_layout=layout,
     )
-    blocks: dict[str, Any] = dict.fromkeys(names, block)
-    sizes = kernel.BlockSizes(use_fused_bwd_kernel=True, **blocks)
     mask = masks.MultiHeadMask([masks.CausalMask((T, T))] * H)
     return kernel.make_splash_mha_single_device(mask, block_sizes=sizes)

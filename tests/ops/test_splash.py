@@ -96,3 +96,9 @@ def test_on_a_mesh_each_device_runs_splash_on_its_own_rows_and_heads():
 def test_the_block_size_is_the_largest_that_divides_the_sequence(T, block):
     sizes = splash._kernel(T, 1).kwargs["block_sizes"]
     assert (sizes.block_q, sizes.block_kv, sizes.block_kv_dkv) == (block, block, block)
+
+
+def test_q_k_and_v_are_stored_with_time_last():
+    """In a TPU's memory heads of 64 channels would take as much as 128."""
+    sizes = splash._kernel(splash.LANES, 1).kwargs["block_sizes"]
+    assert {sizes.q_layout, sizes.k_layout, sizes.v_layout} == {kernel.QKVLayout.SEQ_MINOR}
