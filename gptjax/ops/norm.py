@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from gptjax.xla.moments import mean_and_variance
 from gptjax.xla.products import accumulation_dtype
 
 EPS = 1e-5  # GPT-2's
@@ -43,8 +44,8 @@ def layernorm_fwd(
     anyway.
     """
     xf = x.astype(accumulation_dtype(x))
-    mean = xf.mean(-1, keepdims=True)
-    rstd = lax.rsqrt(jnp.square(xf - mean).mean(-1, keepdims=True) + EPS)
+    mean, variance = mean_and_variance(x)
+    rstd = lax.rsqrt(variance + EPS)
     n = (xf - mean) * rstd
     y = n * jnp.broadcast_to(w.astype(n.dtype), n.shape) + jnp.broadcast_to(
         b.astype(n.dtype), n.shape
