@@ -33,8 +33,10 @@ NAMES = (
     + ", ".join(GPUS)
     + "); v5e:4x4, v6e:4x4, v4:2x2x4 or v5p:2x2x4"
 )
-# Keep libtpu from querying this machine for the slice that it is part of
 ENVIRONMENT = {
+    # Compiling takes no device, so several processes may
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    # Keep libtpu from querying this machine for the slice that it is part of
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
