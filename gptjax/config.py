@@ -958,15 +958,14 @@ class BenchConfig(Config):
     what: Literal["step", "decode", "data", "loop", "program", "gpu"] = "step"
     """step: the training step; decode: sampling with a cache, batch 1; data: tokenizing the corpus,
     and reading batches from it; loop: the steps between two validations, alone and with all the
-    other work of training; program: count the operations of the step and the bytes of their results
-    before any fusion, for both backwards; gpu: all that can be measured of this device in 8
-    minutes."""
+    other work of training; program: the step's programs for cuda or tpu as compiled, else its
+    operations as JAX lowers them; gpu: all that can be measured of this device in 8 minutes."""
     platform: Literal["cpu", "cuda", "rocm", "tpu"] | None = None
-    """Platform to lower the step for, with --what program; by default this machine's."""
+    """Platform to compile or lower for, with --what program; by default this machine's."""
     hlo: str | None = None
-    """With --what program: instead of counting, write the step's compiled programs to this folder,
-    as manual-gradient.txt, manual-update.txt and the same for autodiff. cuda needs the extra
-    cuda-aot, tpu the extra tpu; neither needs the device."""
+    """With --what program: also write the step's compiled programs to this folder, as
+    manual-gradient.txt, manual-update.txt and the same for autodiff. cuda needs the extra cuda-aot,
+    tpu the extra tpu; neither needs the device."""
     decode: bool = False
     """The same as --what decode."""
     compare: bool = False

@@ -11,10 +11,10 @@ The floor is measured in the same run: for a step, its matrix products at the ra
 product, and one pass of AdamW over memory; for decoding, one read of all weights a token.
 
 ``--what program`` times nothing. It counts the step's operations as lowered for ``--platform``,
-without needing that hardware. For cuda, where JAX's plugin is installed (``gptjax[cuda-aot]``), it
+without needing that hardware. Where JAX's plugin for cuda is installed (``gptjax[cuda-aot]``), it
 compiles the step for an H100 and adds up the kernels instead: bytes, FLOPs, and the least time if
-they run one after the other. With ``--hlo FOLDER`` it writes the programs compiled for an H100
-(cuda), a TPU v5e (tpu) or the CPU.
+they run one after the other; for tpu, where libtpu is (``gptjax[tpu]``), XLA counts the bytes.
+``--hlo FOLDER`` keeps the compiled programs, for this CPU too.
 ``--what gpu`` measures one GPU whole, in 8 minutes.
 """
 
@@ -213,7 +213,8 @@ def time_loop(cfg: BenchConfig) -> dict[str, Any]:
 
 
 def study_program(cfg: BenchConfig) -> dict[str, Any]:
-    """Compile the step where asked for or, for CUDA, where it can be; else count what is lowered.
+    """Compile the step if ``hlo`` is set or, for CUDA and TPU, if the compiler is installed;
+    otherwise count its lowered operations.
 
     Raises:
         GptjaxError: as `compile_program` and `count_program` do.
@@ -224,10 +225,10 @@ def study_program(cfg: BenchConfig) -> dict[str, Any]:
             start_jax(cfg.model.dtype)
         topology = program.target(cfg, cfg.platform or platform_name())
         return compile_program(cfg, topology, Path(cfg.hlo))
-    if cfg.platform == "cuda":
-        topology = program.target(cfg, "cuda")
-        start(topology)
+    if cfg.platform in ("cuda", "tpu"):
         try:
+            topology = program.target(cfg, cfg.platform)
+            start(topology)
             open_devices(topology)
         except ConfigError as error:
             print(f"lowered only, as {error}")
@@ -290,11 +291,14 @@ def compile_program(cfg: BenchConfig, topology: Topology, folder: Path | None) -
                 # An earlier run for another platform may have left more files
                 (folder / f"{backward}-{name}.txt").unlink(missing_ok=True)
     tokens = cfg.optim.accumulate * cfg.data.batch_size * cfg.data.seq_len
+    count = f"{topology.size} x " if topology.size > 1 else ""
     print(
-        f"compiled for {topology.kind}, {model.dtype}, attention {model.attention}, layers "
+        f"compiled for {count}{topology.kind}, {model.dtype}, attention {model.attention}, layers "
         f"{model.layers}, {tokens:,} tokens"
     )
-    print(f"{'program':<24} {'temporaries':>11}")
+    # XLA counts no bytes for a GPU
+    counted = topology.platform != "cuda"
+    print(f"{'program':<24} {'temporaries':>11}" + f" {'accessed':>9}" * counted)
     record: dict[str, Any] = {}
     found: dict[str, list[Kernel]] = {}
     for backward in program.BACKWARDS:
@@ -303,8 +307,13 @@ def compile_program(cfg: BenchConfig, topology: Topology, folder: Path | None) -
             if folder:
                 with naming(str(folder / file)):
                     (folder / file).write_text(one.text)
-            print(f"{file:<24} {human_bytes(one.temporary_bytes):>11}", flush=True)
-            record[file] = {"temporary_bytes": one.temporary_bytes}
+            figures = {"temporary_bytes": one.temporary_bytes}
+            line = f"{file:<24} {human_bytes(one.temporary_bytes):>11}"
+            if counted:
+                figures["accessed_bytes"] = one.accessed_bytes
+                line += f" {human_bytes(one.accessed_bytes):>9}"
+            print(line, flush=True)
+            record[file] = figures
             if topology.platform == "cuda" and topology.device:
                 found.setdefault(backward, []).extend(kernels(one.text, topology.device))
     if found:

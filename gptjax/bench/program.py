@@ -72,13 +72,17 @@ class Program(NamedTuple):
     """The compiled HLO."""
     temporary_bytes: int
     """Per device, excluding arguments and results."""
+    accessed_bytes: int
+    """Read and written by all operations on a device, on-chip memory included, by XLA's count,
+    which a GPU's program lacks.
+    """
 
 
 def target(cfg: Config, platform: str) -> Topology:
-    """The devices to compile for: H100s or CPUs, as many as the mesh has, or one TPU v5e.
+    """The devices to compile for, as many as the mesh has: CPUs, H100s, or TPUs v5e in a torus.
 
     Raises:
-        ConfigError: there is no compiler for the platform.
+        ConfigError: there is no compiler for the platform, or no torus of that size.
 
     """
     if platform not in COMPILED_FOR:
@@ -86,9 +90,15 @@ def target(cfg: Config, platform: str) -> Topology:
             f"hlo cannot compile for platform {platform}, only for " + ", ".join(COMPILED_FOR)
         )
     count = math.prod(max(1, size) for size in cfg.mesh.shape)
-    return parse_topology(
-        f"{COMPILED_FOR[platform]}:" + ("1x1" if platform == "tpu" else str(count))
-    )
+    if platform != "tpu":
+        return parse_topology(f"{COMPILED_FOR[platform]}:{count}")
+    if count & (count - 1):
+        raise ConfigError(
+            f"the mesh has {count} devices, but for tpu the step is compiled for 1, 2, 4, 8... of "
+            "them"
+        )
+    side = 2 ** (int(math.log2(count)) // 2)
+    return parse_topology(f"{COMPILED_FOR[platform]}:{side}x{count // side}")
 
 
 def compiled_step(
@@ -120,7 +130,12 @@ def compiled_step(
     found = compiled.gradient, *compiled.updates
     names = NAMES[:2] if len(compiled.updates) == 1 else (NAMES[0], *NAMES[2:])
     return [
-        Program(name, program.as_text() or "", steps.temporary_bytes(program))
+        Program(
+            name,
+            program.as_text() or "",
+            steps.temporary_bytes(program),
+            int((program.cost_analysis() or {}).get("bytes accessed", 0)),
+        )
         for name, program in zip(names, found, strict=True)
     ]
 

@@ -2,13 +2,21 @@
 dimensions.
 """
 
+import json
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from gptjax.bench import program
-from gptjax.config import Config, DataConfig
+from gptjax.config import Config, DataConfig, MeshConfig
+from gptjax.errors import ConfigError
+from tests.conftest import ROOT
 from tests.models import tiny
+from tests.plan.conftest import needs_libtpu
 
 X = jax.ShapeDtypeStruct((4, 8), jnp.bfloat16)
 
@@ -62,3 +70,54 @@ def test_the_products_of_a_step(platform):
     for backward in ("manual", "autodiff"):
         found = program.lowered_step(cfg, model, backward, platform)
         assert found.times["dot_general"] == model.num_layers * (3 * 6 + 6) + 3
+
+
+@pytest.mark.parametrize(
+    ("mesh", "platform", "name"),
+    [
+        (MeshConfig(), "tpu", "v5e:1x1"),
+        (MeshConfig(data=4), "tpu", "v5e:2x2"),
+        (MeshConfig(data=2, fsdp=4), "tpu", "v5e:2x4"),
+        (MeshConfig(fsdp=8), "cuda", "h100:8"),
+        (MeshConfig(fsdp=2, tensor=2), "cpu", "cpu:4"),
+    ],
+)
+def test_the_devices_are_as_many_as_the_meshs(mesh, platform, name):
+    assert program.target(Config(model=tiny.config(), mesh=mesh), platform).name == name
+
+
+def test_a_slice_that_no_torus_has_is_refused():
+    with pytest.raises(ConfigError, match="the mesh has 6 devices, but for tpu"):
+        program.target(Config(model=tiny.config(), mesh=MeshConfig(data=6)), "tpu")
+
+
+@needs_libtpu
+def test_a_step_compiles_for_a_tpu(tmp_path):
+    """In a process of its own, as libtpu is loaded for good."""
+    options = {
+        "what": "program",
+        "platform": "tpu",
+        "hlo": tmp_path,
+        "json": tmp_path / "r.json",
+        "config": ROOT / "configs" / "debug.yaml",
+        "data.batch_size": 8,
+        "data.seq_len": 128,
+        "model.num_layers": 4,
+        "model.channels": 256,
+        "model.num_heads": 4,
+    }
+    arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    command = [sys.executable, "-m", "gptjax.bench", *arguments]
+    subprocess.run(command, check=True, timeout=600, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    ours, autodiff = (
+        json.loads((tmp_path / "r.json").read_text())[f"{way}-gradient.txt"]
+        for way in ("manual", "autodiff")
+    )
+    assert 0 < ours["accessed_bytes"] <= autodiff["accessed_bytes"]
+    assert ours["temporary_bytes"] <= autodiff["temporary_bytes"]
+    _, _, stored = (tmp_path / "manual-gradient.txt").read_text().partition("\nENTRY")
+    # The scores in bfloat16 alone; q, k and v with T last, straight from the products
+    assert "bf16[1024,4096]{" in stored
+    assert "f32[1024,4096]{" not in stored
+    assert "bf16[8,4,64,128]{3,2,1,0" in stored
+    assert "bf16[8,128,4,64]{" not in stored
