@@ -22,7 +22,7 @@ for module in "$@"; do
   path=gptjax/ops/$module.py tests="tests/ops/test_names.py tests/ops/test_$module.py"
   case $module in
     blockwise) tests+=" tests/ops/test_attention.py" ;;
-    products | barrier) path=gptjax/xla/$module.py tests="tests/xla/test_$module.py tests/ops/test_linear.py" ;;
+    products | barrier | moments) path=gptjax/xla/$module.py tests="tests/xla/test_$module.py tests/ops/test_linear.py tests/ops/test_norm.py" ;;
     gpt2 | llama | transformer | layers)
       path=gptjax/models/$module.py tests="tests/models/test_$module.py"
       [[ $module != layers ]] || tests+=" tests/models/test_gpt2.py tests/models/test_llama.py"
