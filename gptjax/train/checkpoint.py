@@ -1,10 +1,10 @@
 """Checkpoints of a run: atomic, asynchronous, verified when read.
 
-Orbax writes each to a temporary folder and then renames it, so a crash never leaves half a
-checkpoint under a final name. Each holds a JSON document with a checksum of every array, taken on
-the device before saving, and the document's own SHA-256. A checkpoint whose arrays do not match is
-not used. Damage to any other file in it changes the arrays or raises an error, so the checksums
-cover it.
+Orbax writes each to a temporary folder and then renames it, and moves one that is no longer kept
+before it is deleted, so a crash never leaves half a checkpoint under a final name. Each holds a
+JSON document with a checksum of every array, taken on the device before saving, and the document's
+own SHA-256. A checkpoint whose arrays do not match is not used. Damage to any other file in it
+changes the arrays or raises an error, so the checksums cover it.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -41,6 +42,7 @@ from gptjax.train.optimizer import Optimizer
 from gptjax.train.step import TrainState, init_state
 
 PREFIX = "step"
+REPLACED = "replaced"  # holds the checkpoints that are to be deleted
 CHUNK_BYTES = 1 << 22  # of an array, written and verified at a time
 NOT_DAMAGE = (
     "RESOURCE_EXHAUSTED",
@@ -74,11 +76,13 @@ class CheckpointWriter:
             step_prefix=PREFIX,
             step_format_fixed_length=8,
             cleanup_tmp_directories=True,
+            todelete_subdir=REPLACED,
             # Skip the metadata of older checkpoints, so that a damaged one does not prevent saving
             lightweight_initialize=True,
         )
         with _write_errors(folder):
             self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        self._delete_replaced()
 
     def save(
         self,
@@ -123,9 +127,10 @@ class CheckpointWriter:
             )
 
     def check(self) -> None:
-        """Raise a `CheckpointError` if a save failed in the background."""
+        """Raise a `CheckpointError` if a save failed in the background; delete what is replaced."""
         with _write_errors(self.folder):
             self._manager.check_for_errors()
+        self._delete_replaced()
 
     def close(self) -> None:
         """Wait until every save is on disk.
@@ -137,6 +142,14 @@ class CheckpointWriter:
         with _write_errors(self.folder):
             self._manager.wait_until_finished()
             self._manager.close()
+        self._delete_replaced()
+        with contextlib.suppress(OSError):
+            (self.folder / REPLACED).rmdir()
+
+    def _delete_replaced(self) -> None:
+        """Delete what Orbax has put aside; what cannot be deleted is tried again later."""
+        for path in (self.folder / REPLACED).glob("*"):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def restore_newest(

@@ -498,3 +498,22 @@ def test_adafactors_state_cannot_change_between_unroll_and_scan(tmp_path):
     ):
         restore_newest(tmp_path, dataclasses.replace(CFG, layers="scan"), optimizer)
     assert not list(tmp_path.glob("damaged-*"))
+
+
+def test_a_replaced_checkpoint_loses_its_name_before_its_files(tmp_path, monkeypatch):
+    """A process that ends while it deletes leaves nothing damaged under a checkpoint's name."""
+    state = state_of(CFG, OPTIMIZER, 0)
+
+    def save(*numbers):
+        writer = CheckpointWriter(tmp_path, keep=1)
+        for n in numbers:
+            writer.save(n, state, CFG, OPTIMIZER, {})
+        writer.close()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: None)
+        save(1, 2, 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["replaced", "step_00000003"]
+    assert restore_newest(tmp_path, CFG, OPTIMIZER).step == 3
+    save(4)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000004"]
