@@ -116,10 +116,11 @@ def test_two_starts_and_two_resumes_of_the_command(command, tmp_path, tally):  #
     named = re.search(r"error: \S+/tiny-2 is being trained by process (\d+) on ", error)
     trained.kill()
     trained.communicate()
+    assert named, error
     tally(
         "resumes at once, of the command",
         1,
-        refused.returncode == 2 and named and int(named[1]) == trained.pid,
+        refused.returncode == 2 and int(named[1]) == trained.pid,
     )
     with claim(runs, "tiny", "auto") as folder:  # the kill has set it free
         assert folder == runs / "tiny-2"
