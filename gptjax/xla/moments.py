@@ -33,8 +33,9 @@ def _one_pass(x: Float[Array, "B T C"]) -> tuple[Array, Array]:
     """``var = mean((x - c)^2) - (mean - c)^2`` with each row's first number for c.
 
     No number is further than sqrt(C - 1) standard deviations from its row's mean (Samuelson 1968),
-    so the subtraction costs at most about a factor of C in relative precision, whatever x is: at
-    worst, with the row's only outlier first, far less than x was rounded by.
+    so the subtraction costs at most about a factor of C in relative precision, whatever x is. At
+    worst, with the row's only outlier first, (x - mean) rstd moves in float32 by 5e-5 of its length
+    at 768 channels and by 8e-4 at 12,288. bfloat16 has rounded x by up to 4e-3, float16 by 5e-4.
     """
     first = x[..., :1]
     distance = x - first
