@@ -103,6 +103,7 @@ def test_two_starts_and_two_resumes_of_the_command(command, tmp_path, tally):  #
         "0",
         "--train.checkpoint_every",
         "0",
+        "--reschedule",
     ]
     both = {
         process.pid: process
@@ -114,6 +115,7 @@ def test_two_starts_and_two_resumes_of_the_command(command, tmp_path, tally):  #
     trained = next(process for process in both.values() if process is not refused)
     error = refused.communicate()[1]
     named = re.search(r"error: \S+/tiny-2 is being trained by process (\d+) on ", error)
+    assert trained.poll() is None, trained.communicate()[1]
     trained.kill()
     trained.communicate()
     assert named, error
