@@ -61,6 +61,7 @@ EXACT = frozenset(
         "squeeze",
         "stop_gradient",
         "transpose",
+        "unstack",
     ]
 )
 BARRIER = "barrier"  # name of `gptjax.xla.barrier.barrier` in a jaxpr
@@ -104,7 +105,7 @@ def _walk(jaxpr: Jaxpr, inputs: list[float]) -> list[float]:
 def _equation(eqn: Any, ins: list[float]) -> list[float]:
     name, params = eqn.primitive.name, eqn.params
     if name == "scan":
-        return _scan(params, ins)
+        return _scan(eqn, ins)
     if name == "cond":
         branches = [_walk(branch.jaxpr, ins[1:]) for branch in params["branches"]]
         return [max(ways) for ways in zip(*branches, strict=True)]
@@ -158,13 +159,19 @@ def _terms(eqn: Any) -> int | None:
     return None
 
 
-def _scan(params: Any, ins: list[float]) -> list[float]:
+def _scan(eqn: Any, ins: list[float]) -> list[float]:
     """Walk the body three times, then extrapolate: every further iteration adds as much as the last
     one did.
     """
-    consts, carries, length = params["num_consts"], params["num_carry"], params["length"]
-    body = params["jaxpr"].jaxpr
-    carry, xs = ins[consts : consts + carries], ins[consts + carries :]
+    body, length = eqn.params["jaxpr"].jaxpr, eqn.params["length"]
+    # What is scanned has an axis more outside of the body; how to find it in params changes
+    # between versions of JAX
+    whole, carries = (
+        sum(v.aval.ndim == inner.aval.ndim for v, inner in zip(outside, inside, strict=True))
+        for outside, inside in ((eqn.invars, body.invars), (eqn.outvars, body.outvars))
+    )
+    consts = whole - carries
+    carry, xs = ins[consts:whole], ins[whole:]
     out = _walk(body, [*ins[:consts], *carry, *xs])
     previous = out
     for _ in range(min(length, 3) - 1):

@@ -104,10 +104,12 @@ def test_a_relative_error_of_1e_8_in_any_op_shows_in_the_gradient(monkeypatch, o
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_the_fusible_form_of_gelu_equals_gelu(dtype):
+    """Up to the roundings of 1 + tanh, which x multiplies."""
     x = 3 * X.astype(dtype)
     found = layers._gelu_of_product(x)
     assert found.dtype == x.dtype
-    np.testing.assert_allclose(found, ops.gelu_fwd(x)[0], rtol=4 * jnp.finfo(dtype).eps)
+    eps = jnp.finfo(dtype).eps
+    np.testing.assert_array_less(abs(found - ops.gelu_fwd(x)[0]), 2 * eps * abs(x))
 
 
 def test_jax_differentiates_the_fusible_form_of_gelu_in_float32():
