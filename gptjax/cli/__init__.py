@@ -165,18 +165,21 @@ def return_freed_memory() -> None:
         libc.malloc_trim(0)
 
 
-def returning_startup_memory(parts: Iterable[Part], *used_once: Any) -> Iterator[Part]:
+def returning_startup_memory(parts: Iterable[Part], forget: bool) -> Iterator[Part]:
     """Yield the parts of an output unchanged. After the second, when every program has run, return
     to the system what only the start needed.
 
-    That is freed memory, the libraries' code (`return_library_pages`), and the programs of
-    ``used_once``, jitted functions that are not needed again soon.
+    That is freed memory and the libraries' code (`return_library_pages`); with ``forget`` also what
+    JAX traced, and its programs but those of a `gptjax.xla.lasting_jit.LastingJit`. What of these
+    is needed again is compiled again, which takes a tenth of a second in a chat.
     """
     for number, part in enumerate(parts):
         yield part
-        if number == 1:
-            for function in used_once:
-                function.clear_cache()
+        if number == 1 and forget:
+            import jax  # imported late: it takes a second
+
+            jax.clear_caches()
+        if number in (1, 2):  # by the third, what follows a part has been compiled again
             return_library_pages()
             return_freed_memory()
 

@@ -30,7 +30,7 @@ from gptjax.convert.weights import (
 )
 from gptjax.errors import ConfigError, DataError
 from gptjax.files import read_stream
-from gptjax.generate.engine import CHUNK, Rules, begin
+from gptjax.generate.engine import CHUNK, Rules
 from gptjax.generate.samples import Sample, continued
 from gptjax.generate.stream import prompt_ids
 from gptjax.tokenizers import Tokenizer
@@ -174,8 +174,8 @@ def write(model: Model, prompts: list[str], args: GenerateConfig) -> None:
         parts = continued(
             model.params, samples, model.rules, key, args.max_new_tokens, chunk, first
         )
-        read_once = [begin] if total <= args.batch_size else []
-        for texts in cli.returning_startup_memory(parts, *read_once):
+        last = numbers.stop == total
+        for texts in cli.returning_startup_memory(parts, forget=last):
             if streaming:
                 show(texts[0])
         made += sum(len(sample.ids) for sample in samples)
@@ -243,7 +243,7 @@ def converse(model: Model, args: GenerateConfig) -> None:
         )
         with contextlib.suppress(KeyboardInterrupt):
             parts = continued(model.params, [sample], model.rules, key, args.max_new_tokens, 1)
-            for texts in cli.returning_startup_memory(parts):
+            for texts in cli.returning_startup_memory(parts, forget=False):
                 show(texts[0])
         said += sample.visible_ids()
         show("\n")

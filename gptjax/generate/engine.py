@@ -22,6 +22,7 @@ from gptjax.generate import lookup, run_c
 from gptjax.generate.lookup import DRAFT, Lookup
 from gptjax.generate.sampling import choose
 from gptjax.models.decode import PART, decode, extend, prefill
+from gptjax.xla.lasting_jit import LastingJit
 from gptjax.xla.products import accumulation_dtype
 
 CHUNK = 32  # default number of tokens drawn before they are returned
@@ -130,7 +131,7 @@ def generate(
         )
         if state and readable > 0:
             most = min(left, readable)
-            state, tokens, logprobs = advance(params, state, rules, min(most, chunk), most)
+            state, tokens, logprobs = advance(params, state, min(most, chunk), most, rules=rules)
         else:
             starts = [window_start(len(row), context) for row in rows]
             windows = [row[start:] for row, start in zip(rows, starts, strict=True)]
@@ -229,9 +230,9 @@ def begin(
     return state, token[:, None], logprob[:, None]
 
 
-@partial(jax.jit, static_argnames="rules", donate_argnames="state")
+@partial(LastingJit, static="rules", donate="state")
 def advance(
-    params: Any, state: Decoding, rules: Rules, count: Any, most: Any
+    params: Any, state: Decoding, count: Any, most: Any, *, rules: Rules
 ) -> tuple[Decoding, Array, Array]:
     """Read the newest token of each row and draw the next, until ``count`` are drawn, or all rows
     are done. Correct drafts may make that up to ``most``.

@@ -21,6 +21,7 @@ from gptjax.generate.engine import (
     row_keys,
 )
 from gptjax.models.decode import empty_cache, extend, with_slots
+from gptjax.xla.lasting_jit import LastingJit
 
 # Tokens are read in blocks of these sizes, so that few programs are compiled
 LARGE_BLOCK, SMALL_BLOCK = 256, 32
@@ -68,12 +69,12 @@ class Session:
         self.ids = self.ids[: _common(self.ids, ids[:-1])]
         self._provide(len(ids) + new_tokens + SMALL_BLOCK)
         for block in _blocks(ids[len(self.ids) :]):
-            padded = np.zeros(
+            padded: Any = np.zeros(
                 (1, LARGE_BLOCK if len(block) > SMALL_BLOCK else SMALL_BLOCK), np.int32
             )
             padded[0, : len(block)] = block
             state, tokens, logprobs = _read(
-                self.params, self._cache, padded, len(block), len(self.ids), self.rules, keys
+                self.params, self._cache, padded, len(block), len(self.ids), keys, rules=self.rules
             )
             self._cache = state.cache
             self.ids += block
@@ -89,7 +90,7 @@ class Session:
         while drawn < new_tokens and not state.done.all():
             most = new_tokens - drawn
             state, tokens, logprobs = advance(
-                self.params, state, self.rules, min(chunk, most), most
+                self.params, state, min(chunk, most), most, rules=self.rules
             )
             self._cache = state.cache
             if state.lookup:
@@ -135,15 +136,16 @@ def _blocks(ids: Sequence[int]) -> Iterator[list[int]]:
         yield list(ids[start : start + SMALL_BLOCK])
 
 
-@partial(jax.jit, static_argnames="rules", donate_argnames="cache")
+@partial(LastingJit, static="rules", donate="cache")
 def _read(
     params: Any,
     cache: Any,
     tokens: Int[Array, "1 P"],
     count: Any,
     slot: Any,
-    rules: Rules,
     keys: Any,
+    *,
+    rules: Rules,
 ) -> tuple[Decoding, Array, Array]:
     """Read the first ``count`` tokens, and draw one."""
     padding, slot = jnp.zeros(1, jnp.int32), jnp.int32(slot)

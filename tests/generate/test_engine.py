@@ -149,7 +149,8 @@ def test_a_cache_is_changed_in_place(prompts):
     state, _, _ = engine.begin(
         stored, ids, padding, slots, rules, jax.random.split(KEY, B), 0, np.zeros(B, bool), 1.0
     )
-    program = engine.advance.lower(stored, state, rules, 8, 8).compile().as_text()
+    program = engine.advance.jitted.lower(stored, state, 8, 8, rules=rules)
+    program = program.compile().as_text()
     cache = f"f64[{B},{CFG.num_heads},{slots},{CFG.channels // CFG.num_heads}]"
     assert cache in program
     assert not re.findall(re.escape(cache) + r"\S* copy\(", program)
@@ -158,9 +159,9 @@ def test_a_cache_is_changed_in_place(prompts):
 def test_prompts_of_similar_length_share_a_program():
     rules = Rules(CFG, Sampler(0.7, 3), 11)
     tokens([[1, 2]], rules, 9)
-    known = engine.begin._cache_size(), engine.advance._cache_size()
+    known = engine.begin._cache_size(), len(engine.advance.programs)
     tokens([[1, 2, 3, 4]], rules, 7)
-    assert (engine.begin._cache_size(), engine.advance._cache_size()) == known
+    assert (engine.begin._cache_size(), len(engine.advance.programs)) == known
 
 
 @pytest.mark.parametrize("prompts", [[], [[1], []]])

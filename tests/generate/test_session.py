@@ -61,9 +61,9 @@ def test_turns_are_continued_as_texts_read_anew(rules):
 def test_only_new_tokens_are_read(monkeypatch):
     read = []
 
-    def spy(params, cache, tokens, count, slot, *rest):
+    def spy(params, cache, tokens, count, slot, *rest, **rules):
         read.append((slot, tokens.shape[1], tokens[0, :count].tolist()))
-        return inner(params, cache, tokens, count, slot, *rest)
+        return inner(params, cache, tokens, count, slot, *rest, **rules)
 
     inner = module._read
     monkeypatch.setattr(module, "_read", spy)
@@ -118,8 +118,8 @@ def test_an_exception_in_between_costs_no_more_than_reading_anew(monkeypatch):
     made(session, [1, 2, 3], 4)
     advance = module.advance
 
-    def interrupted(*args):
-        advance(*args)
+    def interrupted(*args, **rules):
+        advance(*args, **rules)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "advance", interrupted)
