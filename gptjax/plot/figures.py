@@ -3,7 +3,6 @@ Needs matplotlib.
 """
 
 import base64
-import inspect
 import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from matplotlib.patches import FancyBboxPatch
 from matplotlib.rcsetup import cycler
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
+from gptjax.explore.lessons import source_of
 from gptjax.tokenizers import Tokenizer
 from gptjax.verify import Comparison, Row
 
@@ -75,21 +75,15 @@ class SourceCode:
     """Source code without its docstrings, highlighted in a notebook and plain in a terminal."""
 
     def __init__(self, *functions: Callable[..., Any]) -> None:
-        """Get the functions' source from `inspect.getsource`."""
-        self.text = "\n\n".join(map(_source, functions))
+        """Get the functions' source."""
+        lines = "\n".join(map(source_of, functions)).splitlines()
+        self.text = "\n".join(map(_folded, lines))
 
     def __repr__(self) -> str:
         return self.text
 
     def _repr_markdown_(self) -> str:
         return f"```python\n{self.text}\n```"
-
-
-def _source(function: Callable[..., Any]) -> str:
-    text = inspect.getsource(function).rstrip()
-    if doc := inspect.unwrap(function).__doc__:
-        text = text.replace(f'    """{doc}"""\n', "")
-    return "\n".join(map(_folded, text.splitlines()))
 
 
 def _folded(line: str) -> str:
