@@ -18,8 +18,8 @@ from gptjax.xla.gpu import CUDNN, TARGETS, assumed_cudnn, proto_text
 from tests.conftest import ROOT
 
 needs_plugin = pytest.mark.skipif(
-    importlib.util.find_spec("jax_cuda12_plugin") is None,
-    reason="needs jax-cuda12-plugin (the [cuda-aot] extra)",
+    not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)),
+    reason="needs JAX's CUDA plugin (the [cuda-aot] extra)",
 )
 
 
