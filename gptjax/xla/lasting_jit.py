@@ -1,5 +1,6 @@
 """`jax.jit` whose programs stay when JAX forgets what it compiled."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -21,25 +22,33 @@ class LastingJit(Generic[P, Result]):
         """Compile nothing yet.
 
         Args:
-            function: takes its argument ``static`` by keyword.
+            function: to compile.
             static: name of the argument that is a constant of the program.
             donate: name of the one whose memory the results may take.
 
         """
         self.jitted = jax.jit(function, static_argnames=static, donate_argnames=donate)
         """The function as `jax.jit` compiles it, which may also be called by other functions."""
-        self._static = static
         self.programs: dict[Any, Any] = {}
         """The compiled program of each kind of arguments."""
+        self._function: Any = function
+        self._signature, self._static, self._donate = inspect.signature(function), static, donate
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Result:
         """Call the function."""
-        constant = {self._static: kwargs.pop(self._static)}
-        leaves, tree = jax.tree.flatten((args, kwargs))
-        places = tuple(getattr(x, "sharding", None) for x in leaves)
-        kind = constant[self._static], tree, tuple(map(jax.typeof, leaves)), places
+        values = self._signature.bind(*args, **kwargs).arguments
+        constant, donated = values.pop(self._static), values.pop(self._donate)
+        (given, form), (leaves, tree) = jax.tree.flatten(donated), jax.tree.flatten(values)
+        places = tuple(getattr(x, "sharding", None) for x in (*given, *leaves))
+        kind = constant, form, tree, tuple(map(jax.typeof, (*given, *leaves))), places
         if kind not in self.programs:
-            lowered: Any = self.jitted.lower(*args, **kwargs, **constant)
-            self.programs[kind] = lowered.compile()
-        result: Result = self.programs[kind](*args, **kwargs)
+
+            def of_leaves(given: list[Any], leaves: list[Any]) -> Any:
+                named = {self._static: constant, self._donate: jax.tree.unflatten(form, given)}
+                return self._function(**jax.tree.unflatten(tree, leaves), **named)
+
+            # Leaves alone: JAX puts descriptions of arguments in their tree, which may refuse them
+            program = jax.jit(of_leaves, donate_argnums=0).lower(given, leaves)
+            self.programs[kind] = program.compile()
+        result: Result = self.programs[kind](given, leaves)
         return result

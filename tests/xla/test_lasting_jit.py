@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from gptjax.ops.quantized import Blocks
 from gptjax.xla.lasting_jit import LastingJit
 
 
@@ -59,6 +60,13 @@ def test_arguments_may_lie_elsewhere_the_next_time(power):
         x = jax.device_put(jnp.arange(4.0), NamedSharding(mesh, spec))
         np.testing.assert_array_equal(power(x, 1, n=2), np.arange(4.0) ** 2 + 1)
     np.testing.assert_array_equal(power(jnp.arange(4.0), 1, n=2), np.arange(4.0) ** 2 + 1)
+
+
+def test_a_tree_may_refuse_what_is_no_array():
+    """As one whose types are checked does."""
+    first = partial(LastingJit, static="n", donate="x")(lambda x, y, *, n: y.scale[n])
+    q, scale = jnp.zeros((1, 1, 8, 8, 4), jnp.int8), jnp.ones((1, 1, 8), jnp.float16)
+    assert first(q, Blocks(q, scale, None, (8, 32), 1), n=0).shape == (1, 8)
 
 
 def test_it_may_be_part_of_another_program(power):
