@@ -84,7 +84,9 @@ def strict():
 
 @pytest.fixture
 def in_cpp(monkeypatch):
-    """`in_cpp(False)` makes XLA compute what C++ could. JAX forgets what it traced before and since."""
+    """`in_cpp(False)` makes XLA compute what C++ could. JAX forgets what it traced before and since,
+    but not the programs of a `LastingJit`.
+    """
 
     def choose(yes):
         if not yes:

@@ -205,7 +205,7 @@ def say(conversation: Conversation, text: str, args: ChatConfig, turn: int) -> N
     stopped: list[bool] = []
     begun = False
     with on_interrupt(lambda: stopped.append(True)):
-        for part in cli.returning_startup_memory(parts, forget=turn == 0):
+        for part in cli.returning_startup_memory(parts, forget=True):
             part = part if begun else part.lstrip()
             begun = begun or bool(part)
             show(part)

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import errno
+import functools
 import gc
 import io
 import logging
@@ -170,18 +171,23 @@ def returning_startup_memory(parts: Iterable[Part], forget: bool) -> Iterator[Pa
     to the system what only the start needed.
 
     That is freed memory and the libraries' code (`return_library_pages`); with ``forget`` also what
-    JAX traced, and its programs but those of a `gptjax.xla.lasting_jit.LastingJit`. What of these
-    is needed again is compiled again, which takes a tenth of a second in a chat.
+    JAX traced (`forget_traces`), and its programs but those of a
+    `gptjax.xla.lasting_jit.LastingJit`. What of these is needed again is compiled again, which
+    takes a tenth of a second in a chat.
     """
     for number, part in enumerate(parts):
         yield part
         if number == 1 and forget:
-            import jax  # imported late: it takes a second
-
-            jax.clear_caches()
-        if number in (1, 2):  # by the third, what follows a part has been compiled again
+            forget_traces()
+        if number in (1, 2):  # again, as what follows a part may have been compiled again
             return_library_pages()
             return_freed_memory()
+
+
+@functools.cache
+def forget_traces() -> None:
+    """Make JAX forget what it traced and compiled so far, once in this process."""
+    jax.clear_caches()
 
 
 def return_library_pages() -> None:

@@ -55,6 +55,13 @@ def chat(arguments, capsys, monkeypatch):
     return run
 
 
+def test_what_jax_traced_is_forgotten_when_an_answer_has_begun(chat, monkeypatch):
+    forgotten = []
+    monkeypatch.setattr(command.cli, "forget_traces", lambda: forgotten.append(True))
+    chat("hello")
+    assert forgotten == [True]
+
+
 def test_one_answer(arguments, chat, capsys):
     assert command.main([*arguments, "--prompt", "hello"]) == 0
     answer = capsys.readouterr().out

@@ -80,6 +80,13 @@ def test_one_text_is_the_prompt_and_what_follows(generate):
     assert generate("--prompt", "ab") == f"ab{record['text']}\n"
 
 
+def test_what_jax_traced_is_forgotten_in_the_last_batch_alone(generate, monkeypatch):
+    forgotten = []
+    monkeypatch.setattr(command.cli, "forget_traces", lambda: forgotten.append(True))
+    generate("--prompt", "ab", "--num_samples", 2, "--batch_size", 1, "--ignore_end")
+    assert forgotten == [True]
+
+
 def test_the_seed_decides(generate):
     one, same, other = (generate("--prompt", "ab", "--seed", seed, "--json") for seed in (1, 1, 2))
     assert one == same != other

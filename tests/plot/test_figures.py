@@ -24,6 +24,7 @@ def test_source_is_the_function_without_its_docstring_in_narrow_lines():
     shown = figures.SourceCode(gelu_fwd, gelu_bwd)
     assert repr(shown).startswith("@jax.jit\ndef gelu_fwd(")
     assert '"""' not in repr(shown)
+    assert "\n\n@jax.jit\ndef gelu_bwd(" in repr(shown)
     assert shown._repr_markdown_() == f"```python\n{shown}\n```"
     long = "    y = f(" + ", ".join(["argument"] * 12) + ")"
     lines = figures._folded(long).splitlines()

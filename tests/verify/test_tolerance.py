@@ -63,16 +63,16 @@ def test_sixteen_bits_are_summed_in_float32_and_rounded_once():
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 9])
 def test_a_scan_counts_like_the_same_unrolled(length):
-    w = f32(length, 5, 5)
+    w, shift = f32(length, 5, 5), jnp.arange(5.0, dtype=jnp.float32)  # the body's constant
 
     def scanned(x, w):
-        return lax.scan(lambda x, w: (x @ w, x.sum()), x, w)
+        return lax.scan(lambda x, w: (x @ w + shift, x.sum()), x, w)
 
     def unrolled(x, w):
         sums = []
         for layer in w:
             sums.append(x.sum())
-            x = x @ layer
+            x = x @ layer + shift
         return x, sums[-1]
 
     assert gradient_variances(scanned, f32(2, 5), w) == gradient_variances(unrolled, f32(2, 5), w)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from gptjax.ops.quantized import Blocks
 from gptjax.xla.lasting_jit import LastingJit
@@ -38,6 +38,15 @@ def test_it_is_compiled_once_for_each_kind_of_arguments(power):
     assert len(power.programs) == 5
 
 
+def test_another_tree_or_weaker_dtype_is_another_kind():
+    second = partial(LastingJit, static="n", donate="x")(lambda x, y, *, n: (x + n, y))
+    number = jnp.asarray(1.0)  # whose dtype yields to others'
+    for tree in (tuple, list):
+        assert isinstance(second(jnp.ones(2), tree([number]), n=0)[1], tree)
+    second(jnp.ones(2), [number.astype(number.dtype)], n=0)
+    assert len(second.programs) == 3
+
+
 def test_jax_does_not_forget_it(power):
     power, traced = power
     power(jnp.ones(3), 1, n=2)
@@ -55,7 +64,8 @@ def test_results_take_the_donated_memory(power):
 
 def test_arguments_may_lie_elsewhere_the_next_time(power):
     power, _ = power
-    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
+    auto = (AxisType.Auto,)  # whose arrays' types do not say where they lie
+    mesh = jax.make_mesh((2,), ("data",), axis_types=auto, devices=jax.devices()[:2])
     for spec in (PartitionSpec(), PartitionSpec("data"), PartitionSpec()):
         x = jax.device_put(jnp.arange(4.0), NamedSharding(mesh, spec))
         np.testing.assert_array_equal(power(x, 1, n=2), np.arange(4.0) ** 2 + 1)
