@@ -30,11 +30,9 @@ class LastingJit(Generic[P, Result]):
             donate: name of the one whose memory the results may take.
 
         """
-        self.jitted = jax.jit(function, static_argnames=static, donate_argnames=donate)
-        """The function as `jax.jit` compiles it, which may also be called by other functions."""
+        self.function: Any = function
         self.programs: dict[Any, Any] = {}
         """The compiled program of each kind of arguments."""
-        self._function: Any = function
         self._signature, self._static, self._donate = inspect.signature(function), static, donate
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Result:
@@ -48,7 +46,7 @@ class LastingJit(Generic[P, Result]):
 
             def of_leaves(given: list[Any], leaves: list[Any]) -> Any:
                 named = {self._static: constant, self._donate: jax.tree.unflatten(form, given)}
-                return self._function(**jax.tree.unflatten(tree, leaves), **named)
+                return self.function(**jax.tree.unflatten(tree, leaves), **named)
 
             # Leaves alone: JAX puts descriptions of arguments in their tree, which may refuse them
             program = jax.jit(of_leaves, donate_argnums=0).lower(given, leaves)

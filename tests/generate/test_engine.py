@@ -149,8 +149,9 @@ def test_a_cache_is_changed_in_place(prompts):
     state, _, _ = engine.begin(
         stored, ids, padding, slots, rules, jax.random.split(KEY, B), 0, np.zeros(B, bool), 1.0
     )
-    program = engine.advance.jitted.lower(stored, state, 8, 8, rules=rules)
-    program = program.compile().as_text()
+    engine.advance.programs.clear()
+    engine.advance(stored, state, 8, 8, rules=rules)
+    (program,) = (program.as_text() for program in engine.advance.programs.values())
     cache = f"f64[{B},{CFG.num_heads},{slots},{CFG.channels // CFG.num_heads}]"
     assert cache in program
     assert not re.findall(re.escape(cache) + r"\S* copy\(", program)

@@ -163,7 +163,7 @@ def test_tokens_of_a_draft_are_drawn_from_the_models_distribution():
         token = jnp.array(prompt[-1:], jnp.int32)
         text = lookup.start(ids[0], state.slot, padding[0], token[0], 64, price=1.0, budget=0.0)
         state = state._replace(token=token, lookup=text)
-        _, tokens, _ = engine.advance.jitted(params, state, 2, 2, rules=rules)
+        _, tokens, _ = engine.advance.function(params, state, 2, 2, rules=rules)
         return 11 * tokens[0, 0] + tokens[0, 1]
 
     found = np.bincount(jax.jit(jax.vmap(pair))(jax.random.split(KEY, N)), minlength=121)

@@ -48,8 +48,9 @@ def work(mesh=(1, 1, 1), accumulate=1, **changes):
     )
 
 
-# XLA of jaxlib 0.12 needs up to 30% less on a mesh than that of 0.10, so a plan is too large there
-CLOSE = 0.15 if jax.__version_info__ < (0, 11) else 0.45  # of what the compiled program needs
+# What a plan may say of what the compiled program needs. XLA of jaxlib 0.12 needs up to 30% less on
+# a mesh than that of 0.10.
+LEAST, MOST = 0.85, 1.15 if jax.__version_info__ < (0, 11) else 1.45
 CASES = {  # and whether their memory is compared
     "one device, recompute block": (work(recompute="block"), True),
     "fsdp, recompute gelu": (work((1, 8, 1), recompute="gelu"), True),
@@ -109,7 +110,7 @@ def test_predicted_memory_and_collectives_are_close_to_the_compiled_ones(name):
         state = state_bytes(planned, optimizer)
     assert {part: found.memory[part] for part in state} == state
     if memory_too:
-        assert predicted == pytest.approx(found.memory["temporaries"], rel=CLOSE)
+        assert LEAST < predicted / found.memory["temporaries"] < MOST
     expected = sent_on_cpu(planned)
     vectors = 0.003 * sum(expected.values())
     compiled = {(c.kind, c.group): c.sent for c in found.collectives}
@@ -134,7 +135,7 @@ def test_a_family_is_planned_from_its_weight_table():
             c for c in step_collectives(planned._replace(mesh=(1, 1, 2))) if c.kind == "all-reduce"
         )
     assert {part: found.memory[part] for part in state} == state
-    assert predicted == pytest.approx(found.memory["temporaries"], rel=CLOSE)
+    assert LEAST < predicted / found.memory["temporaries"] < MOST
     assert streams.times == 2 * CFG.num_layers + 2
     compiled = {(c.kind, c.group): c.sent for c in found.collectives}
     for c in expected:

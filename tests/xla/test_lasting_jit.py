@@ -77,8 +77,3 @@ def test_a_tree_may_refuse_what_is_no_array():
     first = partial(LastingJit, static="n", donate="x")(lambda x, y, *, n: y.scale[n])
     q, scale = jnp.zeros((1, 1, 8, 8, 4), jnp.int8), jnp.ones((1, 1, 8), jnp.float16)
     assert first(q, Blocks(q, scale, None, (8, 32), 1), n=0).shape == (1, 8)
-
-
-def test_it_may_be_part_of_another_program(power):
-    power, _ = power
-    assert jax.jit(lambda x: power.jitted(x, 1, n=2))(3) == 10
